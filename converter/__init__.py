@@ -1,0 +1,79 @@
+"""Streaming, verified conversion of RLHF checkpoints.
+
+The public names are loaded when they are first used, so that `import converter` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from converter.checkpoint import Checkpoint, Origin, SideFile
+    from converter.context import Context, Note
+    from converter.dtypes import DType, TensorInfo
+    from converter.errors import ConvertError, Refused, UsageError, VerificationFailed
+    from converter.execute import write
+    from converter.inputs import Input
+    from converter.kernel_specs import KernelSpec
+    from converter.plan import Plan, make_plan
+    from converter.recipe import Recipe, load_recipe
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Checkpoint": "checkpoint",
+    "Context": "context",
+    "ConvertError": "errors",
+    "DType": "dtypes",
+    "Input": "inputs",
+    "KernelSpec": "kernel_specs",
+    "Note": "context",
+    "Origin": "checkpoint",
+    "Plan": "plan",
+    "Recipe": "recipe",
+    "Refused": "errors",
+    "SideFile": "checkpoint",
+    "TensorInfo": "dtypes",
+    "UsageError": "errors",
+    "VerificationFailed": "errors",
+    "load_recipe": "recipe",
+    "make_plan": "plan",
+    "write": "execute",
+}
+
+__all__ = [
+    "Checkpoint",
+    "Context",
+    "ConvertError",
+    "DType",
+    "Input",
+    "KernelSpec",
+    "Note",
+    "Origin",
+    "Plan",
+    "Recipe",
+    "Refused",
+    "SideFile",
+    "TensorInfo",
+    "UsageError",
+    "VerificationFailed",
+    "__version__",
+    "load_recipe",
+    "make_plan",
+    "write",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Loads a public name from its module (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return __all__

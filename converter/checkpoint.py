@@ -1,0 +1,102 @@
+"""A checkpoint is a value: tensor names mapped to lazy tensors, with config, side files and ties. It reads nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from converter.errors import Refused, fold, show
+from converter.files import Identity
+from converter.tensors import LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that travels with the weights: copied from `source` (absolute path), or written from `content`."""
+
+    source: str | None = None
+    content: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a checkpoint came from.
+
+    Attributes:
+        kind: `model` or `adapter`.
+        path: the folder that was opened, absolute; never written into an output.
+        asked: what the user typed, for screens.
+        name: for the receipt: the Hub id, else the folder's own name.
+        revision: the Hub commit, where known.
+        header_digest: sha256 over the shards' header bytes in file order, hexadecimal.
+        stored_format: container of the tensors, `safetensors`.
+    """
+
+    kind: str
+    path: str
+    asked: str
+    name: str
+    revision: str | None
+    header_digest: str
+    stored_format: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensor names mapped to lazy tensors, with everything else that makes a folder load.
+
+    Attributes:
+        tensors: in file order: by shard, then by offset.
+        config: `config.json`, or `adapter_config.json` of an adapter.
+        side_files: name in the output folder mapped to its source; the config is not among them.
+        ties: groups of names that are one tensor for the model, though perhaps only one of them is stored.
+        shards: tensor name mapped to the file it is stored in; empty where that means nothing.
+        config_bytes: the config file verbatim, written back where `config` is unchanged.
+        metadata: `__metadata__` of the safetensors files.
+        dropped: tensors that a step was asked to drop, with the reason.
+        inputs: every file read so far, absolute, with its identity when its header was read.
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    config: Mapping[str, Any]
+    origin: Origin
+    side_files: Mapping[str, SideFile] = field(default_factory=dict)
+    ties: tuple[tuple[str, ...], ...] = ()
+    shards: Mapping[str, str] = field(default_factory=dict)
+    config_bytes: bytes | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, Identity] = field(default_factory=dict)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; a changed `config` forgets `config_bytes`."""
+        if "config" in changes and changes["config"] != self.config:
+            changes.setdefault("config_bytes", None)
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as they would be written."""
+        return sum(t.info.nbytes for t in self.tensors.values())
+
+    def tied_to(self, name: str) -> tuple[str, ...]:
+        """The other names of the tie that `name` belongs to, or nothing."""
+        return next((tuple(n for n in group if n != name) for group in self.ties if name in group), ())
+
+    def rename(self, names: Mapping[str, str]) -> Self:
+        """The same tensors under other names; names that are not in `names` stay.
+
+        Raises:
+            Refused: two tensors would get one name (`rename-collision`).
+        """
+        new = [names.get(name, name) for name in self.tensors]
+        if len(set(new)) != len(new):
+            twice = sorted({n for n in new if new.count(n) > 1})
+            raise Refused("rename-collision", f"two tensors would be named {fold(twice)}", where=show(self.origin.asked))
+        return self.replace(
+            tensors=dict(zip(new, self.tensors.values(), strict=True)),
+            ties=tuple(tuple(names.get(n, n) for n in group) for group in self.ties),
+            shards={names.get(n, n): file for n, file in self.shards.items()},
+        )

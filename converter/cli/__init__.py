@@ -1,0 +1,114 @@
+"""The command line. Importing this package imports no third-party module; `--help` imports typer and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from converter.cli.sink import error_to_user
+from converter.errors import EXIT_BUG, ConvertError, Interrupted, Refused, UsageError, show
+
+VERBS = ("merge-lora", "reshard", "inspect", "run", "demo", "list", "env")
+PROGRAM = "rlhf-convert"
+
+
+class Bug(ConvertError):
+    """An exception that nobody expected."""
+
+    exit_code = EXIT_BUG
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; prints to stdout and stderr as they are when it is called."""
+    arguments = with_verb(list(sys.argv[1:] if argv is None else argv))
+    try:
+        with _signals_raise():
+            return _run(arguments)
+    except BrokenPipeError:
+        # The reader of our output went away, as in `... | head`: not an error to talk about.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - kept open until the process ends
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args and isinstance(stop.args[0], int) else signal.SIGINT
+        error: ConvertError = Interrupted(number, "interrupted")
+    except ConvertError as known:
+        error = known
+    except OSError as failed:
+        name = failed.filename if isinstance(failed.filename, str) else None
+        error = Refused("system", f"the system refused: {failed.strerror or failed}", where=name)
+        error.__cause__ = failed
+    except Exception as bug:
+        # No user shall read a traceback.
+        error = Bug("bug", f"a bug in {PROGRAM}: {type(bug).__name__}: {show(bug)}")
+        error.next = f"report it with the output of `{PROGRAM} env` and of this command under RLHF_CONVERT_DEBUG=1"
+        error.__cause__ = bug
+    return error_to_user(error, as_json="--json" in arguments)
+
+
+def with_verb(arguments: list[str]) -> list[str]:
+    """`rlhf-convert PATH` is `rlhf-convert inspect PATH`; no argument at all asks for help."""
+    if not arguments:
+        return ["--help"]
+    first = arguments[0]
+    if first.startswith("-") or first in VERBS:
+        return arguments
+    looks_like_path = "/" in first or first.startswith((".", "~")) or os.path.lexists(first)
+    return ["inspect", *arguments] if looks_like_path else arguments
+
+
+def _run(arguments: list[str]) -> int:
+    if sys.platform == "win32":
+        raise Refused("windows", "Windows is not supported", next="run it in WSL 2 or on Linux")
+    if arguments[0] == "--version":
+        from converter import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    hook = sys.excepthook
+    import typer
+
+    from converter.cli.app import app, app_of
+
+    verb, rest = arguments[0], arguments[1:]
+    name = f"{PROGRAM} {verb}" if verb in VERBS else PROGRAM
+    try:
+        if verb in VERBS:
+            command = app_of(verb)(rest, prog_name=name, standalone_mode=False)
+        else:
+            command = app(arguments, prog_name=name, standalone_mode=False)
+    except typer.TyperException as error:
+        raise UsageError("usage", error.format_message(), next=f"{name} --help") from None
+    finally:
+        sys.excepthook = hook
+    # Typer parses; what a verb does runs here, where interrupts and errors are ours to show.
+    return command if isinstance(command, int) else int(command())
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt with the signal's number; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

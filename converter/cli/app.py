@@ -1,0 +1,230 @@
+"""The verbs, as Typer sees them: names, arguments, help. What a verb does is in a module that is imported when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from converter.cli.options import Conversion, Display, NumericsChoice, with_options
+
+ABOUT = (
+    "Convert RLHF checkpoints: streaming, bounded in memory, verified.\n\n"
+    "A bare `rlhf-convert PATH` inspects it; `rlhf-convert --version` prints the version."
+)
+
+
+def _new_app() -> typer.Typer:
+    """An empty program. Plain text: for colours in help rich would have to be imported."""
+    return typer.Typer(
+        name="rlhf-convert",
+        help=ABOUT,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+
+
+app = _new_app()
+_alone: dict[str, typer.Typer] = {}
+
+
+def app_of(verb: str) -> typer.Typer:
+    """A program of this verb alone: a group would parse its own options first, for which Typer needs pydantic."""
+    return _alone[verb]
+
+
+def _verb(
+    name: str, kind: type[Any], *, help: str, short_help: str, examples: tuple[str, str, str]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a verb that takes the options of `kind`; its help ends with the examples."""
+    # Backspace on a line of its own tells Typer not to re-wrap what follows.
+    epilog = "\b\nExamples:\n" + "\n".join(f"  {each}" for each in examples)
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        parsed = with_options(kind)(function)
+        _alone[name] = _new_app()
+        for program in (app, _alone[name]):
+            program.command(name, help=help, short_help=short_help, epilog=epilog)(parsed)
+        return function
+
+    return register
+
+
+Out = Annotated[str | None, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
+
+
+@_verb(
+    "merge-lora",
+    Conversion,
+    short_help="Merge LoRA adapters into their base model.",
+    help="Merge one or more LoRA adapters into their base model. A reward-model adapter over a causal base becomes a "
+    "reward model.",
+    examples=(
+        "rlhf-convert merge-lora ./my-adapter ./merged",
+        "rlhf-convert merge-lora ./my-adapter ./merged --base Qwen/Qwen2.5-7B --dtype bf16",
+        "rlhf-convert merge-lora ./style ./merged --adapter ./facts --weight 0.5 --weight 1",
+    ),
+)
+def merge_lora(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder or Hub id.", show_default=False)],
+    options: Conversion,
+    out: Out = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Base model; default: the one the adapter records.", show_default=False),
+    ] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="A", help="Another adapter. Repeatable.", show_default=False),
+    ] = None,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(metavar="W", help="Weight of each adapter, in order. Repeatable.", show_default=False),
+    ] = None,
+    numerics: Annotated[
+        NumericsChoice, typer.Option(help="best: one rounding; peft: bit-identical to PEFT's merge.")
+    ] = NumericsChoice.best,
+    base_is_residual: Annotated[
+        bool, typer.Option("--base-is-residual", help="BASE is the residual model that a PiSSA or OLoRA start saved.")
+    ] = False,
+) -> int:
+    """`rlhf-convert merge-lora`."""
+    from converter.cli.merge import Merge, merge
+
+    asked = Merge(adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual)
+    return merge(asked, options.target(out), options)
+
+
+@_verb(
+    "reshard",
+    Conversion,
+    short_help="Rewrite a model in other files or another dtype.",
+    help="Rewrite a model folder in other files or another dtype; names, values and side files are kept.",
+    examples=(
+        "rlhf-convert reshard ./model ./model-2gb --max-shard-size 2GB",
+        "rlhf-convert reshard ./model ./model-bf16 --dtype bf16",
+        "rlhf-convert reshard ./model ./one-file --layout pack --max-shard-size 1TB",
+    ),
+)
+def reshard(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Model folder or Hub id.", show_default=False)],
+    options: Conversion,
+    out: Out = None,
+) -> int:
+    """`rlhf-convert reshard`."""
+    from converter.cli.reshard import reshard
+
+    return reshard(src, options.target(out), options)
+
+
+@_verb(
+    "inspect",
+    Display,
+    short_help="Say what a folder holds; headers only.",
+    help="Say what a folder holds, in one screen; reads headers only.",
+    examples=(
+        "rlhf-convert inspect ./my-adapter",
+        "rlhf-convert inspect Qwen/Qwen2.5-7B",
+        "rlhf-convert inspect ./model --json",
+    ),
+)
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or Hub id in the cache.", show_default=False)],
+    options: Display,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Hub commit, branch or tag.", show_default=False)
+    ] = None,
+) -> int:
+    """`rlhf-convert inspect`."""
+    from converter.cli.inspection import inspect
+
+    return inspect(path, revision, options)
+
+
+@_verb(
+    "run",
+    Conversion,
+    short_help="Run a recipe.",
+    help="Run a recipe: a file, or the name of a shipped one (see `rlhf-convert list`).",
+    examples=(
+        "rlhf-convert run ./recipe.yaml ./out",
+        "rlhf-convert run merge-reward-lora ./rm --input adapter=./my-adapter",
+        "rlhf-convert run ./recipe.yaml ./out --dry-run",
+    ),
+)
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file or shipped name.", show_default=False)],
+    options: Conversion,
+    out: Out = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", metavar="NAME=PATH", help="Path of one of the recipe's inputs. Repeatable.", show_default=False
+        ),
+    ] = None,
+) -> int:
+    """`rlhf-convert run`."""
+    from converter.cli.run_recipe import run
+
+    return run(recipe, tuple(given or ()), options.target(out), options)
+
+
+@_verb(
+    "demo",
+    Display,
+    short_help="The whole story on small shipped checkpoints.",
+    help="The whole story on small shipped checkpoints: what is there, merge, check, what changed. Under a minute.",
+    examples=(
+        "rlhf-convert demo",
+        "rlhf-convert demo --out ./try-it",
+        "rlhf-convert demo --quiet",
+    ),
+)
+def demo(
+    options: Display,
+    out: Annotated[str, typer.Option("-o", "--out", metavar="OUT", help="Where to write.")] = "./rlhf-convert-demo",
+) -> int:
+    """`rlhf-convert demo`."""
+    from converter.cli.demo import demo
+
+    return demo(out, options)
+
+
+@_verb(
+    "list",
+    Display,
+    short_help="List plug-ins and shipped recipes.",
+    help="List plug-ins (sources, converters, kernels) and shipped recipes.",
+    examples=(
+        "rlhf-convert list",
+        "rlhf-convert list --json",
+        "rlhf-convert list | grep converter",
+    ),
+)
+def list_plug_ins(options: Display) -> int:
+    """`rlhf-convert list`."""
+    from converter.cli.environment import list_plug_ins
+
+    return list_plug_ins(options)
+
+
+@_verb(
+    "env",
+    Display,
+    short_help="Print versions for a bug report.",
+    help="Print versions for a bug report; no paths, names or secrets.",
+    examples=(
+        "rlhf-convert env",
+        "rlhf-convert env --json",
+        "rlhf-convert env > env.txt",
+    ),
+)
+def env(options: Display) -> int:
+    """`rlhf-convert env`."""
+    from converter.cli.environment import env
+
+    return env(options)

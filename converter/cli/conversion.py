@@ -1,0 +1,195 @@
+"""From a recipe to a written checkpoint, with the screen around it. Every verb that writes goes through here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.cli.options import Conversion
+from converter.cli.progress import progress
+from converter.cli.sink import Sink
+from converter.errors import Interrupted, UsageError
+from converter.sizes import parse_size
+
+if TYPE_CHECKING:
+    from converter.execute import Receipt
+    from converter.recipe import Recipe
+    from converter.recipe_run import Prepared
+
+SMALL_FILE = 4_000_000
+"""Bytes of a tokenizer_config.json that are read for the name of the pad token."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished conversion."""
+
+    prepared: Prepared
+    receipt: Receipt
+    out: str
+
+    def screen(self) -> list[str]:
+        """What was written, what was checked and what rounding cost."""
+        from converter import report
+
+        receipt, plan = self.receipt, self.prepared.plan
+        count = len(plan.shards)
+        pad = _pad_token(Path(self.out).expanduser())
+        return [
+            report.shards_line(count, count, plan.total_bytes, receipt.seconds),
+            report.checked_line(receipt.reread, receipt.recomputed, receipt.measures),
+            *report.update_lines(receipt.measures, plan),
+            report.wrote_line(self.out, self.prepared.checkpoint.config, pad),
+        ]
+
+
+def convert(
+    recipe: Recipe,
+    out: str | None,
+    options: Conversion,
+    *,
+    head: Callable[[Prepared], list[str]],
+    next_commands: Callable[[Written], Sequence[str]] | None = None,
+) -> int:
+    """Run a recipe as the options say and return the exit code; `head` makes the screen's lines about the inputs."""
+    sink = options.sink
+    if options.print_recipe:
+        sink.data(recipe.to_yaml().rstrip("\n"))
+        return 0
+    if out is None and not options.dry_run:
+        raise UsageError("usage", "the output is missing", expected="OUT as the last argument, or --out OUT")
+    written = write_recipe(recipe, out, options, head=head)
+    if written is not None:
+        commands = next_commands or _next_commands
+        _finish(written, sink, commands(written))
+    return 0
+
+
+def write_recipe(
+    recipe: Recipe, out: str | None, options: Conversion, *, head: Callable[[Prepared], list[str]]
+) -> Written | None:
+    """Plan, show the plan and write; None after a dry run."""
+    from converter import preflight, report
+    from converter.recipe_run import prepare
+
+    sink = options.sink
+    memory = None if options.memory is None else parse_size(options.memory, what="--memory")
+    target = None if out is None else Path(out).expanduser()
+    if target is not None:
+        # Before any input is opened: a mistyped output shall not cost a download.
+        preflight.check_target(target, (), overwrite=options.overwrite)
+    prepared = prepare(recipe, allow=frozenset(options.allow or ()), token=options.token, keep_code=options.keep_code)
+    plan, jobs = prepared.plan, options.jobs or len(os.sched_getaffinity(0))
+    sink.screen(head(prepared))
+    sink.screen(report.note_lines(prepared.context.notes, verbose=options.verbose))
+    adapters = [c for c in prepared.opened.values() if c.origin.kind == "adapter"]
+    sink.screen([report.plan_line(plan, prepared.checkpoint, adapters)])
+    free = None if target is None else preflight.free_bytes(target)
+    needed = preflight.needed_memory(plan, jobs)
+    sink.screen([report.needs_line(plan.total_bytes, free, needed)])
+    if options.dry_run:
+        _dry_run(prepared, target, memory, options)
+        return None
+    assert target is not None
+    assert out is not None
+    return Written(prepared, _write(prepared, target, jobs, memory, options), out)
+
+
+def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, options: Conversion) -> None:
+    """The refusals that a real run would make before its first byte, then the plan as data."""
+    from converter import preflight
+
+    plan = prepared.plan
+    preflight.memory_limit(plan, memory)
+    if target is not None:
+        preflight.check_target(target, plan.inputs, overwrite=options.overwrite)
+        preflight.check_space(plan, target)
+    options.sink.screen(["dry run: nothing written"])
+    options.sink.json(
+        {
+            "dry_run": True,
+            "counts": plan.counts,
+            "total_bytes": plan.total_bytes,
+            "fingerprint": plan.fingerprint,
+            "files": [{"file": s.file, "size": s.size, "tensors": len(s.entries)} for s in plan.shards],
+            "dropped": dict(plan.dropped),
+            "notes": _notes(prepared),
+        }
+    )
+
+
+def _notes(prepared: Prepared) -> list[dict[str, str]]:
+    return [{"severity": n.severity, "code": n.code, "text": n.text} for n in prepared.context.notes]
+
+
+def _write(prepared: Prepared, out: Path, jobs: int, memory: int | None, options: Conversion) -> Receipt:
+    from converter.execute import write
+    from converter.recipe_run import refuse_no_op
+
+    try:
+        with progress(options.sink) as reporter:
+            return write(
+                prepared.plan,
+                out,
+                jobs=jobs,
+                memory=memory,
+                overwrite=options.overwrite,
+                resume=not options.no_resume,
+                verify=not options.no_verify,
+                reporter=reporter,
+                accept=lambda measures: refuse_no_op(prepared, measures),
+            )
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else 2
+        kept = f"what is done is kept in {out}.partial; the same command again resumes it"
+        raise Interrupted(number, f"interrupted, nothing published: {kept}") from None
+
+
+def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:
+    """The screen's last lines, and what to type next."""
+    from converter import report
+
+    receipt = written.receipt
+    sink.screen(written.screen())
+    if sink.verbose:
+        sink.screen(report.by_projection(receipt.measures))
+    sink.screen(report.next_lines(commands))
+    sink.json(
+        {
+            "out": written.out,
+            "receipt": dict(receipt.content),
+            "notes": _notes(written.prepared),
+            "seconds": round(receipt.seconds, 3),
+            "next": list(commands),
+        }
+    )
+
+
+def _next_commands(written: Written) -> list[str]:
+    """The check, then a line that loads the model."""
+    config: Mapping[str, Any] = written.prepared.checkpoint.config
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else ""
+    commands = [f"rlhf-convert inspect {shlex.quote(written.out)}"]
+    if isinstance(name, str) and name.isidentifier():
+        path = written.out if written.out.startswith(("/", ".", "~")) else f"./{written.out}"
+        loads = f"from transformers import {name} as M; print(M.from_pretrained({path!r}))"
+        commands.append(f"python -c {shlex.quote(loads)}")
+    return commands
+
+
+def _pad_token(out: Path) -> str | None:
+    """The pad token's text, from the tokenizer that was written; None where there is none."""
+    try:
+        with (out / "tokenizer_config.json").open("rb") as file:
+            config = json.loads(file.read(SMALL_FILE))
+    except (OSError, ValueError):
+        return None
+    token = config.get("pad_token") if isinstance(config, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None

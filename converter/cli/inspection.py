@@ -1,0 +1,271 @@
+"""`rlhf-convert inspect`: what a folder holds, from headers and configs alone, broken or not."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.cli.options import Display
+from converter.errors import ConvertError, Refused, fold, show
+from converter.registry import sources
+from converter.report import adapter_kind, dtype_word, label_count, line, next_lines, short_revision
+from converter.sizes import format_size
+
+if TYPE_CHECKING:
+    from converter.sources.survey import Survey
+
+HEADS = ("score", "classifier", "v_head", "value_head", "lm_head", "embed_out")
+"""Modules that come after a backbone, as transformers, TRL and the common trainers name them."""
+
+LORA_MARK = ".lora_"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A folder, the source that knows it, and what lies in it."""
+
+    asked: str
+    path: Path
+    revision: str | None
+    source: str
+    survey: Survey
+    config: Mapping[str, Any]
+    config_fault: str | None
+
+    @property
+    def is_adapter(self) -> bool:
+        """True for an adapter, false for a model."""
+        return self.source == "peft"
+
+    @property
+    def errors(self) -> list[str]:
+        """Faults that stop every verb."""
+        faults = [f.text for f in self.survey.faults if f.severity == "error"]
+        return faults + ([self.config_fault] if self.config_fault else [])
+
+
+def inspect(asked: str, revision: str | None, options: Display) -> int:
+    """Show what a folder holds; exit code 1 where something is wrong with it."""
+    found = look(asked, revision)
+    options.sink.screen(_screen(found))
+    options.sink.json(_json(found))
+    worth_telling = [f for f in found.survey.faults if f.severity != "cosmetic"]
+    return 1 if worth_telling or found.config_fault else 0
+
+
+def screen(asked: str) -> list[str]:
+    """What `inspect` prints."""
+    return _screen(look(asked, None))
+
+
+def look(asked: str, revision: str | None) -> Found:
+    """Find the folder and read its headers.
+
+    Raises:
+        UsageError: nothing that can be inspected has that name.
+        Refused: a Hub id that is not in the cache (`hub-not-cached`): inspecting downloads nothing.
+    """
+    from converter.recipe_run import nothing_in
+    from converter.sources.locate import resolve
+
+    try:
+        located = resolve(asked, revision=revision, allow_download=False)
+    except Refused as error:
+        if error.code == "hub-not-cached":
+            error.what = f"{show(asked)} is neither a folder here nor in the Hub's cache, and inspecting downloads nothing"
+            error.next = f"hf download {shlex.quote(asked)}"
+        raise
+    for name, source in sources().items():
+        if source.detect(located.path):
+            survey = source.survey(located.path)
+            config, fault = _config(located.path / ("adapter_config.json" if name == "peft" else "config.json"))
+            return Found(asked, located.path, located.revision, name, survey, config, fault)
+    raise nothing_in(located.path, asked)
+
+
+def _config(path: Path) -> tuple[Mapping[str, Any], str | None]:
+    from converter.strict_json import load_json
+
+    if not path.is_file():
+        return {}, None  # the survey says so
+    try:
+        value = load_json(path, root=path.parent)
+    except ConvertError as error:
+        return {}, f"{path.name}: {error.what}"
+    return (value, None) if isinstance(value, dict) else ({}, f"{path.name} is no JSON object")
+
+
+def _screen(found: Found) -> list[str]:
+    at = f"@{show(short_revision(found.revision))}" if found.revision else ""
+    lines = _adapter(found) if found.is_adapter else _model(found)
+    kind = "adapter" if found.is_adapter else "model"
+    title = adapter_kind(found.config) if found.is_adapter else _family(found.config)
+    return [f"{show(found.asked)}{at}: {kind}, {title}", *lines, *_faults(found), *next_lines(_next(found))]
+
+
+# Models
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    """`Qwen2ForSequenceClassification (qwen2), 1 label`."""
+    architectures = config.get("architectures")
+    name = show(architectures[0]) if isinstance(architectures, list) and architectures else "no architecture recorded"
+    family = f" ({show(config['model_type'])})" if config.get("model_type") else ""
+    labels = label_count(config) if "ForSequenceClassification" in name else None
+    return name + family + ("" if labels is None else f", {labels} {'label' if labels == 1 else 'labels'}")
+
+
+def _model(found: Found) -> list[str]:
+    lines = [_weights(found.survey), *_shape(found.config)]
+    heads = _heads(found.survey)
+    if heads:
+        lines.append(line("head", "; ".join(f"{show(n)} {_shape_of(found.survey, n)}" for n in heads)))
+    from converter.sources.ties import find_ties
+
+    for group in find_ties(found.survey.entries, found.config):
+        stored = [n for n in group if n in found.survey.entries]
+        how = "" if len(stored) < len(group) else " (both are stored)"
+        lines.append(line("tied", f"{' = '.join(show(n) for n in group)}{how}"))
+    return lines
+
+
+def _weights(survey: Survey) -> str:
+    """`weights  7.07 B parameters in 339 tensors, bf16, 14.1 GB in 4 files`."""
+    files = len(survey.files)
+    return line(
+        "weights",
+        f"{_count(_parameters(survey))} parameters in {len(survey.entries)} tensors, {_dtypes(survey)}, "
+        f"{format_size(sum(survey.files.values()))} in {files} {'file' if files == 1 else 'files'}",
+    )
+
+
+def _parameters(survey: Survey) -> int:
+    return sum(e.info.numel for e in survey.entries.values())
+
+
+def _dtypes(survey: Survey) -> str:
+    sizes: Counter[Any] = Counter()
+    for entry in survey.entries.values():
+        sizes[entry.info.dtype] += max(entry.info.nbytes, 1)
+    return " and ".join(dtype_word(d) for d, _ in sizes.most_common()) or "no tensors"
+
+
+def _count(number: int) -> str:
+    """`7.07 B`, `494 M`, `120 K`: parameters as people count them."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:.0f} {unit}"
+    return str(number)
+
+
+_SHAPE_KEYS = {
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "vocabulary": ("vocab_size",),
+}
+
+
+def _shape(config: Mapping[str, Any]) -> list[str]:
+    inner = config.get("text_config")
+    nested = inner if isinstance(inner, Mapping) else {}
+    words = []
+    for word, keys in _SHAPE_KEYS.items():
+        value = next((c[k] for k in keys for c in (config, nested) if isinstance(c.get(k), int)), None)
+        if value is not None:
+            words.append(f"{word} {value}")
+    return [line("shape", ", ".join(words))] if words else []
+
+
+def _heads(survey: Survey) -> list[str]:
+    return [n for n in survey.entries if any(part in HEADS for part in n.split(".")[:-1]) and LORA_MARK not in n]
+
+
+def _shape_of(survey: Survey, name: str) -> str:
+    info = survey.entries[name].info
+    return f"({', '.join(map(str, info.shape))}) {dtype_word(info.dtype)}"
+
+
+# Adapters
+
+
+def _adapter(found: Found) -> list[str]:
+    survey = found.survey
+    modules = {n.partition(LORA_MARK)[0] for n in survey.entries if LORA_MARK in n}
+    kinds = Counter(m.rpartition(".")[2] for m in modules)
+    whole = [n for n in survey.entries if LORA_MARK not in n]
+    lines = [line("base", _base(found.config)), _weights(survey)]
+    if modules:
+        listed = ", ".join(f"{show(k)}" for k in sorted(kinds))
+        lines.append(line("targets", f"{len(modules)} modules: {listed}"))
+    if whole:
+        lines.append(line("whole", f"{len(whole)} tensors: {fold(whole)}"))
+    return lines
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    """The base that the adapter records, and whether it is at hand."""
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        return "not recorded; name it with --base"
+    try:
+        from converter.sources.locate import resolve
+
+        resolve(name, revision=config.get("revision") or None, allow_download=False)
+    except ConvertError:
+        return f"{show(name)}, neither here nor in the Hub's cache"
+    return f"{show(name)}, {'here' if Path(name).expanduser().is_dir() else 'in the Hub cache'}"
+
+
+# Faults and what to do
+
+
+def _faults(found: Found) -> list[str]:
+    lines = []
+    for fault in found.survey.faults:
+        word = {"error": "ERROR", "changes-numbers": "CHANGES"}.get(fault.severity, "note")
+        lines.append(line(word, f"{fault.code}: {fault.text}"))
+        if fault.next:
+            lines.append(line("", fault.next))
+    if found.config_fault:
+        lines.append(line("ERROR", found.config_fault))
+    return lines or [line("faults", "none found in headers and configs")]
+
+
+def _next(found: Found) -> list[str]:
+    path = shlex.quote(found.asked)
+    if found.errors:
+        return []
+    if found.is_adapter:
+        base = "" if found.config.get("base_model_name_or_path") else " --base BASE"
+        return [f"rlhf-convert merge-lora {path} OUT{base}"]
+    return [f"rlhf-convert reshard {path} OUT --max-shard-size 5GB", f"rlhf-convert merge-lora ADAPTER OUT --base {path}"]
+
+
+def _json(found: Found) -> dict[str, Any]:
+    survey = found.survey
+    return {
+        "path": found.asked,
+        "revision": found.revision,
+        "detected": "adapter" if found.is_adapter else "model",
+        "source": found.source,
+        "architectures": found.config.get("architectures"),
+        "model_type": found.config.get("model_type"),
+        "peft_type": found.config.get("peft_type"),
+        "base": found.config.get("base_model_name_or_path"),
+        "parameters": _parameters(survey),
+        "tensors": len(survey.entries),
+        "dtypes": sorted({e.info.dtype.value for e in survey.entries.values()}),
+        "files": dict(survey.files),
+        "heads": {n: list(survey.entries[n].info.shape) for n in _heads(survey)},
+        "faults": [
+            {"code": f.code, "severity": f.severity, "text": f.text, "where": f.where, "next": f.next}
+            for f in survey.faults
+        ]
+        + ([{"code": "config", "severity": "error", "text": found.config_fault}] if found.config_fault else []),
+    }
+
+

@@ -1,0 +1,138 @@
+"""Options that several verbs share, each described once, in users' own words."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from converter.cli.sink import Sink
+from converter.errors import UsageError
+
+
+class LayoutChoice(StrEnum):
+    """How tensors are spread over files."""
+
+    auto = "auto"
+    preserve = "preserve"
+    pack = "pack"
+
+
+class NumericsChoice(StrEnum):
+    """How a merge rounds."""
+
+    best = "best"
+    peft = "peft"
+
+
+@dataclass(frozen=True)
+class Display:
+    """How a verb shows what it has to say."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, errors included.")] = False
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")] = False
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False
+
+    @property
+    def sink(self) -> Sink:
+        """Where the output goes."""
+        return Sink(self.as_json, self.quiet, self.verbose)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """How inputs are found on the Hub."""
+
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="REV", help="Hub commit, branch or tag of the first argument.", show_default=False),
+    ] = None
+    token: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="Hub token; default: as huggingface_hub finds it.", show_default=False),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Conversion(Fetch, Display):
+    """Everything that verbs which write a checkpoint share."""
+
+    out_option: Annotated[
+        str | None,
+        typer.Option("-o", "--out", metavar="OUT", help="Where to write, instead of the argument.", show_default=False),
+    ] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan everything, write nothing.")] = False
+    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe and stop.")] = False
+    jobs: Annotated[
+        int | None,
+        typer.Option("-j", "--jobs", metavar="N", min=1, help="Threads; default: one a core.", show_default=False),
+    ] = None
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory to stay under, as 2GB.", show_default=False)
+    ] = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE", help="Cast to bf16, fp16 or fp32; default: each tensor's own.", show_default=False
+        ),
+    ] = None
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest output file, as 5GB.", show_default=False)
+    ] = None
+    layout: Annotated[
+        LayoutChoice | None,
+        typer.Option(help="Keep the source's files, or fill new ones; default: auto.", show_default=False),
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that this tool made.")] = False
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="Go on past a refusal that printed CODE. Repeatable.", show_default=False),
+    ] = None
+    keep_code: Annotated[bool, typer.Option("--keep-code", help="Carry .py files of the source along.")] = False
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming OUT.partial.")] = False
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip reading the output back.")] = False
+
+    def target(self, argument: str | None) -> str | None:
+        """The output folder, from the argument or from `--out`.
+
+        Raises:
+            UsageError: both are given and differ (`usage`).
+        """
+        if argument and self.out_option and argument != self.out_option:
+            raise UsageError("usage", f"two outputs: {argument} and --out {self.out_option}; give one")
+        return argument or self.out_option
+
+
+def with_options(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the options of a dataclass: each field becomes an option, the command gets one `options` value.
+
+    The command itself doesn't run while Typer parses: what it would do is returned, and `main` runs it.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = inspect.signature(command, eval_str=True)
+        hints = get_type_hints(kind, include_extras=True)
+        fields = dataclasses.fields(kind)
+        shared = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+            for f in fields
+        ]
+        arguments = [p for p in own.parameters.values() if p.name != "options"]
+
+        @functools.wraps(command)
+        def parsed(**values: Any) -> Callable[[], int]:
+            options = kind(**{f.name: values.pop(f.name) for f in fields})
+            return functools.partial(command, **values, options=options)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in arguments] + shared
+        parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        parsed.__annotations__ = {p.name: p.annotation for p in parameters}
+        return parsed
+
+    return decorate

@@ -1,0 +1,40 @@
+"""Pieces of the recipes that verbs build from their arguments."""
+
+from __future__ import annotations
+
+import os
+
+from converter.cli.options import Conversion
+from converter.dtypes import DType
+from converter.errors import UsageError
+from converter.recipe import InputSpec, Output, Recipe, Step
+from converter.sizes import parse_size
+
+
+def input_spec(text: str, revision: str | None = None) -> InputSpec:
+    """The input that a user means by `./folder`, `owner/name` or `owner/name@revision`.
+
+    Raises:
+        UsageError: two revisions (`usage`).
+    """
+    name, at, suffix = text.rpartition("@")
+    is_hub_id = at and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.lexists(text)
+    if not is_hub_id:
+        return InputSpec(text, revision=revision)
+    if revision and revision != suffix:
+        raise UsageError("usage", f"two revisions: {text} and --revision {revision}; give one")
+    return InputSpec(name, revision=suffix)
+
+
+def cast_steps(options: Conversion) -> tuple[Step, ...]:
+    """The step that `--dtype` asks for."""
+    return () if options.dtype is None else (Step("cast", {"dtype": DType.parse(options.dtype).torch_name}),)
+
+
+def output(options: Conversion, recipe: Recipe | None = None) -> Output:
+    """The layout that the options ask for, else the recipe's."""
+    given = recipe.output if recipe else Output()
+    size = given.max_shard_size
+    if options.max_shard_size is not None:
+        size = parse_size(options.max_shard_size, what="--max-shard-size")
+    return Output(given.layout if options.layout is None else options.layout.value, size)

@@ -1,0 +1,26 @@
+"""`rlhf-convert reshard`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from converter.cli.conversion import convert
+from converter.cli.options import Conversion
+from converter.cli.recipes import cast_steps, input_spec, output
+from converter.recipe import SOURCE, Recipe
+
+if TYPE_CHECKING:
+    from converter.recipe_run import Prepared
+
+
+def reshard(src: str, out: str | None, options: Conversion) -> int:
+    """Rewrite a model folder."""
+    recipe = Recipe({SOURCE: input_spec(src, options.revision)}, cast_steps(options), output(options), file="reshard")
+    return convert(recipe, out, options, head=head)
+
+
+def head(prepared: Prepared) -> list[str]:
+    """The screen's line about the source."""
+    from converter import report
+
+    return [report.base_line("source", prepared.opened[SOURCE], recorded=False)]

@@ -1,0 +1,56 @@
+"""`rlhf-convert run`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from converter.cli.conversion import convert
+from converter.cli.options import Conversion
+from converter.cli.recipes import cast_steps, input_spec, output
+from converter.errors import UsageError, show
+from converter.recipe import SOURCE, InputSpec, load_recipe
+
+if TYPE_CHECKING:
+    from converter.recipe_run import Prepared
+
+
+def run(name: str, given: tuple[str, ...], out: str | None, options: Conversion) -> int:
+    """Run a recipe, with the inputs and the output options that the command line adds."""
+    recipe = load_recipe(name).with_inputs(_inputs(given))
+    steps = (*recipe.steps, *cast_steps(options))
+    recipe = dataclasses.replace(recipe, steps=steps, output=output(options, recipe))
+    if options.revision is not None:
+        source = dataclasses.replace(recipe.inputs.get(SOURCE, InputSpec()), revision=options.revision)
+        recipe = dataclasses.replace(recipe, inputs={**recipe.inputs, SOURCE: source})
+    return convert(recipe, out, options, head=head)
+
+
+def _inputs(given: tuple[str, ...]) -> dict[str, InputSpec]:
+    """`NAME=PATH` as a mapping.
+
+    Raises:
+        UsageError: not of that form, or a name given twice (`usage`).
+    """
+    found: dict[str, InputSpec] = {}
+    for each in given:
+        name, equals, path = each.partition("=")
+        if not equals or not name or not path:
+            raise UsageError("usage", f"--input takes NAME=PATH, not {show(each)}")
+        if name in found:
+            raise UsageError("usage", f"--input {show(name)} is given twice")
+        found[name] = input_spec(path)
+    return found
+
+
+def head(prepared: Prepared) -> list[str]:
+    """The screen's lines about the inputs, by their names in the recipe."""
+    from converter import report
+
+    lines = []
+    for name, checkpoint in prepared.opened.items():
+        if checkpoint.origin.kind == "adapter":
+            lines.append(report.adapter_line(checkpoint))
+        else:
+            lines.append(report.base_line(name, checkpoint, recorded=name in prepared.recorded))
+    return lines

@@ -1,0 +1,59 @@
+"""Where output goes: data on stdout, everything else on stderr, nothing but JSON on stdout with `--json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from converter.errors import ConvertError
+
+JSON_VERSION = 1
+"""Version of every JSON object that is printed; raised when a key changes its meaning."""
+
+
+@dataclass(frozen=True)
+class Sink:
+    """Prints what a verb has to say, as the user asked for it."""
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    def data(self, text: str) -> None:
+        """What was asked for, whatever the flags."""
+        print(text, flush=True)
+
+    def screen(self, lines: Iterable[str]) -> None:
+        """Lines of a report; not with `--json` or `-q`."""
+        if not self.as_json and not self.quiet:
+            for each in lines:
+                print(each, flush=True)
+
+    def tell(self, text: str) -> None:
+        """A line about the run itself, on stderr; not with `-q`."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def json(self, value: Mapping[str, Any]) -> None:
+        """One JSON object on stdout, with `--json` only."""
+        if self.as_json:
+            print(json.dumps({"version": JSON_VERSION, **value}, indent=2, ensure_ascii=True), flush=True)
+
+
+def error_to_user(error: ConvertError, *, as_json: bool) -> int:
+    """Print an error as the user asked for it and return its exit code."""
+    if os.environ.get("RLHF_CONVERT_DEBUG") == "1":
+        traceback.print_exception(error.__cause__ or error, file=sys.stderr)
+    if as_json:
+        Sink(as_json=True).json({"error": error.to_json()})
+        return error.exit_code
+    from converter.report import refusal
+
+    for each in refusal(error):
+        print(each, file=sys.stderr, flush=True)
+    return error.exit_code

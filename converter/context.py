@@ -1,0 +1,140 @@
+"""What a converter may ask of the world: values of a few tensors, equality of two, the user's consent. No torch.
+
+There is no other way to values at planning time. Every answer is recorded and travels in the plan as evidence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from converter.errors import Refused, fold
+from converter.files import open_input, read_exact
+from converter.tensors import ByteRun, LazyTensor, byte_runs, describe
+
+MAX_READ = 1 << 20
+"""Bytes that a converter may read of one tensor; more is refused, so that planning stays a matter of headers."""
+
+STREAM_BLOCK = 1 << 22
+"""Bytes held of each side while two tensors are compared."""
+
+Severity = Literal["info", "cosmetic", "changes-numbers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that the user should know of this run; `changes-numbers` says that results may differ from training."""
+
+    severity: Severity
+    code: str
+    text: str
+
+
+@dataclass
+class Context:
+    """What a converter is called with; holds the user's consents and collects notes and evidence.
+
+    Attributes:
+        allow: codes that the user consented to with `--allow`.
+        notes: printed before the run and kept in the receipt.
+        consents: codes that were needed and given, with what was refused otherwise.
+        evidence: what was read at planning time and what it showed; part of the plan's fingerprint.
+    """
+
+    allow: frozenset[str] = frozenset()
+    notes: list[Note] = field(default_factory=list)
+    consents: dict[str, str] = field(default_factory=dict)
+    evidence: list[str] = field(default_factory=list)
+
+    def note(self, severity: Severity, code: str, text: str) -> None:
+        """Tell the user something, once."""
+        note = Note(severity, code, text)
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def consent(self, error: Refused) -> None:
+        """Stop with `error` unless the user allowed its code; a given consent is kept for the receipt."""
+        if error.code not in self.allow:
+            error.consent = True
+            raise error
+        self.consents[error.code] = error.what
+
+    def read(self, tensor: LazyTensor, *, max_bytes: int = MAX_READ) -> bytes:
+        """The bytes of a small stored tensor, little-endian and row-major.
+
+        Raises:
+            Refused: larger than `max_bytes` (`read-too-large`), or not stored as it is (`read-computed`).
+        """
+        if tensor.info.nbytes > max_bytes:
+            raise Refused("read-too-large", f"planning may read {max_bytes} bytes of a tensor, not {tensor.info.nbytes}")
+        raw = b"".join(_blocks(_runs(tensor)))
+        digest = hashlib.sha256(raw).hexdigest()[:16]
+        self.evidence.append(f"read {tensor.info.dtype.value} {list(tensor.info.shape)} sha256 {digest}")
+        return raw
+
+    def is_zero(self, tensor: LazyTensor) -> bool:
+        """True where every element is zero (of either sign), streamed; stops at the first other byte."""
+        width = tensor.info.dtype.bits // 8 if tensor.info.dtype.is_float and tensor.info.dtype.bits % 8 == 0 else 0
+        zero = all(_only_zeros(block, width) for block in _blocks(_runs(tensor)))
+        self.evidence.append(f"{describe(tensor)} is {'zero' if zero else 'not zero'}")
+        return zero
+
+    def equal(self, a: LazyTensor, b: LazyTensor) -> bool:
+        """True where both have one dtype, shape and content, bit by bit; streamed, stops at the first difference."""
+        same = a.info == b.info
+        if same:
+            left, right = _blocks(_runs(a)), _blocks(_runs(b))
+            same = all(x == y for x, y in zip(_aligned(left), _aligned(right), strict=True))
+        self.evidence.append(f"{fold([describe(a)])} {'equals' if same else 'differs from'} {fold([describe(b)])}")
+        return same
+
+
+def _only_zeros(block: bytes, float_width: int) -> bool:
+    """True where all bytes are zero, but for the sign bits of floats of `float_width` bytes (0: no sign bits)."""
+    if not block.strip(b"\0"):
+        return True
+    if not float_width:
+        return False
+    signs = block[float_width - 1 :: float_width]
+    return not signs.strip(b"\0\x80") and not any(block[i::float_width].strip(b"\0") for i in range(float_width - 1))
+
+
+def _runs(tensor: LazyTensor) -> tuple[ByteRun, ...]:
+    runs = byte_runs(tensor)
+    if runs is None:
+        raise Refused("read-computed", f"a computed tensor can't be read while planning: {describe(tensor)}")
+    return runs
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    fd = open_input(Path(path))
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _blocks(runs: tuple[ByteRun, ...]) -> Iterator[bytes]:
+    for run in runs:
+        with _opened(run.file) as fd:
+            for at in range(0, run.length, STREAM_BLOCK):
+                length = min(STREAM_BLOCK, run.length - at)
+                yield read_exact(fd, run.offset + at, length, file=run.file)
+
+
+def _aligned(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in blocks of `STREAM_BLOCK`, the last one shorter, wherever the runs were cut."""
+    held = bytearray()
+    for block in blocks:
+        held += block
+        while len(held) >= STREAM_BLOCK:
+            yield bytes(held[:STREAM_BLOCK])
+            del held[:STREAM_BLOCK]
+    if held:
+        yield bytes(held)

@@ -1,0 +1,1 @@
+"""Converters: pure functions from checkpoint to checkpoint. They move no tensor bytes."""

@@ -1,0 +1,382 @@
+"""`merge-lora`: LoRA, rsLoRA and DoRA adapters folded into the weights of their base.
+
+Every adapter tensor is consumed exactly once and every config field is known, or it stops: PEFT itself skips tensors
+that match nothing, and returns the base with exit 0.
+
+Numerics: `best` adds all adapters in fp32 (fp64 for fp32 bases) and rounds once; `peft` is bit-identical to
+`merge_and_unload`, also where PEFT rounds twice. Where an adapter touches one side of a tie, both modes untie:
+PEFT's merge moves both sides, which is not what the adapter computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from converter import tensors
+from converter.checkpoint import Checkpoint, SideFile
+from converter.context import Context
+from converter.converters.adapter_config import AdapterConfig, read_adapter_config
+from converter.converters.adapter_keys import Module, NameRule, find_rule, read_modules
+from converter.converters.layer_merge import Layer, Update, merged_bias, merged_weight, with_token_rows
+from converter.converters.task_head import NewHead, add_task_head, is_new_head
+from converter.errors import Refused, UsageError, fold, show
+from converter.files import Identity
+from converter.inputs import Input
+from converter.side_files import adapter_first
+from converter.tensors import LazyTensor
+
+Numerics = Literal["best", "peft"]
+
+
+@dataclass(frozen=True)
+class MergeLora:
+    """Merge adapters into the checkpoint that flows through.
+
+    Attributes:
+        adapters: opened adapter checkpoints.
+        weights: a factor for each adapter's update, in order; empty: 1 each.
+        numerics: `best` or `peft`.
+        base_is_residual: the base is already the one that a PiSSA or OLoRA start left; do not move it again.
+    """
+
+    name: ClassVar[str] = "merge-lora"
+
+    adapters: tuple[Input, ...]
+    weights: tuple[float, ...] = ()
+    numerics: Numerics = "best"
+    base_is_residual: bool = False
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The merged checkpoint.
+
+        Raises:
+            Refused: an adapter does not fit the base, is incomplete, or would change nothing.
+            UsageError: weights that do not go with the adapters.
+        """
+        if not self.adapters:
+            raise UsageError("no-adapter", "merge-lora needs an adapter")
+        weights = self.weights or (1.0,) * len(self.adapters)
+        if len(weights) != len(self.adapters):
+            raise UsageError("weights", f"{len(weights)} weights were given for {len(self.adapters)} adapters")
+        if self.numerics == "peft" and any(w != 1 for w in weights):
+            raise UsageError("weights", "PEFT merges with weight 1 only; use --numerics best with --weight")
+        _refuse_quantised(checkpoint)
+        merge = _Merge(checkpoint, context, self.numerics)
+        for adapter, weight in zip(self.adapters, weights, strict=True):
+            merge.add(adapter, float(weight), read_adapter_config(adapter, base_is_residual=self.base_is_residual))
+        return merge.result()
+
+
+def _refuse_quantised(base: Checkpoint) -> None:
+    if base.config.get("quantization_config"):
+        raise Refused(
+            "base-quantised",
+            "the base is quantised; a merge needs the 16 or 32 bit weights it was made from",
+            where=show(base.origin.asked),
+            next="name the unquantised base: --base DIR",
+        )
+
+
+@dataclass
+class _Merge:
+    """Updates of all adapters, collected by base tensor, then applied together so that each is rounded once."""
+
+    base: Checkpoint
+    context: Context
+    numerics: Numerics
+    updates: dict[str, list[Update]] = field(default_factory=dict)
+    bias_updates: dict[str, list[tuple[LazyTensor, float]]] = field(default_factory=dict)
+    replaced: dict[str, LazyTensor] = field(default_factory=dict)
+    token_rows: dict[str, tuple[LazyTensor, tuple[int, ...]]] = field(default_factory=dict)
+    heads: list[NewHead] = field(default_factory=list)
+    one_sided: set[str] = field(default_factory=set)
+    adapters: list[Checkpoint] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    prefix: str = ""
+
+    def add(self, adapter: Checkpoint, weight: float, config: AdapterConfig) -> None:
+        where = show(adapter.origin.asked)
+        read = read_modules(adapter.tensors, where)
+        self.adapters.append(adapter)
+        self._settle_ties(read.modules)
+        new = {n for n, m in read.modules.items() if is_new_head(m, config, self._names())}
+        rule = self._rule(read.modules, new, where)
+        self._say_names(rule, read.stripped)
+        self._keep_prefix(rule, read.modules, new)
+        factors: list[tuple[str, LazyTensor]] = []
+        for module in read.modules.values():
+            if module.name in new:
+                self.heads.append(NewHead(module, config, adapter))
+                continue
+            self._replace(module, rule.apply(module.name), config, where)
+            self._token_rows(module, rule.apply(module.name), config, where)
+            layer = Layer(module, rule.apply(module.name), config, weight, where)
+            if module.factors:
+                name, update = self._update(layer)
+                self.updates.setdefault(name, []).append(update)
+                factors.append((module.name, update.b))
+            bias = module.factors.get("lora_B.bias")
+            if bias is not None:
+                self._bias(layer, bias, weight * config.scale_of(module.name))
+        self._refuse_no_op(factors, config, read.modules, where)
+
+    def _settle_ties(self, modules: Mapping[str, Module]) -> None:
+        """A config may tie two tensors that are stored with different values; loaders then do not tie them."""
+        touched = {name.rpartition(".")[2] for name in modules}
+        for group in self.base.ties:
+            stored = [n for n in group if n in self.base.tensors]
+            if len(stored) < 2 or not any(n.split(".")[-2] in touched for n in stored if "." in n):
+                continue
+            first = self.base.tensors[stored[0]]
+            if not all(self.context.equal(first, self.base.tensors[n]) for n in stored[1:]):
+                text = f"{fold(stored)} are tied in config.json and differ in the files; they are kept apart, as transformers 5 does"
+                self.context.note("changes-numbers", "tied-differ", text)
+                self.base = _untie(self.base, stored, self.context)
+
+    def _names(self) -> set[str]:
+        """Tensors of the base, those that exist only through a tie included."""
+        return set(self.base.tensors) | {name for group in self.base.ties for name in group}
+
+    def _rule(self, modules: Mapping[str, Module], new: set[str], where: str) -> NameRule:
+        needed: dict[str, list[str]] = {}
+        for name, module in modules.items():
+            if name in new:
+                continue
+            leaves = [*module.replaced]
+            if (module.factors or module.token_rows is not None) and "weight" not in leaves:
+                leaves.append("weight")
+            needed[name] = leaves
+        return find_rule(needed, self._names(), adapter=where, base=show(self.base.origin.asked))
+
+    def _say_names(self, rule: NameRule, stripped: tuple[str, ...]) -> None:
+        taken = [s for s in stripped if s != "`base_model.model.`"]
+        if taken or rule.words != "names as in the base":
+            words = [*(f"{s} taken off" for s in taken), rule.words]
+            self.context.note("info", "adapter-names", "adapter names: " + "; ".join(words))
+
+    def _keep_prefix(self, rule: NameRule, modules: Mapping[str, Module], new: set[str]) -> None:
+        """Remember the backbone prefix that the base lacks on disk: a head beside a bare backbone would not load."""
+        for name in modules:
+            first, _, rest = name.partition(".")
+            if name not in new and rest and rule.apply(name) == rest:
+                self.prefix = first + "."
+
+    def _stored(self, name: str) -> LazyTensor:
+        """The base's tensor, or the one it is tied to; an adapter's copy of it where there is one."""
+        for candidate in (name, *self.base.tied_to(name)):
+            if candidate in self.replaced and (candidate == name or candidate not in self.one_sided):
+                return self.replaced[candidate]
+        for candidate in (name, *self.base.tied_to(name)):
+            if candidate in self.base.tensors:
+                return self.base.tensors[candidate]
+        raise Refused("adapter-unmatched", f"the base has no {show(name)}", where=show(self.base.origin.asked))
+
+    def _replace(self, module: Module, target: str, config: AdapterConfig, where: str) -> None:
+        for leaf, tensor in module.replaced.items():
+            name = f"{target}.{leaf}"
+            if name in self.replaced:
+                raise Refused("adapters-conflict", f"two adapters replace {show(name)}; only one can", where=where)
+            old = self._stored(name)
+            saved = module.saved or any(_names_module(module.name, m) for m in config.modules_to_save)
+            grows = leaf == "weight" and tensor.info.shape[1:] == old.info.shape[1:] and len(old.info.shape) == 2
+            if tensor.info.shape != old.info.shape and not grows:
+                raise Refused(
+                    "adapter-shape",
+                    f"{show(module.keys[0])} does not fit the base's {show(name)}",
+                    where=where,
+                    expected=str(list(old.info.shape)),
+                    got=str(list(tensor.info.shape)),
+                )
+            if saved and not config.ensure_weight_tying:
+                self.one_sided.add(name)
+            elif self._has_twin(name, tensor, where):
+                self.dropped[module.keys[0]] = f"identical with {show(name)}, to which it is tied"
+                continue
+            self.replaced[name] = tensors.cast(tensor, old.info.dtype)
+            if name in self.base.tensors:
+                self.dropped[name] = "replaced by the adapter's own"
+
+    def _has_twin(self, name: str, tensor: LazyTensor, where: str) -> bool:
+        """True where the adapter has the tensor a second time, as its tied partner.
+
+        Raises:
+            Refused: the two differ, though the model has one tensor (`tied-copies-differ`).
+        """
+        twins = [n for n in self.base.tied_to(name) if n in self.replaced and n not in self.one_sided]
+        for twin in twins:
+            if not self.context.equal(tensors.cast(tensor, self.replaced[twin].info.dtype), self.replaced[twin]):
+                what = f"{show(name)} and {show(twin)} are one tensor in the base, and the adapter's copies differ"
+                raise Refused("tied-copies-differ", what, where=where)
+        return bool(twins)
+
+    def _token_rows(self, module: Module, target: str, config: AdapterConfig, where: str) -> None:
+        rows = module.token_rows
+        if rows is None:
+            return
+        name = f"{target}.weight"
+        indices = config.token_indices.get("", ())
+        for key, listed in config.token_indices.items():
+            if key and _names_module(module.name, key):
+                indices = listed
+        if len(indices) != rows.info.shape[0] or len(set(indices)) != len(indices):
+            raise Refused(
+                "adapter-tokens",
+                f"{show(module.keys[0])} has {rows.info.shape[0]} rows, and the config lists {len(indices)} token indices",
+                where=where,
+            )
+        if name in self.token_rows:
+            raise Refused("adapters-conflict", f"two adapters train rows of {show(name)}", where=where)
+        self.token_rows[name] = (rows, indices)
+
+    def _update(self, layer: Layer) -> tuple[str, Update]:
+        name = f"{layer.target}.weight"
+        if layer.config.init in ("pissa", "olora") and len(self.adapters) > 1:
+            raise Refused("adapters-conflict", "PiSSA and OLoRA move the base and can't be merged with others", where=layer.where)
+        return name, layer.update(self._stored(name).info, self.base.config)
+
+    def _bias(self, layer: Layer, bias: LazyTensor, scale: float) -> None:
+        name = f"{layer.target}.bias"
+        if name not in self.base.tensors:
+            raise Refused(
+                "adapter-bias", f"lora_B of {show(layer.module.name)} has a bias, and the base layer has none", where=layer.where
+            )
+        self.bias_updates.setdefault(name, []).append((bias, scale))
+
+    def _refuse_no_op(
+        self, factors: list[tuple[str, LazyTensor]], config: AdapterConfig, modules: Mapping[str, Module], where: str
+    ) -> None:
+        other = any(m.replaced or m.token_rows is not None or "lora_B.bias" in m.factors for m in modules.values())
+        zero = [name for name, b in factors if self.context.is_zero(b)]
+        scaleless = [name for name, _ in factors if config.scale_of(name) == 0]
+        if factors and len(scaleless) == len(factors):
+            what = "lora_alpha is 0: every update is zero, and the result would be the base"
+            self.context.consent(Refused("no-op", what, where=where, next="set the alpha that training used"))
+        elif factors and len(zero) == len(factors) and not config.use_dora and not other:
+            what = f"every lora_B is zero ({len(zero)} of {len(factors)}): the adapter was never trained, the result would be the base"
+            self.context.consent(Refused("no-op", what, where=where, next="look for a later checkpoint of the run"))
+        elif zero:
+            self.context.note("info", "zero-lora-b", f"{len(zero)} of {len(factors)} lora_B are zero: {fold(zero)}")
+
+    def result(self) -> Checkpoint:
+        out: dict[str, LazyTensor] = dict(self.base.tensors)
+        untied: list[str] = []
+        for name in dict.fromkeys([*self.replaced, *self.token_rows, *self.updates]):
+            tensor = self._merged(name)
+            partners = self.base.tied_to(name)
+            if not partners:
+                out[name] = tensor
+            elif name in self.updates or name in self.one_sided:
+                untied.append(name)
+                out[name] = tensor
+                for partner in partners:
+                    if partner not in self.updates and partner not in self.replaced:
+                        out[partner] = self._partner(name, partner)
+            else:
+                for member in (name, *partners):
+                    if member in out:
+                        out[member] = tensor
+        for name, added in self.bias_updates.items():
+            out[name] = merged_bias(self._stored(name), added, self.numerics)
+        checkpoint = self.base.replace(tensors=out, inputs=self._inputs(), side_files=self._side_files(), dropped=self.base.dropped | self.dropped)
+        checkpoint = _untie(checkpoint, untied, self.context) if untied else checkpoint
+        checkpoint = _with_vocabulary(checkpoint, self.base)
+        if self.heads:
+            checkpoint = add_task_head(checkpoint, self.heads, self.context, self.prefix, self.numerics == "peft")
+        elif self.prefix and any(n for n in out if n not in self.base.tensors):
+            checkpoint = with_prefix(checkpoint, self.prefix, set(self.base.tensors))
+        return checkpoint
+
+    def _partner(self, name: str, partner: str) -> LazyTensor:
+        """The other side of a tie that comes apart: as it was, but for copies and rows that belong to both."""
+        stored = self._stored(partner) if partner not in self.one_sided else self.replaced[partner]
+        rows = self.token_rows.get(partner) or self.token_rows.get(name)
+        return with_token_rows(stored, *rows) if rows else stored
+
+    def _merged(self, name: str) -> LazyTensor:
+        weight = self._stored(name)
+        if name in self.updates:
+            weight = merged_weight(weight, self.updates[name], self.numerics)
+        rows = self.token_rows.get(name)
+        return with_token_rows(weight, *rows) if rows else weight
+
+    def _side_files(self) -> dict[str, SideFile]:
+        """The tokenizer is the first adapter's that brings one; everything else the base's."""
+        files = dict(self.base.side_files)
+        for adapter in reversed(self.adapters):
+            files = adapter_first(files, adapter.side_files)
+        return files
+
+    def _inputs(self) -> dict[str, Identity]:
+        merged: dict[str, Identity] = dict(self.base.inputs)
+        for adapter in self.adapters:
+            merged |= adapter.inputs
+        return merged
+
+
+def with_prefix(checkpoint: Checkpoint, prefix: str, backbone: set[str]) -> Checkpoint:
+    """Backbone tensors of a base stored without its prefix, under their full names: what loads beside a head."""
+    return checkpoint.rename({n: prefix + n for n in checkpoint.tensors if n in backbone and not n.startswith(prefix)})
+
+
+def _names_module(module: str, name: str) -> bool:
+    return module == name or module.endswith("." + name)
+
+
+def _untie(checkpoint: Checkpoint, names: list[str], context: Context) -> Checkpoint:
+    """Both sides of a tie written as two tensors, and the config told so."""
+    config = dict(checkpoint.config)
+    config["tie_word_embeddings"] = False
+    for key, value in config.items():
+        if isinstance(value, dict) and "tie_word_embeddings" in value:
+            config[key] = value | {"tie_word_embeddings": False}
+    ties = tuple(group for group in checkpoint.ties if not set(group) & set(names))
+    context.note("info", "untied", f"untied: the adapter changes {fold(names)} and not what it is tied to")
+    return checkpoint.replace(config=config, ties=ties)
+
+
+def _with_vocabulary(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """`vocab_size` as many rows as the embeddings have, where an adapter brought resized ones.
+
+    Raises:
+        Refused: only one of an untied pair was resized (`vocab-mismatch`).
+    """
+    rows = {
+        name: (base.tensors[name].info.shape[0], tensor.info.shape[0])
+        for name, tensor in checkpoint.tensors.items()
+        if name in base.tensors and tensor.info.shape != base.tensors[name].info.shape
+    }
+    if not rows:
+        return checkpoint
+    befores, afters = {b for b, _ in rows.values()}, {a for _, a in rows.values()}
+    stale = [
+        name
+        for name, tensor in checkpoint.tensors.items()
+        if name not in rows and name.endswith(".weight") and len(tensor.info.shape) == 2 and _is_vocabulary(name)
+        and tensor.info.shape[0] in befores
+    ]  # fmt: skip
+    if len(befores) != 1 or len(afters) != 1 or stale:
+        raise Refused(
+            "vocab-mismatch",
+            f"the adapter resizes {fold(rows)} and not {fold(stale) or 'the rest'}",
+            where=show(base.origin.asked),
+            expected=f"{sorted(afters)} rows in input and output embeddings",
+            got=f"{sorted(befores)} rows in the base",
+            next="train or save both sides: modules_to_save=['embed_tokens', 'lm_head']",
+        )
+    (before,), (after,) = befores, afters
+    config = dict(checkpoint.config)
+    for key, value in checkpoint.config.items():
+        if key == "vocab_size" and value == before:
+            config[key] = after
+        elif isinstance(value, dict) and value.get("vocab_size") == before:
+            config[key] = value | {"vocab_size": after}
+    return checkpoint.replace(config=config)
+
+
+def _is_vocabulary(name: str) -> bool:
+    module = name.split(".")[-2]
+    return module in ("lm_head", "embed_out", "embed_tokens", "wte", "embed_in", "word_embeddings", "output")
+
+

@@ -1,0 +1,196 @@
+"""A task head from an adapter over a base that has none: a causal model becomes a real reward model.
+
+`LlamaForCausalLM` with a SEQ_CLS adapter becomes `LlamaForSequenceClassification`: the head from the adapter, no
+`lm_head`, as many labels as the head has rows, and a pad token, without which rewards are read at the wrong place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converter import tensors
+from converter.checkpoint import Checkpoint, SideFile
+from converter.context import Context
+from converter.converters.adapter_config import AdapterConfig
+from converter.converters.adapter_keys import Module
+from converter.converters.layer_merge import Layer, merged_weight
+from converter.dtypes import DType
+from converter.errors import Refused, show
+from converter.strict_json import load_json
+from converter.tensors import LazyTensor
+
+TASK_SUFFIX = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+_BASE_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForTokenClassification", "Model")
+_OUTPUT_MODULES = frozenset({"lm_head", "embed_out"})
+_HEAD_MODULES = frozenset({"score", "classifier"})
+MAX_TOKENIZER_BYTES = 200_000_000
+
+
+@dataclass(frozen=True)
+class NewHead:
+    """A module of an adapter that the base does not have."""
+
+    module: Module
+    config: AdapterConfig
+    adapter: Checkpoint
+
+
+def is_new_head(module: Module, config: AdapterConfig, base_names: Collection[str]) -> bool:
+    """True for a task head that the base lacks and the adapter brings.
+
+    Raises:
+        Refused: the adapter has a LoRA on a head whose own weight is nowhere (`head-base-lost`).
+    """
+    first = module.name.split(".")[0]
+    if config.task_type not in TASK_SUFFIX or first in _OUTPUT_MODULES:
+        return False
+    if first not in config.modules_to_save and first not in _HEAD_MODULES:
+        return False
+    if any(name.startswith(module.name + ".") for name in base_names):
+        return False
+    if module.factors and "weight" not in module.replaced:
+        raise Refused(
+            "head-base-lost",
+            f"{show(module.name)} = W0 + BA: BA is in the adapter; W0 was random, frozen and never saved, "
+            "and no base model contains it",
+            next="look in the run's own checkpoints (DeepSpeed global_step*) for the frozen head; "
+            "without it the head can't be recovered",
+        )
+    return True
+
+
+def add_task_head(
+    checkpoint: Checkpoint, heads: Sequence[NewHead], context: Context, prefix: str, cast_to_base: bool
+) -> Checkpoint:
+    """The checkpoint with its heads, its config and without the output embedding of the causal model.
+
+    Args:
+        prefix: what backbone names lack on disk (`transformer.`); they get it, since a head stands beside the backbone.
+        cast_to_base: round the head to the base's dtype, as PEFT does on load; else it keeps its own.
+
+    Raises:
+        Refused: two adapters bring one head (`adapters-conflict`), or the config names no class (`config-architecture`).
+    """
+    dropped = dict(checkpoint.dropped)
+    kept: dict[str, LazyTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if _OUTPUT_MODULES & set(name.split(".")[:-1]):
+            dropped[name] = "a reward model has no output embedding"
+        else:
+            kept[prefix + name if prefix and not name.startswith(prefix) else name] = tensor
+    shards = {(prefix + n if prefix and not n.startswith(prefix) else n): f for n, f in checkpoint.shards.items()}
+    base_dtype = _main_dtype(checkpoint.tensors)
+    for head in heads:
+        for name, tensor in _head_tensors(head).items():
+            if name in kept:
+                raise Refused("adapters-conflict", f"two adapters bring {show(name)}", where=show(head.adapter.origin.asked))
+            kept[name] = tensors.cast(tensor, base_dtype) if cast_to_base else tensor
+            context.note("info", "head", f"{show(name)} {list(tensor.info.shape)} {tensor.info.dtype.value} from the adapter")
+    config = _task_config(checkpoint, heads, context)
+    return checkpoint.replace(tensors=kept, config=config, shards=shards, dropped=dropped, ties=())
+
+
+def _head_tensors(head: NewHead) -> dict[str, LazyTensor]:
+    module = head.module
+    found = {f"{module.name}.{leaf}": tensor for leaf, tensor in module.replaced.items()}
+    if module.factors:
+        weight = module.replaced["weight"]
+        update = Layer(module, module.name, head.config, 1.0, show(head.adapter.origin.asked)).update(weight.info, {})
+        found[f"{module.name}.weight"] = merged_weight(weight, [update], "best")
+    return found
+
+
+def _main_dtype(stored: Mapping[str, LazyTensor]) -> DType:
+    """The dtype that most bytes of floating point have."""
+    sizes: dict[DType, int] = {}
+    for tensor in stored.values():
+        if tensor.info.dtype.is_float:
+            sizes[tensor.info.dtype] = sizes.get(tensor.info.dtype, 0) + tensor.info.nbytes
+    return max(sizes, key=lambda d: sizes[d])
+
+
+def _task_config(checkpoint: Checkpoint, heads: Sequence[NewHead], context: Context) -> dict[str, Any]:
+    config = dict(checkpoint.config)
+    task = heads[0].config.task_type or ""
+    config["architectures"] = [_class_name(config, task, checkpoint)]
+    labels = next(
+        (t.info.shape[0] for h in reversed(heads) for leaf, t in h.module.replaced.items() if leaf == "weight"), 1
+    )
+    if len(config.get("id2label") or {}) != labels:
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+    config["num_labels"] = labels
+    pad, origin = _pad_token(heads[0].adapter, checkpoint)
+    if pad is None:
+        context.note(
+            "changes-numbers",
+            "pad-token-missing",
+            "no pad token is known: batches of more than one row will fail or be scored at the wrong place. "
+            "Set pad_token_id in the output's config.json to the id that training used",
+        )
+    else:
+        before = config.get("pad_token_id")
+        if before is not None and before != pad:
+            context.note("changes-numbers", "pad-token", f"pad_token_id {show(before)} of the base becomes {pad}, as {origin} says")
+        config["pad_token_id"] = pad
+    return config
+
+
+def _class_name(config: Mapping[str, Any], task: str, checkpoint: Checkpoint) -> str:
+    names = config.get("architectures") or []
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    for suffix in _BASE_SUFFIXES:
+        if name.endswith(suffix) and name != suffix:
+            return name.removesuffix(suffix) + TASK_SUFFIX[task]
+    raise Refused(
+        "config-architecture",
+        "config.json names no architecture that a head can be put on",
+        where=show(checkpoint.origin.asked),
+        expected="architectures such as ['LlamaForCausalLM']",
+        got=show(names),
+    )
+
+
+def _pad_token(adapter: Checkpoint, base: Checkpoint) -> tuple[int | None, str]:
+    """The pad token's id and who says so: the adapter's tokenizer, the base's config, the base's tokenizer."""
+    own = pad_token_of(adapter.side_files)
+    if own is not None:
+        return own, "the adapter's tokenizer"
+    configured = base.config.get("pad_token_id")
+    if isinstance(configured, int):
+        return configured, "the base's config"
+    return pad_token_of(base.side_files), "the base's tokenizer"
+
+
+def pad_token_of(files: Mapping[str, SideFile]) -> int | None:
+    """The id of a tokenizer's pad token, read from its files; None where it has none."""
+    token = None
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        value = _json(files, name).get("pad_token")
+        token = token or (value.get("content") if isinstance(value, dict) else value)
+    if not isinstance(token, str):
+        return None
+    for identifier, entry in (_json(files, "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
+        if isinstance(entry, dict) and entry.get("content") == token and str(identifier).isdigit():
+            return int(identifier)
+    tokenizer = _json(files, "tokenizer.json")
+    for entry in tokenizer.get("added_tokens") or []:
+        if isinstance(entry, dict) and entry.get("content") == token and isinstance(entry.get("id"), int):
+            return int(entry["id"])
+    model = tokenizer.get("model")
+    vocabularies = [_json(files, "added_tokens.json"), model.get("vocab") if isinstance(model, dict) else None]
+    for vocabulary in (*vocabularies, _json(files, "vocab.json")):
+        if isinstance(vocabulary, dict) and isinstance(vocabulary.get(token), int):
+            return int(vocabulary[token])
+    return None
+
+
+def _json(files: Mapping[str, SideFile], name: str) -> dict[str, Any]:
+    file = files.get(name)
+    if file is None or file.source is None:
+        return {}
+    value = load_json(Path(file.source), limit=MAX_TOKENIZER_BYTES)
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,140 @@
+"""Element types and shapes, in safetensors' own words; no torch.
+
+Source of the names and widths: https://github.com/huggingface/safetensors/blob/v0.8.0/safetensors/src/tensor.rs (`enum Dtype`).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+
+from converter.errors import UsageError, show
+
+
+class DType(enum.Enum):
+    """An element type; its value is the name that a safetensors header uses."""
+
+    BOOL = "BOOL"
+    F4 = "F4"
+    F6_E2M3 = "F6_E2M3"
+    F6_E3M2 = "F6_E3M2"
+    U8 = "U8"
+    I8 = "I8"
+    F8_E5M2 = "F8_E5M2"
+    F8_E4M3 = "F8_E4M3"
+    F8_E8M0 = "F8_E8M0"
+    F8_E4M3FNUZ = "F8_E4M3FNUZ"
+    F8_E5M2FNUZ = "F8_E5M2FNUZ"
+    I16 = "I16"
+    U16 = "U16"
+    F16 = "F16"
+    BF16 = "BF16"
+    I32 = "I32"
+    U32 = "U32"
+    F32 = "F32"
+    C64 = "C64"
+    F64 = "F64"
+    I64 = "I64"
+    U64 = "U64"
+
+    @property
+    def bits(self) -> int:
+        """Width of one element in bits."""
+        return _BITS[self]
+
+    @property
+    def is_float(self) -> bool:
+        """True for real floating-point types of any width."""
+        return self.value[0] == "F" or self is DType.BF16
+
+    @property
+    def torch_name(self) -> str:
+        """The name of torch's dtype (`bfloat16`), or of the safetensors type where torch has none."""
+        return _TORCH_NAMES.get(self, self.value)
+
+    @classmethod
+    def parse(cls, text: str) -> DType:
+        """The type that a user or a config means: `bf16`, `bfloat16`, `torch.bfloat16` and `BF16` are one.
+
+        Raises:
+            UsageError: the text names no known type.
+        """
+        key = text.strip().removeprefix("torch.").lower()
+        if key in _ALIASES:
+            return _ALIASES[key]
+        raise UsageError(
+            "unknown-dtype", f"`{show(text)}` is not a dtype", expected="one of " + ", ".join(sorted(_TORCH_NAMES.values()))
+        )
+
+
+_BITS = {d: 8 for d in DType} | {
+    DType.F4: 4,
+    DType.F6_E2M3: 6,
+    DType.F6_E3M2: 6,
+    DType.I16: 16,
+    DType.U16: 16,
+    DType.F16: 16,
+    DType.BF16: 16,
+    DType.I32: 32,
+    DType.U32: 32,
+    DType.F32: 32,
+    DType.C64: 64,
+    DType.F64: 64,
+    DType.I64: 64,
+    DType.U64: 64,
+}
+
+_TORCH_NAMES = {
+    DType.BOOL: "bool",
+    DType.U8: "uint8",
+    DType.I8: "int8",
+    DType.F8_E5M2: "float8_e5m2",
+    DType.F8_E4M3: "float8_e4m3fn",
+    DType.F8_E8M0: "float8_e8m0fnu",
+    DType.F8_E4M3FNUZ: "float8_e4m3fnuz",
+    DType.F8_E5M2FNUZ: "float8_e5m2fnuz",
+    DType.I16: "int16",
+    DType.U16: "uint16",
+    DType.F16: "float16",
+    DType.BF16: "bfloat16",
+    DType.I32: "int32",
+    DType.U32: "uint32",
+    DType.F32: "float32",
+    DType.C64: "complex64",
+    DType.F64: "float64",
+    DType.I64: "int64",
+    DType.U64: "uint64",
+}
+
+_ALIASES = (
+    {d.value.lower(): d for d in DType}
+    | {name: d for d, name in _TORCH_NAMES.items()}
+    | {"fp16": DType.F16, "half": DType.F16, "fp32": DType.F32, "float": DType.F32, "fp64": DType.F64, "double": DType.F64}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of a tensor: its element type and shape (`()` is a 0-d tensor of one element)."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data, contiguous. Types narrower than a byte are packed; a header guarantees whole bytes."""
+        return (self.numel * self.dtype.bits + 7) // 8
+
+    @property
+    def row_bytes(self) -> int | None:
+        """Bytes of one index of the first dimension; None where rows do not begin at whole bytes."""
+        if not self.shape or self.shape[0] == 0:
+            return None
+        bits = self.numel // self.shape[0] * self.dtype.bits
+        return bits // 8 if bits % 8 == 0 else None

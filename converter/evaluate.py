@@ -1,0 +1,149 @@
+"""Lazy tensors to torch tensors: the only place, with `converter.kernels`, where values are computed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, assert_never
+
+from converter import kernel_specs
+from converter.dtypes import DType, TensorInfo
+from converter.errors import Refused, show
+from converter.reading import InputFiles
+from converter.tensors import Apply, Cast, Concat, Filled, LazyTensor, Narrow, Reshape, Stored, Strided
+
+if TYPE_CHECKING:
+    import torch
+
+Measures = dict[str, float]
+"""Numbers that a kernel reports of the rows it computed; those of a tensor's chunks are added up."""
+
+
+@cache
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """torch's dtype of the same name.
+
+    Raises:
+        Refused: torch can't compute with it (`dtype-not-computable`); such tensors can be copied all the same.
+    """
+    import torch
+
+    found = getattr(torch, dtype.torch_name, None)
+    if dtype.bits % 8 or not isinstance(found, torch.dtype):
+        raise Refused("dtype-not-computable", f"tensors of type {dtype.value} can be copied, but not computed with")
+    return found
+
+
+@cache
+def _body(reference: str) -> Callable[[list[Any], Mapping[str, Any]], Any]:
+    module, _, name = reference.partition(":")
+    body: Callable[[list[Any], Mapping[str, Any]], Any] = getattr(importlib.import_module(module), name)
+    return body
+
+
+@dataclass
+class Evaluator:
+    """Computes lazy tensors of one entry.
+
+    Attributes:
+        files: where stored bytes are read.
+        shared: values of nodes that every chunk of the entry needs whole; filled when first met.
+        keep: the nodes that belong in `shared`.
+        measures: what the outermost kernel reported, and non-finite values that a cast made.
+    """
+
+    files: InputFiles
+    keep: frozenset[LazyTensor] = frozenset()
+    shared: dict[LazyTensor, Any] = field(default_factory=dict)
+
+    def evaluate(self, x: LazyTensor, measures: Measures) -> torch.Tensor:
+        """A contiguous CPU tensor of `x.info`'s dtype and shape; what its outermost kernel measured goes to `measures`."""
+        if x in self.keep:
+            if x not in self.shared:
+                self.shared[x] = self._compute(x, measures)
+            value: torch.Tensor = self.shared[x]
+            return value
+        return self._compute(x, measures)
+
+    def _compute(self, x: LazyTensor, measures: Measures) -> torch.Tensor:
+        import torch
+
+        match x:
+            case Stored():
+                return self._read(x.info, x.file, x.offset)
+            case Strided():
+                last = sum((n - 1) * s for n, s in zip(x.info.shape, x.strides, strict=True))
+                flat = self._read(TensorInfo(x.info.dtype, (last + 1,)), x.file, x.offset)
+                return flat.as_strided(x.info.shape, x.strides).contiguous()
+            case Narrow():
+                return self.evaluate(x.source, measures).narrow(x.dim, x.start, x.length).contiguous()
+            case Reshape():
+                return self.evaluate(x.source, measures).reshape(x.shape)
+            case Concat():
+                return torch.cat([self.evaluate(p, measures) for p in x.parts], dim=x.dim)
+            case Cast():
+                return _cast(self.evaluate(x.source, measures), x.dtype, measures)
+            case Filled():
+                return torch.full(x.info.shape, x.value, dtype=torch_dtype(x.info.dtype))
+            case Apply():
+                inner: Measures = {}
+                inputs = [self.evaluate(i, inner) for i in x.inputs]
+                spec = kernel_specs.find(x.kernel)
+                result = _body(spec.body)(inputs, dict(x.params))
+                tensor, own = result if isinstance(result, tuple) else (result, {})
+                for key, value in own.items():
+                    measures[key] = measures.get(key, 0.0) + value
+                computed: torch.Tensor = tensor.contiguous()
+                _expect(computed, x)
+                return computed
+            case _:
+                assert_never(x)
+
+    def _read(self, info: TensorInfo, file: str, offset: int) -> torch.Tensor:
+        import torch
+
+        dtype = torch_dtype(info.dtype)
+        if info.numel == 0:
+            return torch.empty(info.shape, dtype=dtype)
+        buffer = bytearray(info.nbytes)
+        self.files.read_into(file, offset, buffer)
+        return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
+
+
+def _expect(value: torch.Tensor, x: Apply) -> None:
+    if tuple(value.shape) != x.info.shape or value.dtype is not torch_dtype(x.info.dtype):
+        raise RuntimeError(f"kernel {show(x.kernel)} gave {value.dtype} {list(value.shape)}, declared {x.info}")
+
+
+def _cast(value: torch.Tensor, dtype: DType, measures: Measures) -> torch.Tensor:
+    """Round to `dtype`, counting values that were finite and no longer are."""
+    import torch
+
+    out = value.to(torch_dtype(dtype))
+    if value.is_floating_point() and out.is_floating_point():
+        broken = _finite(value) - _finite(out)
+        if broken:
+            measures["nonfinite_new"] = measures.get("nonfinite_new", 0.0) + broken
+    return out
+
+
+def _finite(value: torch.Tensor) -> int:
+    import torch
+
+    wide = value.float() if value.element_size() == 1 else value
+    return int(torch.isfinite(wide).sum())
+
+
+def shared_nodes(tensor: LazyTensor) -> frozenset[LazyTensor]:
+    """Inputs of an entry's outermost kernel that its chunks need whole or by columns: read and computed once."""
+    while isinstance(tensor, Cast | Reshape | Narrow):
+        tensor = tensor.source
+    if not isinstance(tensor, Apply) or not tensor.info.shape or tensor.info.shape[0] < 2:
+        return frozenset()
+    infos = tuple(i.info for i in tensor.inputs)
+    needs = kernel_specs.find(tensor.kernel).needs(0, 1, infos, dict(tensor.params))
+    if needs is None:
+        return frozenset()
+    return frozenset(i for i, n in zip(tensor.inputs, needs, strict=True) if n is None or n.dim != 0)

@@ -1,0 +1,140 @@
+"""Input files: one function opens them, one reads them. Regular files only, and none outside the folder that was asked for."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from converter.errors import Refused, show
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells one state of a file from another: size in bytes, modification time in ns, inode number."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Self:
+        """The identity that a `stat` shows."""
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def to_json(self) -> list[int]:
+        """`[size, mtime_ns, inode]`."""
+        return [self.size, self.mtime_ns, self.inode]
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """The inverse of `to_json`."""
+        size, mtime_ns, inode = value
+        return cls(int(size), int(mtime_ns), int(inode))
+
+    def describe(self) -> str:
+        """For messages: size and a time stamp."""
+        return f"{self.size} bytes, modified at {self.mtime_ns // 10**9}"
+
+
+def open_input(path: Path, *, root: Path | None = None) -> int:
+    """A descriptor to read a regular file with; the caller closes it.
+
+    Args:
+        root: the folder that the file must lie in once symbolic links are followed. In a Hub cache snapshot
+            (`models--x--y/snapshots/REV`) links may lead to the repository's own `blobs`.
+
+    Raises:
+        Refused: missing (`input-missing`), not a regular file (`input-not-a-file`), outside `root` (`input-outside`),
+            or not readable (`input-unreadable`).
+    """
+    if root is not None:
+        _expect_inside(path, root)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise Refused("input-not-a-file", f"not a regular file, but {_kind(status.st_mode)}", where=show(path))
+    return fd
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+def _unreadable(path: Path, error: OSError) -> Refused:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        dangling = " (a symbolic link that leads nowhere)" if path.is_symlink() else ""
+        return Refused("input-missing", f"the file is missing{dangling}", where=show(path))
+    if error.errno == errno.ENXIO:
+        return Refused("input-not-a-file", "not a regular file, but a socket or a device", where=show(path))
+    return Refused("input-unreadable", f"the file can't be opened: {error.strerror}", where=show(path))
+
+
+def _expect_inside(path: Path, root: Path) -> None:
+    try:
+        real, real_root = path.resolve(strict=False), root.resolve()
+    except (OSError, RuntimeError) as error:
+        raise Refused("input-outside", "symbolic links lead in a circle", where=show(path)) from error
+    allowed = [real_root]
+    if real_root.parent.name == "snapshots":
+        allowed.append(real_root.parent.parent / "blobs")
+    if not any(folder in real.parents for folder in allowed):
+        raise Refused(
+            "input-outside",
+            "the file is a symbolic link that leaves its folder",
+            where=show(path),
+            got=show(real),
+            next="copy the file itself into the folder",
+        )
+
+
+def identity(path: Path | str) -> Identity:
+    """The identity of a file now."""
+    return Identity.of(os.stat(path))
+
+
+def read_exact(fd: int, offset: int, length: int, *, file: str) -> bytes:
+    """`length` bytes from `offset`.
+
+    Raises:
+        Refused: the file ends before (`input-cut`).
+    """
+    parts: list[bytes] = []
+    done = 0
+    while done < length:
+        part = os.pread(fd, length - done, offset + done)
+        if not part:
+            raise Refused(
+                "input-cut",
+                "the file is shorter than it should be",
+                where=show(file),
+                expected=f"at least {offset + length} bytes",
+                got=f"{os.fstat(fd).st_size} bytes",
+            )
+        parts.append(part)
+        done += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_limited(path: Path, *, limit: int, root: Path | None = None) -> bytes:
+    """A small file whole.
+
+    Raises:
+        Refused: larger than `limit` bytes (`input-too-large`), or not to be opened (see `open_input`).
+    """
+    fd = open_input(path, root=root)
+    try:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise Refused("input-too-large", f"the file has {size} bytes", where=show(path), expected=f"at most {limit} bytes")
+        return read_exact(fd, 0, size, file=str(path))
+    finally:
+        os.close(fd)

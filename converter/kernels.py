@@ -1,0 +1,201 @@
+"""Bodies of the kernels: pure torch functions on contiguous CPU tensors.
+
+Numerics. `peft` repeats, operation by operation, what `PeftModel.from_pretrained(...).merge_and_unload()` does on the
+CPU; the order of operations is therefore not ours to change. `best` adds all adapters in the accumulation dtype (fp32,
+or fp64 over an fp32 base) and rounds once. Both take row chunks: the bits do not depend on the chunking as long as
+heights are multiples of 64 (`converter.plan.ROW_MULTIPLE`).
+
+Measures are sums over elements, so that those of chunks add up:
+`base` = ||W||^2, `update` = ||D||^2 with D the exact update, `effective` = <W' - W, D> with W' as stored,
+`elements`, and where anything is not finite `nonfinite_kept` and `nonfinite_new`.
+
+Source of the formulas: https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py and `dora.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.dtypes import DType
+from converter.kernel_specs import accumulates_wide
+
+Measures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """One adapter's part of a merge: A, B, the magnitudes of DoRA or None, and the scale."""
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None
+    scale: float
+
+
+def _out_dtype(params: Mapping[str, Any]) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, DType(params["out"]).torch_name)
+    return dtype
+
+
+def _accumulation(weight: Tensor, params: Mapping[str, Any]) -> torch.dtype:
+    return torch.float64 if accumulates_wide(str(weight.dtype), params) else torch.float32
+
+
+def _adapters(inputs: list[Tensor], params: Mapping[str, Any], dtype: torch.dtype) -> list[_Factors]:
+    """The adapters' tensors in the accumulation dtype: 16-bit files widen exactly, as PEFT's autocast does."""
+    found: list[_Factors] = []
+    rest = iter(inputs)
+    for scale, dora in zip(params["scales"], params["dora"], strict=True):
+        a, b = next(rest).to(dtype), next(rest).to(dtype)
+        found.append(_Factors(a, b, next(rest).to(dtype) if dora else None, float(scale)))
+    return found
+
+
+def lora_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor, Measures]:
+    """W plus every adapter's update; see `converter.kernel_specs.LORA_MERGE`."""
+    transposed = bool(params["transposed"])
+
+    def delta(f: _Factors) -> Tensor:
+        product = f.b @ f.a
+        return (product.T if transposed else product) * f.scale
+
+    def norm(weight: Tensor) -> Tensor:
+        return torch.linalg.norm(weight.T if transposed else weight, dim=1)
+
+    def along(factor: Tensor) -> Tensor:
+        return factor.view(1, -1) if transposed else factor.view(-1, 1)
+
+    return _merge(inputs, params, delta, norm, along)
+
+
+def lora_conv_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor, Measures]:
+    """The same for convolutions; see `converter.kernel_specs.LORA_CONV_MERGE`."""
+    weight = inputs[0]
+    spatial = weight.dim() - 2
+    convolve = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[spatial]
+
+    def delta(f: _Factors) -> Tensor:
+        if spatial == 2 and weight.shape[2:] == (1, 1):
+            product = f.b.squeeze(3).squeeze(2) @ f.a.squeeze(3).squeeze(2)
+            return product.unsqueeze(2).unsqueeze(3) * f.scale
+        return convolve(f.a.transpose(0, 1), f.b).transpose(0, 1) * f.scale
+
+    def norm(merged: Tensor) -> Tensor:
+        return merged.norm(p=2, dim=tuple(range(1, merged.dim())), keepdim=True).transpose(1, 0)
+
+    def along(factor: Tensor) -> Tensor:
+        return factor.reshape(-1, *[1] * (weight.dim() - 1))
+
+    return _merge(inputs, params, delta, norm, along)
+
+
+def _merge(inputs: list[Tensor], params: Mapping[str, Any], delta: Any, norm: Any, along: Any) -> tuple[Tensor, Measures]:
+    accumulate = _accumulation(inputs[0], params)
+    out_dtype = _out_dtype(params)
+    weight = inputs[0]
+    adapters = _adapters(inputs[1:], params, accumulate)
+    if params["numerics"] == "peft":
+        merged, exact = _merge_in_turn(weight.to(out_dtype), adapters, bool(params.get("delta_rounded")), delta, norm, along)
+    else:
+        exact = _merge_exactly(weight.to(accumulate), adapters, delta, norm, along)
+        merged = exact.to(out_dtype)
+    return merged, _measure(weight, exact, merged, inputs)
+
+
+def _merge_exactly(weight: Tensor, adapters: list[_Factors], delta: Any, norm: Any, along: Any) -> Tensor:
+    """All updates in the accumulation dtype; DoRA rescales what stands before it, by the norm over the unmerged W."""
+    merged = weight
+    for f in adapters:
+        update = delta(f)
+        if f.magnitude is not None:
+            factor = along(f.magnitude.flatten() / norm(weight + update).flatten())
+            merged = factor * (merged + update)
+        else:
+            merged = merged + update
+    return merged
+
+
+def _merge_in_turn(
+    weight: Tensor, adapters: list[_Factors], delta_rounded: bool, delta: Any, norm: Any, along: Any
+) -> tuple[Tensor, Tensor]:
+    """What PEFT does, one adapter after another with a rounding each; and the last sum before its rounding."""
+    merged = weight
+    exact = weight
+    for f in adapters:
+        update = delta(f)
+        if f.magnitude is not None:
+            factor = f.magnitude.view(-1) / norm(weight + update).view(-1)
+            exact = along(factor) * (merged + update)
+        else:
+            exact = merged + update
+        merged = merged + update.to(merged.dtype) if delta_rounded and f.magnitude is None else exact.to(weight.dtype)
+    return merged, exact
+
+
+def _measure(weight: Tensor, exact: Tensor, merged: Tensor, inputs: list[Tensor]) -> Measures:
+    """Norms of base and update, and how much of the update survived the rounding. The finite check rides along:
+    a value that is not finite makes `update` or `effective` not finite, and only then is it counted exactly."""
+    wide = exact.dtype
+    base = weight.to(wide).flatten()
+    update = exact.flatten() - base
+    rounded = merged.to(wide).flatten()
+    effective = rounded - base if merged.dtype is wide else rounded.sub_(base)
+    measures = {
+        "base": float(torch.dot(base, base)),
+        "update": float(torch.dot(update, update)),
+        "effective": float(torch.dot(effective, update)),
+        "elements": float(weight.numel()),
+    }
+    if not all(map(_is_finite, measures.values())):
+        measures |= _count_nonfinite(weight, merged, inputs)
+    return measures
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def _count_nonfinite(weight: Tensor, merged: Tensor, inputs: list[Tensor]) -> Measures:
+    """Values that were not finite before the merge count as kept, wherever in the inputs they came from."""
+    bad = ~torch.isfinite(merged)
+    inherited = not all(bool(torch.isfinite(i).all()) for i in inputs[1:])
+    kept = bad if inherited else bad & ~torch.isfinite(weight)
+    return {"nonfinite_kept": float(kept.sum()), "nonfinite_new": float(bad.sum() - kept.sum())}
+
+
+def bias_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor, Measures]:
+    """A bias plus every `lora_B.bias * scale`; see `converter.kernel_specs.BIAS_MERGE`."""
+    accumulate = _accumulation(inputs[0], params)
+    out_dtype = _out_dtype(params)
+    exact = inputs[0].to(accumulate if params["numerics"] == "best" else out_dtype)
+    merged = exact
+    for bias, scale in zip(inputs[1:], params["scales"], strict=True):
+        exact = merged + bias.to(accumulate) * float(scale)
+        merged = exact if params["numerics"] == "best" else exact.to(out_dtype)
+    merged = merged.to(out_dtype)
+    return merged, _measure(inputs[0], exact, merged, inputs)
+
+
+def residual_base(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
+    """W less the low-rank part that a PiSSA or OLoRA start moved into the adapter, rebuilt as PEFT does on load."""
+    weight = inputs[0]
+    rank, scale = int(params["rank"]), float(params["scale"])
+    if params["init"] == "olora":
+        full = weight.to(torch.float32, copy=True)
+        q, r = torch.linalg.qr(full)
+        full -= scale * q[:, :rank].contiguous() @ r[:rank].contiguous()
+        return full.to(weight.dtype)
+    transposed = bool(params["transposed"])
+    full = weight.to(torch.float32)
+    full = full.T if transposed else full
+    v, s, u = torch.linalg.svd(full, full_matrices=False)
+    s = s[:rank] / scale
+    a = torch.diag(torch.sqrt(s)) @ u[:rank]
+    b = v[:, :rank] @ torch.diag(torch.sqrt(s))
+    left = (full - scale * b @ a).to(weight.dtype)
+    return left.T.contiguous() if transposed else left

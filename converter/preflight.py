@@ -1,0 +1,167 @@
+"""Refusals before the first byte: where the output may go, and whether disk and memory suffice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from converter.errors import Refused, show
+from converter.plan import RECEIPT_FILE, Plan, chunk_cost
+from converter.sizes import format_size
+from converter.tensors import is_separable, rows
+
+TORCH_MEMORY = 300_000_000
+"""Resident bytes of the process once torch is imported and warm, about (measured: 0.22 GB after the import)."""
+
+TORCH_FREE_MEMORY = 100_000_000
+"""Resident bytes of a run that only copies."""
+
+
+def check_target(out: Path, inputs: Iterable[str], *, overwrite: bool) -> None:
+    """Refuse outputs that exist, nest with an input, or must never be replaced.
+
+    Raises:
+        Refused: `output-exists`, `output-nests`, `output-protected`, `output-foreign`.
+    """
+    resolved = out.resolve()
+    for path in inputs:
+        folder = Path(path).parent
+        if folder == resolved or resolved in folder.parents or folder in resolved.parents:
+            raise Refused(
+                "output-nests",
+                "the output and an input lie inside one another",
+                where=show(out),
+                got=f"input {show(path)}",
+                next="choose an output beside the input",
+            )
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise Refused(
+            "output-exists", "the output exists already", where=show(out), next="choose another name, or add --overwrite"
+        )
+    if out.is_symlink() or not out.is_dir() or os.path.ismount(out) or resolved in _protected():
+        raise Refused(
+            "output-protected", "this is not a folder that --overwrite may replace", where=show(out), next="choose another name"
+        )
+    if os.listdir(out) and not (out / RECEIPT_FILE).is_file():
+        raise Refused(
+            "output-foreign",
+            f"the folder has files, and no {RECEIPT_FILE}: this tool did not make it",
+            where=show(out),
+            next="choose another name, or remove the folder yourself",
+        )
+
+
+def _protected() -> set[Path]:
+    current = Path.cwd().resolve()
+    return {current, *current.parents, Path.home().resolve()}
+
+
+def free_bytes(out: Path) -> int:
+    """Bytes that a user may still write where `out` will be."""
+    folder = out.parent
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_space(plan: Plan, out: Path, *, already: int = 0) -> None:
+    """Refuse a plan that the disk can't hold; `already` bytes of it are there.
+
+    Raises:
+        Refused: `no-space`.
+    """
+    side = sum(len(f.content) if f.content is not None else _size(f.source) for f in plan.side_files.values())
+    needed = plan.total_bytes + side + plan.total_bytes // 100
+    free = free_bytes(out)
+    if needed - already > free:
+        raise Refused(
+            "no-space",
+            "the disk can't hold the output",
+            where=show(out),
+            expected=f"{format_size(needed - already)} free",
+            got=f"{format_size(free)} free",
+            next="free space, or choose an output on another disk",
+        )
+
+
+def _size(path: str | None) -> int:
+    return os.stat(path).st_size if path else 0
+
+
+def chunk_memory(plan: Plan) -> list[tuple[int, str]]:
+    """Bytes that computing one chunk of each computed tensor holds, with its name, largest first."""
+    costs = []
+    for entry in plan.entries:
+        if entry.runs is None:
+            start, stop = max(entry.chunks(), key=lambda c: c[1] - c[0], default=(0, 0))
+            piece = rows(entry.tensor, start, stop) if is_separable(entry.tensor) else entry.tensor
+            costs.append((chunk_cost(piece), entry.name))
+    return sorted(costs, reverse=True)
+
+
+def needed_memory(plan: Plan, jobs: int) -> int:
+    """Resident bytes that the run will take at most, about: the process, and the largest chunk once a job."""
+    costs = chunk_memory(plan)
+    if not costs:
+        return TORCH_FREE_MEMORY
+    return TORCH_MEMORY + costs[0][0] * jobs
+
+
+def memory_limit(plan: Plan, memory: int | None) -> int:
+    """Bytes that chunks in flight may hold together.
+
+    Args:
+        memory: what the user allows the whole process; None: what the machine and its control group have free.
+
+    Raises:
+        Refused: one tensor alone needs more (`no-memory`); names it and the `--memory` it needs.
+    """
+    costs = chunk_memory(plan)
+    allowed = memory if memory is not None else available_memory()
+    if costs and TORCH_MEMORY + costs[0][0] > allowed:
+        least = TORCH_MEMORY + costs[0][0]
+        raise Refused(
+            "no-memory",
+            f"computing {show(costs[0][1])} takes more memory than "
+            + ("--memory allows" if memory is not None else "this machine has free"),
+            expected=format_size(least),
+            got=format_size(allowed),
+            next=f"--memory {-(-least // 1_000_000)}MB" if memory is not None else "run it on a machine with more memory",
+        )
+    return max(allowed - TORCH_MEMORY, 1)
+
+
+def available_memory() -> int:
+    """Bytes that this process can still get: the least of the machine's and the control groups' free memory."""
+    free = [_meminfo_available()]
+    for limit_file, used_file in _CGROUP_FILES:
+        limit, used = _read_number(limit_file), _read_number(used_file)
+        if limit is not None and used is not None:
+            free.append(max(limit - used, 0))
+    return min(free)
+
+
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def _read_number(path: str) -> int | None:
+    try:
+        text = Path(path).read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _meminfo_available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

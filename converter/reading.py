@@ -1,0 +1,103 @@
+"""Input files, opened once, read with `pread`, and checked to be what was planned. No mmap: a file that gets shorter
+under a map kills the process without a message, and mapped pages make a memory promise untestable."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from converter.errors import Refused, show
+from converter.files import Identity, open_input
+
+
+class InputFiles:
+    """The files that a plan reads: one descriptor each, shared by all threads."""
+
+    def __init__(self, identities: Mapping[str, Identity]) -> None:
+        self._identities = identities
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            for fd in self._descriptors.values():
+                os.close(fd)
+            self._descriptors.clear()
+
+    def descriptor(self, path: str) -> int:
+        """A descriptor to read `path` with.
+
+        Raises:
+            Refused: the file is not the one that was planned (`input-changed`).
+        """
+        with self._lock:
+            if path not in self._descriptors:
+                fd = open_input(Path(path))
+                self._descriptors[path] = fd
+                self._compare(path, fd)
+            return self._descriptors[path]
+
+    def read_into(self, path: str, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill `buffer` with the bytes of `path` from `offset`.
+
+        Raises:
+            Refused: the file ends before (`input-cut`).
+        """
+        fd = self.descriptor(path)
+        view = memoryview(buffer)
+        done = 0
+        while done < len(view):
+            count = os.preadv(fd, [view[done:]], offset + done)
+            if count == 0:
+                raise cut_short(path, offset + len(view))
+            done += count
+
+    def check_unchanged(self) -> None:
+        """Compare every planned file, read or not, with its identity in the plan.
+
+        Raises:
+            Refused: one was changed, replaced or removed meanwhile (`input-changed`).
+        """
+        for path in self._identities:
+            fd = self._descriptors.get(path)
+            if fd is not None:
+                self._compare(path, fd)
+            try:
+                now = Identity.of(os.stat(path))
+            except OSError as error:
+                raise Refused(
+                    "input-changed", f"the input is gone since the run began: {error.strerror}", where=show(path)
+                ) from error
+            self._expect(path, now)
+
+    def _compare(self, path: str, fd: int) -> None:
+        self._expect(path, Identity.of(os.fstat(fd)))
+
+    def _expect(self, path: str, now: Identity) -> None:
+        planned = self._identities.get(path)
+        if planned is not None and planned != now:
+            raise Refused(
+                "input-changed",
+                "the input was changed while it was being converted; nothing was published",
+                where=show(path),
+                expected=planned.describe(),
+                got=now.describe(),
+                next="run the same command again once nothing writes to the input",
+            )
+
+
+def cut_short(path: str, needed: int) -> Refused:
+    """The error for a file that ends before byte `needed`."""
+    return Refused(
+        "input-cut",
+        "the input became shorter while it was read; nothing was published",
+        where=show(path),
+        expected=f"at least {needed} bytes",
+        next="run the same command again once nothing writes to the input",
+    )

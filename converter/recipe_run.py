@@ -1,0 +1,212 @@
+"""Opens a recipe's inputs, applies its steps and plans the output. No tensor is read but what a converter asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converter import __version__
+from converter.checkpoint import Checkpoint
+from converter.context import Context
+from converter.errors import Refused, UsageError, show
+from converter.plan import Plan, make_plan, unaccounted
+from converter.recipe import SOURCE, InputSpec, Recipe
+from converter.recipe_fields import check, instantiate
+from converter.registry import sources
+
+MODEL, ADAPTER = "model", "adapter"
+_RUN_CHECKPOINT = re.compile(r"(?:checkpoint|global_step|step)[-_]?\d+", re.ASCII)
+_SNAPSHOT = re.compile(
+    r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{7,64})/?$", re.ASCII
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before the first byte is written.
+
+    Attributes:
+        opened: the inputs by name.
+        recorded: names of inputs that were not given but recorded in an adapter.
+        checkpoint: what came out of the last step.
+    """
+
+    recipe: Recipe
+    opened: Mapping[str, Checkpoint]
+    recorded: frozenset[str]
+    checkpoint: Checkpoint
+    plan: Plan
+    context: Context
+
+
+def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, keep_code: bool = False) -> Prepared:
+    """Everything up to the plan: check the recipe, open its inputs, apply its steps, lay the output out.
+
+    Raises:
+        UsageError: the recipe or an input's path is wrong.
+        Refused: an input is broken, a converter refuses, or an input tensor would be lost (`unaccounted`).
+    """
+    check(recipe)
+    context = Context(allow)
+    opened = open_inputs(recipe, token=token, keep_code=keep_code)
+    recorded = frozenset(n for n, s in recipe.inputs.items() if s.base_of is not None)
+    for name, other in opened.items():
+        if name != SOURCE and other.origin.kind == ADAPTER and SOURCE not in recorded:
+            compare_base(opened[SOURCE], other, context)
+    checkpoint = opened[SOURCE]
+    for converter in instantiate(recipe, opened):
+        checkpoint = converter(checkpoint, context)
+    if checkpoint.origin.kind != MODEL:
+        raise Refused(
+            "not-a-model",
+            "an adapter alone is not a model that can be written",
+            where=show(checkpoint.origin.asked),
+            next=f"rlhf-convert merge-lora {show(checkpoint.origin.asked)} OUT --base BASE",
+        )
+    if lost := unaccounted(list(opened.values()), checkpoint):
+        raise Refused("unaccounted", f"tensors of the inputs would be lost: {lost}")
+    plan = make_plan(
+        checkpoint,
+        context=context,
+        max_shard_size=recipe.output.max_shard_size,
+        layout=recipe.output.layout,
+        provenance=_provenance(recipe, opened),
+    )
+    return Prepared(recipe, opened, recorded, checkpoint, plan, context)
+
+
+def refuse_no_op(prepared: Prepared, measures: Mapping[str, Mapping[str, float]]) -> None:
+    """Stop a merge whose result is the base, bit by bit: nobody asks for that.
+
+    Raises:
+        Refused: no tensor changed, none came from an adapter, and `--allow no-op` was not given (`no-op`).
+    """
+    adapters = {c.origin.path for c in prepared.opened.values() if c.origin.kind == ADAPTER}
+    merged = [m for m in measures.values() if "effective" in m]
+    # A product of the change with itself is zero only where every value is what it was; NaN is no zero.
+    if not adapters or not merged or any(m["effective"] != 0 for m in merged):
+        return
+    copied = (run.file for e in prepared.plan.entries if e.runs is not None for run in e.runs)
+    if not any(str(Path(file).parent) in adapters for file in copied):
+        prepared.context.consent(
+            Refused(
+                "no-op", f"none of {len(merged)} merged tensors differs from the base: the update is lost in rounding"
+            )
+        )
+
+
+def open_inputs(recipe: Recipe, *, token: str | None, keep_code: bool) -> dict[str, Checkpoint]:
+    """Every input as a checkpoint; those that an adapter records come after the adapters."""
+    opened: dict[str, Checkpoint] = {}
+    for name, spec in sorted(recipe.inputs.items(), key=lambda item: item[1].base_of is not None):
+        given = spec if spec.base_of is None else recorded_base(opened[spec.base_of])
+        opened[name] = open_checkpoint(given, token=token, keep_code=keep_code, download=spec.base_of is None)
+    return {name: opened[name] for name in recipe.inputs}
+
+
+def open_checkpoint(spec: InputSpec, *, token: str | None, keep_code: bool, download: bool) -> Checkpoint:
+    """The checkpoint in a folder, in the Hub's cache or on the Hub.
+
+    Raises:
+        UsageError: nothing of that name, nothing that can be converted, or several checkpoints (`several-checkpoints`).
+        Refused: broken content.
+    """
+    from converter.sources.locate import resolve
+
+    assert spec.path is not None
+    found = resolve(spec.path, revision=spec.revision, token=token, allow_download=download)
+    for source in sources().values():
+        if source.detect(found.path):
+            return source.open(found.path, asked=spec.path, revision=found.revision, keep_code=keep_code)
+    raise nothing_in(found.path, spec.path)
+
+
+def kind_of(path: Path) -> str | None:
+    """Name of the source that would open this folder, or None."""
+    return next((name for name, source in sources().items() if source.detect(path)), None)
+
+
+def nothing_in(path: Path, asked: str) -> UsageError:
+    """The error for a folder that no source takes: the checkpoints below it, else what is there."""
+    inside = sorted(p for p in path.iterdir() if p.is_dir() and kind_of(p)) if path.is_dir() else []
+    if inside:
+        runs = sorted(inside, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+        listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in runs[-8:])
+        is_run = any(_RUN_CHECKPOINT.fullmatch(p.name) for p in runs)
+        what = f"a run folder with {len(runs)} checkpoints; name one of them" if is_run else "name the folder inside it"
+        return UsageError("several-checkpoints", what, where=show(asked), expected=listed)
+    names = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else []
+    return UsageError(
+        "not-a-checkpoint",
+        "neither a model nor an adapter that can be read",
+        where=show(asked),
+        expected="config.json with *.safetensors, or adapter_config.json with adapter_model.safetensors",
+        got=", ".join(show(n) for n in names) or "an empty folder",
+    )
+
+
+def recorded_base(adapter: Checkpoint) -> InputSpec:
+    """The base model that an adapter's config names.
+
+    Raises:
+        UsageError: it names none (`base-unknown`).
+    """
+    asked = show(adapter.origin.asked)
+    name = adapter.config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UsageError(
+            "base-unknown",
+            "the adapter doesn't say which base model it was trained on (base_model_name_or_path is empty)",
+            where=asked,
+            next=f"rlhf-convert merge-lora {asked} OUT --base BASE",
+        )
+    revision = adapter.config.get("revision")
+    return InputSpec(name, revision=revision if isinstance(revision, str) and revision else None)
+
+
+def compare_base(base: Checkpoint, adapter: Checkpoint, context: Context) -> None:
+    """Tell the user where the base given is not the one that the adapter records: same shapes, other numbers."""
+    name = adapter.config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        return
+    revision = adapter.config.get("revision")
+    if snapshot := _SNAPSHOT.search(name):
+        name, revision = f"{snapshot['owner']}/{snapshot['name']}", snapshot["revision"]
+    given = base.origin
+    if _last(name) not in {_last(given.name), _last(given.asked), _last(given.path)}:
+        text = f"the adapter was trained on {show(_last(name))}, the base given is {show(given.name)}"
+        context.note("changes-numbers", "base-differs", text)
+    elif isinstance(revision, str) and revision and given.revision and not _same_commit(revision, given.revision):
+        text = (
+            f"the adapter was trained on revision {show(revision)} of its base, the one given is {show(given.revision)}"
+        )
+        context.note("changes-numbers", "base-revision-differs", text)
+
+
+def _last(name: str) -> str:
+    """Last part of a path or Hub id: folders are moved and mirrored, so only this is comparable."""
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _same_commit(a: str, b: str) -> bool:
+    """Branches can't be told from each other without the Hub; only two commits can differ."""
+    commits = all(re.fullmatch(r"[0-9a-f]{7,64}", r) for r in (a, b))
+    return not commits or a.startswith(b) or b.startswith(a)
+
+
+def _provenance(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """What the receipt says of a run's origin: names, revisions and digests, no path of this machine."""
+    inputs = {
+        name: {
+            "kind": c.origin.kind,
+            "name": c.origin.name,
+            "revision": c.origin.revision,
+            "header_digest": c.origin.header_digest,
+        }
+        for name, c in opened.items()
+    }
+    made = {"steps": recipe.steps_to_value(), "output": recipe.output_to_value()}
+    return {"version": __version__, "recipe": made, "inputs": inputs}

@@ -1,0 +1,144 @@
+"""Finds plug-ins by entry point, ours as a stranger's; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
+
+from converter.checkpoint import Checkpoint
+from converter.errors import UsageError, show
+
+if TYPE_CHECKING:
+    from converter.context import Context
+    from converter.sources.survey import Survey
+
+SOURCES = "rlhf_convert.sources"
+CONVERTERS = "rlhf_convert.converters"
+KERNELS = "rlhf_convert.kernels"
+GROUPS = (SOURCES, CONVERTERS, KERNELS)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Turns what lies in a folder into a checkpoint, by reading headers only."""
+
+    name: str
+
+    def detect(self, root: Path) -> str | None:
+        """Why this folder is of the source's kind, or None."""
+
+    def survey(self, root: Path) -> Survey:
+        """What lies there; never raises on content."""
+
+    def open(self, root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False) -> Checkpoint:
+        """The checkpoint, or a refusal."""
+
+
+@runtime_checkable
+class Converter(Protocol):
+    """A frozen dataclass; its fields are its recipe keys. Pure: it moves no tensor bytes."""
+
+    name: ClassVar[str]
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The converted checkpoint."""
+
+
+@dataclass(frozen=True)
+class PlugIn:
+    """One registered name: what kind it is, where it comes from and what is wrong with it, if anything."""
+
+    group: str
+    name: str
+    target: str
+    package: str
+    fault: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """`source`, `converter` or `kernel`."""
+        return self.group.rpartition(".")[2].removesuffix("s")
+
+
+@cache
+def sources() -> Mapping[str, Source]:
+    """Every usable source; one that can't be imported is left out (`rlhf-convert list` shows why)."""
+    found: dict[str, Source] = {}
+    for name, points in _named(SOURCES).items():
+        loaded = _load(points[0])
+        if isinstance(loaded, Source):
+            found[name] = loaded
+    return found
+
+
+@cache
+def find_converter(name: str) -> type[Converter]:
+    """The converter registered under `name`.
+
+    Raises:
+        UsageError: unknown, registered twice, or it can't be imported (`unknown-converter`, `plug-in`).
+    """
+    known = _named(CONVERTERS)
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        raise UsageError(
+            "unknown-converter",
+            f"no converter is named `{show(name)}`",
+            expected=", ".join(sorted(known)) or "an installed plug-in",
+            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+        )
+    points = known[name]
+    if len({p.value for p in points}) > 1:
+        owners = ", ".join(sorted(_package(p) for p in points))
+        raise UsageError("plug-in", f"several packages register the converter `{name}`", got=owners)
+    loaded = _load(points[0])
+    if isinstance(loaded, Exception):
+        raise UsageError(
+            "plug-in", f"the converter `{name}` can't be imported: {show(loaded)}", where=_package(points[0])
+        )
+    if not (isinstance(loaded, type) and callable(loaded) and getattr(loaded, "name", None) == name):
+        raise UsageError(
+            "plug-in", f"{show(points[0].value)} is not a converter named `{name}`", where=_package(points[0])
+        )
+    return cast("type[Converter]", loaded)
+
+
+def plug_ins(groups: Sequence[str] = GROUPS) -> list[PlugIn]:
+    """Everything registered, ours and strangers', each imported to see whether it works."""
+    found: list[PlugIn] = []
+    for group in groups:
+        for name, points in sorted(_named(group).items()):
+            for point in points:
+                loaded = _load(point)
+                fault = show(loaded) if isinstance(loaded, Exception) else None
+                if fault is None and len({p.value for p in points}) > 1:
+                    fault = "registered twice"
+                found.append(PlugIn(group, name, point.value, _package(point), fault))
+    return found
+
+
+def _named(group: str) -> dict[str, list[EntryPoint]]:
+    """Entry points by name. An editable install beside a wheel lists one point twice; that is one plug-in."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=group):
+        same = found.setdefault(point.name, [])
+        if point.value not in {p.value for p in same}:
+            same.append(point)
+    return found
+
+
+def _load(point: EntryPoint) -> Any:
+    """What the entry point names, or the exception that importing it raised: a broken stranger must not stop us."""
+    try:
+        return point.load()
+    except Exception as error:
+        return error
+
+
+def _package(point: EntryPoint) -> str:
+    return "unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"

@@ -1,0 +1,263 @@
+"""What a run looks like on a screen: pure functions from values to lines of text. Nothing here prints."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import ConvertError, fold, show
+from converter.sizes import format_duration, format_size
+
+if TYPE_CHECKING:
+    from converter.checkpoint import Checkpoint
+    from converter.context import Note
+    from converter.dtypes import DType
+    from converter.plan import Entry, Plan
+
+LABEL_WIDTH = 9
+"""Column at which the text of a screen's lines begins."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+
+
+def line(label: str, text: str) -> str:
+    """`label    text`, the text at a fixed column."""
+    return f"{label:<{LABEL_WIDTH - 1}} {text}".rstrip()
+
+
+def refusal(error: ConvertError) -> list[str]:
+    """An error as a screen: its code and that nothing was written, then what, where, expected, got and next."""
+    head = {2: "ERROR", 3: "REFUSED", 4: "FAILED"}.get(error.exit_code, "STOPPED")
+    end = ": nothing written" if error.exit_code == 3 else ""
+    where = f"{error.where}: " if error.where else ""
+    lines = [f"{head} {error.code}{end}", f"  {where}{error.what}"]
+    for label, text in (("expected", error.expected), ("got", error.got)):
+        if text:
+            lines.append(line(label, text))
+    if error.consent:
+        lines.append(line("consent", f"--allow {error.code} goes on all the same, and the receipt says so"))
+    if error.next:
+        lines.append(line("Next:", error.next))
+    return lines
+
+
+# Inputs
+
+
+def adapter_line(adapter: Checkpoint) -> str:
+    """`./trl-rm  LoRA r=16 alpha=32 SEQ_CLS; 393 of 393 tensors placed`; placing all of them is what a merge means."""
+    count = len(adapter.tensors)
+    return line(
+        "adapter", f"{show(adapter.origin.asked)}  {adapter_kind(adapter.config)}; {count} of {count} tensors placed"
+    )
+
+
+def adapter_kind(config: Mapping[str, Any]) -> str:
+    """`LoRA r=16 alpha=32 SEQ_CLS`, `DoRA rsLoRA r=8..32 alpha=16 CAUSAL_LM`."""
+    kind = str(config.get("peft_type") or "?")
+    if kind.upper() == "LORA":
+        kind = "DoRA" if config.get("use_dora") else "LoRA"
+    words = [kind, *(["rsLoRA"] if config.get("use_rslora") else [])]
+    for name, key, pattern in (("r", "r", "rank_pattern"), ("alpha", "lora_alpha", "alpha_pattern")):
+        if config.get(key) is not None:
+            words.append(f"{name}={_span(config[key], config.get(pattern))}")
+    if config.get("task_type"):
+        words.append(str(config["task_type"]))
+    return show(" ".join(words))
+
+
+def _span(value: Any, pattern: Any) -> str:
+    others = list(pattern.values()) if isinstance(pattern, Mapping) else []
+    numbers = [v for v in [value, *others] if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(set(numbers)) < 2:
+        return str(value)
+    return f"{min(numbers):g}..{max(numbers):g}"
+
+
+def base_line(label: str, base: Checkpoint, *, recorded: bool) -> str:
+    """`Qwen/Qwen2.5-7B@d149729 (as recorded), bf16`."""
+    revision = base.origin.revision
+    at = f"@{show(short_revision(revision))}" if revision else ""
+    how = " (as recorded)" if recorded else ""
+    return line(label, f"{show(base.origin.asked)}{at}{how}, {dtype_words(base)}")
+
+
+def short_revision(revision: str) -> str:
+    """The first seven digits of a commit; a branch or tag as it is."""
+    return revision[:7] if _COMMIT.fullmatch(revision) else revision
+
+
+def dtype_words(checkpoint: Checkpoint) -> str:
+    """`bf16`, or `bf16 and F32` where tensors differ, the type with most bytes first."""
+    sizes: Counter[DType] = Counter()
+    for tensor in checkpoint.tensors.values():
+        sizes[tensor.info.dtype] += max(tensor.info.nbytes, 1)
+    return " and ".join(dtype_word(d) for d, _ in sizes.most_common())
+
+
+def dtype_word(dtype: DType) -> str:
+    """The name that people use: bf16, fp16, fp32, fp64; else the header's."""
+    return {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}.get(dtype.value, dtype.value)
+
+
+def note_lines(notes: Iterable[Note], *, verbose: bool) -> list[str]:
+    """Notes of a run, those that change numbers first; cosmetic ones only where asked for."""
+    order = {"changes-numbers": 0, "info": 1, "cosmetic": 2}
+    shown = sorted((n for n in notes if verbose or n.severity != "cosmetic"), key=lambda n: order[n.severity])
+    return [
+        line("CHANGES", f"numbers ({n.code}): {n.text}") if n.severity == "changes-numbers" else line("note", n.text)
+        for n in shown
+    ]
+
+
+# Plan
+
+
+def plan_line(plan: Plan, checkpoint: Checkpoint, adapters: Sequence[Checkpoint]) -> str:
+    """`142 copied, 196 merged, 1 from adapter: score.weight, 1 dropped: lm_head.weight`."""
+    folders = {a.origin.path for a in adapters}
+    groups: dict[str, list[str]] = {}
+    for entry in plan.entries:
+        groups.setdefault(_work(entry, folders), []).append(entry.name)
+    named = {"from adapter", "filled", "dropped"}
+    groups["dropped"] = list(checkpoint.dropped)
+    parts = [
+        f"{len(names)} {work}" + (f": {fold(names)}" if work in named else "")
+        for work, names in groups.items()
+        if names
+    ]
+    return line("plan", ", ".join(parts))
+
+
+def _work(entry: Entry, adapter_folders: set[str]) -> str:
+    """The word for what happens to one tensor."""
+    from converter.tensors import Apply, Cast, Filled
+
+    if entry.runs is not None:
+        from_adapter = any(run.file.rpartition("/")[0] in adapter_folders for run in entry.runs)
+        return "from adapter" if from_adapter else "copied"
+    match entry.tensor:
+        case Apply(kernel=kernel) if kernel.endswith("merge"):
+            return "merged"
+        case Cast():
+            return f"cast to {dtype_word(entry.tensor.info.dtype)}"
+        case Filled():
+            return "filled"
+        case _:
+            return "computed"
+
+
+def needs_line(disk: int, free: int | None, memory: int) -> str:
+    """`14.1 GB disk (96 GB free), 0.4 GB memory`."""
+    room = "" if free is None else f" ({format_size(free)} free)"
+    return line("needs", f"{format_size(disk)} disk{room}, {format_size(memory)} memory")
+
+
+# Result
+
+
+def shards_line(done: int, total: int, size: int, seconds: float) -> str:
+    """`4/4 shards  14.1 GB  0:21`."""
+    return f"{done}/{total} {'shard' if total == 1 else 'shards'}  {format_size(size)}  {format_duration(seconds)}"
+
+
+def checked_line(reread: int, recomputed: int, measures: Mapping[str, Mapping[str, float]]) -> str:
+    """`339 re-read, 24 recomputed equal, all finite`."""
+    if not reread:
+        return line("checked", "nothing (--no-verify)")
+    kept = {name: int(m["nonfinite_kept"]) for name, m in measures.items() if m.get("nonfinite_kept")}
+    finite = (
+        f"{sum(kept.values())} non-finite values kept from the inputs: {fold(kept)}"
+        if kept
+        else "merged values all finite"
+    )
+    words = [f"{reread} re-read", f"{recomputed} recomputed equal", *([finite] if measures else [])]
+    return line("checked", ", ".join(words))
+
+
+def update_lines(measures: Mapping[str, Mapping[str, float]], plan: Plan) -> list[str]:
+    """How much of the adapter's update survives rounding, in all and at worst.
+
+    The share is `<W' - W, D> / <D, D>`, D the exact update: the norm of the error alone can't tell an update that was
+    lost from one that was rounded.
+    """
+    found = {n: m for n, m in measures.items() if m.get("update", 0) > 0}
+    if not found:
+        return []
+    worst = min(found, key=lambda n: _survival([found[n]]))
+    dtypes = {e.name: dtype_word(e.tensor.info.dtype) for e in plan.entries if e.name in found}
+    stored = " and ".join(sorted(set(dtypes.values())))
+    everything = list(found.values())
+    summary = f"{_percent(_survival(everything))} survives {stored}; size {_percent(_size(everything))} of the weights"
+    return [line("update", f"{summary}; worst {_percent(_survival([found[worst]]))}: {show(_module(worst))}")]
+
+
+def by_projection(measures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The same for each kind of layer, worst first: a table of share and size."""
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for name, measured in measures.items():
+        if measured.get("update", 0) <= 0:
+            continue
+        groups.setdefault(_module(name).rpartition(".")[2], []).append(measured)
+    ordered = sorted(groups.items(), key=lambda g: _survival(g[1]))
+    width = max((len(show(n)) for n, _ in ordered), default=0)
+    return [
+        line(
+            "",
+            f"{show(n):<{width}}  {_percent(_survival(m)):>8} survives  size {_percent(_size(m)):>8}  {len(m)} tensors",
+        )
+        for n, m in ordered
+    ]
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _survival(measured: Sequence[Mapping[str, float]]) -> float:
+    return sum(m["effective"] for m in measured) / sum(m["update"] for m in measured)
+
+
+def _size(measured: Sequence[Mapping[str, float]]) -> float:
+    base = sum(m["base"] for m in measured)
+    return math.sqrt(sum(m["update"] for m in measured) / base) if base else math.inf
+
+
+def _percent(share: float) -> str:
+    """`99.1 %`, `0.042 %`; three digits, and 100 only for what is."""
+    percent = 100 * share
+    if 99.95 <= percent < 99.9995:
+        return f"{percent:.3f} %"
+    return f"{percent:.3g} %" if abs(percent) < 99.95 else f"{percent:.4g} %"
+
+
+def wrote_line(out: str, config: Mapping[str, Any], pad_token: str | None) -> str:
+    """`./rm  Qwen2ForSequenceClassification, 1 label, pad <|endoftext|>`."""
+    architectures = config.get("architectures")
+    words = [show(architectures[0])] if isinstance(architectures, list) and architectures else ["model"]
+    if "ForSequenceClassification" in words[0]:
+        labels = label_count(config)
+        words.append(
+            f"{labels} {'label' if labels == 1 else 'labels'}" if labels is not None else "labels not recorded"
+        )
+        pad = config.get("pad_token_id")
+        words.append(f"pad {show(pad_token if pad_token is not None else pad)}" if pad is not None else "no pad token")
+    return line("wrote", f"{show(out)}  {', '.join(words)}")
+
+
+def label_count(config: Mapping[str, Any]) -> int | None:
+    """Number of labels as transformers understands a config: `num_labels`, else the entries of `id2label`."""
+    if isinstance(config.get("num_labels"), int):
+        return int(config["num_labels"])
+    named = config.get("id2label")
+    return len(named) if isinstance(named, Mapping) else None
+
+
+def next_lines(commands: Sequence[str]) -> list[str]:
+    """`Next:` and what to type, one command a line."""
+    if not commands:
+        return []
+    return [line("Next:", commands[0]), *(line("", c) for c in commands[1:])]

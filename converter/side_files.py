@@ -1,0 +1,65 @@
+"""Which files travel with the weights: an allow-list. Nothing that runs, nothing that belongs to a training run."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from converter.checkpoint import SideFile
+from converter.files import Identity, identity, open_input
+
+_TOKENIZER = re.compile(
+    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt|bpe)"
+    r"|merges\.txt|[\w.-]*\.model|[\w.-]+\.tiktoken|sentencepiece\.[\w.]*model|chat_template\.(jinja|json)"
+    r"|additional_chat_templates/[\w.-]+\.jinja|chat_templates/[\w.-]+\.jinja"
+)
+_OTHER = re.compile(
+    r"generation_config\.json|preprocessor_config\.json|processor_config\.json|video_preprocessor_config\.json"
+    r"|image_processor_config\.json|feature_extractor_config\.json"
+    r"|(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY|Notice)([.-][\w.-]{0,40})?"
+)
+_CODE = re.compile(r"[A-Za-z_][\w.-]*\.py", re.ASCII)
+_FOLDERS = ("additional_chat_templates", "chat_templates")
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """True for files that make up a tokenizer; a set of them belongs together."""
+    return _TOKENIZER.fullmatch(name) is not None
+
+
+def find_side_files(root: Path, *, keep_code: bool) -> tuple[dict[str, SideFile], dict[str, Identity]]:
+    """The files beside the weights that travel with them, and their identities.
+
+    Args:
+        keep_code: `.py` files too; they are copied, never imported.
+
+    Raises:
+        Refused: an allowed name that is a link out of the folder or no regular file (see `open_input`).
+    """
+    names = [p.name for p in sorted(root.iterdir()) if not p.is_dir()]
+    for folder in _FOLDERS:
+        if (root / folder).is_dir():
+            names += [f"{folder}/{p.name}" for p in sorted((root / folder).iterdir())]
+    files: dict[str, SideFile] = {}
+    identities: dict[str, Identity] = {}
+    for name in names:
+        allowed = _TOKENIZER.fullmatch(name) or _OTHER.fullmatch(name) or (keep_code and _CODE.fullmatch(name))
+        if allowed:
+            path = _checked(root / name, root)
+            files[name] = SideFile(source=path)
+            identities[path] = identity(path)
+    return files, identities
+
+
+def _checked(path: Path, root: Path) -> str:
+    os.close(open_input(path, root=root))
+    return str(path.absolute())
+
+
+def adapter_first(base: Mapping[str, SideFile], adapter: Mapping[str, SideFile]) -> dict[str, SideFile]:
+    """The base's side files, with the adapter's tokenizer as a whole where it brings one: sets are not mixed."""
+    brings = any(is_tokenizer_file(n) and not n.startswith(("chat_template", *_FOLDERS)) for n in adapter)
+    kept = {n: f for n, f in base.items() if not (brings and is_tokenizer_file(n))}
+    return kept | {n: f for n, f in adapter.items() if is_tokenizer_file(n) or n not in kept}

@@ -1,0 +1,468 @@
+"""Lazy tensors: eight kinds of frozen node that say where bytes come from. Data, not closures; no torch.
+
+A plan is made of these, so every question about it ("can this be byte-copied?", "what is read?", "is this the plan
+that I began yesterday?") is a question about a value. Nodes are normalised when they are built; build them with the
+lower-case functions below, never with the classes: otherwise plans grow and byte copies are missed.
+
+Normal form: a Narrow sits as deep as it can (through Cast, Concat, Filled, Strided, row-separable Apply), lower
+dimensions innermost; what is contiguous in a file is one Stored; nested Reshape, Concat of one dimension and lossless
+Cast chains are folded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+from converter import kernel_specs
+from converter.dtypes import DType, TensorInfo
+from converter.errors import Refused, show
+from converter.kernel_specs import KernelSpec, Param
+
+MIN_COPY_RUN = 64 * 1024
+"""A tensor that is cut into many pieces is copied by the operating system only where they average this many bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Contiguous bytes of one file, row-major, little-endian."""
+
+    info: TensorInfo
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """A saved view that is not contiguous: element `i` lies `sum(i * strides)` elements past `offset` (bytes)."""
+
+    info: TensorInfo
+    file: str
+    offset: int
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Narrow:
+    """`length` indices of dimension `dim` of `source`, from `start`."""
+
+    source: LazyTensor
+    dim: int
+    start: int
+    length: int
+
+    @property
+    def info(self) -> TensorInfo:
+        shape = self.source.info.shape
+        return TensorInfo(self.source.info.dtype, (*shape[: self.dim], self.length, *shape[self.dim + 1 :]))
+
+
+@dataclass(frozen=True, slots=True)
+class Reshape:
+    """The same elements, row-major, in another shape."""
+
+    source: LazyTensor
+    shape: tuple[int, ...]
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.source.info.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """Parts laid end to end along `dim`."""
+
+    parts: tuple[LazyTensor, ...]
+    dim: int
+
+    @property
+    def info(self) -> TensorInfo:
+        first = self.parts[0].info
+        length = sum(p.info.shape[self.dim] for p in self.parts)
+        return TensorInfo(first.dtype, (*first.shape[: self.dim], length, *first.shape[self.dim + 1 :]))
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """The same values in another dtype, rounded to nearest even."""
+
+    source: LazyTensor
+    dtype: DType
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.dtype, self.source.info.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """One value everywhere; never random."""
+
+    info: TensorInfo
+    value: float | int | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """A named kernel on inputs; `params` are sorted pairs of JSON values. `info` is what its spec declares."""
+
+    kernel: str
+    inputs: tuple[LazyTensor, ...]
+    params: tuple[tuple[str, Param], ...]
+    info: TensorInfo
+
+
+LazyTensor = Stored | Strided | Narrow | Reshape | Concat | Cast | Filled | Apply
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRun:
+    """`length` bytes of `file` from `offset`."""
+
+    file: str
+    offset: int
+    length: int
+
+
+def stored(info: TensorInfo, file: str, offset: int) -> Stored:
+    """Contiguous bytes of `file`; `offset` counts from the file's first byte."""
+    return Stored(info, file, offset)
+
+
+def strided(info: TensorInfo, file: str, offset: int, strides: tuple[int, ...]) -> LazyTensor:
+    """A saved view; a contiguous one is Stored. `strides` count elements; `offset` is in bytes."""
+    if info.numel == 0 or _is_contiguous(info.shape, strides):
+        return Stored(info, file, offset)
+    return Strided(info, file, offset, strides)
+
+
+def narrow(x: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
+    """`length` indices of dimension `dim`, from `start`.
+
+    Raises:
+        Refused: outside the tensor's shape, or a packed sub-byte type cut inside a byte (`narrow-out-of-range`).
+    """
+    shape = x.info.shape
+    if not (0 <= dim < len(shape) and 0 <= start and 0 <= length and start + length <= shape[dim]):
+        raise Refused(
+            "narrow-out-of-range", f"rows {start}..{start + length} of dimension {dim} are outside the shape {list(shape)}"
+        )
+    if length == shape[dim]:
+        return x
+    info = TensorInfo(x.info.dtype, (*shape[:dim], length, *shape[dim + 1 :]))
+    if info.numel == 0:
+        return Filled(info, 0)
+    match x:
+        case Stored():
+            if math.prod(shape[:dim]) == 1:
+                bits = math.prod(shape[dim + 1 :]) * x.info.dtype.bits
+                if (start * bits) % 8 or (length * bits) % 8:
+                    raise Refused("narrow-out-of-range", f"{x.info.dtype.value} data can't be cut inside a byte")
+                return Stored(info, x.file, x.offset + start * bits // 8)
+            return Narrow(x, dim, start, length)
+        case Strided():
+            skip = start * x.strides[dim] * x.info.dtype.bits // 8
+            return strided(info, x.file, x.offset + skip, x.strides)
+        case Narrow():
+            if x.dim == dim:
+                return narrow(x.source, dim, x.start + start, length)
+            if dim < x.dim:
+                return narrow(narrow(x.source, dim, start, length), x.dim, x.start, x.length)
+            return Narrow(x, dim, start, length)
+        case Reshape():
+            if dim == 0 and x.source.info.shape[:1] == shape[:1]:
+                return reshape(narrow(x.source, 0, start, length), info.shape)
+            return Narrow(x, dim, start, length)
+        case Concat():
+            if x.dim != dim:
+                return concat([narrow(p, dim, start, length) for p in x.parts], x.dim)
+            return concat(list(_overlapping(x.parts, dim, start, length)), dim)
+        case Cast():
+            return cast(narrow(x.source, dim, start, length), x.dtype)
+        case Filled():
+            return Filled(info, x.value)
+        case Apply():
+            return _narrow_apply(x, dim, start, length)
+        case _:
+            assert_never(x)
+
+
+def _overlapping(parts: Sequence[LazyTensor], dim: int, start: int, length: int) -> Iterator[LazyTensor]:
+    position = 0
+    for part in parts:
+        size = part.info.shape[dim]
+        low, high = max(start - position, 0), min(start + length - position, size)
+        if low < high:
+            yield narrow(part, dim, low, high - low)
+        position += size
+
+
+def _narrow_apply(x: Apply, dim: int, start: int, length: int) -> LazyTensor:
+    spec = kernel_specs.find(x.kernel)
+    params = dict(x.params)
+    if dim == 0:
+        needs = spec.needs(start, start + length, tuple(i.info for i in x.inputs), params)
+        if needs is not None and all(_can_narrow(i, n) for i, n in zip(x.inputs, needs, strict=True)):
+            pieces = [
+                i if n is None else narrow(i, n.dim, n.start, n.length) for i, n in zip(x.inputs, needs, strict=True)
+            ]
+            return apply(spec, pieces, params)
+    return Narrow(x, dim, start, length)
+
+
+def _can_narrow(x: LazyTensor, need: kernel_specs.Slice | None) -> bool:
+    """False where a slice of `x` costs computing all of it: then the consumer is computed whole too, once."""
+    return need is None or need.length == x.info.shape[need.dim] or is_separable(x)
+
+
+def is_separable(x: LazyTensor) -> bool:
+    """True where some rows of the tensor can be had without computing all of it."""
+    match x:
+        case Stored() | Strided() | Filled():
+            return True
+        case Narrow() | Reshape() | Cast():
+            return is_separable(x.source)
+        case Concat():
+            return all(is_separable(p) for p in x.parts)
+        case Apply():
+            if not x.info.shape or x.info.shape[0] < 2:
+                return True
+            infos = tuple(i.info for i in x.inputs)
+            needs = kernel_specs.find(x.kernel).needs(0, 1, infos, dict(x.params))
+            return needs is not None and all(
+                n is None or is_separable(i) for i, n in zip(x.inputs, needs, strict=True)
+            )
+        case _:
+            assert_never(x)
+
+
+def reshape(x: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """The same elements, row-major, in another shape.
+
+    Raises:
+        Refused: the number of elements differs (`reshape-numel`).
+    """
+    if math.prod(shape) != x.info.numel or any(n < 0 for n in shape):
+        raise Refused("reshape-numel", f"{list(x.info.shape)} can't be viewed as {list(shape)}")
+    if shape == x.info.shape:
+        return x
+    info = TensorInfo(x.info.dtype, shape)
+    match x:
+        case Stored():
+            return Stored(info, x.file, x.offset)
+        case Reshape():
+            return reshape(x.source, shape)
+        case Cast():
+            return cast(reshape(x.source, shape), x.dtype)
+        case Filled():
+            return Filled(info, x.value)
+        case Strided() | Narrow() | Concat() | Apply():
+            return Reshape(x, shape)
+        case _:
+            assert_never(x)
+
+
+def concat(parts: Sequence[LazyTensor], dim: int) -> LazyTensor:
+    """Parts laid end to end along `dim`; neighbours that are contiguous in one file become one.
+
+    Raises:
+        Refused: no parts, or their dtypes or other dimensions differ (`concat-mismatch`).
+    """
+    if not parts:
+        raise Refused("concat-mismatch", "nothing to concatenate")
+    first = parts[0].info
+    if not 0 <= dim < len(first.shape):
+        raise Refused("concat-mismatch", f"{list(first.shape)} has no dimension {dim}")
+    rest = (*first.shape[:dim], *first.shape[dim + 1 :])
+    for part in parts:
+        shape = part.info.shape
+        if part.info.dtype is not first.dtype or (*shape[:dim], *shape[dim + 1 :]) != rest or len(shape) != len(first.shape):
+            raise Refused(
+                "concat-mismatch",
+                f"{part.info.dtype.value} {list(shape)} can't follow {first.dtype.value} {list(first.shape)} along dimension {dim}",
+            )
+    flat: list[LazyTensor] = []
+    for part in parts:
+        for piece in part.parts if isinstance(part, Concat) and part.dim == dim else (part,):
+            if piece.info.shape[dim] == 0:
+                continue
+            joined = _joined(flat[-1], piece, dim) if flat else None
+            if joined is None:
+                flat.append(piece)
+            else:
+                flat[-1] = joined
+    if not flat:
+        return parts[0]
+    return flat[0] if len(flat) == 1 else Concat(tuple(flat), dim)
+
+
+def _joined(a: LazyTensor, b: LazyTensor, dim: int) -> LazyTensor | None:
+    """`a` followed by `b` as one node of the same kind, where they are neighbours."""
+    length = a.info.shape[dim] + b.info.shape[dim]
+    shape = (*a.info.shape[:dim], length, *a.info.shape[dim + 1 :])
+    match a, b:
+        case Stored(), Stored():
+            adjacent = a.file == b.file and a.offset + a.info.nbytes == b.offset and (a.info.numel * a.info.dtype.bits) % 8 == 0
+            if adjacent and math.prod(shape[:dim]) == 1:
+                return Stored(TensorInfo(a.info.dtype, shape), a.file, a.offset)
+        case Narrow(), Narrow():
+            if a.dim == dim == b.dim and a.start + a.length == b.start and a.source == b.source:
+                return narrow(a.source, dim, a.start, length)
+        case Filled(), Filled():
+            if a.value == b.value and type(a.value) is type(b.value):
+                return Filled(TensorInfo(a.info.dtype, shape), a.value)
+    return None
+
+
+_LOSSLESS = {
+    DType.BF16: {DType.F32, DType.F64},
+    DType.F16: {DType.F32, DType.F64},
+    DType.F32: {DType.F64},
+    DType.F8_E4M3: {DType.F16, DType.BF16, DType.F32, DType.F64},
+    DType.F8_E5M2: {DType.F16, DType.BF16, DType.F32, DType.F64},
+    DType.U8: {DType.I16, DType.I32, DType.I64},
+    DType.I8: {DType.I16, DType.I32, DType.I64},
+    DType.I16: {DType.I32, DType.I64},
+    DType.I32: {DType.I64},
+}
+
+
+def cast(x: LazyTensor, dtype: DType) -> LazyTensor:
+    """The same values in `dtype`; a cast to the same dtype, and a lossless one on the way, vanish."""
+    if x.info.dtype is dtype:
+        return x
+    match x:
+        case Cast() if x.dtype in _LOSSLESS.get(x.source.info.dtype, ()):
+            return cast(x.source, dtype)
+        case Filled() if x.value in (0, 1):
+            return Filled(TensorInfo(dtype, x.info.shape), x.value)
+        case _:
+            return Cast(x, dtype)
+
+
+def apply(kernel: KernelSpec, inputs: Sequence[LazyTensor], params: Mapping[str, Param]) -> LazyTensor:
+    """The result of a kernel; its dtype and shape are those that the kernel declares for these inputs."""
+    given = tuple(inputs)
+    return Apply(kernel.name, given, tuple(sorted(params.items())), kernel.info(tuple(i.info for i in given), params))
+
+
+def recast(x: LazyTensor, dtype: DType) -> LazyTensor:
+    """Like `cast`, but rounded once: a kernel that rounds is asked for `dtype` itself, and a cast on the way is skipped."""
+    match x:
+        case Apply():
+            spec = kernel_specs.find(x.kernel)
+            return apply(spec, x.inputs, dict(x.params) | {"out": dtype.value}) if spec.rounds else cast(x, dtype)
+        case Cast():
+            return recast(x.source, dtype)
+        case Concat():
+            return concat([recast(p, dtype) for p in x.parts], x.dim)
+        case Narrow():
+            return narrow(recast(x.source, dtype), x.dim, x.start, x.length)
+        case Reshape():
+            return reshape(recast(x.source, dtype), x.shape)
+        case Stored() | Strided() | Filled():
+            return cast(x, dtype)
+        case _:
+            assert_never(x)
+
+
+def rows(x: LazyTensor, start: int, stop: int) -> LazyTensor:
+    """Rows `[start, stop)`; a 0-d tensor has one row."""
+    return x if not x.info.shape else narrow(x, 0, start, stop - start)
+
+
+def byte_runs(x: LazyTensor) -> tuple[ByteRun, ...] | None:
+    """The bytes of the tensor, in order, where they lie in files as they are; None where they must be computed."""
+    if x.info.numel == 0:
+        return ()
+    match x:
+        case Stored():
+            return (ByteRun(x.file, x.offset, x.info.nbytes),)
+        case Reshape():
+            return byte_runs(x.source)
+        case Narrow():
+            return _cut_runs(x)
+        case Concat():
+            if math.prod(x.info.shape[: x.dim]) != 1:
+                return None
+            runs: list[ByteRun] = []
+            for part in x.parts:
+                own = byte_runs(part)
+                if own is None:
+                    return None
+                runs += own
+            return tuple(runs)
+        case Strided() | Cast() | Filled() | Apply():
+            return None
+        case _:
+            assert_never(x)
+
+
+def _cut_runs(x: Narrow) -> tuple[ByteRun, ...] | None:
+    """A slice of an inner dimension of stored bytes: one run for each index of the outer ones, if they are long."""
+    if not isinstance(x.source, Stored):
+        return None
+    shape = x.source.info.shape
+    bits = math.prod(shape[x.dim + 1 :]) * x.info.dtype.bits
+    if bits % 8 or x.length * bits // 8 < MIN_COPY_RUN:
+        return None
+    inner = bits // 8
+    step = shape[x.dim] * inner
+    first = x.source.offset + x.start * inner
+    return tuple(
+        ByteRun(x.source.file, first + i * step, x.length * inner) for i in range(math.prod(shape[: x.dim]))
+    )
+
+
+def leaves(x: LazyTensor) -> Iterator[Stored | Strided]:
+    """Every stored node under `x`, in order; one that is used twice comes twice."""
+    match x:
+        case Stored() | Strided():
+            yield x
+        case Narrow() | Reshape() | Cast():
+            yield from leaves(x.source)
+        case Concat():
+            for part in x.parts:
+                yield from leaves(part)
+        case Apply():
+            for given in x.inputs:
+                yield from leaves(given)
+        case Filled():
+            return
+        case _:
+            assert_never(x)
+
+
+def reads(x: LazyTensor) -> tuple[ByteRun, ...]:
+    """Every byte range that evaluating `x` reads, as spans; a strided view reads from its first to its last element."""
+    return tuple(_span(leaf) for leaf in leaves(x) if leaf.info.numel)
+
+
+def _span(leaf: Stored | Strided) -> ByteRun:
+    if isinstance(leaf, Stored):
+        return ByteRun(leaf.file, leaf.offset, leaf.info.nbytes)
+    last = sum((n - 1) * s for n, s in zip(leaf.info.shape, leaf.strides, strict=True))
+    return ByteRun(leaf.file, leaf.offset, (last + 1) * leaf.info.dtype.bits // 8)
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def describe(x: LazyTensor) -> str:
+    """A node as one line for errors and `-v`: `lora-merge(W, A, B)`, `cast(BF16)`."""
+    match x:
+        case Apply():
+            return f"{x.kernel}({len(x.inputs)} inputs)"
+        case Cast():
+            return f"cast to {x.dtype.value} of {describe(x.source)}"
+        case _:
+            return f"{type(x).__name__.lower()} {x.info.dtype.value} {show(list(x.info.shape))}"

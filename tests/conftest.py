@@ -1,0 +1,23 @@
+"""Settings that must hold before torch, transformers or peft are imported by any test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Any:
+    """A sound base and a sound adapter to break: an `oracle.workshop.Workshop`."""
+    from oracle.workshop import Workshop
+
+    return Workshop(tmp_path)
