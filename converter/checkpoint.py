@@ -94,7 +94,9 @@ class Checkpoint:
         new = [names.get(name, name) for name in self.tensors]
         if len(set(new)) != len(new):
             twice = sorted({n for n in new if new.count(n) > 1})
-            raise Refused("rename-collision", f"two tensors would be named {fold(twice)}", where=show(self.origin.asked))
+            raise Refused(
+                "rename-collision", f"two tensors would be named {fold(twice)}", where=show(self.origin.asked)
+            )
         return self.replace(
             tensors=dict(zip(new, self.tensors.values(), strict=True)),
             ties=tuple(tuple(names.get(n, n) for n in group) for group in self.ties),

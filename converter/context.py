@@ -15,7 +15,8 @@ from typing import Literal
 
 from converter.errors import Refused, fold
 from converter.files import open_input, read_exact
-from converter.tensors import ByteRun, LazyTensor, byte_runs, describe
+from converter.tensor_bytes import ByteRun, byte_runs, describe
+from converter.tensors import LazyTensor
 
 MAX_READ = 1 << 20
 """Bytes that a converter may read of one tensor; more is refused, so that planning stays a matter of headers."""
@@ -71,7 +72,9 @@ class Context:
             Refused: larger than `max_bytes` (`read-too-large`), or not stored as it is (`read-computed`).
         """
         if tensor.info.nbytes > max_bytes:
-            raise Refused("read-too-large", f"planning may read {max_bytes} bytes of a tensor, not {tensor.info.nbytes}")
+            raise Refused(
+                "read-too-large", f"planning may read {max_bytes} bytes of a tensor, not {tensor.info.nbytes}"
+            )
         raw = b"".join(_blocks(_runs(tensor)))
         digest = hashlib.sha256(raw).hexdigest()[:16]
         self.evidence.append(f"read {tensor.info.dtype.value} {list(tensor.info.shape)} sha256 {digest}")

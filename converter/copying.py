@@ -1,4 +1,4 @@
-"""Bytes moved by the operating system: clones where the filesystem can, in-kernel copies, else plain reads and writes."""
+"""Bytes moved by the operating system: clones where the filesystem can, copies in the kernel, else reads and writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from converter.reading import InputFiles, cut_short
-from converter.tensors import ByteRun
+from converter.tensor_bytes import ByteRun
 
 COPY_BLOCK = 64 * 1024 * 1024
 """Bytes asked of the kernel in one call, so that progress moves and a signal is answered soon."""

@@ -1,6 +1,6 @@
 """Element types and shapes, in safetensors' own words; no torch.
 
-Source of the names and widths: https://github.com/huggingface/safetensors/blob/v0.8.0/safetensors/src/tensor.rs (`enum Dtype`).
+Source of names and widths: https://github.com/huggingface/safetensors/blob/v0.8.0/safetensors/src/tensor.rs
 """
 
 from __future__ import annotations
@@ -64,11 +64,13 @@ class DType(enum.Enum):
         if key in _ALIASES:
             return _ALIASES[key]
         raise UsageError(
-            "unknown-dtype", f"`{show(text)}` is not a dtype", expected="one of " + ", ".join(sorted(_TORCH_NAMES.values()))
+            "unknown-dtype",
+            f"`{show(text)}` is not a dtype",
+            expected="one of " + ", ".join(sorted(_TORCH_NAMES.values())),
         )
 
 
-_BITS = {d: 8 for d in DType} | {
+_BITS = dict.fromkeys(DType, 8) | {
     DType.F4: 4,
     DType.F6_E2M3: 6,
     DType.F6_E3M2: 6,
@@ -110,7 +112,14 @@ _TORCH_NAMES = {
 _ALIASES = (
     {d.value.lower(): d for d in DType}
     | {name: d for d, name in _TORCH_NAMES.items()}
-    | {"fp16": DType.F16, "half": DType.F16, "fp32": DType.F32, "float": DType.F32, "fp64": DType.F64, "double": DType.F64}
+    | {
+        "fp16": DType.F16,
+        "half": DType.F16,
+        "fp32": DType.F32,
+        "float": DType.F32,
+        "fp64": DType.F64,
+        "double": DType.F64,
+    }
 )
 
 

@@ -23,7 +23,7 @@ Measures = dict[str, float]
 
 @cache
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """torch's dtype of the same name.
+    """The dtype of torch of the same name.
 
     Raises:
         Refused: torch can't compute with it (`dtype-not-computable`); such tensors can be copied all the same.
@@ -59,7 +59,7 @@ class Evaluator:
     shared: dict[LazyTensor, Any] = field(default_factory=dict)
 
     def evaluate(self, x: LazyTensor, measures: Measures) -> torch.Tensor:
-        """A contiguous CPU tensor of `x.info`'s dtype and shape; what its outermost kernel measured goes to `measures`."""
+        """A contiguous CPU tensor of `x.info`; what its outermost kernel measured is added to `measures`."""
         if x in self.keep:
             if x not in self.shared:
                 self.shared[x] = self._compute(x, measures)
@@ -119,8 +119,6 @@ def _expect(value: torch.Tensor, x: Apply) -> None:
 
 def _cast(value: torch.Tensor, dtype: DType, measures: Measures) -> torch.Tensor:
     """Round to `dtype`, counting values that were finite and no longer are."""
-    import torch
-
     out = value.to(torch_dtype(dtype))
     if value.is_floating_point() and out.is_floating_point():
         broken = _finite(value) - _finite(out)

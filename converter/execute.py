@@ -147,7 +147,7 @@ def write(
             measures = {n: m for line in lines.values() for n, m in line["measures"].items()}
             _refuse_new_nonfinite(measures, stage)
             if accept is not None:
-                accept(measures)
+                _accept(accept, measures, stage)
             content = receipt_content(plan, measures, verified=verify)
             _write_side_files(plan, stage, files, content)
             files.check_unchanged()
@@ -157,6 +157,15 @@ def write(
     finally:
         stage.close()
     return Receipt(content, measures, *checked, seconds=time.monotonic() - begun)
+
+
+def _accept(accept: Accept, measures: Mapping[str, Measures], stage: Stage) -> None:
+    """Ask for the last look; after a refusal nothing new stays on disk."""
+    try:
+        accept(measures)
+    except Refused:
+        stage.discard()
+        raise
 
 
 def _write_shards(

@@ -1,4 +1,4 @@
-"""Input files: one function opens them, one reads them. Regular files only, and none outside the folder that was asked for."""
+"""Input files: one function opens them, one reads them. Regular files only, and none outside the folder asked for."""
 
 from __future__ import annotations
 
@@ -45,27 +45,40 @@ def open_input(path: Path, *, root: Path | None = None) -> int:
 
     Args:
         root: the folder that the file must lie in once symbolic links are followed. In a Hub cache snapshot
-            (`models--x--y/snapshots/REV`) links may lead to the repository's own `blobs`.
+            (`models--x--y/snapshots/REV`) links may lead to the cache's `blobs`. None: links are followed anywhere.
 
     Raises:
         Refused: missing (`input-missing`), not a regular file (`input-not-a-file`), outside `root` (`input-outside`),
             or not readable (`input-unreadable`).
     """
-    if root is not None:
-        _expect_inside(path, root)
+    real = path if root is None else _inside(path, root)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        # Looked at before it is opened: opening a device can have effects. Looked at again, since it may have changed.
+        _expect_regular(path, os.stat(real).st_mode)
+        fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         raise _unreadable(path, error) from error
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
+    try:
+        _expect_regular(path, os.fstat(fd).st_mode)
+    except Refused:
         os.close(fd)
-        raise Refused("input-not-a-file", f"not a regular file, but {_kind(status.st_mode)}", where=show(path))
+        raise
     return fd
 
 
+def _expect_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise Refused("input-not-a-file", f"not a regular file, but {_kind(mode)}", where=show(path))
+
+
 def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+    }
     return kinds.get(stat.S_IFMT(mode), "something else")
 
 
@@ -73,20 +86,22 @@ def _unreadable(path: Path, error: OSError) -> Refused:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         dangling = " (a symbolic link that leads nowhere)" if path.is_symlink() else ""
         return Refused("input-missing", f"the file is missing{dangling}", where=show(path))
-    if error.errno == errno.ENXIO:
-        return Refused("input-not-a-file", "not a regular file, but a socket or a device", where=show(path))
+    if error.errno == errno.ELOOP:
+        return Refused("input-outside", "symbolic links lead in a circle", where=show(path))
     return Refused("input-unreadable", f"the file can't be opened: {error.strerror}", where=show(path))
 
 
-def _expect_inside(path: Path, root: Path) -> None:
+def _inside(path: Path, root: Path) -> Path:
+    """Where the file really is.
+
+    Raises:
+        Refused: not below `root`, nor where its links may lead (`input-outside`).
+    """
     try:
-        real, real_root = path.resolve(strict=False), root.resolve()
-    except (OSError, RuntimeError) as error:
+        real, real_root = path.resolve(), root.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: how Python before 3.13 reports a circle of links
         raise Refused("input-outside", "symbolic links lead in a circle", where=show(path)) from error
-    allowed = [real_root]
-    if real_root.parent.name == "snapshots":
-        allowed.append(real_root.parent.parent / "blobs")
-    if not any(folder in real.parents for folder in allowed):
+    if not any(folder in real.parents for folder in (real_root, *_blob_folders(real_root))):
         raise Refused(
             "input-outside",
             "the file is a symbolic link that leaves its folder",
@@ -94,6 +109,19 @@ def _expect_inside(path: Path, root: Path) -> None:
             got=show(real),
             next="copy the file itself into the folder",
         )
+    return real
+
+
+def _blob_folders(real_root: Path) -> tuple[Path, ...]:
+    """Where files of a Hub cache snapshot may really be: the repository's blobs, and those that the cache shares.
+
+    Source: https://github.com/huggingface/huggingface_hub/blob/v2.4.0/src/huggingface_hub/utils/_shared_blobs.py
+    """
+    for folder in (real_root, *real_root.parents):
+        repository = folder.parent.parent
+        if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return ((repository / "blobs").resolve(), (repository.parent / "blobs").resolve())
+    return ()
 
 
 def identity(path: Path | str) -> Identity:
@@ -134,7 +162,9 @@ def read_limited(path: Path, *, limit: int, root: Path | None = None) -> bytes:
     try:
         size = os.fstat(fd).st_size
         if size > limit:
-            raise Refused("input-too-large", f"the file has {size} bytes", where=show(path), expected=f"at most {limit} bytes")
+            raise Refused(
+                "input-too-large", f"the file has {size} bytes", where=show(path), expected=f"at most {limit} bytes"
+            )
         return read_exact(fd, 0, size, file=str(path))
     finally:
         os.close(fd)

@@ -66,7 +66,9 @@ def find(name: str) -> KernelSpec:
         spec = point.load()
         if isinstance(spec, KernelSpec) and spec.name == name:
             return spec
-    raise Refused("unknown-kernel", f"no installed package provides the kernel `{show(name)}`", next="rlhf-convert list")
+    raise Refused(
+        "unknown-kernel", f"no installed package provides the kernel `{show(name)}`", next="rlhf-convert list"
+    )
 
 
 def _out(params: Params) -> DType:
@@ -74,7 +76,7 @@ def _out(params: Params) -> DType:
 
 
 def accumulates_wide(weight: str, params: Params) -> bool:
-    """True where sums are taken in fp64: for `best` over, or into, 32 bits or more (torch's name of the base's dtype)."""
+    """True where sums are taken in fp64: for `best` over, or into, 32 bits or more (`weight`: torch's dtype name)."""
     wide = {"float32", "float64"}
     return params["numerics"] == "best" and (weight.removeprefix("torch.") in wide or _out(params).torch_name in wide)
 

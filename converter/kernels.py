@@ -62,7 +62,8 @@ def lora_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor,
 
     def delta(f: _Factors) -> Tensor:
         product = f.b @ f.a
-        return (product.T if transposed else product) * f.scale
+        update: Tensor = (product.T if transposed else product) * f.scale
+        return update
 
     def norm(weight: Tensor) -> Tensor:
         return torch.linalg.norm(weight.T if transposed else weight, dim=1)
@@ -82,8 +83,10 @@ def lora_conv_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Te
     def delta(f: _Factors) -> Tensor:
         if spatial == 2 and weight.shape[2:] == (1, 1):
             product = f.b.squeeze(3).squeeze(2) @ f.a.squeeze(3).squeeze(2)
-            return product.unsqueeze(2).unsqueeze(3) * f.scale
-        return convolve(f.a.transpose(0, 1), f.b).transpose(0, 1) * f.scale
+            pointwise: Tensor = product.unsqueeze(2).unsqueeze(3) * f.scale
+            return pointwise
+        update: Tensor = convolve(f.a.transpose(0, 1), f.b).transpose(0, 1) * f.scale
+        return update
 
     def norm(merged: Tensor) -> Tensor:
         return merged.norm(p=2, dim=tuple(range(1, merged.dim())), keepdim=True).transpose(1, 0)
@@ -94,13 +97,17 @@ def lora_conv_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Te
     return _merge(inputs, params, delta, norm, along)
 
 
-def _merge(inputs: list[Tensor], params: Mapping[str, Any], delta: Any, norm: Any, along: Any) -> tuple[Tensor, Measures]:
+def _merge(
+    inputs: list[Tensor], params: Mapping[str, Any], delta: Any, norm: Any, along: Any
+) -> tuple[Tensor, Measures]:
     accumulate = _accumulation(inputs[0], params)
     out_dtype = _out_dtype(params)
     weight = inputs[0]
     adapters = _adapters(inputs[1:], params, accumulate)
     if params["numerics"] == "peft":
-        merged, exact = _merge_in_turn(weight.to(out_dtype), adapters, bool(params.get("delta_rounded")), delta, norm, along)
+        merged, exact = _merge_in_turn(
+            weight.to(out_dtype), adapters, bool(params.get("delta_rounded")), delta, norm, along
+        )
     else:
         exact = _merge_exactly(weight.to(accumulate), adapters, delta, norm, along)
         merged = exact.to(out_dtype)
@@ -123,23 +130,41 @@ def _merge_exactly(weight: Tensor, adapters: list[_Factors], delta: Any, norm: A
 def _merge_in_turn(
     weight: Tensor, adapters: list[_Factors], delta_rounded: bool, delta: Any, norm: Any, along: Any
 ) -> tuple[Tensor, Tensor]:
-    """What PEFT does, one adapter after another with a rounding each; and the last sum before its rounding."""
-    merged = weight
-    exact = weight
-    for f in adapters:
+    """What PEFT does, one adapter after another with a rounding each; and the last sum before its rounding.
+
+    For a DoRA adapter that is not the first, PEFT takes the merged ones out again, measures the norm of what is left,
+    and merges them anew; each step rounds, so the result drifts, and is repeated here to the bit.
+    """
+
+    def step(merged: Tensor, unmerged: Tensor, f: _Factors) -> tuple[Tensor, Tensor, Tensor | None]:
         update = delta(f)
         if f.magnitude is not None:
-            factor = f.magnitude.view(-1) / norm(weight + update).view(-1)
-            exact = along(factor) * (merged + update)
-        else:
-            exact = merged + update
-        merged = merged + update.to(merged.dtype) if delta_rounded and f.magnitude is None else exact.to(weight.dtype)
+            factor = along(f.magnitude.view(-1) / norm(unmerged + update).view(-1))
+            exact = factor * (merged + update)
+            return exact.to(weight.dtype), exact, factor
+        exact = merged + update
+        return (merged + update.to(merged.dtype) if delta_rounded else exact.to(weight.dtype)), exact, None
+
+    merged, exact, unmerged = weight, weight, weight
+    factors: list[Tensor | None] = []
+    for done, f in enumerate(adapters):
+        if f.magnitude is not None and done:
+            for earlier, factor in zip(reversed(adapters[:done]), reversed(factors), strict=True):
+                update = delta(earlier)
+                taken = merged - update.to(weight.dtype) if factor is None else merged / factor - update
+                merged = taken.to(weight.dtype)
+            unmerged = merged
+            for at, earlier in enumerate(adapters[:done]):
+                merged, exact, factors[at] = step(merged, unmerged, earlier)
+        merged, exact, factor = step(merged, unmerged, f)
+        factors.append(factor)
     return merged, exact
 
 
 def _measure(weight: Tensor, exact: Tensor, merged: Tensor, inputs: list[Tensor]) -> Measures:
     """Norms of base and update, and how much of the update survived the rounding. The finite check rides along:
-    a value that is not finite makes `update` or `effective` not finite, and only then is it counted exactly."""
+    a value that is not finite makes `update` or `effective` not finite, and only then is it counted exactly.
+    """
     wide = exact.dtype
     base = weight.to(wide).flatten()
     update = exact.flatten() - base
@@ -182,8 +207,19 @@ def bias_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor,
 
 
 def residual_base(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
-    """W less the low-rank part that a PiSSA or OLoRA start moved into the adapter, rebuilt as PEFT does on load."""
-    weight = inputs[0]
+    """W less the low-rank part that a PiSSA or OLoRA start moved into the adapter, rebuilt as PEFT does on load.
+
+    On one thread: LAPACK's last bits depend on how many there are, and the same inputs must give the same bytes.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _residual(inputs[0], params)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _residual(weight: Tensor, params: Mapping[str, Any]) -> Tensor:
     rank, scale = int(params["rank"]), float(params["scale"])
     if params["init"] == "olora":
         full = weight.to(torch.float32, copy=True)
@@ -197,5 +233,5 @@ def residual_base(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
     s = s[:rank] / scale
     a = torch.diag(torch.sqrt(s)) @ u[:rank]
     b = v[:, :rank] @ torch.diag(torch.sqrt(s))
-    left = (full - scale * b @ a).to(weight.dtype)
+    left: Tensor = (full - scale * b @ a).to(weight.dtype)
     return left.T.contiguous() if transposed else left

@@ -20,8 +20,9 @@ from converter.context import Context
 from converter.errors import Refused, fold
 from converter.files import Identity
 from converter.safetensors_io import build_header, build_index
+from converter.tensor_bytes import ByteRun, byte_runs, leaves, reads
 from converter.tensor_json import from_json, to_json
-from converter.tensors import Apply, ByteRun, Cast, Filled, LazyTensor, Narrow, Strided, byte_runs, is_separable, leaves, reads
+from converter.tensors import Apply, Cast, Filled, LazyTensor, Narrow, Strided, is_separable
 
 PLAN_VERSION = 1
 """Raised whenever the same inputs may give another plan or other bytes; part of the fingerprint."""
@@ -182,7 +183,13 @@ def _shard_to_json(shard: ShardPlan) -> dict[str, Any]:
         {"name": e.name, "tensor": to_json(e.tensor), "offset": e.offset, "chunk_rows": e.chunk_rows}
         for e in shard.entries
     ]
-    return {"file": shard.file, "head": shard.head.hex(), "entries": entries, "tail": shard.tail.hex(), "size": shard.size}
+    return {
+        "file": shard.file,
+        "head": shard.head.hex(),
+        "entries": entries,
+        "tail": shard.tail.hex(),
+        "size": shard.size,
+    }
 
 
 def _shard_from_json(obj: Mapping[str, Any]) -> ShardPlan:
@@ -297,7 +304,9 @@ def _preserved(checkpoint: Checkpoint, limit: int | None) -> list[list[str]]:
     return kept
 
 
-def _lay_out(file: str, tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[str, str], keep: bool) -> ShardPlan:
+def _lay_out(
+    file: str, tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[str, str], keep: bool
+) -> ShardPlan:
     modulo = _source_modulo(tensors) if keep else None
     head = build_header([(n, t.info) for n, t in tensors], metadata, data_start_mod=modulo)
     entries: list[Entry] = []
@@ -336,7 +345,7 @@ def chunk_cost(tensor: LazyTensor) -> int:
 
 
 def unaccounted(inputs: Sequence[Checkpoint], output: Checkpoint) -> str | None:
-    """Tensors of the inputs that are neither read by the output nor dropped by a step, folded; None if there are none."""
+    """Tensors of the inputs that are neither read by the output nor dropped by a step, folded; or None."""
     used: dict[str, list[tuple[int, int]]] = {}
     for tensor in output.tensors.values():
         for run in reads(tensor):

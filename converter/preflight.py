@@ -40,11 +40,17 @@ def check_target(out: Path, inputs: Iterable[str], *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise Refused(
-            "output-exists", "the output exists already", where=show(out), next="choose another name, or add --overwrite"
+            "output-exists",
+            "the output exists already",
+            where=show(out),
+            next="choose another name, or add --overwrite",
         )
     if out.is_symlink() or not out.is_dir() or os.path.ismount(out) or resolved in _protected():
         raise Refused(
-            "output-protected", "this is not a folder that --overwrite may replace", where=show(out), next="choose another name"
+            "output-protected",
+            "this is not a folder that --overwrite may replace",
+            where=show(out),
+            next="choose another name",
         )
     if os.listdir(out) and not (out / RECEIPT_FILE).is_file():
         raise Refused(
@@ -130,7 +136,9 @@ def memory_limit(plan: Plan, memory: int | None) -> int:
             + ("--memory allows" if memory is not None else "this machine has free"),
             expected=format_size(least),
             got=format_size(allowed),
-            next=f"--memory {-(-least // 1_000_000)}MB" if memory is not None else "run it on a machine with more memory",
+            next=f"--memory {-(-least // 1_000_000)}MB"
+            if memory is not None
+            else "run it on a machine with more memory",
         )
     return max(allowed - TORCH_MEMORY, 1)
 

@@ -1,5 +1,6 @@
 """Input files, opened once, read with `pread`, and checked to be what was planned. No mmap: a file that gets shorter
-under a map kills the process without a message, and mapped pages make a memory promise untestable."""
+under a map kills the process without a message, and mapped pages make a memory promise untestable.
+"""
 
 from __future__ import annotations
 

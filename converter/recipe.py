@@ -210,7 +210,7 @@ def _recipe_model() -> type[BaseModel]:
         version: Literal[1]
         inputs: dict[str, InputModel] = Field(min_length=1)
         steps: list[dict[str, dict[str, Any] | None]] = Field(default_factory=list)
-        output: OutputModel = OutputModel()
+        output: OutputModel = Field(default_factory=lambda: OutputModel.model_validate({}))
 
     return RecipeModel
 

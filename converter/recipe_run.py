@@ -11,14 +11,13 @@ from typing import Any
 from converter import __version__
 from converter.checkpoint import Checkpoint
 from converter.context import Context
-from converter.errors import Refused, UsageError, show
+from converter.errors import ConvertError, Refused, UsageError, show
 from converter.plan import Plan, make_plan, unaccounted
 from converter.recipe import SOURCE, InputSpec, Recipe
 from converter.recipe_fields import check, instantiate
-from converter.registry import sources
+from converter.registry import nothing_in, sources
 
 MODEL, ADAPTER = "model", "adapter"
-_RUN_CHECKPOINT = re.compile(r"(?:checkpoint|global_step|step)[-_]?\d+", re.ASCII)
 _SNAPSHOT = re.compile(
     r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{7,64})/?$", re.ASCII
 )
@@ -102,12 +101,14 @@ def open_inputs(recipe: Recipe, *, token: str | None, keep_code: bool) -> dict[s
     """Every input as a checkpoint; those that an adapter records come after the adapters."""
     opened: dict[str, Checkpoint] = {}
     for name, spec in sorted(recipe.inputs.items(), key=lambda item: item[1].base_of is not None):
-        given = spec if spec.base_of is None else recorded_base(opened[spec.base_of])
-        opened[name] = open_checkpoint(given, token=token, keep_code=keep_code, download=spec.base_of is None)
+        if spec.base_of is None:
+            opened[name] = open_checkpoint(spec, token=token, keep_code=keep_code)
+        else:
+            opened[name] = open_recorded_base(opened[spec.base_of], keep_code=keep_code)
     return {name: opened[name] for name in recipe.inputs}
 
 
-def open_checkpoint(spec: InputSpec, *, token: str | None, keep_code: bool, download: bool) -> Checkpoint:
+def open_checkpoint(spec: InputSpec, *, token: str | None, keep_code: bool, download: bool = True) -> Checkpoint:
     """The checkpoint in a folder, in the Hub's cache or on the Hub.
 
     Raises:
@@ -124,32 +125,30 @@ def open_checkpoint(spec: InputSpec, *, token: str | None, keep_code: bool, down
     raise nothing_in(found.path, spec.path)
 
 
-def kind_of(path: Path) -> str | None:
-    """Name of the source that would open this folder, or None."""
-    return next((name for name, source in sources().items() if source.detect(path)), None)
+def open_recorded_base(adapter: Checkpoint, *, keep_code: bool) -> Checkpoint:
+    """The base model that an adapter's config names: a local folder or an entry of the Hub's cache.
 
-
-def nothing_in(path: Path, asked: str) -> UsageError:
-    """The error for a folder that no source takes: the checkpoints below it, else what is there."""
-    inside = sorted(p for p in path.iterdir() if p.is_dir() and kind_of(p)) if path.is_dir() else []
-    if inside:
-        runs = sorted(inside, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
-        listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in runs[-8:])
-        is_run = any(_RUN_CHECKPOINT.fullmatch(p.name) for p in runs)
-        what = f"a run folder with {len(runs)} checkpoints; name one of them" if is_run else "name the folder inside it"
-        return UsageError("several-checkpoints", what, where=show(asked), expected=listed)
-    names = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else []
-    return UsageError(
-        "not-a-checkpoint",
-        "neither a model nor an adapter that can be read",
-        where=show(asked),
-        expected="config.json with *.safetensors, or adapter_config.json with adapter_model.safetensors",
-        got=", ".join(show(n) for n in names) or "an empty folder",
-    )
+    Raises:
+        UsageError: it names none (`base-unknown`).
+        Refused: what it names is not at hand (`base-not-found`); nothing is downloaded on an adapter's word.
+    """
+    spec = recorded_base(adapter)
+    try:
+        return open_checkpoint(spec, token=None, keep_code=keep_code, download=False)
+    except ConvertError as error:
+        if error.code not in ("path-missing", "hub-not-cached"):
+            raise
+        at = f"@{show(spec.revision)}" if spec.revision else ""
+        raise Refused(
+            "base-not-found",
+            f"the adapter records {show(spec.path)}{at} as its base: neither a folder here nor in the Hub's cache",
+            where=show(adapter.origin.asked),
+            next=f"rlhf-convert merge-lora {show(adapter.origin.asked)} OUT --base BASE",
+        ) from None
 
 
 def recorded_base(adapter: Checkpoint) -> InputSpec:
-    """The base model that an adapter's config names.
+    """What an adapter's config says of its base.
 
     Raises:
         UsageError: it names none (`base-unknown`).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,16 +11,17 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
 
-from converter.checkpoint import Checkpoint
 from converter.errors import UsageError, show
 
 if TYPE_CHECKING:
+    from converter.checkpoint import Checkpoint
     from converter.context import Context
     from converter.sources.survey import Survey
 
 SOURCES = "rlhf_convert.sources"
 CONVERTERS = "rlhf_convert.converters"
 KERNELS = "rlhf_convert.kernels"
+_RUN_CHECKPOINT = re.compile(r"(?:checkpoint|global_step|step)[-_]?\d+", re.ASCII)
 GROUPS = (SOURCES, CONVERTERS, KERNELS)
 
 
@@ -76,6 +78,30 @@ def sources() -> Mapping[str, Source]:
     return found
 
 
+def kind_of(path: Path) -> str | None:
+    """Name of the source that would open this folder, or None."""
+    return next((name for name, source in sources().items() if source.detect(path)), None)
+
+
+def nothing_in(path: Path, asked: str) -> UsageError:
+    """The error for a folder that no source takes: the checkpoints below it, else what is there."""
+    inside = sorted(p for p in path.iterdir() if p.is_dir() and kind_of(p)) if path.is_dir() else []
+    if inside:
+        runs = sorted(inside, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+        listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in runs[-8:])
+        is_run = any(_RUN_CHECKPOINT.fullmatch(p.name) for p in runs)
+        what = f"a run folder with {len(runs)} checkpoints; name one of them" if is_run else "name the folder inside it"
+        return UsageError("several-checkpoints", what, where=show(asked), expected=listed)
+    names = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else []
+    return UsageError(
+        "not-a-checkpoint",
+        "neither a model nor an adapter that can be read",
+        where=show(asked),
+        expected="config.json with *.safetensors, or adapter_config.json with adapter_model.safetensors",
+        got=", ".join(show(n) for n in names) or "an empty folder",
+    )
+
+
 @cache
 def find_converter(name: str) -> type[Converter]:
     """The converter registered under `name`.
@@ -101,7 +127,7 @@ def find_converter(name: str) -> type[Converter]:
         raise UsageError(
             "plug-in", f"the converter `{name}` can't be imported: {show(loaded)}", where=_package(points[0])
         )
-    if not (isinstance(loaded, type) and callable(loaded) and getattr(loaded, "name", None) == name):
+    if not (isinstance(loaded, type) and getattr(loaded, "name", None) == name):
         raise UsageError(
             "plug-in", f"{show(points[0].value)} is not a converter named `{name}`", where=_package(points[0])
         )

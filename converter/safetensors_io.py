@@ -9,6 +9,7 @@ Source of the format: https://github.com/huggingface/safetensors/blob/v0.8.0/REA
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -26,10 +27,17 @@ MAX_HEADER_SIZE = 100_000_000
 """Source: `MAX_HEADER_SIZE`, https://github.com/huggingface/safetensors/blob/v0.8.0/safetensors/src/tensor.rs"""
 
 MAX_NAME_LENGTH = 1024
-MAX_DIMENSION = 2**63 - 1
+MAX_DIMENSIONS = 64
+MAX_NUMBER = 2**63 - 1
+"""Sizes and offsets are signed 64-bit numbers wherever they go from here: torch, `pread`, `copy_file_range`."""
+
 _DTYPES = {d.value: d for d in DType}
-_UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9_][\w.+-]{0,254}\.safetensors", re.ASCII)
+
+_LFS = b"version https://git-lfs"
+_LFS_SIZE = re.compile(rb"^size (\d{1,18})$", re.MULTILINE)
+_SMALLEST = 8 + len("{}")
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,8 @@ def read_header(path: Path, *, root: Path | None = None) -> Header:
     """The header of a file, every claim checked.
 
     Raises:
-        Refused: not a safetensors file (`safetensors-not`), cut short (`file-truncated`), or a header that lies or is
-            ambiguous (`safetensors-header`).
+        Refused: not a safetensors file (`safetensors-not`), cut short or a git-lfs pointer (`file-truncated`), or a
+            header that lies or is ambiguous (`safetensors-header`).
     """
     fd = open_input(path, root=root)
     try:
@@ -74,32 +82,60 @@ def read_header(path: Path, *, root: Path | None = None) -> Header:
     finally:
         os.close(fd)
     tensors, metadata = _parse(path, raw[8:])
-    end = _check_extents(path, tensors)
-    if 8 + length + end > size:
-        raise _truncated(path, 8 + length + end, size)
-    if 8 + length + end < size:
-        raise _lies(path, f"{size - 8 - length - end} bytes follow the last tensor")
+    end = 8 + length + _check_extents(path, tensors)
+    if end > size:
+        raise _truncated(path, end, size)
+    if end < size:
+        raise _lies(path, f"{size - end} bytes follow the last tensor", expected=f"{end} bytes", got=f"{size} bytes")
     return Header(tensors, metadata, 8 + length, size, raw, Identity.of(status))
 
 
+_OTHER_FORMATS = (
+    (b"PK\x03\x04", "a pickled PyTorch file (a zip) under a .safetensors name; it is not read as one"),
+    (b"\x80\x02", "a pickled PyTorch file under a .safetensors name; it is not read as one"),
+    (b"\x80\x03", "a pickle under a .safetensors name; it is not read as one"),
+    (b"\x80\x04", "a pickle under a .safetensors name; it is not read as one"),
+    (b"\x80\x05", "a pickle under a .safetensors name; it is not read as one"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive"),
+    (b"\x93NUMPY", "a numpy file"),
+)
+
+
 def _expect_safetensors(path: Path, start: bytes, size: int) -> None:
-    what = None
-    if start.startswith(b"version https://git-lfs"):
-        what = "a git-lfs pointer, not the weights; run: git lfs pull"
-    elif start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and start[8:9] != b"{":
-        what = "a pickled PyTorch file under a .safetensors name; it is not read as one"
-    elif start[:15].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+    """Name what else the file is, where its first bytes can't begin a safetensors file."""
+    if start.startswith(_LFS):
+        raise _lfs_pointer(path, start, size)
+    if size == 0:
+        raise Refused("safetensors-not", "this is an empty file", where=show(path), next="download or copy it again")
+    if size >= _SMALLEST and start[8:9] == b"{":
+        return
+    what = next((words for magic, words in _OTHER_FORMATS if start.startswith(magic)), None)
+    if what is None and start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         what = "a web page, not weights: the download went wrong"
-    elif start.startswith(b"GGUF"):
-        what = "a GGUF file"
-    elif size == 0:
-        what = "an empty file"
-    elif size < 10:
-        raise _truncated(path, 10, size)
-    elif start[8:9] != b"{":
-        what = "not a safetensors file (no header begins at byte 8)"
-    if what is not None:
-        raise Refused("safetensors-not", f"this is {what}", where=show(path))
+    if what is None and not start.strip(b"\0"):
+        what = "filled with zeros: a download or copy that never finished"
+    if what is None and start.lstrip().startswith((b"{", b"[")):
+        what = "a JSON file, not weights"
+    if what is None and size < _SMALLEST:
+        raise _truncated(path, _SMALLEST, size)
+    raise Refused(
+        "safetensors-not", f"this is {what or 'not a safetensors file: no header begins at byte 8'}", where=show(path)
+    )
+
+
+def _lfs_pointer(path: Path, start: bytes, size: int) -> Refused:
+    promised = _LFS_SIZE.search(start)
+    return Refused(
+        "file-truncated",
+        "this is a git-lfs pointer, not the weights that it stands for",
+        where=show(path),
+        expected=f"{promised[1].decode()} bytes" if promised else "the weights",
+        got=f"{size} bytes",
+        next="git lfs pull, in the folder it was cloned to",
+    )
 
 
 def _truncated(path: Path, expected: int, size: int) -> Refused:
@@ -113,43 +149,70 @@ def _truncated(path: Path, expected: int, size: int) -> Refused:
     )
 
 
-def _lies(path: Path, what: str) -> Refused:
-    return Refused("safetensors-header", what, where=show(path))
+def _lies(path: Path, what: str, *, expected: str | None = None, got: str | None = None) -> Refused:
+    return Refused("safetensors-header", what, where=show(path), expected=expected, got=got)
 
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, tuple[TensorInfo, int, int]], dict[str, str]]:
-    header = parse_json(text, where=str(path))
-    if not isinstance(header, dict):
-        raise _lies(path, "the header is no JSON object")
+    if not text.rstrip(b" ").endswith(b"}"):
+        raise _lies(path, "the header does not end with its closing brace")
+    try:
+        header = parse_json(text, where=str(path))
+    except Refused as error:
+        raise _lies(path, error.what.replace("the JSON", "the header")) from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _lies(path, "__metadata__ is not an object of strings")
     found = {name: _entry(path, name, value) for name, value in header.items()}
-    return dict(sorted(found.items(), key=lambda item: (item[1][1], item[1][2]))), metadata
+    return dict(sorted(found.items(), key=lambda item: item[1][1:])), metadata
 
 
 def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
-    if not name or len(name) > MAX_NAME_LENGTH or _UNSAFE_NAME.search(name):
+    """Info and data offsets of one tensor.
+
+    Raises:
+        Refused: an unsafe name, a field missing, unknown or malformed, or a size that the offsets contradict.
+    """
+    if not _is_safe(name):
         raise _lies(path, f"a tensor has an unsafe name: {show(name, 60)!r}")
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
         raise _lies(path, f"{show(name)} does not have exactly dtype, shape and data_offsets")
     dtype = _DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
         raise _lies(path, f"{show(name)} has the unknown dtype {show(value['dtype'])}")
     shape, offsets = value["shape"], value["data_offsets"]
-    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise _lies(path, f"{show(name)} has a malformed shape or data_offsets")
+    if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
+        raise _lies(path, f"{show(name)} has a malformed shape: {show(shape)}")
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise _lies(path, f"{show(name)} has malformed data_offsets: {show(offsets)}")
+    begin, end = offsets
     info = TensorInfo(dtype, tuple(shape))
-    bits = info.numel * dtype.bits
-    if bits % 8 or info.numel > MAX_DIMENSION or offsets[1] - offsets[0] != bits // 8:
+    bits = math.prod(shape) * dtype.bits
+    # Zeros are left out: torch, too, refuses a zero-size shape whose other dimensions overflow.
+    if (bits or math.prod([n for n in shape if n]) * dtype.bits) > MAX_NUMBER:
+        raise _lies(path, f"{show(name)} has an impossible size: {show(shape)}")
+    if bits % 8 or end - begin != bits // 8:
         raise _lies(
-            path, f"{show(name)} is {dtype.value} {show(shape)}, and its data_offsets hold {offsets[1] - offsets[0]} bytes"
+            path,
+            f"{show(name)} is {dtype.value} {show(shape)}, which its data_offsets contradict",
+            expected=f"{bits // 8} bytes" if bits % 8 == 0 else "a whole number of bytes",
+            got=f"{end - begin} bytes",
         )
-    return info, offsets[0], offsets[1]
+    return info, begin, end
+
+
+def _is_safe(name: str) -> bool:
+    """False for names that would harm a terminal, a log or a program that makes a path of them."""
+    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable() or name[0] == "/":
+        return False
+    return ".." not in name or ".." not in name.split("/")
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in value)
+    if type(value) is not list:
+        return False
+    # bool is an int in Python, and 1.0 equals 1; neither is a count.
+    return all([type(n) is int and 0 <= n <= MAX_NUMBER for n in value])  # noqa: C419 - twice as fast as a generator
 
 
 def _check_extents(path: Path, tensors: Mapping[str, tuple[TensorInfo, int, int]]) -> int:
@@ -175,6 +238,9 @@ def build_header(
     Args:
         align: the header's length becomes a multiple of this, padded with spaces.
         data_start_mod: `(m, n)`: pad so that the data begins at `m` modulo `n` instead; `m` a multiple of `align`.
+
+    Raises:
+        Refused: longer than readers accept (`header-too-large`).
     """
     content: dict[str, Any] = {"__metadata__": dict(sorted({**metadata, "format": "pt"}.items()))}
     offset = 0
@@ -188,6 +254,9 @@ def build_header(
     else:
         padding = -len(text) % align
     text += b" " * padding
+    if len(text) > MAX_HEADER_SIZE:
+        what = f"a header of {len(text)} bytes is more than any reader accepts ({MAX_HEADER_SIZE})"
+        raise Refused("header-too-large", what, next="write more files: --max-shard-size")
     return struct.pack("<Q", len(text)) + text
 
 
@@ -205,7 +274,12 @@ def read_index(path: Path, *, root: Path | None = None) -> Index:
     Raises:
         Refused: malformed, or a file name that is not a plain one (`index-malformed`).
     """
-    value = load_json(path, root=root, limit=MAX_HEADER_SIZE)
+    try:
+        value = load_json(path, root=root, limit=MAX_HEADER_SIZE)
+    except Refused as error:
+        if error.code == "json-malformed":
+            raise Refused("index-malformed", error.what, where=show(path)) from error
+        raise
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise Refused("index-malformed", "there is no weight_map", where=show(path))

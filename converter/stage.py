@@ -1,8 +1,8 @@
 """The stage: a folder beside the output in which a run works, its lock, its journal, and the rename that publishes it.
 
 Invariant: OUT is absent or whole. Everything is written to `OUT.partial/`, fsynced, and renamed to OUT in one step.
-With `--overwrite` the old output is first moved to `OUT.old`; a marker file `OUT.replacing` says that this is under
-way, so that a later run can tell our half-done replacement from a folder that merely has that name.
+With `--overwrite` the old output is first moved to `OUT.old`; a marker file `OUT.replacing`, durable before the move,
+holds that folder's inode number, so that a later run can tell our half-done replacement from a stranger's folder.
 
 Sources: PostgreSQL's durable_rename (fsync file, rename, fsync folder; a failed fsync is final),
 https://github.com/postgres/postgres/blob/REL_17_0/src/backend/storage/file/fd.c
@@ -10,12 +10,14 @@ https://github.com/postgres/postgres/blob/REL_17_0/src/backend/storage/file/fd.c
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,10 @@ JOURNAL = "journal.jsonl"
 FILE_MODE = 0o666
 """Permissions of new files, less the user's umask, as `open` gives them."""
 
+_MARK = '{{"replaces": {}}}\n'
+_MARKED = re.compile(rb'\{"replaces": (\d+)\}\n')
+_TORN_MARK = re.compile(rb'\{?"?[a-z"]*:? ?\d*\}?|\0+')
+
 
 def fsync_folder(folder: Path) -> None:
     """Make names in `folder` durable."""
@@ -37,28 +43,55 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def make_folders(folder: Path) -> list[Path]:
+    """Make a folder and its missing parents, durably; the ones that were made, outermost first."""
+    missing = []
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = folder.parent
+    missing.reverse()
+    for each in missing:
+        each.mkdir(exist_ok=True)
+        fsync_folder(each.parent)
+    return missing
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Write a small file whole: beside, fsync, rename. The caller fsyncs the folder."""
     temporary = path.with_name(path.name + ".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
+    _write_synced(temporary, content)
+    os.rename(temporary, path)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
     try:
         write_all(fd, content, 0)
         os.fsync(fd)
     finally:
         os.close(fd)
-    os.rename(temporary, path)
 
 
 class Stage:
-    """`OUT.partial/`, locked for as long as this object is open."""
+    """`OUT.partial/`, locked for as long as this object is open.
+
+    Attributes:
+        is_ours: the folder holds this run's journal, and nothing else but what the journal lists.
+        has_work: a later run of the same plan could go on from what the journal lists.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out.with_name(out.name + ".partial")
         self.old = out.with_name(out.name + ".old")
         self.marker = out.with_name(out.name + ".replacing")
+        self.is_ours = False
+        self.has_work = False
+        self._made: list[Path] = []
         self._lock = -1
         self._journal = -1
+
+    # Lock
 
     def open(self) -> None:
         """Create the folder where it is missing, and lock it.
@@ -66,61 +99,73 @@ class Stage:
         Raises:
             Refused: another run holds the lock (`output-busy`), or the folder is not one of ours (`stage-foreign`).
         """
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._made = make_folders(self.out.parent)
         while True:
-            try:
-                os.mkdir(self.folder)
-                fsync_folder(self.out.parent)
-            except FileExistsError:
-                if self.folder.is_symlink() or not self.folder.is_dir():
-                    raise self._foreign() from None
+            made = self._make()
             try:
                 self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self.close()
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise Refused(
-                        "output-busy", "another run is writing this output", where=show(self.out), next="wait for it to end"
-                    ) from error
-                raise
+            self._flock(self._lock)
             if self._is_current():
+                self._made += [self.folder] if made else []
                 return
             self.close()
 
-    def _is_current(self) -> bool:
-        """The locked folder may have been published by its owner between our open and our lock."""
+    def _make(self) -> bool:
         try:
-            named = os.stat(self.folder)
+            os.mkdir(self.folder)
+        except FileExistsError:
+            if self.folder.is_symlink() or not self.folder.is_dir():
+                raise self._foreign(self.folder) from None
+            return False
+        fsync_folder(self.out.parent)
+        return True
+
+    def _flock(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise Refused(
+                "output-busy", "another run is writing this output", where=show(self.out), next="wait for it to end"
+            ) from error
+
+    def _is_current(self) -> bool:
+        """False where the locked folder was published or removed by its owner between our open and our lock."""
+        try:
+            named = os.stat(self.folder, follow_symlinks=False)
         except FileNotFoundError:
             return False
         locked = os.fstat(self._lock)
         return (named.st_dev, named.st_ino) == (locked.st_dev, locked.st_ino)
-
-    def _foreign(self) -> Refused:
-        return Refused(
-            "stage-foreign",
-            f"{show(self.folder.name)} is in the way and was not made by this tool",
-            where=show(self.out.parent),
-            next=f"move it away, or choose another output than {show(self.out.name)}",
-        )
 
     def close(self) -> None:
         """Release the lock and the journal; the folder stays as it is."""
         for name in ("_journal", "_lock"):
             fd = getattr(self, name)
             if fd >= 0:
-                os.close(fd)
                 setattr(self, name, -1)
+                os.close(fd)
 
-    def resume(self, summary: Mapping[str, str], *, fresh: bool) -> dict[str, Any]:
-        """Journalled shards of an earlier run of the same plan, by file name; otherwise an empty folder and nothing.
+    def _foreign(self, path: Path) -> Refused:
+        return Refused(
+            "stage-foreign",
+            f"{show(path.name)} is in the way and was not made by this tool",
+            where=show(self.out.parent),
+            next=f"move it away, or choose another output than {show(self.out.name)}",
+        )
+
+    # Journal
+
+    def resume(self, summary: Mapping[str, str], origin: Mapping[str, Any], *, fresh: bool) -> dict[str, Any]:
+        """Make the folder ours; journalled shards of an earlier run of the same plan, by file name.
 
         Args:
             summary: the plan's parts, as `Plan.summary`.
+            origin: what the receipt of this plan will say of its making, as `Plan.provenance`.
             fresh: forget what an earlier run left, whatever its plan.
 
         Raises:
@@ -128,24 +173,36 @@ class Stage:
         """
         lines = self._read_journal()
         if lines and not fresh:
-            self._expect_same_plan(lines[0], summary)
-            self._open_journal()
-            return {line["shard"]: line for line in lines[1:]}
-        if not lines and not self._is_ours():
-            raise self._foreign()
-        self._empty()
-        write_durably(self.folder / JOURNAL, _line({"plan": dict(summary)}))
+            self._expect_same_plan(lines[0]["plan"], summary)
+        elif not lines and not self._is_empty() and not self._holds_our_receipt(None if fresh else origin):
+            raise self._foreign(self.folder)
+        kept = {} if fresh else {line["shard"]: line for line in lines[1:]}
+        # The new journal first: from here on a crash leaves a folder that a later run knows as ours.
+        text = b"".join(map(_line, ({"plan": dict(summary)}, *kept.values())))
+        write_durably(self.folder / JOURNAL, text)
         fsync_folder(self.folder)
-        self._open_journal()
-        return {}
+        self._empty(keep={JOURNAL, *kept})
+        self._journal = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self.is_ours, self.has_work = True, bool(kept)
+        return kept
 
-    def _is_ours(self) -> bool:
-        """Empty, or left by a run that ended between its last file and the rename: then it holds our receipt."""
-        names = os.listdir(self.folder)
-        return not names or RECEIPT_FILE in names or names == [JOURNAL + ".tmp"]
+    def _is_empty(self) -> bool:
+        return set(os.listdir(self.folder)) <= {JOURNAL + ".tmp"}
+
+    def _holds_our_receipt(self, origin: Mapping[str, Any] | None) -> bool:
+        """Left by a run of the same origin (None: of any) that ended between its last file and the rename.
+
+        A finished model of another origin, which its owner may have moved here, must not be taken for that.
+        """
+        try:
+            receipt = json.loads((self.folder / RECEIPT_FILE).read_bytes())
+        except (OSError, ValueError):
+            return False
+        expected = {} if origin is None else json.loads(json.dumps(dict(origin)))
+        return isinstance(receipt, dict) and all(receipt.get(key) == value for key, value in expected.items())
 
     def _read_journal(self) -> list[dict[str, Any]]:
-        """Whole lines of the journal; a last line that a crash cut is left out."""
+        """The journal's whole lines: the plan, then shards; what a crash cut is left out."""
         try:
             raw = (self.folder / JOURNAL).read_bytes()
         except FileNotFoundError:
@@ -156,34 +213,23 @@ class Stage:
                 line = json.loads(text)
             except ValueError:
                 break
-            if not isinstance(line, dict):
+            wanted = {"shard": str, "size": int, "crc": dict, "measures": dict} if lines else {"plan": dict}
+            if not isinstance(line, dict) or not all(isinstance(line.get(k), t) for k, t in wanted.items()):
                 break
             lines.append(line)
-        return lines if lines and isinstance(lines[0].get("plan"), dict) else []
+        return lines
 
-    def _expect_same_plan(self, first: Mapping[str, Any], summary: Mapping[str, str]) -> None:
-        before = first["plan"]
+    def _expect_same_plan(self, before: Mapping[str, Any], summary: Mapping[str, str]) -> None:
         for key in [*summary, *before]:
             if before.get(key) != summary.get(key):
                 raise Refused(
                     "stage-differs",
-                    f"{show(self.folder.name)} holds unfinished work of another plan; the first difference is: {show(key)}",
+                    f"{show(self.folder.name)} holds unfinished work of another plan; they differ first in: {show(key)}",
                     where=show(self.out.parent),
                     expected=show(before.get(key, "nothing")),
                     got=show(summary.get(key, "nothing")),
                     next="repeat the earlier command to finish it, or add --no-resume to begin anew",
                 )
-
-    def _open_journal(self) -> None:
-        self._journal = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        self._trim_journal()
-
-    def _trim_journal(self) -> None:
-        """Cut a half-written last line, so that the next one begins on a line of its own."""
-        raw = (self.folder / JOURNAL).read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        if whole != len(raw):
-            os.ftruncate(self._journal, whole)
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Append a line to the journal and make it durable."""
@@ -191,53 +237,116 @@ class Stage:
         while data:
             data = data[os.write(self._journal, data) :]
         os.fsync(self._journal)
+        self.has_work = True
 
-    def _empty(self) -> None:
+    # Content
+
+    def files(self) -> set[str]:
+        """Names of all files in the folder, but for the journal."""
+        found = {str(Path(root, name).relative_to(self.folder)) for root, _, ns in os.walk(self.folder) for name in ns}
+        return found - {JOURNAL}
+
+    def allocated(self) -> int:
+        """Bytes of disk that an earlier run's files hold; they are used again or given back."""
+        paths = (Path(root, name) for root, _, names in os.walk(self.folder) for name in names)
+        return sum(p.lstat().st_blocks for p in paths) * 512
+
+    def _empty(self, *, keep: Collection[str]) -> None:
         for name in os.listdir(self.folder):
             path = self.folder / name
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if name not in keep:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def discard(self) -> None:
-        """Remove the folder: nothing of this run remains."""
-        self._empty()
-        os.rmdir(self.folder)
-        self.close()
+        """Remove what this run made, and what it took over: nothing remains. The journal goes last, as it is our mark."""
+        try:
+            if self._lock >= 0 and self._is_current():
+                if self.is_ours:
+                    marks = {JOURNAL, RECEIPT_FILE}
+                    self._empty(keep=marks)
+                    fsync_folder(self.folder)
+                    self._empty(keep=())
+                if self.is_ours or self.folder in self._made:
+                    os.rmdir(self.folder)
+            for folder in reversed(self._made):
+                if folder != self.folder:
+                    os.rmdir(folder)
+        finally:
+            self.close()
+
+    # Publication
 
     def publish(self, *, replace: bool) -> None:
         """Give the folder its final name: the one moment at which the output comes into being."""
         (self.folder / JOURNAL).unlink()
         fsync_folder(self.folder)
         parent = self.out.parent
-        if replace and os.path.lexists(self.out):
-            write_durably(self.marker, b"")
+        replaced = replace and os.path.lexists(self.out)
+        if replaced:
+            _write_synced(self.marker, _MARK.format(_inode(self.out)).encode())
             fsync_folder(parent)
             os.rename(self.out, self.old)
             fsync_folder(parent)
         os.rename(self.folder, self.out)
         fsync_folder(parent)
-        if replace and self.marker.exists():
-            self._finish_replacing()
+        if replaced:
+            self._end_replacement()
         self.close()
 
-    def recover(self) -> None:
-        """Bring a replacement that a crash interrupted to its end: the old output back, or the old one away."""
-        if not self.marker.exists():
-            return
-        if os.path.lexists(self.old):
-            if os.path.lexists(self.out):
-                self._finish_replacing()
-                return
-            os.rename(self.old, self.out)
-            fsync_folder(self.out.parent)
-        self.marker.unlink()
-        fsync_folder(self.out.parent)
+    def recover(self, *, replace: bool) -> None:
+        """Bring a replacement that a crash interrupted to its end: the old output back, or the old one away.
 
-    def _finish_replacing(self) -> None:
-        if os.path.lexists(self.old):
+        Raises:
+            Refused: its run still goes on (`output-busy`); a stranger's file or folder has one of the names that
+                a replacement needs (`stage-foreign`).
+        """
+        if os.path.lexists(self.marker):
+            self._recover(self._read_marker())
+        elif replace and os.path.lexists(self.old):
+            raise self._foreign(self.old)
+
+    def _recover(self, replaced: int | None) -> None:
+        if replaced is not None and _inode(self.old) == replaced:
+            if not os.path.lexists(self.out):
+                os.rename(self.old, self.out)
+                fsync_folder(self.out.parent)
+            elif not (self.out / RECEIPT_FILE).is_file():
+                raise self._foreign(self.out)
+            else:
+                # A folder takes its lock along when it is renamed: the run that published it may still clean up.
+                fd = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    self._flock(fd)
+                    self._end_replacement()
+                finally:
+                    os.close(fd)
+                return
+        self._end_replacement(keep_old=True)
+
+    def _read_marker(self) -> int | None:
+        """The inode number of the folder being replaced; None where the marker was torn, thus nothing was moved."""
+        try:
+            content = self.marker.read_bytes() if self.marker.is_file() else b"?"
+        except FileNotFoundError:
+            return None
+        if found := _MARKED.fullmatch(content):
+            return int(found[1])
+        if _TORN_MARK.fullmatch(content):
+            return None
+        raise self._foreign(self.marker)
+
+    def _end_replacement(self, *, keep_old: bool = False) -> None:
+        if not keep_old and os.path.lexists(self.old):
             shutil.rmtree(self.old)
             fsync_folder(self.out.parent)
-        self.marker.unlink()
+        self.marker.unlink(missing_ok=True)
         fsync_folder(self.out.parent)
+
+
+def _inode(path: Path) -> int | None:
+    with contextlib.suppress(FileNotFoundError):
+        return os.stat(path, follow_symlinks=False).st_ino
+    return None
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -3,39 +3,69 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from converter.errors import Refused, show
 from converter.files import read_limited
 
 MAX_JSON_BYTES = 64_000_000
+MAX_DEPTH = 64
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_INNERMOST = re.compile(rb"\[\]|\{\}")
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def load_json(path: Path, *, limit: int = MAX_JSON_BYTES, root: Path | None = None) -> Any:
+def load_json(path: Path, *, limit: int = MAX_JSON_BYTES, root: Path | None = None, allow_nan: bool = False) -> Any:
     """The value in a JSON file.
 
     Raises:
         Refused: see `parse_json`, and `converter.files.open_input`.
     """
-    return parse_json(read_limited(path, limit=limit, root=root), where=str(path))
+    return parse_json(read_limited(path, limit=limit, root=root), where=str(path), allow_nan=allow_nan)
 
 
-def parse_json(raw: bytes, *, where: str) -> Any:
+def parse_json(raw: bytes, *, where: str, allow_nan: bool = False) -> Any:
     """The value of JSON text.
 
+    Args:
+        allow_nan: accept `NaN` and `Infinity`, which are not JSON; Python's json writes them, and so some configs
+            (Mamba's `time_step_limit`) have them.
+
     Raises:
-        Refused: not JSON or not UTF-8, a key twice in one object, nested deeper than the interpreter's stack,
-            a number with more than 4300 digits (`json-malformed`).
+        Refused: not JSON or not UTF-8, a key twice in one object, deeper than 64 levels, a number with more than
+            4300 digits (`json-malformed`).
     """
+    if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise _bad(where, "it begins with a byte order mark; save it as plain UTF-8")
+    if not raw.strip(b"\0"):
+        raise _bad(where, "the file is empty" if not raw else "the file holds zeros only: a copy that never finished")
+    if is_deeper(raw, MAX_DEPTH):
+        raise _bad(where, f"it is nested deeper than {MAX_DEPTH} levels")
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where))
+        return json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=lambda pairs: _unique(pairs, where),
+            parse_constant=None if allow_nan else lambda text: _refuse_constant(text, where),
+        )
     except UnicodeDecodeError as error:
         raise _bad(where, f"it is not UTF-8 (byte {error.start})") from error
     except RecursionError as error:
         raise _bad(where, "it is nested too deeply") from error
     except ValueError as error:
         raise _bad(where, show(error)) from error
+
+
+def is_deeper(raw: bytes, limit: int) -> bool:
+    """True where objects and arrays are nested deeper than `limit`; told without parsing, so without recursion."""
+    brackets = _STRING.sub(b"", raw).translate(None, _NOT_BRACKETS)
+    for _ in range(limit):
+        shorter = _INNERMOST.sub(b"", brackets)
+        if len(shorter) == len(brackets):
+            return False  # nothing, or brackets that don't match: the parser will say so
+        brackets = shorter
+    return bool(brackets)
 
 
 def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
@@ -45,6 +75,10 @@ def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
         twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
         raise _bad(where, f"the key `{show(twice)}` appears twice")
     return found
+
+
+def _refuse_constant(text: str, where: str) -> NoReturn:
+    raise _bad(where, f"{show(text)} is no JSON number")
 
 
 def _bad(where: str, why: str) -> Refused:

@@ -18,11 +18,8 @@ from typing import assert_never
 
 from converter import kernel_specs
 from converter.dtypes import DType, TensorInfo
-from converter.errors import Refused, show
+from converter.errors import Refused
 from converter.kernel_specs import KernelSpec, Param
-
-MIN_COPY_RUN = 64 * 1024
-"""A tensor that is cut into many pieces is copied by the operating system only where they average this many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +52,7 @@ class Narrow:
 
     @property
     def info(self) -> TensorInfo:
+        """Dtype and shape, from those of what is below."""
         shape = self.source.info.shape
         return TensorInfo(self.source.info.dtype, (*shape[: self.dim], self.length, *shape[self.dim + 1 :]))
 
@@ -68,6 +66,7 @@ class Reshape:
 
     @property
     def info(self) -> TensorInfo:
+        """Dtype and shape, from those of what is below."""
         return TensorInfo(self.source.info.dtype, self.shape)
 
 
@@ -80,6 +79,7 @@ class Concat:
 
     @property
     def info(self) -> TensorInfo:
+        """Dtype and shape, from those of what is below."""
         first = self.parts[0].info
         length = sum(p.info.shape[self.dim] for p in self.parts)
         return TensorInfo(first.dtype, (*first.shape[: self.dim], length, *first.shape[self.dim + 1 :]))
@@ -94,6 +94,7 @@ class Cast:
 
     @property
     def info(self) -> TensorInfo:
+        """Dtype and shape, from those of what is below."""
         return TensorInfo(self.dtype, self.source.info.shape)
 
 
@@ -118,15 +119,6 @@ class Apply:
 LazyTensor = Stored | Strided | Narrow | Reshape | Concat | Cast | Filled | Apply
 
 
-@dataclass(frozen=True, slots=True)
-class ByteRun:
-    """`length` bytes of `file` from `offset`."""
-
-    file: str
-    offset: int
-    length: int
-
-
 def stored(info: TensorInfo, file: str, offset: int) -> Stored:
     """Contiguous bytes of `file`; `offset` counts from the file's first byte."""
     return Stored(info, file, offset)
@@ -146,9 +138,10 @@ def narrow(x: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
         Refused: outside the tensor's shape, or a packed sub-byte type cut inside a byte (`narrow-out-of-range`).
     """
     shape = x.info.shape
-    if not (0 <= dim < len(shape) and 0 <= start and 0 <= length and start + length <= shape[dim]):
+    if min(dim, start, length) < 0 or dim >= len(shape) or start + length > shape[dim]:
         raise Refused(
-            "narrow-out-of-range", f"rows {start}..{start + length} of dimension {dim} are outside the shape {list(shape)}"
+            "narrow-out-of-range",
+            f"rows {start}..{start + length} of dimension {dim} are outside the shape {list(shape)}",
         )
     if length == shape[dim]:
         return x
@@ -232,9 +225,7 @@ def is_separable(x: LazyTensor) -> bool:
                 return True
             infos = tuple(i.info for i in x.inputs)
             needs = kernel_specs.find(x.kernel).needs(0, 1, infos, dict(x.params))
-            return needs is not None and all(
-                n is None or is_separable(i) for i, n in zip(x.inputs, needs, strict=True)
-            )
+            return needs is not None and all(n is None or is_separable(i) for i, n in zip(x.inputs, needs, strict=True))
         case _:
             assert_never(x)
 
@@ -279,10 +270,14 @@ def concat(parts: Sequence[LazyTensor], dim: int) -> LazyTensor:
     rest = (*first.shape[:dim], *first.shape[dim + 1 :])
     for part in parts:
         shape = part.info.shape
-        if part.info.dtype is not first.dtype or (*shape[:dim], *shape[dim + 1 :]) != rest or len(shape) != len(first.shape):
+        if (
+            part.info.dtype is not first.dtype
+            or (*shape[:dim], *shape[dim + 1 :]) != rest
+            or len(shape) != len(first.shape)
+        ):
             raise Refused(
                 "concat-mismatch",
-                f"{part.info.dtype.value} {list(shape)} can't follow {first.dtype.value} {list(first.shape)} along dimension {dim}",
+                f"{part.info.dtype.value} {list(shape)} can't follow {first.dtype.value} {list(first.shape)}",
             )
     flat: list[LazyTensor] = []
     for part in parts:
@@ -305,7 +300,11 @@ def _joined(a: LazyTensor, b: LazyTensor, dim: int) -> LazyTensor | None:
     shape = (*a.info.shape[:dim], length, *a.info.shape[dim + 1 :])
     match a, b:
         case Stored(), Stored():
-            adjacent = a.file == b.file and a.offset + a.info.nbytes == b.offset and (a.info.numel * a.info.dtype.bits) % 8 == 0
+            adjacent = (
+                a.file == b.file
+                and a.offset + a.info.nbytes == b.offset
+                and (a.info.numel * a.info.dtype.bits) % 8 == 0
+            )
             if adjacent and math.prod(shape[:dim]) == 1:
                 return Stored(TensorInfo(a.info.dtype, shape), a.file, a.offset)
         case Narrow(), Narrow():
@@ -350,7 +349,7 @@ def apply(kernel: KernelSpec, inputs: Sequence[LazyTensor], params: Mapping[str,
 
 
 def recast(x: LazyTensor, dtype: DType) -> LazyTensor:
-    """Like `cast`, but rounded once: a kernel that rounds is asked for `dtype` itself, and a cast on the way is skipped."""
+    """Like `cast`, but rounded once: a kernel is asked for `dtype` itself, and a cast on the way is skipped."""
     match x:
         case Apply():
             spec = kernel_specs.find(x.kernel)
@@ -374,80 +373,6 @@ def rows(x: LazyTensor, start: int, stop: int) -> LazyTensor:
     return x if not x.info.shape else narrow(x, 0, start, stop - start)
 
 
-def byte_runs(x: LazyTensor) -> tuple[ByteRun, ...] | None:
-    """The bytes of the tensor, in order, where they lie in files as they are; None where they must be computed."""
-    if x.info.numel == 0:
-        return ()
-    match x:
-        case Stored():
-            return (ByteRun(x.file, x.offset, x.info.nbytes),)
-        case Reshape():
-            return byte_runs(x.source)
-        case Narrow():
-            return _cut_runs(x)
-        case Concat():
-            if math.prod(x.info.shape[: x.dim]) != 1:
-                return None
-            runs: list[ByteRun] = []
-            for part in x.parts:
-                own = byte_runs(part)
-                if own is None:
-                    return None
-                runs += own
-            return tuple(runs)
-        case Strided() | Cast() | Filled() | Apply():
-            return None
-        case _:
-            assert_never(x)
-
-
-def _cut_runs(x: Narrow) -> tuple[ByteRun, ...] | None:
-    """A slice of an inner dimension of stored bytes: one run for each index of the outer ones, if they are long."""
-    if not isinstance(x.source, Stored):
-        return None
-    shape = x.source.info.shape
-    bits = math.prod(shape[x.dim + 1 :]) * x.info.dtype.bits
-    if bits % 8 or x.length * bits // 8 < MIN_COPY_RUN:
-        return None
-    inner = bits // 8
-    step = shape[x.dim] * inner
-    first = x.source.offset + x.start * inner
-    return tuple(
-        ByteRun(x.source.file, first + i * step, x.length * inner) for i in range(math.prod(shape[: x.dim]))
-    )
-
-
-def leaves(x: LazyTensor) -> Iterator[Stored | Strided]:
-    """Every stored node under `x`, in order; one that is used twice comes twice."""
-    match x:
-        case Stored() | Strided():
-            yield x
-        case Narrow() | Reshape() | Cast():
-            yield from leaves(x.source)
-        case Concat():
-            for part in x.parts:
-                yield from leaves(part)
-        case Apply():
-            for given in x.inputs:
-                yield from leaves(given)
-        case Filled():
-            return
-        case _:
-            assert_never(x)
-
-
-def reads(x: LazyTensor) -> tuple[ByteRun, ...]:
-    """Every byte range that evaluating `x` reads, as spans; a strided view reads from its first to its last element."""
-    return tuple(_span(leaf) for leaf in leaves(x) if leaf.info.numel)
-
-
-def _span(leaf: Stored | Strided) -> ByteRun:
-    if isinstance(leaf, Stored):
-        return ByteRun(leaf.file, leaf.offset, leaf.info.nbytes)
-    last = sum((n - 1) * s for n, s in zip(leaf.info.shape, leaf.strides, strict=True))
-    return ByteRun(leaf.file, leaf.offset, (last + 1) * leaf.info.dtype.bits // 8)
-
-
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
@@ -455,14 +380,3 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
-
-
-def describe(x: LazyTensor) -> str:
-    """A node as one line for errors and `-v`: `lora-merge(W, A, B)`, `cast(BF16)`."""
-    match x:
-        case Apply():
-            return f"{x.kernel}({len(x.inputs)} inputs)"
-        case Cast():
-            return f"cast to {x.dtype.value} of {describe(x.source)}"
-        case _:
-            return f"{type(x).__name__.lower()} {x.info.dtype.value} {show(list(x.info.shape))}"

@@ -10,8 +10,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
+from safetensors.torch import load_file
+
+import oracle
 from oracle.adapters import adapter_tensors
 from oracle.bases import edit_config, save_tokenizer, untied_copy, without_prefix
 from oracle.command import merged, run
@@ -33,12 +35,13 @@ CLASSES = {
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", CLASSES)
 def test_reward_adapter_over_a_causal_base_becomes_a_reward_model(family: str, tied: bool, tmp_path: Path) -> None:
-    base = oracle.make_base(tmp_path / "base", family, tied=tied, pad_token_id=0, dtype="float16", sharded=tied)
+    base = oracle.make_base(tmp_path / "base", family, tied=tied, pad_token_id=0, dtype="float16", sharded=True)
     adapter = oracle.make_adapter(tmp_path / "adapter", base, task="SEQ_CLS")
     expected = oracle.peft_merge(base, adapter, task="SEQ_CLS")
     assert "score.weight" in expected
     merged(adapter, tmp_path / "out", "--base", base.path, "--numerics", "peft")
     oracle.same_bits(oracle.read_tensors(tmp_path / "out"), expected)
+    _assert_index_is_whole(tmp_path / "out")
 
     config = oracle.read_config(tmp_path / "out")
     assert config["architectures"] == [CLASSES[family]]
@@ -57,6 +60,34 @@ def test_reward_adapter_over_a_causal_base_becomes_a_reward_model(family: str, t
     padded["attention_mask"] = (padded["input_ids"] != 0).long()
     forward = oracle.peft_logits(base, adapter, task="SEQ_CLS", inputs=padded)
     assert oracle.relative_difference(oracle.logits(model, padded), forward) < 1e-2
+
+
+def _assert_index_is_whole(folder: Path) -> None:
+    """Shards are numbered from one without a gap, and the index names each tensor where it lies."""
+    files = sorted(folder.glob("*.safetensors"))
+    assert [f.name for f in files] == [f"model-{n + 1:05}-of-{len(files):05}.safetensors" for n in range(len(files))]
+    index = oracle.read_config(folder, "model.safetensors.index.json")
+    held = {name: file.name for file in files for name in load_file(file)}
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == sum(
+        t.numel() * t.element_size() for t in oracle.read_tensors(folder).values()
+    )
+
+
+def test_reward_head_in_float32_over_a_bfloat16_base_keeps_its_values(tmp_path: Path) -> None:
+    """PEFT rounds it to the base's dtype on loading; `best` keeps what was trained (dtypes are kept)."""
+    import torch
+
+    base = oracle.make_base(tmp_path / "base", dtype="bfloat16", pad_token_id=0)
+    made = oracle.make_adapter(tmp_path / "made", base, task="SEQ_CLS")
+    head = torch.randn(1, 48, generator=torch.Generator().manual_seed(3))
+    key = "base_model.model.score.weight"
+    adapter = oracle.rewrite_adapter(made, tmp_path / "adapter", change=lambda t: t | {key: head})
+    for numerics in ("peft", "best"):
+        merged(adapter, tmp_path / numerics, "--base", base.path, "--numerics", numerics)
+    oracle.same_bits(oracle.read_tensors(tmp_path / "peft"), oracle.peft_merge(base, adapter, task="SEQ_CLS"))
+    assert oracle.read_tensors(tmp_path / "best")["score.weight"].equal(head)
+    oracle.load_output(tmp_path / "best", CLASSIFIER)
 
 
 def test_reward_adapter_over_the_original_gpt2_becomes_a_reward_model(tmp_path: Path) -> None:
@@ -169,7 +200,7 @@ def test_an_adapter_on_one_side_of_a_tie_unties_it_and_says_what_the_unmerged_mo
     name: str, tmp_path: Path
 ) -> None:
     family, settings = ONE_SIDE[name]
-    base = oracle.make_base(tmp_path / "base", family, tied=True)
+    base = oracle.make_base(tmp_path / "base", family, tied=True, sharded=True)
     adapter = oracle.make_adapter(tmp_path / "adapter", base, **settings)
     forward = oracle.peft_logits(base, adapter)
     apart = untied_copy(base, tmp_path / "apart")
@@ -183,6 +214,18 @@ def test_an_adapter_on_one_side_of_a_tie_unties_it_and_says_what_the_unmerged_mo
         said = oracle.logits(oracle.load_output(tmp_path / numerics), inputs_for(base))
         assert oracle.relative_difference(said, forward) < CLOSE
     oracle.same_bits(oracle.read_tensors(tmp_path / "peft"), expected)
+    _assert_index_is_whole(tmp_path / "peft")
+
+
+@pytest.mark.parametrize("targets", [["lm_head", "c_attn"], ["wte"]], ids=["head", "embedding"])
+def test_the_original_gpt2_is_untied_too(targets: list[str], tmp_path: Path) -> None:
+    with_prefix = oracle.make_base(tmp_path / "made", "gpt2", tied=True)
+    base = without_prefix(with_prefix, tmp_path / "base")
+    adapter = oracle.make_adapter(tmp_path / "adapter", with_prefix, target_modules=targets)
+    merged(adapter, tmp_path / "out", "--base", base.path)
+    assert oracle.read_config(tmp_path / "out")["tie_word_embeddings"] is False
+    said = oracle.logits(oracle.load_output(tmp_path / "out"), inputs_for(base))
+    assert oracle.relative_difference(said, oracle.peft_logits(with_prefix, adapter)) < CLOSE
 
 
 @pytest.mark.parametrize("name", ["head", "embedding", "embedding-gpt2"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import oracle
 import pytest
+
+import oracle
 from oracle.bases import without_prefix
 from oracle.command import merged
 
@@ -41,6 +42,8 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
     "reward": _adapter_name("reward"),
     "default-and-ddp": lambda k: "module." + _adapter_name("default")(k),
     "fsdp-and-default": lambda k: "_fsdp_wrapped_module." + _adapter_name("default")(k),
+    "magnitude-as-a-module": lambda k: k.replace(".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
+    "magnitude-named": lambda k: _adapter_name("default")(k).replace("vector.default", "vector.default.weight"),
     "twice-and-default": lambda k: PLAIN + _adapter_name("default")(k),
 }
 

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
+
+import oracle
 from oracle.bases import without_prefix
 from oracle.command import merged
 from oracle.expected import inputs_for

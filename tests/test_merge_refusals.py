@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
+
+import oracle
 from oracle.adapters import CONFIG, WEIGHTS
 from oracle.command import run
 from oracle.workshop import Workshop

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
+
+import oracle
 from oracle.bases import DTYPES
 from oracle.command import merged, run
 from oracle.expected import inputs_for

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
+
+import oracle
 from oracle.bases import make_vision_base, quiet
 from oracle.command import run
 from oracle.workshop import Workshop

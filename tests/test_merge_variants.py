@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
+
+import oracle
 from oracle.adapters import adapter_tensors
 from oracle.bases import edit_config, make_vision_base
 from oracle.command import merged, run
@@ -151,6 +152,7 @@ def test_convolutions_merge_to_pefts_bits_and_to_its_forward(name: str, tmp_path
 def test_moved_base_given_as_it_was_left_needs_no_second_move(tmp_path: Path) -> None:
     """PiSSA over the residual base that training saved: plain LoRA on that base is what the trained model was."""
     import peft
+
     from oracle.bases import quiet
 
     base = oracle.make_base(tmp_path / "base")
@@ -177,6 +179,18 @@ def test_config_of_an_old_peft_with_few_fields_is_enough(tmp_path: Path) -> None
     oracle.same_bits(oracle.read_tensors(tmp_path / "out"), expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_orientation_is_the_bases_whatever_fan_in_fan_out_says(family: str, tmp_path: Path) -> None:
+    """PEFT corrects the flag with a warning; GPT-2's attention output is square, so its shape does not tell."""
+    base = oracle.make_base(tmp_path / "base", family)
+    adapter = oracle.make_adapter(tmp_path / "adapter", base)
+    expected = oracle.peft_merge(base, adapter)
+    said = oracle.read_config(adapter, "adapter_config.json")["fan_in_fan_out"]
+    edit_config(adapter, "adapter_config.json", fan_in_fan_out=not said)
+    merged(adapter, tmp_path / "out", "--base", base.path, "--numerics", "peft")
+    oracle.same_bits(oracle.read_tensors(tmp_path / "out"), expected)
+
+
 @pytest.mark.parametrize("value", [False, None, [], {}, 0, ""], ids=repr)
 def test_an_unknown_field_that_says_nothing_is_no_obstacle(value: Any, tmp_path: Path) -> None:
     base = oracle.make_base(tmp_path / "base")
@@ -192,6 +206,16 @@ def test_base_comes_from_the_adapters_config_where_none_is_given(tmp_path: Path)
     ran = merged(adapter, tmp_path / "out", "--numerics", "peft")
     assert str(base.path) in ran.text or base.path.name in ran.text
     oracle.same_bits(oracle.read_tensors(tmp_path / "out"), oracle.peft_merge(base, adapter))
+
+
+def test_another_base_than_the_recorded_one_is_said_to_change_numbers(tmp_path: Path) -> None:
+    base = oracle.make_base(tmp_path / "base")
+    adapter = oracle.make_adapter(tmp_path / "adapter", base)
+    assert "changes-numbers" not in merged(adapter, tmp_path / "same", "--base", base.path).text
+    edit_config(adapter, "adapter_config.json", base_model_name_or_path="meta-llama/Llama-3.1-8B")
+    ran = merged(adapter, tmp_path / "other", "--base", base.path)
+    assert "changes-numbers" in ran.text
+    assert "meta-llama/Llama-3.1-8B" in ran.text
 
 
 def test_inputs_are_left_as_they_were(tmp_path: Path) -> None:

@@ -9,14 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converter import kernel_specs, tensors
+from converter import kernel_specs, tensor_bytes, tensors
 from converter.dtypes import DType, TensorInfo
 from converter.errors import Refused, fold, show
 from converter.evaluate import Evaluator
 from converter.files import Identity
 from converter.reading import InputFiles
+from converter.tensor_bytes import ByteRun
 from converter.tensor_json import from_json, to_json
-from converter.tensors import ByteRun, Cast, Concat, Filled, Narrow, Reshape, Stored, Strided
+from converter.tensors import Cast, Concat, Filled, Narrow, Reshape, Stored, Strided
 
 
 def f32(*shape: int, offset: int = 0, file: str = "/a") -> Stored:
@@ -66,7 +67,7 @@ def test_a_lossy_cast_on_the_way_stays() -> None:
 def test_recast_rounds_a_computed_value_once() -> None:
     base = tensors.stored(TensorInfo(DType.BF16, (8, 4)), "/a", 0)
     params: dict[str, kernel_specs.Param] = {
-        "scales": (1.0,), "dora": (False,), "numerics": "best", "out": "BF16", "transposed": False, "delta_rounded": False,
+        "scales": (1.0,), "dora": (False,), "numerics": "best", "out": "BF16", "transposed": False,
     }  # fmt: skip
     merged = tensors.apply(kernel_specs.LORA_MERGE, [base, f32(2, 4), f32(8, 2)], params)
     wide = tensors.recast(merged, DType.F32)
@@ -80,26 +81,26 @@ def test_a_strided_view_that_is_contiguous_is_stored() -> None:
 
 
 def test_byte_runs_of_concatenated_files_follow_each_other() -> None:
-    runs = tensors.byte_runs(tensors.concat([f32(4, 2), f32(2, 2, file="/b", offset=8)], 0))
+    runs = tensor_bytes.byte_runs(tensors.concat([f32(4, 2), f32(2, 2, file="/b", offset=8)], 0))
     assert runs == (ByteRun("/a", 0, 32), ByteRun("/b", 8, 16))
 
 
 def test_a_short_inner_slice_is_computed_and_a_long_one_copied() -> None:
-    assert tensors.byte_runs(tensors.narrow(f32(10, 8), 1, 0, 4)) is None
+    assert tensor_bytes.byte_runs(tensors.narrow(f32(10, 8), 1, 0, 4)) is None
     wide = f32(2, 100_000)
-    assert tensors.byte_runs(tensors.narrow(wide, 1, 50_000, 50_000)) == (
+    assert tensor_bytes.byte_runs(tensors.narrow(wide, 1, 50_000, 50_000)) == (
         ByteRun("/a", 200_000, 200_000),
         ByteRun("/a", 600_000, 200_000),
     )
 
 
 def test_a_tensor_without_elements_has_no_bytes_and_reads_nothing() -> None:
-    assert tensors.byte_runs(f32(0, 4)) == () and tensors.reads(f32(0, 4)) == ()
+    assert tensor_bytes.byte_runs(f32(0, 4)) == () and tensor_bytes.reads(f32(0, 4)) == ()
 
 
 def test_a_zero_dimensional_tensor_is_one_row() -> None:
     scalar = f32()
-    assert tensors.rows(scalar, 0, 1) == scalar and tensors.byte_runs(scalar) == (ByteRun("/a", 0, 4),)
+    assert tensors.rows(scalar, 0, 1) == scalar and tensor_bytes.byte_runs(scalar) == (ByteRun("/a", 0, 4),)
 
 
 @pytest.mark.parametrize(("dim", "start", "length"), [(2, 0, 1), (0, 9, 2), (0, -1, 1), (0, 0, -1)])
@@ -122,7 +123,7 @@ def test_parts_of_different_dtypes_are_not_concatenated() -> None:
 
 def test_rows_of_a_merge_need_the_same_rows_of_b_and_all_of_a() -> None:
     params: dict[str, kernel_specs.Param] = {
-        "scales": (2.0,), "dora": (False,), "numerics": "best", "out": "F32", "transposed": False, "delta_rounded": False,
+        "scales": (2.0,), "dora": (False,), "numerics": "best", "out": "F32", "transposed": False,
     }  # fmt: skip
     w, a, b = f32(8, 4), f32(2, 4, file="/A"), f32(8, 2, file="/B")
     piece = tensors.rows(tensors.apply(kernel_specs.LORA_MERGE, [w, a, b], params), 3, 6)
@@ -215,7 +216,7 @@ def test_values_bytes_and_rows_agree_with_torch(floats: Path, x: tensors.LazyTen
         start = data.draw(st.integers(0, x.info.shape[0]))
         stop = data.draw(st.integers(start, x.info.shape[0]))
         assert torch.equal(evaluator.evaluate(tensors.rows(here, start, stop), {}), expected[start:stop])
-        runs = tensors.byte_runs(here)
+        runs = tensor_bytes.byte_runs(here)
         if runs is not None:
             raw = b"".join(floats.read_bytes()[r.offset : r.offset + r.length] for r in runs)
             assert raw == expected.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -74,6 +74,12 @@ def _run(arguments: list[str]) -> int:
 
         print(f"{PROGRAM} {__version__}")
         return 0
+    if arguments[0] == "inspect" and len(arguments) == 2 and not arguments[1].startswith("-"):
+        # Nothing to parse; for parsing Typer would import pydantic, which takes longer than a 70B model's headers.
+        from converter.cli.inspection import inspect
+        from converter.cli.options import Display
+
+        return inspect(arguments[1], None, Display())
     hook = sys.excepthook
     import typer
 
@@ -87,7 +93,10 @@ def _run(arguments: list[str]) -> int:
         else:
             command = app(arguments, prog_name=name, standalone_mode=False)
     except typer.TyperException as error:
-        raise UsageError("usage", error.format_message(), next=f"{name} --help") from None
+        what = error.format_message()
+        if verb not in VERBS and not verb.startswith("-"):
+            what = what.replace("No such command", "no command and no folder is named").removesuffix(".")
+        raise UsageError("usage", show(what), next=f"{name} --help") from None
     finally:
         sys.excepthook = hook
     # Typer parses; what a verb does runs here, where interrupts and errors are ours to show.

@@ -1,4 +1,4 @@
-"""The verbs, as Typer sees them: names, arguments, help. What a verb does is in a module that is imported when it runs."""
+"""The verbs, as Typer sees them: names, arguments, help. What a verb does is in a module imported when it runs."""
 
 from __future__ import annotations
 

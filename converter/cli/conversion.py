@@ -179,7 +179,8 @@ def _next_commands(written: Written) -> list[str]:
     if isinstance(name, str) and name.isidentifier():
         path = written.out if written.out.startswith(("/", ".", "~")) else f"./{written.out}"
         loads = f"from transformers import {name} as M; print(M.from_pretrained({path!r}))"
-        commands.append(f"python -c {shlex.quote(loads)}")
+        is_plain = shlex.quote(path) == path
+        commands.append(f'python -c "{loads}"' if is_plain else f"python -c {shlex.quote(loads)}")
     return commands
 
 

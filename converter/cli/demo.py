@@ -163,7 +163,7 @@ def _scores(scored: list[Scored]) -> list[str]:
     right = sum(s.merged[0] > s.merged[1] for s in scored)
     worst = max(s.difference for s in scored)
     lines.append(
-        f"{right} of {len(scored)} pairs ranked right; the largest difference is {worst:.3f}, the rounding of bf16"
+        f"{right} of {len(scored)} pairs ranked right; the largest difference is {worst:.4f}, the rounding of bf16"
     )
     return lines
 

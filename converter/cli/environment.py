@@ -9,7 +9,8 @@ from converter import __version__
 from converter.cli.options import Display
 
 PACKAGES = (
-    "torch", "safetensors", "peft", "transformers", "huggingface_hub", "accelerate", "typer", "pydantic", "PyYAML", "rich"
+    "torch", "safetensors", "peft", "transformers", "accelerate", "huggingface_hub",
+    "typer", "pydantic", "PyYAML", "rich",
 )  # fmt: skip
 """What a bug report needs: our dependencies, and what loads our output."""
 
@@ -23,7 +24,7 @@ def list_plug_ins(options: Display) -> int:
     recipes = {name: _first_comment(text) for name, text in shipped_recipes().items()}
     sink = options.sink
     if not options.as_json:
-        width = max(len(p.name) for p in found) if found else 0
+        width = max(map(len, [*(p.name for p in found), *recipes]), default=0)
         for each in found:
             fault = f"  BROKEN: {each.fault}" if each.fault else ""
             sink.data(f"{each.kind:<10} {each.name:<{width}}  {each.package}{fault}")

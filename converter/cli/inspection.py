@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Display
 from converter.errors import ConvertError, Refused, fold, show
-from converter.registry import sources
+from converter.registry import nothing_in, sources
 from converter.report import adapter_kind, dtype_word, label_count, line, next_lines, short_revision
 from converter.sizes import format_size
 
@@ -69,14 +69,15 @@ def look(asked: str, revision: str | None) -> Found:
         UsageError: nothing that can be inspected has that name.
         Refused: a Hub id that is not in the cache (`hub-not-cached`): inspecting downloads nothing.
     """
-    from converter.recipe_run import nothing_in
     from converter.sources.locate import resolve
 
     try:
         located = resolve(asked, revision=revision, allow_download=False)
     except Refused as error:
         if error.code == "hub-not-cached":
-            error.what = f"{show(asked)} is neither a folder here nor in the Hub's cache, and inspecting downloads nothing"
+            error.what = (
+                f"{show(asked)} is neither a folder here nor in the Hub's cache, and inspecting downloads nothing"
+            )
             error.next = f"hf download {shlex.quote(asked)}"
         raise
     for name, source in sources().items():
@@ -202,7 +203,7 @@ def _adapter(found: Found) -> list[str]:
         listed = ", ".join(f"{show(k)}" for k in sorted(kinds))
         lines.append(line("targets", f"{len(modules)} modules: {listed}"))
     if whole:
-        lines.append(line("whole", f"{len(whole)} tensors: {fold(whole)}"))
+        lines.append(line("whole", f"{len(whole)} {'tensor' if len(whole) == 1 else 'tensors'}: {fold(whole)}"))
     return lines
 
 
@@ -211,13 +212,22 @@ def _base(config: Mapping[str, Any]) -> str:
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         return "not recorded; name it with --base"
-    try:
-        from converter.sources.locate import resolve
-
-        resolve(name, revision=config.get("revision") or None, allow_download=False)
-    except ConvertError:
+    if not _base_at_hand(config):
         return f"{show(name)}, neither here nor in the Hub's cache"
     return f"{show(name)}, {'here' if Path(name).expanduser().is_dir() else 'in the Hub cache'}"
+
+
+def _base_at_hand(config: Mapping[str, Any]) -> bool:
+    from converter.sources.locate import resolve
+
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        return False
+    try:
+        resolve(name, revision=revision if isinstance(revision, str) and revision else None, allow_download=False)
+    except ConvertError:
+        return False
+    return True
 
 
 # Faults and what to do
@@ -227,7 +237,8 @@ def _faults(found: Found) -> list[str]:
     lines = []
     for fault in found.survey.faults:
         word = {"error": "ERROR", "changes-numbers": "CHANGES"}.get(fault.severity, "note")
-        lines.append(line(word, f"{fault.code}: {fault.text}"))
+        file = Path(fault.where).name if fault.where not in ("", show(found.path)) else ""
+        lines.append(line(word, f"{fault.code}: {f'{file}: ' if file else ''}{fault.text}"))
         if fault.next:
             lines.append(line("", fault.next))
     if found.config_fault:
@@ -240,9 +251,10 @@ def _next(found: Found) -> list[str]:
     if found.errors:
         return []
     if found.is_adapter:
-        base = "" if found.config.get("base_model_name_or_path") else " --base BASE"
-        return [f"rlhf-convert merge-lora {path} OUT{base}"]
-    return [f"rlhf-convert reshard {path} OUT --max-shard-size 5GB", f"rlhf-convert merge-lora ADAPTER OUT --base {path}"]
+        return [f"rlhf-convert merge-lora {path} OUT" + ("" if _base_at_hand(found.config) else " --base BASE")]
+    commands = [f"rlhf-convert reshard {path} OUT --max-shard-size 5GB"]
+    is_causal = "CausalLM" in _family(found.config)
+    return commands + ([f"rlhf-convert merge-lora ADAPTER OUT --base {path}"] if is_causal else [])
 
 
 def _json(found: Found) -> dict[str, Any]:
@@ -267,5 +279,3 @@ def _json(found: Found) -> dict[str, Any]:
         ]
         + ([{"code": "config", "severity": "error", "text": found.config_fault}] if found.config_fault else []),
     }
-
-

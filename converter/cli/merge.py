@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.conversion import convert
 from converter.cli.options import Conversion
 from converter.cli.recipes import cast_steps, input_spec, output
-from converter.errors import UsageError
+from converter.errors import ConvertError, UsageError
 from converter.recipe import SOURCE, InputSpec, Recipe, Step
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def merge(asked: Merge, out: str | None, options: Conversion) -> int:
     refuse_swapped(asked, out)
     try:
         return convert(merge_recipe(asked, options), out, options, head=head)
-    except UsageError as error:
-        if error.code == "base-unknown":
+    except ConvertError as error:
+        if error.code in ("base-unknown", "base-not-found"):
             error.next = _command(asked.adapter, out, "BASE")
         raise
 

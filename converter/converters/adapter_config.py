@@ -15,16 +15,47 @@ from converter.checkpoint import Checkpoint
 from converter.errors import Refused, show
 
 _NEUTRAL = frozenset(
-    "auto_mapping base_model_name_or_path eva_config exclude_modules fan_in_fan_out "
-    "inference_mode layers_pattern layers_to_transform lora_dropout loftq_config megatron_core peft_type peft_version "
-    "qalora_group_size revision runtime_config target_modules task_type corda_config ensure_weight_tying "
-    "_name_or_path transformers_version".split()
+    {
+        "_name_or_path",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "transformers_version",
+    }
 )
 """Fields that say how the adapter was trained; the tensors present and the base's own layers say the rest."""
 
 _IMPLEMENTED = frozenset(
-    "alpha_pattern bias init_lora_weights lora_alpha lora_bias modules_to_save r rank_pattern trainable_token_indices "
-    "use_dora use_rslora".split()
+    {
+        "alpha_pattern",
+        "bias",
+        "init_lora_weights",
+        "lora_alpha",
+        "lora_bias",
+        "modules_to_save",
+        "r",
+        "rank_pattern",
+        "trainable_token_indices",
+        "use_dora",
+        "use_rslora",
+    }
 )
 
 _REFUSED_FIELDS = {
@@ -115,7 +146,7 @@ def read_adapter_config(adapter: Checkpoint, *, base_is_residual: bool = False) 
     """The adapter's config, checked field by field.
 
     Raises:
-        Refused: another PEFT method (`peft-type-unsupported`), a field that is unknown and set (`adapter-field-unknown`),
+        Refused: another PEFT method (`peft-type-unsupported`), an unknown field that is set (`adapter-field-unknown`),
             a start that moved the base and can't be rebuilt (`adapter-base-moved`), a malformed value
             (`adapter-config`).
     """
@@ -236,9 +267,11 @@ class _Fields:
         for text, number in value.items():
             if not is_tame_regex(text):
                 raise Refused(
-                    "adapter-pattern", f"`{key}` holds a pattern that is not a plain regular expression", where=self._where,
+                    "adapter-pattern",
+                    f"`{key}` holds a pattern that is not a plain regular expression",
+                    where=self._where,
                     got=show(text),
-                )  # fmt: skip
+                )
             self._number(key, number, kind, valid)
         return dict(value)
 
@@ -248,7 +281,9 @@ class _Fields:
             return {}
         lists = value if isinstance(value, dict) else {"": value}
         for rows in lists.values():
-            sound = isinstance(rows, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in rows)
+            sound = isinstance(rows, list) and all(
+                isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in rows
+            )
             if not sound:
                 raise self._bad(key, "a list of token ids, or an object of such lists")
         return {name: tuple(rows) for name, rows in lists.items()}

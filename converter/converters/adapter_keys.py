@@ -135,6 +135,9 @@ def _split(bare: str, names: frozenset[str]) -> tuple[str, str, bool]:
     return ".".join(pieces[:-1]), "=" + pieces[-1], saved
 
 
+AS_IN_BASE = "names as in the base"
+
+
 @dataclass(frozen=True)
 class NameRule:
     """How a module's name in the adapter becomes the name on disk."""
@@ -144,13 +147,20 @@ class NameRule:
 
 
 def _rules(modules: Collection[str], base_modules: Collection[str]) -> Iterator[NameRule]:
-    yield NameRule("names as in the base", lambda name: name)
+    yield NameRule(AS_IN_BASE, lambda name: name)
     for first in dict.fromkeys(name.split(".")[0] for name in modules if "." in name):
         yield NameRule(f"`{first}.` taken off", _strip(first))
     for first in dict.fromkeys(name.split(".")[0] for name in base_modules if "." in name):
         yield NameRule(f"`{first}.` put before", _add(first))
     yield NameRule("`model.language_model.` is `language_model.model.` on disk", _llava)
     yield NameRule("`model.language_model.` is `model.` on disk", _flat)
+
+
+def _with_old_head(rule: NameRule, base_modules: Collection[str]) -> NameRule:
+    """Today's transformers call GPT-NeoX's output embedding `lm_head` in memory, and `embed_out` on disk as ever."""
+    if "embed_out" not in base_modules or "lm_head" in base_modules:
+        return rule
+    return NameRule(rule.words, lambda name: "embed_out" if rule.apply(name) == "lm_head" else rule.apply(name))
 
 
 def _strip(first: str) -> Callable[[str], str]:
@@ -191,10 +201,13 @@ def find_rule(
     base_modules = {name.rpartition(".")[0] for name in base_names}
     best: tuple[int, list[str]] = (-1, [])
     accepted: list[NameRule] = []
-    for rule in _rules(needed, base_modules):
-        missing = [f"{m}.{leaf}" for m, leaves in needed.items() for leaf in leaves if f"{rule.apply(m)}.{leaf}" not in known]
+    for plain in _rules(needed, base_modules):
+        rule = _with_old_head(plain, base_modules)
+        missing = [
+            f"{m}.{leaf}" for m, leaves in needed.items() for leaf in leaves if f"{rule.apply(m)}.{leaf}" not in known
+        ]
         if not missing:
-            if rule.words == "names as in the base":
+            if plain.words == AS_IN_BASE:
                 return rule
             accepted.append(rule)
         total = sum(len(leaves) for leaves in needed.values())

@@ -16,7 +16,7 @@ TARGETS = (DType.BF16, DType.F16, DType.F32, DType.F64)
 
 @dataclass(frozen=True)
 class Cast:
-    """Write floating-point tensors as `dtype`. A value computed in this run is rounded to it once, from full precision."""
+    """Write floating-point tensors as `dtype`; a value computed in this run is rounded once, from full precision."""
 
     name: ClassVar[str] = "cast"
 
@@ -31,7 +31,9 @@ class Cast:
         """
         dtype = DType.parse(self.dtype)
         if dtype not in TARGETS:
-            raise UsageError("unknown-dtype", f"weights can't be cast to {dtype.value}", expected="bf16, fp16, fp32 or fp64")
+            raise UsageError(
+                "unknown-dtype", f"weights can't be cast to {dtype.value}", expected="bf16, fp16, fp32 or fp64"
+            )
         narrow = [n for n, t in checkpoint.tensors.items() if t.info.dtype.is_float and t.info.dtype.bits < 16]
         if narrow or checkpoint.config.get("quantization_config"):
             raise Refused(
@@ -45,7 +47,9 @@ class Cast:
 
 def _with_dtype(config: Any, dtype: str) -> dict[str, Any]:
     """`dtype` (transformers 5) or `torch_dtype` (4), whichever the config uses, in nested configs too."""
-    changed = {k: _with_dtype(v, dtype) if isinstance(v, dict) and k.endswith("config") else v for k, v in config.items()}
+    changed = {
+        k: _with_dtype(v, dtype) if isinstance(v, dict) and k.endswith("config") else v for k, v in config.items()
+    }
     for key in ("dtype", "torch_dtype"):
         if key in changed:
             changed[key] = dtype

@@ -131,7 +131,9 @@ class Layer:
     def _orientation(self, across: bool, along: bool, model_config: Mapping[str, Any]) -> str:
         """`[out, in]` or `[in, out]`: by shape, and for square weights by the family."""
         if across and along:
-            return "conv1d" if model_config.get("model_type") in CONV1D_MODEL_TYPES and not self._is_head() else "linear"
+            return (
+                "conv1d" if model_config.get("model_type") in CONV1D_MODEL_TYPES and not self._is_head() else "linear"
+            )
         return "linear" if across else "conv1d"
 
     def _is_head(self) -> bool:
@@ -155,7 +157,12 @@ def merged_weight(base: LazyTensor, updates: Sequence[Update], numerics: str) ->
     weight = base
     first = updates[0]
     if first.init in ("pissa", "olora"):
-        residual = {"init": first.init, "rank": first.rank, "scale": first.scale, "transposed": transposed}
+        residual: dict[str, kernel_specs.Param] = {
+            "init": first.init,
+            "rank": first.rank,
+            "scale": first.scale,
+            "transposed": transposed,
+        }
         weight = tensors.apply(kernel_specs.RESIDUAL_BASE, [base], residual)
     inputs: list[LazyTensor] = [weight]
     for update in updates:

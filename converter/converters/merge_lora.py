@@ -10,7 +10,7 @@ PEFT's merge moves both sides, which is not what the adapter computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -18,9 +18,10 @@ from converter import tensors
 from converter.checkpoint import Checkpoint, SideFile
 from converter.context import Context
 from converter.converters.adapter_config import AdapterConfig, read_adapter_config
-from converter.converters.adapter_keys import Module, NameRule, find_rule, read_modules
+from converter.converters.adapter_keys import AS_IN_BASE, Module, NameRule, find_rule, read_modules
+from converter.converters.embeddings import is_vocabulary, untie, with_prefix, with_vocabulary
 from converter.converters.layer_merge import Layer, Update, merged_bias, merged_weight, with_token_rows
-from converter.converters.task_head import NewHead, add_task_head, is_new_head
+from converter.converters.task_head import NewHead, add_task_head, expect_head, is_new_head
 from converter.errors import Refused, UsageError, fold, show
 from converter.files import Identity
 from converter.inputs import Input
@@ -102,6 +103,7 @@ class _Merge:
         self.adapters.append(adapter)
         self._settle_ties(read.modules)
         new = {n for n, m in read.modules.items() if is_new_head(m, config, self._names())}
+        expect_head(config, bool(new), self.base, where)
         rule = self._rule(read.modules, new, where)
         self._say_names(rule, read.stripped)
         self._keep_prefix(rule, read.modules, new)
@@ -120,7 +122,7 @@ class _Merge:
             bias = module.factors.get("lora_B.bias")
             if bias is not None:
                 self._bias(layer, bias, weight * config.scale_of(module.name))
-        self._refuse_no_op(factors, config, read.modules, where)
+        self._refuse_no_op(factors, lambda name: weight * config.scale_of(name), where)
 
     def _settle_ties(self, modules: Mapping[str, Module]) -> None:
         """A config may tie two tensors that are stored with different values; loaders then do not tie them."""
@@ -131,9 +133,9 @@ class _Merge:
                 continue
             first = self.base.tensors[stored[0]]
             if not all(self.context.equal(first, self.base.tensors[n]) for n in stored[1:]):
-                text = f"{fold(stored)} are tied in config.json and differ in the files; they are kept apart, as transformers 5 does"
+                text = f"{fold(stored)} are tied in config.json and differ in the files; they are kept apart"
                 self.context.note("changes-numbers", "tied-differ", text)
-                self.base = _untie(self.base, stored, self.context)
+                self.base = untie(self.base, stored, self.context)
 
     def _names(self) -> set[str]:
         """Tensors of the base, those that exist only through a tie included."""
@@ -152,7 +154,7 @@ class _Merge:
 
     def _say_names(self, rule: NameRule, stripped: tuple[str, ...]) -> None:
         taken = [s for s in stripped if s != "`base_model.model.`"]
-        if taken or rule.words != "names as in the base":
+        if taken or rule.words != AS_IN_BASE:
             words = [*(f"{s} taken off" for s in taken), rule.words]
             self.context.note("info", "adapter-names", "adapter names: " + "; ".join(words))
 
@@ -179,7 +181,14 @@ class _Merge:
             if name in self.replaced:
                 raise Refused("adapters-conflict", f"two adapters replace {show(name)}; only one can", where=where)
             old = self._stored(name)
-            saved = module.saved or any(_names_module(module.name, m) for m in config.modules_to_save)
+            saved = module.saved or any(_is_below(module.name, m) for m in config.modules_to_save)
+            if not (saved or is_vocabulary(name) or (leaf == "bias" and config.bias != "none")):
+                raise Refused(
+                    "adapter-unexpected",
+                    f"{show(module.keys[0])} would replace {show(name)}, and the config does not ask for that",
+                    where=where,
+                    expected="its module in modules_to_save, an embedding, or a bias with bias=all",
+                )
             grows = leaf == "weight" and tensor.info.shape[1:] == old.info.shape[1:] and len(old.info.shape) == 2
             if tensor.info.shape != old.info.shape and not grows:
                 raise Refused(
@@ -195,8 +204,8 @@ class _Merge:
                 self.dropped[module.keys[0]] = f"identical with {show(name)}, to which it is tied"
                 continue
             self.replaced[name] = tensors.cast(tensor, old.info.dtype)
-            if name in self.base.tensors:
-                self.dropped[name] = "replaced by the adapter's own"
+            members = (name,) if name in self.one_sided else (name, *self.base.tied_to(name))
+            self.dropped |= {n: "replaced by the adapter's own" for n in members if n in self.base.tensors}
 
     def _has_twin(self, name: str, tensor: LazyTensor, where: str) -> bool:
         """True where the adapter has the tensor a second time, as its tied partner.
@@ -223,7 +232,7 @@ class _Merge:
         if len(indices) != rows.info.shape[0] or len(set(indices)) != len(indices):
             raise Refused(
                 "adapter-tokens",
-                f"{show(module.keys[0])} has {rows.info.shape[0]} rows, and the config lists {len(indices)} token indices",
+                f"{show(module.keys[0])} has {rows.info.shape[0]} rows, the config lists {len(indices)} token indices",
                 where=where,
             )
         if name in self.token_rows:
@@ -233,28 +242,32 @@ class _Merge:
     def _update(self, layer: Layer) -> tuple[str, Update]:
         name = f"{layer.target}.weight"
         if layer.config.init in ("pissa", "olora") and len(self.adapters) > 1:
-            raise Refused("adapters-conflict", "PiSSA and OLoRA move the base and can't be merged with others", where=layer.where)
+            raise Refused(
+                "adapters-conflict", "PiSSA and OLoRA move the base and can't be merged with others", where=layer.where
+            )
         return name, layer.update(self._stored(name).info, self.base.config)
 
     def _bias(self, layer: Layer, bias: LazyTensor, scale: float) -> None:
         name = f"{layer.target}.bias"
         if name not in self.base.tensors:
             raise Refused(
-                "adapter-bias", f"lora_B of {show(layer.module.name)} has a bias, and the base layer has none", where=layer.where
+                "adapter-bias",
+                f"lora_B of {show(layer.module.name)} has a bias, and the base layer has none",
+                where=layer.where,
             )
         self.bias_updates.setdefault(name, []).append((bias, scale))
 
     def _refuse_no_op(
-        self, factors: list[tuple[str, LazyTensor]], config: AdapterConfig, modules: Mapping[str, Module], where: str
+        self, factors: list[tuple[str, LazyTensor]], layer_scale: Callable[[str], float], where: str
     ) -> None:
-        other = any(m.replaced or m.token_rows is not None or "lora_B.bias" in m.factors for m in modules.values())
         zero = [name for name, b in factors if self.context.is_zero(b)]
-        scaleless = [name for name, _ in factors if config.scale_of(name) == 0]
+        scaleless = [name for name, _ in factors if layer_scale(name) == 0]
         if factors and len(scaleless) == len(factors):
-            what = "lora_alpha is 0: every update is zero, and the result would be the base"
+            what = "lora_alpha or the weight is 0: every update is zero, and the result would be the base"
             self.context.consent(Refused("no-op", what, where=where, next="set the alpha that training used"))
-        elif factors and len(zero) == len(factors) and not config.use_dora and not other:
-            what = f"every lora_B is zero ({len(zero)} of {len(factors)}): the adapter was never trained, the result would be the base"
+        elif factors and len(zero) == len(factors):
+            count = f"{len(zero)} of {len(factors)}"
+            what = f"every lora_B is zero ({count}): the adapter was never trained, the result would be the base"
             self.context.consent(Refused("no-op", what, where=where, next="look for a later checkpoint of the run"))
         elif zero:
             self.context.note("info", "zero-lora-b", f"{len(zero)} of {len(factors)} lora_B are zero: {fold(zero)}")
@@ -279,9 +292,14 @@ class _Merge:
                         out[member] = tensor
         for name, added in self.bias_updates.items():
             out[name] = merged_bias(self._stored(name), added, self.numerics)
-        checkpoint = self.base.replace(tensors=out, inputs=self._inputs(), side_files=self._side_files(), dropped=self.base.dropped | self.dropped)
-        checkpoint = _untie(checkpoint, untied, self.context) if untied else checkpoint
-        checkpoint = _with_vocabulary(checkpoint, self.base)
+        checkpoint = self.base.replace(
+            tensors=out,
+            inputs=self._inputs(),
+            side_files=self._side_files(),
+            dropped=dict(self.base.dropped) | self.dropped,
+        )
+        checkpoint = untie(checkpoint, untied, self.context) if untied else checkpoint
+        checkpoint = with_vocabulary(checkpoint, self.base)
         if self.heads:
             checkpoint = add_task_head(checkpoint, self.heads, self.context, self.prefix, self.numerics == "peft")
         elif self.prefix and any(n for n in out if n not in self.base.tensors):
@@ -315,68 +333,11 @@ class _Merge:
         return merged
 
 
-def with_prefix(checkpoint: Checkpoint, prefix: str, backbone: set[str]) -> Checkpoint:
-    """Backbone tensors of a base stored without its prefix, under their full names: what loads beside a head."""
-    return checkpoint.rename({n: prefix + n for n in checkpoint.tensors if n in backbone and not n.startswith(prefix)})
-
-
 def _names_module(module: str, name: str) -> bool:
     return module == name or module.endswith("." + name)
 
 
-def _untie(checkpoint: Checkpoint, names: list[str], context: Context) -> Checkpoint:
-    """Both sides of a tie written as two tensors, and the config told so."""
-    config = dict(checkpoint.config)
-    config["tie_word_embeddings"] = False
-    for key, value in config.items():
-        if isinstance(value, dict) and "tie_word_embeddings" in value:
-            config[key] = value | {"tie_word_embeddings": False}
-    ties = tuple(group for group in checkpoint.ties if not set(group) & set(names))
-    context.note("info", "untied", f"untied: the adapter changes {fold(names)} and not what it is tied to")
-    return checkpoint.replace(config=config, ties=ties)
-
-
-def _with_vocabulary(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """`vocab_size` as many rows as the embeddings have, where an adapter brought resized ones.
-
-    Raises:
-        Refused: only one of an untied pair was resized (`vocab-mismatch`).
-    """
-    rows = {
-        name: (base.tensors[name].info.shape[0], tensor.info.shape[0])
-        for name, tensor in checkpoint.tensors.items()
-        if name in base.tensors and tensor.info.shape != base.tensors[name].info.shape
-    }
-    if not rows:
-        return checkpoint
-    befores, afters = {b for b, _ in rows.values()}, {a for _, a in rows.values()}
-    stale = [
-        name
-        for name, tensor in checkpoint.tensors.items()
-        if name not in rows and name.endswith(".weight") and len(tensor.info.shape) == 2 and _is_vocabulary(name)
-        and tensor.info.shape[0] in befores
-    ]  # fmt: skip
-    if len(befores) != 1 or len(afters) != 1 or stale:
-        raise Refused(
-            "vocab-mismatch",
-            f"the adapter resizes {fold(rows)} and not {fold(stale) or 'the rest'}",
-            where=show(base.origin.asked),
-            expected=f"{sorted(afters)} rows in input and output embeddings",
-            got=f"{sorted(befores)} rows in the base",
-            next="train or save both sides: modules_to_save=['embed_tokens', 'lm_head']",
-        )
-    (before,), (after,) = befores, afters
-    config = dict(checkpoint.config)
-    for key, value in checkpoint.config.items():
-        if key == "vocab_size" and value == before:
-            config[key] = after
-        elif isinstance(value, dict) and value.get("vocab_size") == before:
-            config[key] = value | {"vocab_size": after}
-    return checkpoint.replace(config=config)
-
-
-def _is_vocabulary(name: str) -> bool:
-    module = name.split(".")[-2]
-    return module in ("lm_head", "embed_out", "embed_tokens", "wte", "embed_in", "word_embeddings", "output")
-
-
+def _is_below(module: str, name: str) -> bool:
+    """True for a module that modules_to_save names, and for what is inside one; PEFT compares the names' ends."""
+    pieces = module.split(".")
+    return any(".".join(pieces[:n]).endswith(name) for n in range(1, len(pieces) + 1))

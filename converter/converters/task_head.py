@@ -62,6 +62,22 @@ def is_new_head(module: Module, config: AdapterConfig, base_names: Collection[st
     return True
 
 
+def expect_head(config: AdapterConfig, brings: bool, base: Checkpoint, where: str) -> None:
+    """Refuse a reward adapter without a head over a base without one: a random head is worthless.
+
+    Raises:
+        Refused: `head-missing`.
+    """
+    has = any(n.split(".")[0] in _HEAD_MODULES for n in base.tensors)
+    if config.task_type in TASK_SUFFIX and not brings and not has:
+        raise Refused(
+            "head-missing",
+            "the adapter is for classification (a reward model), and neither it nor the base has a head (score)",
+            where=where,
+            next="look for the head in the run's own checkpoints; without it there is no reward model to write",
+        )
+
+
 def add_task_head(
     checkpoint: Checkpoint, heads: Sequence[NewHead], context: Context, prefix: str, cast_to_base: bool
 ) -> Checkpoint:
@@ -72,7 +88,7 @@ def add_task_head(
         cast_to_base: round the head to the base's dtype, as PEFT does on load; else it keeps its own.
 
     Raises:
-        Refused: two adapters bring one head (`adapters-conflict`), or the config names no class (`config-architecture`).
+        Refused: two adapters bring one head (`adapters-conflict`), or no class is known (`config-architecture`).
     """
     dropped = dict(checkpoint.dropped)
     kept: dict[str, LazyTensor] = {}
@@ -86,9 +102,13 @@ def add_task_head(
     for head in heads:
         for name, tensor in _head_tensors(head).items():
             if name in kept:
-                raise Refused("adapters-conflict", f"two adapters bring {show(name)}", where=show(head.adapter.origin.asked))
+                raise Refused(
+                    "adapters-conflict", f"two adapters bring {show(name)}", where=show(head.adapter.origin.asked)
+                )
             kept[name] = tensors.cast(tensor, base_dtype) if cast_to_base else tensor
-            context.note("info", "head", f"{show(name)} {list(tensor.info.shape)} {tensor.info.dtype.value} from the adapter")
+            context.note(
+                "info", "head", f"{show(name)} {list(tensor.info.shape)} {tensor.info.dtype.value} from the adapter"
+            )
     config = _task_config(checkpoint, heads, context)
     return checkpoint.replace(tensors=kept, config=config, shards=shards, dropped=dropped, ties=())
 
@@ -134,7 +154,11 @@ def _task_config(checkpoint: Checkpoint, heads: Sequence[NewHead], context: Cont
     else:
         before = config.get("pad_token_id")
         if before is not None and before != pad:
-            context.note("changes-numbers", "pad-token", f"pad_token_id {show(before)} of the base becomes {pad}, as {origin} says")
+            context.note(
+                "changes-numbers",
+                "pad-token",
+                f"pad_token_id {show(before)} of the base becomes {pad}, as {origin} says",
+            )
         config["pad_token_id"] = pad
     return config
 

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from converter import tensors
 from converter.checkpoint import Checkpoint, Origin
 from converter.errors import Refused, fold, show
-from converter.files import read_limited
-from converter.safetensors_io import Header, read_header, read_index
+from converter.files import Identity, identity, read_limited
+from converter.safetensors_io import Header, Index, read_header, read_index
 from converter.side_files import find_side_files
-from converter.sources.survey import Fault, StoredTensor, Survey, empty_tensors
+from converter.sources import survey as folder
+from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers
 from converter.sources.ties import find_ties
 from converter.strict_json import MAX_JSON_BYTES, parse_json
 from converter.tensors import LazyTensor
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
-_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
-_PICKLED = re.compile(r"(pytorch_model[\w.-]*|model[\w.-]*|consolidated[\w.-]*)\.(bin|pt|pth)", re.ASCII)
+WEIGHTS = folder.MODEL_WEIGHTS
+INDEX = folder.MODEL_INDEX
+CONFIG = folder.MODEL_CONFIG
+_SNAPSHOT = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?", re.ASCII)
+_AGAIN = "download or copy the folder again"
 
 
 class HfSource:
@@ -33,12 +34,14 @@ class HfSource:
 
     def detect(self, root: Path) -> str | None:
         """Why a folder is a Hugging Face model, or None."""
-        if not root.is_dir() or (root / "adapter_config.json").is_file():
-            return None
-        if (root / CONFIG).is_file():
-            return "config.json is there"
-        found = [p.name for p in root.iterdir() if p.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(p.name)]
-        return f"{show(sorted(found)[0])} is there" if found else None
+        names = file_names(root)
+        kind = folder_kind(names)
+        if kind == "model":
+            found = sorted(n for n in names if folder.is_weights_of_model([n]))
+            return f"{show(found[0])} is there"
+        if kind is None and CONFIG in names and not _holds_checkpoints(root):
+            return f"{CONFIG} is there"
+        return None
 
     def survey(self, root: Path) -> Survey:
         """Weight files, tensors and faults; content never raises."""
@@ -56,8 +59,9 @@ class HfSource:
             raise error
         config_bytes = read_limited(root / CONFIG, limit=MAX_JSON_BYTES, root=root)
         config = parse_config(config_bytes, root / CONFIG)
+        _refuse_other_weights(config, root)
         side_files, identities = find_side_files(root, keep_code=keep_code)
-        identities |= {str((root / n).absolute()): h.identity for n, h in headers.items()}
+        read = [CONFIG] if WEIGHTS in headers or not (root / INDEX).is_file() else [CONFIG, INDEX]
         return Checkpoint(
             tensors=lazy(survey),
             config=config,
@@ -66,9 +70,26 @@ class HfSource:
             ties=find_ties(survey.entries, config),
             shards={name: Path(e.file).name for name, e in survey.entries.items()},
             config_bytes=config_bytes,
-            metadata={k: v for h in headers.values() for k, v in h.metadata.items() if len(h.metadata) <= 64},
-            inputs=identities,
+            metadata=shared_metadata(headers.values()),
+            inputs=identities
+            | identities_of(root, read)
+            | {stored_path(root, n): h.identity for n, h in headers.items()},
         )
+
+
+def _holds_checkpoints(root: Path) -> bool:
+    """True for a run's folder: it has a config of its own, and the weights are in folders below."""
+    return any(folder_kind(file_names(p)) for p in root.iterdir() if p.is_dir())
+
+
+def stored_path(root: Path, name: str) -> str:
+    """The absolute path that nodes and identities name a file by; a file that is a link keeps its own name."""
+    return str(root.resolve() / name)
+
+
+def identities_of(root: Path, names: Iterable[str]) -> dict[str, Identity]:
+    """The identities of files in a folder, by absolute path."""
+    return {stored_path(root, name): identity(root / name) for name in names}
 
 
 def lazy(survey: Survey) -> dict[str, LazyTensor]:
@@ -76,17 +97,24 @@ def lazy(survey: Survey) -> dict[str, LazyTensor]:
     return {name: tensors.stored(e.info, e.file, e.offset) for name, e in survey.entries.items()}
 
 
+def shared_metadata(headers: Iterable[Header]) -> dict[str, str]:
+    """What the `__metadata__` of all files agree on: the rest belongs to one file, and files are laid out anew."""
+    found = [h.metadata for h in headers]
+    return {k: v for k, v in found[0].items() if all(m.get(k) == v for m in found)} if found else {}
+
+
 def origin(kind: str, root: Path, asked: str, revision: str | None, headers: Mapping[str, Header]) -> Origin:
     """Where a folder came from; a Hub snapshot is named by its repository."""
     digest = hashlib.sha256()
     for header in headers.values():
         digest.update(header.raw)
-    resolved = root.resolve()
-    name = resolved.name
-    if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
-        name = resolved.parent.parent.name.removeprefix("models--").replace("--", "/")
-        revision = revision or resolved.name
-    return Origin(kind, str(root.absolute()), asked, name, revision, digest.hexdigest(), "safetensors")
+    real = root.resolve()
+    name = real.name
+    repository = _SNAPSHOT.fullmatch(real.parent.parent.name)
+    if real.parent.name == "snapshots" and repository is not None:
+        name = "/".join(part for part in repository.groups() if part)
+        revision = real.name
+    return Origin(kind, str(real), asked, name, revision, digest.hexdigest(), "safetensors")
 
 
 def parse_config(raw: bytes, path: Path) -> dict[str, Any]:
@@ -95,10 +123,22 @@ def parse_config(raw: bytes, path: Path) -> dict[str, Any]:
     Raises:
         Refused: not a JSON object (`json-malformed`).
     """
-    value = parse_json(raw, where=str(path))
+    value = parse_json(raw, where=str(path), allow_nan=True)
     if not isinstance(value, dict):
         raise Refused("json-malformed", "the config is no JSON object", where=show(path))
     return value
+
+
+def _refuse_other_weights(config: Mapping[str, Any], root: Path) -> None:
+    """transformers 5 reads the file that `transformers_weights` names instead; we would read another model."""
+    named = config.get("transformers_weights")
+    if named not in (None, WEIGHTS, INDEX):
+        raise Refused(
+            "weights-elsewhere",
+            f"{CONFIG} says that the weights are in {show(named)}, which is not read",
+            where=show(root),
+            expected=f"{WEIGHTS} or {INDEX}",
+        )
 
 
 def read_folder(root: Path) -> tuple[Survey, dict[str, Header]]:
@@ -107,81 +147,89 @@ def read_folder(root: Path) -> tuple[Survey, dict[str, Header]]:
     headers: dict[str, Header] = {}
     where = show(root)
     try:
-        if not (root / CONFIG).is_file():
-            survey.faults.append(Fault("config-missing", "error", "there is no config.json", where))
-        files, claims = _weight_files(root, survey)
+        names = file_names(root)
+        if CONFIG not in names:
+            survey.faults.append(Fault("config-missing", "error", f"there is no {CONFIG}", where))
+        files, index = _weight_files(root, names, survey)
         for file in files:
             try:
                 headers[file] = read_header(root / file, root=root)
             except Refused as error:
-                survey.faults.append(_fault(error))
+                survey.faults.append(Fault.of(error))
         _collect(root, headers, survey)
-        if claims and len(headers) == len(files):
-            _compare(claims, survey, show(root / INDEX))
+        if index is not None and len(headers) == len(set(index.weight_map.values())):
+            _compare(index, survey, show(root / INDEX))
+        if files and len(headers) == len(files) and not survey.entries:
+            survey.faults.append(Fault("no-tensors", "error", "the weight files hold no tensor", where))
         empty = [n for n, e in survey.entries.items() if e.info.shape == (0,)]
         if empty:
-            survey.faults.append(empty_tensors(empty, len(survey.entries), where))
+            survey.faults.append(folder.empty_tensors(empty, survey.entries, where))
+        if folder.ADAPTER_CONFIG in names:
+            text = f"{folder.ADAPTER_CONFIG} lies beside a whole model: transformers will look for an adapter here"
+            survey.faults.append(Fault("adapter-config-stray", "cosmetic", text, where))
+        survey.faults += leftovers(root, names, {*files, WEIGHTS})
     except Refused as error:
-        survey.faults.append(_fault(error))
+        survey.faults.append(Fault.of(error))
     except OSError as error:
         survey.faults.append(Fault("input-unreadable", "error", f"{error.strerror}", where))
     return survey, headers
 
 
-def _fault(error: Refused) -> Fault:
-    details = [f"expected {error.expected}"] if error.expected else []
-    details += [f"got {error.got}"] if error.got else []
-    text = error.what + (f" ({', '.join(details)})" if details else "")
-    return Fault(error.code, "error", text, error.where or "", error.next)
-
-
-def _weight_files(root: Path, survey: Survey) -> tuple[list[str], dict[str, str]]:
-    """The files that transformers would read, and what the index claims of them."""
-    numbered = sorted(p.name for p in root.iterdir() if _SHARD.fullmatch(p.name))
-    if (root / WEIGHTS).exists() or (root / WEIGHTS).is_symlink():
-        if (root / INDEX).exists() or numbered:
+def _weight_files(root: Path, names: frozenset[str], survey: Survey) -> tuple[list[str], Index | None]:
+    """The files that transformers would read, in order, and what the index claims of them."""
+    numbered = sorted((n for n in names if folder.SHARD.fullmatch(n)), key=_natural)
+    if WEIGHTS in names:
+        if INDEX in names or numbered:
             text = f"{WEIGHTS} and sharded files lie side by side; transformers reads {WEIGHTS}, and so does this"
             survey.faults.append(Fault("stale-shards", "cosmetic", text, show(root)))
-        return [WEIGHTS], {}
-    if (root / INDEX).exists():
+        return [WEIGHTS], None
+    if INDEX in names:
         index = read_index(root / INDEX, root=root)
-        files = sorted(set(index.weight_map.values()))
-        missing = [f for f in files if not (root / f).exists()]
+        files = sorted(set(index.weight_map.values()), key=_natural)
+        missing = [f for f in files if f not in names or not (root / f).exists()]
         if missing:
             lost = sum(1 for f in index.weight_map.values() if f in missing)
-            survey.faults.append(
-                Fault(
-                    "shard-missing",
-                    "error",
-                    f"{len(missing)} of {len(files)} shards are missing ({fold(missing)}), and {lost} tensors with them",
-                    show(root),
-                    next="download or copy the folder again",
-                )
-            )
-        return [f for f in files if f not in missing], index.weight_map
+            text = f"{len(missing)} of {len(files)} shards are missing ({fold(missing)}), and {lost} tensors with them"
+            survey.faults.append(Fault("shard-missing", "error", text, show(root), _AGAIN))
+        return [f for f in files if f not in missing], index
     if numbered:
-        return _numbered(root, numbered, survey), {}
-    survey.faults.append(_no_weights(root))
-    return [], {}
+        return _numbered(root, numbered, survey), None
+    survey.faults.append(_no_weights(root, names))
+    return [], None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order of shards: by number where their names have numbers."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name, flags=re.ASCII)]
 
 
 def _numbered(root: Path, names: list[str], survey: Survey) -> list[str]:
     """Shards without an index: their names say how many there should be."""
-    counts = {m[2] for n in names if (m := _SHARD.fullmatch(n))}
-    total = int(max(counts))
-    expected = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, min(total, 100_000) + 1)]
-    missing = [n for n in expected if n not in names]
-    if len(counts) > 1 or missing:
-        text = f"there is no {INDEX}, and the shards are no whole set: {fold(missing) or fold(names)} "
-        text += "are missing" if missing else "belong to different sets"
-        survey.faults.append(Fault("shard-missing", "error", text, show(root), next="download or copy the folder again"))
+    matches = [m for n in names if (m := folder.SHARD.fullmatch(n))]
+    total, width = max(int(m[2]) for m in matches), len(matches[0][1])
+    numbers = [int(m[1]) for m in matches]
+    where = show(root)
+    if {int(m[2]) for m in matches} != {total} or len(set(numbers)) != len(numbers) or max(numbers) > total:
+        text = f"there is no {INDEX}, and the shards belong to different sets: {fold(names)}"
+        survey.faults.append(Fault("shard-missing", "error", text, where, _AGAIN))
+    elif len(numbers) != total:
+        gone = [f"model-{i:0{width}d}-of-{total:0{width}d}.safetensors" for i in _absent(numbers, total)]
+        text = f"there is no {INDEX}, and {total - len(numbers)} of {total} shards are missing: {', '.join(gone)}"
+        survey.faults.append(Fault("shard-missing", "error", text, where, _AGAIN))
     else:
-        survey.faults.append(Fault("index-missing", "cosmetic", f"{INDEX} is missing; a new one will be written", show(root)))
-    return [n for n in expected if n in names]
+        text = f"{INDEX} is missing, without which transformers can't load this; all {total} shards are here"
+        survey.faults.append(Fault("index-missing", "cosmetic", text, where, "an output gets a new one"))
+    return names
 
 
-def _no_weights(root: Path) -> Fault:
-    pickled = sorted(p.name for p in root.iterdir() if _PICKLED.fullmatch(p.name))
+def _absent(numbers: list[int], total: int, most: int = 3) -> list[int]:
+    """The first numbers up to `total` that are not there; a name may claim any total, so not all are counted out."""
+    present = set(numbers)
+    return [i for i in range(1, min(total, len(present) + most) + 1) if i not in present][:most]
+
+
+def _no_weights(root: Path, names: frozenset[str]) -> Fault:
+    pickled = sorted(n for n in names if folder.PICKLED.fullmatch(n))
     if pickled:
         return Fault(
             "pickled-weights",
@@ -196,7 +244,7 @@ def _no_weights(root: Path) -> Fault:
 def _collect(root: Path, headers: Mapping[str, Header], survey: Survey) -> None:
     for file, header in headers.items():
         survey.files[file] = header.file_size
-        path = str((root / file).absolute())
+        path = stored_path(root, file)
         for name, (info, begin, _) in header.tensors.items():
             if name in survey.entries:
                 other = Path(survey.entries[name].file).name
@@ -206,20 +254,30 @@ def _collect(root: Path, headers: Mapping[str, Header], survey: Survey) -> None:
             survey.entries[name] = StoredTensor(info, path, header.data_start + begin)
 
 
-def _compare(claims: Mapping[str, str], survey: Survey, where: str) -> None:
+def _compare(index: Index, survey: Survey, where: str) -> None:
     """The index against the headers: what it promises must be there; what it forgets is found all the same."""
+    claims = index.weight_map
     phantom = [n for n in claims if n not in survey.entries]
     if phantom:
-        text = f"the index lists {len(phantom)} tensors that no shard holds: {fold(phantom)}"
-        survey.faults.append(Fault("index-phantom", "error", text, where, next="download or copy the folder again"))
-    moved = [n for n, f in claims.items() if n in survey.entries and Path(survey.entries[n].file).name != f]
+        files = list(dict.fromkeys(claims[n] for n in phantom))
+        text = (
+            f"the index lists {len(phantom)} tensors that no shard holds: {fold(phantom)} (said to be in {fold(files)})"
+        )
+        survey.faults.append(Fault("index-phantom", "error", text, where, _AGAIN))
+    homes = {n: Path(e.file).name for n, e in survey.entries.items()}
+    moved = [n for n, f in claims.items() if homes.get(n, f) != f]
     if moved:
-        text = f"the index places {len(moved)} tensors in other shards than they are in: {fold(moved)}"
-        survey.faults.append(Fault("index-conflict", "error", text, where, next="download or copy the folder again"))
+        first = f"{show(moved[0])} is in {show(homes[moved[0]])}, not in {show(claims[moved[0]])}"
+        text = f"the index places {len(moved)} tensors in other shards than they are in: {fold(moved)}; {first}"
+        survey.faults.append(Fault("index-conflict", "error", text, where, _AGAIN))
     unlisted = [n for n in survey.entries if n not in claims]
     if unlisted:
         text = f"{len(unlisted)} tensors are in the shards and not in the index: {fold(unlisted)}; they are kept"
         survey.faults.append(Fault("index-unlisted", "cosmetic", text, where))
+    claimed, total = index.metadata.get("total_size"), sum(e.info.nbytes for e in survey.entries.values())
+    if claimed is not None and claimed != total:
+        text = f"the index says total_size {show(claimed)}; the tensors have {total} bytes"
+        survey.faults.append(Fault("index-total-size", "cosmetic", text, where))
 
 
 SOURCE = HfSource()

@@ -29,7 +29,9 @@ class Located:
     revision: str | None
 
 
-def resolve(text: str, *, revision: str | None = None, token: str | None = None, allow_download: bool = True) -> Located:
+def resolve(
+    text: str, *, revision: str | None = None, token: str | None = None, allow_download: bool = True
+) -> Located:
     """The folder that `text` means.
 
     `./x`, `../x`, `/x`, `~/x`, anything that exists, and anything but `owner/name` is local. Otherwise it is a Hub id:
@@ -97,7 +99,12 @@ def _cached(repo_id: str, revision: str | None) -> Located | None:
         commit = matching[0] if len(matching) == 1 else None
     if commit is None and revision is None and names:
         listed = ", ".join(show(n) for n in names)
-        raise UsageError("revision-needed", f"the cache has several snapshots of {show(repo_id)}", got=listed, next="--revision COMMIT")
+        raise UsageError(
+            "revision-needed",
+            f"the cache has several snapshots of {show(repo_id)}",
+            got=listed,
+            next="--revision COMMIT",
+        )
     if commit is None or not (snapshots / commit).is_dir():
         return None
     return Located(snapshots / commit, repo_id, commit)

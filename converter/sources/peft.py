@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from converter.checkpoint import Checkpoint
-from converter.errors import Refused, show
+from converter.errors import Refused, UsageError, show
 from converter.files import read_limited
 from converter.safetensors_io import Header, read_header
-from converter.sources.hf import lazy, origin, parse_config
 from converter.side_files import find_side_files
-from converter.sources.survey import Fault, StoredTensor, Survey, empty_tensors
+from converter.sources import survey as folder
+from converter.sources.hf import identities_of, lazy, origin, parse_config, stored_path
+from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers
 from converter.strict_json import MAX_JSON_BYTES
 
-WEIGHTS = "adapter_model.safetensors"
-PICKLED = "adapter_model.bin"
-CONFIG = "adapter_config.json"
+WEIGHTS = folder.ADAPTER_WEIGHTS
+PICKLED = folder.ADAPTER_PICKLED
+CONFIG = folder.ADAPTER_CONFIG
 
 
 class PeftSource:
@@ -25,8 +26,10 @@ class PeftSource:
 
     def detect(self, root: Path) -> str | None:
         """Why a folder is an adapter, or None."""
-        found = [n for n in (CONFIG, WEIGHTS, PICKLED) if (root / n).exists()]
-        return f"{found[0]} is there" if found else None
+        names = file_names(root)
+        if folder_kind(names) != "adapter":
+            return None
+        return f"{next(n for n in (CONFIG, WEIGHTS, PICKLED) if n in names)} is there"
 
     def survey(self, root: Path) -> Survey:
         """The adapter's tensors and faults; content never raises."""
@@ -36,16 +39,16 @@ class PeftSource:
         """The adapter, by its header.
 
         Raises:
+            UsageError: a folder with adapters below it and none in it (`several-checkpoints`).
             Refused: no config, no or pickled weights, empty tensors, a broken file.
         """
+        _refuse_run_folder(root, asked)
         survey, header = _read(root)
         error = survey.error()
-        if error is not None:
-            raise error
-        assert header is not None
+        if error is not None or header is None:
+            raise error or folder.Fault("weights-missing", "error", f"{WEIGHTS} is not there", show(root)).refusal()
         config_bytes = read_limited(root / CONFIG, limit=MAX_JSON_BYTES, root=root)
         side_files, identities = find_side_files(root, keep_code=keep_code)
-        identities[str((root / WEIGHTS).absolute())] = header.identity
         return Checkpoint(
             tensors=lazy(survey),
             config=parse_config(config_bytes, root / CONFIG),
@@ -54,45 +57,65 @@ class PeftSource:
             shards=dict.fromkeys(survey.entries, WEIGHTS),
             config_bytes=config_bytes,
             metadata=header.metadata,
-            inputs=identities,
+            inputs=identities | identities_of(root, [CONFIG]) | {stored_path(root, WEIGHTS): header.identity},
         )
+
+
+def _refuse_run_folder(root: Path, asked: str) -> None:
+    if folder_kind(file_names(root)) is not None:
+        return
+    below = [p for each in sorted(root.iterdir()) if each.is_dir() for p in (each, each / "adapter") if p.is_dir()]
+    found = [p for p in below if folder_kind(file_names(p)) == "adapter"]
+    if found:
+        listed = ", ".join(show(f"{asked.rstrip('/')}/{p.relative_to(root)}") for p in found[-8:])
+        what = f"there is no adapter in this folder, and {len(found)} below it; name one of them"
+        raise UsageError("several-checkpoints", what, where=show(asked), expected=listed)
 
 
 def _read(root: Path) -> tuple[Survey, Header | None]:
     survey = Survey(root)
     where = show(root)
-    header = None
-    if not (root / CONFIG).is_file():
-        text = f"{WEIGHTS} is there and {CONFIG} is not: rank and alpha are unknown"
-        next_step = "copy adapter_config.json from the training run's folder into it"
+    names = file_names(root)
+    if CONFIG not in names:
+        text = f"there is no {CONFIG}: rank and alpha are unknown"
+        next_step = f"copy {CONFIG} from the training run's folder into it"
         survey.faults.append(Fault("adapter-config-missing", "error", text, where, next_step))
-    if not (root / WEIGHTS).exists():
-        survey.faults.append(_no_weights(root))
-        return survey, None
-    try:
-        header = read_header(root / WEIGHTS, root=root)
-    except Refused as error:
-        text = error.what + (f" (expected {error.expected}, got {error.got})" if error.expected else "")
-        survey.faults.append(Fault(error.code, "error", text, error.where or where, error.next))
-        return survey, None
-    path = str((root / WEIGHTS).absolute())
+    header = None
+    if WEIGHTS not in names:
+        survey.faults.append(_no_weights(root, names))
+    else:
+        try:
+            header = read_header(root / WEIGHTS, root=root)
+        except Refused as error:
+            survey.faults.append(Fault.of(error))
+    if header is not None:
+        _collect(root, header, survey)
+    if folder.is_weights_of_model(names):
+        text = "an adapter and a whole model lie in one folder; transformers takes it for the adapter, and so does this"
+        survey.faults.append(Fault("adapter-and-model", "cosmetic", text, where))
+    survey.faults += leftovers(root, names, {WEIGHTS, PICKLED})
+    return survey, header
+
+
+def _collect(root: Path, header: Header, survey: Survey) -> None:
+    path = stored_path(root, WEIGHTS)
     survey.files[WEIGHTS] = header.file_size
     survey.entries = {
         name: StoredTensor(info, path, header.data_start + begin) for name, (info, begin, _) in header.tensors.items()
     }
     empty = [n for n, e in survey.entries.items() if e.info.numel == 0]
     if empty:
-        survey.faults.append(empty_tensors(empty, len(survey.entries), show(root / WEIGHTS)))
+        survey.faults.append(folder.empty_tensors(empty, survey.entries, show(root / WEIGHTS)))
     if not survey.entries:
         text = "the file holds no tensor: the adapter was saved from the wrong process or at the wrong time"
         survey.faults.append(Fault("adapter-empty", "error", text, show(root / WEIGHTS)))
-    return survey, header
 
 
-def _no_weights(root: Path) -> Fault:
-    if (root / PICKLED).exists():
+def _no_weights(root: Path, names: frozenset[str]) -> Fault:
+    if PICKLED in names:
         text = f"the adapter's weights are pickled ({PICKLED}); this version reads {WEIGHTS} only"
-        return Fault("pickled-weights", "error", text, show(root), "save it with save_pretrained(..., safe_serialization=True)")
+        advice = "save it with save_pretrained(..., safe_serialization=True)"
+        return Fault("pickled-weights", "error", text, show(root), advice)
     return Fault("weights-missing", "error", f"{CONFIG} is there and {WEIGHTS} is not", show(root))
 
 

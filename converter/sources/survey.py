@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,18 @@ from converter.dtypes import TensorInfo
 from converter.errors import Refused, fold, show
 
 FaultSeverity = Literal["error", "changes-numbers", "cosmetic"]
+FolderKind = Literal["model", "adapter"]
+
+MODEL_CONFIG = "config.json"
+MODEL_WEIGHTS = "model.safetensors"
+MODEL_INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PICKLED = "adapter_model.bin"
+SHARD = re.compile(r"model-(\d{5,6})-of-(\d{5,6})\.safetensors", re.ASCII)
+PICKLED = re.compile(r"(?:pytorch_model|model|consolidated)[\w.-]*\.(?:bin|pt|pth)", re.ASCII)
+_PICKLED_INDEX = "pytorch_model.bin.index.json"
+_WEIGHTS = re.compile(r"[\w.-]+\.(?:safetensors|bin|pt|pth|gguf)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -22,6 +35,14 @@ class Fault:
     text: str
     where: str
     next: str | None = None
+
+    @classmethod
+    def of(cls, error: Refused) -> Fault:
+        """A refusal as a fault."""
+        details = [f"expected {error.expected}"] if error.expected else []
+        details += [f"got {error.got}"] if error.got else []
+        text = error.what + (f" ({', '.join(details)})" if details else "")
+        return cls(error.code, "error", text, error.where or "", error.next)
 
     def refusal(self) -> Refused:
         """The fault as an error."""
@@ -58,17 +79,83 @@ class Survey:
             return None
         refusal = errors[0].refusal()
         if len(errors) > 1:
-            refusal.what += f" (and {len(errors) - 1} more faults; rlhf-convert inspect {show(self.root)} lists them)"
+            rest = f"{len(errors) - 1} more {'fault' if len(errors) == 2 else 'faults'}"
+            refusal.what += f" (and {rest}; rlhf-convert inspect {show(self.root)} lists them)"
         return refusal
 
 
-def empty_tensors(names: Iterable[str], total: int, where: str) -> Fault:
-    """The fault of tensors that ZeRO-3 saved without gathering."""
+def file_names(root: Path) -> frozenset[str]:
+    """Names of what lies in a folder and is no folder; nothing where it can't be listed."""
+    try:
+        return frozenset(p.name for p in root.iterdir() if not p.is_dir())
+    except OSError:
+        return frozenset()
+
+
+def folder_kind(names: Collection[str]) -> FolderKind | None:
+    """What a folder with these files is. Where both lie in it transformers takes it for the adapter, and so do we."""
+    model = is_weights_of_model(names)
+    adapter = ADAPTER_WEIGHTS in names or ADAPTER_PICKLED in names
+    if ADAPTER_CONFIG in names and (adapter or not model):
+        return "adapter"
+    if model:
+        return "model"
+    return "adapter" if adapter else None
+
+
+def is_weights_of_model(names: Collection[str]) -> bool:
+    """True where weights of a whole model are among these files, pickled ones included."""
+    known = (MODEL_WEIGHTS, MODEL_INDEX, _PICKLED_INDEX)
+    return any(n in names for n in known) or any(SHARD.fullmatch(n) or PICKLED.fullmatch(n) for n in names)
+
+
+def leftovers(root: Path, names: Collection[str], read: Collection[str]) -> list[Fault]:
+    """Faults of what lies beside the weights: downloads that did not finish, weight files that nothing reads."""
+    faults = []
+    partial = sorted(n for n in names if n.endswith((".incomplete", ".part", ".aria2", ".crdownload")))
+    for folder in _download_folders(root):
+        partial += sorted(n for n in file_names(folder) if n.endswith(".incomplete"))
+    if partial:
+        text = f"a download did not finish: {fold(partial)}"
+        faults.append(Fault("download-unfinished", "cosmetic", text, show(root), "download it again"))
+    others = sorted(n for n in names if _WEIGHTS.fullmatch(n) and n not in read and n not in _NOT_WEIGHTS)
+    if others:
+        text = f"weight files that are not read lie beside: {fold(others)}"
+        faults.append(Fault("stray-weights", "cosmetic", text, show(root)))
+    return faults
+
+
+def _download_folders(root: Path) -> list[Path]:
+    """Where huggingface_hub keeps what it is downloading: below a local folder, or in the cache."""
+    parent = root.resolve().parent
+    cache = [parent.parent / "blobs"] if parent.name == "snapshots" else []
+    return [root / ".cache" / "huggingface" / "download", *cache]
+
+
+_NOT_WEIGHTS = frozenset(
+    {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "scaler.pt"}
+)
+
+
+def empty_tensors(names: Iterable[str], entries: Mapping[str, StoredTensor], where: str) -> Fault:
+    """The fault of tensors that ZeRO-3 saved without gathering, with the shapes that their siblings show."""
     found = list(names)
+    siblings = {_pattern(n): e.info.shape for n, e in entries.items() if e.info.numel}
+    shapes = list(dict.fromkeys(_shape(siblings[_pattern(n)]) for n in found if _pattern(n) in siblings))
+    expected = f"; those beside them are {', '.join(shapes[:4])}" if shapes else ""
     return Fault(
         "zero3-empty-tensors",
         "error",
-        f"{len(found)} of {total} tensors are torch.Size([0]): {fold(found)}. ZeRO-3 saved them without gathering",
+        f"{len(found)} of {len(entries)} tensors are torch.Size([0]): {fold(found)}{expected}. "
+        "ZeRO-3 saved them without gathering",
         where,
         next="their values are in the run's DeepSpeed folder (global_step*), if it was kept",
     )
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"

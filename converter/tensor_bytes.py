@@ -1,0 +1,106 @@
+"""Which bytes a lazy tensor is made of: what can be copied as it is, and what evaluating it reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import assert_never
+
+from converter.errors import show
+from converter.tensors import Apply, Cast, Concat, Filled, LazyTensor, Narrow, Reshape, Stored, Strided
+
+MIN_COPY_RUN = 64 * 1024
+"""A tensor that is cut into many pieces is copied by the operating system only where they average this many bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRun:
+    """`length` bytes of `file` from `offset`."""
+
+    file: str
+    offset: int
+    length: int
+
+
+def byte_runs(x: LazyTensor) -> tuple[ByteRun, ...] | None:
+    """The bytes of the tensor, in order, where they lie in files as they are; None where they must be computed."""
+    if x.info.numel == 0:
+        return ()
+    match x:
+        case Stored():
+            return (ByteRun(x.file, x.offset, x.info.nbytes),)
+        case Reshape():
+            return byte_runs(x.source)
+        case Narrow():
+            return _cut_runs(x)
+        case Concat():
+            if math.prod(x.info.shape[: x.dim]) != 1:
+                return None
+            runs: list[ByteRun] = []
+            for part in x.parts:
+                own = byte_runs(part)
+                if own is None:
+                    return None
+                runs += own
+            return tuple(runs)
+        case Strided() | Cast() | Filled() | Apply():
+            return None
+        case _:
+            assert_never(x)
+
+
+def _cut_runs(x: Narrow) -> tuple[ByteRun, ...] | None:
+    """A slice of an inner dimension of stored bytes: one run for each index of the outer ones, if they are long."""
+    if not isinstance(x.source, Stored):
+        return None
+    shape = x.source.info.shape
+    bits = math.prod(shape[x.dim + 1 :]) * x.info.dtype.bits
+    if bits % 8 or x.length * bits // 8 < MIN_COPY_RUN:
+        return None
+    inner = bits // 8
+    step = shape[x.dim] * inner
+    first = x.source.offset + x.start * inner
+    return tuple(ByteRun(x.source.file, first + i * step, x.length * inner) for i in range(math.prod(shape[: x.dim])))
+
+
+def leaves(x: LazyTensor) -> Iterator[Stored | Strided]:
+    """Every stored node under `x`, in order; one that is used twice comes twice."""
+    match x:
+        case Stored() | Strided():
+            yield x
+        case Narrow() | Reshape() | Cast():
+            yield from leaves(x.source)
+        case Concat():
+            for part in x.parts:
+                yield from leaves(part)
+        case Apply():
+            for given in x.inputs:
+                yield from leaves(given)
+        case Filled():
+            return
+        case _:
+            assert_never(x)
+
+
+def reads(x: LazyTensor) -> tuple[ByteRun, ...]:
+    """Every byte range that evaluating `x` reads, as spans; a strided view reads from its first to its last element."""
+    return tuple(_span(leaf) for leaf in leaves(x) if leaf.info.numel)
+
+
+def _span(leaf: Stored | Strided) -> ByteRun:
+    if isinstance(leaf, Stored):
+        return ByteRun(leaf.file, leaf.offset, leaf.info.nbytes)
+    last = sum((n - 1) * s for n, s in zip(leaf.info.shape, leaf.strides, strict=True))
+    return ByteRun(leaf.file, leaf.offset, (last + 1) * leaf.info.dtype.bits // 8)
+
+
+def describe(x: LazyTensor) -> str:
+    """A node as one line for errors and `-v`: `lora-merge(W, A, B)`, `cast(BF16)`."""
+    match x:
+        case Apply():
+            return f"{x.kernel}({len(x.inputs)} inputs)"
+        case Cast():
+            return f"cast to {x.dtype.value} of {describe(x.source)}"
+        case _:
+            return f"{type(x).__name__.lower()} {x.info.dtype.value} {show(list(x.info.shape))}"

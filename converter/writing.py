@@ -1,0 +1,329 @@
+"""Shards written by several workers: copies and row chunks go to their offsets, finished files become durable.
+
+Workers take pieces of work (a copied entry, a row chunk) from one queue in file order and write them at their offsets,
+so that one large file keeps every core busy. A finished shard is fsynced, renamed and journalled by a thread of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from converter.copying import copy_run, write_all
+from converter.evaluate import Evaluator, Measures, shared_nodes
+from converter.plan import Entry, ShardPlan, chunk_cost
+from converter.reading import InputFiles
+from converter.stage import FILE_MODE, Stage, fsync_folder
+from converter.tensors import rows
+
+if TYPE_CHECKING:
+    from converter.execute import Reporter
+
+FLUSH_BYTES = 256_000_000
+"""Bytes of a file that may wait in the page cache before they are sent to the disk, beside the work on the rest."""
+
+CHECKSUM_BLOCK = 1 << 22
+"""Bytes held while checksums of a file on disk are taken."""
+
+_NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+
+
+class _Stopped(Exception):
+    """Another thread failed; this one has nothing to add."""
+
+
+@dataclass
+class _Job:
+    """An entry being computed: its evaluator, the chunks that are still to come and what each of them said."""
+
+    evaluator: Evaluator
+    pending: int
+    checksums: list[int]
+    measures: list[Measures]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def total(self) -> Measures:
+        """Measures of all chunks, added in their order: a sum of floats depends on it, and the receipt must not."""
+        total: Measures = {}
+        for measures in self.measures:
+            for key, number in measures.items():
+                total[key] = total.get(key, 0.0) + number
+        return total
+
+
+@dataclass
+class _Shard:
+    """A shard being written."""
+
+    plan: ShardPlan
+    path: Path
+    fd: int
+    pending: int = 0
+    jobs: dict[str, _Job] = field(default_factory=dict)
+    unflushed: int = 0
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A unit of work: a whole copied entry, or rows `[start, stop)` of a computed one (chunk number `index`)."""
+
+    shard: _Shard
+    entry: Entry
+    index: int = 0
+    start: int = 0
+    stop: int = 0
+
+
+class ShardWriter:
+    """Writes shards into a stage with several workers. An exception in any thread stops all, and is raised by `write`."""
+
+    def __init__(self, stage: Stage, files: InputFiles, reporter: Reporter, budget: int) -> None:
+        self._stage = stage
+        self._files = files
+        self._reporter = reporter
+        self._budget = budget
+        self._held = 0
+        self._room = threading.Condition()
+        self._next = threading.Lock()
+        self._state = threading.Lock()
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._finished: SimpleQueue[_Shard | None] = SimpleQueue()
+        self._open: dict[int, Path] = {}
+        self._lines: dict[str, dict[str, Any]] = {}
+
+    def write(self, shards: list[ShardPlan], jobs: int) -> dict[str, dict[str, Any]]:
+        """Write `shards` with `jobs` workers; their journal lines by file name."""
+        pieces = self._pieces(shards)
+        workers = [threading.Thread(target=self._work, args=(pieces,), name=f"worker-{n}") for n in range(jobs)]
+        finisher = threading.Thread(target=self._finish, name="finisher")
+        try:
+            for thread in (*workers, finisher):
+                thread.start()
+            _join(workers)
+            self._finished.put(None)
+            _join([finisher])
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            self._finished.put(None)
+            for thread in (*workers, finisher):
+                if thread.ident is not None:
+                    thread.join()
+            self._drop_unfinished()
+        if self._failure is not None:
+            raise self._failure
+        return self._lines
+
+    def _drop_unfinished(self) -> None:
+        """Close half-written files and give their space back: a later run begins each shard anew."""
+        for fd, path in self._open.items():
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._state:
+            if self._failure is None:
+                self._failure = error
+        self._stop.set()
+        with self._room:
+            self._room.notify_all()
+
+    def _pieces(self, shards: list[ShardPlan]) -> Iterator[_Piece]:
+        """All work in file order; a shard's file is created when its first piece is taken."""
+        for plan in shards:
+            shard = self._create(plan)
+            work: list[_Piece] = []
+            for entry in plan.entries:
+                if entry.runs is not None:
+                    work.append(_Piece(shard, entry))
+                else:
+                    chunks = entry.chunks()
+                    evaluator = Evaluator(self._files, shared_nodes(entry.tensor))
+                    shard.jobs[entry.name] = _Job(evaluator, len(chunks), [0] * len(chunks), [{} for _ in chunks])
+                    work += [_Piece(shard, entry, i, start, stop) for i, (start, stop) in enumerate(chunks)]
+            shard.pending = len(work)
+            yield from work
+
+    def _create(self, plan: ShardPlan) -> _Shard:
+        path = self._stage.folder / (plan.file + ".tmp")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+        with self._state:
+            self._open[fd] = path
+        _reserve(fd, plan.size)
+        write_all(fd, plan.head, 0)
+        write_all(fd, plan.tail, plan.size - len(plan.tail))
+        return _Shard(plan, path, fd)
+
+    def _work(self, pieces: Iterator[_Piece]) -> None:
+        try:
+            while not self._stop.is_set():
+                with self._next:
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                if piece.entry.runs is not None:
+                    self._copy(piece)
+                else:
+                    self._compute(piece)
+                self._done(piece.shard)
+        except BaseException as error:
+            self._fail(error)
+
+    def _copy(self, piece: _Piece) -> None:
+        offset = piece.entry.offset
+        for run in piece.entry.runs or ():
+            copy_run(self._files, run, piece.shard.fd, offset, lambda n: self._advance(piece, n))
+            offset += run.length
+
+    def _compute(self, piece: _Piece) -> None:
+        entry, job = piece.entry, piece.shard.jobs[piece.entry.name]
+        whole = piece.start == 0 and piece.stop == (entry.tensor.info.shape or (1,))[0]
+        tensor = entry.tensor if whole else rows(entry.tensor, piece.start, piece.stop)
+        cost = chunk_cost(tensor)
+        self._take(cost)
+        try:
+            with job.lock:
+                for node in job.evaluator.keep:
+                    job.evaluator.evaluate(node, {})
+            measures: Measures = {}
+            data = raw_bytes(job.evaluator.evaluate(tensor, measures))
+            offset, length = chunk_extents(entry)[piece.index]
+            assert length == len(data), entry.name
+            write_all(piece.shard.fd, data, offset)
+            checksum = zlib.crc32(data)
+        finally:
+            self._give(cost)
+        with job.lock:
+            job.checksums[piece.index] = checksum
+            job.measures[piece.index] = measures
+            job.pending -= 1
+            if job.pending == 0:
+                job.evaluator.shared.clear()
+        self._advance(piece, length)
+
+    def _take(self, cost: int) -> None:
+        """Wait until `cost` bytes fit beside what other workers hold; one piece alone always may go on."""
+        with self._room:
+            self._room.wait_for(lambda: self._stop.is_set() or self._held == 0 or self._held + cost <= self._budget)
+            if self._stop.is_set():
+                raise _Stopped
+            self._held += cost
+
+    def _give(self, cost: int) -> None:
+        with self._room:
+            self._held -= cost
+            self._room.notify_all()
+
+    def _advance(self, piece: _Piece, count: int) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+        self._reporter.advance(count, piece.entry.name)
+        flush = False
+        with self._state:
+            piece.shard.unflushed += count
+            if piece.shard.unflushed >= FLUSH_BYTES:
+                piece.shard.unflushed, flush = 0, True
+        if flush:
+            self._finished.put(piece.shard)
+
+    def _done(self, shard: _Shard) -> None:
+        with self._state:
+            shard.pending -= 1
+            last = shard.pending == 0
+        if last:
+            self._finished.put(shard)
+
+    def _finish(self) -> None:
+        """Flush files that are being written, and finish those that are complete."""
+        try:
+            while (shard := self._finished.get()) is not None:
+                if self._stop.is_set():
+                    return
+                if shard.plan.file in self._lines:
+                    continue
+                if shard.pending:
+                    os.fdatasync(shard.fd)
+                else:
+                    self._make_durable(shard)
+        except BaseException as error:
+            self._fail(error)
+
+    def _make_durable(self, shard: _Shard) -> None:
+        os.fsync(shard.fd)
+        os.rename(shard.path, self._stage.folder / shard.plan.file)
+        fsync_folder(self._stage.folder)
+        line = {
+            "shard": shard.plan.file,
+            "size": shard.plan.size,
+            "crc": {name: job.checksums for name, job in shard.jobs.items()},
+            "measures": {name: job.total() for name, job in shard.jobs.items()},
+        }
+        self._stage.record(line)
+        self._lines[shard.plan.file] = line
+        with self._state:
+            del self._open[shard.fd]
+        os.close(shard.fd)
+        self._reporter.shard_done(shard.plan.file, shard.plan.size, False)
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    """Wait in short steps: a signal handler runs in the main thread, between them."""
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.2)
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Ask for a file's blocks at once, so that a full disk shows before the work; not all filesystems can."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_FALLOCATE:
+            raise
+        os.ftruncate(fd, size)
+
+
+def raw_bytes(value: Any) -> memoryview:
+    """The bytes of a contiguous torch tensor, not copied."""
+    import torch
+
+    return memoryview(value.reshape(-1).view(torch.uint8).numpy())
+
+
+def chunk_extents(entry: Entry) -> list[tuple[int, int]]:
+    """Offset in the file and bytes of each chunk of a computed entry."""
+    shape = entry.tensor.info.shape
+    row = entry.length // (shape[0] if shape else 1) if entry.length else 0
+    return [(entry.offset + start * row, (stop - start) * row) for start, stop in entry.chunks()]
+
+
+def is_still_there(shard: ShardPlan, line: Mapping[str, Any], folder: Path) -> bool:
+    """True where a journalled shard is on disk with its size, its header and the checksums of its computed tensors."""
+    try:
+        fd = os.open(folder / shard.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        if os.fstat(fd).st_size != shard.size or os.pread(fd, len(shard.head), 0) != shard.head:
+            return False
+        computed = [entry for entry in shard.entries if entry.runs is None]
+        return all(line["crc"].get(e.name) == [_checksum(fd, *at) for at in chunk_extents(e)] for e in computed)
+    finally:
+        os.close(fd)
+
+
+def _checksum(fd: int, offset: int, length: int) -> int:
+    checksum = 0
+    for at in range(offset, offset + length, CHECKSUM_BLOCK):
+        checksum = zlib.crc32(os.pread(fd, min(CHECKSUM_BLOCK, offset + length - at), at), checksum)
+    return checksum

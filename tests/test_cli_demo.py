@@ -1,0 +1,186 @@
+"""`demo`, shipped recipes by name, and `reshard`: from any folder, on the shipped checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import oracle
+from oracle.command import listing, run
+
+FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
+BASE = FIXTURES / "tiny-qwen2-base"
+ADAPTER = FIXTURES / "tiny-reward-adapter"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_demo_tells_the_whole_story_in_under_a_minute(here: Path) -> None:
+    begun = time.monotonic()
+    ran = run("demo")
+    assert ran.code == 0, ran.err
+    assert time.monotonic() - begun < 60
+    headings = [line for line in ran.out.splitlines() if line[:2] in ("1.", "2.", "3.", "4.")]
+    assert len(headings) == 4
+    assert "$ rlhf-convert merge-lora ./rlhf-convert-demo/tiny-reward-adapter ./rlhf-convert-demo/rm" in ran.out
+    assert "16 of 16 pairs ranked right" in ran.out
+    assert "The merged model is in ./rlhf-convert-demo/rm" in ran.out
+    assert sorted(p.name for p in here.iterdir()) == ["rlhf-convert-demo"]
+
+
+def test_the_demo_s_rewards_are_those_recorded_at_training(here: Path) -> None:
+    recorded = json.loads((ADAPTER / "fixture.json").read_text())["training"]["held_out"]
+    ran = run("demo", "--json", "--out", "./try it")
+    assert ran.code == 0, ran.err
+    scores = json.loads(ran.out)["scores"]
+    assert len(scores) == len(recorded)
+    for score, pair in zip(scores, recorded, strict=True):
+        assert score["merged"] == pytest.approx([pair["chosen_reward"], pair["rejected_reward"]], abs=0.02)
+
+
+def test_the_demo_can_be_repeated_and_keeps_out_of_other_folders(here: Path) -> None:
+    assert run("demo", "-q").code == 0
+    before = listing(here / "rlhf-convert-demo")
+    again = run("demo", "-q")
+    assert (again.code, again.text.strip()) == (0, "")
+    assert listing(here / "rlhf-convert-demo") == before
+    (here / "mine").mkdir()
+    (here / "mine" / "thesis.txt").write_text("years of work")
+    ran = run("demo", "--out", "mine")
+    assert ran.code == 3
+    assert [p.name for p in (here / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_tampered_demo_adapter_is_noticed(here: Path) -> None:
+    """What the demo claims, it checks: a merge of another adapter does not score as recorded."""
+    from converter.cli.demo import score
+    from converter.errors import VerificationFailed
+
+    assert run("demo", "-q").code == 0
+    weights = here / "rlhf-convert-demo" / "rm"
+    tensors = oracle.read_tensors(weights)
+    tensors["score.weight"] = tensors["score.weight"] * 1.05
+    for file in weights.glob("model*.safetensors*"):
+        file.unlink()
+    oracle.write_tensors(weights, tensors)
+    with pytest.raises(VerificationFailed):
+        score(weights, ADAPTER)
+
+
+def test_the_recipe_merge_reward_lora_makes_a_reward_model(here: Path) -> None:
+    ran = run("run", "merge-reward-lora", "rm", "--input", f"adapter={ADAPTER}", "--input", f"source={BASE}")
+    assert ran.code == 0, ran.err
+    assert run("merge-lora", ADAPTER, "by-verb", "--base", BASE).code == 0
+    oracle.same_bits(oracle.read_tensors(here / "rm"), oracle.read_tensors(here / "by-verb"))
+    assert oracle.read_config(here / "rm")["architectures"] == ["Qwen2ForSequenceClassification"]
+
+
+def test_the_recipe_merge_reward_lora_finds_the_recorded_base(here: Path) -> None:
+    shutil.copytree(BASE, here / "tiny-qwen2-base")
+    ran = run("run", "merge-reward-lora", "rm", "--input", f"adapter={ADAPTER}")
+    assert ran.code == 0, ran.err
+    assert "(as recorded)" in ran.out
+
+
+def test_the_recipe_merge_two_adapters_is_the_weighted_sum_rounded_once(here: Path) -> None:
+    base = oracle.make_base(here / "base", dtype="bfloat16")
+    first = oracle.make_adapter(here / "first", base, seed=1)
+    second = oracle.make_adapter(here / "second", base, seed=2)
+    given = [f"--input={name}={path}" for name, path in (("first", first), ("second", second), ("source", base.path))]
+    ran = run("run", "merge-two-adapters", "mixed", *given)
+    assert ran.code == 0, ran.err
+    expected = oracle.reference64(base, [(first, 0.5), (second, 0.5)])
+    found, before = oracle.read_tensors(here / "mixed"), oracle.read_tensors(base.path)
+    assert expected
+    oracle.same_bits(
+        {n: t for n, t in found.items() if n not in expected}, {n: t for n, t in before.items() if n not in expected}
+    )
+    for name, exact in expected.items():
+        # bf16 keeps 8 bits: half a unit in the last place of the exact sum, and what fp32 adds to it.
+        assert ((found[name].double() - exact).abs() <= exact.abs() * 2**-8 * 1.001 + 1e-9).all(), name
+
+
+def test_the_recipe_reshard_bf16_casts_and_packs(here: Path) -> None:
+    import torch
+
+    base = oracle.make_base(here / "base", dtype="float32", sharded=True)
+    ran = run("run", "reshard-bf16", "out", "--input", f"source={base.path}")
+    assert ran.code == 0, ran.err
+    expected = {name: t.to(torch.bfloat16) for name, t in oracle.read_tensors(base.path).items()}
+    oracle.same_bits(oracle.read_tensors(here / "out"), expected)
+    assert sorted(p.name for p in (here / "out").glob("*.safetensors*")) == ["model.safetensors"]
+
+
+def test_reshard_keeps_names_values_config_and_tokenizer(here: Path) -> None:
+    ran = run("reshard", BASE, "out", "--max-shard-size", "100KB")
+    assert ran.code == 0, ran.err
+    oracle.same_bits(oracle.read_tensors(here / "out"), oracle.read_tensors(BASE))
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    ):
+        assert (here / "out" / name).read_bytes() == (BASE / name).read_bytes()
+    index = json.loads((here / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in oracle.read_tensors(BASE).values())
+    files = sorted((here / "out").glob("*.safetensors"))
+    assert len(files) == 4
+    assert all(f.stat().st_size < 104_000 for f in files)
+    oracle.load_output(here / "out")
+
+
+def test_reshard_of_an_adapter_is_refused_with_the_verb_that_takes_one(here: Path) -> None:
+    ran = run("reshard", ADAPTER, "out")
+    assert ran.code == 3
+    assert "rlhf-convert merge-lora" in ran.err
+    assert list(here.iterdir()) == []
+
+
+def test_the_options_of_run_override_the_recipe_s_output(here: Path) -> None:
+    ran = run(
+        "run", "reshard-bf16", "--print-recipe", "--max-shard-size", "1MB", "--layout", "preserve", "--dtype", "fp16"
+    )
+    assert ran.code == 0
+    assert "max-shard-size: 1000000" in ran.out
+    assert "layout: preserve" in ran.out
+    assert ran.out.count("dtype:") == 2
+
+
+@pytest.mark.slow
+def test_the_demo_works_from_an_installed_wheel_in_any_folder(here: Path) -> None:
+    """A wheel laid out in a folder of its own, ahead of this checkout; the dependencies are this environment's."""
+    root = Path(__file__).resolve().parents[1]
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(here / "wheel"), str(root)]
+    subprocess.run(pip, check=True, timeout=300)
+    (wheel,) = (here / "wheel").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(here / "site")
+    (here / "work").mkdir()
+    code = "import converter, sys; print(converter.__file__); from converter.cli import main; sys.exit(main(['demo']))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=here / "work",
+        env=os.environ | {"PYTHONPATH": str(here / "site")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(here / "site"))
+    assert (here / "work" / "rlhf-convert-demo" / "rm" / "rlhf-convert.json").is_file()

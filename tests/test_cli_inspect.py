@@ -1,0 +1,161 @@
+"""`inspect`: what a folder holds, whole or broken, from headers alone and at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from big_headers import llama_70b
+from oracle.command import listing, run
+
+FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("tiny-qwen2-base", "tiny-reward-adapter"):
+        shutil.copytree(FIXTURES / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_model_on_one_screen(here: Path) -> None:
+    ran = run("inspect", "./tiny-qwen2-base")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines() == [
+        "./tiny-qwen2-base: model, Qwen2ForCausalLM (qwen2)",
+        "weights  130 K parameters in 27 tensors, bf16, 262 KB in 2 files",
+        "shape    layers 2, hidden 64, vocabulary 384",
+        "head     lm_head.weight (384, 64) bf16",
+        "faults   none found in headers and configs",
+        "Next:    rlhf-convert reshard ./tiny-qwen2-base OUT --max-shard-size 5GB",
+        "         rlhf-convert merge-lora ADAPTER OUT --base ./tiny-qwen2-base",
+    ]
+
+
+def test_an_adapter_on_one_screen(here: Path) -> None:
+    ran = run("inspect", "./tiny-reward-adapter")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines() == [
+        "./tiny-reward-adapter: adapter, LoRA r=8 alpha=16 SEQ_CLS",
+        "base     tiny-qwen2-base, here",
+        "weights  17.2 K parameters in 29 tensors, fp32 and bf16, 72.3 KB in 1 file",
+        "targets  14 modules: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        "whole    1 tensor: base_model.model.score.weight",
+        "faults   none found in headers and configs",
+        "Next:    rlhf-convert merge-lora ./tiny-reward-adapter OUT",
+    ]
+
+
+def test_an_adapter_without_its_base_at_hand_asks_for_it(here: Path) -> None:
+    shutil.rmtree(here / "tiny-qwen2-base")
+    ran = run("./tiny-reward-adapter")
+    assert ran.code == 0
+    assert "base tiny-qwen2-base, neither here nor in the Hub's cache" in ran.text
+    assert ran.out.splitlines()[-1].endswith("rlhf-convert merge-lora ./tiny-reward-adapter OUT --base BASE")
+
+
+def test_a_merged_reward_model_shows_its_head_and_label(here: Path) -> None:
+    assert run("merge-lora", "tiny-reward-adapter", "rm").code == 0
+    out = run("rm").out.splitlines()
+    assert out[0] == "rm: model, Qwen2ForSequenceClassification (qwen2), 1 label"
+    assert "head     score.weight (1, 64) bf16" in out
+
+
+def test_json_says_the_same(here: Path) -> None:
+    found = json.loads(run("inspect", "tiny-qwen2-base", "--json").out)
+    assert found == {
+        "version": 1,
+        "path": "tiny-qwen2-base",
+        "revision": None,
+        "detected": "model",
+        "source": "hf",
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "peft_type": None,
+        "base": None,
+        "parameters": 129_600,
+        "tensors": 27,
+        "dtypes": ["BF16"],
+        "files": {"model-00001-of-00002.safetensors": 148152, "model-00002-of-00002.safetensors": 113840},
+        "heads": {"lm_head.weight": [384, 64]},
+        "faults": [],
+    }
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 10)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda root: (root / "model-00002-of-00002.safetensors").unlink(), "shard-missing"),
+        (lambda root: cut(root / "model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors"),
+        (lambda root: (root / "config.json").write_text("{"), "config.json"),
+        (lambda root: (root / "config.json").write_text('{"a": 1, "a": 2}'), "appears twice"),
+        (lambda root: (root / "config.json").unlink(), "config-missing"),
+    ],
+)
+def test_a_broken_model_is_described_and_exits_1(here: Path, harm, words: str) -> None:
+    harm(here / "tiny-qwen2-base")
+    before = listing(here)
+    ran = run("inspect", "tiny-qwen2-base")
+    assert ran.code == 1
+    assert "ERROR" in ran.out
+    assert words in ran.out
+    assert "Next:" not in ran.out
+    assert listing(here) == before
+    assert [
+        f for f in json.loads(run("inspect", "tiny-qwen2-base", "--json").out)["faults"] if f["severity"] == "error"
+    ]
+
+
+def test_a_path_that_does_not_exist_is_told_with_what_is_there(here: Path) -> None:
+    ran = run("./tiny-qwen-base")
+    assert (ran.code, ran.out) == (3, "")
+    assert "tiny-qwen2-base" in ran.err
+
+
+def test_a_folder_that_is_neither_is_told_with_what_it_holds(here: Path) -> None:
+    (here / "notes").mkdir()
+    (here / "notes" / "todo.txt").write_text("")
+    ran = run("inspect", "notes")
+    assert ran.code == 2
+    assert "todo.txt" in ran.err
+
+
+def test_a_folder_above_names_what_lies_in_it(here: Path) -> None:
+    ran = run("inspect", ".")
+    assert ran.code == 2
+    assert "./tiny-qwen2-base" in ran.err
+
+
+def test_a_hub_id_that_is_not_cached_is_not_downloaded(here: Path) -> None:
+    ran = run("inspect", "acme/none")
+    assert ran.code == 3
+    assert "inspecting downloads nothing" in ran.text
+    assert "hf download acme/none" in ran.err
+
+
+def test_inspecting_the_headers_of_a_70b_model_takes_under_0_3_seconds(tmp_path: Path) -> None:
+    """Processor time, which other work on the machine does not stretch; `benchmarks/startup.py` measures the clock."""
+    model = llama_70b(tmp_path / "model")
+    program = Path(sys.executable).with_name("rlhf-convert")
+    for arguments in (["--help"], ["inspect", str(model)]):
+        spent = []
+        for _ in range(7):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([program, *arguments], check=True, capture_output=True, timeout=60)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert statistics.median(spent) < 0.3, spent
