@@ -6,30 +6,34 @@ import hashlib
 import os
 from pathlib import Path
 
+from converter.checkpoint import SideFile
 from converter.errors import VerificationFailed, show
 from converter.evaluate import Evaluator
 from converter.plan import Entry, Plan, ShardPlan
 from converter.reading import InputFiles
 from converter.safetensors_io import read_header
-from converter.tensors import LazyTensor, rows
+from converter.tensors import rows
+from converter.writing import chunk_extents, raw_bytes
 
 SAMPLES = 24
 """Pieces of the output that are compared with what they should be."""
 
 COPY_SAMPLE = 1 << 20
-"""Bytes of a copied tensor that a sample compares."""
+"""Bytes of a copied tensor that a sample compares; also what is held of the output while it is compared."""
 
 
 def check_written(plan: Plan, folder: Path, files: InputFiles) -> tuple[int, int]:
     """Compare what is on disk with the plan; (tensors found in headers, pieces compared byte by byte).
 
     Raises:
-        VerificationFailed: a size, a header or a sampled piece differs; names it.
+        VerificationFailed: a size, a header, a side file or a sampled piece differs; names it.
     """
     reread = sum(_check_header(shard, folder / shard.file) for shard in plan.shards)
+    for name, file in plan.side_files.items():
+        _check_side_file(folder / name, file)
     samples = _samples(plan)
-    for shard, entry, index in samples:
-        _check_piece(folder / shard.file, entry, index, files)
+    for shard, entry, digest in samples:
+        _check_piece(folder / shard.file, entry, digest, files)
     return reread, len(samples)
 
 
@@ -42,48 +46,63 @@ def _check_header(shard: ShardPlan, path: Path) -> int:
     return len(found)
 
 
+def _check_side_file(path: Path, file: SideFile) -> None:
+    """The index and the config byte by byte; what was copied by its size."""
+    if file.content is None:
+        differs = path.stat().st_size != os.stat(file.source or "").st_size
+    else:
+        differs = path.read_bytes() != file.content
+    if differs:
+        raise _failed(path, "the file on disk is not what was written")
+
+
 def _samples(plan: Plan) -> list[tuple[ShardPlan, Entry, int]]:
-    """Pieces spread over the tensors by a hash of their names: the same ones for the same plan."""
+    """Tensors spread by a hash of their names, with that hash: the same ones for the same plan."""
     pieces = []
     for shard in plan.shards:
         for entry in shard.entries:
             if entry.length:
                 digest = hashlib.sha256(entry.name.encode(errors="surrogatepass")).digest()
-                count = len(entry.chunks()) if entry.runs is None else 1
-                pieces.append((entry.runs is not None, digest, shard, entry, int.from_bytes(digest[:4], "big") % count))
+                pieces.append((entry.runs is not None, int.from_bytes(digest[:8], "big"), shard, entry))
     pieces.sort(key=lambda p: p[:2])
     computed = [p for p in pieces if not p[0]][: SAMPLES * 3 // 4]
     copied = [p for p in pieces if p[0]][: SAMPLES - len(computed)]
-    return [(shard, entry, index) for _, _, shard, entry, index in (*computed, *copied)]
+    return [(shard, entry, digest) for _, digest, shard, entry in (*computed, *copied)]
 
 
-def _check_piece(path: Path, entry: Entry, index: int, files: InputFiles) -> None:
+def _check_piece(path: Path, entry: Entry, digest: int, files: InputFiles) -> None:
+    """One chunk of a computed tensor, or a stretch of a copied one; the digest says which."""
+    if entry.runs is not None:
+        number = digest % len(entry.runs)
+        run = entry.runs[number]
+        skip = digest % max(run.length - COPY_SAMPLE + 1, 1)
+        buffer = bytearray(min(run.length, COPY_SAMPLE))
+        files.read_into(run.file, run.offset + skip, buffer)
+        expected = memoryview(buffer)
+        offset = entry.offset + sum(r.length for r in entry.runs[:number]) + skip
+    else:
+        chunks = entry.chunks()
+        start, stop = chunks[digest % len(chunks)]
+        shape = entry.tensor.info.shape
+        piece = entry.tensor if not shape or stop - start == shape[0] else rows(entry.tensor, start, stop)
+        expected = raw_bytes(Evaluator(files).evaluate(piece, {}))
+        offset, _ = chunk_extents(entry)[digest % len(chunks)]
+    if not _is_on_disk(path, offset, expected):
+        raise _failed(path, f"{show(entry.name)} on disk differs from what was computed")
+
+
+def _is_on_disk(path: Path, offset: int, expected: memoryview) -> bool:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if entry.runs is not None:
-            run = entry.runs[0]
-            length = min(run.length, COPY_SAMPLE)
-            expected = bytearray(length)
-            files.read_into(run.file, run.offset, expected)
-            offset = entry.offset
-        else:
-            start, stop = entry.chunks()[index]
-            shape = entry.tensor.info.shape
-            piece = entry.tensor if not shape or stop - start == shape[0] else rows(entry.tensor, start, stop)
-            expected = _computed(piece, files)
-            offset = entry.offset + start * (entry.length // (shape[0] if shape else 1))
+        # From the disk, not from the memory of having written it.
         os.posix_fadvise(fd, offset, len(expected), os.POSIX_FADV_DONTNEED)
-        if os.pread(fd, len(expected), offset) != bytes(expected):
-            raise _failed(path, f"{show(entry.name)} on disk differs from what was computed")
+        for at in range(0, len(expected), COPY_SAMPLE):
+            wanted = expected[at : at + COPY_SAMPLE]
+            if os.pread(fd, len(wanted), offset + at) != wanted:
+                return False
     finally:
         os.close(fd)
-
-
-def _computed(piece: LazyTensor, files: InputFiles) -> bytearray:
-    import torch
-
-    value = Evaluator(files).evaluate(piece, {})
-    return bytearray(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    return True
 
 
 def _failed(path: Path, what: str) -> VerificationFailed:

@@ -1,35 +1,26 @@
-"""Runs a plan: computes and copies into a stage folder, proves the result, publishes it with one rename.
-
-Workers take pieces of work (a copied run, a row chunk) from one queue in file order and write them at their offsets, so
-that one large file keeps every core busy. A finished shard is fsynced, renamed and journalled by a thread of its own.
-"""
+"""Runs a plan: computes and copies into a stage folder, proves the result, publishes it with one rename."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import math
 import os
-import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 from converter.check import check_written
-from converter.copying import copy_run, write_all
 from converter.errors import Refused, VerificationFailed, show
-from converter.evaluate import Evaluator, Measures, shared_nodes
-from converter.plan import RECEIPT_FILE, Entry, Plan, ShardPlan, chunk_cost
+from converter.evaluate import Measures
+from converter.plan import RECEIPT_FILE, Plan, ShardPlan
 from converter.preflight import check_space, check_target, memory_limit
 from converter.reading import InputFiles
-from converter.stage import FILE_MODE, Stage, fsync_folder, write_durably
-from converter.tensors import rows
-
-FLUSH_BYTES = 256_000_000
-"""Bytes of a file that may wait in the page cache before they are sent to the disk, beside the work on the rest."""
+from converter.stage import Stage, fsync_folder, make_folders, write_durably
+from converter.writing import ShardWriter, is_still_there
 
 Accept = Callable[[Mapping[str, Measures]], None]
 """Called with every computed tensor's measures before the output is published; raises to stop it."""
@@ -69,40 +60,6 @@ class Receipt:
     seconds: float
 
 
-@dataclass
-class _Job:
-    """An entry being computed: its evaluator, the chunks that are still to come and what they said."""
-
-    evaluator: Evaluator
-    pending: int
-    checksums: list[int]
-    measures: Measures = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-@dataclass
-class _Shard:
-    """A shard being written."""
-
-    plan: ShardPlan
-    path: Path
-    fd: int
-    pending: int
-    jobs: dict[str, _Job] = field(default_factory=dict)
-    unflushed: int = 0
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A unit of work: a whole copied entry, or rows `[start, stop)` of a computed one (chunk number `index`)."""
-
-    shard: _Shard
-    entry: Entry
-    index: int = 0
-    start: int = 0
-    stop: int = 0
-
-
 def write(
     plan: Plan,
     out: Path,
@@ -125,26 +82,24 @@ def write(
         accept: a last look at the measures of all computed tensors.
 
     Raises:
-        Refused: the target, the disk, the memory or an input does not allow it; nothing is published.
-        VerificationFailed: what was written is not what it should be (the stage is kept and named).
-        OSError: the disk failed; nothing is published, and the same call goes on from there.
+        Refused: the target, the disk, the memory or an input does not allow it; nothing is published. What can be
+            gone on from is kept for the next call, else nothing new stays on disk.
+        VerificationFailed: what was written is not what it should be; the stage is kept and named.
     """
     begun = time.monotonic()
-    stage = Stage(out)
     budget = memory_limit(plan, memory)
-    if not stage.marker.exists():
+    stage = Stage(out)
+    if not os.path.lexists(stage.marker):
         check_target(out, plan.inputs, overwrite=overwrite)
-    stage_is_new = not os.path.lexists(stage.folder)
-    if stage_is_new:
-        check_space(plan, out)
-    stage.open()
+    check_space(plan, out, already=stage.allocated())
     try:
-        stage.recover()
+        stage.open()
+        stage.recover(replace=overwrite)
         check_target(out, plan.inputs, overwrite=overwrite)
-        kept = stage.resume(plan.summary, fresh=not resume)
-        with InputFiles(plan.inputs) as files:
+        kept = stage.resume(plan.summary, plan.provenance, fresh=not resume)
+        with InputFiles(plan.inputs) as files, _one_thread_each(plan):
             lines = _write_shards(plan, stage, files, kept, reporter, jobs, budget)
-            measures = {n: m for line in lines.values() for n, m in line["measures"].items()}
+            measures = {n: m for line in lines.values() for n, m in line["measures"].items() if m}
             _refuse_new_nonfinite(measures, stage)
             if accept is not None:
                 _accept(accept, measures, stage)
@@ -153,10 +108,56 @@ def write(
             files.check_unchanged()
             reporter.checking()
             checked = check_written(plan, stage.folder, files) if verify else (0, 0)
+        _expect_all_files(plan, stage)
+        check_target(out, plan.inputs, overwrite=overwrite)
         stage.publish(replace=overwrite)
+    except BaseException as error:
+        if not _is_worth_keeping(stage, error):
+            with contextlib.suppress(OSError):
+                stage.discard()
+        if isinstance(error, OSError):
+            raise _system_refused(error, stage) from error
+        raise
     finally:
         stage.close()
     return Receipt(content, measures, *checked, seconds=time.monotonic() - begun)
+
+
+def _is_worth_keeping(stage: Stage, error: BaseException) -> bool:
+    """Whether the same call can go on from what is in the stage: not once an input is another one."""
+    if isinstance(error, Refused) and error.code in ("input-changed", "input-cut"):
+        return False
+    return stage.is_ours if isinstance(error, KeyboardInterrupt | VerificationFailed) else stage.has_work
+
+
+def _system_refused(error: OSError, stage: Stage) -> Refused:
+    """An error of the operating system in a user's words."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    said = "the disk is full" if full else f"the system refused: {error.strerror or error}"
+    if stage.is_published:
+        what, then = f"{said}, while the old output was removed; the new one is whole", "remove the old one"
+    else:
+        kept = f" with what is kept in {show(stage.folder.name)}" if stage.has_work else ""
+        what = f"{said}; nothing was published"
+        then = f"{'free space, then ' if full else ''}repeat the same command; it goes on{kept}"
+    where = show(error.filename if isinstance(error.filename, str) else stage.out)
+    return Refused("no-space" if full else "system", what, where=where, next=then)
+
+
+@contextlib.contextmanager
+def _one_thread_each(plan: Plan) -> Iterator[None]:
+    """Workers share the cores, so each computes on one thread; and results must not depend on how many there are."""
+    if plan.counts["computed"] + plan.counts["filled"] == 0:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _accept(accept: Accept, measures: Mapping[str, Measures], stage: Stage) -> None:
@@ -183,264 +184,13 @@ def _write_shards(
     todo: list[ShardPlan] = []
     for shard in plan.shards:
         line = kept.get(shard.file)
-        if line is not None and _still_there(shard, line, stage.folder):
+        if line is not None and is_still_there(shard, line, stage.folder):
             lines[shard.file] = line
             reporter.advance(shard.size, "")
             reporter.shard_done(shard.file, shard.size, True)
         else:
             todo.append(shard)
-    lines |= _Run(stage, files, reporter, budget).write(todo, jobs)
-    return lines
-
-
-def _still_there(shard: ShardPlan, line: Mapping[str, Any], folder: Path) -> bool:
-    """True where a journalled shard is on disk with its size, its header and the checksums of its computed tensors."""
-    try:
-        fd = os.open(folder / shard.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        if os.fstat(fd).st_size != shard.size or os.pread(fd, len(shard.head), 0) != shard.head:
-            return False
-        return all(
-            line["crc"].get(entry.name) == _checksums(fd, entry) for entry in shard.entries if entry.runs is None
-        )
-    finally:
-        os.close(fd)
-
-
-def _checksums(fd: int, entry: Entry) -> list[int]:
-    return [zlib.crc32(os.pread(fd, length, offset)) for offset, length in chunk_extents(entry)]
-
-
-def chunk_extents(entry: Entry) -> list[tuple[int, int]]:
-    """Offset in the file and bytes of each chunk of a computed entry."""
-    shape = entry.tensor.info.shape
-    row = entry.length // (shape[0] if shape else 1) if entry.length else 0
-    return [(entry.offset + start * row, (stop - start) * row) for start, stop in entry.chunks()]
-
-
-class _Run:
-    """Writes shards with several workers. An exception in any thread stops all, and is raised by `write`."""
-
-    def __init__(self, stage: Stage, files: InputFiles, reporter: Reporter, budget: int) -> None:
-        self._stage = stage
-        self._files = files
-        self._reporter = reporter
-        self._budget = budget
-        self._held = 0
-        self._room = threading.Condition()
-        self._next = threading.Lock()
-        self._state = threading.Lock()
-        self._stop = threading.Event()
-        self._failure: BaseException | None = None
-        self._finished: SimpleQueue[_Shard | None] = SimpleQueue()
-        self._open: set[int] = set()
-        self._lines: dict[str, dict[str, Any]] = {}
-
-    def write(self, shards: list[ShardPlan], jobs: int) -> dict[str, dict[str, Any]]:
-        if any(e.runs is None for s in shards for e in s.entries):
-            import torch
-
-            torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-        pieces = self._pieces(shards)
-        workers = [threading.Thread(target=self._work, args=(pieces,), name=f"worker-{n}") for n in range(jobs)]
-        finisher = threading.Thread(target=self._finish, name="finisher")
-        try:
-            for thread in (*workers, finisher):
-                thread.start()
-            _join(workers)
-            self._finished.put(None)
-            _join([finisher])
-        except BaseException as error:
-            self._fail(error)
-        finally:
-            self._finished.put(None)
-            for thread in (*workers, finisher):
-                if thread.ident is not None:
-                    thread.join()
-            for fd in self._open:
-                os.close(fd)
-        if self._failure is not None:
-            raise self._failure
-        return self._lines
-
-    def _fail(self, error: BaseException) -> None:
-        with self._state:
-            if self._failure is None:
-                self._failure = error
-        self._stop.set()
-        with self._room:
-            self._room.notify_all()
-
-    def _pieces(self, shards: list[ShardPlan]) -> Iterator[_Piece]:
-        """All work in file order; a shard's file is created when its first piece is taken."""
-        for plan in shards:
-            shard = self._create(plan)
-            work: list[_Piece] = []
-            for entry in plan.entries:
-                if entry.runs is not None:
-                    work.append(_Piece(shard, entry))
-                else:
-                    chunks = entry.chunks() or [(0, 0)]
-                    evaluator = Evaluator(self._files, shared_nodes(entry.tensor))
-                    shard.jobs[entry.name] = _Job(evaluator, len(chunks), [0] * len(chunks))
-                    work += [_Piece(shard, entry, i, start, stop) for i, (start, stop) in enumerate(chunks)]
-            shard.pending = len(work)
-            yield from work
-
-    def _create(self, plan: ShardPlan) -> _Shard:
-        path = self._stage.folder / (plan.file + ".tmp")
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
-        with self._state:
-            self._open.add(fd)
-        _reserve(fd, plan.size)
-        write_all(fd, plan.head, 0)
-        write_all(fd, plan.tail, plan.size - len(plan.tail))
-        return _Shard(plan, path, fd, 0)
-
-    def _work(self, pieces: Iterator[_Piece]) -> None:
-        try:
-            while not self._stop.is_set():
-                with self._next:
-                    piece = next(pieces, None)
-                if piece is None:
-                    return
-                if piece.entry.runs is not None:
-                    self._copy(piece)
-                else:
-                    self._compute(piece)
-                self._done(piece.shard)
-        except BaseException as error:
-            self._fail(error)
-
-    def _copy(self, piece: _Piece) -> None:
-        offset = piece.entry.offset
-        for run in piece.entry.runs or ():
-            copy_run(self._files, run, piece.shard.fd, offset, lambda n: self._advance(piece, n))
-            offset += run.length
-
-    def _compute(self, piece: _Piece) -> None:
-        entry, job = piece.entry, piece.shard.jobs[piece.entry.name]
-        whole = piece.start == 0 and piece.stop == (entry.tensor.info.shape or (1,))[0]
-        tensor = entry.tensor if whole else rows(entry.tensor, piece.start, piece.stop)
-        cost = chunk_cost(tensor)
-        self._take(cost)
-        try:
-            with job.lock:
-                for node in job.evaluator.keep:
-                    job.evaluator.evaluate(node, {})
-            measures: Measures = {}
-            value = job.evaluator.evaluate(tensor, measures)
-            data = memoryview(value.reshape(-1).view(_bytes()).numpy())
-            offset, length = chunk_extents(entry)[piece.index]
-            assert length == len(data), entry.name
-            write_all(piece.shard.fd, data, offset)
-            checksum = zlib.crc32(data)
-        finally:
-            self._give(cost)
-        with job.lock:
-            job.checksums[piece.index] = checksum
-            job.pending -= 1
-            for key, number in measures.items():
-                job.measures[key] = job.measures.get(key, 0.0) + number
-            if job.pending == 0:
-                job.evaluator.shared.clear()
-        self._advance(piece, length)
-
-    def _take(self, cost: int) -> None:
-        """Wait until `cost` bytes fit beside what other workers hold; one piece alone always may go on."""
-        with self._room:
-            self._room.wait_for(lambda: self._stop.is_set() or self._held == 0 or self._held + cost <= self._budget)
-            self._held += cost
-
-    def _give(self, cost: int) -> None:
-        with self._room:
-            self._held -= cost
-            self._room.notify_all()
-
-    def _advance(self, piece: _Piece, count: int) -> None:
-        if self._stop.is_set():
-            raise _Stopped
-        self._reporter.advance(count, piece.entry.name)
-        flush = False
-        with self._state:
-            piece.shard.unflushed += count
-            if piece.shard.unflushed >= FLUSH_BYTES:
-                piece.shard.unflushed, flush = 0, True
-        if flush:
-            self._finished.put(piece.shard)
-
-    def _done(self, shard: _Shard) -> None:
-        with self._state:
-            shard.pending -= 1
-            last = shard.pending == 0
-        if last:
-            self._finished.put(shard)
-
-    def _finish(self) -> None:
-        """Flush files that are being written, and finish those that are complete."""
-        done: set[str] = set()
-        try:
-            while (shard := self._finished.get()) is not None:
-                if self._stop.is_set():
-                    return
-                if shard.plan.file in done:
-                    continue
-                if shard.pending:
-                    os.fdatasync(shard.fd)
-                    continue
-                self._publish_shard(shard)
-                done.add(shard.plan.file)
-        except BaseException as error:
-            self._fail(error)
-
-    def _publish_shard(self, shard: _Shard) -> None:
-        os.fsync(shard.fd)
-        os.rename(shard.path, self._stage.folder / shard.plan.file)
-        fsync_folder(self._stage.folder)
-        line = {
-            "shard": shard.plan.file,
-            "size": shard.plan.size,
-            "crc": {name: job.checksums for name, job in shard.jobs.items()},
-            "measures": {name: job.measures for name, job in shard.jobs.items() if job.measures},
-        }
-        self._stage.record(line)
-        self._lines[shard.plan.file] = line
-        with self._state:
-            self._open.discard(shard.fd)
-        os.close(shard.fd)
-        self._reporter.shard_done(shard.plan.file, shard.plan.size, False)
-
-
-class _Stopped(Exception):
-    """Another thread failed; this one has nothing to add."""
-
-
-def _join(threads: list[threading.Thread]) -> None:
-    """Wait in short steps: a signal handler runs in the main thread, between them."""
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.2)
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Ask for a file's blocks at once, so that a full disk shows before the work; not all filesystems can."""
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except (AttributeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_FALLOCATE:
-            raise
-        os.ftruncate(fd, size)
-
-
-_NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
+    return lines | ShardWriter(stage, files, reporter, budget).write(todo, jobs)
 
 
 def _refuse_new_nonfinite(measures: Mapping[str, Measures], stage: Stage) -> None:
@@ -452,7 +202,7 @@ def _refuse_new_nonfinite(measures: Mapping[str, Measures], stage: Stage) -> Non
             f"{sum(broken.values())} values overflowed in {len(broken)} tensors, {count} of them in {show(name)}; "
             f"the inputs are finite there. Nothing was published; {show(stage.folder.name)} is kept",
             where=show(stage.out),
-            next="write the result in a wider type: --dtype bfloat16, or --dtype float32",
+            next="write the result in a wider type: --no-resume with --dtype bfloat16, or with --dtype float32",
         )
 
 
@@ -462,21 +212,39 @@ def receipt_content(plan: Plan, measures: Mapping[str, Measures], *, verified: b
         **plan.provenance,
         "counts": plan.counts,
         "dropped": dict(plan.dropped),
-        "tensors": {name: dict(sorted(m.items())) for name, m in sorted(measures.items())},
+        "tensors": {name: _strict(m) for name, m in sorted(measures.items())},
         "verified": verified,
     }
+
+
+def _strict(measures: Measures) -> dict[str, float | None]:
+    """JSON has no word for infinity and NaN."""
+    return {key: value if math.isfinite(value) else None for key, value in sorted(measures.items())}
 
 
 def _write_side_files(plan: Plan, stage: Stage, files: InputFiles, receipt: Mapping[str, Any]) -> None:
     for name, file in plan.side_files.items():
         content = file.content if file.content is not None else _read_whole(files, file.source or "")
         target = stage.folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(target.parent)
         write_durably(target, content)
         if target.parent != stage.folder:
             fsync_folder(target.parent)
-    write_durably(stage.folder / RECEIPT_FILE, (json.dumps(receipt, indent=2, sort_keys=True) + "\n").encode())
+    text = json.dumps(receipt, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_durably(stage.folder / RECEIPT_FILE, text.encode())
     fsync_folder(stage.folder)
+
+
+def _expect_all_files(plan: Plan, stage: Stage) -> None:
+    """The last look before the rename: every file that was planned, and no other."""
+    expected = {s.file for s in plan.shards} | {*plan.side_files, RECEIPT_FILE}
+    if wrong := stage.files() ^ expected:
+        raise VerificationFailed(
+            "written-differs",
+            f"files are missing or were put there by others: {show(sorted(wrong))}; nothing was published",
+            where=show(stage.folder),
+            next="run the same command again with --no-resume",
+        )
 
 
 def _read_whole(files: InputFiles, path: str) -> bytes:

@@ -66,7 +66,8 @@ def lora_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor,
         return update
 
     def norm(weight: Tensor) -> Tensor:
-        return torch.linalg.norm(weight.T if transposed else weight, dim=1)
+        norms: Tensor = torch.linalg.norm(weight.T if transposed else weight, dim=1)
+        return norms
 
     def along(factor: Tensor) -> Tensor:
         return factor.view(1, -1) if transposed else factor.view(-1, 1)
@@ -89,7 +90,8 @@ def lora_conv_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Te
         return update
 
     def norm(merged: Tensor) -> Tensor:
-        return merged.norm(p=2, dim=tuple(range(1, merged.dim())), keepdim=True).transpose(1, 0)
+        norms: Tensor = merged.norm(p=2, dim=tuple(range(1, merged.dim())), keepdim=True)
+        return norms.transpose(1, 0)
 
     def along(factor: Tensor) -> Tensor:
         return factor.reshape(-1, *[1] * (weight.dim() - 1))

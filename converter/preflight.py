@@ -25,9 +25,12 @@ def check_target(out: Path, inputs: Iterable[str], *, overwrite: bool) -> None:
     Raises:
         Refused: `output-exists`, `output-nests`, `output-protected`, `output-foreign`.
     """
+    if out.name in ("", ".."):
+        raise _protected_target(out)
     resolved = out.resolve()
-    for path in inputs:
-        folder = Path(path).parent
+    # Both the folder that was named and, behind symbolic links, the one that the file really is in.
+    folders = {f: p for p in inputs for f in (Path(p).parent.resolve(), Path(p).resolve().parent)}
+    for folder, path in folders.items():
         if folder == resolved or resolved in folder.parents or folder in resolved.parents:
             raise Refused(
                 "output-nests",
@@ -46,12 +49,7 @@ def check_target(out: Path, inputs: Iterable[str], *, overwrite: bool) -> None:
             next="choose another name, or add --overwrite",
         )
     if out.is_symlink() or not out.is_dir() or os.path.ismount(out) or resolved in _protected():
-        raise Refused(
-            "output-protected",
-            "this is not a folder that --overwrite may replace",
-            where=show(out),
-            next="choose another name",
-        )
+        raise _protected_target(out)
     if os.listdir(out) and not (out / RECEIPT_FILE).is_file():
         raise Refused(
             "output-foreign",
@@ -61,9 +59,18 @@ def check_target(out: Path, inputs: Iterable[str], *, overwrite: bool) -> None:
         )
 
 
+def _protected_target(out: Path) -> Refused:
+    return Refused(
+        "output-protected",
+        "this is not a folder that may be written or replaced",
+        where=show(out),
+        next="choose another name",
+    )
+
+
 def _protected() -> set[Path]:
-    current = Path.cwd().resolve()
-    return {current, *current.parents, Path.home().resolve()}
+    current, home = Path.cwd().resolve(), Path.home().resolve()
+    return {current, *current.parents, home, *home.parents}
 
 
 def free_bytes(out: Path) -> int:

@@ -28,10 +28,13 @@ def line(label: str, text: str) -> str:
     return f"{label:<{LABEL_WIDTH - 1}} {text}".rstrip()
 
 
-def refusal(error: ConvertError) -> list[str]:
-    """An error as a screen: its code and that nothing was written, then what, where, expected, got and next."""
+def refusal(error: ConvertError, *, writes: bool = True) -> list[str]:
+    """An error as a screen: its code, then what, where, expected, got and next.
+
+    A verb that writes says that nothing was written.
+    """
     head = {2: "ERROR", 3: "REFUSED", 4: "FAILED"}.get(error.exit_code, "STOPPED")
-    end = ": nothing written" if error.exit_code == 3 else ""
+    end = ": nothing written" if error.exit_code == 3 and writes else ""
     where = f"{error.where}: " if error.where else ""
     lines = [f"{head} {error.code}{end}", f"  {where}{error.what}"]
     for label, text in (("expected", error.expected), ("got", error.got)):
@@ -108,7 +111,7 @@ def note_lines(notes: Iterable[Note], *, verbose: bool) -> list[str]:
     order = {"changes-numbers": 0, "info": 1, "cosmetic": 2}
     shown = sorted((n for n in notes if verbose or n.severity != "cosmetic"), key=lambda n: order[n.severity])
     return [
-        line("CHANGES", f"numbers ({n.code}): {n.text}") if n.severity == "changes-numbers" else line("note", n.text)
+        line("note", f"changes-numbers ({n.code}): {n.text}" if n.severity == "changes-numbers" else n.text)
         for n in shown
     ]
 

@@ -12,7 +12,7 @@ from converter.files import Identity, identity, open_input
 
 _TOKENIZER = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt|bpe)"
-    r"|merges\.txt|[\w.-]*\.model|[\w.-]+\.tiktoken|sentencepiece\.[\w.]*model|chat_template\.(jinja|json)"
+    r"|merges\.txt|[\w.-]+\.spm|tekken\.json|normalizer\.json|[\w.-]*\.model(\.v\d[\w.]*)?|[\w.-]+\.tiktoken|sentencepiece\.[\w.]*model|chat_template\.(jinja|json)"
     r"|additional_chat_templates/[\w.-]+\.jinja|chat_templates/[\w.-]+\.jinja"
 )
 _OTHER = re.compile(

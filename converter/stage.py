@@ -29,9 +29,8 @@ JOURNAL = "journal.jsonl"
 FILE_MODE = 0o666
 """Permissions of new files, less the user's umask, as `open` gives them."""
 
-_MARK = '{{"replaces": {}}}\n'
-_MARKED = re.compile(rb'\{"replaces": (\d+)\}\n')
-_TORN_MARK = re.compile(rb'\{?"?[a-z"]*:? ?\d*\}?|\0+')
+_MARK = b"replaces inode "
+_MARKED = re.compile(rb"replaces inode (\d+)\n")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -78,15 +77,17 @@ class Stage:
     Attributes:
         is_ours: the folder holds this run's journal, and nothing else but what the journal lists.
         has_work: a later run of the same plan could go on from what the journal lists.
+        is_published: the folder has the output's name.
     """
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.folder = out.with_name(out.name + ".partial")
-        self.old = out.with_name(out.name + ".old")
-        self.marker = out.with_name(out.name + ".replacing")
+        self.folder = out.parent / (out.name + ".partial")
+        self.old = out.parent / (out.name + ".old")
+        self.marker = out.parent / (out.name + ".replacing")
         self.is_ours = False
         self.has_work = False
+        self.is_published = False
         self._made: list[Path] = []
         self._lock = -1
         self._journal = -1
@@ -106,7 +107,11 @@ class Stage:
                 self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue
-            self._flock(self._lock)
+            try:
+                self._flock(self._lock)
+            except BaseException:
+                self.close()
+                raise
             if self._is_current():
                 self._made += [self.folder] if made else []
                 return
@@ -126,7 +131,6 @@ class Stage:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self.close()
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             raise Refused(
@@ -177,13 +181,13 @@ class Stage:
         elif not lines and not self._is_empty() and not self._holds_our_receipt(None if fresh else origin):
             raise self._foreign(self.folder)
         kept = {} if fresh else {line["shard"]: line for line in lines[1:]}
+        self.is_ours, self.has_work = True, bool(kept)
         # The new journal first: from here on a crash leaves a folder that a later run knows as ours.
         text = b"".join(map(_line, ({"plan": dict(summary)}, *kept.values())))
         write_durably(self.folder / JOURNAL, text)
         fsync_folder(self.folder)
         self._empty(keep={JOURNAL, *kept})
         self._journal = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        self.is_ours, self.has_work = True, bool(kept)
         return kept
 
     def _is_empty(self) -> bool:
@@ -224,7 +228,7 @@ class Stage:
             if before.get(key) != summary.get(key):
                 raise Refused(
                     "stage-differs",
-                    f"{show(self.folder.name)} holds unfinished work of another plan; they differ first in: {show(key)}",
+                    f"{show(self.folder.name)} holds unfinished work of another plan, which differs in: {show(key)}",
                     where=show(self.out.parent),
                     expected=show(before.get(key, "nothing")),
                     got=show(summary.get(key, "nothing")),
@@ -258,7 +262,7 @@ class Stage:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def discard(self) -> None:
-        """Remove what this run made, and what it took over: nothing remains. The journal goes last, as it is our mark."""
+        """Remove what this run made, and what it took over. The journal goes last: it is the mark that all is ours."""
         try:
             if self._lock >= 0 and self._is_current():
                 if self.is_ours:
@@ -266,10 +270,10 @@ class Stage:
                     self._empty(keep=marks)
                     fsync_folder(self.folder)
                     self._empty(keep=())
-                if self.is_ours or self.folder in self._made:
-                    os.rmdir(self.folder)
+                if self.is_ours and self.folder not in self._made:
+                    self._made.append(self.folder)
             for folder in reversed(self._made):
-                if folder != self.folder:
+                with contextlib.suppress(OSError):
                     os.rmdir(folder)
         finally:
             self.close()
@@ -280,18 +284,31 @@ class Stage:
         """Give the folder its final name: the one moment at which the output comes into being."""
         (self.folder / JOURNAL).unlink()
         fsync_folder(self.folder)
-        parent = self.out.parent
-        replaced = replace and os.path.lexists(self.out)
-        if replaced:
-            _write_synced(self.marker, _MARK.format(_inode(self.out)).encode())
-            fsync_folder(parent)
-            os.rename(self.out, self.old)
-            fsync_folder(parent)
-        os.rename(self.folder, self.out)
-        fsync_folder(parent)
-        if replaced:
-            self._end_replacement()
+        if replace and os.path.lexists(self.out):
+            self._replace()
+        else:
+            self._rename()
         self.close()
+
+    def _rename(self) -> None:
+        os.rename(self.folder, self.out)
+        self.is_published = True
+        fsync_folder(self.out.parent)
+
+    def _replace(self) -> None:
+        replaced = os.lstat(self.out).st_ino
+        _write_synced(self.marker, b"%s%d\n" % (_MARK, replaced))
+        fsync_folder(self.out.parent)
+        try:
+            os.rename(self.out, self.old)
+            fsync_folder(self.out.parent)
+            self._rename()
+        except BaseException:
+            if not self.is_published:
+                with contextlib.suppress(OSError, Refused):
+                    self._recover(replaced)
+            raise
+        self._end_replacement()
 
     def recover(self, *, replace: bool) -> None:
         """Bring a replacement that a crash interrupted to its end: the old output back, or the old one away.
@@ -302,51 +319,46 @@ class Stage:
         """
         if os.path.lexists(self.marker):
             self._recover(self._read_marker())
-        elif replace and os.path.lexists(self.old):
+        if replace and os.path.lexists(self.old):
             raise self._foreign(self.old)
 
     def _recover(self, replaced: int | None) -> None:
-        if replaced is not None and _inode(self.old) == replaced:
-            if not os.path.lexists(self.out):
-                os.rename(self.old, self.out)
-                fsync_folder(self.out.parent)
-            elif not (self.out / RECEIPT_FILE).is_file():
-                raise self._foreign(self.out)
-            else:
-                # A folder takes its lock along when it is renamed: the run that published it may still clean up.
-                fd = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    self._flock(fd)
-                    self._end_replacement()
-                finally:
-                    os.close(fd)
-                return
-        self._end_replacement(keep_old=True)
+        if replaced is None or not os.path.lexists(self.old) or os.lstat(self.old).st_ino != replaced:
+            self._unmark()
+        elif not os.path.lexists(self.out):
+            os.rename(self.old, self.out)
+            fsync_folder(self.out.parent)
+            self._unmark()
+        elif not (self.out / RECEIPT_FILE).is_file():
+            raise self._foreign(self.out)
+        else:
+            # A folder takes its lock along when it is renamed: the run that published it may still be clearing up.
+            fd = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                self._flock(fd)
+                self._end_replacement()
+            finally:
+                os.close(fd)
 
     def _read_marker(self) -> int | None:
-        """The inode number of the folder being replaced; None where the marker was torn, thus nothing was moved."""
-        try:
-            content = self.marker.read_bytes() if self.marker.is_file() else b"?"
-        except FileNotFoundError:
-            return None
+        """The inode number of the folder being replaced; None where the marker was torn, thus nothing was moved yet."""
+        content = self.marker.read_bytes() if self.marker.is_file() else b"?"
         if found := _MARKED.fullmatch(content):
             return int(found[1])
-        if _TORN_MARK.fullmatch(content):
+        begun = content.removeprefix(_MARK)
+        if _MARK.startswith(content) or begun.isdigit() or not content.strip(b"\0"):
             return None
         raise self._foreign(self.marker)
 
-    def _end_replacement(self, *, keep_old: bool = False) -> None:
-        if not keep_old and os.path.lexists(self.old):
+    def _end_replacement(self) -> None:
+        if os.path.lexists(self.old):
             shutil.rmtree(self.old)
             fsync_folder(self.out.parent)
+        self._unmark()
+
+    def _unmark(self) -> None:
         self.marker.unlink(missing_ok=True)
         fsync_folder(self.out.parent)
-
-
-def _inode(path: Path) -> int | None:
-    with contextlib.suppress(FileNotFoundError):
-        return os.stat(path, follow_symlinks=False).st_ino
-    return None
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

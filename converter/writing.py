@@ -1,7 +1,8 @@
 """Shards written by several workers: copies and row chunks go to their offsets, finished files become durable.
 
-Workers take pieces of work (a copied entry, a row chunk) from one queue in file order and write them at their offsets,
-so that one large file keeps every core busy. A finished shard is fsynced, renamed and journalled by a thread of its own.
+Workers take pieces of work (a copied entry, a row chunk) from one queue in file order and write them at their
+offsets, so that one large file keeps every core busy. A finished shard is fsynced, renamed and journalled by a thread
+of its own.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class _Piece:
 
 
 class ShardWriter:
-    """Writes shards into a stage with several workers. An exception in any thread stops all, and is raised by `write`."""
+    """Writes shards into a stage with several workers. An exception in any thread stops all; `write` raises it."""
 
     def __init__(self, stage: Stage, files: InputFiles, reporter: Reporter, budget: int) -> None:
         self._stage = stage

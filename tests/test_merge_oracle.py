@@ -182,6 +182,21 @@ def test_jobs_and_memory_do_not_change_a_bit(settings: tuple[str, ...], tmp_path
     oracle.same_bits(oracle.read_tensors(tmp_path / "out"), expected)
 
 
+def test_a_merge_leaves_the_number_of_torchs_threads_alone(tmp_path: Path) -> None:
+    """A program that calls the converter goes on with what it had set; SVDs have other bits on other numbers."""
+    import torch
+
+    base = oracle.make_base(tmp_path / "base")
+    adapter = oracle.make_adapter(tmp_path / "adapter", base)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        merged(adapter, tmp_path / "out", "--base", base.path, "--jobs", "2")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_adapter_files_in_bfloat16_merge_as_peft_reads_them(tmp_path: Path) -> None:
     import torch
 

@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         error = Bug("bug", f"a bug in {PROGRAM}: {type(bug).__name__}: {show(bug)}")
         error.next = f"report it with the output of `{PROGRAM} env` and of this command under RLHF_CONVERT_DEBUG=1"
         error.__cause__ = bug
-    return error_to_user(error, as_json="--json" in arguments)
+    writes = bool(arguments) and arguments[0] not in ("inspect", "list", "env")
+    return error_to_user(error, as_json="--json" in arguments, writes=writes)
 
 
 def with_verb(arguments: list[str]) -> list[str]:

@@ -236,14 +236,18 @@ def _base_at_hand(config: Mapping[str, Any]) -> bool:
 def _faults(found: Found) -> list[str]:
     lines = []
     for fault in found.survey.faults:
-        word = {"error": "ERROR", "changes-numbers": "CHANGES"}.get(fault.severity, "note")
+        word = "ERROR" if fault.severity == "error" else "note"
         file = Path(fault.where).name if fault.where not in ("", show(found.path)) else ""
-        lines.append(line(word, f"{fault.code}: {f'{file}: ' if file else ''}{fault.text}"))
+        lines.append(line(word, f"{_severity(fault.severity)}{fault.code}: {f'{file}: ' if file else ''}{fault.text}"))
         if fault.next:
             lines.append(line("", fault.next))
     if found.config_fault:
         lines.append(line("ERROR", found.config_fault))
     return lines or [line("faults", "none found in headers and configs")]
+
+
+def _severity(severity: str) -> str:
+    return "changes-numbers, " if severity == "changes-numbers" else ""
 
 
 def _next(found: Found) -> list[str]:

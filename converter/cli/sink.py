@@ -45,7 +45,7 @@ class Sink:
             print(json.dumps({"version": JSON_VERSION, **value}, indent=2, ensure_ascii=True), flush=True)
 
 
-def error_to_user(error: ConvertError, *, as_json: bool) -> int:
+def error_to_user(error: ConvertError, *, as_json: bool, writes: bool) -> int:
     """Print an error as the user asked for it and return its exit code."""
     if os.environ.get("RLHF_CONVERT_DEBUG") == "1":
         traceback.print_exception(error.__cause__ or error, file=sys.stderr)
@@ -54,6 +54,6 @@ def error_to_user(error: ConvertError, *, as_json: bool) -> int:
         return error.exit_code
     from converter.report import refusal
 
-    for each in refusal(error):
+    for each in refusal(error, writes=writes):
         print(each, file=sys.stderr, flush=True)
     return error.exit_code

@@ -1,4 +1,7 @@
-"""Hugging Face model folders: config.json with safetensors, whole or sharded. The headers are the truth, the index a claim."""
+"""Hugging Face model folders: config.json with safetensors, whole or sharded.
+
+The headers are the truth, the index is a claim.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from converter.files import Identity, identity, read_limited
 from converter.safetensors_io import Header, Index, read_header, read_index
 from converter.side_files import find_side_files
 from converter.sources import survey as folder
-from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers
+from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers, snapshot_of
 from converter.sources.ties import find_ties
 from converter.strict_json import MAX_JSON_BYTES, parse_json
 from converter.tensors import LazyTensor
@@ -23,7 +26,6 @@ from converter.tensors import LazyTensor
 WEIGHTS = folder.MODEL_WEIGHTS
 INDEX = folder.MODEL_INDEX
 CONFIG = folder.MODEL_CONFIG
-_SNAPSHOT = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?", re.ASCII)
 _AGAIN = "download or copy the folder again"
 
 
@@ -109,12 +111,8 @@ def origin(kind: str, root: Path, asked: str, revision: str | None, headers: Map
     for header in headers.values():
         digest.update(header.raw)
     real = root.resolve()
-    name = real.name
-    repository = _SNAPSHOT.fullmatch(real.parent.parent.name)
-    if real.parent.name == "snapshots" and repository is not None:
-        name = "/".join(part for part in repository.groups() if part)
-        revision = real.name
-    return Origin(kind, str(real), asked, name, revision, digest.hexdigest(), "safetensors")
+    name, commit = snapshot_of(root) or (real.name, revision)
+    return Origin(kind, str(real), asked, name, commit, digest.hexdigest(), "safetensors")
 
 
 def parse_config(raw: bytes, path: Path) -> dict[str, Any]:
@@ -130,7 +128,7 @@ def parse_config(raw: bytes, path: Path) -> dict[str, Any]:
 
 
 def _refuse_other_weights(config: Mapping[str, Any], root: Path) -> None:
-    """transformers 5 reads the file that `transformers_weights` names instead; we would read another model."""
+    """A config can name other weights for transformers 5 to read; what lies under the usual name is another model."""
     named = config.get("transformers_weights")
     if named not in (None, WEIGHTS, INDEX):
         raise Refused(

@@ -22,6 +22,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLED = "adapter_model.bin"
 SHARD = re.compile(r"model-(\d{5,6})-of-(\d{5,6})\.safetensors", re.ASCII)
 PICKLED = re.compile(r"(?:pytorch_model|model|consolidated)[\w.-]*\.(?:bin|pt|pth)", re.ASCII)
+_REPOSITORY = re.compile(r"models--([\w.-]+)", re.ASCII)
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 _WEIGHTS = re.compile(r"[\w.-]+\.(?:safetensors|bin|pt|pth|gguf)", re.ASCII)
 
@@ -90,6 +91,19 @@ def file_names(root: Path) -> frozenset[str]:
         return frozenset(p.name for p in root.iterdir() if not p.is_dir())
     except OSError:
         return frozenset()
+
+
+def snapshot_of(root: Path) -> tuple[str, str] | None:
+    """Repository and commit of a snapshot in the Hub's cache (`models--OWNER--NAME/snapshots/COMMIT`)."""
+    real = root.resolve()
+    repo_id = repository_of(real.parent.parent)
+    return (repo_id, real.name) if repo_id is not None and real.parent.name == "snapshots" else None
+
+
+def repository_of(folder: Path) -> str | None:
+    """The repository that a folder of the Hub's cache is for: `models--OWNER--NAME`."""
+    made = _REPOSITORY.fullmatch(folder.name)
+    return made[1].replace("--", "/", 1) if made else None
 
 
 def folder_kind(names: Collection[str]) -> FolderKind | None:

@@ -1,0 +1,372 @@
+"""A symbolic pickle machine: it reads what a pickle says and does nothing that it says.
+
+Opcodes are decoded by the standard library's `pickletools`; nothing is imported, called or instantiated. What a stream
+would build becomes numbers, strings, containers and three inert records. So there is nothing to poison, and an unknown
+class is data like any other; whether its name is acceptable is a separate verdict, `check_names`.
+
+Bounds: 256 MB and 50 million opcodes a pickle, integers of 128 bits, keys that are scalars or flat tuples (hashing
+nested tuples recurses on the C stack and kills the process), lines of 64 KB.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import IO, Any, NoReturn, cast
+
+from converter.errors import Refused, fold, show
+
+MAX_PICKLE_BYTES = 256_000_000
+MAX_OPCODES = 50_000_000
+MAX_INTEGER_BITS = 128
+MAX_LINE = 65_536
+MAX_NAME = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A name that the stream would import."""
+
+    module: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        """`module.name`."""
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Persistent:
+    """A reference that the container resolves: in torch's files, a storage."""
+
+    identity: Any
+
+
+class Built:
+    """What a call would make: the callable, its arguments, and what was then set or added. Compared by identity."""
+
+    __slots__ = ("args", "function", "items", "kwargs", "state")
+
+    def __init__(self, function: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.state: Any = None
+        self.items: list[Any] = []
+
+    @property
+    def path(self) -> str:
+        """The callable's dotted name; empty where it is no name."""
+        return self.function.path if isinstance(self.function, Global) else ""
+
+
+class _Mark:
+    """The stack's mark."""
+
+
+_MARK = _Mark()
+
+
+@dataclass(frozen=True)
+class PickleValue:
+    """What a pickle holds: its value and every name that it mentions, used or not."""
+
+    value: Any
+    names: frozenset[str]
+
+
+def read_pickle(file: Any, *, where: str) -> PickleValue:
+    """Read one pickle from a binary file object, up to its STOP.
+
+    Args:
+        file: has `read(n)` and `readline()`; neither may return more than is there.
+        where: the file's name, for messages.
+
+    Raises:
+        Refused: malformed, beyond a bound, or built with opcodes that only an attack uses (`pickle-malformed`).
+    """
+    return _Machine(where).run(_Bounded(file, where))
+
+
+class _Bounded:
+    """A file that gives out at most `MAX_PICKLE_BYTES`, and no endless line."""
+
+    def __init__(self, file: Any, where: str) -> None:
+        self._file = file
+        self._left = MAX_PICKLE_BYTES
+        self._where = where
+
+    def read(self, count: int = -1) -> bytes:
+        if count < 0 or count > self._left:
+            raise _bad(self._where, f"it is larger than {MAX_PICKLE_BYTES} bytes, or a length in it is")
+        data: bytes = self._file.read(count)
+        self._left -= len(data)
+        return data
+
+    def readline(self) -> bytes:
+        data: bytes = self._file.readline(MAX_LINE)
+        self._left -= len(data)
+        if not data.endswith(b"\n"):
+            raise _bad(self._where, "a line in it does not end")
+        return data
+
+
+def _bad(where: str, why: str) -> Refused:
+    return Refused("pickle-malformed", f"the pickled data can't be read: {why}", where=show(where))
+
+
+class _Machine:
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.names: set[str] = set()
+
+    def run(self, file: _Bounded) -> PickleValue:
+        try:
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(cast("IO[bytes]", file))):
+                if count > MAX_OPCODES:
+                    self.fail("too many opcodes")
+                if opcode.name == "STOP":
+                    return PickleValue(self.pop(), frozenset(self.names))
+                self.step(opcode.name, argument)
+        except Refused:
+            raise
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError, UnicodeError) as error:
+            raise _bad(self.where, show(error)) from error
+        self.fail("it has no end")
+
+    def fail(self, why: str) -> NoReturn:
+        raise _bad(self.where, why)
+
+    def pop(self) -> Any:
+        value = self.stack.pop()
+        if value is _MARK:
+            self.fail("a value is missing")
+        return value
+
+    def top(self, kind: type | tuple[type, ...]) -> Any:
+        if not isinstance(self.stack[-1], kind):
+            self.fail("it adds to something that is no container")
+        return self.stack[-1]
+
+    def to_mark(self) -> list[Any]:
+        for at in range(len(self.stack) - 1, -1, -1):
+            if self.stack[at] is _MARK:
+                items = self.stack[at + 1 :]
+                del self.stack[at:]
+                return items
+        self.fail("a mark is missing")
+
+    def step(self, name: str, argument: Any) -> None:
+        if name in _LITERALS:
+            self.push_literal(argument)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name]())
+        elif name in _ACTIONS:
+            _ACTIONS[name](self, argument)
+        elif name not in _IGNORED:
+            self.fail(f"the opcode {name} has no place in a checkpoint")
+
+    def push_literal(self, value: Any) -> None:
+        if isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
+            self.fail("a number is too large")
+        self.stack.append(value)
+
+    def push_global(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > MAX_NAME:
+            self.fail("a name in it is no name")
+        self.names.add(f"{module}.{name}")
+        self.stack.append(Global(module, name))
+
+    def call(self, function: Any, args: Any, kwargs: Any = None) -> None:
+        if not isinstance(args, tuple):
+            self.fail("a call's arguments are no tuple")
+        path = function.path if isinstance(function, Global) else ""
+        if path in ("collections.OrderedDict", "builtins.dict", "__builtin__.dict") and not args and not kwargs:
+            self.stack.append({})
+        else:
+            self.stack.append(Built(function, args, kwargs))
+
+    def set_items(self, target: Any, items: list[Any]) -> None:
+        if len(items) % 2:
+            self.fail("a key has no value")
+        pairs = list(zip(items[::2], items[1::2], strict=True))
+        if isinstance(target, Built):
+            target.items += pairs
+            return
+        for key, value in pairs:
+            if not _is_key(key):
+                self.fail("a key is neither a scalar nor a flat tuple")
+            target[key] = value
+
+    def add_items(self, target: Any, items: list[Any]) -> None:
+        if isinstance(target, Built):
+            target.items += items
+        else:
+            target.extend(items)
+
+    def build(self) -> None:
+        state = self.pop()
+        target = self.stack[-1]
+        if isinstance(target, dict):
+            if not isinstance(state, dict | None):
+                self.fail("a dictionary gets a state that is none")
+            return
+        if not isinstance(target, Built):
+            self.fail("it sets the state of something that has none")
+        target.state = state
+
+    def store(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def stack_global(self) -> None:
+        name, module = self.pop(), self.pop()
+        self.push_global(module, name)
+
+    def reduce(self) -> None:
+        args, function = self.pop(), self.pop()
+        self.call(function, args)
+
+    def new_with_keywords(self) -> None:
+        kwargs, args, function = self.pop(), self.pop(), self.pop()
+        self.call(function, args, kwargs)
+
+    def instance(self, argument: str) -> None:
+        module, _, name = argument.partition(" ")
+        args = tuple(self.to_mark())
+        self.push_global(module, name)
+        self.call(self.pop(), args)
+
+    def old_object(self) -> None:
+        function, *args = self.to_mark()
+        self.call(function, tuple(args))
+
+    def append(self) -> None:
+        item = self.pop()
+        self.add_items(self.top((list, Built)), [item])
+
+    def set_item(self) -> None:
+        value, key = self.pop(), self.pop()
+        self.set_items(self.top((dict, Built)), [key, value])
+
+    def many(self, kinds: tuple[type, ...], add: Callable[[Any, list[Any]], None]) -> None:
+        items = self.to_mark()
+        add(self.top(kinds), items)
+
+    def tuple_of(self, count: int) -> None:
+        items = [self.pop() for _ in range(count)]
+        self.stack.append(tuple(reversed(items)))
+
+
+def _is_key(key: Any) -> bool:
+    if isinstance(key, tuple):
+        return len(key) <= 64 and not any(isinstance(k, tuple | list | dict) for k in key)
+    return not isinstance(key, list | dict)
+
+
+def _dict_of(machine: _Machine, items: list[Any]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    machine.set_items(found, items)
+    return found
+
+
+def _split_global(machine: _Machine, argument: str) -> None:
+    module, _, name = argument.partition(" ")
+    machine.push_global(module, name)
+
+
+_LITERALS = frozenset(
+    {
+        "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+        "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
+        "BINBYTES8", "BYTEARRAY8",
+    }
+)  # fmt: skip
+
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_SET": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+    "MARK": lambda: _MARK,
+}
+
+_IGNORED = frozenset({"PROTO", "FRAME"})
+
+_ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
+    "POP": lambda m, a: m.stack.pop(),
+    "POP_MARK": lambda m, a: m.to_mark(),
+    "DUP": lambda m, a: m.stack.append(m.stack[-1]),
+    "APPEND": lambda m, a: m.append(),
+    "APPENDS": lambda m, a: m.many((list, Built), m.add_items),
+    "ADDITEMS": lambda m, a: m.many((list, Built), m.add_items),
+    "LIST": lambda m, a: m.stack.append(m.to_mark()),
+    "FROZENSET": lambda m, a: m.stack.append(m.to_mark()),
+    "TUPLE": lambda m, a: m.stack.append(tuple(m.to_mark())),
+    "TUPLE1": lambda m, a: m.tuple_of(1),
+    "TUPLE2": lambda m, a: m.tuple_of(2),
+    "TUPLE3": lambda m, a: m.tuple_of(3),
+    "DICT": lambda m, a: m.stack.append(_dict_of(m, m.to_mark())),
+    "SETITEM": lambda m, a: m.set_item(),
+    "SETITEMS": lambda m, a: m.many((dict, Built), m.set_items),
+    "GET": lambda m, a: m.stack.append(m.memo[a]),
+    "BINGET": lambda m, a: m.stack.append(m.memo[a]),
+    "LONG_BINGET": lambda m, a: m.stack.append(m.memo[a]),
+    "PUT": lambda m, a: m.store(a),
+    "BINPUT": lambda m, a: m.store(a),
+    "LONG_BINPUT": lambda m, a: m.store(a),
+    "MEMOIZE": lambda m, a: m.store(len(m.memo)),
+    "GLOBAL": _split_global,
+    "STACK_GLOBAL": lambda m, a: m.stack_global(),
+    "REDUCE": lambda m, a: m.reduce(),
+    "NEWOBJ": lambda m, a: m.reduce(),
+    "NEWOBJ_EX": lambda m, a: m.new_with_keywords(),
+    "INST": lambda m, a: m.instance(a),
+    "OBJ": lambda m, a: m.old_object(),
+    "BUILD": lambda m, a: m.build(),
+    "PERSID": lambda m, a: m.stack.append(Persistent(a)),
+    "BINPERSID": lambda m, a: m.stack.append(Persistent(m.pop())),
+}
+
+_KNOWN_NAMES = re.compile(
+    r"""
+    torch\.(Tensor|Size|device|dtype|\w*Storage|(b?float|u?int|complex|bool|half|double|long|short)\w*|strided|[a-z_]+_format)
+    | torch\._utils\._rebuild_\w+ | torch\._tensor\._rebuild_from_type_v2 | torch\.nn\.parameter\.(Parameter|Buffer)
+    | torch\.storage\.(\w*Storage|_load_from_bytes) | torch\.serialization\._get_layout
+    | torch\.distributed\.tensor\.[\w.]+ | torch\.distributed\._tensor\.[\w.]+ | torch\.distributed\.device_mesh\.\w+
+    | torch\.distributed\._mesh_layout\.\w+ | torch\.distributed\.checkpoint\.[\w.]+
+    | collections\.(OrderedDict|defaultdict|Counter) | _codecs\.encode | pathlib\.(Pure)?(Posix|Windows)?Path
+    | (builtins|__builtin__)\.(dict|list|tuple|set|frozenset|int|float|bool|str|bytes|bytearray|complex|slice|range|object)
+    | copyreg\._reconstructor | copy_reg\._reconstructor | datetime\.\w+
+    | numpy\.(dtype|ndarray|generic|[a-z]+\d*_?) | numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)
+    | numpy\.dtypes\.\w+ | argparse\.Namespace
+    | deepspeed\.(runtime|utils)\.[\w.]+
+    """,
+    re.VERBOSE | re.ASCII,
+)
+
+
+def check_names(names: Iterable[str], *, where: str, allow: re.Pattern[str] | None = None) -> None:
+    """Refuse a file that mentions names which no checkpoint needs, though nothing in it can run here.
+
+    Args:
+        allow: names of the user's own trainer, matched whole.
+
+    Raises:
+        Refused: names them (`pickle-names`).
+    """
+    unknown = sorted(n for n in names if not (_KNOWN_NAMES.fullmatch(n) or (allow and allow.fullmatch(n))))
+    if unknown:
+        raise Refused(
+            "pickle-names",
+            f"the file names code that a checkpoint does not need: {fold(unknown)}. Nothing of it was run",
+            where=show(where),
+            next=f"if your own trainer wrote it: --allow-name '{re.escape(show(unknown[0]))}'",
+        )

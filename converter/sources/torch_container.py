@@ -1,0 +1,240 @@
+"""Containers of torch.save: the zip layout (torch 1.6 on) and the old one. Which bytes are which storage, all checked.
+
+A zip is taken as torch writes it: entries stored, named once, within the file, not overlapping. Everything else has
+been used to make two readers see two files.
+
+Sources: https://github.com/pytorch/pytorch/blob/v2.9.0/torch/serialization.py (`_legacy_load`, `_load`) and
+https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT (zip).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converter.errors import Refused, show
+from converter.files import Identity, open_input, read_exact
+from converter.sources.pickle_machine import Built, PickleValue, Persistent, read_pickle
+
+MAX_DIRECTORY = 256_000_000
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Bytes of a storage: where they lie in the file, and their CRC-32 where the container has one."""
+
+    offset: int
+    length: int
+    crc: int | None
+
+
+@dataclass(frozen=True)
+class Container:
+    """A torch file taken apart: what its pickle says, and the bytes of its storages by key."""
+
+    path: Path
+    pickle: PickleValue
+    storages: dict[str, Record]
+    identity: Identity
+
+
+def read_container(path: Path, *, root: Path | None = None) -> Container:
+    """Take a file of torch.save apart without running anything.
+
+    Raises:
+        Refused: not such a file (`torch-not`), or one that its own directory contradicts (`torch-zip`, `file-truncated`).
+    """
+    fd = open_input(path, root=root)
+    try:
+        status = os.fstat(fd)
+        start = os.pread(fd, 512, 0)
+        if start.startswith(b"PK\x03\x04"):
+            pickled, storages = _read_zip(fd, path, status.st_size)
+        elif start[:1] == b"\x80":
+            pickled, storages = _read_legacy(fd, path, status.st_size)
+        else:
+            raise _not_torch(path, start)
+    finally:
+        os.close(fd)
+    return Container(path, pickled, storages, Identity.of(status))
+
+
+def _not_torch(path: Path, start: bytes) -> Refused:
+    what = "not a file of torch.save"
+    if start.startswith(b"version https://git-lfs"):
+        what = "a git-lfs pointer, not the weights; run: git lfs pull"
+    elif start[8:9] == b"{":
+        what = "a safetensors file under another name; rename it to .safetensors"
+    elif start[257:262] == b"ustar" or (start[:1].isalnum() and b"\0" * 8 in start[:100]):
+        what = "a file in the tar layout of 2017; save it again with a newer torch"
+    elif not start:
+        what = "an empty file"
+    return Refused("torch-not", f"this is {what}", where=show(path))
+
+
+def _zip_error(path: Path, why: str) -> Refused:
+    return Refused("torch-zip", f"the zip container can't be trusted: {why}", where=show(path))
+
+
+class _Window(io.RawIOBase):
+    """A file descriptor as a file object that only reads, from `start` to `stop`."""
+
+    def __init__(self, fd: int, start: int, stop: int) -> None:
+        super().__init__()
+        self._fd, self._start, self._stop, self._at = fd, start, stop, start
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: self._start, os.SEEK_CUR: self._at, os.SEEK_END: self._stop}[whence]
+        if origin + offset < self._start:
+            raise OSError("seek before the start")
+        self._at = origin + offset
+        return self._at - self._start
+
+    def tell(self) -> int:
+        return self._at - self._start
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(self._stop - self._at, 0)]
+        count = os.preadv(self._fd, [view], self._at) if view else 0
+        self._at += count
+        return count
+
+
+def _read_zip(fd: int, path: Path, size: int) -> tuple[PickleValue, dict[str, Record]]:
+    entries = _directory(fd, path, size)
+    pickles = [n for n in entries if n.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        scripted = any(n.endswith(("/constants.pkl", "/code")) for n in entries)
+        raise _zip_error(path, "it is a TorchScript archive" if scripted else f"it holds {len(pickles)} data.pkl")
+    prefix = pickles[0].removesuffix("data.pkl")
+    order = entries.get(prefix + "byteorder")
+    if order is not None and read_exact(fd, order.offset, min(order.length, 16), file=str(path)) != b"little":
+        raise _zip_error(path, "its numbers are not little-endian")
+    record = entries[pickles[0]]
+    raw = read_exact(fd, record.offset, record.length, file=str(path)) if record.length <= MAX_DIRECTORY else b""
+    if zlib.crc32(raw) != record.crc:
+        raise _zip_error(path, "data.pkl fails its checksum")
+    pickled = read_pickle(io.BytesIO(raw), where=str(path))
+    data = prefix + "data/"
+    return pickled, {n.removeprefix(data): r for n, r in entries.items() if n.startswith(data)}
+
+
+def _directory(fd: int, path: Path, size: int) -> dict[str, Record]:
+    """Entries by name, each checked against its local header."""
+    try:
+        with zipfile.ZipFile(io.BufferedReader(_Window(fd, 0, size))) as archive:
+            listed = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, UnicodeError) as error:
+        truncated = "File is not a zip file" in str(error)
+        if truncated:
+            raise Refused(
+                "file-truncated", "the file begins as a torch file and has no end: it is cut short", where=show(path)
+            ) from error
+        raise _zip_error(path, show(error)) from error
+    found: dict[str, Record] = {}
+    for info in listed:
+        if info.filename in found or info.orig_filename != info.filename:
+            raise _zip_error(path, f"the entry {show(info.filename)} stands in it twice or under two names")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x41 or info.file_size != info.compress_size:
+            raise _zip_error(path, f"the entry {show(info.filename)} is compressed or encrypted; torch stores entries")
+        found[info.filename] = _located(fd, path, size, info)
+    end = 0
+    for name, record in sorted(found.items(), key=lambda item: item[1].offset):
+        if record.offset < end:
+            raise _zip_error(path, f"the entry {show(name)} overlaps another")
+        end = record.offset + record.length
+    return found
+
+
+def _located(fd: int, path: Path, size: int, info: zipfile.ZipInfo) -> Record:
+    if not 0 <= info.header_offset <= size - 30:
+        raise _zip_error(path, f"the entry {show(info.filename)} lies outside the file")
+    header = read_exact(fd, info.header_offset, 30, file=str(path))
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    name = read_exact(fd, info.header_offset + 30, name_length, file=str(path))
+    if header[:4] != b"PK\x03\x04" or name.decode("utf-8", "replace") != info.orig_filename:
+        raise _zip_error(path, f"the entry {show(info.filename)} has another name in its own header")
+    offset = info.header_offset + 30 + name_length + extra_length
+    if offset + info.file_size > size:
+        raise Refused("file-truncated", f"the file is cut short inside {show(info.filename)}", where=show(path))
+    return Record(offset, info.file_size, info.CRC)
+
+
+_ITEM_BYTES = {
+    "Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1,
+    "ComplexFloat": 8, "ComplexDouble": 16, "QInt8": 1, "QUInt8": 1, "QInt32": 4, "Untyped": 1,
+}  # fmt: skip
+
+
+def storage_type(reference: Any) -> str:
+    """`Float` of `torch.FloatStorage`; empty where it is no storage type."""
+    name = getattr(reference, "name", "")
+    return name.removesuffix("Storage") if isinstance(name, str) and name.endswith("Storage") else ""
+
+
+def item_bytes(kind: str) -> int:
+    """Bytes of one element of a storage type; 0 where it is unknown."""
+    return _ITEM_BYTES.get(kind, 0)
+
+
+def _read_legacy(fd: int, path: Path, size: int) -> tuple[PickleValue, dict[str, Record]]:
+    """Five pickles (magic, protocol, system, value, keys), then each storage: its length and its bytes."""
+    file = io.BufferedReader(_Window(fd, 0, size))
+    where = str(path)
+    if read_pickle(file, where=where).value != LEGACY_MAGIC:
+        raise _not_torch(path, b"?")
+    if read_pickle(file, where=where).value != LEGACY_PROTOCOL:
+        raise _not_torch(path, b"?")
+    system = read_pickle(file, where=where).value
+    if isinstance(system, dict) and system.get("little_endian") is False:
+        raise _not_torch(path, b"?")
+    value = read_pickle(file, where=where)
+    keys = read_pickle(file, where=where)
+    kinds = _storage_kinds(value.value)
+    storages: dict[str, Record] = {}
+    position = file.tell()
+    for key in keys.value if isinstance(keys.value, list) else []:
+        (count,) = struct.unpack("<q", read_exact(fd, position, 8, file=where))
+        length = count * kinds.get(str(key), 0)
+        if count < 0 or str(key) not in kinds or str(key) in storages or position + 8 + length > size:
+            raise Refused("file-truncated", f"the storage {show(key)} is not wholly in the file", where=show(path))
+        storages[str(key)] = Record(position + 8, length, None)
+        position += 8 + length
+    return PickleValue(value.value, value.names | keys.names), storages
+
+
+def _storage_kinds(value: Any) -> dict[str, int]:
+    """Bytes an element of every storage that a value refers to, by key; walked without recursion."""
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, str | int | float | bytes | None) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Persistent):
+            identity = item.identity
+            if isinstance(identity, tuple) and len(identity) >= 5 and identity[0] == "storage":
+                found[str(identity[2])] = item_bytes(storage_type(identity[1]))
+        elif isinstance(item, dict):
+            todo += item.values()
+        elif isinstance(item, list | tuple):
+            todo += item
+        elif isinstance(item, Built):
+            todo += [*item.args, item.state, *item.items, item.kwargs]
+    return found

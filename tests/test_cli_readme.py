@@ -1,0 +1,101 @@
+"""The README tells the truth: its screens are what the commands print, its recipe and its plug-in work."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import oracle
+from converter import kernel_specs, registry
+from converter.cli import VERBS
+from converter.recipe import InputSpec, parse_recipe
+from converter.recipe_fields import check
+from oracle.command import run
+
+FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
+
+VARIES = re.compile(r"[\d.]+ [KMGT]?B free|\d+:\d\d$|\d+ MB memory", re.MULTILINE)
+"""Free disk, seconds, and the memory that as many threads as there are cores need."""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("tiny-qwen2-base", "tiny-reward-adapter"):
+        shutil.copytree(FIXTURES / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SCREENS = [b for b in blocks("") if b.startswith("$ rlhf-convert ")]
+
+
+@pytest.mark.parametrize("screen", SCREENS, ids=[s.split()[2] for s in SCREENS])
+def test_a_screen_is_what_the_command_prints(here: Path, screen: str) -> None:
+    command, _, expected = screen.partition("\n")
+    ran = run(*command.split()[2:])
+    shown = ran.out if ran.code == 0 else ran.err
+    assert VARIES.sub("…", shown) == VARIES.sub("…", expected)
+
+
+def test_there_are_screens_of_a_merge_of_inspect_and_of_a_refusal() -> None:
+    assert [s.split()[2] for s in SCREENS] == ["merge-lora", "inspect", "merge-lora"]
+
+
+def test_every_verb_is_named_and_every_verb_named_exists() -> None:
+    named = set(re.findall(r"rlhf-convert ([a-z][a-z-]+)", README)) | set(re.findall(r"^- `([a-z]+)[ `]", README, re.MULTILINE))
+    assert named <= set(VERBS)
+    assert all(f"`{verb}" in README or f"rlhf-convert {verb}" in README for verb in VERBS)
+
+
+def test_the_recipe_is_valid() -> None:
+    (text,) = blocks("yaml")
+    given = {"first": InputSpec("./style"), "second": InputSpec("./facts")}
+    check(parse_recipe(text.encode(), file="README.md").with_inputs(given))
+
+
+def test_every_refusal_code_is_one_that_the_code_raises() -> None:
+    source = "".join(p.read_text("utf-8") for p in (FIXTURES.parent).rglob("*.py"))
+    table = README.partition("Refused by name")[2].partition("## The other verbs")[0]
+    codes = re.findall(r"`([a-z0-9]+(?:-[a-z0-9]+)+)`", re.sub(r"^\|[^|]*\|", "", table, flags=re.MULTILINE))
+    assert len(codes) >= 9
+    assert [code for code in codes if f'"{code}"' not in source] == []
+
+
+@pytest.fixture
+def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The README's converter, installed as the README says."""
+    site = tmp_path / "site"
+    info = site / "your_package-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "your_package.py").write_text(blocks("python")[0])
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: your-package\nVersion: 1.0\n")
+    points = blocks("toml")[0].replace('[project.entry-points."', "[").replace('"]', "]").replace('"', "")
+    (info / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(str(site))
+    for cached in (registry.find_converter, registry.sources, kernel_specs.find):
+        cached.cache_clear()
+    yield
+    registry.find_converter.cache_clear()
+
+
+def test_the_plug_in_is_a_step_of_a_recipe(here: Path, plug_in: None) -> None:
+    tensors = oracle.read_tensors(here / "tiny-qwen2-base")
+    shutil.copytree(here / "tiny-qwen2-base", here / "wrapped", ignore=shutil.ignore_patterns("model*"))
+    oracle.write_tensors(here / "wrapped", {f"module.{name}": t for name, t in tensors.items()})
+    (here / "strip.yaml").write_text(
+        'version: 1\ninputs: {source: ./wrapped}\nsteps:\n  - strip-prefix: {prefix: "module."}\n'
+    )
+    ran = run("run", "strip.yaml", "out")
+    assert ran.code == 0, ran.err
+    assert "27 tensors renamed" in ran.out
+    oracle.same_bits(oracle.read_tensors(here / "out"), tensors)
