@@ -64,9 +64,7 @@ class DType(enum.Enum):
         if key in _ALIASES:
             return _ALIASES[key]
         raise UsageError(
-            "unknown-dtype",
-            f"`{show(text)}` is not a dtype",
-            expected="one of " + ", ".join(sorted(_TORCH_NAMES.values())),
+            "unknown-dtype", f"`{show(text)}` is not a dtype", expected="a name such as bf16, fp16, fp32 or bfloat16"
         )
 
 

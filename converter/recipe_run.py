@@ -176,7 +176,7 @@ def compare_base(base: Checkpoint, adapter: Checkpoint, context: Context) -> Non
         name, revision = f"{snapshot['owner']}/{snapshot['name']}", snapshot["revision"]
     given = base.origin
     if _last(name) not in {_last(given.name), _last(given.asked), _last(given.path)}:
-        text = f"the adapter was trained on {show(_last(name))}, the base given is {show(given.name)}"
+        text = f"the adapter was trained on {show(_public(name))}, the base given is {show(given.name)}"
         context.note("changes-numbers", "base-differs", text)
     elif isinstance(revision, str) and revision and given.revision and not _same_commit(revision, given.revision):
         text = (
@@ -188,6 +188,12 @@ def compare_base(base: Checkpoint, adapter: Checkpoint, context: Context) -> Non
 def _last(name: str) -> str:
     """Last part of a path or Hub id: folders are moved and mirrored, so only this is comparable."""
     return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _public(name: str) -> str:
+    """A Hub id as it is; of a path only the last part: the receipt holds no path of the machine that trained."""
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return name if is_hub_id else name.rstrip("/").rpartition("/")[2]
 
 
 def _same_commit(a: str, b: str) -> bool:

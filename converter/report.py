@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from converter.errors import ConvertError, fold, show
+from converter.errors import ConvertError, Refused, fold, show
 from converter.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -33,8 +33,10 @@ def refusal(error: ConvertError, *, writes: bool = True) -> list[str]:
 
     A verb that writes says that nothing was written.
     """
-    head = {2: "ERROR", 3: "REFUSED", 4: "FAILED"}.get(error.exit_code, "STOPPED")
-    end = ": nothing written" if error.exit_code == 3 and writes else ""
+    was_refused = isinstance(error, Refused)
+    head = "REFUSED" if was_refused else {2: "ERROR", 3: "FAILED", 4: "FAILED"}.get(error.exit_code, "STOPPED")
+    done = "published" if error.code in ("system", "no-space") else "written"
+    end = f": nothing {done}" if was_refused and writes else ""
     where = f"{error.where}: " if error.where else ""
     lines = [f"{head} {error.code}{end}", f"  {where}{error.what}"]
     for label, text in (("expected", error.expected), ("got", error.got)):

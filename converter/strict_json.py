@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +14,7 @@ from converter.files import read_limited
 MAX_JSON_BYTES = 64_000_000
 MAX_DEPTH = 64
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_INNERMOST = re.compile(rb"\[\]|\{\}")
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
@@ -60,12 +61,7 @@ def parse_json(raw: bytes, *, where: str, allow_nan: bool = False) -> Any:
 def is_deeper(raw: bytes, limit: int) -> bool:
     """True where objects and arrays are nested deeper than `limit`; told without parsing, so without recursion."""
     brackets = _STRING.sub(b"", raw).translate(None, _NOT_BRACKETS)
-    for _ in range(limit):
-        shorter = _INNERMOST.sub(b"", brackets)
-        if len(shorter) == len(brackets):
-            return False  # nothing, or brackets that don't match: the parser will say so
-        brackets = shorter
-    return bool(brackets)
+    return any(depth > limit for depth in accumulate(map(_STEP.__getitem__, brackets)))
 
 
 def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:

@@ -290,7 +290,7 @@ def test_a_signal_while_writing_exits_with_one_line_and_the_same_command_resumes
     here: Path, number: signal.Signals, code: int
 ) -> None:
     interrupted = (
-        "import os, signal, sys, converter.execute as e\n"
+        "import os, signal, sys, converter.writing as e\n"
         "copy = e.copy_run\n"
         f"def stop(*a): os.kill(os.getpid(), {int(number)}); return copy(*a)\n"
         "e.copy_run = stop\n"
@@ -310,6 +310,27 @@ def test_a_signal_while_writing_exits_with_one_line_and_the_same_command_resumes
     assert not (here / "rm.partial").exists()
     assert run("merge-lora", "./trl-rm", "./again").code == 0
     assert listing(here / "rm") == listing(here / "again")
+
+
+def test_a_file_that_can_t_grow_fails_in_one_line_and_the_same_command_resumes(here: Path) -> None:
+    limited = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from converter.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["merge-lora", "./trl-rm", "./rm"]
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *command], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "REFUSED system: nothing published" in done.stderr
+    assert "File too large" in done.stderr
+    assert "repeat the same command" in done.stderr
+    assert not (here / "rm").exists()
+    assert run(*command).code == 0
+    assert sorted(p.name for p in here.iterdir()) == ["rm", "tiny-qwen2-base", "trl-rm"]
 
 
 def test_a_signal_while_planning_leaves_nothing(here: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from converter.cli.sink import error_to_user
+from converter.cli.sink import Failed, error_to_user
 from converter.errors import EXIT_BUG, ConvertError, Interrupted, Refused, UsageError, show
 
 VERBS = ("merge-lora", "reshard", "inspect", "run", "demo", "list", "env")
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConvertError as known:
         error = known
     except OSError as failed:
-        name = failed.filename if isinstance(failed.filename, str) else None
-        error = Refused("system", f"the system refused: {failed.strerror or failed}", where=name)
+        name = show(failed.filename) if isinstance(failed.filename, str | os.PathLike) else None
+        error = Failed("system", f"the system does not let us: {failed.strerror or show(failed)}", where=name)
         error.__cause__ = failed
     except Exception as bug:
         # No user shall read a traceback.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def write_recipe(
         # Before any input is opened: a mistyped output shall not cost a download.
         preflight.check_target(target, (), overwrite=options.overwrite)
     prepared = prepare(recipe, allow=frozenset(options.allow or ()), token=options.token, keep_code=options.keep_code)
-    plan, jobs = prepared.plan, options.jobs or len(os.sched_getaffinity(0))
+    plan, jobs = prepared.plan, options.jobs or _threads()
     sink.screen(head(prepared))
     sink.screen(report.note_lines(prepared.context.notes, verbose=options.verbose))
     adapters = [c for c in prepared.opened.values() if c.origin.kind == "adapter"]
@@ -145,9 +146,20 @@ def _write(prepared: Prepared, out: Path, jobs: int, memory: int | None, options
                 accept=lambda measures: refuse_no_op(prepared, measures),
             )
     except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else 2
-        kept = f"what is done is kept in {out}.partial; the same command again resumes it"
-        raise Interrupted(number, f"interrupted, nothing published: {kept}") from None
+        number = stop.args[0] if stop.args else signal.SIGINT
+        raise Interrupted(number, f"interrupted, nothing published: {_kept(out)}") from None
+
+
+def _kept(out: Path) -> str:
+    partial = out.with_name(out.name + ".partial")
+    if not partial.exists():
+        return "the same command begins anew"
+    return f"what is done is kept in {partial}; the same command again resumes it"
+
+
+def _threads() -> int:
+    """One a core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:

@@ -45,6 +45,12 @@ class Sink:
             print(json.dumps({"version": JSON_VERSION, **value}, indent=2, ensure_ascii=True), flush=True)
 
 
+class Failed(ConvertError):
+    """The system did not let us: a full disk, a missing permission (exit code 3)."""
+
+    exit_code = 3
+
+
 def error_to_user(error: ConvertError, *, as_json: bool, writes: bool) -> int:
     """Print an error as the user asked for it and return its exit code."""
     if os.environ.get("RLHF_CONVERT_DEBUG") == "1":

@@ -132,7 +132,7 @@ def leftovers(root: Path, names: Collection[str], read: Collection[str]) -> list
     if partial:
         text = f"a download did not finish: {fold(partial)}"
         faults.append(Fault("download-unfinished", "cosmetic", text, show(root), "download it again"))
-    others = sorted(n for n in names if _WEIGHTS.fullmatch(n) and n not in read and n not in _NOT_WEIGHTS)
+    others = sorted(n for n in names if _WEIGHTS.fullmatch(n) and n not in read and not _TRAINING_STATE.fullmatch(n))
     if others:
         text = f"weight files that are not read lie beside: {fold(others)}"
         faults.append(Fault("stray-weights", "cosmetic", text, show(root)))
@@ -146,9 +146,7 @@ def _download_folders(root: Path) -> list[Path]:
     return [root / ".cache" / "huggingface" / "download", *cache]
 
 
-_NOT_WEIGHTS = frozenset(
-    {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "scaler.pt"}
-)
+_TRAINING_STATE = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states)[\w.-]*", re.ASCII)
 
 
 def empty_tensors(names: Iterable[str], entries: Mapping[str, StoredTensor], where: str) -> Fault:

@@ -114,11 +114,11 @@ def _groups(names: frozenset[str], config: Mapping[str, Any]) -> Iterator[tuple[
 def _pairs(names: frozenset[str], config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The embedding and its head, if names show them: by the embedding, of a bare backbone too, else by the head."""
     special = _HEAD_OF_TYPE.get(str(config.get("model_type")))
-    for embedding, head in _PAIRS:
-        for stored in (embedding, embedding.partition(".")[2]):
-            if stored in names:
-                yield stored, special or head
-                return
+    bare = [(embedding.partition(".")[2], head) for embedding, head in _PAIRS]
+    for embedding, head in (*_PAIRS, *bare):
+        if embedding in names:
+            yield embedding, special or head
+            return
     for embedding, head in _PAIRS:
         backbone = embedding.rsplit(".", 2)[0]
         if (special or head) in names and (_any(names, f"{backbone}.layers.") or _any(names, f"{backbone}.h.")):

@@ -56,7 +56,7 @@ def peft_merge(
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """PEFT's SVD and QR of the base give other last bits on two threads than on one; one is what can be repeated."""
+    """SVD, QR and convolutions give other last bits on two threads than on one; one is what can be repeated."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

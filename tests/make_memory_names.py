@@ -1,0 +1,259 @@
+"""Writes `converter/converters/memory_names.json`: by which names the installed transformers knows a checkpoint's tensors.
+
+Run by hand for a release, in an environment with the pinned transformers (timm, pillow and scipy add a few classes):
+
+    python tests/make_memory_names.py
+
+Everything is read off transformers itself: the renames of its conversion mapping, the prefix of each class's backbone,
+which sub-models a class is made of (each class is built on the meta device, without weights), which class an auto class
+picks, and what a classification class has that a language model lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import json
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import torch
+    import transformers
+    from transformers import AutoConfig, PreTrainedModel, conversion_mapping
+    from transformers.models.auto import modeling_auto as auto
+
+OUT = Path(__file__).parent.parent / "converter" / "converters" / "memory_names.json"
+TABLE = "src/transformers/conversion_mapping.py"
+AUTO = {
+    "base": "MODEL_MAPPING_NAMES",
+    "backbone": "MODEL_FOR_BACKBONE_MAPPING_NAMES",
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "IMAGE_TEXT": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+}
+_LANGUAGE_MODELS = ("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM", "MODEL_FOR_PRETRAINING")
+_CLASSIFIERS = (
+    *("MODEL_FOR_SEQUENCE_CLASSIFICATION", "MODEL_FOR_TOKEN_CLASSIFICATION", "MODEL_FOR_IMAGE_CLASSIFICATION"),
+    *("MODEL_FOR_AUDIO_CLASSIFICATION", "MODEL_FOR_VIDEO_CLASSIFICATION"),
+)
+LABELS = 13  # a count that no other dimension has: its tensor is the one with a row for each label
+_SECONDS = 60
+# What some config classes leave open and their models need; tried in turn where the plain config does not do.
+_SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"head_dim": 32},
+    {"num_key_value_heads": 8},
+    {"vocab_size": 99, "pad_token_id": 0, "position_embedding_type": "absolute"},
+    {"prediction_length": 4, "context_length": 8},
+    {"is_decoder": True, "vocab_size": 99},
+    {"layer_types": ["full_attention"], "num_hidden_layers": 1},
+    {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 12, "hidden_size": 768}},
+)
+
+
+def model_classes() -> dict[str, type[PreTrainedModel]]:
+    """Every model class that transformers can be asked for, by name."""
+    found: dict[str, type[PreTrainedModel]] = {}
+    root = Path(transformers.__file__).parent / "models"
+    for file in sorted(root.glob("*/modeling_*.py")):
+        try:
+            module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+        except ImportError as error:
+            print(f"not importable: {file.stem}: {error}", file=sys.stderr)
+            continue
+        for name, value in vars(module).items():
+            own = inspect.isclass(value) and value.__module__ == module.__name__
+            if own and issubclass(value, PreTrainedModel) and not name.endswith("PreTrainedModel"):
+                found[name] = value
+    return found
+
+
+@contextlib.contextmanager
+def _limited(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def build(cls: type[PreTrainedModel], **more: Any) -> PreTrainedModel | None:
+    """The class with its default config, or a small variation of it, on the meta device; None where nothing works."""
+    for settings in _SETTINGS:
+        with contextlib.suppress(Exception), warnings.catch_warnings(), _limited(_SECONDS), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            return cls(cls.config_class(**settings, **more))
+    return None
+
+
+def rules() -> dict[str, list[list[Any]]]:
+    """The conversion mapping, each transform as its kind, its compiled pattern and its targets."""
+    table = conversion_mapping._build_checkpoint_conversion_mapping()
+    return {name: [_transform(t) for t in transforms] for name, transforms in sorted(table.items())}
+
+
+def _transform(transform: Any) -> list[Any]:
+    pattern, targets = transform.compiled_sources.pattern, list(transform.target_patterns)
+    match type(transform).__name__:
+        case "WeightConverter":
+            return ["convert", pattern, *targets, "+".join(type(op).__name__ for op in transform.operations)]
+        case "GroupWeightRename":
+            return ["group", pattern, *targets]
+        case "Inkling2IndexOffsetWeightRename":
+            return ["shift", pattern, *targets, transform.offset]
+        case "WeightRenaming" | "PrefixChange":
+            return ["rename", pattern, targets[0]]
+        case other:
+            raise NotImplementedError(f"converter/converters/memory_names.py does not know {other}")
+
+
+def parts(model: PreTrainedModel) -> list[list[str]]:
+    """Outermost sub-models: path, class, and where its class follows the config, the config's key and the auto class."""
+    found: list[list[str]] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{other[0]}.") for other in found)
+        if not path or inside or not isinstance(module, PreTrainedModel):
+            continue
+        entry = [path, type(module).__name__]
+        key = _config_key(model.config, module.config)
+        chosen = _auto_of(module) if key and _is_auto(model.config, key) else None
+        found.append([*entry, key, chosen] if key and chosen else entry)
+    return found
+
+
+def _config_key(config: Any, wanted: Any) -> str | None:
+    return next((key for key in config.sub_configs if getattr(config, key, None) is wanted), None)
+
+
+def _is_auto(config: Any, key: str) -> bool:
+    return config.sub_configs[key] is AutoConfig
+
+
+def _auto_of(module: PreTrainedModel) -> str | None:
+    kind, name = module.config.model_type, type(module).__name__
+    return next((task for task, table in AUTO.items() if name in _chosen(table, kind)), None)
+
+
+def _chosen(table: str, kind: str) -> tuple[str, ...]:
+    value = getattr(auto, table).get(kind, ())
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _relevant(trees: dict[str, list[list[str]]], types: dict[str, str], table: Iterable[str]) -> dict[str, Any]:
+    """Only the parts that some rule can concern: with rules of their own, inside them, or chosen by the config."""
+    known = set(table)
+    while True:
+        kept = {
+            name: [p for p in tree if len(p) > 2 or p[1] in known or types.get(p[1]) in known]
+            for name, tree in trees.items()
+        }
+        more = {name for name, tree in kept.items() if tree} - known
+        if not more:
+            return {name: tree for name, tree in sorted(kept.items()) if tree}
+        known |= more
+
+
+def _generic(name: str) -> str:
+    return re.sub(r"\d+", "N", name)
+
+
+def heads(classes: dict[str, type[PreTrainedModel]]) -> dict[str, dict[str, Any]]:
+    """For each classification class: tensors outside its backbone, and those inside that its language models lack."""
+    found: dict[str, dict[str, Any]] = {}
+    pairs = {
+        (kind, name)
+        for table in _CLASSIFIERS
+        for kind in getattr(auto, f"{table}_MAPPING_NAMES")
+        for name in _chosen(f"{table}_MAPPING_NAMES", kind)
+    }
+    for kind, name in sorted(pairs):
+        cls = classes.get(name)
+        model = build(cls, num_labels=LABELS) if cls is not None else None
+        if cls is None or model is None or not hasattr(model, cls.base_model_prefix):
+            print(f"head unknown: {name}", file=sys.stderr)
+            continue
+        inside = f"{cls.base_model_prefix}."
+        state = model.state_dict()
+        own = [n for n in state if not n.startswith(inside)]
+        labels = [n for n in own if n.endswith("weight") and LABELS in state[n].shape[:1]]
+        entry: dict[str, Any] = {"own": own, "labels": labels[-1] if labels else None}
+        lacking = _lacking({_generic(n) for n in state if n.startswith(inside)}, inside, kind, classes)
+        found[name] = entry | ({"backbone": sorted(lacking)} if lacking else {})
+    return found
+
+
+def _lacking(backbone: set[str], inside: str, kind: str, classes: dict[str, type[PreTrainedModel]]) -> set[str]:
+    """What of a backbone some language model of the family has not, so that a classifier over it starts at random."""
+    lacking: set[str] = set()
+    for table in _LANGUAGE_MODELS:
+        for name in _chosen(f"{table}_MAPPING_NAMES", kind):
+            cls = classes.get(name)
+            if cls is None or f"{cls.base_model_prefix}." != inside:
+                continue
+            model = build(cls)
+            names = {_generic(n) for n in model.state_dict()} if model is not None else set()
+            if any(n.startswith(inside) for n in names):
+                lacking |= backbone - names
+    return lacking
+
+
+def main() -> None:
+    classes = model_classes()
+    types = {name: cls.config_class.model_type for name, cls in classes.items() if cls.config_class is not None}
+    table = rules()
+    trees: dict[str, list[list[str]]] = {}
+    for name, cls in classes.items():
+        if name in types:
+            model = build(cls)
+            if model is None:
+                print(f"not built: {name}", file=sys.stderr)
+            else:
+                trees[name] = parts(model)
+    families: dict[str, dict[str, list[str]]] = {}
+    for name, kind in types.items():
+        families.setdefault(kind, {}).setdefault(classes[name].base_model_prefix, []).append(name)
+    data = {
+        "about": "Names of tensors in memory, from transformers; written by tests/make_memory_names.py",
+        "transformers": transformers.__version__,
+        "source": f"https://github.com/huggingface/transformers/blob/v{transformers.__version__}/{TABLE}",
+        "rules": table,
+        "families": families,
+        "parts": _relevant(trees, types, table),
+        "auto": {
+            task: {kind: _chosen(name, kind)[0] for kind in getattr(auto, name)} for task, name in AUTO.items()
+        },
+        "heads": heads(classes),
+    }
+    OUT.write_text(_lines(data), encoding="utf-8")
+
+
+def _lines(data: dict[str, Any]) -> str:
+    """JSON with one line for each entry of the tables, so that a change of version can be read as a difference."""
+    chunks = []
+    for key, value in data.items():
+        if isinstance(value, dict):
+            rows = [f"  {json.dumps(k)}: {json.dumps(value[k], separators=(',', ':'))}" for k in sorted(value)]
+            chunks.append(f" {json.dumps(key)}: {{\n" + ",\n".join(rows) + "\n }")
+        else:
+            chunks.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(chunks) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""OUT is absent or whole, the inputs stay as they were, and the same call again finishes with the same bytes: whatever
+operating-system call fails, and whatever a power cut leaves on the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converter.errors import ConvertError, Refused
+from converter.execute import write
+from converter.plan import Plan
+from durability import Fault, Quiet, Recorder, State, copy_inputs, merge_plan, tree
+
+SIBLINGS = ("out.partial", "out.old", "out.replacing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """A merge to be disturbed: its inputs lie in `folder`, its outputs go to folders beside them."""
+
+    folder: Path
+    plan: Plan
+    other: Plan
+    inputs: dict[str, str]
+    expected: dict[str, str]
+    former: dict[str, str]
+
+    def write(self, place: Path, **options: Any) -> None:
+        write(self.plan, place / "out", reporter=Quiet(), jobs=1, **options)
+
+    def stop_before_publishing(self, place: Path, plan: Plan | None = None) -> None:
+        """Leave `out.partial` with every shard written and journalled."""
+
+        def interrupt(measures: object) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write(plan or self.plan, place / "out", reporter=Quiet(), jobs=1, accept=interrupt, overwrite=True)
+
+    def put_former(self, place: Path) -> None:
+        shutil.copytree(self.folder / "former", place / "out")
+
+    def inputs_are_untouched(self) -> bool:
+        return {n: tree(self.folder / n) for n in ("base", "adapter")} == self.inputs
+
+
+@pytest.fixture(scope="module")
+def merge(tmp_path_factory: pytest.TempPathFactory) -> Merge:
+    folder = tmp_path_factory.mktemp("durability")
+    base, adapter = copy_inputs(folder)
+    plan, other = merge_plan(base, adapter), merge_plan(base, adapter, max_shard_size=20_000)
+    inputs = {n: tree(folder / n) for n in ("base", "adapter")}
+    write(plan, folder / "whole", reporter=Quiet())
+    write(other, folder / "former", reporter=Quiet())
+    return Merge(folder, plan, other, inputs, tree(folder / "whole"), tree(folder / "former"))
+
+
+@pytest.fixture
+def place(merge: Merge) -> Iterator[Path]:
+    """An empty folder below the one that holds the inputs, so that one watch sees both."""
+    folder = merge.folder / "place"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def fresh(merge: Merge, place: Path) -> dict[str, Any]:
+    """Nothing is there."""
+    return {}
+
+
+def resumed(merge: Merge, place: Path) -> dict[str, Any]:
+    """An earlier run wrote all shards and the first line of another one."""
+    merge.stop_before_publishing(place)
+    with (place / "out.partial" / "journal.jsonl").open("a") as journal:
+        journal.write('{"shard": "mod')
+    (place / "out.partial" / "config.json").write_text("{")
+    return {}
+
+
+def begun_anew(merge: Merge, place: Path) -> dict[str, Any]:
+    """An earlier run of another plan was stopped; its work is thrown away."""
+    merge.stop_before_publishing(place, merge.other)
+    return {"resume": False}
+
+
+def overwriting(merge: Merge, place: Path) -> dict[str, Any]:
+    """Another output is there and is replaced; all shards are written."""
+    merge.stop_before_publishing(place)
+    merge.put_former(place)
+    return {"overwrite": True}
+
+
+Scene = Callable[[Merge, Path], dict[str, Any]]
+
+
+# A call fails
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
+@pytest.mark.parametrize("scene", [fresh, resumed, begun_anew, overwriting])
+def test_whatever_call_fails_out_is_absent_or_whole_and_the_next_run_finishes(
+    merge: Merge, place: Path, scene: Scene, number: int
+) -> None:
+    options = scene(merge, place)
+    before = place.rename(place.with_name("before"))
+    at = 0
+    try:
+        while True:
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(before, place)
+            error = run_with_fault(merge, place, fault := Fault(merge.folder, at=at, number=number), options)
+            if fault.happened is None:
+                break
+            context = f"{fault.happened} failed: {error}"
+            left = tree(place / "out") if (place / "out").exists() else None
+            allowed = [merge.expected, merge.former] if scene is overwriting else [merge.expected, None]
+            assert left in allowed, context
+            assert error is not None or left == merge.expected, context
+            assert error is None or error.exit_code == 3, context
+            merge.write(place, **options | {"overwrite": left is not None})
+            assert tree(place / "out") == merge.expected, context
+            assert os.listdir(place) == ["out"], context
+            at += 1
+        assert error is None
+        assert tree(place / "out") == merge.expected
+        assert at > 30, "the watch saw nothing"
+        assert merge.inputs_are_untouched()
+    finally:
+        shutil.rmtree(before)
+
+
+def run_with_fault(merge: Merge, place: Path, fault: Fault, options: dict[str, Any]) -> ConvertError | None:
+    with fault:
+        try:
+            merge.write(place, **options)
+        except ConvertError as error:
+            return error
+    return None
+
+
+def test_a_failure_before_the_first_shard_is_done_leaves_nothing_new(merge: Merge, place: Path) -> None:
+    with pytest.raises(Refused, match="the disk is full; nothing was published") as caught, Fault(
+        merge.folder, at=12, number=errno.ENOSPC
+    ):
+        write(merge.plan, place / "deep" / "er" / "out", reporter=Quiet())
+    assert caught.value.code == "no-space"
+    assert "free space" in str(caught.value.next)
+    assert os.listdir(place) == []
+
+
+# The power fails
+
+
+@pytest.mark.parametrize("scene", [fresh, resumed, begun_anew, overwriting])
+def test_after_a_power_cut_at_any_point_out_is_absent_or_whole_and_the_next_run_finishes(
+    merge: Merge, place: Path, tmp_path: Path, scene: Scene
+) -> None:
+    replay(merge, place, tmp_path, scene, most=90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scene", [fresh, resumed, begun_anew, overwriting])
+def test_after_a_power_cut_at_any_point_the_next_run_finishes_from_every_state(
+    merge: Merge, place: Path, tmp_path: Path, scene: Scene
+) -> None:
+    replay(merge, place, tmp_path, scene, most=100_000)
+
+
+def replay(merge: Merge, place: Path, tmp_path: Path, scene: Scene, *, most: int) -> None:
+    """Check OUT in every state that a power cut may leave, and run again from at most `most` of them."""
+    options = scene(merge, place)
+    with Recorder(place) as recorder:
+        merge.write(place, **options)
+    states = list(recorder.states())
+    assert states[0].keys == State(recorder, frozenset()).keys
+    assert any(s.tree("out") == merge.expected for s in states)
+    for state in states:
+        out = state.tree("out")
+        assert out in (None, merge.expected, merge.former if scene is overwriting else None)
+        # What is replaced is never lost: it is OUT, or it is whole beside it until the new one is OUT.
+        if scene is overwriting and out is None:
+            assert state.tree("out.old") == merge.former
+    chosen = states if len(states) <= most else random.Random(1).sample(states, most)
+    for number, state in enumerate(chosen):
+        disk = tmp_path / str(number)
+        state.lay_out(disk)
+        was_there = "out" in state.inodes
+        merge.write(disk, **options | {"overwrite": was_there or scene is overwriting})
+        assert tree(disk / "out") == merge.expected
+        assert os.listdir(disk) == ["out"]
+        shutil.rmtree(disk)
+    assert merge.inputs_are_untouched()

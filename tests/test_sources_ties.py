@@ -1,0 +1,216 @@
+"""Ties told from names and config, against what transformers itself ties."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import oracle
+from converter.sources import hf
+from converter.sources.ties import OUTER_FOLLOWS_TEXT, TIED_BY_DEFAULT, find_ties
+from oracle.bases import FAMILIES, quiet
+
+LLAMA = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+CAUSAL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+TIED = CAUSAL | {"tie_word_embeddings": True}
+PAIR = (("model.embed_tokens.weight", "lm_head.weight"),)
+
+
+# Against transformers
+
+
+def transformers_ties(folder: Path) -> set[frozenset[str]]:
+    """Names that share memory in the model that transformers loads, in the words of the files."""
+    import transformers
+
+    with quiet():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    return {frozenset(g) for g in groups.values() if len(g) > 1}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ties_of_a_family_are_those_that_transformers_makes(family: str, tied: bool, tmp_path: Path) -> None:
+    oracle.make_base(tmp_path / "base", family, tied=tied)
+    found = hf.SOURCE.open(tmp_path / "base", asked="base").ties
+    # GPT-NeoX's head is `embed_out` on disk and `lm_head` in memory.
+    in_memory = {frozenset(n.replace("embed_out", "lm_head") for n in group) for group in found}
+    assert in_memory == transformers_ties(tmp_path / "base")
+    assert len(found) == int(tied)
+    for group in found:
+        assert FAMILIES[family].embedding in group[0]
+
+
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "opt", "gemma2", "llama", "qwen2", "mistral", "gpt_neox", "qwen3", "falcon", "phi3"]
+)
+def test_a_silent_config_means_what_its_class_means(kind: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert bool(CONFIG_MAPPING[kind]().tie_word_embeddings) == (kind in TIED_BY_DEFAULT)
+
+
+@pytest.mark.slow
+def test_the_table_of_defaults_is_that_of_the_installed_transformers() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    found, follows = set(), set()
+    for kind in CONFIG_MAPPING:
+        with quiet():
+            try:
+                config = CONFIG_MAPPING[kind]()
+            except Exception:
+                continue
+            if getattr(config, "tie_word_embeddings", False):
+                found.add(kind)
+            text = getattr(config, "text_config", None)
+            if not hasattr(text, "model_type"):
+                continue
+            given = {"model_type": kind, "text_config": {"model_type": text.model_type, "tie_word_embeddings": True}}
+            try:
+                outer = CONFIG_MAPPING[kind].from_dict({**given, "tie_word_embeddings": False})
+            except Exception:
+                continue
+            if getattr(outer, "tie_word_embeddings", False) is True and kind != "fun_asr_nano":
+                follows.add(kind)
+    assert found == TIED_BY_DEFAULT
+    assert follows | {"perception_lm"} >= OUTER_FOLLOWS_TEXT
+
+
+# The config's word
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "expected"),
+    [
+        pytest.param(TIED, LLAMA, PAIR, id="embedding-stored"),
+        pytest.param(TIED, [*LLAMA, "lm_head.weight"], PAIR, id="both-stored"),
+        pytest.param(TIED, ["lm_head.weight", *LLAMA[1:]], PAIR, id="head-stored"),
+        pytest.param(TIED | {"tie_word_embeddings": False}, [*LLAMA, "lm_head.weight"], (), id="untied"),
+        pytest.param(TIED | {"tie_word_embeddings": False}, LLAMA, (), id="untied-and-head-lost"),
+        pytest.param(CAUSAL, [*LLAMA, "lm_head.weight"], (), id="silent-llama"),
+        pytest.param(CAUSAL | {"model_type": "gemma"}, [*LLAMA, "lm_head.weight"], PAIR, id="silent-gemma"),
+        pytest.param({"model_type": "our_own"}, LLAMA, PAIR, id="silent-and-unknown-without-a-head"),
+        pytest.param({"model_type": "our_own"}, [*LLAMA, "lm_head.weight"], (), id="silent-and-unknown-with-a-head"),
+        pytest.param(
+            TIED | {"architectures": ["LlamaForSequenceClassification"]}, LLAMA, (), id="no-head-in-the-class"
+        ),
+        pytest.param(TIED | {"architectures": ["LlamaModel"]}, LLAMA, (), id="backbone-class"),
+        pytest.param(TIED | {"architectures": None}, LLAMA, PAIR, id="no-class-named"),
+        pytest.param(TIED | {"architectures": [3]}, LLAMA, (), id="class-that-is-no-name"),
+        pytest.param(
+            CAUSAL | {"tie_word_embeddings": "yes"}, [*LLAMA, "lm_head.weight"], (), id="word-that-is-no-bool"
+        ),
+        pytest.param(TIED, ["model.norm.weight"], (), id="neither-stored"),
+        pytest.param(TIED, [], (), id="nothing-stored"),
+    ],
+)
+def test_config_decides(config: dict[str, Any], names: list[str], expected: tuple[tuple[str, ...], ...]) -> None:
+    assert find_ties(names, config) == expected
+
+
+NAMES = {
+    "bare gpt2": ("gpt2", ["wte.weight", "h.0.ln_1.weight"], ("wte.weight", "lm_head.weight")),
+    "gpt2 by its head": (
+        "gpt2",
+        ["lm_head.weight", "transformer.h.0.ln_1.weight"],
+        ("transformer.wte.weight", "lm_head.weight"),
+    ),
+    "opt": ("opt", ["model.decoder.embed_tokens.weight"], ("model.decoder.embed_tokens.weight", "lm_head.weight")),
+    "bare opt": ("opt", ["decoder.embed_tokens.weight"], ("decoder.embed_tokens.weight", "lm_head.weight")),
+    "gpt-neox": ("gpt_neox", ["gpt_neox.embed_in.weight"], ("gpt_neox.embed_in.weight", "embed_out.weight")),
+    "falcon": (
+        "falcon",
+        ["transformer.word_embeddings.weight"],
+        ("transformer.word_embeddings.weight", "lm_head.weight"),
+    ),
+    "mamba": ("mamba", ["backbone.embeddings.weight"], ("backbone.embeddings.weight", "lm_head.weight")),
+    "whisper": (
+        "whisper",
+        ["model.decoder.embed_tokens.weight"],
+        ("model.decoder.embed_tokens.weight", "proj_out.weight"),
+    ),
+    "new vision language": (
+        "gemma3",
+        ["model.language_model.embed_tokens.weight", "model.vision_tower.x.weight"],
+        ("model.language_model.embed_tokens.weight", "lm_head.weight"),
+    ),
+    "old vision language": (
+        "gemma3",
+        ["language_model.model.embed_tokens.weight", "vision_tower.x.weight"],
+        ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+    ),
+    "bart": (
+        "bart",
+        ["model.shared.weight"],
+        (
+            "model.shared.weight",
+            "model.encoder.embed_tokens.weight",
+            "model.decoder.embed_tokens.weight",
+            "lm_head.weight",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_on_disk_are_paired(name: str) -> None:
+    kind, names, expected = NAMES[name]
+    assert find_ties(names, {"model_type": kind, "tie_word_embeddings": True}) == (expected,)
+
+
+def test_head_of_an_encoder_is_told_by_what_is_beside_it() -> None:
+    config = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+    names = ["bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.transform.dense.weight"]
+    assert find_ties(names, config) == (
+        ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+        ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    )
+
+
+T5 = ["shared.weight", "encoder.block.0.x.weight", "decoder.block.0.x.weight"]
+COPIES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "expected"),
+    [
+        pytest.param({}, T5, (*COPIES, "lm_head.weight"), id="T5"),
+        pytest.param({"tie_word_embeddings": False}, [*T5, "lm_head.weight"], COPIES, id="T5-1.1"),
+        pytest.param({"architectures": ["T5EncoderModel"]}, T5[:2], COPIES[:2], id="encoder-alone"),
+    ],
+)
+def test_t5_shares_its_embedding_whatever_the_config_says(
+    config: dict[str, Any], names: list[str], expected: tuple[str, ...]
+) -> None:
+    assert find_ties(names, config | {"model_type": "t5"}) == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "outer", "inner", "tied"),
+    [
+        ("qwen2_vl", {}, True, True),
+        ("qwen2_vl", {"tie_word_embeddings": False}, True, True),
+        ("qwen2_vl", {}, False, False),
+        ("llava", {}, True, True),
+        ("qwen3_vl", {"tie_word_embeddings": False}, True, False),
+        ("qwen3_vl", {"tie_word_embeddings": True}, False, True),
+    ],
+)
+def test_word_of_a_nested_config_counts_where_transformers_lets_it(
+    kind: str, outer: dict[str, Any], inner: bool, tied: bool
+) -> None:
+    """Expected: `AutoConfig` of transformers 5.23 on the same JSON (checked below)."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    text = CONFIG_MAPPING[kind]().text_config.model_type
+    config = {"model_type": kind, "text_config": {"model_type": text, "tie_word_embeddings": inner}, **outer}
+    assert CONFIG_MAPPING[kind].from_dict(json.loads(json.dumps(config))).tie_word_embeddings is tied
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    assert bool(find_ties(names, config)) is tied
