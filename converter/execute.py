@@ -89,10 +89,10 @@ def write(
     begun = time.monotonic()
     budget = memory_limit(plan, memory)
     stage = Stage(out)
-    if not os.path.lexists(stage.marker):
-        check_target(out, plan.inputs, overwrite=overwrite)
-    check_space(plan, out, already=stage.allocated())
     try:
+        if not os.path.lexists(stage.marker):
+            check_target(out, plan.inputs, overwrite=overwrite)
+        check_space(plan, out, already=stage.allocated())
         stage.open()
         stage.recover(replace=overwrite)
         check_target(out, plan.inputs, overwrite=overwrite)
@@ -125,7 +125,7 @@ def write(
 
 def _is_worth_keeping(stage: Stage, error: BaseException) -> bool:
     """Whether the same call can go on from what is in the stage: not once an input is another one."""
-    if isinstance(error, Refused) and error.code in ("input-changed", "input-cut"):
+    if isinstance(error, Refused) and error.code in ("input-changed", "input-cut", "input-missing"):
         return False
     return stage.is_ours if isinstance(error, KeyboardInterrupt | VerificationFailed) else stage.has_work
 

@@ -189,7 +189,7 @@ def update_lines(measures: Mapping[str, Mapping[str, float]], plan: Plan) -> lis
     The share is `<W' - W, D> / <D, D>`, D the exact update: the norm of the error alone can't tell an update that was
     lost from one that was rounded.
     """
-    found = {n: m for n, m in measures.items() if m.get("update", 0) > 0}
+    found = _measured(measures)
     if not found:
         return []
     worst = min(found, key=lambda n: _survival([found[n]]))
@@ -203,9 +203,7 @@ def update_lines(measures: Mapping[str, Mapping[str, float]], plan: Plan) -> lis
 def by_projection(measures: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The same for each kind of layer, worst first: a table of share and size."""
     groups: dict[str, list[Mapping[str, float]]] = {}
-    for name, measured in measures.items():
-        if measured.get("update", 0) <= 0:
-            continue
+    for name, measured in _measured(measures).items():
         groups.setdefault(_module(name).rpartition(".")[2], []).append(measured)
     ordered = sorted(groups.items(), key=lambda g: _survival(g[1]))
     width = max((len(show(n)) for n, _ in ordered), default=0)
@@ -216,6 +214,12 @@ def by_projection(measures: Mapping[str, Mapping[str, float]]) -> list[str]:
         )
         for n, m in ordered
     ]
+
+
+def _measured(measures: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """Tensors with an update that has a size: neither none nor one that is not finite."""
+    keys = ("base", "update", "effective")
+    return {n: m for n, m in measures.items() if m.get("update", 0) > 0 and all(math.isfinite(m[k]) for k in keys)}
 
 
 def _module(name: str) -> str:

@@ -1,4 +1,4 @@
-"""safetensors headers and index.json: strict reading, canonical writing, agreement with the safetensors library."""
+"""safetensors headers: strict reading, canonical writing, agreement with the safetensors library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import save, save_file
 from converter.dtypes import DType, TensorInfo
 from converter.errors import Refused
 from converter.files import identity
-from converter.safetensors_io import MAX_HEADER_SIZE, build_header, build_index, read_header, read_index
+from converter.safetensors_io import MAX_HEADER_SIZE, build_header, read_header
 from strategies import PACKED, metadata, tensor_lists
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -410,65 +410,3 @@ def test_headers_of_a_70b_model_are_read_in_a_blink(tmp_path: Path) -> None:
         assert sum(len(read_header(p, root=tmp_path).tensors) for p in paths) == 720
         spent.append(time.process_time() - begun)
     assert min(spent) < 0.05
-
-
-# index.json
-
-A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-
-
-def index_of(weight_map: Any) -> bytes:
-    return json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}).encode()
-
-
-BAD_INDEXES = {
-    "empty": (b"", "empty"),
-    "cut": (index_of({"w": A})[:-3], "Unterminated string"),
-    "list": (b"[]", "no weight_map"),
-    "no-weight-map": (b'{"metadata": {}}', "no weight_map"),
-    "weight-map-list": (index_of([A]), "no weight_map"),
-    "weight-map-empty": (index_of({}), "no weight_map"),
-    "weight-map-null": (index_of(None), "no weight_map"),
-    "key-twice": (b'{"weight_map": {"w": "%s", "w": "%s"}}' % (A.encode(), B.encode()), "`w` appears twice"),
-    "weight-map-twice": (b'{"weight_map": {}, "weight_map": {"w": "%s"}}' % A.encode(), "`weight_map` appears twice"),
-    "number": (index_of({"w": 1}), "no plain file name"),
-    "climbs": (index_of({"w": "../model.safetensors"}), "no plain file name"),
-    "absolute": (index_of({"w": "/etc/model.safetensors"}), "no plain file name"),
-    "folder": (index_of({"w": "shards/model.safetensors"}), "no plain file name"),
-    "url": (index_of({"w": "https://example.org/model.safetensors"}), "no plain file name"),
-    "nul": (index_of({"w": "model\0.safetensors"}), "no plain file name"),
-    "newline": (index_of({"w": "model.safetensors\n"}), "no plain file name"),
-    "hidden": (index_of({"w": ".model.safetensors"}), "no plain file name"),
-    "only-suffix": (index_of({"w": ".safetensors"}), "no plain file name"),
-    "two-dots": (index_of({"w": "..safetensors"}), "no plain file name"),
-    "pickle": (index_of({"w": "pytorch_model.bin"}), "no plain file name"),
-    "backslash": (index_of({"w": "..\\model.safetensors"}), "no plain file name"),
-    "unicode": (index_of({"w": "módel.safetensors"}), "no plain file name"),
-    "deep": (b'{"weight_map": ' + b"[" * 100 + b"]" * 100 + b"}", "deeper"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_INDEXES)
-def test_malformed_index_is_refused_with_its_name(name: str, tmp_path: Path) -> None:
-    raw, words = BAD_INDEXES[name]
-    path = tmp_path / "model.safetensors.index.json"
-    path.write_bytes(raw)
-    with pytest.raises(Refused) as caught:
-        read_index(path)
-    assert caught.value.code == "index-malformed"
-    assert path.name in str(caught.value)
-    assert words in caught.value.what
-
-
-def test_index_is_read_and_its_other_keys_are_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "index.json"
-    path.write_text(json.dumps({"metadata": {"total_size": 8.5}, "weight_map": {"w": A}, "made_by": [1]}))
-    index = read_index(path)
-    assert (index.weight_map, index.metadata) == ({"w": A}, {"total_size": 8.5})
-
-
-def test_index_is_the_one_that_transformers_writes() -> None:
-    assert build_index({"b": B, "a": A}, 4096) == (
-        b'{\n  "metadata": {\n    "total_size": 4096\n  },\n  "weight_map": {\n'
-        b'    "a": "model-00001-of-00002.safetensors",\n    "b": "model-00002-of-00002.safetensors"\n  }\n}\n'
-    )

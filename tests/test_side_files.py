@@ -13,17 +13,20 @@ from converter.side_files import find_side_files
 
 CARRIED = [
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model.v3", "qwen.tiktoken",
-    "tekken.json", "source.spm", "chat_template.jinja", "chat_template.json", "chat_templates/tool_use.jinja",
-    "additional_chat_templates/rag.jinja", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json", "video_preprocessor_config.json", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.md", "USE_POLICY.md",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model.v3",
+    "qwen.tiktoken", "tekken.json", "source.spm", "chat_template.jinja", "chat_template.json",
+    "chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja", "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.md",
+    "USE_POLICY.md",
 ]  # fmt: skip
 
 LEFT = [
     "config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json", "training_args.bin",
     "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "README.md", "rlhf-convert.json", "run.sh",
     "events.out.tfevents.1", ".gitattributes", "notes.txt", "tokenizer.json.bak", "my-tokenizer.json",
-    "eval/vocab.json", "chat_templates/run.sh", "global_step10/tokenizer.json", "requirements.txt", "LICENSES/x", "model.pkl",
+    "eval/vocab.json", "chat_templates/run.sh", "global_step10/tokenizer.json", "requirements.txt", "LICENSES/x",
+    "model.pkl",
 ]  # fmt: skip
 
 CODE = ["modeling_own.py", "configuration_own.py"]

@@ -34,7 +34,7 @@ class Written:
     receipt: Receipt
     out: str
 
-    def screen(self) -> list[str]:
+    def screen(self, *, verbose: bool = False) -> list[str]:
         """What was written, what was checked and what rounding cost."""
         from converter import report
 
@@ -45,6 +45,7 @@ class Written:
             report.shards_line(count, count, plan.total_bytes, receipt.seconds),
             report.checked_line(receipt.reread, receipt.recomputed, receipt.measures),
             *report.update_lines(receipt.measures, plan),
+            *(report.by_projection(receipt.measures) if verbose else []),
             report.wrote_line(self.out, self.prepared.checkpoint.config, pad),
         ]
 
@@ -167,9 +168,7 @@ def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:
     from converter import report
 
     receipt = written.receipt
-    sink.screen(written.screen())
-    if sink.verbose:
-        sink.screen(report.by_projection(receipt.measures))
+    sink.screen(written.screen(verbose=sink.verbose))
     sink.screen(report.next_lines(commands))
     sink.json(
         {

@@ -1,0 +1,281 @@
+"""What transformers calls a checkpoint's tensors in memory, told from their names on disk: data, no transformers.
+
+Since version 5 the modules of many families have other names than their checkpoints: LLaVA's `language_model.model.layers`
+is `model.language_model.layers` in memory, and so it is in an adapter. transformers defines the direction from disk to
+memory by a list of patterns for each class and each of its sub-models. `memory_names.json` holds these lists; here they
+are applied to the names of a base's tensors as transformers applies them, and the result is inverted by looking it up.
+No pattern is ever run backwards.
+
+Tensors that are also fused, split or transposed on the way are known by name, so that an adapter on them can be refused.
+
+Source: `WeightTransform.rename_source_key`, `rename_source_key` and `get_model_conversion_mapping`,
+https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/core_model_loading.py
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+_DATA = Path(__file__).with_name("memory_names.json")
+_BACK_REFERENCE = re.compile(r"\\(\d+)")
+_GENERAL_TASKS = ("CAUSAL_LM", "IMAGE_TEXT", "SEQ_2_SEQ_LM", "base")
+
+
+@functools.cache
+def _data() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(_DATA.read_text(encoding="utf-8"))
+    return data
+
+
+@functools.cache
+def _classes() -> dict[str, tuple[str, str]]:
+    """Model type and backbone prefix of each class."""
+    return {
+        name: (kind, prefix)
+        for kind, prefixes in _data()["families"].items()
+        for prefix, names in prefixes.items()
+        for name in names
+    }
+
+
+def version() -> str:
+    """The transformers release that the data was taken from."""
+    return str(_data()["transformers"])
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """One entry of the conversion mapping.
+
+    Attributes:
+        kind: `rename`, `group` (its first pattern must have been met before the others count), `shift` (adds to a
+            number in the name) or `convert` (the values change too).
+        pattern: one named group for each alternative.
+        targets: what takes the match's place; of a `convert`, all tensors that come of it.
+        scope: path of the sub-model that it belongs to, below the backbone's prefix; None for the model itself.
+        base: the backbone's prefix.
+    """
+
+    kind: str
+    pattern: re.Pattern[str]
+    targets: tuple[str, ...]
+    offset: int = 0
+    operations: str = ""
+    scope: str | None = None
+    base: str = ""
+
+    def apply(self, name: str, met: set[int]) -> str | None:
+        """The new name, or None where the pattern does not match; `met` remembers groups that have begun."""
+        head = self._scope(name)
+        if head is None:
+            return None
+        rest = name[len(head) :]
+        match = self.pattern.search(rest)
+        if match is None:
+            return None
+        group = next(g for g, text in match.groupdict().items() if text is not None)
+        index, first = int(group[1:]), self.pattern.groupindex[group]
+        if self.kind == "group":
+            if index == 0:
+                met.add(id(self))
+            elif id(self) not in met:
+                return None
+        target = self.targets[index if self.kind == "group" else 0]
+        if self.kind == "shift":
+            target = target.replace(r"\1", str(int(match[first + 1]) + self.offset))
+        else:
+            target = _BACK_REFERENCE.sub(lambda back: match[first + int(back[1])], target)
+        return head + rest.replace(match[0], target, 1)
+
+    def _scope(self, name: str) -> str | None:
+        """The part of the name that leads to the sub-model, with or without the backbone's prefix."""
+        if self.scope is None:
+            return ""
+        scope = f"{self.scope}." if self.scope else ""
+        whole = (f"{self.base}." if self.base else "") + scope
+        return next((head for head in (whole, scope) if name.startswith(head)), None)
+
+
+@functools.cache
+def _rules(identifier: str) -> tuple[_Transform, ...] | None:
+    rows = _data()["rules"].get(identifier)
+    return None if rows is None else tuple(_transform(row) for row in rows)
+
+
+def _transform(row: list[Any]) -> _Transform:
+    kind, pattern, *rest = row
+    offset = rest.pop() if kind == "shift" else 0
+    operations = rest.pop() if kind == "convert" else ""
+    return _Transform(kind, re.compile(pattern), tuple(rest), offset, operations)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model class of transformers, as it is built for one config.
+
+    Attributes:
+        prefix: what stands before the backbone's names: `model`, `transformer`, `bert`.
+        transforms: from names on disk to names in memory, in the order in which they are applied.
+    """
+
+    name: str
+    prefix: str
+    transforms: tuple[_Transform, ...]
+
+    def in_memory(self, name: str, met: set[int] | None = None) -> tuple[str, _Transform | None]:
+        """The name in memory, and the entry that also changes the values, if one does."""
+        met = set() if met is None else met
+        for transform in self.transforms:
+            if transform.kind != "convert":
+                name = transform.apply(name, met) or name
+        for transform in self.transforms:
+            if transform.kind == "convert":
+                new = transform.apply(name, met)
+                if new is not None:
+                    return new, transform
+        return name, None
+
+
+def architecture(name: object, config: Mapping[str, Any]) -> Architecture | None:
+    """The class of that name with its sub-models as the config chooses them; None where transformers has none."""
+    if not isinstance(name, str) or name not in _classes():
+        return None
+    prefix = _classes()[name][1]
+    transforms: list[_Transform] = []
+    seen: dict[str, list[str]] = {}
+    for path, each, kind in _submodels(name, config):
+        if _is_inside(path, seen.get(each, [])):
+            continue
+        found, by_class = _rules(each), True
+        if found is None and not _is_inside(path, seen.get(kind, [])):
+            found, by_class = _rules(kind), False
+        if found is None:
+            continue
+        scope = path.removeprefix(prefix).removeprefix(".") if path else None
+        transforms += [replace(t, scope=scope, base=prefix) for t in found] if path else found
+        seen.setdefault(each, []).append(path)
+        if not by_class:
+            seen.setdefault(kind, []).append(path)
+    return Architecture(name, prefix, (*transforms, *(_rules("legacy") or ())))
+
+
+def _is_inside(path: str, claimed: list[str]) -> bool:
+    return any(not other or path.startswith(f"{other}.") for other in claimed)
+
+
+def _submodels(name: str, config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Path, class and model type of a model and of all models inside it, from the outside in."""
+    yield path, name, _classes()[name][0]
+    for below, default, *how in _data()["parts"].get(name, ()):
+        key, task = (*how, None, None)[:2]
+        inner = config.get(key) if key else config
+        inner = inner if isinstance(inner, Mapping) else {}
+        chosen = default
+        if task and isinstance(kind := inner.get("model_type"), str) and kind != _classes()[default][0]:
+            chosen = _data()["auto"][task].get(kind)
+        if chosen in _classes():
+            yield from _submodels(chosen, inner, f"{path}.{below}" if path else below)
+
+
+def architectures(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> tuple[Architecture, ...]:
+    """Classes that an adapter may have been trained on, the likeliest first.
+
+    Args:
+        config: the base's `config.json`.
+        adapter: `adapter_config.json`; without a task type it names the class, with one it names an auto class.
+    """
+    listed = config.get("architectures")
+    names: list[object] = [_trained_class(adapter), *(listed if isinstance(listed, list) else [])]
+    auto = _data()["auto"]
+    kind = config.get("model_type")
+    if isinstance(kind, str):
+        tasks = [t for t in (adapter.get("task_type"),) if isinstance(t, str) and t in auto]
+        names += [auto[task].get(kind) for task in (*tasks, *_GENERAL_TASKS)]
+    unique = dict.fromkeys(name for name in names if isinstance(name, str))
+    return tuple(found for name in unique if (found := architecture(name, config)) is not None)
+
+
+def _trained_class(adapter: Mapping[str, Any]) -> object:
+    mapping = adapter.get("auto_mapping")
+    return mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+
+
+@dataclass
+class MemoryNames:
+    """The tensors of a base by their names in memory.
+
+    Attributes:
+        fused: names in memory of tensors whose values are not those on disk, and what happens to them on loading.
+    """
+
+    architecture: Architecture
+    fused: dict[str, str] = field(default_factory=dict)
+    _disk: dict[str, str] = field(default_factory=dict)
+    _clashes: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, architecture: Architecture, stored: Iterable[str], tied: Iterable[str]) -> MemoryNames:
+        """Names of a base's tensors, and of those that exist only through a tie."""
+        names = cls(architecture)
+        met: set[int] = set()
+        for name in sorted(stored, key=_natural):
+            names._add(name, met, clash=True)
+        for name in tied:
+            names._add(name, met, clash=False)
+        return names
+
+    def _add(self, name: str, met: set[int], *, clash: bool) -> None:
+        memory, converter = self.architecture.in_memory(name, met)
+        if converter is None:
+            first = self._disk.setdefault(memory, name)
+            if clash and first != name:
+                self._clashes.add(memory)
+            return
+        for target in converter.targets:
+            self.fused[memory.replace(converter.targets[0], target)] = converter.operations
+
+    def find(self, name: str) -> str | None:
+        """The name on disk of what is called `name` in memory; the backbone's prefix may be there or not."""
+        for spelling in self._spellings(name):
+            if spelling in self._disk and spelling not in self._clashes:
+                return self._disk[spelling]
+        return None
+
+    def lacks_prefix(self, name: str) -> bool:
+        """True where `name` is in the backbone, and the base's names do not have the backbone's prefix."""
+        return name not in self._disk and name.removeprefix(f"{self.architecture.prefix}.") in self._disk
+
+    def is_fused(self, name: str) -> str | None:
+        """What is done on loading to the tensor `name`, or to the bare parameters of its module, if anything is."""
+        for spelling in self._spellings(name):
+            if spelling in self.fused:
+                return self.fused[spelling]
+            module = spelling.rpartition(".")[0]
+            for fused, operations in self.fused.items():
+                if fused.rpartition(".")[0] == module:
+                    return operations
+        return None
+
+    def _spellings(self, name: str) -> tuple[str, ...]:
+        prefix = f"{self.architecture.prefix}."
+        if prefix == ".":
+            return (name,)
+        return (name, name.removeprefix(prefix) if name.startswith(prefix) else prefix + name)
+
+
+def _natural(name: str) -> list[tuple[int, int | str, int]]:
+    """transformers' order of names: numbers by value, before words."""
+    key: list[tuple[int, int | str, int]] = []
+    for part in name.split("."):
+        if part.isdecimal():
+            key.append((0, int(part), 0))
+        else:
+            word = part.rstrip("0123456789")
+            key.append((1, word, int(part[len(word) :] or -1)))
+    return key
