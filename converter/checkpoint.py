@@ -21,17 +21,27 @@ class SideFile:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordCheck:
+    """Bytes of an input whose CRC-32 its container records; a run that uses any of them compares all."""
+
+    file: str
+    offset: int
+    length: int
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
 class Origin:
     """Where a checkpoint came from.
 
     Attributes:
-        kind: `model` or `adapter`.
+        kind: `model`, `adapter`, or `training`: the state of a trainer, whose names are those in memory.
         path: the folder that was opened, absolute; never written into an output.
         asked: what the user typed, for screens.
         name: for the receipt: the Hub id, else the folder's own name.
         revision: the Hub commit, where known.
         header_digest: sha256 over the shards' header bytes in file order, hexadecimal.
-        stored_format: container of the tensors, `safetensors`.
+        stored_format: container of the tensors, `safetensors`, or the trainer's layout in words.
     """
 
     kind: str
@@ -57,6 +67,10 @@ class Checkpoint:
         metadata: `__metadata__` of the safetensors files.
         dropped: tensors that a step was asked to drop, with the reason.
         inputs: every file read so far, absolute, with its identity when its header was read.
+        checks: checksums that its files record of their tensors' bytes.
+        said: what the source chose or found (a tag, a config beside the shards), for the screen and the receipt.
+        trained: names of the tensors that an optimizer held; None where that isn't recorded.
+        set_aside: inputs, by the path of their origin, of which no tensor is meant to be used, with the reason.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -69,6 +83,10 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Identity] = field(default_factory=dict)
+    checks: tuple[RecordCheck, ...] = ()
+    said: tuple[str, ...] = ()
+    trained: frozenset[str] | None = None
+    set_aside: Mapping[str, str] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; a changed `config` forgets `config_bytes`."""
@@ -101,4 +119,5 @@ class Checkpoint:
             tensors=dict(zip(new, self.tensors.values(), strict=True)),
             ties=tuple(tuple(names.get(n, n) for n in group) for group in self.ties),
             shards={names.get(n, n): file for n, file in self.shards.items()},
+            trained=None if self.trained is None else frozenset(names.get(n, n) for n in self.trained),
         )

@@ -33,7 +33,7 @@ MAX_NUMBER = 2**63 - 1
 
 _DTYPES = {d.value: d for d in DType}
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_PLAIN_FILE = re.compile(r"[A-Za-z0-9_][\w.+-]{0,254}\.safetensors", re.ASCII)
+_PLAIN_FILE = re.compile(r"[A-Za-z0-9_][\w.+-]{0,254}\.(?:safetensors|bin)", re.ASCII)
 
 _LFS = b"version https://git-lfs"
 _LFS_SIZE = re.compile(rb"^size (\d{1,18})$", re.MULTILINE)
@@ -284,12 +284,13 @@ def read_index(path: Path, *, root: Path | None = None) -> Index:
     if not isinstance(weight_map, dict) or not weight_map:
         raise Refused("index-malformed", "there is no weight_map", where=show(path))
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _PLAIN_FILE.fullmatch(file) or ".." in file:
+        plain = isinstance(file, str) and _PLAIN_FILE.fullmatch(file) and ".." not in file
+        if not plain or file.endswith(".bin") != path.name.endswith(".bin.index.json"):
             raise Refused(
                 "index-malformed",
                 f"{show(name)} is mapped to {show(file)!r}, which is no plain file name",
                 where=show(path),
-                expected="a name such as model-00001-of-00002.safetensors",
+                expected="a name such as model-00001-of-00002" + (".bin" if ".bin." in path.name else ".safetensors"),
             )
     metadata = value.get("metadata")
     return Index(weight_map, metadata if isinstance(metadata, dict) else {})

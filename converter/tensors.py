@@ -168,6 +168,10 @@ def narrow(x: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
         case Reshape():
             if dim == 0 and x.source.info.shape[:1] == shape[:1]:
                 return reshape(narrow(x.source, 0, start, length), info.shape)
+            if dim == 0 and len(x.source.info.shape) == 1:
+                # Rows of what was laid out flat are a stretch of it: chunks need not read all.
+                inner = math.prod(shape[1:])
+                return reshape(narrow(x.source, 0, start * inner, length * inner), info.shape)
             return Narrow(x, dim, start, length)
         case Concat():
             if x.dim != dim:

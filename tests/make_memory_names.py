@@ -49,6 +49,8 @@ _CLASSIFIERS = (
 )
 LABELS = 13  # a count that no other dimension has: its tensor is the one with a row for each label
 _SECONDS = 60
+_FEW = 4
+_MANY = 16  # tensors of a head; more is a model of its own
 # What some config classes leave open and their models need; tried in turn where the plain config does not do.
 _SETTINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -124,16 +126,16 @@ def _transform(transform: Any) -> list[Any]:
 
 
 def parts(model: PreTrainedModel) -> list[list[str]]:
-    """Outermost sub-models: path, class, and where its class follows the config, the config's key and the auto class."""
+    """Outermost sub-models: path, class, model type; the config's key where it has one; the auto class that chooses."""
     found: list[list[str]] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{other[0]}.") for other in found)
         if not path or inside or not isinstance(module, PreTrainedModel):
             continue
-        entry = [path, type(module).__name__]
         key = _config_key(model.config, module.config)
         chosen = _auto_of(module) if key and _is_auto(model.config, key) else None
-        found.append([*entry, key, chosen] if key and chosen else entry)
+        entry = [path, type(module).__name__, module.config.model_type, key, chosen]
+        found.append([each for each in entry if each is not None])
     return found
 
 
@@ -155,18 +157,31 @@ def _chosen(table: str, kind: str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _relevant(trees: dict[str, list[list[str]]], types: dict[str, str], table: Iterable[str]) -> dict[str, Any]:
+def _relevant(trees: dict[str, list[list[str]]], table: Iterable[str]) -> dict[str, Any]:
     """Only the parts that some rule can concern: with rules of their own, inside them, or chosen by the config."""
     known = set(table)
     while True:
-        kept = {
-            name: [p for p in tree if len(p) > 2 or p[1] in known or types.get(p[1]) in known]
-            for name, tree in trees.items()
-        }
+        kept = {name: [p for p in tree if len(p) == 5 or {p[1], p[2]} & known] for name, tree in trees.items()}
         more = {name for name, tree in kept.items() if tree} - known
         if not more:
             return {name: tree for name, tree in sorted(kept.items()) if tree}
         known |= more
+
+
+def _trees(classes: dict[str, type[PreTrainedModel]]) -> tuple[dict[str, list[list[str]]], dict[str, list[list[str]]]]:
+    """The parts of each class as built on its own, and of those that were met inside another."""
+    trees: dict[str, list[list[str]]] = {}
+    inner: dict[str, list[list[str]]] = {}
+    for name, cls in classes.items():
+        model = build(cls)
+        if model is None:
+            print(f"not built: {name}", file=sys.stderr)
+            continue
+        trees[name] = parts(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and type(module).__name__ not in inner:
+                inner[type(module).__name__] = parts(module)
+    return trees, inner
 
 
 def _generic(name: str) -> str:
@@ -191,6 +206,8 @@ def heads(classes: dict[str, type[PreTrainedModel]]) -> dict[str, dict[str, Any]
         inside = f"{cls.base_model_prefix}."
         state = model.state_dict()
         own = [n for n in state if not n.startswith(inside)]
+        if len(own) > _MANY:
+            continue
         labels = [n for n in own if n.endswith("weight") and LABELS in state[n].shape[:1]]
         entry: dict[str, Any] = {"own": own, "labels": labels[-1] if labels else None}
         lacking = _lacking({_generic(n) for n in state if n.startswith(inside)}, inside, kind, classes)
@@ -208,8 +225,9 @@ def _lacking(backbone: set[str], inside: str, kind: str, classes: dict[str, type
                 continue
             model = build(cls)
             names = {_generic(n) for n in model.state_dict()} if model is not None else set()
-            if any(n.startswith(inside) for n in names):
-                lacking |= backbone - names
+            missing = backbone - names
+            if len(missing) <= _FEW:  # more: a decoder alone, or another kind of model
+                lacking |= missing
     return lacking
 
 
@@ -217,14 +235,7 @@ def main() -> None:
     classes = model_classes()
     types = {name: cls.config_class.model_type for name, cls in classes.items() if cls.config_class is not None}
     table = rules()
-    trees: dict[str, list[list[str]]] = {}
-    for name, cls in classes.items():
-        if name in types:
-            model = build(cls)
-            if model is None:
-                print(f"not built: {name}", file=sys.stderr)
-            else:
-                trees[name] = parts(model)
+    trees, inner = _trees({name: cls for name, cls in classes.items() if name in types})
     families: dict[str, dict[str, list[str]]] = {}
     for name, kind in types.items():
         families.setdefault(kind, {}).setdefault(classes[name].base_model_prefix, []).append(name)
@@ -234,10 +245,8 @@ def main() -> None:
         "source": f"https://github.com/huggingface/transformers/blob/v{transformers.__version__}/{TABLE}",
         "rules": table,
         "families": families,
-        "parts": _relevant(trees, types, table),
-        "auto": {
-            task: {kind: _chosen(name, kind)[0] for kind in getattr(auto, name)} for task, name in AUTO.items()
-        },
+        "parts": _relevant(inner | trees, table),
+        "auto": {task: {kind: _chosen(name, kind)[0] for kind in getattr(auto, name)} for task, name in AUTO.items()},
         "heads": heads(classes),
     }
     OUT.write_text(_lines(data), encoding="utf-8")

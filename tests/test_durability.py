@@ -155,8 +155,9 @@ def run_with_fault(merge: Merge, place: Path, fault: Fault, options: dict[str, A
 
 
 def test_a_failure_before_the_first_shard_is_done_leaves_nothing_new(merge: Merge, place: Path) -> None:
-    with pytest.raises(Refused, match="the disk is full; nothing was published") as caught, Fault(
-        merge.folder, at=12, number=errno.ENOSPC
+    with (
+        pytest.raises(Refused, match="the disk is full; nothing was published") as caught,
+        Fault(merge.folder, at=12, number=errno.ENOSPC),
     ):
         write(merge.plan, place / "deep" / "er" / "out", reporter=Quiet())
     assert caught.value.code == "no-space"

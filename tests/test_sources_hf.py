@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, tuple[str, ...]]] = {
         "shard-missing",
         ("999998 of 999999",),
     ),
-    "pickled": (_pickled, "pickled-weights", ("pytorch_model.bin", "safetensors only")),
+    "pickled-and-cut": (_pickled, "file-truncated", ("pytorch_model.bin", "cut short")),
     "no-weights": (_both(_drop(A), _drop(B), _drop(INDEX)), "weights-missing", ("model.safetensors",)),
     "no-tensors": (_both(_drop(INDEX), lambda f: shard(f / "model.safetensors")), "no-tensors", ("no tensor",)),
     "zero-3": (lambda f: shard(f / B, "a", "b", shape=(0,)), "zero3-empty-tensors", ("ZeRO-3", "2 of 4", "a, b")),

@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
         (CONFIG,),
     ),
     "weights-missing": (lambda f: (f / WEIGHTS).unlink(), "weights-missing", (WEIGHTS,)),
-    "weights-pickled": (_pickled, "pickled-weights", ("adapter_model.bin", "safetensors")),
+    "weights-pickled-and-cut": (_pickled, "file-truncated", ("adapter_model.bin", "cut short")),
     "weights-empty-file": (_text(WEIGHTS, ""), "safetensors-not", (WEIGHTS, "empty file")),
     "weights-without-tensors": (lambda f: weights(f / WEIGHTS, {}), "adapter-empty", (WEIGHTS, "no tensor")),
     "weights-cut": (

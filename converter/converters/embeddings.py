@@ -66,5 +66,6 @@ def with_vocabulary(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
 
 
 def is_vocabulary(name: str) -> bool:
+    """True for an input or output embedding, by the name of its module."""
     module = name.split(".")[-2]
     return module in ("lm_head", "embed_out", "embed_tokens", "wte", "embed_in", "word_embeddings", "output")

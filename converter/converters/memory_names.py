@@ -169,18 +169,20 @@ def _is_inside(path: str, claimed: list[str]) -> bool:
     return any(not other or path.startswith(f"{other}.") for other in claimed)
 
 
-def _submodels(name: str, config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str, str]]:
+def _submodels(
+    name: str, config: Mapping[str, Any], path: str = "", kind: str | None = None
+) -> Iterator[tuple[str, str, str]]:
     """Path, class and model type of a model and of all models inside it, from the outside in."""
-    yield path, name, _classes()[name][0]
-    for below, default, *how in _data()["parts"].get(name, ()):
+    yield path, name, kind or _classes()[name][0]
+    for below, chosen, kind, *how in _data()["parts"].get(name, ()):
         key, task = (*how, None, None)[:2]
         inner = config.get(key) if key else config
         inner = inner if isinstance(inner, Mapping) else {}
-        chosen = default
-        if task and isinstance(kind := inner.get("model_type"), str) and kind != _classes()[default][0]:
-            chosen = _data()["auto"][task].get(kind)
+        asked = inner.get("model_type")
+        if task and isinstance(asked, str) and asked != kind:
+            chosen, kind = _data()["auto"][task].get(asked), asked
         if chosen in _classes():
-            yield from _submodels(chosen, inner, f"{path}.{below}" if path else below)
+            yield from _submodels(chosen, inner, f"{path}.{below}" if path else below, kind)
 
 
 def architectures(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> tuple[Architecture, ...]:

@@ -295,6 +295,7 @@ class _Merge:
         checkpoint = self.base.replace(
             tensors=out,
             inputs=self._inputs(),
+            checks=self.base.checks + tuple(c for adapter in self.adapters for c in adapter.checks),
             side_files=self._side_files(),
             dropped=dict(self.base.dropped) | self.dropped,
         )

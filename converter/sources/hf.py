@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from converter import tensors
 from converter.checkpoint import Checkpoint, Origin
 from converter.errors import Refused, fold, show
 from converter.files import Identity, identity, read_limited
-from converter.safetensors_io import Header, Index, read_header, read_index
+from converter.safetensors_io import Index, read_index
 from converter.side_files import find_side_files
 from converter.sources import survey as folder
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers, snapshot_of
 from converter.sources.ties import find_ties
+from converter.sources.weight_file import WeightFile, read_weights
 from converter.strict_json import MAX_JSON_BYTES, parse_json
 from converter.tensors import LazyTensor
 
@@ -63,18 +63,21 @@ class HfSource:
         config = parse_config(config_bytes, root / CONFIG)
         _refuse_other_weights(config, root)
         side_files, identities = find_side_files(root, keep_code=keep_code)
-        read = [CONFIG] if WEIGHTS in headers or not (root / INDEX).is_file() else [CONFIG, INDEX]
+        ties = find_ties(survey.entries, config)
+        kept, shared = without_shared(lazy(survey), ties)
         return Checkpoint(
-            tensors=lazy(survey),
+            tensors=kept,
             config=config,
             origin=origin("model", root, asked, revision, headers),
             side_files=side_files,
-            ties=find_ties(survey.entries, config),
-            shards={name: Path(e.file).name for name, e in survey.entries.items()},
+            ties=ties,
+            shards={n: Path(survey.entries[n].file).name for n in kept} if is_safetensors(headers) else {},
             config_bytes=config_bytes,
             metadata=shared_metadata(headers.values()),
+            dropped=shared,
+            checks=tuple(check for h in headers.values() for check in h.checks),
             inputs=identities
-            | identities_of(root, read)
+            | identities_of(root, [CONFIG, *(n for n in _indexes_read(headers) if (root / n).is_file())])
             | {stored_path(root, n): h.identity for n, h in headers.items()},
         )
 
@@ -96,23 +99,51 @@ def identities_of(root: Path, names: Iterable[str]) -> dict[str, Identity]:
 
 def lazy(survey: Survey) -> dict[str, LazyTensor]:
     """Every tensor of a survey as stored bytes."""
-    return {name: tensors.stored(e.info, e.file, e.offset) for name, e in survey.entries.items()}
+    return {name: e.tensor for name, e in survey.entries.items()}
 
 
-def shared_metadata(headers: Iterable[Header]) -> dict[str, str]:
+def without_shared(
+    tensors: Mapping[str, LazyTensor], ties: Iterable[tuple[str, ...]]
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Tied names that a pickled file stores as one tensor, kept once as safetensors does; and what was left out."""
+    kept, shared = dict(tensors), {}
+    for group in ties:
+        first, *rest = [n for n in group if n in kept] or [""]
+        for name in rest:
+            if kept[name] == kept[first]:
+                shared[name] = f"shares its memory with {first}"
+                del kept[name]
+    return kept, shared
+
+
+def is_safetensors(files: Iterable[str]) -> bool:
+    """True where files can keep their tensors and names in an output."""
+    return all(name.endswith(".safetensors") for name in files)
+
+
+def _indexes_read(files: Collection[str]) -> list[str]:
+    """Index files that say which of these files belong together; a single whole file needs none."""
+    if WEIGHTS in files or folder.MODEL_PICKLED in files:
+        return []
+    return [INDEX if is_safetensors(files) else folder.PICKLED_INDEX]
+
+
+def shared_metadata(headers: Iterable[WeightFile]) -> dict[str, str]:
     """What the `__metadata__` of all files agree on: the rest belongs to one file, and files are laid out anew."""
     found = [h.metadata for h in headers]
     return {k: v for k, v in found[0].items() if all(m.get(k) == v for m in found)} if found else {}
 
 
-def origin(kind: str, root: Path, asked: str, revision: str | None, headers: Mapping[str, Header]) -> Origin:
+def origin(kind: str, root: Path, asked: str, revision: str | None, headers: Mapping[str, WeightFile]) -> Origin:
     """Where a folder came from; a Hub snapshot is named by its repository."""
     digest = hashlib.sha256()
     for header in headers.values():
-        digest.update(header.raw)
+        digest.update(header.description)
     real = root.resolve()
     name, commit = snapshot_of(root) or (real.name, revision)
-    return Origin(kind, str(real), asked, name, commit, digest.hexdigest(), "safetensors")
+    return Origin(
+        kind, str(real), asked, name, commit, digest.hexdigest(), "safetensors" if is_safetensors(headers) else "torch"
+    )
 
 
 def parse_config(raw: bytes, path: Path) -> dict[str, Any]:
@@ -139,10 +170,10 @@ def _refuse_other_weights(config: Mapping[str, Any], root: Path) -> None:
         )
 
 
-def read_folder(root: Path) -> tuple[Survey, dict[str, Header]]:
+def read_folder(root: Path) -> tuple[Survey, dict[str, WeightFile]]:
     """Headers of all weight files of a model folder, in order, and every fault."""
     survey = Survey(root)
-    headers: dict[str, Header] = {}
+    headers: dict[str, WeightFile] = {}
     where = show(root)
     try:
         names = file_names(root)
@@ -151,12 +182,12 @@ def read_folder(root: Path) -> tuple[Survey, dict[str, Header]]:
         files, index = _weight_files(root, names, survey)
         for file in files:
             try:
-                headers[file] = read_header(root / file, root=root)
+                headers[file] = read_weights(root / file, root=root, named=stored_path(root, file))
             except Refused as error:
                 survey.faults.append(Fault.of(error))
         _collect(root, headers, survey)
         if index is not None and len(headers) == len(set(index.weight_map.values())):
-            _compare(index, survey, show(root / INDEX))
+            _compare(index, survey, show(root / _indexes_read(headers)[0]))
         if files and len(headers) == len(files) and not survey.entries:
             survey.faults.append(Fault("no-tensors", "error", "the weight files hold no tensor", where))
         empty = [n for n, e in survey.entries.items() if e.info.shape == (0,)]
@@ -182,18 +213,27 @@ def _weight_files(root: Path, names: frozenset[str], survey: Survey) -> tuple[li
             survey.faults.append(Fault("stale-shards", "cosmetic", text, show(root)))
         return [WEIGHTS], None
     if INDEX in names:
-        index = read_index(root / INDEX, root=root)
-        files = sorted(set(index.weight_map.values()), key=_natural)
-        missing = [f for f in files if f not in names or not (root / f).exists()]
-        if missing:
-            lost = sum(1 for f in index.weight_map.values() if f in missing)
-            text = f"{len(missing)} of {len(files)} shards are missing ({fold(missing)}), and {lost} tensors with them"
-            survey.faults.append(Fault("shard-missing", "error", text, show(root), _AGAIN))
-        return [f for f in files if f not in missing], index
+        return _indexed(root, names, INDEX, survey)
     if numbered:
         return _numbered(root, numbered, survey), None
+    if folder.MODEL_PICKLED in names:
+        return [folder.MODEL_PICKLED], None
+    if folder.PICKLED_INDEX in names:
+        return _indexed(root, names, folder.PICKLED_INDEX, survey)
     survey.faults.append(_no_weights(root, names))
     return [], None
+
+
+def _indexed(root: Path, names: frozenset[str], file: str, survey: Survey) -> tuple[list[str], Index]:
+    """The shards that an index lists; those that are missing are a fault."""
+    index = read_index(root / file, root=root)
+    files = sorted(set(index.weight_map.values()), key=_natural)
+    missing = [f for f in files if f not in names or not (root / f).exists()]
+    if missing:
+        lost = sum(1 for f in index.weight_map.values() if f in missing)
+        text = f"{len(missing)} of {len(files)} shards are missing ({fold(missing)}), and {lost} tensors with them"
+        survey.faults.append(Fault("shard-missing", "error", text, show(root), _AGAIN))
+    return [f for f in files if f not in missing], index
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -232,24 +272,24 @@ def _no_weights(root: Path, names: frozenset[str]) -> Fault:
         return Fault(
             "pickled-weights",
             "error",
-            f"the weights are pickled ({fold(pickled)}); this version reads safetensors only",
+            f"the weights are in {fold(pickled)}, which is no name that transformers reads",
             show(root),
-            next="save them with save_pretrained(..., safe_serialization=True)",
+            next=f"name a whole file {folder.MODEL_PICKLED}, or restore {folder.PICKLED_INDEX}",
         )
     return Fault("weights-missing", "error", f"there is neither {WEIGHTS} nor {INDEX}", show(root))
 
 
-def _collect(root: Path, headers: Mapping[str, Header], survey: Survey) -> None:
+def _collect(root: Path, headers: Mapping[str, WeightFile], survey: Survey) -> None:
     for file, header in headers.items():
-        survey.files[file] = header.file_size
+        survey.files[file] = header.size
         path = stored_path(root, file)
-        for name, (info, begin, _) in header.tensors.items():
+        for name, tensor in header.tensors.items():
             if name in survey.entries:
                 other = Path(survey.entries[name].file).name
                 text = f"{show(name)} is in {show(other)} and in {show(file)}"
                 survey.faults.append(Fault("tensor-twice", "error", text, show(root)))
                 continue
-            survey.entries[name] = StoredTensor(info, path, header.data_start + begin)
+            survey.entries[name] = StoredTensor(tensor, path)
 
 
 def _compare(index: Index, survey: Survey, where: str) -> None:

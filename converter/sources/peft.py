@@ -7,11 +7,11 @@ from pathlib import Path
 from converter.checkpoint import Checkpoint
 from converter.errors import Refused, UsageError, show
 from converter.files import read_limited
-from converter.safetensors_io import Header, read_header
 from converter.side_files import find_side_files
 from converter.sources import survey as folder
 from converter.sources.hf import identities_of, lazy, origin, parse_config, stored_path
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers
+from converter.sources.weight_file import WeightFile, read_weights
 from converter.strict_json import MAX_JSON_BYTES
 
 WEIGHTS = folder.ADAPTER_WEIGHTS
@@ -43,21 +43,23 @@ class PeftSource:
             Refused: no config, no or pickled weights, empty tensors, a broken file.
         """
         _refuse_run_folder(root, asked)
-        survey, header = _read(root)
+        survey, found = _read(root)
         error = survey.error()
-        if error is not None or header is None:
+        if error is not None or found is None:
             raise error or folder.Fault("weights-missing", "error", f"{WEIGHTS} is not there", show(root)).refusal()
+        name, weights = found
         config_bytes = read_limited(root / CONFIG, limit=MAX_JSON_BYTES, root=root)
         side_files, identities = find_side_files(root, keep_code=keep_code)
         return Checkpoint(
             tensors=lazy(survey),
             config=parse_config(config_bytes, root / CONFIG),
-            origin=origin("adapter", root, asked, revision, {WEIGHTS: header}),
+            origin=origin("adapter", root, asked, revision, {name: weights}),
             side_files=side_files,
-            shards=dict.fromkeys(survey.entries, WEIGHTS),
+            shards=dict.fromkeys(survey.entries, WEIGHTS) if name == WEIGHTS else {},
             config_bytes=config_bytes,
-            metadata=header.metadata,
-            inputs=identities | identities_of(root, [CONFIG]) | {stored_path(root, WEIGHTS): header.identity},
+            metadata=weights.metadata,
+            checks=weights.checks,
+            inputs=identities | identities_of(root, [CONFIG]) | {stored_path(root, name): weights.identity},
         )
 
 
@@ -72,7 +74,7 @@ def _refuse_run_folder(root: Path, asked: str) -> None:
         raise UsageError("several-checkpoints", what, where=show(asked), expected=listed)
 
 
-def _read(root: Path) -> tuple[Survey, Header | None]:
+def _read(root: Path) -> tuple[Survey, tuple[str, WeightFile] | None]:
     survey = Survey(root)
     where = show(root)
     names = file_names(root)
@@ -80,43 +82,50 @@ def _read(root: Path) -> tuple[Survey, Header | None]:
         text = f"there is no {CONFIG}: rank and alpha are unknown"
         next_step = f"copy {CONFIG} from the training run's folder into it"
         survey.faults.append(Fault("adapter-config-missing", "error", text, where, next_step))
-    header = None
-    if WEIGHTS not in names:
-        survey.faults.append(_no_weights(root, names))
-    else:
-        try:
-            header = read_header(root / WEIGHTS, root=root)
-        except Refused as error:
-            survey.faults.append(Fault.of(error))
-    if header is not None:
-        _collect(root, header, survey)
+    found = _choose(root, names, survey)
+    if found is not None:
+        _collect(root, *found, survey)
     if folder.is_weights_of_model(names):
         text = "an adapter and a whole model lie in one folder; transformers takes it for the adapter, and so does this"
         survey.faults.append(Fault("adapter-and-model", "cosmetic", text, where))
     survey.faults += leftovers(root, names, {WEIGHTS, PICKLED})
-    return survey, header
+    return survey, found
 
 
-def _collect(root: Path, header: Header, survey: Survey) -> None:
-    path = stored_path(root, WEIGHTS)
-    survey.files[WEIGHTS] = header.file_size
-    survey.entries = {
-        name: StoredTensor(info, path, header.data_start + begin) for name, (info, begin, _) in header.tensors.items()
-    }
+def _choose(root: Path, names: frozenset[str], survey: Survey) -> tuple[str, WeightFile] | None:
+    """The adapter's weights: safetensors, as PEFT prefers; the pickled file where that is empty or missing.
+
+    OpenRLHF up to 0.5.5 wrote an empty adapter_model.safetensors under ZeRO-3, and the gathered weights beside it.
+    """
+    candidates = [n for n in (WEIGHTS, PICKLED) if n in names]
+    if not candidates:
+        text = f"{CONFIG} is there and {WEIGHTS} is not"
+        survey.faults.append(Fault("weights-missing", "error", text, show(root)))
+    read: list[tuple[str, WeightFile]] = []
+    for name in candidates:
+        try:
+            read.append((name, read_weights(root / name, root=root, named=stored_path(root, name))))
+        except Refused as error:
+            if name == WEIGHTS or not read:
+                survey.faults.append(Fault.of(error))
+                return None
+        if read and all(t.info.numel for t in read[-1][1].tensors.values()) and read[-1][1].tensors:
+            if len(read) > 1:
+                text = f"{WEIGHTS} holds empty tensors and {PICKLED} whole ones: {PICKLED} is used"
+                survey.faults.append(Fault("adapter-empty-twin", "cosmetic", text, show(root)))
+            return read[-1]
+    return read[0] if read else None
+
+
+def _collect(root: Path, name: str, weights: WeightFile, survey: Survey) -> None:
+    survey.files[name] = weights.size
+    survey.entries = {n: StoredTensor(t, stored_path(root, name)) for n, t in weights.tensors.items()}
     empty = [n for n, e in survey.entries.items() if e.info.numel == 0]
     if empty:
-        survey.faults.append(folder.empty_tensors(empty, survey.entries, show(root / WEIGHTS)))
+        survey.faults.append(folder.empty_tensors(empty, survey.entries, show(root / name)))
     if not survey.entries:
         text = "the file holds no tensor: the adapter was saved from the wrong process or at the wrong time"
-        survey.faults.append(Fault("adapter-empty", "error", text, show(root / WEIGHTS)))
-
-
-def _no_weights(root: Path, names: frozenset[str]) -> Fault:
-    if PICKLED in names:
-        text = f"the adapter's weights are pickled ({PICKLED}); this version reads {WEIGHTS} only"
-        advice = "save it with save_pretrained(..., safe_serialization=True)"
-        return Fault("pickled-weights", "error", text, show(root), advice)
-    return Fault("weights-missing", "error", f"{CONFIG} is there and {WEIGHTS} is not", show(root))
+        survey.faults.append(Fault("adapter-empty", "error", text, show(root / name)))
 
 
 SOURCE = PeftSource()

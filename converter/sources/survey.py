@@ -10,6 +10,7 @@ from typing import Literal
 
 from converter.dtypes import TensorInfo
 from converter.errors import Refused, fold, show
+from converter.tensors import LazyTensor
 
 FaultSeverity = Literal["error", "changes-numbers", "cosmetic"]
 FolderKind = Literal["model", "adapter"]
@@ -23,7 +24,9 @@ ADAPTER_PICKLED = "adapter_model.bin"
 SHARD = re.compile(r"model-(\d{5,6})-of-(\d{5,6})\.safetensors", re.ASCII)
 PICKLED = re.compile(r"(?:pytorch_model|model|consolidated)[\w.-]*\.(?:bin|pt|pth)", re.ASCII)
 _REPOSITORY = re.compile(r"models--([\w.-]+)", re.ASCII)
-_PICKLED_INDEX = "pytorch_model.bin.index.json"
+MODEL_PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+PICKLED_SHARD = re.compile(r"pytorch_model-(\d{5,6})-of-(\d{5,6})\.bin", re.ASCII)
 _WEIGHTS = re.compile(r"[\w.-]+\.(?:safetensors|bin|pt|pth|gguf)", re.ASCII)
 
 
@@ -52,11 +55,15 @@ class Fault:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor found in a file: `offset` is absolute, in bytes."""
+    """A tensor found in a file, named by its absolute path."""
 
-    info: TensorInfo
+    tensor: LazyTensor
     file: str
-    offset: int
+
+    @property
+    def info(self) -> TensorInfo:
+        """Dtype and shape."""
+        return self.tensor.info
 
 
 @dataclass
@@ -119,7 +126,7 @@ def folder_kind(names: Collection[str]) -> FolderKind | None:
 
 def is_weights_of_model(names: Collection[str]) -> bool:
     """True where weights of a whole model are among these files, pickled ones included."""
-    known = (MODEL_WEIGHTS, MODEL_INDEX, _PICKLED_INDEX)
+    known = (MODEL_WEIGHTS, MODEL_INDEX, PICKLED_INDEX)
     return any(n in names for n in known) or any(SHARD.fullmatch(n) or PICKLED.fullmatch(n) for n in names)
 
 

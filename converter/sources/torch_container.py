@@ -9,6 +9,7 @@ https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT (zip).
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -20,7 +21,7 @@ from typing import Any
 
 from converter.errors import Refused, show
 from converter.files import Identity, open_input, read_exact
-from converter.sources.pickle_machine import Built, PickleValue, Persistent, read_pickle
+from converter.sources.pickle_machine import Built, Persistent, PickleValue, read_pickle
 
 MAX_DIRECTORY = 256_000_000
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -44,6 +45,7 @@ class Container:
     pickle: PickleValue
     storages: dict[str, Record]
     identity: Identity
+    digest: str
 
 
 def read_container(path: Path, *, root: Path | None = None) -> Container:
@@ -57,14 +59,14 @@ def read_container(path: Path, *, root: Path | None = None) -> Container:
         status = os.fstat(fd)
         start = os.pread(fd, 512, 0)
         if start.startswith(b"PK\x03\x04"):
-            pickled, storages = _read_zip(fd, path, status.st_size)
+            pickled, storages, digest = _read_zip(fd, path, status.st_size)
         elif start[:1] == b"\x80":
-            pickled, storages = _read_legacy(fd, path, status.st_size)
+            pickled, storages, digest = _read_legacy(fd, path, status.st_size)
         else:
             raise _not_torch(path, start)
     finally:
         os.close(fd)
-    return Container(path, pickled, storages, Identity.of(status))
+    return Container(path, pickled, storages, Identity.of(status), digest)
 
 
 def _not_torch(path: Path, start: bytes) -> Refused:
@@ -114,7 +116,7 @@ class _Window(io.RawIOBase):
         return count
 
 
-def _read_zip(fd: int, path: Path, size: int) -> tuple[PickleValue, dict[str, Record]]:
+def _read_zip(fd: int, path: Path, size: int) -> tuple[PickleValue, dict[str, Record], str]:
     entries = _directory(fd, path, size)
     pickles = [n for n in entries if n.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -126,11 +128,13 @@ def _read_zip(fd: int, path: Path, size: int) -> tuple[PickleValue, dict[str, Re
         raise _zip_error(path, "its numbers are not little-endian")
     record = entries[pickles[0]]
     raw = read_exact(fd, record.offset, record.length, file=str(path)) if record.length <= MAX_DIRECTORY else b""
-    if zlib.crc32(raw) != record.crc:
+    if record.crc is not None and zlib.crc32(raw) != record.crc:
         raise _zip_error(path, "data.pkl fails its checksum")
     pickled = read_pickle(io.BytesIO(raw), where=str(path))
     data = prefix + "data/"
-    return pickled, {n.removeprefix(data): r for n, r in entries.items() if n.startswith(data)}
+    digest = hashlib.sha256(raw)
+    digest.update(repr(sorted((n, r.length, r.crc) for n, r in entries.items())).encode())
+    return pickled, {n.removeprefix(data): r for n, r in entries.items() if n.startswith(data)}, digest.hexdigest()
 
 
 def _directory(fd: int, path: Path, size: int) -> dict[str, Record]:
@@ -171,7 +175,8 @@ def _located(fd: int, path: Path, size: int, info: zipfile.ZipInfo) -> Record:
     offset = info.header_offset + 30 + name_length + extra_length
     if offset + info.file_size > size:
         raise Refused("file-truncated", f"the file is cut short inside {show(info.filename)}", where=show(path))
-    return Record(offset, info.file_size, info.CRC)
+    # torch.serialization.set_crc32_options(False) writes zeros.
+    return Record(offset, info.file_size, info.CRC if info.CRC or not info.file_size else None)
 
 
 _ITEM_BYTES = {
@@ -191,7 +196,7 @@ def item_bytes(kind: str) -> int:
     return _ITEM_BYTES.get(kind, 0)
 
 
-def _read_legacy(fd: int, path: Path, size: int) -> tuple[PickleValue, dict[str, Record]]:
+def _read_legacy(fd: int, path: Path, size: int) -> tuple[PickleValue, dict[str, Record], str]:
     """Five pickles (magic, protocol, system, value, keys), then each storage: its length and its bytes."""
     file = io.BufferedReader(_Window(fd, 0, size))
     where = str(path)
@@ -207,6 +212,7 @@ def _read_legacy(fd: int, path: Path, size: int) -> tuple[PickleValue, dict[str,
     kinds = _storage_kinds(value.value)
     storages: dict[str, Record] = {}
     position = file.tell()
+    digest = hashlib.sha256(read_exact(fd, 0, position, file=where)).hexdigest()
     for key in keys.value if isinstance(keys.value, list) else []:
         (count,) = struct.unpack("<q", read_exact(fd, position, 8, file=where))
         length = count * kinds.get(str(key), 0)
@@ -214,7 +220,7 @@ def _read_legacy(fd: int, path: Path, size: int) -> tuple[PickleValue, dict[str,
             raise Refused("file-truncated", f"the storage {show(key)} is not wholly in the file", where=show(path))
         storages[str(key)] = Record(position + 8, length, None)
         position += 8 + length
-    return PickleValue(value.value, value.names | keys.names), storages
+    return PickleValue(value.value, value.names | keys.names), storages, digest
 
 
 def _storage_kinds(value: Any) -> dict[str, int]:

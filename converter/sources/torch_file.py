@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from converter import tensors
+from converter.checkpoint import RecordCheck
 from converter.dtypes import DType, TensorInfo
 from converter.errors import Refused, show
 from converter.files import Identity
@@ -32,16 +33,6 @@ _STORAGE_DTYPES = {
 
 
 @dataclass(frozen=True)
-class RecordCheck:
-    """Bytes of an input whose CRC-32 the container records; whoever uses the bytes compares it."""
-
-    file: str
-    offset: int
-    length: int
-    crc: int
-
-
-@dataclass(frozen=True)
 class Opaque:
     """A saved object that is no tensor and no plain container: its name, and what it was made from."""
 
@@ -58,11 +49,13 @@ class TorchFile:
         value: dictionaries, lists, tuples, scalars, `Opaque` objects, and lazy tensors where tensors were.
         checks: CRC-32 of every storage that a tensor uses, where the container has one.
         identity: of the file when it was read.
+        digest: sha256 of what its pickles say, hexadecimal, checksums of the storages included.
     """
 
     value: Any
     checks: tuple[RecordCheck, ...]
     identity: Identity
+    digest: str
 
 
 def read_torch_file(path: Path, *, root: Path | None = None, allow_names: re.Pattern[str] | None = None) -> TorchFile:
@@ -85,7 +78,7 @@ def read_torch_file(path: Path, *, root: Path | None = None, allow_names: re.Pat
         for r in resolver.used.values()
         if r.crc is not None
     )
-    return TorchFile(value, checks, container.identity)
+    return TorchFile(value, checks, container.identity, container.digest)
 
 
 class _Resolver:

@@ -1,0 +1,259 @@
+"""DeepSpeed's checkpoint folders by their file names: which tag, which ranks, and what other layouts look like.
+
+Source of the names: https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/engine.py
+(`_get_ckpt_name`, `_get_optimizer_ckpt_name`, `_get_expert_ckpt_name`), and for layers of a pipeline
+https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/pipe/module.py (`ckpt_layer_path`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.errors import Refused, UsageError, fold, show
+from converter.files import read_limited
+from converter.sources.survey import file_names
+
+LATEST = "latest"
+MAX_TAG = 200
+# The files of old versions lack the underscore before their last word.
+_MODEL = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,4})_?model_states\.pt", re.ASCII)
+_OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,4})_?optim_states\.pt", re.ASCII)
+_STEP = re.compile(r"\d+", re.ASCII)
+_TRAINER_FOLDER = re.compile(r"(?:checkpoint|step|epoch|iter)[-_]?\d+", re.ASCII)
+
+_OTHER_FILES = (
+    (
+        re.compile(r"layer_\d+-model_\d+-model_states\.pt", re.ASCII),
+        "zero-pipeline",
+        "a pipeline-parallel checkpoint (one file a layer)",
+        "Megatron-DeepSpeed's tools/convert_checkpoint/deepspeed_to_transformers.py",
+    ),
+    (
+        re.compile(
+            r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_.*optim_states\.pt", re.ASCII
+        ),
+        "zero-experts",
+        "a checkpoint with DeepSpeed's own mixture-of-experts layers",
+        "the training script itself: load it with DeepSpeed and save with gathered parameters",
+    ),
+    (
+        re.compile(r"\.metadata|.*\.distcp", re.ASCII),
+        "torch-dcp",
+        "a torch distributed checkpoint",
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch",
+    ),
+)
+_MEGATRON_FOLDER = re.compile(r"mp_rank_\d+(?:_\d+)*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """Shard files of a tag's folder.
+
+    Attributes:
+        whole: the model file that holds for all ranks (stages 0 to 2), if there is one.
+        models: model files by rank (stage 3).
+        optimizers: optimizer files by rank.
+    """
+
+    folder: Path
+    whole: str | None
+    models: dict[int, str]
+    optimizers: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A tag's folder and why it is the one, in words."""
+
+    folder: Path
+    why: str
+
+
+def holds_shards(names: Collection[str]) -> bool:
+    """True where DeepSpeed's model or optimizer files are among these names."""
+    return any(_MODEL.fullmatch(n) or _OPTIMIZER.fullmatch(n) for n in names)
+
+
+def tags_in(root: Path) -> list[Path]:
+    """Folders below `root` that hold shards, by the numbers in their names."""
+    try:
+        folders = [p for p in root.iterdir() if p.is_dir()]
+    except OSError:
+        return []
+    found = [p for p in folders if holds_shards(file_names(p))]
+    return sorted(found, key=lambda p: ([int(n) for n in _STEP.findall(p.name)], p.name))
+
+
+def other_layout(root: Path) -> Refused | None:
+    """The refusal for a layout that this source recognises and does not read."""
+    names = file_names(root)
+    for pattern, code, what, tool in _OTHER_FILES:
+        found = sorted(n for n in names if pattern.fullmatch(n))
+        if found:
+            text = f"this is {what}, which is not read: {fold([show(n) for n in found])}"
+            return Refused(code, text, where=show(root), next=f"convert it with {tool}")
+    try:
+        below = [p for p in root.iterdir() if p.is_dir()]
+    except OSError:
+        return None
+    if any(p.name == "zero" and any((q / "fp32.pt").is_file() for q in _some(p)) for p in below):
+        text = "this is a universal DeepSpeed checkpoint, which is not read"
+        advice = "gather the folder that it was made from (global_step*), or load it with DeepSpeed and save"
+        return Refused("zero-universal", text, where=show(root), next=advice)
+    ranks = [p for p in below if _MEGATRON_FOLDER.fullmatch(p.name) and _is_megatron(file_names(p))]
+    if ranks:
+        text = f"this is a Megatron checkpoint, which is not read: {fold(sorted(p.name for p in ranks))}"
+        advice = "convert it with Megatron-Bridge (AutoBridge.export_ckpt) or Megatron-LM's tools/checkpoint/convert.py"
+        return Refused("megatron", text, where=show(root), next=advice)
+    return None
+
+
+def _some(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())[:16]
+    except OSError:
+        return []
+
+
+def _is_megatron(names: Collection[str]) -> bool:
+    return any(n in names for n in ("model_optim_rng.pt", "model_rng.pt", "distrib_optim.pt"))
+
+
+def find_tag(root: Path, asked: str, tag: str | None = None) -> Tag:
+    """The tag's folder that a user means by it, by its parent (`latest` is obeyed) or by the run's folder.
+
+    Raises:
+        UsageError: several to choose from (`several-checkpoints`), no such tag, or no shards (`no-shards`).
+        Refused: `latest` names a tag that isn't there (`zero-latest`), or a layout that is not read.
+    """
+    if holds_shards(file_names(root)):
+        if tag not in (None, root.name):
+            raise UsageError("no-such-tag", f"this folder is the tag {show(root.name)}, not {show(tag)}", where=asked)
+        return Tag(root, "named by you")
+    if (refusal := other_layout(root)) is not None:
+        raise refusal
+    tags = tags_in(root)
+    if tag is not None:
+        return _asked_tag(root, asked, tag, tags)
+    if (root / LATEST).is_file():
+        return _latest(root, asked, tags)
+    if len(tags) == 1:
+        return Tag(tags[0], "the only one; there is no `latest`")
+    if tags:
+        raise UsageError(
+            "several-checkpoints",
+            f"{len(tags)} tags and no `latest` that says which",
+            where=show(asked),
+            expected=", ".join(show(p.name) for p in tags[-8:]),
+            next=f"rlhf-convert gather {show(asked)} OUT --tag {show(tags[-1].name)}",
+        )
+    return _below(root, asked)
+
+
+def _asked_tag(root: Path, asked: str, tag: str, tags: list[Path]) -> Tag:
+    for folder in tags:
+        if folder.name == tag:
+            return Tag(folder, "asked for with --tag")
+    raise UsageError(
+        "no-such-tag",
+        f"there is no tag {show(tag)} with shards",
+        where=show(asked),
+        expected=", ".join(show(p.name) for p in tags[-8:]) or "a folder with shards",
+    )
+
+
+def _latest(root: Path, asked: str, tags: list[Path]) -> Tag:
+    raw = read_limited(root / LATEST, limit=4096, root=root)
+    name = raw.decode("utf-8", "replace").strip()
+    if not name or len(name) > MAX_TAG or "/" in name or name in (".", ".."):
+        raise Refused("zero-latest", "`latest` names no folder beside it", where=show(root / LATEST), got=show(name))
+    for folder in tags:
+        if folder.name == name:
+            return Tag(folder, "`latest` says so")
+    if (refusal := other_layout(root / name)) is not None:
+        raise refusal
+    have = ", ".join(show(p.name) for p in tags[-8:])
+    raise Refused(
+        "zero-latest",
+        f"`latest` names {show(name)}, and there are no shards of that name",
+        where=show(asked),
+        expected=have or "a folder with shards",
+        next=f"rlhf-convert gather {show(asked)} OUT --tag {show(tags[-1].name)}" if tags else None,
+    )
+
+
+def _below(root: Path, asked: str) -> Tag:
+    """A run's folder: the checkpoints in it have the tags."""
+    try:
+        inside = [p for p in root.iterdir() if p.is_dir() and tags_in(p)]
+    except OSError:
+        inside = []
+    inside.sort(key=lambda p: ([int(n) for n in _STEP.findall(p.name)], p.name))
+    if not inside:
+        raise UsageError(
+            "no-shards",
+            "there are no DeepSpeed shards here",
+            where=show(asked),
+            expected="a folder such as global_step500, its parent, or the run's folder",
+        )
+    if len(inside) > 1:
+        listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in inside[-8:])
+        what = f"a run folder with {len(inside)} checkpoints; name one of them"
+        raise UsageError("several-checkpoints", what, where=show(asked), expected=listed)
+    found = find_tag(inside[0], f"{asked.rstrip('/')}/{inside[0].name}")
+    return Tag(found.folder, f"in {show(inside[0].name)}, the only checkpoint of the run; {found.why}")
+
+
+def rank_files(folder: Path) -> RankFiles:
+    """The shard files of a tag's folder, by rank.
+
+    Raises:
+        Refused: tensor-parallel ranks (`zero-tensor-parallel`), one rank in two files or files of stage 3 among those
+            of another stage (`zero-mixed`), another layout (see `other_layout`).
+    """
+    if (refusal := other_layout(folder)) is not None:
+        raise refusal
+    models: dict[int, str] = {}
+    optimizers: dict[int, str] = {}
+    whole: list[str] = []
+    parallel: list[str] = []
+    for name in sorted(file_names(folder)):
+        for pattern, found in ((_MODEL, models), (_OPTIMIZER, optimizers)):
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            if int(match[2]) != 0:
+                parallel.append(name)
+            elif match[1] is None:
+                whole.append(name)
+            elif int(match[1]) in found:
+                text = f"{show(name)} and {show(found[int(match[1])])} are of one rank: two runs saved into this folder"
+                raise Refused("zero-mixed", text, where=show(folder))
+            else:
+                found[int(match[1])] = name
+    if parallel:
+        raise Refused(
+            "zero-tensor-parallel",
+            f"the model was split over tensor-parallel ranks: {fold(parallel)}",
+            where=show(folder),
+            next="load it with DeepSpeed and save it gathered (engine.save_16bit_model), or make it universal with "
+            "ds_to_universal.py",
+        )
+    if whole and models:
+        text = f"{show(whole[0])} is of stages 0 to 2, {fold(models.values())} of stage 3: two runs saved into it"
+        raise Refused("zero-mixed", text, where=show(folder))
+    return RankFiles(
+        folder, whole[0] if whole else None, dict(sorted(models.items())), dict(sorted(optimizers.items()))
+    )
+
+
+def run_folders(tag_folder: Path) -> list[Path]:
+    """Where config and tokenizer may lie: beside the shards, above them, and above a trainer's `checkpoint-N`."""
+    folders = [tag_folder, tag_folder.parent]
+    if _TRAINER_FOLDER.fullmatch(tag_folder.parent.name):
+        folders.append(tag_folder.parent.parent)
+    return folders
