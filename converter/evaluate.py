@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any, assert_never
 from converter import kernel_specs
 from converter.dtypes import DType, TensorInfo
 from converter.errors import Refused, show
+from converter.measures import Measures
 from converter.reading import InputFiles
 from converter.tensors import Apply, Cast, Concat, Filled, LazyTensor, Narrow, Reshape, Stored, Strided
 
 if TYPE_CHECKING:
     import torch
-
-Measures = dict[str, float]
-"""Numbers that a kernel reports of the rows it computed; those of a tensor's chunks are added up."""
 
 
 @cache

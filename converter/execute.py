@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 
 from converter.check import check_written
 from converter.errors import Refused, VerificationFailed, show
-from converter.evaluate import Measures
+from converter.measures import Measures, with_ratios
 from converter.plan import RECEIPT_FILE, Plan, ShardPlan
 from converter.preflight import check_space, check_target, memory_limit
 from converter.reading import InputFiles
@@ -212,14 +211,9 @@ def receipt_content(plan: Plan, measures: Mapping[str, Measures], *, verified: b
         **plan.provenance,
         "counts": plan.counts,
         "dropped": dict(plan.dropped),
-        "tensors": {name: _strict(m) for name, m in sorted(measures.items())},
+        "tensors": {name: with_ratios(m) for name, m in sorted(measures.items())},
         "verified": verified,
     }
-
-
-def _strict(measures: Measures) -> dict[str, float | None]:
-    """JSON has no word for infinity and NaN."""
-    return {key: value if math.isfinite(value) else None for key, value in sorted(measures.items())}
 
 
 def _write_side_files(plan: Plan, stage: Stage, files: InputFiles, receipt: Mapping[str, Any]) -> None:

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from converter.dtypes import DType
 from converter.kernel_specs import accumulates_wide
-
-Measures = dict[str, float]
+from converter.measures import Measures
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import ConvertError, Refused, fold, show
+from converter.measures import has_update, relative_size, surviving_share
 from converter.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -192,12 +192,13 @@ def update_lines(measures: Mapping[str, Mapping[str, float]], plan: Plan) -> lis
     found = _measured(measures)
     if not found:
         return []
-    worst = min(found, key=lambda n: _survival([found[n]]))
+    worst = min(found, key=lambda n: surviving_share([found[n]]))
     dtypes = {e.name: dtype_word(e.tensor.info.dtype) for e in plan.entries if e.name in found}
     stored = " and ".join(sorted(set(dtypes.values())))
     everything = list(found.values())
-    summary = f"{_percent(_survival(everything))} survives {stored}; size {_percent(_size(everything))} of the weights"
-    return [line("update", f"{summary}; worst {_percent(_survival([found[worst]]))}: {show(_module(worst))}")]
+    summary = f"{_percent(surviving_share(everything))} survives {stored}"
+    summary += f"; size {_percent(relative_size(everything))} of the weights"
+    return [line("update", f"{summary}; worst {_percent(surviving_share([found[worst]]))}: {show(_module(worst))}")]
 
 
 def by_projection(measures: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -205,12 +206,13 @@ def by_projection(measures: Mapping[str, Mapping[str, float]]) -> list[str]:
     groups: dict[str, list[Mapping[str, float]]] = {}
     for name, measured in _measured(measures).items():
         groups.setdefault(_module(name).rpartition(".")[2], []).append(measured)
-    ordered = sorted(groups.items(), key=lambda g: _survival(g[1]))
+    ordered = sorted(groups.items(), key=lambda g: surviving_share(g[1]))
     width = max((len(show(n)) for n, _ in ordered), default=0)
     return [
         line(
             "",
-            f"{show(n):<{width}}  {_percent(_survival(m)):>8} survives  size {_percent(_size(m)):>8}  {len(m)} tensors",
+            f"{show(n):<{width}}  {_percent(surviving_share(m)):>8} survives  "
+            f"size {_percent(relative_size(m)):>8}  {len(m)} tensors",
         )
         for n, m in ordered
     ]
@@ -218,21 +220,11 @@ def by_projection(measures: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def _measured(measures: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
     """Tensors with an update that has a size: neither none nor one that is not finite."""
-    keys = ("base", "update", "effective")
-    return {n: m for n, m in measures.items() if m.get("update", 0) > 0 and all(math.isfinite(m[k]) for k in keys)}
+    return {n: m for n, m in measures.items() if has_update(m)}
 
 
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
-
-
-def _survival(measured: Sequence[Mapping[str, float]]) -> float:
-    return sum(m["effective"] for m in measured) / sum(m["update"] for m in measured)
-
-
-def _size(measured: Sequence[Mapping[str, float]]) -> float:
-    base = sum(m["base"] for m in measured)
-    return math.sqrt(sum(m["update"] for m in measured) / base) if base else math.inf
 
 
 def _percent(share: float) -> str:

@@ -19,7 +19,8 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from converter.copying import copy_run, write_all
-from converter.evaluate import Evaluator, Measures, shared_nodes
+from converter.evaluate import Evaluator, shared_nodes
+from converter.measures import Measures
 from converter.plan import Entry, ShardPlan, chunk_cost
 from converter.reading import InputFiles
 from converter.stage import FILE_MODE, Stage, fsync_folder

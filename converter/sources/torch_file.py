@@ -156,7 +156,8 @@ class _Resolver:
         """Subclasses of Tensor: the function and arguments of the tensor they wrap."""
         function, kind, args = item.args[0], item.args[1], item.args[2]
         if isinstance(args, tuple):
-            return self.resolve(Built(function, args), depth + 1)
+            # Not through `resolve`, which remembers values by identity: this one does not outlive the call.
+            return self._built(Built(function, args), depth + 1)
         return Opaque(getattr(kind, "path", ""), (), None)
 
     def _mapping(self, item: Built, depth: int) -> dict[Any, Any]:

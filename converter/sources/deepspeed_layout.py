@@ -1,0 +1,207 @@
+"""From DeepSpeed's flat partitions back to parameters: which elements of which rank's file make up which tensor.
+
+Stages 1 and 2: the parameters of an optimizer group are laid end to end in the order of `param_shapes` (the round-robin
+order, where that was on), each but the last followed by its alignment padding, and the whole is cut into one stretch a
+rank. Stage 3: every parameter is cut by itself, ceil(numel / ranks) elements a rank; a rank lays its pieces end to end,
+sub-group after sub-group.
+
+Source: https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/zero/stage_1_and_2.py and stage3.py;
+`param_slice_mappings` is not used: it is wrong under round robin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from converter import tensors
+from converter.dtypes import TensorInfo
+from converter.sources.deepspeed_state import BF16_OPTIMIZER, Shards, all_optimizers, shapes, tensor_list
+from converter.tensors import Filled, LazyTensor
+
+State = Literal["master", "exp_avg", "exp_avg_sq"]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def trained_shapes(shards: Shards) -> list[Shapes]:
+    """Shapes of the trained parameters, one mapping for each optimizer group (stage 3: sub-group), in flat order."""
+    value = shards.model().get("param_shapes")
+    file = shards.model_file()
+    groups = value if isinstance(value, list) else [value] if isinstance(value, dict) else None
+    if groups is None:
+        raise shards.refuse("zero-malformed", "the model file has no param_shapes", file=file)
+    found = [shapes(shards, g, file) for g in groups]
+    names = [n for g in found for n in g]
+    if len(set(names)) != len(names):
+        raise shards.refuse("zero-malformed", "param_shapes names a parameter twice", file=file)
+    return found
+
+
+def trained_tensors(shards: Shards, state: State = "master") -> dict[str, LazyTensor]:
+    """Every trained parameter's fp32 master, or one of its Adam moments, by name.
+
+    Raises:
+        Refused: files are missing or mixed, or sizes contradict each other (`zero-sizes`).
+    """
+    if shards.stage == 0:
+        raise shards.refuse("zero-no-masters", "without ZeRO the optimizer's states are not stored by name")
+    states = all_optimizers(shards)
+    return _stage_3(shards, states, state) if shards.stage == 3 else _stage_1_2(shards, states, state)
+
+
+def _stage_1_2(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State) -> dict[str, LazyTensor]:
+    groups = trained_shapes(shards)
+    parts = [_flat_parts(shards, rank, found, state) for rank, found in enumerate(states)]
+    paddings = states[0].get("param_alignment_paddings")
+    found: dict[str, LazyTensor] = {}
+    for index, group in enumerate(groups):
+        if any(len(p) != len(groups) for p in parts):
+            raise shards.refuse(
+                "zero-sizes", f"param_shapes has {len(groups)} groups, an optimizer file has another number"
+            )
+        flat = tensors.concat([p[index] for p in parts], 0)
+        gaps = _gaps(shards, paddings, index, len(group))
+        needed = sum(math.prod(s) for s in group.values()) + sum(gaps)
+        length = flat.info.numel
+        padded = math.ceil(needed / (2 * shards.ranks)) * 2 * shards.ranks
+        is_lean = state == "master" and shards.optimizer != BF16_OPTIMIZER
+        if length not in ((needed,) if is_lean else (needed, padded)):
+            raise shards.refuse(
+                "zero-sizes",
+                f"group {index} has {needed} elements by param_shapes, and the optimizer files hold {length}: they are "
+                "not of one checkpoint, or in a layout that is not known",
+            )
+        offset = 0
+        for (name, shape), gap in zip(group.items(), gaps, strict=True):
+            count = math.prod(shape)
+            found[name] = _whole([tensors.narrow(flat, 0, offset, count)], shape, flat.info)
+            offset += count + gap
+    return found
+
+
+def _gaps(shards: Shards, paddings: Any, index: int, count: int) -> list[int]:
+    """Elements of padding after each parameter of a group (since 0.19.8)."""
+    if paddings is None:
+        return [0] * count
+    own = paddings[index] if isinstance(paddings, list) and index < len(paddings) else None
+    if not isinstance(own, list) or len(own) != count or not all(type(n) is int and 0 <= n < 64 for n in own):
+        raise shards.refuse("zero-malformed", "param_alignment_paddings does not fit param_shapes")
+    return own
+
+
+def _flat_parts(shards: Shards, rank: int, found: Mapping[Any, Any], state: State) -> list[LazyTensor]:
+    """One rank's stretch of each group."""
+    file = shards.files.optimizers[rank]
+    if state == "master":
+        return tensor_list(
+            shards, found.get("single_partition_of_fp32_groups"), "single_partition_of_fp32_groups", file
+        )
+    base = found.get("base_optimizer_state")
+    if isinstance(base, dict):  # rigid: torch's own state, by parameter number
+        base = _by_number(base)
+    values = [s.get(state) for s in base] if isinstance(base, list) and all(isinstance(s, dict) for s in base) else None
+    return tensor_list(shards, values, state, file)
+
+
+def _by_number(base: Mapping[Any, Any]) -> list[Any] | None:
+    """States of torch's state_dict in the order of its parameter groups."""
+    state, groups = base.get("state"), base.get("param_groups")
+    if not isinstance(state, dict) or not isinstance(groups, list):
+        return None
+    numbers = [n for g in groups if isinstance(g, dict) and isinstance(g.get("params"), list) for n in g["params"]]
+    return [state.get(n) for n in numbers if not isinstance(n, list | dict)]
+
+
+def _stage_3(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State) -> dict[str, LazyTensor]:
+    groups = trained_shapes(shards)
+    flats = []
+    for rank, found in enumerate(states):
+        parts = _sub_groups(shards, rank, found, state)
+        sizes = [sum(_share(math.prod(s), shards.ranks) for s in g.values()) for g in groups]
+        if sum(sizes) != sum(p.info.numel for p in parts):
+            raise shards.refuse(
+                "zero-sizes",
+                f"a rank's share is {sum(sizes)} elements by param_shapes, and the file holds "
+                f"{sum(p.info.numel for p in parts)}: it is not of this checkpoint, or in a layout that is not known",
+                file=shards.files.optimizers[rank],
+            )
+        flats.append(tensors.concat(parts, 0) if parts else None)
+    found_tensors: dict[str, LazyTensor] = {}
+    offset = 0
+    for group in groups:
+        for name, shape in group.items():
+            count = math.prod(shape)
+            share = _share(count, shards.ranks)
+            pieces = [
+                tensors.narrow(flat, 0, offset, min(share, count - rank * share))
+                for rank, flat in enumerate(flats)
+                if flat is not None and rank * share < count
+            ]
+            assert pieces or not count
+            first = next((f.info for f in flats if f is not None), None)
+            assert first is not None
+            found_tensors[name] = _whole(pieces, shape, first)
+            offset += share
+    return found_tensors
+
+
+def _sub_groups(shards: Shards, rank: int, found: Mapping[Any, Any], state: State) -> list[LazyTensor]:
+    file = shards.files.optimizers[rank]
+    masters = tensor_list(shards, found.get("fp32_flat_groups"), "fp32_flat_groups", file)
+    if state == "master":
+        return masters
+    inner = found.get("optimizer_state_dict")
+    base = inner.get("state") if isinstance(inner, dict) else None
+    own = [base.get(i) for i in range(len(masters))] if isinstance(base, dict) else []
+    values = [s.get(state) if isinstance(s, dict) else None for s in own]
+    return tensor_list(shards, values, state, file)
+
+
+def frozen_tensors(shards: Shards) -> dict[str, LazyTensor]:
+    """Frozen parameters that the model files keep (stages 2 and 3), by name.
+
+    Raises:
+        Refused: a fragment doesn't fit its shape (`zero-sizes`).
+    """
+    file = shards.model_file()
+    value = shards.model().get("frozen_param_shapes")
+    if not value:
+        return {}
+    found: dict[str, LazyTensor] = {}
+    for name, shape in shapes(shards, value, file).items():
+        count = math.prod(shape)
+        share = _share(count, shards.ranks)
+        pieces: list[LazyTensor] = []
+        for rank in range(shards.ranks if shards.stage == 3 else 1):
+            length = min(share, count - rank * share) if shards.stage == 3 else count
+            fragments = shards.model(rank).get("frozen_param_fragments") if count else None
+            fragment = fragments.get(name) if isinstance(fragments, dict) else None
+            if length <= 0:
+                continue
+            if not isinstance(fragment, LazyTensor) or fragment.info.numel < length:
+                text = f"the frozen parameter {name!r} {list(shape)} has no fragment of {length} elements"
+                raise shards.refuse("zero-sizes", text, file=shards.model_file(rank))
+            flat = tensors.reshape(fragment, (fragment.info.numel,))
+            pieces.append(tensors.narrow(flat, 0, 0, length))
+        like = pieces[0].info if pieces else _placeholder_info(shards, name)
+        if like is not None:
+            found[name] = _whole(pieces, shape, like)
+    return found
+
+
+def _placeholder_info(shards: Shards, name: str) -> TensorInfo | None:
+    module = shards.model().get("module")
+    held = module.get(name) if isinstance(module, dict) else None
+    return held.info if isinstance(held, LazyTensor) else None
+
+
+def _share(count: int, ranks: int) -> int:
+    return -(-count // ranks)
+
+
+def _whole(pieces: Sequence[LazyTensor], shape: tuple[int, ...], like: TensorInfo) -> LazyTensor:
+    """Flat pieces as one tensor of a shape."""
+    if math.prod(shape) == 0:
+        return Filled(TensorInfo(like.dtype, shape), 0)
+    return tensors.reshape(tensors.concat(list(pieces), 0), shape)
