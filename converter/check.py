@@ -8,12 +8,12 @@ from pathlib import Path
 
 from converter.checkpoint import SideFile
 from converter.errors import VerificationFailed, show
-from converter.evaluate import Evaluator
+from converter.evaluate import Evaluator, as_bytes
 from converter.plan import Entry, Plan, ShardPlan
 from converter.reading import InputFiles
 from converter.safetensors_io import read_header
 from converter.tensors import rows
-from converter.writing import chunk_extents, raw_bytes
+from converter.writing import chunk_extents
 
 SAMPLES = 24
 """Pieces of the output that are compared with what they should be."""
@@ -85,7 +85,7 @@ def _check_piece(path: Path, entry: Entry, digest: int, files: InputFiles) -> No
         start, stop = chunks[digest % len(chunks)]
         shape = entry.tensor.info.shape
         piece = entry.tensor if not shape or stop - start == shape[0] else rows(entry.tensor, start, stop)
-        expected = raw_bytes(Evaluator(files).evaluate(piece, {}))
+        expected = as_bytes(Evaluator(files).evaluate(piece, {}))
         offset, _ = chunk_extents(entry)[digest % len(chunks)]
     if not _is_on_disk(path, offset, expected):
         raise _failed(path, f"{show(entry.name)} on disk differs from what was computed")

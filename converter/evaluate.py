@@ -105,9 +105,17 @@ class Evaluator:
         dtype = torch_dtype(info.dtype)
         if info.numel == 0:
             return torch.empty(info.shape, dtype=dtype)
-        buffer = bytearray(info.nbytes)
-        self.files.read_into(file, offset, buffer)
-        return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        self.files.read_into(file, offset, as_bytes(buffer))
+        return buffer.view(dtype).reshape(info.shape)
+
+
+def as_bytes(value: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor, element by element as it is stored."""
+    import torch
+
+    buffer: Any = value.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(buffer)
 
 
 def _expect(value: torch.Tensor, x: Apply) -> None:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from converter.allocator import keep_freed_memory
 from converter.check import check_written
 from converter.errors import Refused, VerificationFailed, show
 from converter.measures import Measures, with_ratios
 from converter.plan import RECEIPT_FILE, Plan, ShardPlan
 from converter.preflight import check_space, check_target, memory_limit
 from converter.reading import InputFiles
+from converter.record_checks import compare_records
 from converter.stage import Stage, fsync_folder, make_folders, write_durably
 from converter.writing import ShardWriter, is_still_there
 
@@ -102,6 +104,7 @@ def write(
             _refuse_new_nonfinite(measures, stage)
             if accept is not None:
                 _accept(accept, measures, stage)
+            compare_records(plan.checks, files, jobs)
             content = receipt_content(plan, measures, verified=verify)
             _write_side_files(plan, stage, files, content)
             files.check_unchanged()
@@ -124,7 +127,7 @@ def write(
 
 def _is_worth_keeping(stage: Stage, error: BaseException) -> bool:
     """Whether the same call can go on from what is in the stage: not once an input is another one."""
-    if isinstance(error, Refused) and error.code in ("input-changed", "input-cut", "input-missing"):
+    if isinstance(error, Refused) and error.code in ("input-changed", "input-cut", "input-missing", "input-corrupt"):
         return False
     return stage.is_ours if isinstance(error, KeyboardInterrupt | VerificationFailed) else stage.has_work
 
@@ -151,6 +154,7 @@ def _one_thread_each(plan: Plan) -> Iterator[None]:
         return
     import torch
 
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -61,8 +61,7 @@ def lora_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor,
 
     def delta(f: _Factors) -> Tensor:
         product = f.b @ f.a
-        update: Tensor = (product.T if transposed else product) * f.scale
-        return update
+        return (product.T if transposed else product).mul_(f.scale)
 
     def norm(weight: Tensor) -> Tensor:
         norms: Tensor = torch.linalg.norm(weight.T if transposed else weight, dim=1)
@@ -106,26 +105,30 @@ def _merge(
     weight = inputs[0]
     adapters = _adapters(inputs[1:], params, accumulate)
     if params["numerics"] == "peft":
-        merged, exact = _merge_in_turn(
-            weight.to(out_dtype), adapters, bool(params.get("delta_rounded")), delta, norm, along
-        )
-    else:
-        exact = _merge_exactly(weight.to(accumulate), adapters, delta, norm, along)
-        merged = exact.to(out_dtype)
-    return merged, _measure(weight, exact, merged, inputs)
+        rounded = bool(params.get("delta_rounded"))
+        merged, exact = _merge_in_turn(weight.to(out_dtype), adapters, rounded, delta, norm, along)
+        base = weight.to(exact.dtype)
+        return merged, _measure(base, exact - base, merged, inputs)
+    base = weight.to(accumulate)
+    exact, update = _merge_exactly(base, adapters, delta, norm, along)
+    merged = exact.to(out_dtype)
+    return merged, _measure(base, update, merged, inputs)
 
 
-def _merge_exactly(weight: Tensor, adapters: list[_Factors], delta: Any, norm: Any, along: Any) -> Tensor:
-    """All updates in the accumulation dtype; DoRA rescales what stands before it, by the norm over the unmerged W."""
-    merged = weight
+def _merge_exactly(base: Tensor, adapters: list[_Factors], delta: Any, norm: Any, along: Any) -> tuple[Tensor, Tensor]:
+    """All updates in the accumulation dtype, and their sum; DoRA rescales what stands before it, by the norm over W."""
+    if len(adapters) == 1 and adapters[0].magnitude is None:
+        update = delta(adapters[0])
+        return base + update, update
+    merged = base
     for f in adapters:
         update = delta(f)
         if f.magnitude is not None:
-            factor = along(f.magnitude.flatten() / norm(weight + update).flatten())
+            factor = along(f.magnitude.flatten() / norm(base + update).flatten())
             merged = factor * (merged + update)
         else:
             merged = merged + update
-    return merged
+    return merged, merged - base
 
 
 def _merge_in_turn(
@@ -162,23 +165,21 @@ def _merge_in_turn(
     return merged, exact
 
 
-def _measure(weight: Tensor, exact: Tensor, merged: Tensor, inputs: list[Tensor]) -> Measures:
+def _measure(base: Tensor, update: Tensor, merged: Tensor, inputs: list[Tensor]) -> Measures:
     """Norms of base and update, and how much of the update survived the rounding. The finite check rides along:
     a value that is not finite makes `update` or `effective` not finite, and only then is it counted exactly.
     """
-    wide = exact.dtype
-    base = weight.to(wide).flatten()
-    update = exact.flatten() - base
-    rounded = merged.to(wide).flatten()
-    effective = rounded - base if merged.dtype is wide else rounded.sub_(base)
+    wide = merged.to(base.dtype)
+    effective = (wide - base if wide is merged else wide.sub_(base)).flatten()
+    flat_base, flat_update = base.flatten(), update.flatten()
     measures = {
-        "base": float(torch.dot(base, base)),
-        "update": float(torch.dot(update, update)),
-        "effective": float(torch.dot(effective, update)),
-        "elements": float(weight.numel()),
+        "base": float(torch.dot(flat_base, flat_base)),
+        "update": float(torch.dot(flat_update, flat_update)),
+        "effective": float(torch.dot(effective, flat_update)),
+        "elements": float(base.numel()),
     }
     if not all(map(_is_finite, measures.values())):
-        measures |= _count_nonfinite(weight, merged, inputs)
+        measures |= _count_nonfinite(inputs[0], merged, inputs)
     return measures
 
 
@@ -204,7 +205,8 @@ def bias_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor,
         exact = merged + bias.to(accumulate) * float(scale)
         merged = exact if params["numerics"] == "best" else exact.to(out_dtype)
     merged = merged.to(out_dtype)
-    return merged, _measure(inputs[0], exact, merged, inputs)
+    base = inputs[0].to(exact.dtype)
+    return merged, _measure(base, exact - base, merged, inputs)
 
 
 def residual_base(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:

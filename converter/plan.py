@@ -9,13 +9,13 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from converter import kernel_specs
-from converter.checkpoint import Checkpoint, SideFile
+from converter.checkpoint import Checkpoint, RecordCheck, SideFile
 from converter.context import Context
 from converter.errors import Refused, fold
 from converter.files import Identity
@@ -27,8 +27,8 @@ from converter.tensors import Apply, Cast, Filled, LazyTensor, Narrow, Strided, 
 PLAN_VERSION = 1
 """Raised whenever the same inputs may give another plan or other bytes; part of the fingerprint."""
 
-CHUNK_ELEMENTS = 1 << 19
-"""Elements of a row chunk, about: 2 MiB in fp32, so that one chunk's accumulator and delta stay in the L2 cache."""
+CHUNK_ELEMENTS = 1 << 18
+"""Elements of a row chunk, about: 1 MiB in fp32, so that accumulator and delta stay in a core's L2 cache."""
 
 ROW_MULTIPLE = 64
 """Chunk heights are multiples of this; other heights change the bits of fp32 matrix products (measured, torch 2.13)."""
@@ -41,6 +41,11 @@ PAGE = 4096
 
 Layout = Literal["auto", "preserve", "pack"]
 CONFIG_FILE = "config.json"
+WEIGHTS_STEM = "model"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_STEM = "adapter_model"
+"""PEFT reads one file of this name, whatever its size."""
+
 RECEIPT_FILE = "rlhf-convert.json"
 
 
@@ -94,6 +99,7 @@ class Plan:
         dropped: tensors left out on request, with the reason.
         provenance: what made this plan (recipe, inputs by name, notes, consents): JSON values, no absolute path.
         evidence: what was read of values while planning.
+        checks: checksums of the stretches of the inputs that are read; compared before anything is published.
     """
 
     shards: tuple[ShardPlan, ...]
@@ -102,6 +108,7 @@ class Plan:
     dropped: Mapping[str, str]
     provenance: Mapping[str, Any]
     evidence: tuple[str, ...] = ()
+    checks: tuple[RecordCheck, ...] = ()
 
     @property
     def entries(self) -> list[Entry]:
@@ -143,6 +150,7 @@ class Plan:
             "dropped": dict(self.dropped),
             "provenance": dict(self.provenance),
             "evidence": list(self.evidence),
+            "checks": [[c.file, c.offset, c.length, c.crc] for c in self.checks],
         }
 
     @classmethod
@@ -161,6 +169,7 @@ class Plan:
             obj["dropped"],
             obj["provenance"],
             tuple(obj["evidence"]),
+            tuple(RecordCheck(*c) for c in obj["checks"]),
         )
 
 
@@ -235,15 +244,20 @@ def make_plan(
     """
     if not checkpoint.tensors:
         raise Refused("no-tensors", "there is no tensor to write", where=checkpoint.origin.asked)
+    adapter = is_adapter(checkpoint)
     keep = layout == "preserve" or (layout == "auto" and max_shard_size is None and bool(checkpoint.shards))
     limit = max_shard_size or DEFAULT_MAX_SHARD_SIZE
     groups = _preserved(checkpoint, max_shard_size) if keep else _packed(list(checkpoint.tensors), checkpoint, limit)
+    if adapter:
+        groups = [list(checkpoint.tensors)]
     count = len(groups)
+    stem = ADAPTER_STEM if adapter else WEIGHTS_STEM
     shards = tuple(
-        _lay_out(_shard_name(i, count), [(n, checkpoint.tensors[n]) for n in names], checkpoint.metadata, keep)
+        _lay_out(_shard_name(stem, i, count), [(n, checkpoint.tensors[n]) for n in names], checkpoint.metadata, keep)
         for i, names in enumerate(groups, 1)
     )
-    files = dict(checkpoint.side_files) | {CONFIG_FILE: SideFile(content=config_content(checkpoint))}
+    config_file = ADAPTER_CONFIG_FILE if adapter else CONFIG_FILE
+    files = dict(checkpoint.side_files) | {config_file: SideFile(content=config_content(checkpoint))}
     if count > 1:
         weight_map = {e.name: s.file for s in shards for e in s.entries}
         files[f"{WEIGHTS_STEM}.safetensors.index.json"] = SideFile(
@@ -251,10 +265,13 @@ def make_plan(
         )
     made_by = dict(provenance or {})
     made_by |= {"consents": dict(context.consents), "notes": [[n.severity, n.code, n.text] for n in context.notes]}
-    return Plan(shards, files, checkpoint.inputs, checkpoint.dropped, made_by, tuple(context.evidence))
+    checks = _checks_of(shards, checkpoint.checks)
+    return Plan(shards, files, checkpoint.inputs, checkpoint.dropped, made_by, tuple(context.evidence), checks)
 
 
-WEIGHTS_STEM = "model"
+def is_adapter(checkpoint: Checkpoint) -> bool:
+    """True where the files get the names that PEFT looks for."""
+    return checkpoint.origin.kind == "adapter"
 
 
 def config_content(checkpoint: Checkpoint) -> bytes:
@@ -264,8 +281,8 @@ def config_content(checkpoint: Checkpoint) -> bytes:
     return (json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _shard_name(number: int, count: int) -> str:
-    return f"{WEIGHTS_STEM}.safetensors" if count == 1 else f"{WEIGHTS_STEM}-{number:05d}-of-{count:05d}.safetensors"
+def _shard_name(stem: str, number: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _packed(names: Sequence[str], checkpoint: Checkpoint, limit: int) -> list[list[str]]:
@@ -344,16 +361,30 @@ def chunk_cost(tensor: LazyTensor) -> int:
             return tensor.info.nbytes + max((leaf.info.nbytes for leaf in leaves(tensor)), default=0)
 
 
-def unaccounted(inputs: Sequence[Checkpoint], output: Checkpoint) -> str | None:
-    """Tensors of the inputs that are neither read by the output nor dropped by a step, folded; or None."""
+def _checks_of(shards: Sequence[ShardPlan], checks: Sequence[RecordCheck]) -> tuple[RecordCheck, ...]:
+    """The checks of which any byte is read."""
+    if not checks:
+        return ()
+    used = _spans(e.tensor for s in shards for e in s.entries)
+    return tuple(c for c in dict.fromkeys(checks) if _touches(ByteRun(c.file, c.offset, c.length), used))
+
+
+def _spans(tensors: Iterable[LazyTensor]) -> dict[str, list[tuple[int, int]]]:
+    """Stretches of each file that tensors read."""
     used: dict[str, list[tuple[int, int]]] = {}
-    for tensor in output.tensors.values():
+    for tensor in tensors:
         for run in reads(tensor):
             used.setdefault(run.file, []).append((run.offset, run.offset + run.length))
-    merged = {file: _union(spans) for file, spans in used.items()}
+    return {file: _union(spans) for file, spans in used.items()}
+
+
+def unaccounted(inputs: Sequence[Checkpoint], output: Checkpoint) -> str | None:
+    """Tensors of the inputs that are neither read by the output nor dropped by a step, folded; or None."""
+    merged = _spans(output.tensors.values())
     lost = [
         name
         for given in inputs
+        if given.origin.path not in output.set_aside
         for name, tensor in given.tensors.items()
         if tensor.info.numel and name not in output.dropped and not any(_touches(run, merged) for run in reads(tensor))
     ]

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from converter.copying import copy_run, write_all
-from converter.evaluate import Evaluator, shared_nodes
+from converter.evaluate import Evaluator, as_bytes, shared_nodes
 from converter.measures import Measures
 from converter.plan import Entry, ShardPlan, chunk_cost
 from converter.reading import InputFiles
@@ -198,7 +198,7 @@ class ShardWriter:
                 for node in job.evaluator.keep:
                     job.evaluator.evaluate(node, {})
             measures: Measures = {}
-            data = raw_bytes(job.evaluator.evaluate(tensor, measures))
+            data = as_bytes(job.evaluator.evaluate(tensor, measures))
             offset, length = chunk_extents(entry)[piece.index]
             assert length == len(data), entry.name
             write_all(piece.shard.fd, data, offset)
@@ -294,12 +294,6 @@ def _reserve(fd: int, size: int) -> None:
             raise
         os.ftruncate(fd, size)
 
-
-def raw_bytes(value: Any) -> memoryview:
-    """The bytes of a contiguous torch tensor, not copied."""
-    import torch
-
-    return memoryview(value.reshape(-1).view(torch.uint8).numpy())
 
 
 def chunk_extents(entry: Entry) -> list[tuple[int, int]]:

@@ -1,0 +1,47 @@
+"""Checksums that a container records of its tensors' bytes, compared before anything is published."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from converter.checkpoint import RecordCheck
+from converter.errors import Refused, show
+from converter.reading import InputFiles
+
+BLOCK = 1 << 22
+"""Bytes that each thread holds."""
+
+
+def compare_records(checks: Sequence[RecordCheck], files: InputFiles, jobs: int) -> None:
+    """Read every record that the run used and compare its CRC-32.
+
+    Raises:
+        Refused: one differs (`input-corrupt`); names the file.
+    """
+    if not checks:
+        return
+    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="checksum") as pool:
+        for check, found in zip(checks, pool.map(lambda c: _checksum(c, files), checks), strict=True):
+            if found != check.crc:
+                raise Refused(
+                    "input-corrupt",
+                    f"bytes {check.offset} to {check.offset + check.length} fail the checksum that the file records of "
+                    "them: the disk or a copy damaged it; nothing was published",
+                    where=show(check.file),
+                    expected=f"CRC-32 {check.crc:08x}",
+                    got=f"{found:08x}",
+                    next="copy the file again from where it was written",
+                )
+
+
+def _checksum(check: RecordCheck, files: InputFiles) -> int:
+    buffer = bytearray(min(BLOCK, check.length))
+    checksum, at = 0, 0
+    while at < check.length:
+        view = memoryview(buffer)[: min(BLOCK, check.length - at)]
+        files.read_into(check.file, check.offset + at, view)
+        checksum = zlib.crc32(view, checksum)
+        at += len(view)
+    return checksum
