@@ -13,7 +13,6 @@ from converter.plan import Entry, Plan, ShardPlan
 from converter.reading import InputFiles
 from converter.safetensors_io import read_header
 from converter.tensors import rows
-from converter.writing import chunk_extents
 
 SAMPLES = 24
 """Pieces of the output that are compared with what they should be."""
@@ -86,7 +85,7 @@ def _check_piece(path: Path, entry: Entry, digest: int, files: InputFiles) -> No
         shape = entry.tensor.info.shape
         piece = entry.tensor if not shape or stop - start == shape[0] else rows(entry.tensor, start, stop)
         expected = as_bytes(Evaluator(files).evaluate(piece, {}))
-        offset, _ = chunk_extents(entry)[digest % len(chunks)]
+        offset, _ = entry.extents[digest % len(chunks)]
     if not _is_on_disk(path, offset, expected):
         raise _failed(path, f"{show(entry.name)} on disk differs from what was computed")
 
@@ -97,7 +96,8 @@ def _is_on_disk(path: Path, offset: int, expected: memoryview) -> bool:
         # From the disk, not from the memory of having written it.
         os.posix_fadvise(fd, offset, len(expected), os.POSIX_FADV_DONTNEED)
         for at in range(0, len(expected), COPY_SAMPLE):
-            wanted = expected[at : at + COPY_SAMPLE]
+            # As bytes: two of those are compared at once, a view element by element.
+            wanted = bytes(expected[at : at + COPY_SAMPLE])
             if os.pread(fd, len(wanted), offset + at) != wanted:
                 return False
     finally:

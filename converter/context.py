@@ -16,7 +16,7 @@ from typing import Literal
 from converter.errors import Refused, fold
 from converter.files import open_input, read_exact
 from converter.tensor_bytes import ByteRun, byte_runs, describe
-from converter.tensors import LazyTensor
+from converter.tensors import Cast, LazyTensor
 
 MAX_READ = 1 << 20
 """Bytes that a converter may read of one tensor; more is refused, so that planning stays a matter of headers."""
@@ -82,8 +82,13 @@ class Context:
 
     def is_zero(self, tensor: LazyTensor) -> bool:
         """True where every element is zero (of either sign), streamed; stops at the first other byte."""
-        width = tensor.info.dtype.bits // 8 if tensor.info.dtype.is_float and tensor.info.dtype.bits % 8 == 0 else 0
-        zero = all(_only_zeros(block, width) for block in _blocks(_runs(tensor)))
+        stored = tensor
+        while isinstance(stored, Cast) and stored.source.info.dtype.is_float:
+            # A float that isn't zero stays so when rounded, but for the tiniest: those count as not zero.
+            stored = stored.source
+        dtype = stored.info.dtype
+        width = dtype.bits // 8 if dtype.is_float and dtype.bits % 8 == 0 else 0
+        zero = all(_only_zeros(block, width) for block in _blocks(_runs(stored)))
         self.evidence.append(f"{describe(tensor)} is {'zero' if zero else 'not zero'}")
         return zero
 

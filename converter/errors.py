@@ -117,6 +117,7 @@ def fold(names: Iterable[str], most: int = 3) -> str:
     """Names that differ in a number only, shown as one: `layers.{0..27}.mlp.up_proj`; at most `most` patterns."""
     patterns: dict[str, list[list[str]]] = {}
     for name in names:
+        name = name.replace("\0", "\\x00")  # which stands for a number below
         patterns.setdefault(_NUMBER.sub("\0", name), []).append(_NUMBER.findall(name))
     shown = [_folded(pattern, numbers) for pattern, numbers in list(patterns.items())[:most]]
     rest = len(patterns) - len(shown)

@@ -6,18 +6,18 @@ written. What may change between two runs of the same work (`--jobs`, `--memory`
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from converter import kernel_specs
+from converter.accounting import checks_of
 from converter.checkpoint import Checkpoint, RecordCheck, SideFile
 from converter.context import Context
-from converter.errors import Refused, fold
+from converter.errors import Refused
 from converter.files import Identity
 from converter.safetensors_io import build_header, build_index
 from converter.tensor_bytes import ByteRun, byte_runs, leaves, reads
@@ -67,6 +67,13 @@ class Entry:
     def runs(self) -> tuple[ByteRun, ...] | None:
         """Where the bytes lie as they are; None where they are computed."""
         return byte_runs(self.tensor)
+
+    @cached_property
+    def extents(self) -> list[tuple[int, int]]:
+        """Offset in the file and bytes of each chunk of a computed entry."""
+        shape = self.tensor.info.shape
+        row = self.length // (shape[0] if shape else 1) if self.length else 0
+        return [(self.offset + start * row, (stop - start) * row) for start, stop in self.chunks()]
 
     def chunks(self) -> list[tuple[int, int]]:
         """Row ranges `[start, stop)` in which a computed entry is evaluated; the remainder joins the last one."""
@@ -265,7 +272,7 @@ def make_plan(
         )
     made_by = dict(provenance or {})
     made_by |= {"consents": dict(context.consents), "notes": [[n.severity, n.code, n.text] for n in context.notes]}
-    checks = _checks_of(shards, checkpoint.checks)
+    checks = checks_of(checkpoint.tensors.values(), checkpoint.checks)
     return Plan(shards, files, checkpoint.inputs, checkpoint.dropped, made_by, tuple(context.evidence), checks)
 
 
@@ -359,49 +366,3 @@ def chunk_cost(tensor: LazyTensor) -> int:
             return sum(r.length for r in reads(tensor)) + tensor.info.nbytes
         case _:
             return tensor.info.nbytes + max((leaf.info.nbytes for leaf in leaves(tensor)), default=0)
-
-
-def _checks_of(shards: Sequence[ShardPlan], checks: Sequence[RecordCheck]) -> tuple[RecordCheck, ...]:
-    """The checks of which any byte is read."""
-    if not checks:
-        return ()
-    used = _spans(e.tensor for s in shards for e in s.entries)
-    return tuple(c for c in dict.fromkeys(checks) if _touches(ByteRun(c.file, c.offset, c.length), used))
-
-
-def _spans(tensors: Iterable[LazyTensor]) -> dict[str, list[tuple[int, int]]]:
-    """Stretches of each file that tensors read."""
-    used: dict[str, list[tuple[int, int]]] = {}
-    for tensor in tensors:
-        for run in reads(tensor):
-            used.setdefault(run.file, []).append((run.offset, run.offset + run.length))
-    return {file: _union(spans) for file, spans in used.items()}
-
-
-def unaccounted(inputs: Sequence[Checkpoint], output: Checkpoint) -> str | None:
-    """Tensors of the inputs that are neither read by the output nor dropped by a step, folded; or None."""
-    merged = _spans(output.tensors.values())
-    lost = [
-        name
-        for given in inputs
-        if given.origin.path not in output.set_aside
-        for name, tensor in given.tensors.items()
-        if tensor.info.numel and name not in output.dropped and not any(_touches(run, merged) for run in reads(tensor))
-    ]
-    return fold(lost) if lost else None
-
-
-def _union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
-    for start, stop in sorted(spans):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
-        else:
-            joined.append((start, stop))
-    return joined
-
-
-def _touches(run: ByteRun, used: Mapping[str, list[tuple[int, int]]]) -> bool:
-    spans = used.get(run.file, [])
-    at = bisect.bisect_left(spans, (run.offset + run.length, 0))
-    return at > 0 and spans[at - 1][1] > run.offset

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from converter import __version__
+from converter.accounting import unaccounted
 from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.errors import ConvertError, Refused, UsageError, show
-from converter.plan import Plan, make_plan, unaccounted
+from converter.plan import Plan, make_plan
 from converter.recipe import SOURCE, InputSpec, Recipe
 from converter.recipe_fields import check, instantiate
-from converter.registry import nothing_in, sources
+from converter.registry import KeepsMasters, Source, nothing_in, sources
 
-MODEL, ADAPTER = "model", "adapter"
+MODEL, ADAPTER, TRAINING = "model", "adapter", "training"
 _SNAPSHOT = re.compile(
     r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{7,64})/?$", re.ASCII
 )
@@ -58,13 +59,21 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
     checkpoint = opened[SOURCE]
     for converter in instantiate(recipe, opened):
         checkpoint = converter(checkpoint, context)
-    if checkpoint.origin.kind != MODEL:
+    if checkpoint.origin.kind == TRAINING:
+        raise Refused(
+            "not-a-model",
+            "a trainer's state has to be gathered before it is a model",
+            where=show(checkpoint.origin.asked),
+            next=f"rlhf-convert gather {show(checkpoint.origin.asked)} OUT",
+        )
+    if checkpoint.origin.kind == ADAPTER and opened[SOURCE].origin.kind == ADAPTER:
         raise Refused(
             "not-a-model",
             "an adapter alone is not a model that can be written",
             where=show(checkpoint.origin.asked),
             next=f"rlhf-convert merge-lora {show(checkpoint.origin.asked)} OUT --base BASE",
         )
+    checkpoint = checkpoint.replace(checks=tuple(c for each in opened.values() for c in each.checks))
     if lost := unaccounted(list(opened.values()), checkpoint):
         raise Refused("unaccounted", f"tensors of the inputs would be lost: {lost}")
     plan = make_plan(
@@ -121,8 +130,21 @@ def open_checkpoint(spec: InputSpec, *, token: str | None, keep_code: bool, down
     found = resolve(spec.path, revision=spec.revision, token=token, allow_download=download)
     for source in sources().values():
         if source.detect(found.path):
-            return source.open(found.path, asked=spec.path, revision=found.revision, keep_code=keep_code)
+            opens = _masters_of(source, spec.path) if spec.master else source.open
+            return opens(found.path, asked=spec.path, revision=found.revision, keep_code=keep_code)
     raise nothing_in(found.path, spec.path)
+
+
+def _masters_of(source: Source, asked: str) -> Callable[..., Checkpoint]:
+    """How a source opens a checkpoint with fp32 masters.
+
+    Raises:
+        UsageError: its checkpoints have none (`no-masters`).
+    """
+    if not isinstance(source, KeepsMasters):
+        what = "there are no fp32 masters here: they are in a trainer's state"
+        raise UsageError("no-masters", what, where=show(asked))
+    return source.open_masters
 
 
 def open_recorded_base(adapter: Checkpoint, *, keep_code: bool) -> Checkpoint:

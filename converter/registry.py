@@ -42,6 +42,16 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class KeepsMasters(Protocol):
+    """A source whose checkpoints hold fp32 masters beside the weights in the dtype of training."""
+
+    def open_masters(
+        self, root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False
+    ) -> Checkpoint:
+        """The checkpoint with trained tensors as their masters, or a refusal."""
+
+
+@runtime_checkable
 class Converter(Protocol):
     """A frozen dataclass; its fields are its recipe keys. Pure: it moves no tensor bytes."""
 

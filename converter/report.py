@@ -237,6 +237,8 @@ def _percent(share: float) -> str:
 
 def wrote_line(out: str, config: Mapping[str, Any], pad_token: str | None) -> str:
     """`./rm  Qwen2ForSequenceClassification, 1 label, pad <|endoftext|>`."""
+    if config.get("peft_type"):
+        return line("wrote", f"{show(out)}  {adapter_kind(config)}")
     architectures = config.get("architectures")
     words = [show(architectures[0])] if isinstance(architectures, list) and architectures else ["model"]
     if "ForSequenceClassification" in words[0]:

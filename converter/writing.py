@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from converter.copying import copy_run, write_all
 from converter.evaluate import Evaluator, as_bytes, shared_nodes
@@ -24,7 +24,7 @@ from converter.measures import Measures
 from converter.plan import Entry, ShardPlan, chunk_cost
 from converter.reading import InputFiles
 from converter.stage import FILE_MODE, Stage, fsync_folder
-from converter.tensors import rows
+from converter.tensors import LazyTensor, rows
 
 if TYPE_CHECKING:
     from converter.execute import Reporter
@@ -44,13 +44,31 @@ class _Stopped(Exception):
 
 @dataclass
 class _Job:
-    """An entry being computed: its evaluator, the chunks that are still to come and what each of them said."""
+    """An entry being computed: its evaluator, the chunks that are still to come, and what each of them said.
+
+    Attributes:
+        costs: bytes that computing a chunk holds, by its number of rows.
+    """
 
     evaluator: Evaluator
-    pending: int
     checksums: list[int]
     measures: list[Measures]
+    pending: int
+    costs: dict[int, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, entry: Entry, files: InputFiles) -> Self:
+        """A job with everything still to come."""
+        count = len(entry.extents)
+        evaluator = Evaluator(files, shared_nodes(entry.tensor))
+        return cls(evaluator, [0] * count, [{} for _ in range(count)], count)
+
+    def cost(self, tensor: LazyTensor, height: int) -> int:
+        """Bytes held while `tensor` is computed, a chunk of `height` rows."""
+        if height not in self.costs:
+            self.costs[height] = chunk_cost(tensor)
+        return self.costs[height]
 
     def total(self) -> Measures:
         """Measures of all chunks, added in their order: a sum of floats depends on it, and the receipt must not."""
@@ -149,10 +167,8 @@ class ShardWriter:
                 if entry.runs is not None:
                     work.append(_Piece(shard, entry))
                 else:
-                    chunks = entry.chunks()
-                    evaluator = Evaluator(self._files, shared_nodes(entry.tensor))
-                    shard.jobs[entry.name] = _Job(evaluator, len(chunks), [0] * len(chunks), [{} for _ in chunks])
-                    work += [_Piece(shard, entry, i, start, stop) for i, (start, stop) in enumerate(chunks)]
+                    shard.jobs[entry.name] = _Job.of(entry, self._files)
+                    work += [_Piece(shard, entry, i, start, stop) for i, (start, stop) in enumerate(entry.chunks())]
             shard.pending = len(work)
             yield from work
 
@@ -191,7 +207,7 @@ class ShardWriter:
         entry, job = piece.entry, piece.shard.jobs[piece.entry.name]
         whole = piece.start == 0 and piece.stop == (entry.tensor.info.shape or (1,))[0]
         tensor = entry.tensor if whole else rows(entry.tensor, piece.start, piece.stop)
-        cost = chunk_cost(tensor)
+        cost = job.cost(tensor, piece.stop - piece.start)
         self._take(cost)
         try:
             with job.lock:
@@ -199,7 +215,7 @@ class ShardWriter:
                     job.evaluator.evaluate(node, {})
             measures: Measures = {}
             data = as_bytes(job.evaluator.evaluate(tensor, measures))
-            offset, length = chunk_extents(entry)[piece.index]
+            offset, length = entry.extents[piece.index]
             assert length == len(data), entry.name
             write_all(piece.shard.fd, data, offset)
             checksum = zlib.crc32(data)
@@ -295,14 +311,6 @@ def _reserve(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-
-def chunk_extents(entry: Entry) -> list[tuple[int, int]]:
-    """Offset in the file and bytes of each chunk of a computed entry."""
-    shape = entry.tensor.info.shape
-    row = entry.length // (shape[0] if shape else 1) if entry.length else 0
-    return [(entry.offset + start * row, (stop - start) * row) for start, stop in entry.chunks()]
-
-
 def is_still_there(shard: ShardPlan, line: Mapping[str, Any], folder: Path) -> bool:
     """True where a journalled shard is on disk with its size, its header and the checksums of its computed tensors."""
     try:
@@ -313,7 +321,7 @@ def is_still_there(shard: ShardPlan, line: Mapping[str, Any], folder: Path) -> b
         if os.fstat(fd).st_size != shard.size or os.pread(fd, len(shard.head), 0) != shard.head:
             return False
         computed = [entry for entry in shard.entries if entry.runs is None]
-        return all(line["crc"].get(e.name) == [_checksum(fd, *at) for at in chunk_extents(e)] for e in computed)
+        return all(line["crc"].get(e.name) == [_checksum(fd, *at) for at in e.extents] for e in computed)
     finally:
         os.close(fd)
 

@@ -1,4 +1,4 @@
-"""Writes `converter/converters/memory_names.json`: by which names the installed transformers knows a checkpoint's tensors.
+"""Writes `converter/converters/memory_names.json`: by which names transformers knows a checkpoint's tensors.
 
 Run by hand for a release, in an environment with the pinned transformers (timm, pillow and scipy add a few classes):
 
@@ -42,14 +42,14 @@ AUTO = {
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
 }
-_LANGUAGE_MODELS = ("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM", "MODEL_FOR_PRETRAINING")
+_SIBLINGS = ("MODEL", "MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM", "MODEL_FOR_PRETRAINING")
 _CLASSIFIERS = (
     *("MODEL_FOR_SEQUENCE_CLASSIFICATION", "MODEL_FOR_TOKEN_CLASSIFICATION", "MODEL_FOR_IMAGE_CLASSIFICATION"),
     *("MODEL_FOR_AUDIO_CLASSIFICATION", "MODEL_FOR_VIDEO_CLASSIFICATION"),
 )
 LABELS = 13  # a count that no other dimension has: its tensor is the one with a row for each label
 _SECONDS = 60
-_FEW = 4
+_FEW = 8
 _MANY = 16  # tensors of a head; more is a model of its own
 # What some config classes leave open and their models need; tried in turn where the plain config does not do.
 _SETTINGS: tuple[dict[str, Any], ...] = (
@@ -189,7 +189,7 @@ def _generic(name: str) -> str:
 
 
 def heads(classes: dict[str, type[PreTrainedModel]]) -> dict[str, dict[str, Any]]:
-    """For each classification class: tensors outside its backbone, and those inside that its language models lack."""
+    """For each classification class: tensors outside its backbone, and how the inside differs from other classes'."""
     found: dict[str, dict[str, Any]] = {}
     pairs = {
         (kind, name)
@@ -210,25 +210,31 @@ def heads(classes: dict[str, type[PreTrainedModel]]) -> dict[str, dict[str, Any]
             continue
         labels = [n for n in own if n.endswith("weight") and LABELS in state[n].shape[:1]]
         entry: dict[str, Any] = {"own": own, "labels": labels[-1] if labels else None}
-        lacking = _lacking({_generic(n) for n in state if n.startswith(inside)}, inside, kind, classes)
-        found[name] = entry | ({"backbone": sorted(lacking)} if lacking else {})
+        adds, lacks = _compared({_generic(n) for n in state if n.startswith(inside)}, cls, kind, classes)
+        entry |= {"adds": sorted(adds)} if adds else {}
+        found[name] = entry | ({"lacks": sorted(lacks)} if lacks else {})
     return found
 
 
-def _lacking(backbone: set[str], inside: str, kind: str, classes: dict[str, type[PreTrainedModel]]) -> set[str]:
-    """What of a backbone some language model of the family has not, so that a classifier over it starts at random."""
-    lacking: set[str] = set()
-    for table in _LANGUAGE_MODELS:
+def _compared(
+    backbone: set[str], cls: type[PreTrainedModel], kind: str, classes: dict[str, type[PreTrainedModel]]
+) -> tuple[set[str], set[str]]:
+    """What a classifier's backbone has and the same one in some other class has not (it starts at random), and back."""
+    inside = f"{cls.base_model_prefix}."
+    adds: set[str] = set()
+    lacks: set[str] = set()
+    for table in _SIBLINGS:
         for name in _chosen(f"{table}_MAPPING_NAMES", kind):
-            cls = classes.get(name)
-            if cls is None or f"{cls.base_model_prefix}." != inside:
+            other = classes.get(name)
+            model = build(other) if other is not None else None
+            if other is None or model is None or other.base_model_prefix != cls.base_model_prefix:
                 continue
-            model = build(cls)
-            names = {_generic(n) for n in model.state_dict()} if model is not None else set()
-            missing = backbone - names
-            if len(missing) <= _FEW:  # more: a decoder alone, or another kind of model
-                lacking |= missing
-    return lacking
+            whole = not hasattr(model, cls.base_model_prefix)
+            names = {_generic(inside + n if whole else n) for n in model.state_dict() if whole or n.startswith(inside)}
+            if len(backbone ^ names) <= _FEW:  # more: a decoder alone, or another kind of model
+                adds |= backbone - names
+                lacks |= names - backbone
+    return adds, lacks
 
 
 def main() -> None:

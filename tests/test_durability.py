@@ -17,7 +17,8 @@ import pytest
 from converter.errors import ConvertError, Refused
 from converter.execute import write
 from converter.plan import Plan
-from durability import Fault, Quiet, Recorder, State, copy_inputs, fast_folder, merge_plan, tree
+from durability import Fault, Quiet, copy_inputs, fast_folder, merge_plan, tree
+from power_cuts import Recorder, State
 
 SIBLINGS = ("out.partial", "out.old", "out.replacing")
 
@@ -190,7 +191,6 @@ def replay(merge: Merge, place: Path, scene: Scene, *, most: int) -> None:
     with Recorder(place) as recorder:
         merge.write(place, **options)
     states = list(recorder.states())
-    print(len(recorder.ops), len(states))
     assert states[0].keys == State(recorder, frozenset()).keys
     assert any(s.tree("out") == expected for s in states)
     for state in states:

@@ -18,7 +18,8 @@ import pytest
 
 from converter.errors import Refused
 from converter.execute import write
-from durability import Ended, Quiet, Server, copy_inputs, fast_folder, merge_plan, tree
+from durability import Quiet, copy_inputs, fast_folder, merge_plan, tree
+from forked import Ended, Server
 
 COMMAND = ("merge-lora", "adapter", "out", "--base", "base", "--no-verify")
 OVERWRITE = (*COMMAND, "--overwrite")
@@ -129,11 +130,11 @@ def killed_at_random_moments(bench: Bench, kills: int) -> None:
         assert ended.code in (0, -signal.SIGKILL), ended.err
         assert bench.is_absent_or(bench.expected)
         done += ended.code != 0
-        if ended.code == 0:
+        if bench.out.exists():
             bench.clear()
         if done == kills:
             break
-    assert done > kills // 2
+    assert done == kills
     bench.finishes(*COMMAND)
 
 
@@ -218,7 +219,7 @@ def test_a_signal_at_random_moments_ends_the_run_with_its_code_and_one_line(
     for step in range(1, 7):
         ended = bench.run(*COMMAND, kill=(number, usual * step / 6))
         codes.add(ended.code)
-        assert ended.code in (0, code), ended.err
+        assert ended.code in (0, code, -number), ended.err  # killed: before there was anything to interrupt
         assert "Traceback" not in ended.err
         assert bench.is_absent_or(bench.expected)
         if ended.code == code:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from converter.cli.options import Conversion, Display, NumericsChoice, with_options
+from converter.cli.options import Conversion, Display, EmitChoice, NumericsChoice, with_options
 
 ABOUT = (
     "Convert RLHF checkpoints: streaming, bounded in memory, verified.\n\n"
@@ -97,6 +97,54 @@ def merge_lora(
 
     asked = Merge(adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual)
     return merge(asked, options.target(out), options)
+
+
+@_verb(
+    "gather",
+    Conversion,
+    short_help="Make a model or an adapter of DeepSpeed's shards.",
+    help="Make a model, or the LoRA adapter that was trained, of what DeepSpeed saved (ZeRO-1, 2 and 3): exact, in one "
+    "pass, without DeepSpeed or a GPU.",
+    examples=(
+        "rlhf-convert gather ./run/checkpoint-500 ./model",
+        "rlhf-convert gather ./run ./adapter --tag global_step500 --lora-alpha 16",
+        "rlhf-convert gather ./run/global_step500 ./merged --emit merged --base Qwen/Qwen2.5-7B",
+    ),
+)
+def gather(
+    src: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="Folder such as global_step500, its parent, or the run's.", show_default=False
+        ),
+    ],
+    options: Conversion,
+    out: Out = None,
+    tag: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="Which checkpoint; default: what `latest` says.", show_default=False),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE", help="Base model, for config, tokenizer and weights that aren't saved.", show_default=False
+        ),
+    ] = None,
+    master: Annotated[bool, typer.Option("--master", help="Keep the fp32 masters; the same as --dtype fp32.")] = False,
+    emit: Annotated[
+        EmitChoice | None,
+        typer.Option(help="After LoRA: the adapter (default), or the merged model.", show_default=False),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="lora_alpha of training, where no config records it.", show_default=False),
+    ] = None,
+) -> int:
+    """`rlhf-convert gather`."""
+    from converter.cli.gather import Gathering, gather
+
+    asked = Gathering(src, tag, base, master, None if emit is None else emit.value, lora_alpha)
+    return gather(asked, options.target(out), options)
 
 
 @_verb(

@@ -67,7 +67,7 @@ def convert(
         raise UsageError("usage", "the output is missing", expected="OUT as the last argument, or --out OUT")
     written = write_recipe(recipe, out, options, head=head)
     if written is not None:
-        commands = next_commands or _next_commands
+        commands = next_commands or load_commands
         _finish(written, sink, commands(written))
     return 0
 
@@ -181,7 +181,7 @@ def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:
     )
 
 
-def _next_commands(written: Written) -> list[str]:
+def load_commands(written: Written) -> list[str]:
     """The check, then a line that loads the model."""
     config: Mapping[str, Any] = written.prepared.checkpoint.config
     architectures = config.get("architectures")

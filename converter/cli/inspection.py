@@ -42,6 +42,16 @@ class Found:
         return self.source == "peft"
 
     @property
+    def is_training(self) -> bool:
+        """True for a trainer's state, which has to be gathered."""
+        return self.source == "deepspeed"
+
+    @property
+    def kind(self) -> str:
+        """`adapter`, `model`, or `training` for a trainer's state."""
+        return "training" if self.is_training else "adapter" if self.is_adapter else "model"
+
+    @property
     def errors(self) -> list[str]:
         """Faults that stop every verb."""
         faults = [f.text for f in self.survey.faults if f.severity == "error"]
@@ -103,7 +113,7 @@ def _config(path: Path) -> tuple[Mapping[str, Any], str | None]:
 def _screen(found: Found) -> list[str]:
     at = f"@{show(short_revision(found.revision))}" if found.revision else ""
     lines = _adapter(found) if found.is_adapter else _model(found)
-    kind = "adapter" if found.is_adapter else "model"
+    kind = "shards of a training run (DeepSpeed)" if found.is_training else found.kind
     title = adapter_kind(found.config) if found.is_adapter else _family(found.config)
     return [f"{show(found.asked)}{at}: {kind}, {title}", *lines, *_faults(found), *next_lines(_next(found))]
 
@@ -254,6 +264,8 @@ def _next(found: Found) -> list[str]:
     path = shlex.quote(found.asked)
     if found.errors:
         return []
+    if found.is_training:
+        return [f"rlhf-convert gather {path} OUT"]
     if found.is_adapter:
         return [f"rlhf-convert merge-lora {path} OUT" + ("" if _base_at_hand(found.config) else " --base BASE")]
     commands = [f"rlhf-convert reshard {path} OUT --max-shard-size 5GB"]
@@ -266,7 +278,7 @@ def _json(found: Found) -> dict[str, Any]:
     return {
         "path": found.asked,
         "revision": found.revision,
-        "detected": "adapter" if found.is_adapter else "model",
+        "detected": found.kind,
         "source": found.source,
         "architectures": found.config.get("architectures"),
         "model_type": found.config.get("model_type"),

@@ -31,6 +31,14 @@ class NumericsChoice(StrEnum):
     peft = "peft"
 
 
+class EmitChoice(StrEnum):
+    """What `gather` writes of a run that trained LoRA."""
+
+    adapter = "adapter"
+    merged = "merged"
+    both = "both"
+
+
 @dataclass(frozen=True)
 class Display:
     """How a verb shows what it has to say."""

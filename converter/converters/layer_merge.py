@@ -13,10 +13,11 @@ from converter.dtypes import DType, TensorInfo
 from converter.errors import Refused, show
 from converter.tensors import LazyTensor
 
-CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-"""Families whose linear layers are transformers' Conv1D, stored `[in, out]`.
+CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
+CONV1D_MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
+"""Families and modules that are transformers' Conv1D, stored `[in, out]`; everything else of these families is Linear.
 
-Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/pytorch_utils.py and its importers.
+Source: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/pytorch_utils.py and its importers.
 """
 
 MERGEABLE = frozenset({DType.F16, DType.BF16, DType.F32, DType.F64})
@@ -38,7 +39,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Layer:
-    """An adapter's module on its way to the base tensor `target + ".weight"`; `where` is the adapter, for messages."""
+    """An adapter's module on its way to the base tensor `target`; `where` is the adapter, for messages."""
 
     module: Module
     target: str
@@ -67,7 +68,7 @@ class Layer:
             says = "true" if self.config.use_dora else "false"
             raise self._incomplete(f"the layer {has} a DoRA magnitude, and use_dora is {says}")
         if base.dtype not in MERGEABLE:
-            raise Refused("base-quantised", f"{show(self.target)}.weight is {base.dtype.value}", where=self.where)
+            raise Refused("base-quantised", f"{show(self.target)} is {base.dtype.value}", where=self.where)
         self._expect_rank(a.info.shape)
         kind = self._kind(a.info.shape, b.info.shape, base.shape, embedding, model_config)
         self._expect_magnitude(magnitude, kind, base.shape)
@@ -131,13 +132,8 @@ class Layer:
     def _orientation(self, across: bool, along: bool, model_config: Mapping[str, Any]) -> str:
         """`[out, in]` or `[in, out]`: by shape, and for square weights by the family."""
         if across and along:
-            return (
-                "conv1d" if model_config.get("model_type") in CONV1D_MODEL_TYPES and not self._is_head() else "linear"
-            )
+            return "conv1d" if is_conv1d(self.target, model_config) else "linear"
         return "linear" if across else "conv1d"
-
-    def _is_head(self) -> bool:
-        return self.target.rpartition(".")[2] in ("lm_head", "score", "classifier")
 
     def _expect_magnitude(self, magnitude: LazyTensor | None, kind: str, base: tuple[int, ...]) -> None:
         if magnitude is None:
@@ -145,6 +141,14 @@ class Layer:
         outputs = base[1] if kind in ("conv1d", "embedding") else base[0]
         if magnitude.info.numel != outputs:
             raise self._incomplete(f"the magnitude has {magnitude.info.numel} elements, not {outputs}")
+
+
+def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
+    """True for a tensor of a Conv1D: by its module's name, and by the family of the model or of the part it is in."""
+    inner = {f"{key}.": part for key, part in config.items() if isinstance(part, Mapping)}
+    own = [part for key, part in inner.items() if name.startswith(key)]
+    family = any(part.get("model_type") in CONV1D_MODEL_TYPES for part in own or [config, *inner.values()])
+    return family and not CONV1D_MODULES.isdisjoint(name.split(".")[-2:-1])
 
 
 def merged_weight(base: LazyTensor, updates: Sequence[Update], numerics: str) -> LazyTensor:

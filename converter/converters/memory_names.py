@@ -1,12 +1,12 @@
 """What transformers calls a checkpoint's tensors in memory, told from their names on disk: data, no transformers.
 
-Since version 5 the modules of many families have other names than their checkpoints: LLaVA's `language_model.model.layers`
-is `model.language_model.layers` in memory, and so it is in an adapter. transformers defines the direction from disk to
-memory by a list of patterns for each class and each of its sub-models. `memory_names.json` holds these lists; here they
-are applied to the names of a base's tensors as transformers applies them, and the result is inverted by looking it up.
-No pattern is ever run backwards.
+Since version 5 the modules of many families have other names than their checkpoints: LLaVA's
+`language_model.model.layers` is `model.language_model.layers` in memory, and so it is in an adapter. transformers
+defines the direction from disk to memory, by a list of patterns for each class and each of its sub-models.
+`memory_names.json` holds these lists; here they are applied to the names of a base's tensors as transformers applies
+them, and the result is inverted by looking it up. No pattern is ever run backwards.
 
-Tensors that are also fused, split or transposed on the way are known by name, so that an adapter on them can be refused.
+Tensors that are also fused, split or permuted on the way are known by name, so that an adapter on them can be refused.
 
 Source: `WeightTransform.rename_source_key`, `rename_source_key` and `get_model_conversion_mapping`,
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/core_model_loading.py
@@ -208,16 +208,59 @@ def _trained_class(adapter: Mapping[str, Any]) -> object:
     return mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
 
 
-@dataclass
-class MemoryNames:
-    """The tensors of a base by their names in memory.
+@dataclass(frozen=True)
+class Classifier:
+    """A class with a classification head.
 
     Attributes:
-        fused: names in memory of tensors whose values are not those on disk, and what happens to them on loading.
+        own: its tensors outside the backbone, by their names in memory, which are those on disk.
+        labels: the one of them that has a row for each label.
+        adds: names inside the backbone that it lacks in another class (BERT's pooler), `N` for every number.
+        lacks: names that the backbone has in another class, and not in this one.
     """
 
     architecture: Architecture
-    fused: dict[str, str] = field(default_factory=dict)
+    own: tuple[str, ...]
+    labels: str | None
+    adds: tuple[str, ...]
+    lacks: tuple[str, ...]
+
+    def has(self, name: str) -> bool:
+        """True where a tensor on disk is of the backbone or of the head; other classes have other heads."""
+        memory, _ = self.architecture.in_memory(name)
+        inside = memory.startswith(f"{self.architecture.prefix}.") and without_numbers(memory) not in self.lacks
+        return inside or memory in self.own
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """What must be there and is not among the names on disk: of the head, and of what other classes lack."""
+        have = {without_numbers(self.architecture.in_memory(name)[0]) for name in names}
+        return [name for name in (*self.own, *self.adds) if without_numbers(name) not in have]
+
+
+def classifier(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> Classifier | None:
+    """The classification class that an adapter was trained on, if it was one and transformers has it."""
+    task, name = adapter.get("task_type"), _trained_class(adapter)
+    if task in ("SEQ_CLS", "TOKEN_CLS"):
+        name = _data()["auto"][task].get(str(config.get("model_type")))
+    entry = _data()["heads"].get(name) if isinstance(name, str) else None
+    built = architecture(name, config) if entry else None
+    if entry is None or built is None:
+        return None
+    adds, lacks = (tuple(entry.get(key, ())) for key in ("adds", "lacks"))
+    return Classifier(built, tuple(entry["own"]), entry["labels"], adds, lacks)
+
+
+def without_numbers(name: str) -> str:
+    """The name with `N` for every number, as `Classifier.adds` has it."""
+    return re.sub(r"\d+", "N", name)
+
+
+@dataclass
+class MemoryNames:
+    """The tensors of a base by their names in memory."""
+
+    architecture: Architecture
+    _made: dict[str, str] = field(default_factory=dict)
     _disk: dict[str, str] = field(default_factory=dict)
     _clashes: set[str] = field(default_factory=set)
 
@@ -240,7 +283,10 @@ class MemoryNames:
                 self._clashes.add(memory)
             return
         for target in converter.targets:
-            self.fused[memory.replace(converter.targets[0], target)] = converter.operations
+            made = memory.replace(converter.targets[0], target)
+            self._made[made] = converter.operations
+            if not made.endswith((".weight", ".bias")):
+                self._made[made.rpartition(".")[0]] = converter.operations
 
     def find(self, name: str) -> str | None:
         """The name on disk of what is called `name` in memory; the backbone's prefix may be there or not."""
@@ -253,15 +299,15 @@ class MemoryNames:
         """True where `name` is in the backbone, and the base's names do not have the backbone's prefix."""
         return name not in self._disk and name.removeprefix(f"{self.architecture.prefix}.") in self._disk
 
-    def is_fused(self, name: str) -> str | None:
-        """What is done on loading to the tensor `name`, or to the bare parameters of its module, if anything is."""
+    def operations(self, name: str) -> str | None:
+        """What transformers does on loading to the tensor `name`, or to its module's bare parameters, if anything."""
+        _, converter = self.architecture.in_memory(name)
+        if converter is not None:
+            return converter.operations
         for spelling in self._spellings(name):
-            if spelling in self.fused:
-                return self.fused[spelling]
-            module = spelling.rpartition(".")[0]
-            for fused, operations in self.fused.items():
-                if fused.rpartition(".")[0] == module:
-                    return operations
+            for fused in (spelling, spelling.rpartition(".")[0]):
+                if fused in self._made:
+                    return self._made[fused]
         return None
 
     def _spellings(self, name: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ PEFT's merge moves both sides, which is not what the adapter computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -18,10 +18,12 @@ from converter import tensors
 from converter.checkpoint import Checkpoint, SideFile
 from converter.context import Context
 from converter.converters.adapter_config import AdapterConfig, read_adapter_config
-from converter.converters.adapter_keys import AS_IN_BASE, Module, NameRule, find_rule, read_modules
+from converter.converters.adapter_keys import Module, read_modules
 from converter.converters.embeddings import is_vocabulary, untie, with_prefix, with_vocabulary
 from converter.converters.layer_merge import Layer, Update, merged_bias, merged_weight, with_token_rows
-from converter.converters.task_head import NewHead, add_task_head, expect_head, is_new_head
+from converter.converters.memory_names import architectures, classifier
+from converter.converters.name_rules import AS_IN_BASE, NameRule, find_rule
+from converter.converters.task_head import NewHead, add_task_head, expect_head, is_head, is_new_head
 from converter.errors import Refused, UsageError, fold, show
 from converter.files import Identity
 from converter.inputs import Input
@@ -101,35 +103,36 @@ class _Merge:
         where = show(adapter.origin.asked)
         read = read_modules(adapter.tensors, where)
         self.adapters.append(adapter)
-        self._settle_ties(read.modules)
-        new = {n for n, m in read.modules.items() if is_new_head(m, config, self._names())}
-        expect_head(config, bool(new), self.base, where)
-        rule = self._rule(read.modules, new, where)
+        trained = classifier(self.base.config, adapter.config)
+        new = {n for n, m in read.modules.items() if is_new_head(m, config, self._names(), trained)}
+        expect_head(config, bool(new), self.base, trained, where)
+        needed = _needed(m for n, m in read.modules.items() if n not in new)
+        rule = self._rule(needed, adapter, where)
         self._say_names(rule, read.stripped)
-        self._keep_prefix(rule, read.modules, new)
+        self._settle_ties({rule.tensor(f"{module}.{leaf}") for module, leaves in needed.items() for leaf in leaves})
+        self.prefix = rule.lacks or self.prefix
         factors: list[tuple[str, LazyTensor]] = []
         for module in read.modules.values():
             if module.name in new:
-                self.heads.append(NewHead(module, config, adapter))
+                self.heads.append(NewHead(module, config, adapter, trained))
                 continue
-            self._replace(module, rule.apply(module.name), config, where)
-            self._token_rows(module, rule.apply(module.name), config, where)
-            layer = Layer(module, rule.apply(module.name), config, weight, where)
+            target = rule.tensor(f"{module.name}.weight")
+            self._replace(module, rule, config, where)
+            self._token_rows(module, target, config, where)
             if module.factors:
-                name, update = self._update(layer)
-                self.updates.setdefault(name, []).append(update)
+                update = self._update(Layer(module, target, config, weight, where))
+                self.updates.setdefault(target, []).append(update)
                 factors.append((module.name, update.b))
             bias = module.factors.get("lora_B.bias")
             if bias is not None:
-                self._bias(layer, bias, weight * config.scale_of(module.name))
+                self._bias(module, rule, bias, weight * config.scale_of(module.name), where)
         self._refuse_no_op(factors, lambda name: weight * config.scale_of(name), where)
 
-    def _settle_ties(self, modules: Mapping[str, Module]) -> None:
+    def _settle_ties(self, touched: Collection[str]) -> None:
         """A config may tie two tensors that are stored with different values; loaders then do not tie them."""
-        touched = {name.rpartition(".")[2] for name in modules}
         for group in self.base.ties:
             stored = [n for n in group if n in self.base.tensors]
-            if len(stored) < 2 or not any(n.split(".")[-2] in touched for n in stored if "." in n):
+            if len(stored) < 2 or not set(group) & set(touched):
                 continue
             first = self.base.tensors[stored[0]]
             if not all(self.context.equal(first, self.base.tensors[n]) for n in stored[1:]):
@@ -141,29 +144,16 @@ class _Merge:
         """Tensors of the base, those that exist only through a tie included."""
         return set(self.base.tensors) | {name for group in self.base.ties for name in group}
 
-    def _rule(self, modules: Mapping[str, Module], new: set[str], where: str) -> NameRule:
-        needed: dict[str, list[str]] = {}
-        for name, module in modules.items():
-            if name in new:
-                continue
-            leaves = [*module.replaced]
-            if (module.factors or module.token_rows is not None) and "weight" not in leaves:
-                leaves.append("weight")
-            needed[name] = leaves
-        return find_rule(needed, self._names(), adapter=where, base=show(self.base.origin.asked))
+    def _rule(self, needed: Mapping[str, Sequence[str]], adapter: Checkpoint, where: str) -> NameRule:
+        classes = architectures(self.base.config, adapter.config)
+        stored, tied = self.base.tensors, [n for group in self.base.ties for n in group if n not in self.base.tensors]
+        return find_rule(needed, stored, tied, classes, adapter=where, base=show(self.base.origin.asked))
 
     def _say_names(self, rule: NameRule, stripped: tuple[str, ...]) -> None:
         taken = [s for s in stripped if s != "`base_model.model.`"]
         if taken or rule.words != AS_IN_BASE:
             words = [*(f"{s} taken off" for s in taken), rule.words]
             self.context.note("info", "adapter-names", "adapter names: " + "; ".join(words))
-
-    def _keep_prefix(self, rule: NameRule, modules: Mapping[str, Module], new: set[str]) -> None:
-        """Remember the backbone prefix that the base lacks on disk: a head beside a bare backbone would not load."""
-        for name in modules:
-            first, _, rest = name.partition(".")
-            if name not in new and rest and rule.apply(name) == rest:
-                self.prefix = first + "."
 
     def _stored(self, name: str) -> LazyTensor:
         """The base's tensor, or the one it is tied to; an adapter's copy of it where there is one."""
@@ -175,9 +165,9 @@ class _Merge:
                 return self.base.tensors[candidate]
         raise Refused("adapter-unmatched", f"the base has no {show(name)}", where=show(self.base.origin.asked))
 
-    def _replace(self, module: Module, target: str, config: AdapterConfig, where: str) -> None:
+    def _replace(self, module: Module, rule: NameRule, config: AdapterConfig, where: str) -> None:
         for leaf, tensor in module.replaced.items():
-            name = f"{target}.{leaf}"
+            name = rule.tensor(f"{module.name}.{leaf}")
             if name in self.replaced:
                 raise Refused("adapters-conflict", f"two adapters replace {show(name)}; only one can", where=where)
             old = self._stored(name)
@@ -190,6 +180,7 @@ class _Merge:
                     expected="its module in modules_to_save, an embedding, or a bias with bias=all",
                 )
             grows = leaf == "weight" and tensor.info.shape[1:] == old.info.shape[1:] and len(old.info.shape) == 2
+            grows = grows and not is_head(name)
             if tensor.info.shape != old.info.shape and not grows:
                 raise Refused(
                     "adapter-shape",
@@ -220,11 +211,10 @@ class _Merge:
                 raise Refused("tied-copies-differ", what, where=where)
         return bool(twins)
 
-    def _token_rows(self, module: Module, target: str, config: AdapterConfig, where: str) -> None:
+    def _token_rows(self, module: Module, name: str, config: AdapterConfig, where: str) -> None:
         rows = module.token_rows
         if rows is None:
             return
-        name = f"{target}.weight"
         indices = config.token_indices.get("", ())
         for key, listed in config.token_indices.items():
             if key and _names_module(module.name, key):
@@ -239,21 +229,18 @@ class _Merge:
             raise Refused("adapters-conflict", f"two adapters train rows of {show(name)}", where=where)
         self.token_rows[name] = (rows, indices)
 
-    def _update(self, layer: Layer) -> tuple[str, Update]:
-        name = f"{layer.target}.weight"
+    def _update(self, layer: Layer) -> Update:
         if layer.config.init in ("pissa", "olora") and len(self.adapters) > 1:
             raise Refused(
                 "adapters-conflict", "PiSSA and OLoRA move the base and can't be merged with others", where=layer.where
             )
-        return name, layer.update(self._stored(name).info, self.base.config)
+        return layer.update(self._stored(layer.target).info, self.base.config)
 
-    def _bias(self, layer: Layer, bias: LazyTensor, scale: float) -> None:
-        name = f"{layer.target}.bias"
+    def _bias(self, module: Module, rule: NameRule, bias: LazyTensor, scale: float, where: str) -> None:
+        name = rule.tensor(f"{module.name}.bias")
         if name not in self.base.tensors:
             raise Refused(
-                "adapter-bias",
-                f"lora_B of {show(layer.module.name)} has a bias, and the base layer has none",
-                where=layer.where,
+                "adapter-bias", f"lora_B of {show(module.name)} has a bias, and the base layer has none", where=where
             )
         self.bias_updates.setdefault(name, []).append((bias, scale))
 
@@ -302,7 +289,14 @@ class _Merge:
         checkpoint = untie(checkpoint, untied, self.context) if untied else checkpoint
         checkpoint = with_vocabulary(checkpoint, self.base)
         if self.heads:
-            checkpoint = add_task_head(checkpoint, self.heads, self.context, self.prefix, self.numerics == "peft")
+            checkpoint = add_task_head(
+                checkpoint,
+                self.heads,
+                self.context,
+                prefix=self.prefix,
+                touched={*self.updates, *self.replaced},
+                cast_to_base=self.numerics == "peft",
+            )
         elif self.prefix and any(n for n in out if n not in self.base.tensors):
             checkpoint = with_prefix(checkpoint, self.prefix, set(self.base.tensors))
         return checkpoint
@@ -332,6 +326,17 @@ class _Merge:
         for adapter in self.adapters:
             merged |= adapter.inputs
         return merged
+
+
+def _needed(modules: Iterable[Module]) -> dict[str, list[str]]:
+    """The tensors, by module, that the base must have: what is updated or replaced."""
+    needed: dict[str, list[str]] = {}
+    for module in modules:
+        leaves = [*module.replaced]
+        if (module.factors or module.token_rows is not None) and "weight" not in leaves:
+            leaves.append("weight")
+        needed[module.name] = leaves
+    return needed
 
 
 def _names_module(module: str, name: str) -> bool:

@@ -17,8 +17,9 @@ from converter.context import Context
 from converter.converters.adapter_config import AdapterConfig
 from converter.converters.adapter_keys import Module
 from converter.converters.layer_merge import Layer, merged_weight
+from converter.converters.memory_names import Classifier, without_numbers
 from converter.dtypes import DType
-from converter.errors import Refused, show
+from converter.errors import Refused, fold, show
 from converter.strict_json import load_json
 from converter.tensors import LazyTensor
 
@@ -36,20 +37,22 @@ class NewHead:
     module: Module
     config: AdapterConfig
     adapter: Checkpoint
+    trained: Classifier | None
 
 
-def is_new_head(module: Module, config: AdapterConfig, base_names: Collection[str]) -> bool:
+def is_new_head(module: Module, config: AdapterConfig, base_names: Collection[str], trained: Classifier | None) -> bool:
     """True for a task head that the base lacks and the adapter brings.
+
+    Args:
+        trained: the classification class of the adapter, where it is known.
 
     Raises:
         Refused: the adapter has a LoRA on a head whose own weight is nowhere (`head-base-lost`).
     """
-    first = module.name.split(".")[0]
-    if config.task_type not in TASK_SUFFIX or first in _OUTPUT_MODULES:
+    if not (_is_of_class(module, trained) if trained is not None else _looks_like_head(module, config)):
         return False
-    if first not in config.modules_to_save and first not in _HEAD_MODULES:
-        return False
-    if any(name.startswith(module.name + ".") for name in base_names):
+    spellings = {module.name, module.name.removeprefix(f"{trained.architecture.prefix}.") if trained else module.name}
+    if any(name.startswith(f"{spelling}.") for name in base_names for spelling in spellings):
         return False
     if module.factors and "weight" not in module.replaced:
         raise Refused(
@@ -62,13 +65,32 @@ def is_new_head(module: Module, config: AdapterConfig, base_names: Collection[st
     return True
 
 
-def expect_head(config: AdapterConfig, brings: bool, base: Checkpoint, where: str) -> None:
+def is_head(name: str) -> bool:
+    """True for a tensor of a classification head, by the name of its outermost module."""
+    return name.split(".", maxsplit=1)[0] in _HEAD_MODULES
+
+
+def _is_of_class(module: Module, trained: Classifier) -> bool:
+    names = [f"{module.name}.{leaf}" for leaf in module.replaced] or [f"{module.name}.weight"]
+    return all(name in trained.own or without_numbers(name) in trained.adds for name in names)
+
+
+def _looks_like_head(module: Module, config: AdapterConfig) -> bool:
+    first = module.name.split(".")[0]
+    return (
+        config.task_type in TASK_SUFFIX
+        and first not in _OUTPUT_MODULES
+        and (first in config.modules_to_save or first in _HEAD_MODULES)
+    )
+
+
+def expect_head(config: AdapterConfig, brings: bool, base: Checkpoint, trained: Classifier | None, where: str) -> None:
     """Refuse a reward adapter without a head over a base without one: a random head is worthless.
 
     Raises:
         Refused: `head-missing`.
     """
-    has = any(n.split(".")[0] in _HEAD_MODULES for n in base.tensors)
+    has = any(is_head(n) or (trained is not None and n in trained.own) for n in base.tensors)
     if config.task_type in TASK_SUFFIX and not brings and not has:
         raise Refused(
             "head-missing",
@@ -79,25 +101,40 @@ def expect_head(config: AdapterConfig, brings: bool, base: Checkpoint, where: st
 
 
 def add_task_head(
-    checkpoint: Checkpoint, heads: Sequence[NewHead], context: Context, prefix: str, cast_to_base: bool
+    checkpoint: Checkpoint,
+    heads: Sequence[NewHead],
+    context: Context,
+    *,
+    prefix: str,
+    touched: Collection[str],
+    cast_to_base: bool,
 ) -> Checkpoint:
     """The checkpoint with its heads, its config and without the output embedding of the causal model.
 
     Args:
         prefix: what backbone names lack on disk (`transformer.`); they get it, since a head stands beside the backbone.
+        touched: tensors that the adapters change; the class must have them.
         cast_to_base: round the head to the base's dtype, as PEFT does on load; else it keeps its own.
 
     Raises:
-        Refused: two adapters bring one head (`adapters-conflict`), or no class is known (`config-architecture`).
+        Refused: two adapters bring one head (`adapters-conflict`), no class is known (`config-architecture`), or the
+            class has tensors that are nowhere (`head-incomplete`) or lacks ones that were trained (`head-class`).
     """
+    trained = heads[0].trained
+    names = {n: prefix + n if prefix and not n.startswith(prefix) else n for n in checkpoint.tensors}
     dropped = dict(checkpoint.dropped)
     kept: dict[str, LazyTensor] = {}
     for name, tensor in checkpoint.tensors.items():
         if _OUTPUT_MODULES & set(name.split(".")[:-1]):
             dropped[name] = "a reward model has no output embedding"
+        elif trained is not None and not trained.has(names[name]):
+            if name in touched:
+                what = f"the adapter trains {show(name)}, which {trained.architecture.name} does not have"
+                raise Refused("head-class", what, where=show(heads[0].adapter.origin.asked))
+            dropped[name] = f"{trained.architecture.name} has no such tensor"
         else:
-            kept[prefix + name if prefix and not name.startswith(prefix) else name] = tensor
-    shards = {(prefix + n if prefix and not n.startswith(prefix) else n): f for n, f in checkpoint.shards.items()}
+            kept[names[name]] = tensor
+    shards = {names.get(n, n): f for n, f in checkpoint.shards.items()}
     base_dtype = _main_dtype(checkpoint.tensors)
     for head in heads:
         for name, tensor in _head_tensors(head).items():
@@ -109,8 +146,23 @@ def add_task_head(
             context.note(
                 "info", "head", f"{show(name)} {list(tensor.info.shape)} {tensor.info.dtype.value} from the adapter"
             )
+    if trained is not None:
+        _expect_whole(kept, trained, show(heads[0].adapter.origin.asked))
     config = _task_config(checkpoint, heads, context)
     return checkpoint.replace(tensors=kept, config=config, shards=shards, dropped=dropped, ties=())
+
+
+def _expect_whole(kept: Collection[str], trained: Classifier, where: str) -> None:
+    """Refuse where a part of the class was random in training and never saved: BERT's pooler over a masked model."""
+    missing = trained.missing(kept)
+    if missing:
+        raise Refused(
+            "head-incomplete",
+            f"{fold(missing)} of {trained.architecture.name} is neither in the base nor in the adapter: it was random "
+            "in training and never saved",
+            where=where,
+            next="look in the run's own checkpoints; without it the model that was trained can't be written",
+        )
 
 
 def _head_tensors(head: NewHead) -> dict[str, LazyTensor]:
@@ -118,7 +170,9 @@ def _head_tensors(head: NewHead) -> dict[str, LazyTensor]:
     found = {f"{module.name}.{leaf}": tensor for leaf, tensor in module.replaced.items()}
     if module.factors:
         weight = module.replaced["weight"]
-        update = Layer(module, module.name, head.config, 1.0, show(head.adapter.origin.asked)).update(weight.info, {})
+        update = Layer(module, f"{module.name}.weight", head.config, 1.0, show(head.adapter.origin.asked)).update(
+            weight.info, {}
+        )
         found[f"{module.name}.weight"] = merged_weight(weight, [update], "best")
     return found
 
@@ -135,14 +189,15 @@ def _main_dtype(stored: Mapping[str, LazyTensor]) -> DType:
 def _task_config(checkpoint: Checkpoint, heads: Sequence[NewHead], context: Context) -> dict[str, Any]:
     config = dict(checkpoint.config)
     task = heads[0].config.task_type or ""
-    config["architectures"] = [_class_name(config, task, checkpoint)]
-    labels = next(
-        (t.info.shape[0] for h in reversed(heads) for leaf, t in h.module.replaced.items() if leaf == "weight"), 1
-    )
+    trained = heads[0].trained
+    config["architectures"] = [trained.architecture.name if trained else _class_name(config, task, checkpoint)]
+    labels = _label_count(heads)
     if len(config.get("id2label") or {}) != labels:
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
     config["num_labels"] = labels
+    if task not in TASK_SUFFIX:
+        return config
     pad, origin = _pad_token(heads[0].adapter, checkpoint)
     if pad is None:
         context.note(
@@ -161,6 +216,14 @@ def _task_config(checkpoint: Checkpoint, heads: Sequence[NewHead], context: Cont
             )
         config["pad_token_id"] = pad
     return config
+
+
+def _label_count(heads: Sequence[NewHead]) -> int:
+    """Rows of the head's last layer: of the one that the class is known to end with, else of the last in the file."""
+    weights = {h.module.name: h.module.replaced["weight"] for h in heads if "weight" in h.module.replaced}
+    last = (heads[0].trained.labels or "").removesuffix(".weight") if heads[0].trained else ""
+    found = weights.get(last, next(reversed(weights.values()), None))
+    return found.info.shape[0] if found is not None else 1
 
 
 def _class_name(config: Mapping[str, Any], task: str, checkpoint: Checkpoint) -> str:

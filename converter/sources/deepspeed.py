@@ -64,8 +64,7 @@ class DeepSpeedSource:
         survey.files = {n: (tag.folder / n).stat().st_size for n in listed if n is not None}
         for name, tensor in found.tensors.items():
             first = next(leaves(tensor), None)
-            where, offset = (first.file, first.offset) if first is not None else (str(tag.folder), 0)
-            survey.entries[name] = StoredTensor(tensor.info, where, offset)
+            survey.entries[name] = StoredTensor(tensor, str(tag.folder) if first is None else first.file)
         survey.faults += [Fault("zero-note", "cosmetic", text, show(root)) for text in shards.said]
         return survey
 
@@ -131,16 +130,18 @@ def read_weights(shards: Shards, *, master: bool = False) -> Weights:
     names = dict.fromkeys([*held, *computed, *shared])
     found: dict[str, LazyTensor] = {}
     for name in names:
-        tensor = computed.get(name, computed.get(shared.get(name, name), held.get(name)))
-        if tensor is None and shared[name] in held:
-            tensor = held[shared[name]]
-        if tensor is None:
+        holder = shared.get(name, name)
+        places = (computed.get(name), computed.get(holder), held.get(name), held.get(holder))
+        present = [t for t in places if t is not None]
+        if not present:
             raise shards.refuse("zero-malformed", f"{show(name)} shares the weight of a name that isn't there")
-        found[name] = tensor
+        found[name] = present[0]
     groups: dict[str, list[str]] = {}
     for alias, holder in shared.items():
         groups.setdefault(holder, [holder]).append(alias)
     extra = tuple(n for n, t in module.items() if not isinstance(t, LazyTensor))
+    if trained is not None:
+        trained |= {alias for alias, holder in shared.items() if holder in trained}
     return Weights(found, trained, tuple(map(tuple, groups.values())), extra)
 
 

@@ -199,8 +199,8 @@ def all_optimizers(shards: Shards) -> list[Mapping[Any, Any]]:
     if lost := shards.missing():
         raise shards.refuse(
             "zero-rank-missing",
-            f"optimizer files of rank {_numbers(lost)} of {shards.ranks} are missing: a stretch of the fp32 masters and "
-            "moments is lost with each",
+            f"optimizer files of rank {_numbers(lost)} of {shards.ranks} are missing: with each, a stretch of the fp32 "
+            "masters and moments is lost",
             next="without --master and with the training dtype the weights are whole: they are in "
             f"{show(shards.files.whole)}"
             if shards.files.whole

@@ -118,6 +118,10 @@ def _bad(where: str, why: str) -> Refused:
     return Refused("pickle-malformed", f"the pickled data can't be read: {why}", where=show(where))
 
 
+# A warning: pickletools decodes escapes of old strings, and Python may be told to raise what it warns of.
+_MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError, UnicodeError, Warning)
+
+
 class _Machine:
     def __init__(self, where: str) -> None:
         self.where = where
@@ -135,9 +139,9 @@ class _Machine:
                 self.step(opcode.name, argument)
         except Refused:
             raise
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError, UnicodeError) as error:
+        except _MALFORMED as error:
             raise _bad(self.where, show(error)) from error
-        self.fail("it has no end")
+        raise _bad(self.where, "it has no end")
 
     def fail(self, why: str) -> NoReturn:
         raise _bad(self.where, why)
@@ -159,7 +163,7 @@ class _Machine:
                 items = self.stack[at + 1 :]
                 del self.stack[at:]
                 return items
-        self.fail("a mark is missing")
+        raise _bad(self.where, "a mark is missing")
 
     def step(self, name: str, argument: Any) -> None:
         if name in _LITERALS:
@@ -343,7 +347,8 @@ _KNOWN_NAMES = re.compile(
     | torch\.distributed\.tensor\.[\w.]+ | torch\.distributed\._tensor\.[\w.]+ | torch\.distributed\.device_mesh\.\w+
     | torch\.distributed\._mesh_layout\.\w+ | torch\.distributed\.checkpoint\.[\w.]+
     | collections\.(OrderedDict|defaultdict|Counter) | _codecs\.encode | pathlib\.(Pure)?(Posix|Windows)?Path
-    | (builtins|__builtin__)\.(dict|list|tuple|set|frozenset|int|float|bool|str|bytes|bytearray|complex|slice|range|object)
+    | (builtins|__builtin__)\.(dict|list|tuple|set|frozenset|int|float|bool|str|bytes|bytearray|complex|slice|range)
+    | (builtins|__builtin__)\.object | __builtin__\.(long|unicode|xrange)
     | copyreg\._reconstructor | copy_reg\._reconstructor | datetime\.\w+
     | numpy\.(dtype|ndarray|generic|[a-z]+\d*_?) | numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)
     | numpy\.dtypes\.\w+ | argparse\.Namespace

@@ -52,7 +52,7 @@ def read_container(path: Path, *, root: Path | None = None) -> Container:
     """Take a file of torch.save apart without running anything.
 
     Raises:
-        Refused: not such a file (`torch-not`), or one that its own directory contradicts (`torch-zip`, `file-truncated`).
+        Refused: not such a file (`torch-not`), or one that its directory contradicts (`torch-zip`, `file-truncated`).
     """
     fd = open_input(path, root=root)
     try:

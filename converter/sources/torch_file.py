@@ -32,9 +32,12 @@ _STORAGE_DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Opaque:
-    """A saved object that is no tensor and no plain container: its name, and what it was made from."""
+    """A saved object that is no tensor and no plain container: its name, and what it was made from.
+
+    Compared by identity, so that one may be a key whatever it holds.
+    """
 
     path: str
     args: tuple[Any, ...]
@@ -108,7 +111,14 @@ class _Resolver:
         return value
 
     def _key(self, key: Any, depth: int) -> Any:
-        return self.resolve(key, depth + 1) if isinstance(key, Built) else key
+        if not isinstance(key, Built):
+            return key
+        value = self.resolve(key, depth + 1)
+        try:
+            hash(value)
+        except TypeError as error:
+            raise self._bad("torch-tensor", "a key of a dictionary is a container") from error
+        return value
 
     def _resolve_one(self, item: Any, depth: int) -> Any:
         match item:
@@ -157,7 +167,11 @@ class _Resolver:
         function, kind, args = item.args[0], item.args[1], item.args[2]
         if isinstance(args, tuple):
             # Not through `resolve`, which remembers values by identity: this one does not outlive the call.
-            return self._built(Built(function, args), depth + 1)
+            value = self._built(Built(function, args), depth + 1)
+            if isinstance(value, Opaque) and len(item.args) > 3:
+                # A wrapper such as DTensor: its local tensor and its placement are what is set on it.
+                return Opaque(value.path, value.args, self.resolve(item.args[3], depth + 1))
+            return value
         return Opaque(getattr(kind, "path", ""), (), None)
 
     def _mapping(self, item: Built, depth: int) -> dict[Any, Any]:

@@ -1,6 +1,6 @@
 """Trains tiny models with real DeepSpeed on CPU and saves each checkpoint beside its oracle.
 
-Needs `deepspeed`, `transformers`, `peft` (their versions go into `fixture.json`); started by itself, one process a rank:
+Needs `deepspeed`, `transformers`, `peft` (their versions go into `fixture.json`). Starts one process a rank:
 
     python tests/zero/train.py OUT --ranks 2 --case lm-tied --stage 3
 
@@ -249,7 +249,7 @@ def flat_states(engine: Any, trained: list[tuple[str, Any]]) -> dict[str, Any]:
             for name, parameter in trained:
                 distance = parameter.data_ptr() - flat.data_ptr()
                 start = distance // flat.element_size()
-                if 0 <= distance and start + parameter.numel() <= flat.numel() and _same_storage(parameter, flat):
+                if distance >= 0 and start + parameter.numel() <= flat.numel() and _same_storage(parameter, flat):
                     found[f"{key}/{name}"] = joined[start : start + parameter.numel()].view_as(parameter).clone()
     missing = [n for n, _ in trained if f"master/{n}" not in found]
     if missing:
@@ -275,6 +275,9 @@ def finish(folder: Path, model: Any, found: dict[str, Any], facts: dict[str, Any
     """Config, oracle and provenance; what no reader needs is removed."""
     from safetensors.torch import save_file
 
+    if hasattr(model, "config"):
+        model.config.architectures = [type(getattr(model, "get_base_model", lambda: model)()).__name__]
+
     for script in ("zero_to_fp32.py", "zero_to_torch.py"):
         (folder / script).unlink(missing_ok=True)
     save_file({k: v.clone().contiguous() for k, v in found.items()}, folder / "oracle.safetensors")
@@ -283,7 +286,7 @@ def finish(folder: Path, model: Any, found: dict[str, Any], facts: dict[str, Any
         value = {k: sorted(v) if isinstance(v, set) else v for k, v in value.items()}
         value = {k: getattr(v, "value", v) for k, v in value.items()}
         (folder / "adapter_config.json").write_text(json.dumps(value, indent=2, sort_keys=True, default=str))
-        (folder / "config-of-base.json").write_text(json.dumps(model.config.to_dict(), indent=2, default=str))
+        (folder / "config-of-run.json").write_text(json.dumps(model.config.to_dict(), indent=2, default=str))
     elif hasattr(model, "config"):
         (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2, default=str))
     finite = all(math.isfinite(float(v.float().sum())) for v in found.values())

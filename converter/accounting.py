@@ -1,0 +1,57 @@
+"""Which bytes of the inputs an output reads: that no tensor is lost on the way, and which checksums matter."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
+
+from converter.checkpoint import Checkpoint, RecordCheck
+from converter.errors import fold
+from converter.tensor_bytes import ByteRun, reads
+from converter.tensors import LazyTensor
+
+
+def checks_of(tensors: Iterable[LazyTensor], checks: Sequence[RecordCheck]) -> tuple[RecordCheck, ...]:
+    """The checks of stretches of which the tensors read any byte."""
+    if not checks:
+        return ()
+    used = _spans(tensors)
+    return tuple(c for c in dict.fromkeys(checks) if _touches(ByteRun(c.file, c.offset, c.length), used))
+
+
+def _spans(tensors: Iterable[LazyTensor]) -> dict[str, list[tuple[int, int]]]:
+    """Stretches of each file that tensors read."""
+    used: dict[str, list[tuple[int, int]]] = {}
+    for tensor in tensors:
+        for run in reads(tensor):
+            used.setdefault(run.file, []).append((run.offset, run.offset + run.length))
+    return {file: _union(spans) for file, spans in used.items()}
+
+
+def unaccounted(inputs: Sequence[Checkpoint], output: Checkpoint) -> str | None:
+    """Tensors of the inputs that are neither read by the output nor dropped by a step, folded; or None."""
+    merged = _spans(output.tensors.values())
+    lost = [
+        name
+        for given in inputs
+        if given.origin.path not in output.set_aside
+        for name, tensor in given.tensors.items()
+        if tensor.info.numel and name not in output.dropped and not any(_touches(run, merged) for run in reads(tensor))
+    ]
+    return fold(lost) if lost else None
+
+
+def _union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _touches(run: ByteRun, used: Mapping[str, list[tuple[int, int]]]) -> bool:
+    spans = used.get(run.file, [])
+    at = bisect.bisect_left(spans, (run.offset + run.length, 0))
+    return at > 0 and spans[at - 1][1] > run.offset

@@ -1,0 +1,128 @@
+"""`rlhf-convert gather`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.cli.conversion import convert
+from converter.cli.options import Conversion
+from converter.cli.recipes import cast_steps, input_spec, output
+from converter.dtypes import DType
+from converter.errors import UsageError, show
+from converter.recipe import SOURCE, InputSpec, Recipe, Step
+
+if TYPE_CHECKING:
+    from converter.cli.conversion import Written
+    from converter.recipe_run import Prepared
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What the user asked for."""
+
+    src: str
+    tag: str | None = None
+    base: str | None = None
+    master: bool = False
+    emit: str | None = None
+    lora_alpha: float | None = None
+
+
+def gather(asked: Gathering, out: str | None, options: Conversion) -> int:
+    """Gather a trainer's shards into a model or an adapter."""
+    if asked.emit == "both":
+        base = "" if asked.base is None else f" --base {shlex.quote(asked.base)}"
+        raise UsageError(
+            "usage",
+            "one run writes one folder: gather the adapter, then the merged model",
+            next=f"rlhf-convert gather {shlex.quote(asked.src)} ADAPTER; "
+            f"rlhf-convert gather {shlex.quote(asked.src)} MERGED --emit merged{base}",
+        )
+    options = _with_masters(asked, options)
+    recipe, said = gather_recipe(asked, options)
+    return convert(
+        recipe, out, options, head=lambda prepared: head(prepared, said), next_commands=lambda w: _next(w, asked)
+    )
+
+
+def _with_masters(asked: Gathering, options: Conversion) -> Conversion:
+    """`--master` and `--dtype float32` are one wish.
+
+    Raises:
+        UsageError: `--master` with another dtype (`usage`).
+    """
+    if not asked.master:
+        return options
+    if options.dtype is not None and DType.parse(options.dtype) is not DType.F32:
+        raise UsageError("usage", f"--master keeps fp32, and --dtype says {options.dtype}; give one")
+    return dataclasses.replace(options, dtype="float32")
+
+
+def gather_recipe(asked: Gathering, options: Conversion) -> tuple[Recipe, str]:
+    """The recipe that the arguments mean, and how the tag was chosen, in words.
+
+    Raises:
+        UsageError: several tags or checkpoints to choose from.
+    """
+    path, said = _tag_path(asked)
+    master = options.dtype is not None and DType.parse(options.dtype) is DType.F32
+    inputs = {SOURCE: InputSpec(path, master=master)}
+    fields: dict[str, Any] = {}
+    if asked.emit is not None:
+        fields["emit"] = asked.emit
+    if asked.base is not None:
+        inputs["base"] = input_spec(asked.base)
+        fields["base"] = "base"
+    if asked.lora_alpha is not None:
+        fields["lora-alpha"] = asked.lora_alpha
+    steps = (Step("gather", fields), *cast_steps(options))
+    return Recipe(inputs, steps, output(options), file="gather"), said
+
+
+def _tag_path(asked: Gathering) -> tuple[str, str]:
+    """The folder with the shards, as the user would write it, and why it is the one."""
+    from converter.sources.deepspeed_files import find_tag
+
+    root = Path(asked.src).expanduser()
+    if not root.is_dir():
+        from converter.sources.locate import resolve
+
+        resolve(asked.src, revision=None, token=None, allow_download=False)
+        raise UsageError("no-shards", "shards are gathered from a local folder", where=show(asked.src))
+    tag = find_tag(root, asked.src, asked.tag)
+    if tag.folder == root:
+        return asked.src, ""
+    path = os.path.join(asked.src, os.path.relpath(tag.folder, root))
+    return path, f"tag {show(tag.folder.name)}: {tag.why}"
+
+
+def head(prepared: Prepared, said: str) -> list[str]:
+    """The screen's lines about the shards, the tag that was chosen, and the base."""
+    from converter import report
+
+    source = prepared.opened[SOURCE]
+    words = report.dtype_words(source)
+    lines = [report.line("shards", f"{show(source.origin.asked)}  {source.origin.stored_format}, {words}")]
+    if said:
+        lines.append(report.line("", said))
+    if "base" in prepared.opened:
+        lines.append(report.base_line("base", prepared.opened["base"], recorded=False))
+    return lines
+
+
+def _next(written: Written, asked: Gathering) -> list[str]:
+    """The check, then what loads the result."""
+    from converter.cli.conversion import load_commands
+
+    if written.prepared.checkpoint.origin.kind != "adapter":
+        return load_commands(written)
+    out = shlex.quote(written.out)
+    base = written.prepared.checkpoint.config.get("base_model_name_or_path")
+    named = [] if isinstance(base, str) and base and asked.base is None else ["--base", asked.base or "BASE"]
+    merge = shlex.join(["rlhf-convert", "merge-lora", written.out, f"{written.out.rstrip('/')}-merged", *named])
+    return [f"rlhf-convert inspect {out}", merge]

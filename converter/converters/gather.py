@@ -1,0 +1,289 @@
+"""`gather`: a trainer's state becomes what others load: a model, the adapter that the run trained, or both merged."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from converter.checkpoint import Checkpoint
+from converter.context import Context
+from converter.converters.adapter_config import read_adapter_config
+from converter.converters.adapter_keys import Module
+from converter.converters.gather_config import ADAPTER_CONFIG, HEADS, adapter_config, recorded, with_folded_heads
+from converter.converters.gather_names import (
+    PEFT_PREFIX,
+    PeftNames,
+    has_factors,
+    peft_names,
+    without_wrappers,
+)
+from converter.converters.layer_merge import Layer, merged_weight
+from converter.converters.merge_lora import MergeLora
+from converter.dtypes import DType
+from converter.errors import Refused, UsageError, fold, show
+from converter.inputs import Input
+from converter.tensors import Cast, LazyTensor, Stored
+
+TRAINING = "training"
+_TIED_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Make a model or an adapter of a trainer's state.
+
+    Attributes:
+        emit: `auto`: an adapter where LoRA was trained, else the model; `merged`: LoRA merged in the same pass.
+        base: the base model: config and tokenizer come from it, and weights that the state does not hold.
+        lora_alpha: for adapters whose config is lost.
+    """
+
+    name: ClassVar[str] = "gather"
+
+    emit: Literal["auto", "adapter", "merged"] = "auto"
+    base: Input | None = None
+    lora_alpha: float | None = None
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The model, the adapter, or the merged model.
+
+        Raises:
+            UsageError: the source is no trainer's state (`not-training`), alpha is missing (`lora-alpha-unknown`).
+            Refused: values that are in no file (`zero3-empty-tensors`, `head-base-lost`), no config to go with them
+                (`config-missing`), no adapter where one was asked for (`no-adapter`).
+        """
+        if checkpoint.origin.kind != TRAINING:
+            text = "this is no trainer's state: its weights are gathered already"
+            raise UsageError("not-training", text, where=show(checkpoint.origin.asked))
+        for said in checkpoint.said:
+            context.note("info", "found", said)
+        names, taken = without_wrappers(checkpoint.tensors)
+        if taken:
+            context.note("info", "wrappers", "taken off the names: " + ", ".join(f"`{show(t)}`" for t in taken))
+        _say_masters(checkpoint.tensors, context)
+        if has_factors(names.values()):
+            lora = _Lora(checkpoint, peft_names(names, show(checkpoint.origin.asked)), context, self.lora_alpha)
+            return lora.merged(self.base) if self.emit == "merged" else lora.adapter(self.base)
+        if self.emit == "adapter":
+            raise Refused(
+                "no-adapter", "the run trained no LoRA: there is no adapter", where=show(checkpoint.origin.asked)
+            )
+        return _model(checkpoint, names, self.base, context)
+
+
+def _say_masters(found: Mapping[str, LazyTensor], context: Context) -> None:
+    casts = {id(t): t for t in found.values() if isinstance(t, Cast)}
+    rounded = [t for t in casts.values() if t.source.info.dtype is DType.F32]
+    if rounded:
+        words = " and ".join(sorted({t.dtype.torch_name for t in rounded}))
+        text = f"{len(rounded)} fp32 masters are rounded to {words}, the dtype of training; --master keeps fp32"
+        context.note("info", "masters-rounded", text)
+
+
+def is_placeholder(tensor: LazyTensor) -> bool:
+    """True for what ZeRO-3 writes where a parameter was not gathered: `torch.Size([0])`, and no values."""
+    return isinstance(tensor, Stored) and tensor.info.shape == (0,)
+
+
+def _refuse_lost(names: list[str], where: str, next: str) -> None:
+    if names:
+        raise Refused(
+            "zero3-empty-tensors",
+            f"{len(names)} tensors are in no file of the checkpoint: {fold(names)}. They were frozen, and saved with "
+            "exclude_frozen_parameters",
+            where=where,
+            next=next,
+        )
+
+
+def _model(checkpoint: Checkpoint, names: Mapping[str, str], base: Checkpoint | None, context: Context) -> Checkpoint:
+    asked = show(checkpoint.origin.asked)
+    lost = [n for raw, n in names.items() if is_placeholder(checkpoint.tensors[raw])]
+    _refuse_lost(lost, asked, "look for another checkpoint of the run that was saved with them")
+    found = checkpoint.rename(names)
+    found = _with_config(found, base, context)
+    return _as_model(_without_tied_copies(found))
+
+
+def _with_config(found: Checkpoint, base: Checkpoint | None, context: Context) -> Checkpoint:
+    """Config and side files: the run's own, else the base's."""
+    files = {n: f for n, f in found.side_files.items() if n != ADAPTER_CONFIG}
+    if base is not None:
+        files = {**base.side_files, **files}
+        aside = {base.origin.path: "only its config and its tokenizer are used: the run has the weights"}
+        found = found.replace(set_aside={**found.set_aside, **aside}, inputs={**base.inputs, **found.inputs})
+    if found.config:
+        return found.replace(side_files=files)
+    if base is None:
+        raise Refused(
+            "config-missing",
+            "there is no config.json beside or above the shards, and without it nothing loads the weights",
+            where=show(found.origin.asked),
+            next=f"rlhf-convert gather {show(found.origin.asked)} OUT --base BASE, the model that training began with",
+        )
+    context.note("info", "found", f"config.json taken from the base, {show(base.origin.name)}")
+    return found.replace(side_files=files, config=base.config, config_bytes=base.config_bytes)
+
+
+def _without_tied_copies(found: Checkpoint) -> Checkpoint:
+    """Output embeddings that the config ties are not written twice: transformers makes them from the input's."""
+    ties = found.config.get("tie_word_embeddings")
+    kept = dict(found.tensors)
+    for group in found.ties:
+        for name in group:
+            if ties is True and name in _TIED_HEADS and any(n in kept for n in group if n != name):
+                kept.pop(name, None)
+    return found.replace(tensors=kept)
+
+
+def _as_model(found: Checkpoint) -> Checkpoint:
+    return found.replace(origin=dataclasses.replace(found.origin, kind="model"))
+
+
+@dataclass(frozen=True)
+class _Lora:
+    """The state of a run that trained LoRA with PEFT."""
+
+    source: Checkpoint
+    names: PeftNames
+    context: Context
+    alpha: float | None
+
+    @property
+    def where(self) -> str:
+        return show(self.source.origin.asked)
+
+    def adapter(self, base: Checkpoint | None, *, alone: bool = True) -> Checkpoint:
+        """The adapter as PEFT would have saved it; heads over a frozen random weight are folded and saved whole.
+
+        Args:
+            alone: tensors trained beside LoRA must be in it; else they are in the base that it is merged into.
+        """
+        heads = self._heads_to_fold(base)
+        given = self.source.tensors
+        lost = [f.key for f in self.names.factors if is_placeholder(given[f.raw])]
+        _refuse_lost(lost, self.where, "look for another checkpoint of the run")
+        config = adapter_config(self.source, self.names, given, self.alpha, self.context)
+        out = {f.key: given[f.raw] for f in self.names.factors if f.module not in heads}
+        if len(out) != sum(f.module not in heads for f in self.names.factors):
+            raise Refused("rename-collision", "two tensors would have one name in the adapter", where=self.where)
+        out |= self._trained_outside() if alone else {}
+        if heads:
+            plain = self._checkpoint("adapter", {f.key: given[f.raw] for f in self.names.factors}, config)
+            for head in heads:
+                out[f"{PEFT_PREFIX}{head}.weight"] = self._folded(head, plain)
+            text = f"{fold(heads)} = W0 + BA: W0 was random and frozen, and is in this checkpoint alone; saved whole"
+            self.context.note("info", "head-folded", text)
+            config = with_folded_heads(config, self.names, heads)
+        if base is not None and not config.get("base_model_name_or_path"):
+            config = {**config, "base_model_name_or_path": base.origin.asked}
+        dropped = dict.fromkeys(self.names.base.values(), "frozen, of the base model: no part of an adapter")
+        dropped |= dict.fromkeys(self.names.copies, "the untrained copy of a module that was trained whole")
+        used = {self.names.base.get(f"{h}.weight") for h in heads}
+        used |= {raw for raw, t in given.items() if any(t is o for o in out.values())}
+        kept = {raw: why for raw, why in dropped.items() if given[raw].info.numel and raw not in used}
+        found = self._checkpoint("adapter", out, config).replace(dropped={**self.source.dropped, **kept})
+        if base is None:
+            return found
+        aside = {base.origin.path: "an adapter is written; the base is only named in it"}
+        return found.replace(set_aside=aside, inputs={**base.inputs, **found.inputs})
+
+    def _trained_outside(self) -> dict[str, LazyTensor]:
+        """Trained tensors that are no LoRA: biases belong to an adapter; whole weights have no place in one."""
+        trained = self.source.trained or frozenset()
+        plain = {name: raw for name, raw in self.names.base.items() if raw in trained}
+        weights = [n for n in plain if not n.endswith(".bias")]
+        if weights:
+            raise Refused(
+                "trained-outside",
+                f"{len(weights)} weights were trained beside LoRA and can't be part of an adapter: {fold(weights)}",
+                where=self.where,
+                next=f"rlhf-convert gather {self.where} OUT --emit merged",
+            )
+        return {f"{PEFT_PREFIX}{name}": self.source.tensors[raw] for name, raw in plain.items()}
+
+    def _heads_to_fold(self, base: Checkpoint | None) -> list[str]:
+        """Task heads with LoRA on them: the weight below is in no base model, so it must be here."""
+        found = []
+        for module in self.names.targets:
+            raw = self.names.base.get(f"{module}.weight")
+            if module.rpartition(".")[2] not in HEADS:
+                continue
+            if base is not None and f"{module}.weight" in base.tensors:
+                continue
+            if raw is None or is_placeholder(self.source.tensors[raw]):
+                raise Refused(
+                    "head-base-lost",
+                    f"{show(module)} = W0 + BA: W0 was random and frozen, and this checkpoint was saved without frozen "
+                    "parameters; no base model contains it",
+                    where=self.where,
+                    next="look for a checkpoint of the run that was saved with them; without it the head is lost",
+                )
+            found.append(module)
+        return found
+
+    def _folded(self, head: str, plain: Checkpoint) -> LazyTensor:
+        parts = {
+            f.kind if f.leaf in (None, "weight") else f"{f.kind}.{f.leaf}": self.source.tensors[f.raw]
+            for f in self.names.factors
+            if f.module == head and f.kind != "modules_to_save"
+        }
+        weight = self.source.tensors[self.names.base[f"{head}.weight"]]
+        layer = Layer(Module(head, factors=parts), head, read_adapter_config(plain), 1.0, self.where)
+        return merged_weight(weight, [layer.update(weight.info, {})], "best")
+
+    def _checkpoint(self, kind: str, out: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Checkpoint:
+        is_verbatim = kind == "adapter" and config == recorded(self.source.side_files)
+        files = {n: f for n, f in self.source.side_files.items() if n != ADAPTER_CONFIG}
+        return Checkpoint(
+            tensors=dict(out),
+            config=dict(config) if is_verbatim else {**config, "inference_mode": True} if kind == "adapter" else config,
+            origin=dataclasses.replace(self.source.origin, kind=kind),
+            side_files=files,
+            inputs=self.source.inputs,
+            checks=self.source.checks,
+        )
+
+    def merged(self, base: Checkpoint | None) -> Checkpoint:
+        """The merged model, over the run's own frozen weights where it has them all, else over the base."""
+        own = self._holds_base()
+        if not own and base is None:
+            raise Refused(
+                "base-needed",
+                "the checkpoint was saved without the frozen weights: the model needs its base",
+                where=self.where,
+                next=f"rlhf-convert gather {self.where} OUT --emit merged --base BASE",
+            )
+        adapter = self.adapter(None if own else base, alone=not own)
+        under = base if not own and base is not None else self._own_base(base)
+        result = MergeLora(adapters=(adapter,))(under, self.context)
+        dropped = dict.fromkeys(self.names.copies, "the untrained copy of a module that was trained whole")
+        if not own:
+            dropped |= dict.fromkeys(self.names.base.values(), "frozen: the base's own is used")
+        here = {n: why for n, why in dropped.items() if self.source.tensors[n].info.numel}
+        return _as_model(
+            result.replace(
+                dropped={**self.source.dropped, **here, **result.dropped}, inputs={**adapter.inputs, **result.inputs}
+            )
+        )
+
+    def _holds_base(self) -> bool:
+        raws = [self.names.base.get(f"{m}.weight") for m in self.names.targets]
+        held = [raw for raw in self.names.base.values() if is_placeholder(self.source.tensors[raw])]
+        return bool(raws) and not held and all(r is not None for r in raws)
+
+    def _own_base(self, base: Checkpoint | None) -> Checkpoint:
+        """The run's frozen weights as a base model; heads come with the adapter."""
+        own = {n: self.source.tensors[raw] for n, raw in self.names.base.items() if n.split(".")[0] not in HEADS}
+        made = dataclasses.replace(self.source.origin, kind="model")
+        shared = {raw: n for n, raw in self.names.base.items()}
+        ties = tuple(
+            tuple(shared[n] for n in group if n in shared)
+            for group in self.source.ties
+            if sum(n in shared for n in group) > 1
+        )
+        found = self.source.replace(tensors=own, origin=made, ties=ties, said=(), trained=None)
+        self.context.note("info", "base-own", f"merged over the run's own {len(own)} frozen weights")
+        return _without_tied_copies(_with_config(found, base, self.context))

@@ -1,0 +1,138 @@
+"""An adapter's config for tensors that were gathered: the run's own, checked against them, or rebuilt from shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from converter.checkpoint import Checkpoint, SideFile
+from converter.context import Context
+from converter.converters.gather_names import PeftNames
+from converter.errors import Refused, UsageError, fold, show
+from converter.strict_json import load_json
+from converter.tensors import LazyTensor
+
+ADAPTER_CONFIG = "adapter_config.json"
+HEADS = frozenset({"score", "classifier"})
+
+
+def recorded(files: Mapping[str, SideFile]) -> dict[str, Any] | None:
+    """The `adapter_config.json` that lies by the shards, if one does."""
+    file = files.get(ADAPTER_CONFIG)
+    if file is None or file.source is None:
+        return None
+    value = load_json(Path(file.source))
+    if not isinstance(value, dict):
+        raise Refused("json-malformed", "the adapter config is no JSON object", where=show(file.source))
+    return value
+
+
+def adapter_config(
+    source: Checkpoint, names: PeftNames, tensors: Mapping[str, LazyTensor], alpha: float | None, context: Context
+) -> dict[str, Any]:
+    """The config that belongs to the gathered tensors.
+
+    Args:
+        tensors: by the trainer's names.
+        alpha: what `--lora-alpha` says.
+
+    Raises:
+        UsageError: nothing records alpha and it wasn't given (`lora-alpha-unknown`).
+        Refused: the config found is for other tensors (`adapter-rank`, `peft-type-unsupported`).
+    """
+    ranks = {
+        f.module: tensors[f.raw].info.shape[0]
+        for f in names.factors
+        if f.kind in ("lora_A", "lora_embedding_A") and tensors[f.raw].info.shape
+    }
+    where = show(source.origin.asked)
+    config = recorded(source.side_files)
+    if config is None:
+        return _rebuilt(source, names, ranks, alpha, context)
+    if str(config.get("peft_type")).upper() != "LORA":
+        what = (
+            f"the {ADAPTER_CONFIG} by the shards is of PEFT type {show(config.get('peft_type'))}, the tensors are LoRA"
+        )
+        raise Refused("peft-type-unsupported", what, where=where)
+    patterns = config.get("rank_pattern")
+    known = {config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())}
+    wrong = [m for m, r in ranks.items() if r not in known]
+    if wrong:
+        raise Refused(
+            "adapter-rank",
+            f"the {ADAPTER_CONFIG} by the shards is not of this run: it has other ranks than {fold(wrong)}",
+            where=where,
+            expected=f"r = {show(config.get('r'))}",
+            got=f"r = {ranks[wrong[0]]} in {show(wrong[0])}",
+            next="remove it, or put the right one there",
+        )
+    if alpha is not None and config.get("lora_alpha") != alpha:
+        text = f"lora_alpha is {alpha:g} as given; the run's {ADAPTER_CONFIG} says {show(config.get('lora_alpha'))}"
+        context.note("changes-numbers", "lora-alpha", text)
+        config["lora_alpha"] = _number(alpha)
+    return config
+
+
+def _number(alpha: float) -> float | int:
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _rebuilt(
+    source: Checkpoint, names: PeftNames, ranks: Mapping[str, int], alpha: float | None, context: Context
+) -> dict[str, Any]:
+    asked = show(source.origin.asked)
+    if alpha is None:
+        listed = ", ".join(str(r) for r in sorted(set(ranks.values())))
+        raise UsageError(
+            "lora-alpha-unknown",
+            f"there is no {ADAPTER_CONFIG} beside or above the shards, and no tensor records lora_alpha (r = {listed})",
+            where=asked,
+            next=f"rlhf-convert gather {asked} OUT --lora-alpha N, with the N of the training script",
+        )
+    common = max(set(ranks.values()), key=lambda r: (list(ranks.values()).count(r), r))
+    saved = list(dict.fromkeys(f.module for f in names.factors if f.kind == "modules_to_save"))
+    is_head = any(m.rpartition(".")[2] in HEADS for m in [*saved, *names.targets])
+    found = ", ".join(str(r) for r in sorted(set(ranks.values())))
+    text = f"{ADAPTER_CONFIG} rebuilt from shapes: r = {found}, lora_alpha = {alpha:g} as given, rsLoRA taken as off"
+    context.note("changes-numbers", "adapter-config-rebuilt", text)
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if is_head else None,
+        "base_model_name_or_path": None,
+        "r": common,
+        "lora_alpha": _number(alpha),
+        "rank_pattern": {_exact(m): r for m, r in ranks.items() if r != common},
+        "alpha_pattern": {},
+        # Whole names: the last words alone could match layers that were not trained.
+        "target_modules": names.targets,
+        "modules_to_save": [m.rpartition(".")[2] for m in saved] or None,
+        "use_dora": any(f.kind == "lora_magnitude_vector" for f in names.factors),
+        "use_rslora": False,
+        "lora_bias": any(f.kind == "lora_B" and f.leaf == "bias" for f in names.factors),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _exact(module: str) -> str:
+    return "^" + module.replace(".", r"\.")
+
+
+def with_folded_heads(config: Mapping[str, Any], names: PeftNames, heads: Sequence[str]) -> dict[str, Any]:
+    """The config of an adapter whose heads, LoRA over a random frozen weight, are saved whole instead."""
+    if not heads:
+        return dict(config)
+    last = {h.rpartition(".")[2] for h in heads}
+    saved = [n for n in config.get("modules_to_save") or [] if isinstance(n, str)]
+    kept = [m for m in names.targets if m not in heads]
+    named = config.get("target_modules")
+    if isinstance(named, list) and all(isinstance(n, str) for n in named):
+        targets = [n for n in named if n not in last and n not in heads]
+    else:
+        targets = kept  # a pattern, or `all-linear`, would match the head again
+    changed = {"target_modules": targets, "modules_to_save": list(dict.fromkeys([*saved, *sorted(last)]))}
+    return {**config, **changed, "task_type": config.get("task_type") or "SEQ_CLS"}

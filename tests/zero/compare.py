@@ -1,0 +1,73 @@
+"""A checkpoint that DeepSpeed saved against what lived in memory: bit by bit, by name, dtype and shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from converter.evaluate import Evaluator
+from converter.reading import InputFiles
+from converter.sources.deepspeed import adam_moments, open_tag
+from converter.tensors import LazyTensor
+
+RUNS = Path(__file__).parent / "runs"
+
+
+def run_names(root: Path = RUNS) -> list[str]:
+    """Every saved run."""
+    return sorted(p.parent.name for p in root.glob("*/fixture.json"))
+
+
+def facts(run: Path) -> dict[str, Any]:
+    """How a run was trained."""
+    found: dict[str, Any] = json.loads((run / "fixture.json").read_text())
+    return found
+
+
+def live(run: Path, kind: str = "live") -> dict[str, torch.Tensor]:
+    """What lived in memory: `live` parameters and buffers, `master`, `exp_avg`, `exp_avg_sq`."""
+    held = load_file(run / "oracle.safetensors")
+    return {n.partition("/")[2]: t for n, t in held.items() if n.startswith(kind + "/")}
+
+
+def evaluated(tensors: Mapping[str, LazyTensor]) -> dict[str, torch.Tensor]:
+    """Lazy tensors as torch's."""
+    with InputFiles({}) as files:
+        return {n: Evaluator(files).evaluate(t, {}) for n, t in tensors.items()}
+
+
+def differences(got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> list[str]:
+    """What differs, in words; nothing where both are equal bit by bit."""
+    found = [f"missing {n}" for n in wanted if n not in got] + [f"unexpected {n}" for n in got if n not in wanted]
+    for name in [n for n in got if n in wanted]:
+        a, b = got[name], wanted[name]
+        same = a.dtype == b.dtype and a.shape == b.shape
+        if not same or not a.reshape(-1).view(torch.uint8).equal(b.reshape(-1).view(torch.uint8)):
+            found.append(f"{name}: {a.dtype} {tuple(a.shape)} differs from {b.dtype} {tuple(b.shape)}")
+    return found
+
+
+def faults(run: Path) -> list[str]:
+    """Everything in which a gathered run differs from what lived: weights, buffers, masters, both moments."""
+    told = facts(run)
+    checkpoint = open_tag(run, asked=run.name)
+    wanted = live(run)
+    if told["case"] == "lora-lean":  # frozen parameters were excluded when it was saved
+        wanted = {n: t for n, t in wanted.items() if n in (checkpoint.trained or ())}
+    found = [f"live: {d}" for d in differences(evaluated(checkpoint.tensors), wanted)]
+    if told["stage"] == 0:
+        return found
+    masters = open_tag(run, asked=run.name, master=True)
+    aliases = {n for group in checkpoint.ties for n in group[1:]}
+    states = {"master": {n: t for n, t in masters.tensors.items() if n in (masters.trained or ())}}
+    states["exp_avg"] = adam_moments(run, which="exp_avg")
+    states["exp_avg_sq"] = adam_moments(run, which="exp_avg_sq")
+    for kind, tensors in states.items():
+        wanted = {n: t for n, t in live(run, kind).items() if kind == "master" or n not in aliases}
+        found += [f"{kind}: {d}" for d in differences(evaluated(tensors), wanted)]
+    return found
