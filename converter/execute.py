@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 from converter.allocator import keep_freed_memory
 from converter.check import check_written
-from converter.errors import Refused, VerificationFailed, show
+from converter.errors import Interrupted, Refused, VerificationFailed, show
 from converter.measures import Measures, with_ratios
 from converter.plan import RECEIPT_FILE, Plan, ShardPlan
 from converter.preflight import check_space, check_target, memory_limit
@@ -86,6 +87,7 @@ def write(
         Refused: the target, the disk, the memory or an input does not allow it; nothing is published. What can be
             gone on from is kept for the next call, else nothing new stays on disk.
         VerificationFailed: what was written is not what it should be; the stage is kept and named.
+        Interrupted: a signal came when the output was published already, and its predecessor not yet removed.
     """
     begun = time.monotonic()
     budget = memory_limit(plan, memory)
@@ -119,6 +121,9 @@ def write(
                 stage.discard()
         if isinstance(error, OSError):
             raise _system_refused(error, stage) from error
+        if isinstance(error, KeyboardInterrupt) and stage.is_published:
+            what = "interrupted while the old output was removed; the new one is whole"
+            raise Interrupted(error.args[0] if error.args else signal.SIGINT, what) from None
         raise
     finally:
         stage.close()

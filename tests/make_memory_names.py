@@ -51,6 +51,7 @@ LABELS = 13  # a count that no other dimension has: its tensor is the one with a
 _SECONDS = 60
 _FEW = 8
 _MANY = 16  # tensors of a head; more is a model of its own
+_ROPE = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 # What some config classes leave open and their models need; tried in turn where the plain config does not do.
 _SETTINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -61,6 +62,17 @@ _SETTINGS: tuple[dict[str, Any], ...] = (
     {"is_decoder": True, "vocab_size": 99},
     {"layer_types": ["full_attention"], "num_hidden_layers": 1},
     {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 12, "hidden_size": 768}},
+    {"vision_config": {"architecture": "vit_base_patch16_224", "model_args": {"embed_dim": 768}}},
+    {"vocabulary_map": {"<image>": 5}},
+    {"attn_config": {"rope_theta": 1e4}},
+    {"n_routed_experts": 4, "n_shared_experts": 1},
+    {"text_config": {"mlp_layer_types": ["dense"] * 64}},
+    {"text_config": {"rope_parameters": _ROPE}},
+    {"rope_parameters": _ROPE},
+    {"talker_config": {"text_config": {"shared_expert_intermediate_size": 64}, "spatial_merge_size": 2}},
+    {"downsample_rate": "1/2", "deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0]},
+    {"audio_vocab_size": 99},
+    {"is_encoder_decoder": False},
 )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from converter.errors import ConvertError, Refused
+from converter.errors import ConvertError, Interrupted, Refused
 from converter.execute import write
 from converter.plan import Plan
 from durability import Fault, Quiet, copy_inputs, fast_folder, merge_plan, tree
@@ -164,6 +164,24 @@ def test_a_failure_before_the_first_shard_is_done_leaves_nothing_new(merge: Merg
     assert caught.value.code == "no-space"
     assert "free space" in str(caught.value.next)
     assert os.listdir(place) == []
+
+
+def test_an_interrupt_after_publication_says_that_the_new_output_is_whole(merge: Merge, place: Path) -> None:
+    merge.stop_before_publishing(place)
+    merge.put_former(place)
+
+    class Interrupting(Fault):
+        def call(self, name: str, path: str, *more: Any) -> Any:
+            if name == "unlink" and "/out.old/" in path:
+                raise KeyboardInterrupt(15)
+            return super().call(name, path, *more)
+
+    with pytest.raises(Interrupted, match="the new one is whole") as caught, Interrupting(merge.folder, at=-1):
+        merge.write(place, overwrite=True)
+    assert caught.value.exit_code == 143
+    assert tree(place / "out") == merge.checked
+    merge.write(place, overwrite=True)
+    assert os.listdir(place) == ["out"]
 
 
 # The power fails

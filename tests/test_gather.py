@@ -261,7 +261,6 @@ def test_the_recipe_that_is_printed_does_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [
-        (["--emit", "both"], 2, "one run writes one folder"),
         (["--master", "--dtype", "bf16"], 2, "give one"),
         (["--tag", "global_step7"], 2, "no-such-tag"),
     ],

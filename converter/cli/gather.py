@@ -35,14 +35,6 @@ class Gathering:
 
 def gather(asked: Gathering, out: str | None, options: Conversion) -> int:
     """Gather a trainer's shards into a model or an adapter."""
-    if asked.emit == "both":
-        base = "" if asked.base is None else f" --base {shlex.quote(asked.base)}"
-        raise UsageError(
-            "usage",
-            "one run writes one folder: gather the adapter, then the merged model",
-            next=f"rlhf-convert gather {shlex.quote(asked.src)} ADAPTER; "
-            f"rlhf-convert gather {shlex.quote(asked.src)} MERGED --emit merged{base}",
-        )
     options = _with_masters(asked, options)
     recipe, said = gather_recipe(asked, options)
     return convert(

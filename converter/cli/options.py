@@ -36,7 +36,6 @@ class EmitChoice(StrEnum):
 
     adapter = "adapter"
     merged = "merged"
-    both = "both"
 
 
 @dataclass(frozen=True)

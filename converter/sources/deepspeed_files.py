@@ -104,6 +104,10 @@ def other_layout(root: Path) -> Refused | None:
         text = "this is a universal DeepSpeed checkpoint, which is not read"
         advice = "gather the folder that it was made from (global_step*), or load it with DeepSpeed and save"
         return Refused("zero-universal", text, where=show(root), next=advice)
+    if any(p.name == "offloaded_tensors" for p in below):
+        text = "the optimizer was offloaded to NVMe: its state is in offloaded_tensors, and not whole in the shards"
+        advice = "load it with DeepSpeed where the NVMe files are, and save it gathered (engine.save_16bit_model)"
+        return Refused("zero-offloaded", text, where=show(root), next=advice)
     ranks = [p for p in below if _MEGATRON_FOLDER.fullmatch(p.name) and _is_megatron(file_names(p))]
     if ranks:
         text = f"this is a Megatron checkpoint, which is not read: {fold(sorted(p.name for p in ranks))}"
