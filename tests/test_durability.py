@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 import random
 import shutil
@@ -217,8 +218,7 @@ def replay(merge: Merge, place: Path, scene: Scene, *, most: int) -> None:
         # What is replaced is never lost: it is OUT, or it is whole beside it until the new one is OUT.
         if scene is overwriting and out is None:
             assert state.tree("out.old") == merge.former
-    chosen = states if len(states) <= most else random.Random(1).sample(states, most)
-    for number, state in enumerate(chosen):
+    for number, state in enumerate(various(states, most)):
         disk = merge.folder / f"disk-{number}"
         state.lay_out(disk)
         was_there = "out" in state.inodes
@@ -227,3 +227,13 @@ def replay(merge: Merge, place: Path, scene: Scene, *, most: int) -> None:
         assert os.listdir(disk) == ["out"]
         shutil.rmtree(disk)
     assert merge.inputs_are_untouched()
+
+
+def various(states: list[State], most: int) -> list[State]:
+    """At most `most` of the states, first one of each set of the names that recovery goes by, then a second of each."""
+    kinds: dict[frozenset[str], list[State]] = {}
+    for state in random.Random(1).sample(states, len(states)):
+        telling = frozenset(p for p in state.keys if "/" not in p or p.endswith(("journal.jsonl", "rlhf-convert.json")))
+        kinds.setdefault(telling, []).append(state)
+    rounds = itertools.zip_longest(*kinds.values())
+    return [state for each in rounds for state in each if state is not None][:most]

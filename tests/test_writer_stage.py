@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,3 +193,33 @@ def test_a_second_run_on_the_same_output_is_refused_and_the_first_goes_on(plan: 
     go_on.set()
     first.join()
     assert load(tmp_path / "out").keys() == {f"{kind}.{i}" for kind in ("copied", "cast") for i in range(3)}
+
+
+def test_a_stage_that_is_published_between_its_opening_and_its_locking_is_not_taken_for_ours(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, published = fcntl.flock, tmp_path / "published"
+
+    def publish_first(fd: int, how: int) -> None:
+        if not published.exists():
+            (tmp_path / "out.partial").rename(published)
+        lock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", publish_first)
+    written(plan, tmp_path / "out")
+    assert os.listdir(published) == []
+    assert sorted(p.name for p in (tmp_path / "out").glob("model-*.safetensors")) == SHARDS
+
+
+def test_a_file_that_was_not_finished_gives_its_space_back(plan: Plan, tmp_path: Path) -> None:
+    class Failing(Quiet):
+        def advance(self, count: int, tensor: str) -> None:
+            if tensor == "cast.2":
+                while len(self.written) < 2:
+                    time.sleep(0.001)
+                raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(Refused, match="Input/output error"):
+        written(plan, tmp_path / "out", reporter=Failing())
+    assert tree(tmp_path / "out.partial").keys() == {"journal.jsonl", *SHARDS[:2]}
+    assert finish(plan, tmp_path / "out").resumed == SHARDS[:2]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from oracle.bases import DTYPES, Base, _randomise, quiet, read_tensors, write_tensors
 
@@ -345,3 +347,14 @@ def make_family(
             tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
         write_tensors(path, tensors)
     return FamilyBase(path, name, False, case.auto)
+
+
+def tie(config: Any) -> None:
+    """A change of a config: the head is the embedding, in the text part too."""
+    for each in (config, getattr(config, "text_config", config)):
+        each.tie_word_embeddings = True
+
+
+def marked(names: Iterable[str], often: Collection[str]) -> list[Any]:
+    """Parameters of a test, those that are not run often marked as slow."""
+    return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in names]
