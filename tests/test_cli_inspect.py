@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import statistics
 import subprocess
 import sys
 from importlib import resources
@@ -147,15 +145,14 @@ def test_a_hub_id_that_is_not_cached_is_not_downloaded(here: Path) -> None:
     assert "hf download acme/none" in ran.err
 
 
-def test_inspecting_the_headers_of_a_70b_model_takes_under_0_3_seconds(tmp_path: Path) -> None:
-    """Processor time, which other work on the machine does not stretch; `benchmarks/startup.py` measures the clock."""
+def test_inspecting_the_headers_of_a_70b_model_imports_none_of_the_slow_libraries(tmp_path: Path) -> None:
+    """How long it takes is for `benchmarks/startup.py` to say."""
     model = llama_70b(tmp_path / "model")
-    program = Path(sys.executable).with_name("rlhf-convert")
-    for arguments in (["--help"], ["inspect", str(model)]):
-        spent = []
-        for _ in range(7):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run([program, *arguments], check=True, capture_output=True, timeout=60)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert statistics.median(spent) < 0.3, spent
+    program = (
+        "import sys; from converter.cli import main; code = main(sys.argv[1:]); "
+        "slow = {'torch', 'transformers', 'peft', 'numpy', 'safetensors', 'pydantic', 'huggingface_hub', 'yaml'}; "
+        "found = sorted(slow & set(sys.modules)); print(*found, end='', file=sys.stderr); sys.exit(code or len(found))"
+    )
+    command = [sys.executable, "-c", program, "inspect", str(model)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr

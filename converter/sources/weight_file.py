@@ -11,7 +11,6 @@ from converter.checkpoint import RecordCheck
 from converter.errors import Refused, show
 from converter.files import Identity
 from converter.safetensors_io import read_header
-from converter.sources.torch_file import read_torch_file, state_dict
 from converter.tensors import LazyTensor
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
@@ -54,6 +53,9 @@ def read_weights(path: Path, *, root: Path, named: str) -> WeightFile:
 
 
 def _read_pickled(path: Path, root: Path, named: str) -> WeightFile:
+    # Imported here: headers of safetensors are inspected without it, in a fraction of a second.
+    from converter.sources.torch_file import read_torch_file, state_dict
+
     file = read_torch_file(path, root=root)
     found = state_dict(file.value)
     if found is None:
