@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 from converter.copying import copy_run, write_all
@@ -125,20 +127,21 @@ class ShardWriter:
         pieces = self._pieces(shards)
         workers = [threading.Thread(target=self._work, args=(pieces,), name=f"worker-{n}") for n in range(jobs)]
         finisher = threading.Thread(target=self._finish, name="finisher")
-        try:
-            for thread in (*workers, finisher):
-                thread.start()
-            _join(workers)
-            self._finished.put(None)
-            _join([finisher])
-        except BaseException as error:
-            self._fail(error)
-        finally:
-            self._finished.put(None)
-            for thread in (*workers, finisher):
-                if thread.ident is not None:
-                    thread.join()
-            self._drop_unfinished()
+        with _signals_noted() as deliver:
+            try:
+                for thread in (*workers, finisher):
+                    thread.start()
+                _join(workers, deliver)
+                self._finished.put(None)
+                _join([finisher], deliver)
+            except BaseException as error:
+                self._fail(error)
+            finally:
+                self._finished.put(None)
+                for thread in (*workers, finisher):
+                    if thread.ident is not None:
+                        thread.join()
+                self._drop_unfinished()
         if self._failure is not None:
             raise self._failure
         return self._lines
@@ -294,11 +297,46 @@ class ShardWriter:
         self._reporter.shard_done(shard.plan.file, shard.plan.size, False)
 
 
-def _join(threads: list[threading.Thread]) -> None:
-    """Wait in short steps: a signal handler runs in the main thread, between them."""
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[Callable[[], None]]:
+    """Signals wait until the function that is yielded is called, which may raise what their handlers raise.
+
+    An exception out of a handler inside `Thread.join` makes a running thread look finished, and its files would be
+    closed under it. Source: https://github.com/python/cpython/issues/90882
+    """
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, note)
+
+    def deliver() -> None:
+        while received:
+            number = received.pop(0)
+            handlers[number](number, None)
+
+    try:
+        yield deliver
+    finally:
+        for held, handler in handlers.items():
+            if signal.getsignal(held) is note:  # else a handler has chosen another one for the next signal
+                signal.signal(held, handler)
+        deliver()
+
+
+def _join(threads: list[threading.Thread], deliver: Callable[[], None]) -> None:
+    """Wait in short steps, with signals between them."""
     for thread in threads:
         while thread.is_alive():
-            thread.join(0.2)
+            thread.join(0.1)
+            deliver()
 
 
 def _reserve(fd: int, size: int) -> None:

@@ -195,6 +195,23 @@ def test_after_a_power_cut_at_any_point_out_is_absent_or_whole_and_the_next_run_
     replay(merge, place, scene, most=90)
 
 
+def test_after_a_power_cut_while_a_stage_is_thrown_away_the_next_run_finishes(merge: Merge, place: Path) -> None:
+    def refuse(measures: object) -> None:
+        raise Refused("no-op", "nothing changed")
+
+    with Recorder(place) as recorder, pytest.raises(Refused, match="nothing changed"):
+        merge.write(place, verify=False, accept=refuse)
+    assert os.listdir(place) == []
+    for number, state in enumerate(various(list(recorder.states()), 120)):
+        disk = merge.folder / f"disk-{number}"
+        state.lay_out(disk)
+        assert "out" not in state.inodes
+        merge.write(disk, verify=False)
+        assert tree(disk / "out") == merge.unchecked
+        assert os.listdir(disk) == ["out"]
+        shutil.rmtree(disk)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scene", [fresh, resumed, begun_anew, overwriting])
 def test_after_a_power_cut_at_any_point_the_next_run_finishes_from_every_state(

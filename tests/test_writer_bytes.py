@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -297,6 +298,43 @@ def test_an_exception_in_the_reporter_reaches_the_caller_and_nothing_is_publishe
         written(changed(model), tmp_path / "out", jobs=2, reporter=reporter)
     assert not (tmp_path / "out").exists()
     written(changed(model), tmp_path / "out")
+    assert same(load(tmp_path / "out"), reference(model))
+
+
+@pytest.mark.parametrize("where", ["start", "advance", "shard_done", "checking"])
+def test_a_signal_reaches_the_caller_once_no_thread_writes_any_more(model: Path, tmp_path: Path, where: str) -> None:
+    real = getattr(Quiet, where)
+
+    class Interrupting(Quiet):
+        def send(self, *args: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            real(self, *args)
+
+    reporter = Interrupting()
+    setattr(reporter, where, reporter.send)
+    with pytest.raises(KeyboardInterrupt):
+        written(changed(model), tmp_path / "out", jobs=3, reporter=reporter)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith(("worker", "finisher"))]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (tmp_path / "out").exists()
+    written(changed(model), tmp_path / "out")
+    assert same(load(tmp_path / "out"), reference(model))
+
+
+def test_a_handler_that_does_not_stop_the_run_is_called_and_the_run_goes_on(model: Path, tmp_path: Path) -> None:
+    called: list[int] = []
+
+    class Interrupting(Quiet):
+        def advance(self, count: int, tensor: str) -> None:
+            if tensor == "half" and not called:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
+    try:
+        written(changed(model), tmp_path / "out", reporter=Interrupting())
+        assert called
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert same(load(tmp_path / "out"), reference(model))
 
 

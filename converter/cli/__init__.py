@@ -36,11 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = with_verb(list(sys.argv[1:] if argv is None else argv))
     try:
         with _signals_raise() as received:
-            code = _run(arguments)
-            if received:
-                # Typer makes exit code 130 of any signal that comes while it parses, and says nothing.
-                raise KeyboardInterrupt(received[0])
-            return code
+            return _run(arguments, received)
     except BrokenPipeError:
         # The reader of our output went away, as in `... | head`: not an error to talk about.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - kept open until the process ends
@@ -74,7 +70,7 @@ def with_verb(arguments: list[str]) -> list[str]:
     return ["inspect", *arguments] if looks_like_path else arguments
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], received: list[int]) -> int:
     if sys.platform == "win32":
         raise Refused("windows", "Windows is not supported", next="run it in WSL 2 or on Linux")
     if arguments[0] == "--version":
@@ -107,6 +103,9 @@ def _run(arguments: list[str]) -> int:
         raise UsageError("usage", show(what), next=f"{name} --help") from None
     finally:
         sys.excepthook = hook
+    if received:
+        # Typer makes exit code 130 of any signal that comes while it parses, and says nothing.
+        raise KeyboardInterrupt(received[0])
     # Typer parses; what a verb does runs here, where interrupts and errors are ours to show.
     return command if isinstance(command, int) else int(command())
 
@@ -128,9 +127,20 @@ def _signals_raise() -> Iterator[list[int]]:
         received.append(number)
         raise KeyboardInterrupt(number)
 
+    def send_again(lost: sys.UnraisableHookArgs) -> None:
+        # An interrupt that comes while Python removes an object is lost, but for a traceback on the user's screen.
+        if lost.exc_type is not KeyboardInterrupt or not received:
+            unraisable(lost)
+            return
+        number = received.pop()
+        signal.signal(number, stop)
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
+    unraisable, sys.unraisablehook = sys.unraisablehook, send_again
     before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
+        sys.unraisablehook = unraisable
         for each, handler in before.items():
             signal.signal(each, handler)
