@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from converter.errors import UsageError, show
 if TYPE_CHECKING:
     from converter.checkpoint import Checkpoint
     from converter.context import Context
+    from converter.sources.places import Place
     from converter.sources.survey import Survey
 
 SOURCES = "rlhf_convert.sources"
@@ -52,6 +54,22 @@ class KeepsMasters(Protocol):
 
 
 @runtime_checkable
+class FindsPlaces(Protocol):
+    """A source whose checkpoints may lie below the folder that a user names: by tag, by step, by part of a trainer."""
+
+    def find(self, root: Path, asked: str, *, tag: str | None = None, part: str | None = None) -> Place | None:
+        """The one that is meant and why; None where nothing at or below `root` is of this source.
+
+        Args:
+            tag: the folder's name, as `--tag` says.
+            part: which model, where a trainer keeps several (`actor`, `critic`), as `--part` says.
+
+        Raises:
+            UsageError: several to choose from (`several-checkpoints`), or not what was asked for (`no-such-tag`).
+        """
+
+
+@runtime_checkable
 class Converter(Protocol):
     """A frozen dataclass; its fields are its recipe keys. Pure: it moves no tensor bytes."""
 
@@ -79,13 +97,43 @@ class PlugIn:
 
 @cache
 def sources() -> Mapping[str, Source]:
-    """Every usable source; one that can't be imported is left out (`rlhf-convert list` shows why)."""
+    """Every usable source, in the order in which they are asked; one that can't be imported is left out.
+
+    A source may have a `precedence`, an int: 0 if it has none, and higher ones are asked first.
+    """
     found: dict[str, Source] = {}
     for name, points in _named(SOURCES).items():
         loaded = _load(points[0])
         if isinstance(loaded, Source):
             found[name] = loaded
-    return found
+    return dict(
+        sorted(found.items(), key=lambda item: (-getattr(item[1], "precedence", 0), item[0] != "peft", item[0]))
+    )
+
+
+def find_place(root: Path, asked: str, *, tag: str | None = None, part: str | None = None) -> Place:
+    """The trainer's state that a user means by a folder: in it, or below it.
+
+    Raises:
+        UsageError: nothing (`no-shards`), or several to choose from (`several-checkpoints`).
+        Refused: a layout that is recognised and not read.
+    """
+    places = (s.find(root, asked, tag=tag, part=part) for s in sources().values() if isinstance(s, FindsPlaces))
+    found = {p.folder: p for p in places if p is not None}
+    if len(found) > 1:
+        listed = ", ".join(show(os.path.join(asked, os.path.relpath(p, root))) for p in found)
+        what = "trainers' states of several kinds; name one of them"
+        raise UsageError("several-checkpoints", what, where=show(asked), expected=listed)
+    if not found:
+        if (kind := kind_of(root)) is not None and kind not in ("hf", "peft"):
+            sources()[kind].open(root, asked=asked)
+        raise UsageError(
+            "no-shards",
+            "there are no shards of a trainer here",
+            where=show(asked),
+            expected="a folder such as global_step500, its parent, or the run's folder",
+        )
+    return next(iter(found.values()))
 
 
 def kind_of(path: Path) -> str | None:

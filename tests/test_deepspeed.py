@@ -268,7 +268,7 @@ def test_other_layouts_are_recognised_and_the_tool_that_can_is_named(tmp_path: P
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    assert SOURCE.detect(tmp_path)
+    assert kind_of(tmp_path) in ("deepspeed", "unread")
     error = _refused(tmp_path, code)
     assert error.next
     assert [f.code for f in SOURCE.survey(tmp_path).faults] == [code]

@@ -78,7 +78,7 @@ def gather_recipe(asked: Gathering, options: Conversion) -> tuple[Recipe, str]:
 
 def _tag_path(asked: Gathering) -> tuple[str, str]:
     """The folder with the shards, as the user would write it, and why it is the one."""
-    from converter.sources.deepspeed_files import find_tag
+    from converter.registry import find_place
 
     root = Path(asked.src).expanduser()
     if not root.is_dir():
@@ -86,7 +86,7 @@ def _tag_path(asked: Gathering) -> tuple[str, str]:
 
         resolve(asked.src, revision=None, token=None, allow_download=False)
         raise UsageError("no-shards", "shards are gathered from a local folder", where=show(asked.src))
-    tag = find_tag(root, asked.src, asked.tag)
+    tag = find_place(root, asked.src, tag=asked.tag)
     if tag.folder == root:
         return asked.src, ""
     path = os.path.join(asked.src, os.path.relpath(tag.folder, root))

@@ -19,10 +19,11 @@ from converter.dtypes import DType
 from converter.errors import Refused, UsageError, show
 from converter.files import Identity, identity, read_limited
 from converter.side_files import find_side_files, is_tokenizer_file
-from converter.sources.deepspeed_files import find_tag, holds_shards, other_layout, run_folders, tags_in
+from converter.sources.deepspeed_files import find_tag, holds_shards, run_folders, search_tag, tags_in
 from converter.sources.deepspeed_layout import State, frozen_tensors, trained_shapes, trained_tensors
 from converter.sources.deepspeed_state import Shards, expect_one_step, read_shards
 from converter.sources.hf import parse_config
+from converter.sources.places import Place
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, Fault, StoredTensor, Survey, file_names, folder_kind
 from converter.strict_json import MAX_JSON_BYTES
 from converter.tensor_bytes import leaves
@@ -35,9 +36,10 @@ class DeepSpeedSource:
     """What DeepSpeed's `save_checkpoint` wrote."""
 
     name = "deepspeed"
+    precedence = 10
 
     def detect(self, root: Path) -> str | None:
-        """Why a folder is DeepSpeed's (or of a trainer that is recognised and refused), or None."""
+        """Why a folder is DeepSpeed's, or None."""
         names = file_names(root)
         if holds_shards(names):
             return "shards of DeepSpeed are there"
@@ -46,8 +48,11 @@ class DeepSpeedSource:
         tags = tags_in(root)
         if tags:
             return f"shards of DeepSpeed are in {show(tags[-1].name)}"
-        refusal = other_layout(root)
-        return None if refusal is None else refusal.what
+        return None
+
+    def find(self, root: Path, asked: str, *, tag: str | None = None, part: str | None = None) -> Place | None:
+        """The tag's folder at or below `root`; see `search_tag`."""
+        return search_tag(root, asked, tag)
 
     def survey(self, root: Path) -> Survey:
         """Files, tensors and faults; content never raises."""

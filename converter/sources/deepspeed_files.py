@@ -14,39 +14,16 @@ from pathlib import Path
 
 from converter.errors import Refused, UsageError, fold, show
 from converter.files import read_limited
+from converter.sources.places import Place, by_number
 from converter.sources.survey import file_names
+from converter.sources.unread import other_layout
 
 LATEST = "latest"
 MAX_TAG = 200
 # The files of old versions lack the underscore before their last word.
 _MODEL = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,4})_?model_states\.pt", re.ASCII)
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,4})_?optim_states\.pt", re.ASCII)
-_STEP = re.compile(r"\d+", re.ASCII)
 _TRAINER_FOLDER = re.compile(r"(?:checkpoint|step|epoch|iter)[-_]?\d+", re.ASCII)
-
-_OTHER_FILES = (
-    (
-        re.compile(r"layer_\d+-model_\d+-model_states\.pt", re.ASCII),
-        "zero-pipeline",
-        "a pipeline-parallel checkpoint (one file a layer)",
-        "Megatron-DeepSpeed's tools/convert_checkpoint/deepspeed_to_transformers.py",
-    ),
-    (
-        re.compile(
-            r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_.*optim_states\.pt", re.ASCII
-        ),
-        "zero-experts",
-        "a checkpoint with DeepSpeed's own mixture-of-experts layers",
-        "the training script itself: load it with DeepSpeed and save with gathered parameters",
-    ),
-    (
-        re.compile(r"\.metadata|.*\.distcp", re.ASCII),
-        "torch-dcp",
-        "a torch distributed checkpoint",
-        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch",
-    ),
-)
-_MEGATRON_FOLDER = re.compile(r"mp_rank_\d+(?:_\d+)*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -65,14 +42,6 @@ class RankFiles:
     optimizers: dict[int, str]
 
 
-@dataclass(frozen=True)
-class Tag:
-    """A tag's folder and why it is the one, in words."""
-
-    folder: Path
-    why: str
-
-
 def holds_shards(names: Collection[str]) -> bool:
     """True where DeepSpeed's model or optimizer files are among these names."""
     return any(_MODEL.fullmatch(n) or _OPTIMIZER.fullmatch(n) for n in names)
@@ -85,68 +54,47 @@ def tags_in(root: Path) -> list[Path]:
     except OSError:
         return []
     found = [p for p in folders if holds_shards(file_names(p))]
-    return sorted(found, key=lambda p: ([int(n) for n in _STEP.findall(p.name)], p.name))
+    return sorted(found, key=by_number)
 
 
-def other_layout(root: Path) -> Refused | None:
-    """The refusal for a layout that this source recognises and does not read."""
-    names = file_names(root)
-    for pattern, code, what, tool in _OTHER_FILES:
-        found = sorted(n for n in names if pattern.fullmatch(n))
-        if found:
-            text = f"this is {what}, which is not read: {fold([show(n) for n in found])}"
-            return Refused(code, text, where=show(root), next=f"convert it with {tool}")
-    try:
-        below = [p for p in root.iterdir() if p.is_dir()]
-    except OSError:
-        return None
-    if any(p.name == "zero" and any((q / "fp32.pt").is_file() for q in _some(p)) for p in below):
-        text = "this is a universal DeepSpeed checkpoint, which is not read"
-        advice = "gather the folder that it was made from (global_step*), or load it with DeepSpeed and save"
-        return Refused("zero-universal", text, where=show(root), next=advice)
-    if any(p.name == "offloaded_tensors" for p in below):
-        text = "the optimizer was offloaded to NVMe: its state is in offloaded_tensors, and not whole in the shards"
-        advice = "load it with DeepSpeed where the NVMe files are, and save it gathered (engine.save_16bit_model)"
-        return Refused("zero-offloaded", text, where=show(root), next=advice)
-    ranks = [p for p in below if _MEGATRON_FOLDER.fullmatch(p.name) and _is_megatron(file_names(p))]
-    if ranks:
-        text = f"this is a Megatron checkpoint, which is not read: {fold(sorted(p.name for p in ranks))}"
-        advice = "convert it with Megatron-Bridge (AutoBridge.export_ckpt) or Megatron-LM's tools/checkpoint/convert.py"
-        return Refused("megatron", text, where=show(root), next=advice)
-    return None
-
-
-def _some(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())[:16]
-    except OSError:
-        return []
-
-
-def _is_megatron(names: Collection[str]) -> bool:
-    return any(n in names for n in ("model_optim_rng.pt", "model_rng.pt", "distrib_optim.pt"))
-
-
-def find_tag(root: Path, asked: str, tag: str | None = None) -> Tag:
+def find_tag(root: Path, asked: str, tag: str | None = None) -> Place:
     """The tag's folder that a user means by it, by its parent (`latest` is obeyed) or by the run's folder.
 
     Raises:
-        UsageError: several to choose from (`several-checkpoints`), no such tag, or no shards (`no-shards`).
+        UsageError: no shards (`no-shards`), and see `search_tag`.
+        Refused: see `search_tag`.
+    """
+    found = search_tag(root, asked, tag)
+    if found is None:
+        raise UsageError(
+            "no-shards",
+            "there are no DeepSpeed shards here",
+            where=show(asked),
+            expected="a folder such as global_step500, its parent, or the run's folder",
+        )
+    return found
+
+
+def search_tag(root: Path, asked: str, tag: str | None = None) -> Place | None:
+    """The same, or None where nothing here is DeepSpeed's.
+
+    Raises:
+        UsageError: several to choose from (`several-checkpoints`), or no such tag.
         Refused: `latest` names a tag that isn't there (`zero-latest`), or a layout that is not read.
     """
     if holds_shards(file_names(root)):
         if tag not in (None, root.name):
             raise UsageError("no-such-tag", f"this folder is the tag {show(root.name)}, not {show(tag)}", where=asked)
-        return Tag(root, "named by you")
+        return Place(root, "named by you")
     if (refusal := other_layout(root)) is not None:
         raise refusal
     tags = tags_in(root)
-    if tag is not None:
+    if tag is not None and tags:
         return _asked_tag(root, asked, tag, tags)
     if (root / LATEST).is_file():
         return _latest(root, asked, tags)
     if len(tags) == 1:
-        return Tag(tags[0], "the only one; there is no `latest`")
+        return Place(tags[0], "the only one; there is no `latest`")
     if tags:
         raise UsageError(
             "several-checkpoints",
@@ -158,10 +106,10 @@ def find_tag(root: Path, asked: str, tag: str | None = None) -> Tag:
     return _below(root, asked)
 
 
-def _asked_tag(root: Path, asked: str, tag: str, tags: list[Path]) -> Tag:
+def _asked_tag(root: Path, asked: str, tag: str, tags: list[Path]) -> Place:
     for folder in tags:
         if folder.name == tag:
-            return Tag(folder, "asked for with --tag")
+            return Place(folder, "asked for with --tag")
     raise UsageError(
         "no-such-tag",
         f"there is no tag {show(tag)} with shards",
@@ -170,14 +118,14 @@ def _asked_tag(root: Path, asked: str, tag: str, tags: list[Path]) -> Tag:
     )
 
 
-def _latest(root: Path, asked: str, tags: list[Path]) -> Tag:
+def _latest(root: Path, asked: str, tags: list[Path]) -> Place:
     raw = read_limited(root / LATEST, limit=4096, root=root)
     name = raw.decode("utf-8", "replace").strip()
     if not name or len(name) > MAX_TAG or "/" in name or name in (".", ".."):
         raise Refused("zero-latest", "`latest` names no folder beside it", where=show(root / LATEST), got=show(name))
     for folder in tags:
         if folder.name == name:
-            return Tag(folder, "`latest` says so")
+            return Place(folder, "`latest` says so")
     if (refusal := other_layout(root / name)) is not None:
         raise refusal
     have = ", ".join(show(p.name) for p in tags[-8:])
@@ -190,26 +138,21 @@ def _latest(root: Path, asked: str, tags: list[Path]) -> Tag:
     )
 
 
-def _below(root: Path, asked: str) -> Tag:
+def _below(root: Path, asked: str) -> Place | None:
     """A run's folder: the checkpoints in it have the tags."""
     try:
         inside = [p for p in root.iterdir() if p.is_dir() and tags_in(p)]
     except OSError:
         inside = []
-    inside.sort(key=lambda p: ([int(n) for n in _STEP.findall(p.name)], p.name))
+    inside.sort(key=by_number)
     if not inside:
-        raise UsageError(
-            "no-shards",
-            "there are no DeepSpeed shards here",
-            where=show(asked),
-            expected="a folder such as global_step500, its parent, or the run's folder",
-        )
+        return None
     if len(inside) > 1:
         listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in inside[-8:])
         what = f"a run folder with {len(inside)} checkpoints; name one of them"
         raise UsageError("several-checkpoints", what, where=show(asked), expected=listed)
     found = find_tag(inside[0], f"{asked.rstrip('/')}/{inside[0].name}")
-    return Tag(found.folder, f"in {show(inside[0].name)}, the only checkpoint of the run; {found.why}")
+    return Place(found.folder, f"in {show(inside[0].name)}, the only checkpoint of the run; {found.why}")
 
 
 def rank_files(folder: Path) -> RankFiles:
