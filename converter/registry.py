@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 SOURCES = "rlhf_convert.sources"
 CONVERTERS = "rlhf_convert.converters"
 KERNELS = "rlhf_convert.kernels"
+DIAGNOSES = "rlhf_convert.diagnoses"
 _RUN_CHECKPOINT = re.compile(r"(?:checkpoint|global_step|step)[-_]?\d+", re.ASCII)
-GROUPS = (SOURCES, CONVERTERS, KERNELS)
+GROUPS = (SOURCES, CONVERTERS, KERNELS, DIAGNOSES)
 
 
 @runtime_checkable
@@ -204,6 +205,12 @@ def plug_ins(groups: Sequence[str] = GROUPS) -> list[PlugIn]:
                     fault = "registered twice"
                 found.append(PlugIn(group, name, point.value, _package(point), fault))
     return found
+
+
+def loaded(group: str) -> list[Any]:
+    """What every entry point of a group names, those that can't be imported left out."""
+    values = [_load(points[0]) for _, points in sorted(_named(group).items())]
+    return [v for v in values if not isinstance(v, Exception)]
 
 
 def _named(group: str) -> dict[str, list[EntryPoint]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from converter.cli.options import Conversion, Display, EmitChoice, NumericsChoice, with_options
+from converter.cli.options import Conversion, Display, EmitChoice, FailOnChoice, NumericsChoice, with_options
 
 ABOUT = (
     "Convert RLHF checkpoints: streaming, bounded in memory, verified.\n\n"
@@ -191,6 +191,55 @@ def inspect(
     from converter.cli.inspection import inspect
 
     return inspect(path, revision, options)
+
+
+@_verb(
+    "doctor",
+    Display,
+    short_help="Name every fault of a folder, and the command that mends it.",
+    help="Name every fault of a folder that a trainer left: what proves it, whether it can be mended and from what, "
+    "and the next command. Reads headers and configs only, unless --deep.",
+    examples=(
+        "rlhf-convert doctor ./my-reward-model",
+        "rlhf-convert doctor ./my-adapter --base Qwen/Qwen2.5-7B --for openrlhf",
+        "rlhf-convert doctor ./rm --weights-from ./run/checkpoint-500 --json",
+    ),
+)
+def doctor(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or Hub id in the cache.", show_default=False)],
+    options: Display,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Base model; default: what is recorded.", show_default=False)
+    ] = None,
+    weights_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weights-from", metavar="DIR", help="Where weights may be, too. Repeatable.", show_default=False
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--for", metavar="TRAINER", help="Say what this loader does with it.", show_default=False),
+    ] = None,
+    actor: Annotated[
+        str | None,
+        typer.Option("--with-actor", metavar="DIR", help="The actor that it trains with.", show_default=False),
+    ] = None,
+    fail_on: Annotated[
+        FailOnChoice, typer.Option("--fail-on", help="The least severity that makes the exit code 1.")
+    ] = FailOnChoice.changes_numbers,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", metavar="CODE", help="Leave this one out. Repeatable.", show_default=False),
+    ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read values too: NaN, zeros, heads that never moved.")] = False,
+) -> int:
+    """`rlhf-convert doctor`."""
+    from converter.cli.doctor import doctor
+    from converter.doctor import Asked
+
+    asked = Asked(path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep)
+    return doctor(asked, fail_on.value, options)
 
 
 @_verb(

@@ -38,6 +38,14 @@ class EmitChoice(StrEnum):
     merged = "merged"
 
 
+class FailOnChoice(StrEnum):
+    """How bad a finding must be for exit code 1."""
+
+    error = "error"
+    changes_numbers = "changes-numbers"
+    cosmetic = "cosmetic"
+
+
 @dataclass(frozen=True)
 class Display:
     """How a verb shows what it has to say."""

@@ -130,6 +130,11 @@ def is_weights_of_model(names: Collection[str]) -> bool:
     return any(n in names for n in known) or any(SHARD.fullmatch(n) or PICKLED.fullmatch(n) for n in names)
 
 
+def is_weight_file(name: str) -> bool:
+    """True for names that weight files of any container have."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
 def leftovers(root: Path, names: Collection[str], read: Collection[str]) -> list[Fault]:
     """Faults of what lies beside the weights: downloads that did not finish, weight files that nothing reads."""
     faults = []

@@ -1,0 +1,133 @@
+"""`rlhf-convert doctor` and `explain CODE`: the screens of a report."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from converter.cli.options import Display
+from converter.errors import show
+from converter.report import line, next_lines
+
+if TYPE_CHECKING:
+    from converter.diagnoses.model import Case, Finding
+    from converter.doctor import Asked, Report
+
+WIDTH = 79
+"""Columns that every line of a report fits into, but for names and commands, which are never cut."""
+
+_WORDS = {"error": "ERROR", "changes-numbers": "NUMBERS", "cosmetic": "note"}
+_KINDS = {
+    "model": "model",
+    "adapter": "adapter",
+    "training": "shards of a training run",
+    "run": "a run's folder",
+    "weights": "a weight file without a config",
+    "unread": "a layout that is not read",
+}
+
+
+def doctor(asked: Asked, fail_on: str, options: Display) -> int:
+    """Examine a folder; exit code 1 where a finding is as bad as `fail_on` or worse."""
+    from converter.doctor import at_or_above, examine
+
+    report = examine(asked)
+    code = 1 if at_or_above(fail_on, report.findings) else 0
+    options.sink.screen([*screen(report, verbose=options.verbose), _verdict(report, code)])
+    options.sink.json(to_json(report))
+    return code
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The report as data; `version` changes with its shape."""
+    case = report.case
+    return {
+        "version": 1,
+        "path": case.asked,
+        "detected": case.kind,
+        "source": case.source,
+        "why": case.why,
+        "near": [{"path": n.asked, "source": n.source} for n in case.near],
+        "findings": [f.to_json() for f in report.findings],
+    }
+
+
+def screen(report: Report, *, verbose: bool = False) -> list[str]:
+    """The findings as lines, and the commands that they lead to."""
+    lines = [*_title(report.case), *_near(report)]
+    for finding in report.findings:
+        lines += _finding(finding, verbose=verbose)
+    commands = list(dict.fromkeys(f.next for f in report.findings if f.next and f.next.startswith("rlhf-convert ")))
+    return [*lines, *next_lines(commands)]
+
+
+def _title(case: Case) -> list[str]:
+    lines = [
+        f"{show(case.asked)}: {_KINDS[case.kind]}{f' ({case.source})' if case.kind == 'training' else ''}, {case.why}"
+    ]
+    if case.base is not None:
+        lines.append(line("base", f"{show(case.base.asked)}, at hand"))
+    return lines
+
+
+def _near(report: Report) -> list[str]:
+    """Folders that may hold what is missing; no news where nothing is."""
+    if report.worst() != "error":
+        return []
+    places = [n for n in report.case.near if n.is_training or n.given]
+    return [line("near", f"{show(n.asked)} ({n.source})") for n in places[:4]]
+
+
+def _finding(finding: Finding, *, verbose: bool) -> list[str]:
+    head = f"{_WORDS[finding.severity]} {finding.code}"
+    if finding.recoverability:
+        head = (
+            f"{head:<36} recoverable: {finding.recoverability}"
+            if finding.recoverability != "lost"
+            else f"{head:<36} lost"
+        )
+    lines = [head]
+    lines += textwrap.wrap(finding.message, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
+    lines += [f"    {each}" for each in finding.evidence]
+    if verbose:
+        lines += [f"      {show(name)}" for name in finding.tensors]
+    if finding.next and not finding.next.startswith("rlhf-convert "):
+        lines += textwrap.wrap(
+            finding.next, WIDTH, initial_indent="  -> ", subsequent_indent="     ", break_long_words=False
+        )
+    return lines
+
+
+def _verdict(report: Report, code: int) -> str:
+    counts = {s: sum(f.severity == s for f in report.findings) for s in _WORDS}
+    words = {"error": "error", "changes-numbers": "that changes numbers", "cosmetic": "cosmetic"}
+    listed = ", ".join(f"{n} {words[s]}{'s' if s == 'error' and n > 1 else ''}" for s, n in counts.items() if n)
+    return f"{listed or 'no finding'}, exit {code}"
+
+
+def explain_code(code: str, options: Display) -> int:
+    """Print what a code means.
+
+    Raises:
+        UsageError: no diagnosis has it (`unknown-code`).
+    """
+    from difflib import get_close_matches
+
+    from converter.doctor import diagnoses
+    from converter.errors import UsageError
+
+    known = diagnoses()
+    if code not in known:
+        near = get_close_matches(code, known, n=1)
+        raise UsageError(
+            "unknown-code",
+            f"no diagnosis has the code {show(code)}",
+            next=f"rlhf-convert explain {near[0]}"
+            if near
+            else f"rlhf-convert explain {shlex.quote('the pasted error')}",
+        )
+    wrapped = textwrap.wrap(" ".join(known[code].doc.split()), WIDTH)
+    options.sink.screen([code, *wrapped])
+    options.sink.json({"code": code, "text": known[code].doc})
+    return 0

@@ -1,0 +1,299 @@
+"""Faults that a source sees while it reads headers, each with its explanation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from converter.context import Context
+from converter.diagnoses.model import ALL_KINDS, HERE, LOST, Case, Diagnosis, Finding
+from converter.errors import show
+from converter.sources.survey import Fault
+
+_COPY = "from another copy of the file"
+
+# Code: (recoverability, what `explain` says).
+_DOCUMENTED: dict[str, tuple[str, str]] = {
+    "file-truncated": (
+        _COPY,
+        (
+            "A weight file is shorter than its header says: a download or a copy that stopped, or a full disk. The "
+            "tensors that lie past the end are gone from this file; the other files are sound. A file of about 130 "
+            "bytes that begins with `version https://git-lfs` is a pointer: run `git lfs pull`. Nothing repairs the "
+            "file; fetch it again."
+        ),
+    ),
+    "git-lfs-pointer": (
+        "from git lfs",
+        "The file is a pointer of git-lfs and not the weights: `git lfs pull` in that clone fetches them.",
+    ),
+    "safetensors-header": (
+        _COPY,
+        (
+            "The header of a safetensors file is not what the format allows: names twice, holes or overlaps between "
+            "tensors, sizes that do not fit. Loaders that are less strict may read it, and may read it wrongly."
+        ),
+    ),
+    "safetensors-not": (
+        _COPY,
+        "A file is named .safetensors and does not begin as one: another format or an error page.",
+    ),
+    "header-too-large": (
+        "",
+        "The header is larger than any model needs; reading it could exhaust memory.",
+    ),
+    "weights-missing": (
+        "",
+        (
+            "There is a config and no weight file that transformers would read. After ZeRO-3 without "
+            "stage3_gather_16bit_weights_on_model_save, and in verl's `huggingface` folder, this is normal: the "
+            "weights are in the trainer's shards beside or above it, and `gather` makes a model of them."
+        ),
+    ),
+    "pickled-weights": (
+        HERE,
+        "The weights are pickled under a name that transformers does not read.",
+    ),
+    "no-tensors": (
+        LOST,
+        (
+            "The weight files are sound and hold no tensor at all: an adapter of 443 bytes, or a callback that saved "
+            "an empty state."
+        ),
+    ),
+    "config-missing": (
+        "from the base model",
+        (
+            "There is no config.json, without which nothing says what the weights are. The base model's own fits, but "
+            "for the number of labels and the architecture of a reward model."
+        ),
+    ),
+    "shard-missing": (
+        _COPY,
+        (
+            "The index or the files' own numbers name shards that are not here. The tensors in them are lost with "
+            "them; transformers would refuse, other loaders may start with random values."
+        ),
+    ),
+    "index-missing": (
+        HERE,
+        (
+            "All shards are here and the index is not: transformers refuses the folder. A new index is made from the "
+            "headers."
+        ),
+    ),
+    "index-malformed": (
+        HERE,
+        "The index can't be read as JSON of the known form; the headers of the shards say all that it would.",
+    ),
+    "index-phantom": (
+        _COPY,
+        "The index promises tensors that no shard holds. Either a shard is of another save, or the index is.",
+    ),
+    "index-conflict": (
+        HERE,
+        (
+            "The index places tensors in other shards than they are in: a loader that trusts it fails or reads the "
+            "wrong one."
+        ),
+    ),
+    "index-unlisted": (
+        HERE,
+        (
+            "Tensors lie in the shards that the index does not list: a loader that goes by the index leaves them out, "
+            "silently."
+        ),
+    ),
+    "index-total-size": (
+        HERE,
+        (
+            "`total_size` of the index is not the number of bytes. Tools use it to reserve memory; some mergers write "
+            "the number of tensors there."
+        ),
+    ),
+    "stale-shards": (
+        HERE,
+        (
+            "A whole file and a set of shards lie side by side: two saves into one folder. Loaders choose one; not all "
+            "choose the same."
+        ),
+    ),
+    "tensor-twice": (
+        "",
+        "One name is in two weight files, perhaps with different values: which one counts depends on the loader.",
+    ),
+    "stray-weights": (
+        HERE,
+        "Weight files lie here that no loader of this kind of folder reads: leftovers of another save.",
+    ),
+    "download-unfinished": (
+        _COPY,
+        "A download into this folder did not finish.",
+    ),
+    "adapter-config-stray": (
+        HERE,
+        (
+            "adapter_config.json lies beside the weights of a whole model. transformers then looks for an adapter, and "
+            "either fails or applies LoRA a second time. After a merge it has no use: move it away."
+        ),
+    ),
+    "adapter-and-model": (
+        HERE,
+        "An adapter and a whole model lie in one folder; transformers takes the adapter.",
+    ),
+    "adapter-empty-twin": (
+        HERE,
+        (
+            "adapter_model.safetensors holds empty tensors and adapter_model.bin beside it holds all of them. OpenRLHF "
+            "up to 0.5.5 leaves both after a ZeRO-3 run, and PEFT reads the empty one: `size mismatch ... "
+            "torch.Size([0])`. The good file is used here; moving the empty one away cures PEFT."
+        ),
+    ),
+    "adapter-empty": (
+        LOST,
+        "The adapter file holds no tensor.",
+    ),
+    "adapter-config-missing": (
+        "",
+        "There is no adapter_config.json: rank and names can be told from the tensors, lora_alpha can't.",
+    ),
+    "adapter-config": (
+        "",
+        "adapter_config.json can't be read, or lacks what PEFT needs.",
+    ),
+    "zero3-empty-tensors": (
+        "",
+        (
+            "Tensors have the shape torch.Size([0]): under ZeRO-3 a parameter outside of a gather is an empty "
+            "placeholder, and a plain save_pretrained or state_dict writes just that. Loaders say `size mismatch ... "
+            "copying a param with shape torch.Size([0])`. The values are not in these files. They may be in the run's "
+            "shards (global_step*), in a sibling file, or, for what was frozen, in the base model: `repair` takes each "
+            "from the first place that holds it exactly. ignore_mismatched_sizes=True does not help: it fills them "
+            "with random values. Removing --gradient_checkpointing does not help either. If the message reads the "
+            "other way round (the current model is torch.Size([0])), the file is sound, and the loader runs under "
+            "ZeRO-3."
+        ),
+    ),
+    "json-malformed": (
+        HERE,
+        "A JSON file can't be read: cut, edited by hand, or with a key twice.",
+    ),
+    "input-unreadable": (
+        "",
+        "A file can't be read by this user.",
+    ),
+    "input-outside": (
+        "",
+        "A link leads out of the folder; it is not followed.",
+    ),
+    "input-not-a-file": (
+        "",
+        "A name of a weight file is a folder, a device or a pipe.",
+    ),
+    "torch-zip": (
+        _COPY,
+        "A .bin or .pt file is no sound zip container as torch.save writes it.",
+    ),
+    "torch-not": (
+        _COPY,
+        "A .bin or .pt file is no file of torch.save.",
+    ),
+    "pickle-malformed": (
+        _COPY,
+        "The pickle inside of a .bin or .pt file can't be read.",
+    ),
+    "pickle-names": (
+        "",
+        (
+            "A pickled file names code that no checkpoint needs. torch.load would run it. Do not load this file "
+            "anywhere; if the names are your own trainer's classes, --allow-name lets them pass, still without running "
+            "anything."
+        ),
+    ),
+    "zero-note": (
+        "",
+        "Something about a trainer's shards that is good to know and changes nothing.",
+    ),
+    "zero-mixed": (
+        _COPY,
+        "Shard files of two runs, or of two world sizes, lie in one folder: they do not belong together.",
+    ),
+    "zero-ranks-missing": (
+        _COPY,
+        (
+            "Shard files of some ranks are missing. In stage 3 every parameter loses a part with each; in stages 1 and "
+            "2 the 16-bit weights are whole in the model file, and only masters and moments are lost."
+        ),
+    ),
+    "zero-sizes": (
+        "",
+        "The shards' sizes do not add up to the parameters that they are said to hold.",
+    ),
+    "zero-malformed": (
+        "",
+        "A shard file lacks what DeepSpeed writes into it.",
+    ),
+    "zero-latest": (
+        "",
+        "`latest` names a checkpoint that is not here: it was deleted, or the copy left it out.",
+    ),
+    "zero-no-masters": (
+        "",
+        "There are no fp32 masters in these shards.",
+    ),
+    "zero-offloaded": (
+        "from the NVMe folder of the run",
+        "The optimizer state was offloaded to NVMe and is not in the shards.",
+    ),
+    "zero-pipeline": (
+        "",
+        "A pipeline-parallel checkpoint of Megatron-DeepSpeed, which is not read.",
+    ),
+    "zero-experts": (
+        "",
+        "DeepSpeed's own mixture-of-experts layout, which is not read.",
+    ),
+    "zero-tensor-parallel": (
+        "",
+        "The model was split over tensor-parallel ranks, which are not joined here.",
+    ),
+    "megatron": (
+        "",
+        "Megatron's own layout. Its weights are fused and split per architecture; Megatron-Bridge converts it.",
+    ),
+}
+
+
+def finding_of(fault: Fault, case: Case) -> Finding:
+    """A source's fault as a finding."""
+    recoverability = _DOCUMENTED.get(fault.code, ("", ""))[0]
+    file = Path(fault.where).name if fault.where and fault.where != show(case.root) else ""
+    return Finding(
+        fault.code,
+        fault.severity,
+        fault.text,
+        evidence=(file,) if file else (),
+        recoverability=recoverability if fault.severity == "error" else "",
+        next=fault.next,
+    )
+
+
+def explanation(code: str) -> str:
+    """What is known of a fault, as one paragraph."""
+    return _DOCUMENTED[code][1]
+
+
+def _fault(code: str) -> Diagnosis:
+    def find(case: Case, context: Context) -> Iterable[Finding]:
+        return [finding_of(f, case) for f in case.survey.faults if f.code == code]
+
+    return Diagnosis(code, find, frozenset(ALL_KINDS), False, explanation(code))
+
+
+def undocumented(case: Case, known: Iterable[str]) -> list[Finding]:
+    """Faults whose code no diagnosis explains: a plug-in's source may have its own."""
+    codes = frozenset(known)
+    return [finding_of(f, case) for f in case.survey.faults if f.code not in codes]
+
+
+DIAGNOSES = tuple(_fault(code) for code in _DOCUMENTED if code != "zero3-empty-tensors")

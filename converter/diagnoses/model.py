@@ -1,0 +1,245 @@
+"""What a diagnosis is given, and what it says."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from converter.context import Context
+from converter.dtypes import TensorInfo
+from converter.errors import ConvertError, fold, show
+from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, Survey, file_names
+from converter.strict_json import load_json
+
+Severity = Literal["error", "changes-numbers", "cosmetic"]
+Applicability = Literal["safe", "unsafe", "display-only"]
+Kind = Literal["model", "adapter", "training", "weights", "run", "unread"]
+
+SEVERITIES: tuple[Severity, ...] = ("error", "changes-numbers", "cosmetic")
+"""From the worst to the least."""
+
+HERE, LOST = "here", "lost"
+"""Recoverability, where it is not `from SOURCE`: from the folder itself, or from nothing."""
+
+MAX_EVIDENCE = 3
+_TOKENIZER_BYTES = 200_000_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault.
+
+    Attributes:
+        message: one sentence or two; strings of the input in it are shown escaped.
+        tensors: names of all tensors concerned; screens fold them.
+        evidence: at most three lines: names with shapes, files, byte counts.
+        recoverability: `here`, `from <source>`, `lost`, or empty where nothing is missing.
+        fix: names of the converters that mend it, in order.
+        applicability: `safe`: no number changes; `unsafe`: needs consent; `display-only`: no converter mends it.
+        next: the exact next command, with the user's own paths.
+    """
+
+    code: str
+    severity: Severity
+    message: str
+    tensors: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
+    recoverability: str = ""
+    fix: tuple[str, ...] = ()
+    applicability: Applicability = "display-only"
+    next: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The finding as `doctor --json` prints it."""
+        return {
+            "code": self.code,
+            "severity": self.severity,
+            "message": self.message,
+            "tensors": list(self.tensors),
+            "evidence": list(self.evidence),
+            "recoverability": self.recoverability,
+            "fix": list(self.fix),
+            "applicability": self.applicability,
+            "next": self.next,
+        }
+
+
+@dataclass(frozen=True)
+class Near:
+    """A folder that may hold what is missing: shards, checkpoints or models in, beside and above, or given.
+
+    Attributes:
+        asked: its path as the user would type it.
+        source: the source that reads it, `deepspeed`, `hf`, ...
+        given: named with `--weights-from`.
+    """
+
+    asked: str
+    path: Path
+    source: str
+    given: bool = False
+
+    @property
+    def is_training(self) -> bool:
+        """True for a trainer's own shards."""
+        return self.source not in ("hf", "peft", "unread")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder under examination.
+
+    Attributes:
+        kind: what it is; `run` is a folder that only holds checkpoints, `weights` a lone weight file's folder.
+        source: the source that reads it, None where none does.
+        why: how it was recognised.
+        near: where missing weights may lie.
+        base: the base model, of an adapter or as given, where it is at hand.
+        actor: the folder that `--with-actor` names.
+        target: the trainer that `--for` names.
+        deep: values may be read.
+    """
+
+    asked: str
+    root: Path
+    kind: Kind
+    source: str | None
+    survey: Survey
+    why: str = ""
+    near: tuple[Near, ...] = ()
+    base: Case | None = None
+    actor: Case | None = None
+    target: str | None = None
+    deep: bool = False
+    _json: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Files in the folder."""
+        return file_names(self.root)
+
+    @cached_property
+    def shapes(self) -> Mapping[str, TensorInfo]:
+        """Dtype and shape by tensor name."""
+        return {name: entry.info for name, entry in self.survey.entries.items()}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json, or nothing where it is missing or no object."""
+        return self.json(MODEL_CONFIG)
+
+    @property
+    def adapter_config(self) -> Mapping[str, Any]:
+        """adapter_config.json, or nothing."""
+        return self.json(ADAPTER_CONFIG)
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The config of the text model: nested in that of a multi-modal one."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    def json(self, name: str) -> Mapping[str, Any]:
+        """A JSON file of the folder as a mapping; empty where it can't be read (see `json_error`)."""
+        self._read(name)
+        value = self._json[name]
+        return value if isinstance(value, dict) else {}
+
+    def json_error(self, name: str) -> ConvertError | None:
+        """Why a JSON file that is there can't be read."""
+        self._read(name)
+        value = self._json[name]
+        return value if isinstance(value, ConvertError) else None
+
+    def _read(self, name: str) -> None:
+        if name in self._json:
+            return
+        value: Any = None
+        if name in self.names:
+            try:
+                value = load_json(self.root / name, limit=_TOKENIZER_BYTES, root=self.root, allow_nan=True)
+            except ConvertError as error:
+                value = error
+        self._json[name] = value
+
+    @property
+    def path(self) -> str:
+        """The user's own path, quoted for a command."""
+        return shlex.quote(self.asked)
+
+    def out(self, word: str) -> str:
+        """A path for a command to write to, beside this folder: `./rm-fixed`."""
+        return shlex.quote(f"{self.asked.rstrip('/')}-{word}")
+
+    def training_near(self) -> list[Near]:
+        """Trainers' shards at hand, those that the user named first."""
+        return sorted((n for n in self.near if n.is_training), key=lambda n: not n.given)
+
+
+Find = Callable[[Case, Context], Iterable[Finding]]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A function that looks for one fault, and what the catalogue says of it.
+
+    Attributes:
+        code: kebab-case, stable; every finding of the function has it.
+        kinds: the kinds of folder that it looks at.
+        deep: it reads values, so it runs under `--deep` only.
+        doc: what `explain CODE` prints.
+    """
+
+    code: str
+    find: Find
+    kinds: frozenset[Kind]
+    deep: bool
+    doc: str
+
+    def __call__(self, case: Case, context: Context) -> list[Finding]:
+        """Findings about this folder; nothing where it isn't of the right kind."""
+        if case.kind not in self.kinds or (self.deep and not case.deep):
+            return []
+        return list(self.find(case, context))
+
+
+ALL_KINDS: tuple[Kind, ...] = ("model", "adapter", "training", "weights", "run", "unread")
+
+
+def diagnosis(code: str, *kinds: Kind, deep: bool = False) -> Callable[[Find], Diagnosis]:
+    """Make a diagnosis of a function; its docstring is the explanation."""
+
+    def make(find: Find) -> Diagnosis:
+        doc = inspect.cleandoc(find.__doc__ or "")
+        return Diagnosis(code, find, frozenset(kinds or ALL_KINDS), deep, doc)
+
+    return make
+
+
+def folded(case: Case, names: Iterable[str], most: int = MAX_EVIDENCE) -> tuple[str, ...]:
+    """Lines of evidence: names folded by layer, each with the shape and dtype of its first tensor."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_pattern(name), []).append(name)
+    lines = []
+    for group in list(groups.values())[:most]:
+        info = case.shapes.get(group[0])
+        shape = f"  {tuple(info.shape)} {info.dtype.torch_name}" if info is not None else ""
+        lines.append(f"{fold(group)}{shape}")
+    if len(groups) > most:
+        lines[-1] = f"{lines[-1]}, and {len(groups) - most} more kinds"
+    return tuple(lines)
+
+
+def _pattern(name: str) -> str:
+    return "".join("#" if c.isdigit() else c for c in name)
+
+
+def quoted(text: object) -> str:
+    """A string of the input as a word of a command."""
+    return shlex.quote(show(text))
