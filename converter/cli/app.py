@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from converter.cli.options import Conversion, Display, EmitChoice, FailOnChoice, NumericsChoice, with_options
+from converter.cli.options import (
+    Conversion,
+    Display,
+    EmitChoice,
+    FailOnChoice,
+    NumericsChoice,
+    PartChoice,
+    Reading,
+    with_options,
+)
 
 ABOUT = (
     "Convert RLHF checkpoints: streaming, bounded in memory, verified.\n\n"
@@ -133,7 +142,15 @@ def gather(
     master: Annotated[bool, typer.Option("--master", help="Keep the fp32 masters; the same as --dtype fp32.")] = False,
     emit: Annotated[
         EmitChoice | None,
-        typer.Option(help="After LoRA: the adapter (default), or the merged model.", show_default=False),
+        typer.Option(
+            help="After LoRA: the adapter (default), the merged model, or both: the model in OUT, the adapter in "
+            "OUT-adapter.",
+            show_default=False,
+        ),
+    ] = None,
+    part: Annotated[
+        PartChoice | None,
+        typer.Option(help="Which model, where a trainer's state holds several.", show_default=False),
     ] = None,
     lora_alpha: Annotated[
         float | None,
@@ -143,7 +160,15 @@ def gather(
     """`rlhf-convert gather`."""
     from converter.cli.gather import Gathering, gather
 
-    asked = Gathering(src, tag, base, master, None if emit is None else emit.value, lora_alpha)
+    asked = Gathering(
+        src,
+        tag=tag,
+        base=base,
+        master=master,
+        emit=None if emit is None else emit.value,
+        lora_alpha=lora_alpha,
+        part=None if part is None else part.value,
+    )
     return gather(asked, options.target(out), options)
 
 
@@ -171,7 +196,7 @@ def reshard(
 
 @_verb(
     "inspect",
-    Display,
+    Reading,
     short_help="Say what a folder holds; headers only.",
     help="Say what a folder holds, in one screen; reads headers only.",
     examples=(
@@ -182,7 +207,7 @@ def reshard(
 )
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or Hub id in the cache.", show_default=False)],
-    options: Display,
+    options: Reading,
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="Hub commit, branch or tag.", show_default=False)
     ] = None,
@@ -195,7 +220,7 @@ def inspect(
 
 @_verb(
     "doctor",
-    Display,
+    Reading,
     short_help="Name every fault of a folder, and the command that mends it.",
     help="Name every fault of a folder that a trainer left: what proves it, whether it can be mended and from what, "
     "and the next command. Reads headers and configs only, unless --deep.",
@@ -207,7 +232,7 @@ def inspect(
 )
 def doctor(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or Hub id in the cache.", show_default=False)],
-    options: Display,
+    options: Reading,
     base: Annotated[
         str | None, typer.Option(metavar="BASE", help="Base model; default: what is recorded.", show_default=False)
     ] = None,
@@ -240,6 +265,35 @@ def doctor(
 
     asked = Asked(path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep)
     return doctor(asked, fail_on.value, options)
+
+
+@_verb(
+    "explain",
+    Display,
+    short_help="Say what a code, an error or a training log means.",
+    help="Say what a code of doctor's, a pasted error or a training log means: which lines are harmless, which mean "
+    "random weights, and what to do. `-` reads a log as it is written.",
+    examples=(
+        "rlhf-convert explain zero3-empty-tensors",
+        "rlhf-convert explain ./train.log",
+        "tail -f train.log | rlhf-convert explain - --fail-on error",
+    ),
+)
+def explain(
+    options: Display,
+    subject: Annotated[
+        str | None,
+        typer.Argument(metavar="WHAT", help="Code, log file, `-`, or the error's text.", show_default=False),
+    ] = None,
+    fail_on: Annotated[
+        FailOnChoice | None,
+        typer.Option("--fail-on", help="Exit code 1 from this severity on, at once with `-`.", show_default=False),
+    ] = None,
+) -> int:
+    """`rlhf-convert explain`."""
+    from converter.cli.explain import explain
+
+    return explain(subject, None if fail_on is None else fail_on.value, options)
 
 
 @_verb(

@@ -1,0 +1,143 @@
+"""`rlhf-convert explain`: a code, a pasted error, a log, or a log as it is written."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.cli.doctor import WIDTH, explain_code
+from converter.cli.options import Display
+from converter.errors import UsageError, show
+
+if TYPE_CHECKING:
+    from converter.explain import Seen
+
+_CODE = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)+", re.ASCII)
+_BLOCK = 1 << 20
+_WORDS = {"error": "ERROR", "changes-numbers": "NUMBERS", "cosmetic": "harmless"}
+_ORDER = ("error", "changes-numbers", "cosmetic")
+
+
+def explain(subject: str | None, fail_on: str | None, options: Display) -> int:
+    """Explain what was asked for; exit code 1 only where `--fail-on` says so.
+
+    Raises:
+        UsageError: an unknown code (`unknown-code`), or a path that is no file (`path-not-a-file`).
+    """
+    if subject is None:
+        return _list_codes(options)
+    if subject == "-":
+        return _explain(_stdin(), fail_on, options, live=True)
+    path = Path(subject).expanduser()
+    if _names_a_file(path):
+        if path.is_dir():
+            raise UsageError(
+                "path-not-a-file", "this is a folder", where=show(subject), next=f"rlhf-convert doctor {show(subject)}"
+            )
+        return _explain(_file(path), fail_on, options, live=False)
+    if _CODE.fullmatch(subject):
+        return explain_code(subject, options)
+    return _explain(iter([subject.encode("utf-8", "replace")]), fail_on, options, live=False, pasted=True)
+
+
+def _names_a_file(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False  # a pasted text may be longer than a path can be
+
+
+def _list_codes(options: Display) -> int:
+    from converter.doctor import diagnoses
+
+    codes = sorted(diagnoses())
+    options.sink.screen([*codes, "", "rlhf-convert explain CODE, a log file, `-`, or a pasted error"])
+    options.sink.json({"codes": codes})
+    return 0
+
+
+def _file(path: Path) -> Iterator[bytes]:
+    from converter.files import open_input
+
+    fd = open_input(path)
+    try:
+        while block := os.read(fd, _BLOCK):
+            yield block
+    finally:
+        os.close(fd)
+
+
+def _stdin() -> Iterator[bytes]:
+    """What comes, when it comes: a block is not waited for until it is full."""
+    stream = sys.stdin.buffer
+    fd = stream.fileno()
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        raise UsageError("path-not-a-file", "standard input is a folder")
+    while block := os.read(fd, _BLOCK):
+        yield block
+
+
+def _explain(
+    blocks: Iterator[bytes], fail_on: str | None, options: Display, *, live: bool, pasted: bool = False
+) -> int:
+    from converter.explain import lines_of, read
+
+    limit = len(_ORDER) if fail_on is None else _ORDER.index(fail_on)
+    failed = fail_on is not None
+    found: list[Seen] = []
+    bad = False
+    for seen, is_new in read(lines_of(blocks)):
+        if not is_new:
+            continue
+        found.append(seen)
+        bad = failed and _ORDER.index(seen.message.severity) <= limit
+        if live:
+            options.sink.screen(_screen(seen, numbered=True))
+        if live and bad:
+            break  # a job can be ended early
+    if not live:
+        found.sort(key=lambda s: (_ORDER.index(s.message.severity), s.line))
+        for seen in found:
+            options.sink.screen(_screen(seen, numbered=not pasted))
+    bad = failed and any(_ORDER.index(s.message.severity) <= limit for s in found)
+    if not found:
+        options.sink.screen(_nothing(pasted))
+    options.sink.json({"messages": [_json(s) for s in found]})
+    return 1 if bad else 0
+
+
+def _nothing(pasted: bool) -> Sequence[str]:
+    what = "This text is" if pasted else "Nothing in it is"
+    return [f"{what} not a message that is known here. rlhf-convert doctor DIR looks at the files themselves."]
+
+
+def _screen(seen: Seen, *, numbered: bool) -> list[str]:
+    count = f", {seen.count} times" if seen.count > 1 else ""
+    at = f" (line {seen.line}{count})" if numbered else ""
+    lines = [f"{_WORDS[seen.message.severity]} {seen.message.name}{at}"]
+    if numbered:
+        lines.append(f"  > {seen.example}")
+    lines += textwrap.wrap(seen.text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
+    lines += [f"  -> {each}" for each in seen.message.next]
+    lines += [f"  -> rlhf-convert explain {code}" for code in seen.message.codes]
+    return lines
+
+
+def _json(seen: Seen) -> dict[str, Any]:
+    message = seen.message
+    return {
+        "name": message.name,
+        "severity": message.severity,
+        "line": seen.line,
+        "count": seen.count,
+        "example": seen.example,
+        "text": seen.text,
+        "next": list(message.next),
+        "codes": list(message.codes),
+    }

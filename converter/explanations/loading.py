@@ -1,0 +1,213 @@
+"""Messages of loaders: missing, unexpected and empty weights, heads, shapes."""
+
+from converter.explanations.model import Message
+
+_NO_CURE = (
+    "ignore_mismatched_sizes=True is no cure: it fills the tensor with random values. "
+    "Neither is removing --gradient_checkpointing."
+)
+
+MESSAGES = (
+    Message(
+        "size-mismatch-empty-file",
+        "error",
+        ("size mismatch for",),
+        r"size mismatch for (?P<name>[\w.]+): copying a param with shape torch\.Size\(\[0\]\) from checkpoint",
+        "The file holds an empty tensor for {name}: it was saved under ZeRO-3 without gathering. The loader is "
+        "right to "
+        "stop. " + _NO_CURE,
+        ("rlhf-convert doctor DIR", "rlhf-convert repair DIR OUT --weights-from THE_RUNS_global_step_FOLDER"),
+        ("zero3-empty-tensors",),
+    ),
+    Message(
+        "size-mismatch-empty-model",
+        "error",
+        ("size mismatch for",),
+        r"size mismatch for (?P<name>[\w.]+): .*shape in current model is torch\.Size\(\[0\]\)",
+        "The file is sound; the model that loads it is empty: a plain load_state_dict under ZeRO-3 (zero.Init), "
+        "outside of "
+        "deepspeed.zero.GatheredParameters. Nothing in the files needs repair. Load before DeepSpeed partitions the "
+        "model, "
+        "or with from_pretrained, which knows of ZeRO-3.",
+        ("rlhf-convert doctor DIR",),
+        ("zero3-empty-tensors",),
+    ),
+    Message(
+        "head-newly-initialised",
+        "error",
+        ("newly initialized",),
+        r"newly initialized(?: because[^:]*)?: "
+        r"\[.*'(?P<name>(?:\w+\.)*(?:score|value_head|v_head|classifier|reward_head|"
+        r"score_head|regression_head|rm_head)[\w.]*)'",
+        "{name} is not in the checkpoint under the name that this loader asks for: the head is RANDOM, and training or "
+        "scoring runs on noise. Where a reward model starts from a base model this is expected; where a trained reward "
+        "model or critic is loaded it is not.",
+        ("rlhf-convert doctor DIR --for TRAINER", "rlhf-convert rm-to-critic DIR OUT --to TRAINER"),
+        ("head-missing", "head-base-lost"),
+    ),
+    Message(
+        "head-missing-report",
+        "error",
+        ("MISSING",),
+        r"(?P<name>(?:\w+\.)*(?:score|value_head|v_head|classifier|reward_head|score_head|regression_head)\.[\w.]*\w)"
+        r"\s*\|\s*MISSING",
+        "transformers' load report: {name} is not in the checkpoint, so the head is RANDOM.",
+        ("rlhf-convert doctor DIR --for TRAINER", "rlhf-convert rm-to-critic DIR OUT --to TRAINER"),
+        ("head-missing",),
+    ),
+    Message(
+        "weights-newly-initialised",
+        "error",
+        ("newly initialized",),
+        r"newly initialized(?: because[^:]*)?: \[(?P<name>'[^']*')",
+        "Weights of the backbone ({name}, ...) are not in the checkpoint under these names, and are RANDOM now: "
+        "another "
+        "architecture, a prefix (module., base_model.), or a tensor that was not saved.",
+        ("rlhf-convert doctor DIR",),
+    ),
+    Message(
+        "weights-missing-report",
+        "error",
+        ("MISSING",),
+        r"(?P<name>\w+(?:\.\w+)+)\s*\|\s*MISSING",
+        "transformers' load report: {name} is not in the checkpoint, and is random now.",
+        ("rlhf-convert doctor DIR",),
+    ),
+    Message(
+        "labels-mismatch",
+        "error",
+        ("size mismatch for", "mismatch"),
+        r"(?:score|classifier|v_head|value_head)[\w.]*: copying a param with shape torch\.Size\(\[1, \d+\]\) from "
+        r"checkpoint, the shape in current model is torch\.Size\(\[2, \d+\]\)",
+        "The head has one label, the loader makes two: AutoModelForSequenceClassification's default, where the "
+        "config says "
+        "nothing. Set num_labels to 1 in the config (a converted folder has it). " + _NO_CURE,
+        ("rlhf-convert doctor DIR",),
+    ),
+    Message(
+        "vocabulary-mismatch",
+        "error",
+        ("size mismatch for",),
+        r"size mismatch for (?P<name>[\w.]*(?:embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out)[\w.]*): "
+        r"copying "
+        r"a param with shape torch\.Size\(\[(?P<have>\d+), \d+\]\) from checkpoint, the shape in current model is "
+        r"torch\.Size\(\[(?P<want>\d+), \d+\]\)",
+        "The vocabulary has {have} rows in the file and {want} in the model: tokens were added in training, or one "
+        "side is "
+        "padded. Resize the model to the tokenizer before loading, or use the base that the adapter was trained on.",
+        ("rlhf-convert doctor DIR --base BASE",),
+    ),
+    Message(
+        "size-mismatch",
+        "error",
+        ("size mismatch for",),
+        r"size mismatch for (?P<name>[\w.]+): copying a param with shape torch\.Size\(\[(?P<have>[^\]]+)\]\) from "
+        r"checkpoint, the shape in current model is torch\.Size\(\[(?P<want>[^\]]+)\]\)",
+        "{name} is [{have}] in the file and [{want}] in the model: another architecture or size, another LoRA rank, "
+        "or a "
+        "head with another number of labels. " + _NO_CURE,
+        ("rlhf-convert doctor DIR --base BASE",),
+    ),
+    Message(
+        "weights-not-used",
+        "cosmetic",
+        ("were not used when initializing",),
+        r"were not used when initializing .*: \[(?P<name>'(?:lm_head|embed_out)[^']*')\]",
+        "Harmless: the output embedding ({name}) of the language model has no place in a reward model or critic.",
+    ),
+    Message(
+        "weights-not-used-others",
+        "changes-numbers",
+        ("were not used when initializing",),
+        r"were not used when initializing .*: \[(?P<name>'[^']*')",
+        "The file holds tensors that the model has no place for ({name}, ...). If a head or a prefix such as "
+        "module. or "
+        "base_model. is among them, what should take their place is random.",
+        ("rlhf-convert doctor DIR",),
+    ),
+    Message(
+        "adapter-keys-missing",
+        "error",
+        ("adapter keys",),
+        r"Found missing adapter keys while loading the checkpoint: \[(?P<name>'[^']*')",
+        "PEFT found no values for adapter tensors ({name}, ...): they are zero, and the model answers as its base "
+        "does. PEFT "
+        "says nothing of keys that it ignores: the names in the file do not fit.",
+        ("rlhf-convert doctor ADAPTER --base BASE", "rlhf-convert merge-lora ADAPTER OUT --base BASE"),
+    ),
+    Message(
+        "tokens-need-padding",
+        "error",
+        ("batch sizes > 1",),
+        r"Cannot handle batch sizes > 1 if no padding token is defined",
+        "The config has no pad_token_id, and a reward model needs it to find each answer's last token.",
+        ("rlhf-convert doctor DIR", "rlhf-convert repair DIR OUT"),
+    ),
+    Message(
+        "no-weight-file",
+        "error",
+        ("no file named",),
+        r"no file named (?P<name>[\w.-]+)",
+        "The folder has no weights under the names that transformers reads. After ZeRO-3 without gathering, with "
+        "FSDP and "
+        "in verl's `huggingface` folder, they are in the trainer's shards, in this folder, below or above it.",
+        ("rlhf-convert doctor DIR", "rlhf-convert gather DIR OUT"),
+        ("weights-missing",),
+    ),
+    Message(
+        "not-a-repository",
+        "error",
+        ("Repo id must be", "HFValidationError", "is not a local folder and is not a valid model identifier"),
+        r"Repo id must (?:be in the form|use alphanumeric)|is not a local folder and is not a valid model identifier",
+        "The path does not exist, and was then taken for a name on the Hub. Look for a typing error, or for the folder "
+        "checkpoint-N inside of it.",
+        ("rlhf-convert inspect DIR",),
+    ),
+    Message(
+        "no-adapter-config",
+        "error",
+        ("adapter_config.json",),
+        r"Can't find 'adapter_config\.json'",
+        "The folder is no adapter, or the path is wrong: see what is there.",
+        ("rlhf-convert inspect DIR",),
+        ("adapter-config-missing",),
+    ),
+    Message(
+        "architecture-unsupported",
+        "error",
+        ("Model architectures", "is not a registered model"),
+        r"Model architectures \[(?P<name>'[^']*')\].* not supported|'(?P<other>\w+)' is not a registered model",
+        "The config's `architectures` names a class that this engine does not know: a wrapper's (FSDP..., RewardModel, "
+        "CriticModel), or one that needs a newer version.",
+        ("rlhf-convert doctor DIR --for vllm",),
+    ),
+    Message(
+        "embedding-key-error",
+        "error",
+        ("KeyError: 'lm_head.weight'", 'KeyError: "lm_head.weight"'),
+        r"KeyError: ['\"]lm_head\.weight['\"]",
+        "The config ties the output embedding to the input's, and the file holds both, or neither says so. The "
+        "second copy "
+        "has to go where they are equal.",
+        ("rlhf-convert doctor DIR", "rlhf-convert repair DIR OUT"),
+    ),
+    Message(
+        "unmerged-keys",
+        "error",
+        ("base_layer.weight", "lora_A", "KeyError: 'layers"),
+        r"(?:KeyError|not found in|Unexpected key).*(?:base_layer\.weight|lora_[AB])",
+        "A full model was saved with LoRA's wrappers still around its layers: it is neither adapter nor model.",
+        ("rlhf-convert doctor DIR",),
+    ),
+    Message(
+        "no-value-head-found",
+        "cosmetic",
+        ("value_head",),
+        r"(?:no v_head weight is found|Failed to load value_head\.(?:bin|safetensors)|Provided path \(.*\) does not "
+        r"contain "
+        r"value head weights)",
+        "LLaMA-Factory looks for value_head.safetensors and for value_head.bin, and says this of each that is missing. "
+        "Harmless where PPO makes a new head, or where the other file is there; otherwise the reward model is random.",
+        ("rlhf-convert doctor DIR --for llamafactory",),
+    ),
+)
