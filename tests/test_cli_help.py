@@ -66,7 +66,7 @@ def test_the_help_of_a_verb_ends_with_three_copyable_examples_of_it(verb: str) -
     assert (ran.code, ran.err) == (0, "")
     examples = ran.out[ran.out.index("Examples:") :].strip().splitlines()[1:]
     assert len(examples) == 3
-    assert all(line.strip().startswith(f"rlhf-convert {verb}") for line in examples)
+    assert all(f"rlhf-convert {verb}" in line for line in examples)
 
 
 @pytest.mark.parametrize("verb", VERBS)

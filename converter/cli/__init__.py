@@ -14,7 +14,7 @@ from types import FrameType
 from converter.cli.sink import Failed, error_to_user
 from converter.errors import EXIT_BUG, ConvertError, Interrupted, Refused, UsageError, show
 
-VERBS = ("merge-lora", "gather", "reshard", "inspect", "doctor", "explain", "run", "demo", "list", "env")
+VERBS = ("merge-lora", "gather", "reshard", "run", "inspect", "doctor", "explain", "demo", "list", "env")
 PROGRAM = "rlhf-convert"
 
 
@@ -87,7 +87,7 @@ def _run(arguments: list[str], received: list[int]) -> int:
     hook = sys.excepthook
     import typer
 
-    from converter.cli.app import app, app_of
+    from converter.cli.verbs import app, app_of
 
     verb, rest = arguments[0], arguments[1:]
     name = f"{PROGRAM} {verb}" if verb in VERBS else PROGRAM

@@ -86,7 +86,7 @@ def write_recipe(
         # Before any input is opened: a mistyped output shall not cost a download.
         preflight.check_target(target, (), overwrite=options.overwrite)
     prepared = prepare(recipe, allow=frozenset(options.allow or ()), token=options.token, keep_code=options.keep_code)
-    plan, jobs = prepared.plan, options.jobs or _threads()
+    plan, jobs = prepared.plan, options.jobs or threads()
     sink.screen(head(prepared))
     sink.screen(report.note_lines(prepared.context.notes, verbose=options.verbose))
     adapters = [c for c in prepared.opened.values() if c.origin.kind == "adapter"]
@@ -99,7 +99,7 @@ def write_recipe(
         return None
     assert target is not None
     assert out is not None
-    return Written(prepared, _write(prepared, target, jobs, memory, options), out)
+    return Written(prepared, write_prepared(prepared, target, jobs, memory, options), out)
 
 
 def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, options: Conversion) -> None:
@@ -120,16 +120,22 @@ def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, option
             "fingerprint": plan.fingerprint,
             "files": [{"file": s.file, "size": s.size, "tensors": len(s.entries)} for s in plan.shards],
             "dropped": dict(plan.dropped),
-            "notes": _notes(prepared),
+            "notes": notes_json(prepared),
         }
     )
 
 
-def _notes(prepared: Prepared) -> list[dict[str, str]]:
+def notes_json(prepared: Prepared) -> list[dict[str, str]]:
+    """A run's notes as JSON objects."""
     return [{"severity": n.severity, "code": n.code, "text": n.text} for n in prepared.context.notes]
 
 
-def _write(prepared: Prepared, out: Path, jobs: int, memory: int | None, options: Conversion) -> Receipt:
+def write_prepared(prepared: Prepared, out: Path, jobs: int, memory: int | None, options: Conversion) -> Receipt:
+    """Write what was prepared.
+
+    Raises:
+        Interrupted: a signal came; nothing is published.
+    """
     from converter.execute import write
     from converter.recipe_run import refuse_no_op
 
@@ -158,7 +164,7 @@ def _kept(out: Path) -> str:
     return f"what is done is kept in {partial}; the same command again resumes it"
 
 
-def _threads() -> int:
+def threads() -> int:
     """One a core that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -174,7 +180,7 @@ def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:
         {
             "out": written.out,
             "receipt": dict(receipt.content),
-            "notes": _notes(written.prepared),
+            "notes": notes_json(written.prepared),
             "seconds": round(receipt.seconds, 3),
             "next": list(commands),
         }

@@ -31,14 +31,23 @@ class Gathering:
     master: bool = False
     emit: str | None = None
     lora_alpha: float | None = None
+    part: str | None = None
 
 
 def gather(asked: Gathering, out: str | None, options: Conversion) -> int:
     """Gather a trainer's shards into a model or an adapter."""
     options = _with_masters(asked, options)
+    if asked.emit == "both":
+        from converter.cli.gather_both import gather_both
+
+        return gather_both(asked, out, options)
     recipe, said = gather_recipe(asked, options)
     return convert(
-        recipe, out, options, head=lambda prepared: head(prepared, said), next_commands=lambda w: _next(w, asked)
+        recipe,
+        out,
+        options,
+        head=lambda prepared: head(prepared, said),
+        next_commands=lambda w: next_commands(w, asked),
     )
 
 
@@ -86,7 +95,7 @@ def _tag_path(asked: Gathering) -> tuple[str, str]:
 
         resolve(asked.src, revision=None, token=None, allow_download=False)
         raise UsageError("no-shards", "shards are gathered from a local folder", where=show(asked.src))
-    tag = find_place(root, asked.src, tag=asked.tag)
+    tag = find_place(root, asked.src, tag=asked.tag, part=asked.part)
     if tag.folder == root:
         return asked.src, ""
     path = os.path.join(asked.src, os.path.relpath(tag.folder, root))
@@ -107,7 +116,7 @@ def head(prepared: Prepared, said: str) -> list[str]:
     return lines
 
 
-def _next(written: Written, asked: Gathering) -> list[str]:
+def next_commands(written: Written, asked: Gathering) -> list[str]:
     """The check, then what loads the result."""
     from converter.cli.conversion import load_commands
 

@@ -36,6 +36,17 @@ class EmitChoice(StrEnum):
 
     adapter = "adapter"
     merged = "merged"
+    both = "both"
+
+
+class PartChoice(StrEnum):
+    """Which model of a trainer's state that holds several."""
+
+    policy = "policy"
+    value = "value"
+    actor = "actor"
+    critic = "critic"
+    reward = "reward"
 
 
 class FailOnChoice(StrEnum):
@@ -61,6 +72,21 @@ class Display:
 
 
 @dataclass(frozen=True)
+class Reading(Display):
+    """How a verb reads what trainers saved."""
+
+    allow_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-name",
+            metavar="REGEX",
+            help="Names of your own trainer's classes that pickled files may mention; none is imported. Repeatable.",
+            show_default=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
 class Fetch:
     """How inputs are found on the Hub."""
 
@@ -75,7 +101,7 @@ class Fetch:
 
 
 @dataclass(frozen=True)
-class Conversion(Fetch, Display):
+class Conversion(Fetch, Reading):
     """Everything that verbs which write a checkpoint share."""
 
     out_option: Annotated[
@@ -143,7 +169,7 @@ def with_options(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[...
         @functools.wraps(command)
         def parsed(**values: Any) -> Callable[[], int]:
             options = kind(**{f.name: values.pop(f.name) for f in fields})
-            return functools.partial(command, **values, options=options)
+            return functools.partial(_with_names, functools.partial(command, **values, options=options), options)
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in arguments] + shared
         parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -151,3 +177,13 @@ def with_options(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[...
         return parsed
 
     return decorate
+
+
+def _with_names(command: Callable[[], int], options: Display) -> int:
+    """Run a command with the names that `--allow-name` gives allowed, in whatever it opens."""
+    if not isinstance(options, Reading) or not options.allow_name:
+        return command()
+    from converter.sources.pickle_names import allowing_names
+
+    with allowing_names(options.allow_name):
+        return command()

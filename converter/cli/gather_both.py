@@ -1,0 +1,229 @@
+"""`rlhf-convert gather --emit both`: the merged model in OUT and the adapter in OUT-adapter.
+
+Both are planned and refused, if need be, before either is written. Each appears whole or not at all; where a run ends
+between them, the same command finds the model whole, compares it with the plan, and makes the adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.cli.conversion import Written, load_commands, notes_json, threads, write_prepared
+from converter.cli.options import Conversion
+from converter.errors import ConvertError, UsageError, VerificationFailed, show
+from converter.sizes import parse_size
+
+if TYPE_CHECKING:
+    from converter.cli.gather import Gathering
+    from converter.plan import Plan
+    from converter.recipe_run import Prepared
+
+MERGED, ADAPTER = "merged", "adapter"
+SUFFIX = "-adapter"
+
+
+class _HalfWritten(ConvertError):
+    """The adapter's error, told beside a model that is whole; exit code as that error's."""
+
+    def __init__(self, error: ConvertError, model: str) -> None:
+        told = (
+            f"{error.what}. This is about the adapter: {show(model)} is whole, and the same command goes on from there"
+        )
+        super().__init__(error.code, told, where=error.where, expected=error.expected, got=error.got, next=error.next)
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _Half:
+    """One of the two outputs.
+
+    Attributes:
+        done: an earlier run published it, and it is what this one would write.
+    """
+
+    prepared: Prepared
+    out: str | None
+    done: bool = False
+
+    @property
+    def target(self) -> Path:
+        """Where it goes."""
+        assert self.out is not None
+        return Path(self.out).expanduser()
+
+
+def gather_both(asked: Gathering, out: str | None, options: Conversion) -> int:
+    """Plan both, show both, then write the model and the adapter."""
+    if options.print_recipe:
+        what = "two outputs are two recipes"
+        raise UsageError("usage", what, expected="--print-recipe with --emit merged, or with --emit adapter")
+    if out is None and not options.dry_run:
+        raise UsageError("usage", "the output is missing", expected="OUT as the last argument, or --out OUT")
+    memory = None if options.memory is None else parse_size(options.memory, what="--memory")
+    begun = time.monotonic()
+    model, adapter, said = _halves(asked, out, options)
+    _show_plans(model, adapter, said, options)
+    if out is not None:
+        _preflight((model, adapter), memory, options)
+    if options.dry_run:
+        options.sink.screen(["dry run: nothing written"])
+        planned = {h: {"out": x.out, **_counts(x.prepared)} for h, x in ((MERGED, model), (ADAPTER, adapter))}
+        options.sink.json({"dry_run": True, **planned, "notes": _notes(model, adapter)})
+        return 0
+    receipts = [_written(model, memory, options)]
+    try:
+        receipts.append(_written(adapter, memory, options))
+    except ConvertError as error:
+        raise _HalfWritten(error, str(model.out)) from error
+    _finish((model, adapter), receipts, asked, time.monotonic() - begun, options)
+    return 0
+
+
+def _halves(asked: Gathering, out: str | None, options: Conversion) -> tuple[_Half, _Half, str]:
+    """Both outputs, planned, and how the tag was chosen; nothing is written.
+
+    Raises:
+        Refused: either can't be made, or its place is taken.
+    """
+    from converter.cli.gather import gather_recipe
+    from converter.preflight import check_target
+    from converter.recipe_run import prepare
+
+    outs = (None, None) if out is None else (out, out.rstrip("/") + SUFFIX)
+    if out is not None and all(os.path.lexists(Path(o).expanduser()) for o in outs if o):
+        # Before any input is opened: nothing of an earlier run is to be finished.
+        check_target(Path(out).expanduser(), (), overwrite=options.overwrite)
+    halves, said = [], ""
+    for emit, target in zip((MERGED, ADAPTER), outs, strict=True):
+        recipe, said = gather_recipe(dataclasses.replace(asked, emit=emit), options)
+        allow = frozenset(options.allow or ())
+        prepared = prepare(recipe, allow=allow, token=options.token, keep_code=options.keep_code)
+        halves.append(_Half(prepared, target))
+    model, adapter = halves
+    if out is None or options.overwrite:
+        return model, adapter, said
+    there = [os.path.lexists(h.target) for h in (model, adapter)]
+    is_done = there == [True, False] and _is_made_of(model.prepared.plan, model.target)
+    return dataclasses.replace(model, done=is_done), adapter, said
+
+
+def _is_made_of(plan: Plan, folder: Path) -> bool:
+    """True where a folder is what this plan would write: the receipt's words, every header, and sampled values."""
+    from converter.check import check_written
+    from converter.plan import RECEIPT_FILE
+    from converter.reading import InputFiles
+
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    try:
+        found = json.loads((folder / RECEIPT_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    promised = {**plan.provenance, "counts": plan.counts, "dropped": dict(plan.dropped)}
+    if not isinstance(found, dict) or {k: found.get(k) for k in promised} != json.loads(json.dumps(promised)):
+        return False
+    try:
+        with InputFiles(plan.inputs) as files:
+            check_written(plan, folder, files)
+    except (VerificationFailed, OSError):
+        return False
+    return True
+
+
+def _show_plans(model: _Half, adapter: _Half, said: str, options: Conversion) -> None:
+    from converter import preflight, report
+    from converter.cli.gather import head
+
+    sink = options.sink
+    sink.screen(head(model.prepared, said))
+    notes = [*model.prepared.context.notes, *adapter.prepared.context.notes]
+    sink.screen(report.note_lines(dict.fromkeys(notes), verbose=options.verbose))
+    for word, half in (("model", model), ("adapter", adapter)):
+        sink.screen([report.line(word, show(half.out or "OUT is not named"))])
+        if half.done:
+            sink.screen([report.line("", "whole already: an earlier run made it, and it was compared with the plan")])
+        else:
+            sink.screen([report.plan_line(half.prepared.plan, half.prepared.checkpoint, [])])
+    todo = [h for h in (model, adapter) if not h.done]
+    free = preflight.free_bytes(model.target) if model.out else None
+    jobs = options.jobs or threads()
+    needed = max(preflight.needed_memory(h.prepared.plan, jobs) for h in todo)
+    sink.screen([report.needs_line(sum(h.prepared.plan.total_bytes for h in todo), free, needed)])
+
+
+def _preflight(halves: tuple[_Half, _Half], memory: int | None, options: Conversion) -> None:
+    """Every refusal that can be made before the first byte, of either.
+
+    Raises:
+        Refused: see `check_target`, `check_space` and `memory_limit`.
+    """
+    from converter.preflight import check_space, check_target, memory_limit
+    from converter.stage import Stage
+
+    beside = 0
+    for half in reversed(halves):
+        if half.done:
+            continue
+        plan, stage = half.prepared.plan, Stage(half.target)
+        if not os.path.lexists(stage.marker):
+            check_target(half.target, plan.inputs, overwrite=options.overwrite)
+        memory_limit(plan, memory)
+        check_space(plan, half.target, already=stage.allocated(), beside=beside)
+        beside += plan.total_bytes
+
+
+def _written(half: _Half, memory: int | None, options: Conversion) -> Written | None:
+    """The output, written; None where it was there."""
+    if half.done:
+        return None
+    assert half.out is not None
+    receipt = write_prepared(half.prepared, half.target, options.jobs or threads(), memory, options)
+    return Written(half.prepared, receipt, half.out)
+
+
+def _finish(
+    halves: tuple[_Half, _Half],
+    written: list[Written | None],
+    asked: Gathering,
+    seconds: float,
+    options: Conversion,
+) -> None:
+    """The screen's last lines for both, and what to type next."""
+    from converter import report
+    from converter.cli.gather import next_commands
+    from converter.plan import RECEIPT_FILE
+
+    commands: list[str] = []
+    values: list[dict[str, Any]] = []
+    for half, each in zip(halves, written, strict=True):
+        if each is None:
+            options.sink.screen(
+                [report.wrote_line(str(half.out), half.prepared.checkpoint.config, None) + " (earlier)"]
+            )
+            content = json.loads((half.target / RECEIPT_FILE).read_bytes())
+        else:
+            options.sink.screen(each.screen(verbose=options.verbose))
+            commands += load_commands(each) if half is halves[0] else next_commands(each, asked)[:1]
+            content = dict(each.receipt.content)
+        values.append({"out": half.out, "receipt": content, "earlier": each is None})
+    options.sink.screen(report.next_lines(commands))
+    model, adapter = values
+    more = {"notes": _notes(*halves), "seconds": round(seconds, 3), "next": commands}
+    options.sink.json({**model, "adapter": adapter, **more})
+
+
+def _counts(prepared: Prepared) -> dict[str, Any]:
+    plan = prepared.plan
+    files = [{"file": s.file, "size": s.size, "tensors": len(s.entries)} for s in plan.shards]
+    return {"counts": plan.counts, "total_bytes": plan.total_bytes, "fingerprint": plan.fingerprint, "files": files}
+
+
+def _notes(*halves: _Half) -> list[dict[str, str]]:
+    found = [n for h in halves for n in notes_json(h.prepared)]
+    return [n for i, n in enumerate(found) if n not in found[:i]]

@@ -1,0 +1,169 @@
+"""Verbs that read and tell: names, arguments, help. What each does is in a module imported when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from converter.cli.app import verb
+from converter.cli.options import Display, FailOnChoice, Reading
+
+
+@verb(
+    "inspect",
+    Reading,
+    short_help="Say what a folder holds; headers only.",
+    help="Say what a folder holds, in one screen; reads headers only.",
+    examples=(
+        "rlhf-convert inspect ./my-adapter",
+        "rlhf-convert inspect Qwen/Qwen2.5-7B",
+        "rlhf-convert inspect ./model --json",
+    ),
+)
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or Hub id in the cache.", show_default=False)],
+    options: Reading,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Hub commit, branch or tag.", show_default=False)
+    ] = None,
+) -> int:
+    """`rlhf-convert inspect`."""
+    from converter.cli.inspection import inspect
+
+    return inspect(path, revision, options)
+
+
+@verb(
+    "doctor",
+    Reading,
+    short_help="Name every fault of a folder, and the command that mends it.",
+    help="Name every fault of a folder that a trainer left: what proves it, whether it can be mended and from what, "
+    "and the next command. Reads headers and configs only, unless --deep.",
+    examples=(
+        "rlhf-convert doctor ./my-reward-model",
+        "rlhf-convert doctor ./my-adapter --base Qwen/Qwen2.5-7B --for openrlhf",
+        "rlhf-convert doctor ./rm --weights-from ./run/checkpoint-500 --json",
+    ),
+)
+def doctor(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or Hub id in the cache.", show_default=False)],
+    options: Reading,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Base model; default: what is recorded.", show_default=False)
+    ] = None,
+    weights_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weights-from", metavar="DIR", help="Where weights may be, too. Repeatable.", show_default=False
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--for", metavar="TRAINER", help="Say what this loader does with it.", show_default=False),
+    ] = None,
+    actor: Annotated[
+        str | None,
+        typer.Option("--with-actor", metavar="DIR", help="The actor that it trains with.", show_default=False),
+    ] = None,
+    fail_on: Annotated[
+        FailOnChoice, typer.Option("--fail-on", help="The least severity that makes the exit code 1.")
+    ] = FailOnChoice.changes_numbers,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", metavar="CODE", help="Leave this one out. Repeatable.", show_default=False),
+    ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read values too: NaN, zeros, heads that never moved.")] = False,
+) -> int:
+    """`rlhf-convert doctor`."""
+    from converter.cli.doctor import doctor
+    from converter.doctor import Asked
+
+    asked = Asked(path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep)
+    return doctor(asked, fail_on.value, options)
+
+
+@verb(
+    "explain",
+    Display,
+    short_help="Say what a code, an error or a training log means.",
+    help="Say what a code of doctor's, a pasted error or a training log means: which lines are harmless, which mean "
+    "random weights, and what to do. `-` reads a log as it is written.",
+    examples=(
+        "rlhf-convert explain zero3-empty-tensors",
+        "rlhf-convert explain ./train.log",
+        "tail -f train.log | rlhf-convert explain - --fail-on error",
+    ),
+)
+def explain(
+    options: Display,
+    subject: Annotated[
+        str | None,
+        typer.Argument(metavar="WHAT", help="Code, log file, `-`, or the error's text.", show_default=False),
+    ] = None,
+    fail_on: Annotated[
+        FailOnChoice | None,
+        typer.Option("--fail-on", help="Exit code 1 from this severity on, at once with `-`.", show_default=False),
+    ] = None,
+) -> int:
+    """`rlhf-convert explain`."""
+    from converter.cli.explain import explain
+
+    return explain(subject, None if fail_on is None else fail_on.value, options)
+
+
+@verb(
+    "demo",
+    Display,
+    short_help="The whole story on small shipped checkpoints.",
+    help="The whole story on small shipped checkpoints: what is there, merge, check, what changed. Under a minute.",
+    examples=(
+        "rlhf-convert demo",
+        "rlhf-convert demo --out ./try-it",
+        "rlhf-convert demo --quiet",
+    ),
+)
+def demo(
+    options: Display,
+    out: Annotated[str, typer.Option("-o", "--out", metavar="OUT", help="Where to write.")] = "./rlhf-convert-demo",
+) -> int:
+    """`rlhf-convert demo`."""
+    from converter.cli.demo import demo
+
+    return demo(out, options)
+
+
+@verb(
+    "list",
+    Display,
+    short_help="List plug-ins and shipped recipes.",
+    help="List plug-ins (sources, converters, kernels) and shipped recipes.",
+    examples=(
+        "rlhf-convert list",
+        "rlhf-convert list --json",
+        "rlhf-convert list | grep converter",
+    ),
+)
+def list_plug_ins(options: Display) -> int:
+    """`rlhf-convert list`."""
+    from converter.cli.environment import list_plug_ins
+
+    return list_plug_ins(options)
+
+
+@verb(
+    "env",
+    Display,
+    short_help="Print versions for a bug report.",
+    help="Print versions for a bug report; no paths, names or secrets.",
+    examples=(
+        "rlhf-convert env",
+        "rlhf-convert env --json",
+        "rlhf-convert env > env.txt",
+    ),
+)
+def env(options: Display) -> int:
+    """`rlhf-convert env`."""
+    from converter.cli.environment import env
+
+    return env(options)

@@ -1,0 +1,166 @@
+"""Verbs that write a checkpoint: names, arguments, help. What each does is in a module imported when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from converter.cli.app import Out, verb
+from converter.cli.options import Conversion, EmitChoice, NumericsChoice, PartChoice
+
+
+@verb(
+    "merge-lora",
+    Conversion,
+    short_help="Merge LoRA adapters into their base model.",
+    help="Merge one or more LoRA adapters into their base model. A reward-model adapter over a causal base becomes a "
+    "reward model.",
+    examples=(
+        "rlhf-convert merge-lora ./my-adapter ./merged",
+        "rlhf-convert merge-lora ./my-adapter ./merged --base Qwen/Qwen2.5-7B --dtype bf16",
+        "rlhf-convert merge-lora ./style ./merged --adapter ./facts --weight 0.5 --weight 1",
+    ),
+)
+def merge_lora(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder or Hub id.", show_default=False)],
+    options: Conversion,
+    out: Out = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Base model; default: the one the adapter records.", show_default=False),
+    ] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="A", help="Another adapter. Repeatable.", show_default=False),
+    ] = None,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(metavar="W", help="Weight of each adapter, in order. Repeatable.", show_default=False),
+    ] = None,
+    numerics: Annotated[
+        NumericsChoice, typer.Option(help="best: one rounding; peft: bit-identical to PEFT's merge.")
+    ] = NumericsChoice.best,
+    base_is_residual: Annotated[
+        bool, typer.Option("--base-is-residual", help="BASE is the residual model that a PiSSA or OLoRA start saved.")
+    ] = False,
+) -> int:
+    """`rlhf-convert merge-lora`."""
+    from converter.cli.merge import Merge, merge
+
+    asked = Merge(adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual)
+    return merge(asked, options.target(out), options)
+
+
+@verb(
+    "gather",
+    Conversion,
+    short_help="Make a model or an adapter of DeepSpeed's shards.",
+    help="Make a model, or the LoRA adapter that was trained, of what DeepSpeed saved (ZeRO-1, 2 and 3): exact, in one "
+    "pass, without DeepSpeed or a GPU.",
+    examples=(
+        "rlhf-convert gather ./run/checkpoint-500 ./model",
+        "rlhf-convert gather ./run ./adapter --tag global_step500 --lora-alpha 16",
+        "rlhf-convert gather ./run/global_step500 ./merged --emit merged --base Qwen/Qwen2.5-7B",
+    ),
+)
+def gather(
+    src: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="Folder such as global_step500, its parent, or the run's.", show_default=False
+        ),
+    ],
+    options: Conversion,
+    out: Out = None,
+    tag: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="Which checkpoint; default: what `latest` says.", show_default=False),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE", help="Base model, for config, tokenizer and weights that aren't saved.", show_default=False
+        ),
+    ] = None,
+    master: Annotated[bool, typer.Option("--master", help="Keep the fp32 masters; the same as --dtype fp32.")] = False,
+    emit: Annotated[
+        EmitChoice | None,
+        typer.Option(
+            help="After LoRA: the adapter (default), the merged model, or both: the model in OUT, the adapter in "
+            "OUT-adapter.",
+            show_default=False,
+        ),
+    ] = None,
+    part: Annotated[
+        PartChoice | None,
+        typer.Option(help="Which model, where a trainer's state holds several.", show_default=False),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="lora_alpha of training, where no config records it.", show_default=False),
+    ] = None,
+) -> int:
+    """`rlhf-convert gather`."""
+    from converter.cli.gather import Gathering, gather
+
+    asked = Gathering(
+        src,
+        tag=tag,
+        base=base,
+        master=master,
+        emit=None if emit is None else emit.value,
+        lora_alpha=lora_alpha,
+        part=None if part is None else part.value,
+    )
+    return gather(asked, options.target(out), options)
+
+
+@verb(
+    "reshard",
+    Conversion,
+    short_help="Rewrite a model in other files or another dtype.",
+    help="Rewrite a model folder in other files or another dtype; names, values and side files are kept.",
+    examples=(
+        "rlhf-convert reshard ./model ./model-2gb --max-shard-size 2GB",
+        "rlhf-convert reshard ./model ./model-bf16 --dtype bf16",
+        "rlhf-convert reshard ./model ./one-file --layout pack --max-shard-size 1TB",
+    ),
+)
+def reshard(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Model folder or Hub id.", show_default=False)],
+    options: Conversion,
+    out: Out = None,
+) -> int:
+    """`rlhf-convert reshard`."""
+    from converter.cli.reshard import reshard
+
+    return reshard(src, options.target(out), options)
+
+
+@verb(
+    "run",
+    Conversion,
+    short_help="Run a recipe.",
+    help="Run a recipe: a file, or the name of a shipped one (see `rlhf-convert list`).",
+    examples=(
+        "rlhf-convert run ./recipe.yaml ./out",
+        "rlhf-convert run merge-reward-lora ./rm --input adapter=./my-adapter",
+        "rlhf-convert run ./recipe.yaml ./out --dry-run",
+    ),
+)
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file or shipped name.", show_default=False)],
+    options: Conversion,
+    out: Out = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", metavar="NAME=PATH", help="Path of one of the recipe's inputs. Repeatable.", show_default=False
+        ),
+    ] = None,
+) -> int:
+    """`rlhf-convert run`."""
+    from converter.cli.run_recipe import run
+
+    return run(recipe, tuple(given or ()), options.target(out), options)
