@@ -1,0 +1,348 @@
+"""Faults of config.json, generation_config.json and the tokenizer's files, against each other and the weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from converter.context import Context
+from converter.diagnoses.model import HERE, Case, Finding, Severity, diagnosis, folded
+from converter.errors import fold, show
+
+_CLASSIFIER = re.compile(r"For(?:Sequence|Token)Classification$")
+_WRAPPERS = re.compile(r"^(?:FSDP|DDP|Peft|DistributedDataParallel)\w+")
+_OPENRLHF = frozenset({"RewardModel", "CriticModel"})
+_EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
+_OUTPUTS = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.weight$")
+_HEADS = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
+_MAX_FIXED_LABELS = 1024
+
+
+def architecture(case: Case) -> str:
+    """The class that the config names, or nothing."""
+    names = case.config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
+
+def is_classifier(case: Case) -> bool:
+    """True for reward models and critics of transformers' own classes."""
+    return _CLASSIFIER.search(architecture(case)) is not None
+
+
+@diagnosis("config-unreadable", "model", "adapter")
+def config_unreadable(case: Case, context: Context) -> Iterable[Finding]:
+    """A JSON file beside the weights can't be read: cut, with a key twice, nested without end, or saved with a byte
+    order mark. Loaders either stop at it or go on with defaults, which changes numbers. Restore it from the base model
+    or from another checkpoint of the run.
+    """
+    for name in ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json"):
+        error = case.json_error(name)
+        if error is not None and not any(f.code == error.code for f in case.survey.faults):
+            severity: Severity = "error" if name in ("config.json", "adapter_config.json") else "changes-numbers"
+            yield Finding("config-unreadable", severity, f"{name}: {error.what}", evidence=(name,))
+
+
+@diagnosis("architecture-missing", "model")
+def architecture_missing(case: Case, context: Context) -> Iterable[Finding]:
+    """config.json has no `architectures`. Python code that names the class itself loads the model; serving engines and
+    trainers that choose by the architecture (vLLM, ms-swift, verl) refuse it or choose wrongly.
+    """
+    if case.config and not architecture(case):
+        text = "config.json names no architecture: engines that choose by it refuse the model"
+        yield Finding("architecture-missing", "cosmetic", text, recoverability=HERE, fix=("architecture",))
+
+
+@diagnosis("architecture-wrapper", "model")
+def architecture_wrapper(case: Case, context: Context) -> Iterable[Finding]:
+    """`architectures` names a wrapper of the trainer (FSDPQwen2ForCausalLM, PeftModel...), which no engine knows: `is
+    not a registered model`. The class within is what belongs there.
+    """
+    name = architecture(case)
+    if _WRAPPERS.match(name):
+        text = f"architectures is [{show(name)}], the trainer's wrapper: no engine knows that class"
+        yield Finding(
+            "architecture-wrapper", "error", text, recoverability=HERE, fix=("architecture",), applicability="safe"
+        )
+
+
+@diagnosis("architecture-openrlhf", "model")
+def architecture_openrlhf(case: Case, context: Context) -> Iterable[Finding]:
+    """OpenRLHF builds its classes on the fly and saves `architectures: ["RewardModel"]` or `["CriticModel"]`. OpenRLHF
+    loads that; AutoModelForSequenceClassification ignores it; vLLM, ms-swift and verl do not know it.
+    """
+    if architecture(case) in _OPENRLHF and case.target != "openrlhf":
+        text = (
+            f"architectures is [{architecture(case)}], a class of OpenRLHF's own: other trainers and engines "
+            f"do not know it"
+        )
+        command = f"rlhf-convert rm-to-critic {case.path} {case.out('converted')} --to trl"
+        yield Finding("architecture-openrlhf", "cosmetic", text, recoverability=HERE, next=command)
+
+
+@diagnosis("labels-mismatch", "model")
+def labels_mismatch(case: Case, context: Context) -> Iterable[Finding]:
+    """The head has other rows than the config has labels. transformers makes a head of as many rows as the config
+    says (two, if it says nothing) and stops at the sizes: `size mismatch for score.weight: [1, h] ... [2, h]`. With
+    ignore_mismatched_sizes=True it goes on with a RANDOM head. The number of rows is what was trained; the config has
+    to follow it.
+    """
+    if not is_classifier(case):
+        return
+    labels = label_count(case.config)
+    for name, info in case.shapes.items():
+        if _HEADS.match(name) and info.shape and info.numel and info.shape[0] != labels:
+            text = f"{show(name)} has {info.shape[0]} rows and config.json says {labels} labels"
+            yield Finding(
+                "labels-mismatch",
+                "error",
+                text,
+                (name,),
+                folded(case, [name]),
+                HERE,
+                ("labels",),
+                "safe",
+                f"rlhf-convert repair {case.path} {case.out('fixed')}",
+            )
+
+
+def label_count(config: Mapping[str, Any]) -> int:
+    """The number of labels that transformers makes of a config."""
+    names = config.get("id2label")
+    if isinstance(names, dict) and names:
+        return len(names)
+    number = config.get("num_labels")
+    return number if isinstance(number, int) and 0 < number <= _MAX_FIXED_LABELS else 2
+
+
+@diagnosis("pad-token-missing", "model")
+def pad_token_missing(case: Case, context: Context) -> Iterable[Finding]:
+    """A reward model without `pad_token_id` in its config: `Cannot handle batch sizes > 1 if no padding token is
+    defined`, or rewards that depend on the batch, since the last token is found by the padding. The tokenizer's own
+    pad token belongs there.
+    """
+    if not is_classifier(case) or case.config.get("pad_token_id") is not None:
+        return
+    if case.text_config.get("pad_token_id") is not None or case.config.get("is_encoder_decoder") is True:
+        return
+    from converter.converters.task_head import pad_token_of
+    from converter.side_files import find_side_files
+
+    known = pad_token_of(find_side_files(case.root, keep_code=False)[0])
+    text = "config.json has no pad_token_id: batches of more than one row fail or are scored at the wrong place"
+    if known is not None:
+        text += f". The tokenizer's pad token is {known}"
+    command = f"rlhf-convert repair {case.path} {case.out('fixed')}" if known is not None else None
+    next_step = command or "set pad_token_id in config.json to the id that training used"
+    yield Finding(
+        "pad-token-missing",
+        "changes-numbers",
+        text,
+        recoverability=HERE if known is not None else "",
+        fix=("pad-token",) if known is not None else (),
+        applicability="safe" if known is not None else "display-only",
+        next=next_step,
+    )
+
+
+@diagnosis("pad-is-eos", "model")
+def pad_is_eos(case: Case, context: Context) -> Iterable[Finding]:
+    """The pad token is the end-of-text token. A reward model that finds the last token by its padding then reads the
+    score before the end-of-text token in some trainers and at it in others: the same model gives other rewards. It is
+    never changed silently, since training may have run so; what counts is what training used.
+    """
+    pad, eos = case.config.get("pad_token_id"), case.config.get("eos_token_id")
+    ends = eos if isinstance(eos, list) else [eos]
+    if is_classifier(case) and isinstance(pad, int) and pad in ends:
+        text = f"pad_token_id {pad} is the end-of-text token as well: where rewards are read depends on the trainer"
+        yield Finding("pad-is-eos", "cosmetic", text)
+
+
+@diagnosis("vocabulary-rows", "model")
+def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
+    """The embedding has other rows than config.json's vocab_size: padded in training (to a multiple of 8, 64 or 128),
+    or grown by added tokens without the config following. transformers stops at the sizes; engines stop with
+    `loaded_weight.shape[output_dim] == self.org_vocab_size`.
+    """
+    size = case.text_config.get("vocab_size")
+    if not isinstance(size, int) or isinstance(size, bool):
+        return
+    wrong = [
+        n
+        for n, i in case.shapes.items()
+        if (_EMBEDDINGS.search(n) or _OUTPUTS.search(n))
+        and len(i.shape) == 2
+        and i.numel
+        and i.shape[0] != size
+        and not is_part_of_vision(n)
+    ]
+    if wrong:
+        rows = case.shapes[wrong[0]].shape[0]
+        text = f"config.json says vocab_size {size}, and {fold(wrong)} has {rows} rows"
+        yield Finding(
+            "vocabulary-rows",
+            "error",
+            text,
+            tuple(wrong),
+            folded(case, wrong),
+            HERE,
+            ("vocabulary",),
+            "unsafe",
+            f"rlhf-convert repair {case.path} {case.out('fixed')} --allow vocabulary-rows",
+        )
+
+
+def is_part_of_vision(name: str) -> bool:
+    """True for tensors of an image or audio tower, whose embeddings are no vocabulary."""
+    return any(word in name for word in ("vision", "visual", "audio", "image", "vqmodel", "codec", "depth_decoder"))
+
+
+@diagnosis("end-tokens-lost", "model")
+def end_tokens_lost(case: Case, context: Context) -> Iterable[Finding]:
+    """generation_config.json knows fewer end-of-text tokens than config.json or the base model's: a chat model with two
+    of them ([151645, 151643]) that is left with one does not stop where it should, and generates to the limit.
+    """
+    own = _ends(case.json("generation_config.json")) or _ends(case.config)
+    base = case.base
+    if base is None or not own:
+        return
+    theirs = _ends(base.json("generation_config.json"))
+    lost = sorted(theirs - own)
+    if len(theirs) > 1 and own & theirs and lost:
+        text = f"the base model ends its answers at {sorted(theirs)}, this one only at {sorted(own)}: {lost} got lost"
+        yield Finding("end-tokens-lost", "changes-numbers", text, recoverability=f"from {show(base.asked)}")
+
+
+def _ends(config: Mapping[str, Any]) -> set[int]:
+    value = config.get("eos_token_id")
+    values = value if isinstance(value, list) else [value]
+    return {v for v in values if isinstance(v, int) and not isinstance(v, bool)}
+
+
+@diagnosis("tokenizer-of-transformers-5", "model", "adapter")
+def tokenizer_of_transformers_5(case: Case, context: Context) -> Iterable[Finding]:
+    """tokenizer_config.json was saved by transformers 5 (`TokenizersBackend`, or extra_special_tokens as a list), which
+    transformers 4 can't read: `Tokenizer class TokenizersBackend does not exist`, `'list' object has no attribute
+    'keys'`. Only looked at under `--for transformers@4`, or for trainers that pin transformers 4.
+    """
+    if case.target not in ("transformers@4", "llamafactory", "deepspeed-chat", "trlx"):
+        return
+    config = case.json("tokenizer_config.json")
+    marks = {
+        "tokenizer_class": config.get("tokenizer_class") == "TokenizersBackend",
+        "extra_special_tokens": isinstance(config.get("extra_special_tokens"), list),
+    }
+    wrong = [key for key, is_new in marks.items() if is_new]
+    if wrong:
+        text = f"tokenizer_config.json is of transformers 5 ({', '.join(wrong)}): transformers 4 can't read it"
+        command = f"rlhf-convert repair {case.path} {case.out('fixed')} --for transformers@4"
+        yield Finding(
+            "tokenizer-of-transformers-5",
+            "error",
+            text,
+            (),
+            tuple(wrong),
+            HERE,
+            ("tokenizer",),
+            "safe",
+            command,
+        )
+
+
+@diagnosis("rope-of-transformers-5", "model")
+def rope_of_transformers_5(case: Case, context: Context) -> Iterable[Finding]:
+    """config.json has `rope_parameters` only, as transformers 5 writes it. Older stacks read `rope_theta` and
+    `rope_scaling`, do not find them, and go on with a theta of 10000: the model loads and answers worse, with no
+    message. Both spellings side by side are read rightly by all.
+    """
+    for config in (case.config, case.text_config):
+        parameters = config.get("rope_parameters")
+        if not isinstance(parameters, dict) or "rope_theta" in config:
+            continue
+        theta = parameters.get("rope_theta")
+        if (
+            isinstance(theta, int | float)
+            and theta != 10000
+            and not any(isinstance(v, dict) for v in parameters.values())
+        ):
+            severity: Severity = "changes-numbers" if case.target == "transformers@4" else "cosmetic"
+            text = (
+                f"rope_theta {theta:g} stands in rope_parameters only: transformers 4 would go on with 10000, silently"
+            )
+            command = f"rlhf-convert repair {case.path} {case.out('fixed')} --for transformers@4"
+            yield Finding("rope-of-transformers-5", severity, text, (), (), HERE, ("rope",), "safe", command)
+            return
+
+
+@diagnosis("remote-code-missing", "model")
+def remote_code_missing(case: Case, context: Context) -> Iterable[Finding]:
+    """`auto_map` in the config names Python files that are not in the folder: `does not appear to have a file named
+    modeling_x.py`. They have to be copied from the base model; look at them before running them.
+    """
+    table = case.config.get("auto_map")
+    named: set[str] = set()
+    for value in table.values() if isinstance(table, dict) else ():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str) and "--" not in each and each.count(".") == 1:
+                named.add(f"{each.split('.')[0]}.py")
+    missing = sorted(named - case.names)
+    if missing:
+        text = f"auto_map names {fold(missing)}, and the folder does not have {'it' if len(missing) == 1 else 'them'}"
+        yield Finding(
+            "remote-code-missing", "error", text, (), tuple(show(m) for m in missing[:3]), "from the base model"
+        )
+
+
+@diagnosis("quantisation-left", "model")
+def quantisation_left(case: Case, context: Context) -> Iterable[Finding]:
+    """config.json says that the weights are quantised, and no tensor is: the loader looks for scales that are not
+    there, or quantises what is whole. A merge or a cast wrote full-precision weights and kept the base's config.
+    """
+    method = case.config.get("quantization_config")
+    if not isinstance(method, dict) or not case.shapes:
+        return
+    kinds = {i.dtype.value for i in case.shapes.values() if i.numel and len(i.shape) > 1}
+    marks = ("scale", "absmax", "qweight", "SCB", "quant_state", "_blocks", "zero_point", "qzeros", "packed")
+    is_quantised = any(not k.startswith(("F16", "BF16", "F32", "F64")) for k in kinds) or any(
+        m in n for n in case.shapes for m in marks
+    )
+    if not is_quantised and method.get("quant_method") != "bitsandbytes":
+        text = f"quantization_config ({show(method.get('quant_method'))}) is in config.json, and every weight is whole"
+        yield Finding("quantisation-left", "error", text, (), (), HERE)
+
+
+@diagnosis("dtype-differs", "model")
+def dtype_differs(case: Case, context: Context) -> Iterable[Finding]:
+    """The weights are of another dtype than config.json says: twice the size that was expected (fp32 masters written
+    for a bf16 model), or half the bits. Loaders that go by the config cast silently.
+    """
+    said = case.config.get("dtype", case.config.get("torch_dtype"))
+    sizes: dict[str, int] = {}
+    for info in case.shapes.values():
+        if info.dtype.is_float:
+            sizes[info.dtype.torch_name] = sizes.get(info.dtype.torch_name, 0) + info.nbytes
+    if not isinstance(said, str) or not sizes:
+        return
+    main = max(sizes, key=lambda d: sizes[d])
+    if said in ("float32", "bfloat16", "float16") and main in ("float32", "bfloat16", "float16") and said != main:
+        text = f"config.json says {said}, and most of the weights are {main}"
+        command = f"rlhf-convert reshard {case.path} {case.out(said)} --dtype {said}"
+        yield Finding("dtype-differs", "cosmetic", text, (), (), HERE, ("cast",), "unsafe", command)
+
+
+DIAGNOSES = (
+    config_unreadable,
+    architecture_missing,
+    architecture_wrapper,
+    architecture_openrlhf,
+    labels_mismatch,
+    pad_token_missing,
+    pad_is_eos,
+    vocabulary_rows,
+    end_tokens_lost,
+    tokenizer_of_transformers_5,
+    rope_of_transformers_5,
+    remote_code_missing,
+    quantisation_left,
+    dtype_differs,
+)
