@@ -1,0 +1,280 @@
+"""Adapters: would they merge, do they cover what they claim, do they do anything at all?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from converter.context import Context
+from converter.diagnoses.model import HERE, LOST, Case, Diagnosis, Finding, diagnosis, folded
+from converter.errors import ConvertError, Refused, UsageError, fold, show
+from converter.sources.survey import StoredTensor
+
+_LORA = re.compile(r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.|$)")
+_HEAD = re.compile(r"(?:^|\.)(?P<head>score|classifier|v_head|value_head)(?:\.|$)")
+_COPY = re.compile(r"(?:base_model\.model\.)+")
+
+# What a merge refuses, by its code, and what `explain` says of it.
+REFUSALS: dict[str, str] = {
+    "adapter-unmatched": (
+        "Tensors of the adapter have no place in the base model. PEFT loads such an adapter without a word: it "
+        "warns of "
+        "what is missing and says nothing of keys that it ignores, and the model answers as its base does. It is "
+        "another "
+        "base, a prefix that is doubled or missing, or an adapter of another version's names."
+    ),
+    "adapter-shape": "A tensor of the adapter has another shape than the base's layer: another base, or another "
+    "size of it.",
+    "adapter-rank": "The ranks in adapter_config.json are not those of the tensors: the config is of another run.",
+    "adapter-incomplete": "A module has lora_A without lora_B, or the reverse: half of it was not saved.",
+    "adapter-unexpected": "A tensor is of no kind that the config speaks of (a DoRA magnitude without use_dora, for "
+    "one).",
+    "adapter-ambiguous": "The adapter's names fit the base in two ways that differ; it has to be said which is meant.",
+    "adapter-fused": (
+        "The adapter has factors for weights that transformers 5 fuses, splits or permutes when it loads them "
+        "(experts). "
+        "How they were laid out in training can't be proved from the file."
+    ),
+    "adapter-base-moved": "This start (CorDA, LoRA-GA, LoftQ, ...) moves the base by something that no file holds.",
+    "adapter-bias": "The config's `bias` and the tensors disagree.",
+    "adapter-tokens": "The trained token rows do not fit the embedding.",
+    "adapter-pattern": "rank_pattern or alpha_pattern has a pattern that is not read.",
+    "adapter-field-unknown": "A field of adapter_config.json is set that is not known: it may change the arithmetic.",
+    "adapter-field-unsupported": "A field of adapter_config.json is set whose arithmetic is not implemented.",
+    "peft-type-unsupported": "A PEFT method other than LoRA (IA3, LoHa, OFT, ...), which is not merged here.",
+    "peft-type-unmergeable": "A PEFT method that has no merged form: it works at run time.",
+    "base-quantised": (
+        "The base is quantised. A merge into 4 or 8 bits rounds twice, and the sum of fp8 numbers without their "
+        "scales is "
+        "noise. Merge into the full-precision base that it was made from."
+    ),
+    "vocab-mismatch": "The adapter was trained with another vocabulary than the base has, and does not bring the rows.",
+    "head-class": "The adapter trains a tensor that the class of its head does not have.",
+    "head-incomplete": "A part of the head's class was random in training, frozen, and never saved.",
+    "tied-copies-differ": "The base stores tied embeddings twice, with different values.",
+}
+
+
+def _refusal(case: Case) -> ConvertError | None:
+    """Why this adapter does not merge into the base at hand; asked once, from headers."""
+    key = "\0merge"
+    if key not in case._json:
+        case._json[key] = _try_merge(case)
+    value = case._json[key]
+    return value if isinstance(value, ConvertError) else None
+
+
+def _try_merge(case: Case) -> ConvertError | None:
+    from converter.converters.merge_lora import MergeLora
+    from converter.sources import hf, peft
+
+    if case.base is None or case.base.source != "hf" or case.survey.error() or case.base.survey.error():
+        return None
+    try:
+        adapter = peft.SOURCE.open(case.root, asked=case.asked)
+        base = hf.SOURCE.open(case.base.root, asked=case.base.asked)
+        MergeLora(adapters=(adapter,))(base, Context())
+    except ConvertError as error:
+        return error
+    return None
+
+
+def _merge_refused(code: str) -> Diagnosis:
+    def find(case: Case, context: Context) -> Iterable[Finding]:
+        error = _refusal(case)
+        if error is not None and error.code == code:
+            yield _of(error, case)
+
+    return Diagnosis(code, find, frozenset({"adapter"}), False, REFUSALS[code])
+
+
+def _of(error: ConvertError, case: Case) -> Finding:
+    details = [f"expected {error.expected}"] if error.expected else []
+    details += [f"got {error.got}"] if error.got else []
+    base = f"base: {show(case.base.asked)}" if case.base is not None else ""
+    return Finding(error.code, "error", error.what, (), (*details, base)[:3], "", next=error.next)
+
+
+@diagnosis("adapter-merge-refused", "adapter")
+def adapter_merge_refused(case: Case, context: Context) -> Iterable[Finding]:
+    """The adapter does not merge into its base; the message says why."""
+    error = _refusal(case)
+    known = {*REFUSALS, "head-base-lost", "head-missing", "no-op", *(f.code for f in case.survey.faults)}
+    if isinstance(error, Refused | UsageError) and error.code not in known:
+        yield Finding("adapter-merge-refused", "error", f"{error.code}: {error.what}", next=error.next)
+
+
+@diagnosis("head-base-lost", "adapter")
+def head_base_lost(case: Case, context: Context) -> Iterable[Finding]:
+    """A reward head with LoRA on it: score = W0 + BA. BA is in the adapter; W0 was random, frozen and never saved,
+    since OpenRLHF's LoraConfig has no task_type and `all-linear` catches the head too. No base model contains W0. A
+    trainer starts with another random one and only warns: `newly initialized: ['score.weight']`. W0 is in the run's
+    DeepSpeed checkpoint (frozen_param_fragments), if one was kept; it is in no other file. ignore_mismatched_sizes,
+    filling with zeros and removing --gradient_checkpointing do not bring it back.
+    """
+    heads = {m["module"] for n in case.shapes if (m := _LORA.match(n)) and _HEAD.search(m["module"])}
+    for module in sorted(heads):
+        own = [n for n in case.shapes if n.startswith(f"{module}.base_layer.") or f"{module}.modules_to_save." in n]
+        whole = f"{module}.weight" in case.shapes
+        in_base = case.base is not None and f"{_COPY.sub('', module)}.weight" in case.base.shapes
+        if whole or own or in_base:
+            continue
+        names = tuple(n for n in case.shapes if n.startswith(f"{module}."))
+        places = case.training_near()
+        text = (
+            f"{show(_COPY.sub('', module))} = W0 + BA: BA is here; the frozen weight under it was random and "
+            f"never saved"
+        )
+        command = None
+        if places:
+            command = f"rlhf-convert gather {places[0].asked} {case.out('adapter')} --emit adapter"
+        found = f"from {places[0].asked}, if it kept frozen weights" if places else LOST
+        yield Finding("head-base-lost", "error", text, names, folded(case, names), found, ("gather",), "safe", command)
+
+
+@diagnosis("head-missing", "adapter")
+def head_missing(case: Case, context: Context) -> Iterable[Finding]:
+    """The adapter is of a reward model (task_type SEQ_CLS), and there is no head in it, beside it or in the base: the
+    trainer or transformers makes a random one and warns at most. Either the head was not a saved module, or it was lost
+    on export. It may be in the run's DeepSpeed checkpoint, in value_head.safetensors (LLaMA-Factory) or in
+    pytorch_model.bin (TRL). A head that is in no file can't be recovered.
+    """
+    if case.adapter_config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS") or not case.shapes:
+        return
+    sidecars = {"value_head.safetensors", "value_head.bin", "value_head.pt", "pytorch_model.bin"} & case.names
+    has = any(_HEAD.search(n) for n in case.shapes) or bool(sidecars)
+    if case.base is not None:
+        has = has or any(_HEAD.search(n) for n in case.base.shapes)
+    if not has:
+        places = case.training_near()
+        command = f"rlhf-convert gather {places[0].asked} {case.out('gathered')}" if places else None
+        text = "an adapter of a reward model (SEQ_CLS) without a head"
+        found = f"from {places[0].asked}" if places else LOST
+        yield Finding("head-missing", "error", text, (), (), found, ("gather",), "display-only", command)
+
+
+@diagnosis("lora-alpha-zero", "adapter")
+def lora_alpha_zero(case: Case, context: Context) -> Iterable[Finding]:
+    """lora_alpha is 0 in adapter_config.json: whatever was trained is multiplied by nothing, and the merge is the base
+    model, byte for byte. verl's merger writes 0 where it does not know the value. The number is in the training script.
+    """
+    if case.adapter_config.get("lora_alpha") == 0:
+        text = "lora_alpha is 0: a merge would give the base model back. Put the training script's value there"
+        advice = "set lora_alpha in adapter_config.json"
+        yield Finding("lora-alpha-zero", "error", text, (), ("adapter_config.json",), next=advice)
+
+
+@diagnosis("no-op", "adapter")
+def no_op(case: Case, context: Context) -> Iterable[Finding]:
+    """Every lora_B is zero: the adapter does nothing. It was saved before the first step, from a rank that did not
+    train, or is a zero-filled `repair` of an empty one. Merged, it is the base model.
+    """
+    if case.adapter_config.get("lora_alpha") == 0:
+        return
+    error = _refusal(case)
+    if error is not None and error.code == "no-op":
+        yield _of(error, case)
+        return
+    if not case.deep:
+        return
+    second = {n: e for n, e in case.survey.entries.items() if (m := _LORA.match(n)) and m["kind"].endswith("B")}
+    filled = {n: e for n, e in second.items() if e.info.numel}
+    if filled and all(_is_zero(e, context) for e in filled.values()):
+        text = f"all {len(filled)} lora_B are zero: the adapter does nothing"
+        yield Finding("no-op", "error", text, tuple(filled), folded(case, filled), LOST)
+
+
+def _is_zero(entry: StoredTensor, context: Context) -> bool:
+    return context.is_zero(entry.tensor)
+
+
+@diagnosis("adapter-half", "adapter")
+def adapter_half(case: Case, context: Context) -> Iterable[Finding]:
+    """Modules have lora_A without lora_B, or the reverse: half of them was not saved. One without the other means
+    nothing, and PEFT fills the missing half with its start.
+    """
+    halves: dict[str, set[str]] = {}
+    for name in case.shapes:
+        if match := _LORA.match(name):
+            halves.setdefault(match["module"], set()).add(match["kind"][-1])
+    alone = tuple(sorted(m for m, kinds in halves.items() if len(kinds) == 1))
+    if alone:
+        text = f"{len(alone)} of {len(halves)} modules have one LoRA factor only: {fold(alone)}"
+        yield Finding("adapter-half", "error", text, alone, alone[:3], "")
+
+
+@diagnosis("adapter-targets-missing", "adapter")
+def adapter_targets_missing(case: Case, context: Context) -> Iterable[Finding]:
+    """The adapter has tensors for fewer layers than target_modules names in the base: a part was not saved (an
+    adapter of 443 bytes is the extreme), or was saved by one rank only. PEFT fills the rest with its start, which
+    changes nothing, and warns of missing keys at most.
+    """
+    targets = case.adapter_config.get("target_modules")
+    limits = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
+    if case.base is None or not isinstance(targets, list) or any(case.adapter_config.get(k) for k in limits):
+        return
+    have = {_COPY.sub("", m["module"]) for n in case.shapes if (m := _LORA.match(n))}
+    kinds = {m.rpartition(".")[2] for m in have}
+    matrices = [n for n, i in case.base.shapes.items() if n.endswith(".weight") and len(i.shape) == 2]
+    modules = {n.removesuffix(".weight") for n in matrices}
+    missing = []
+    for target in targets:
+        if not isinstance(target, str) or "." in target or target in ("lm_head", "embed_out"):
+            continue
+        wanted = [m for m in modules if m.rpartition(".")[2] == target]
+        trained = [m for m in have if m.rpartition(".")[2] == target]
+        if len(trained) < len(wanted) and (trained or target not in kinds):
+            missing.append(f"{target}: {len(trained)} of {len(wanted)}")
+    if missing and have:
+        listed = ", ".join(map(show, missing))
+        text = f"the base has more layers of these targets than the adapter has tensors for: {listed}"
+        yield Finding("adapter-targets-missing", "changes-numbers", text, (), tuple(map(show, missing[:3])), "")
+
+
+@diagnosis("adapter-keys-named", "adapter")
+def adapter_keys_named(case: Case, context: Context) -> Iterable[Finding]:
+    """Keys hold the adapter's name (lora_A.default.weight) or wrappers (module., _orig_mod., base_model.model.
+    twice), as they stand in a model's memory; PEFT's own files do not. PEFT finds none of them, and says nothing: the
+    model answers as its base does. Here they are read rightly; a repaired folder has PEFT's names.
+    """
+    odd = tuple(
+        n
+        for n in case.shapes
+        if re.search(r"\.lora_(?:A|B|embedding_A|embedding_B)\.[^.]+\.weight$", n)
+        or re.search(r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.", n)
+        or n.count("base_model.model.") > 1
+        or not n.startswith("base_model.model.")
+    )
+    if odd and any(_LORA.match(n) for n in odd):
+        text = f"{len(odd)} of {len(case.shapes)} keys are not as PEFT writes them, and PEFT would ignore them silently"
+        command = f"rlhf-convert repair {case.path} {case.out('fixed')}"
+        yield Finding(
+            "adapter-keys-named", "error", text, odd, folded(case, odd), HERE, ("adapter-names",), "safe", command
+        )
+
+
+@diagnosis("base-differs", "adapter")
+def base_differs(case: Case, context: Context) -> Iterable[Finding]:
+    """The base model that was given is not the one that the adapter records. Shapes may fit all the same (an instruct
+    version, an already merged model): the result is then not what was trained.
+    """
+    recorded = case.adapter_config.get("base_model_name_or_path")
+    if case.base is None or not isinstance(recorded, str) or not recorded:
+        return
+    if recorded.rstrip("/").rpartition("/")[2] != case.base.asked.rstrip("/").rpartition("/")[2]:
+        text = f"the adapter records {show(recorded)} as its base, and {show(case.base.asked)} was given"
+        yield Finding("base-differs", "cosmetic", text)
+
+
+DIAGNOSES = (
+    head_base_lost,
+    head_missing,
+    lora_alpha_zero,
+    no_op,
+    adapter_half,
+    adapter_targets_missing,
+    adapter_keys_named,
+    base_differs,
+    adapter_merge_refused,
+    *(_merge_refused(code) for code in REFUSALS if code != "adapter-incomplete"),
+)
