@@ -113,6 +113,33 @@ def explain(
 
 
 @verb(
+    "diff",
+    Reading,
+    short_help="Compare two checkpoints by value.",
+    help="Compare two checkpoints by value, streamed: tensors, dtypes, config and side files, whatever the sharding. "
+    "Exit code 0 where all is equal, else 1.",
+    examples=(
+        "rlhf-convert diff ./merged ./base",
+        "rlhf-convert diff ./checkpoint-500 ./checkpoint-1000 -v",
+        "rlhf-convert diff ./rm ./critic --ignore-prefix model. --json",
+    ),
+)
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder, or Hub id in the cache.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Folder, or Hub id in the cache.", show_default=False)],
+    options: Reading,
+    ignore_prefix: Annotated[
+        list[str] | None,
+        typer.Option(metavar="P", help="Taken off names before they are paired. Repeatable.", show_default=False),
+    ] = None,
+) -> int:
+    """`rlhf-convert diff`."""
+    from converter.cli.diff import diff
+
+    return diff(a, b, tuple(ignore_prefix or ()), options)
+
+
+@verb(
     "demo",
     Display,
     short_help="The whole story on small shipped checkpoints.",

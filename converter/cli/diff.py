@@ -1,0 +1,113 @@
+"""`rlhf-convert diff`: two checkpoints by value."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any
+
+from converter.cli.options import Display
+from converter.errors import fold, show
+from converter.report import line
+
+if TYPE_CHECKING:
+    from converter.diff import Difference, Pair
+
+MOST = 8
+"""Lines of changed tensors that the screen shows without `-v`."""
+
+MAX_VALUE = 60
+
+
+def diff(a: str, b: str, ignore_prefix: tuple[str, ...], options: Display) -> int:
+    """Compare; exit code 0 where all is equal, else 1."""
+    from converter.diff import compare
+    from converter.recipe import InputSpec
+    from converter.recipe_run import open_checkpoint
+
+    one = open_checkpoint(InputSpec(a), token=None, keep_code=False, download=False)
+    two = open_checkpoint(InputSpec(b), token=None, keep_code=False, download=False)
+    found = compare(one, two, ignore_prefixes=ignore_prefix)
+    options.sink.screen(
+        [
+            line("a", f"{show(a)}  {one.origin.kind}, {len(one.tensors)} tensors"),
+            line("b", f"{show(b)}  {two.origin.kind}, {len(two.tensors)} tensors"),
+            *screen(found, verbose=options.verbose),
+        ]
+    )
+    options.sink.json(to_json(found))
+    return 0 if found.is_empty else 1
+
+
+def screen(found: Difference, *, verbose: bool = False) -> list[str]:
+    """The difference as lines, the largest change first."""
+    lines = []
+    if any(found.prefixes):
+        one, two = (f"`{show(p)}`" if p else "nothing" for p in found.prefixes)
+        lines.append(line("names", f"paired without {one} in a and {two} in b"))
+    by_status: dict[str, list[Pair]] = {}
+    for pair in found.pairs:
+        by_status.setdefault(pair.status, []).append(pair)
+    if "equal" in by_status:
+        lines.append(line("equal", f"{len(by_status['equal'])} tensors, bit by bit"))
+    if "rounded" in by_status:
+        lines.append(line("rounded", f"{len(by_status['rounded'])} tensors of b are those of a in another dtype"))
+    for name, (one, two) in list(found.dtypes.items())[: None if verbose else 1]:
+        lines.append(line("dtype", f"{show(name)}: {one} in a, {two} in b" + _more(found.dtypes, verbose)))
+    changed = sorted(by_status.get("changed", []), key=lambda p: -p.relative)
+    if changed:
+        lines.append(line("changed", f"{len(changed)} tensors; relative norm of the change, largest change:"))
+        lines += [f"  {_change(p)}" for p in changed[: None if verbose else MOST]]
+        if len(changed) > MOST and not verbose:
+            lines.append(f"  ... and {len(changed) - MOST} more (-v shows all)")
+    if "shape" in by_status:
+        lines.append(line("shape", f"{fold([p.a for p in by_status['shape']])} differ in shape"))
+    for label, names in (("only a", found.missing), ("only b", found.extra)):
+        if names:
+            lines.append(line(label, f"{len(names)}: {fold(names)}"))
+    keys = list(found.config.items())
+    for key, (one, two) in keys[: None if verbose else MOST]:
+        lines.append(line("config", f"{show(key)}: {_value(one)} in a, {_value(two)} in b"))
+    if len(keys) > MOST and not verbose:
+        lines.append(line("", f"and {len(keys) - MOST} more keys (-v shows all)"))
+    lines += [line("file", f"{show(name)} {what}") for name, what in found.side_files.items()]
+    return [*lines, "equal" if found.is_empty else "different, exit 1"]
+
+
+def _more(found: Sized, verbose: bool) -> str:
+    count = len(found) - 1
+    return f", and {count} more" if count > 0 and not verbose else ""
+
+
+def _change(pair: Pair) -> str:
+    odd = f", {pair.nonfinite} not finite on one side" if pair.nonfinite else ""
+    name = show(pair.a) if pair.a == pair.b else f"{show(pair.a)} = {show(pair.b)}"
+    return f"{pair.relative:9.2e} {pair.largest:9.2e}  {name}{odd}"
+
+
+def _value(value: Any) -> str:
+    return show(json.dumps(value, default=str), MAX_VALUE)
+
+
+def to_json(found: Difference) -> dict[str, Any]:
+    """The difference as data."""
+    return {
+        "equal": found.is_empty,
+        "prefixes": list(found.prefixes),
+        "tensors": [
+            {"a": p.a, "b": p.b, "status": p.status, "relative": _finite(p.relative), "largest": p.largest,
+             "nonfinite": p.nonfinite}
+            for p in found.pairs
+            if p.status != "equal"
+        ],
+        "equal_tensors": sum(p.status == "equal" for p in found.pairs),
+        "dtypes": {n: list(v) for n, v in found.dtypes.items()},
+        "missing": list(found.missing),
+        "extra": list(found.extra),
+        "config": {k: list(v) for k, v in found.config.items()},
+        "side_files": dict(found.side_files),
+    }  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    return value if value != float("inf") else None

@@ -1,0 +1,261 @@
+"""Two checkpoints compared by value, streamed: which tensors are equal, which changed and by how much.
+
+Bytes are compared first, without torch; only tensors that differ are computed with, in row chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from converter import tensors
+from converter.checkpoint import Checkpoint, SideFile
+from converter.context import Context
+from converter.files import read_limited
+from converter.tensor_bytes import byte_runs
+from converter.tensors import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from converter.evaluate import Evaluator
+
+Status = Literal["equal", "rounded", "changed", "shape"]
+
+CHUNK_BYTES = 1 << 24
+"""Bytes of fp64 that a chunk of a tensor takes while two are compared."""
+
+MAX_SIDE_FILE = 256_000_000
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor of A and its partner in B.
+
+    Attributes:
+        status: `rounded`: B is A cast to B's dtype, bit by bit.
+        relative: Frobenius norm of the difference over that of A, in fp64; infinity where A is zero.
+        largest: the largest absolute difference.
+        nonfinite: values that are NaN or infinite on one side only.
+    """
+
+    a: str
+    b: str
+    status: Status
+    relative: float = 0.0
+    largest: float = 0.0
+    nonfinite: int = 0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two checkpoints do not share.
+
+    Attributes:
+        missing: names in A alone; `extra`: in B alone.
+        config: keys of the configs whose values differ, with both.
+        side_files: names of files that differ, or that one side alone has.
+        prefixes: what was taken off the names of A and of B to pair them.
+    """
+
+    pairs: tuple[Pair, ...]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    config: Mapping[str, tuple[Any, Any]]
+    side_files: Mapping[str, str]
+    prefixes: tuple[str, str] = ("", "")
+    dtypes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """True where all is equal: names, values, dtypes, config and side files."""
+        return not (
+            self.missing or self.extra or self.config or self.side_files or any(p.status != "equal" for p in self.pairs)
+        )
+
+
+def compare(
+    a: Checkpoint, b: Checkpoint, *, ignore_prefixes: Sequence[str] = (), told: Callable[[str], None] = lambda _: None
+) -> Difference:
+    """Compare two checkpoints.
+
+    Args:
+        ignore_prefixes: taken off the names of both before they are paired; without any, the two prefixes under which
+            the most names meet are found.
+        told: called with each tensor's name before it is read.
+    """
+    names_a, names_b, prefixes = _paired_names(list(a.tensors), list(b.tensors), ignore_prefixes)
+    pairs, dtypes = [], {}
+    context = Context()
+    with _evaluators(a, b) as (left, right):
+        for key, name in names_a.items():
+            if key not in names_b:
+                continue
+            told(name)
+            one, two = a.tensors[name], b.tensors[names_b[key]]
+            if one.info.dtype is not two.info.dtype:
+                dtypes[name] = (one.info.dtype.torch_name, two.info.dtype.torch_name)
+            pairs.append(_compare(name, names_b[key], one, two, context, left, right))
+    return Difference(
+        tuple(pairs),
+        tuple(n for k, n in names_a.items() if k not in names_b),
+        tuple(n for k, n in names_b.items() if k not in names_a),
+        _configs(a.config, b.config),
+        _side_files(a.side_files, b.side_files),
+        prefixes,
+        dtypes,
+    )
+
+
+class _evaluators:  # noqa: N801 - a context manager that reads as a function
+    """Evaluators over the files of both sides, which are closed at the end."""
+
+    def __init__(self, a: Checkpoint, b: Checkpoint) -> None:
+        from converter.reading import InputFiles
+
+        self._files = (InputFiles(a.inputs), InputFiles(b.inputs))
+
+    def __enter__(self) -> tuple[Callable[[], Evaluator], Callable[[], Evaluator]]:
+        def make(index: int) -> Callable[[], Evaluator]:
+            def evaluator() -> Evaluator:
+                from converter.evaluate import Evaluator
+
+                return Evaluator(self._files[index])
+
+            return evaluator
+
+        return make(0), make(1)
+
+    def __exit__(self, *exc: object) -> None:
+        for files in self._files:
+            files.__exit__(*exc)
+
+
+def _compare(
+    name: str,
+    other: str,
+    a: LazyTensor,
+    b: LazyTensor,
+    context: Context,
+    left: Callable[[], Evaluator],
+    right: Callable[[], Evaluator],
+) -> Pair:
+    if a.info.shape != b.info.shape:
+        return Pair(name, other, "shape")
+    if a.info == b.info and (a == b or (byte_runs(a) is not None and byte_runs(b) is not None and context.equal(a, b))):
+        return Pair(name, other, "equal")
+    return _by_value(name, other, a, b, left(), right())
+
+
+def _by_value(name: str, other: str, a: LazyTensor, b: LazyTensor, left: Evaluator, right: Evaluator) -> Pair:
+    import torch
+
+    difference = total = largest = 0.0
+    odd = 0
+    same = rounded = True
+    for start, stop in _chunks(a.info.shape):
+        x = left.evaluate(tensors.rows(a, start, stop) if a.info.shape else a, {})
+        y = right.evaluate(tensors.rows(b, start, stop) if b.info.shape else b, {})
+        same = same and x.dtype == y.dtype and _same_bits(x, y)
+        rounded = rounded and x.is_floating_point() and y.is_floating_point() and _same_bits(x.to(y.dtype), y)
+        wide, other_wide = _wide(x), _wide(y)
+        finite = torch.isfinite(wide) & torch.isfinite(other_wide)
+        odd += int((torch.isfinite(wide) != torch.isfinite(other_wide)).sum())
+        delta = torch.where(finite, other_wide - wide, 0.0)
+        difference += float((delta * delta).sum())
+        total += float(torch.where(torch.isfinite(wide), wide * wide, 0.0).sum())
+        largest = max(largest, float(delta.abs().max()) if delta.numel() else 0.0)
+    if same:
+        return Pair(name, other, "equal")
+    relative = math.sqrt(difference / total) if total else (math.inf if difference else 0.0)
+    return Pair(name, other, "rounded" if rounded else "changed", relative, largest, odd)
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return value.abs().double() if value.is_complex() else value.to(torch.float64)
+
+
+def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    import torch
+
+    if x.dtype != y.dtype:
+        return False
+    return torch.equal(x.contiguous().reshape(-1).view(torch.uint8), y.contiguous().reshape(-1).view(torch.uint8))
+
+
+def _chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    if not shape:
+        yield 0, 1
+        return
+    width = math.prod(shape[1:])
+    height = max(1, CHUNK_BYTES // 8 // max(1, width))
+    for start in range(0, shape[0], height):
+        yield start, min(shape[0], start + height)
+
+
+def _paired_names(
+    a: Sequence[str], b: Sequence[str], given: Sequence[str]
+) -> tuple[dict[str, str], dict[str, str], tuple[str, str]]:
+    """Names of both sides by what they are paired under, and the prefixes that were found."""
+    if given:
+        return {_without(n, given): n for n in a}, {_without(n, given): n for n in b}, ("", "")
+    best = ("", "")
+    met = len(set(a) & set(b))
+    if met < min(len(a), len(b)):
+        for one in _prefixes(a):
+            for two in _prefixes(b):
+                count = len({n.removeprefix(one) for n in a} & {n.removeprefix(two) for n in b})
+                if count > met:
+                    met, best = count, (one, two)
+    names_a = {n.removeprefix(best[0]): n for n in a}
+    names_b = {n.removeprefix(best[1]): n for n in b}
+    if len(names_a) < len(a) or len(names_b) < len(b):  # a prefix that makes two names one pairs nothing
+        return {n: n for n in a}, {n: n for n in b}, ("", "")
+    return names_a, names_b, best
+
+
+def _without(name: str, prefixes: Sequence[str]) -> str:
+    return next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """Prefixes that most names have, `base_model.model.` for one, and none."""
+    found = [""]
+    for depth in range(1, 5):
+        counts: dict[str, int] = {}
+        for name in names:
+            parts = name.split(".")
+            if len(parts) > depth:
+                prefix = ".".join(parts[:depth]) + "."
+                counts[prefix] = counts.get(prefix, 0) + 1
+        found += [p for p, n in counts.items() if n * 2 > len(names)]
+    return found
+
+
+def _configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    ignored = {"transformers_version", "_name_or_path", "peft_version"}
+    keys = [k for k in dict.fromkeys([*a, *b]) if k not in ignored]
+    return {k: (a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)}
+
+
+def _side_files(a: Mapping[str, SideFile], b: Mapping[str, SideFile]) -> dict[str, str]:
+    found = {}
+    for name in dict.fromkeys([*a, *b]):
+        if name not in a or name not in b:
+            found[name] = "only in B" if name not in a else "only in A"
+        elif _digest(a[name]) != _digest(b[name]):
+            found[name] = "differs"
+    return found
+
+
+def _digest(file: SideFile) -> str:
+    if file.content is not None:
+        return hashlib.sha256(file.content).hexdigest()
+    assert file.source is not None
+    return hashlib.sha256(read_limited(Path(file.source), limit=MAX_SIDE_FILE)).hexdigest()
