@@ -29,6 +29,11 @@ def is_tokenizer_file(name: str) -> bool:
     return _TOKENIZER.fullmatch(name) is not None
 
 
+def travels(name: str, *, keep_code: bool) -> bool:
+    """True for files that travel with the weights."""
+    return any(p.fullmatch(name) for p in (_TOKENIZER, _OTHER)) or (keep_code and _CODE.fullmatch(name) is not None)
+
+
 def find_side_files(root: Path, *, keep_code: bool) -> tuple[dict[str, SideFile], dict[str, Identity]]:
     """The files beside the weights that travel with them, and their identities.
 
@@ -45,8 +50,7 @@ def find_side_files(root: Path, *, keep_code: bool) -> tuple[dict[str, SideFile]
     files: dict[str, SideFile] = {}
     identities: dict[str, Identity] = {}
     for name in names:
-        allowed = _TOKENIZER.fullmatch(name) or _OTHER.fullmatch(name) or (keep_code and _CODE.fullmatch(name))
-        if allowed:
+        if travels(name, keep_code=keep_code):
             path = _checked(root / name, root)
             files[name] = SideFile(source=path)
             identities[path] = identity(path)

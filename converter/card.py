@@ -1,0 +1,241 @@
+"""The model card of an output: how it was made and checked, told from its receipt. An existing card is extended.
+
+Strings from inputs are escaped, capped and on one line; the front matter is made by a YAML library from vetted values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from converter.errors import ConvertError, Refused, fold, show
+from converter.recipe_text import read_values
+from converter.sizes import format_size
+
+BEGIN, END = "<!-- rlhf-convert: begin -->", "<!-- rlhf-convert: end -->"
+_FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
+_SECTION = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END) + r"\n?", re.DOTALL)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}", re.ASCII)
+_MOST = 12
+MAX_TEXT = 200
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made of.
+
+    Attributes:
+        receipt: `rlhf-convert.json`, or nothing where the folder has none.
+        config: config.json or adapter_config.json.
+        total_bytes: of the weight files.
+        licence: the base's, as the Hub's tag, where it is known.
+        consents: codes that the push itself needed, with what was refused otherwise.
+    """
+
+    repo_id: str
+    receipt: Mapping[str, Any]
+    config: Mapping[str, Any]
+    is_adapter: bool
+    total_bytes: int
+    licence: str | None = None
+    consents: Mapping[str, str] | None = None
+
+
+def model_card(facts: CardFacts, existing: str = "") -> str:
+    """The card as Markdown: the existing text with our front matter added and our section put in or renewed.
+
+    Raises:
+        Refused: the existing card's front matter can't be read (`card-malformed`).
+    """
+    match = _FRONT.match(existing)
+    own = _front_matter(facts)
+    body = existing
+    if match is not None:
+        own = {**own, **_parse_front(match[1])}
+        body = existing[match.end() :]
+    section = f"{BEGIN}\n{_section(facts)}\n{END}\n"
+    if _SECTION.search(body):
+        body = _SECTION.sub(lambda _: section, body, count=1)
+    else:
+        head = body.rstrip("\n")
+        title = "" if head else f"# {_text(facts.repo_id.rpartition('/')[2])}\n"
+        body = f"{head}\n\n{section}" if head else f"{title}\n{section}"
+    front = yaml.safe_dump(own, sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n{body if body.startswith(chr(10)) else chr(10) + body}"
+
+
+def _parse_front(text: str) -> dict[str, Any]:
+    try:
+        value = read_values(text.encode(), file="README.md").value
+    except ConvertError as error:
+        what = f"the front matter of README.md can't be read: {error.what}"
+        raise Refused("card-malformed", what, next="mend or remove it") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise Refused("card-malformed", "the front matter of README.md is no mapping", next="mend or remove it")
+    return value
+
+
+def _front_matter(facts: CardFacts) -> dict[str, Any]:
+    bases = base_models(facts)
+    front: dict[str, Any] = {"library_name": "peft" if facts.is_adapter else "transformers"}
+    if tag := _pipeline_tag(facts):
+        front["pipeline_tag"] = tag
+    if bases:
+        front["base_model"] = bases[0] if len(bases) == 1 else bases
+        front["base_model_relation"] = "adapter" if facts.is_adapter else "finetune"
+    if facts.licence and _LICENCE.fullmatch(facts.licence):
+        front["license"] = facts.licence
+    front["tags"] = ["rlhf-convert", *(["reward-model"] if _is_classifier(facts) else [])]
+    return front
+
+
+def base_models(facts: CardFacts) -> list[str]:
+    """Hub ids of the models that the output was made from; folders of somebody's machine are not named."""
+    inputs = facts.receipt.get("inputs")
+    found = []
+    for value in inputs.values() if isinstance(inputs, dict) else ():
+        name = value.get("name") if isinstance(value, dict) else None
+        if isinstance(name, str) and value.get("kind") == "model" and _HUB_ID.fullmatch(name):
+            found.append(name)
+    recorded = facts.config.get("base_model_name_or_path")
+    if facts.is_adapter and not found and isinstance(recorded, str) and _HUB_ID.fullmatch(recorded):
+        found.append(recorded)
+    return list(dict.fromkeys(found))
+
+
+def _architecture(facts: CardFacts) -> str:
+    names = facts.config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
+
+def _is_classifier(facts: CardFacts) -> bool:
+    return "Classification" in _architecture(facts) or facts.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
+
+
+def _pipeline_tag(facts: CardFacts) -> str | None:
+    if _is_classifier(facts):
+        return "text-classification"
+    return "text-generation" if "CausalLM" in _architecture(facts) else None
+
+
+def _section(facts: CardFacts) -> str:
+    receipt = facts.receipt
+    lines = ["## How this was made", ""]
+    if not receipt:
+        lines.append("These files carry no receipt of rlhf-convert: how they were made is not recorded.")
+    else:
+        lines += [
+            f"Made with rlhf-convert {_text(receipt.get('version'))}, {format_size(facts.total_bytes)} of weights.",
+            "",
+        ]
+        lines += _inputs(receipt)
+        lines += _steps(receipt)
+        lines += _numbers(receipt)
+        lines += _listed("Dropped", receipt.get("dropped"))
+        lines += _listed("Repaired, and from where", receipt.get("repaired"))
+        lines += _listed("Gone on with, though refused by default", receipt.get("consents"))
+        lines += _notes(receipt)
+    lines += _listed("Pushed all the same", facts.consents)
+    return "\n".join([*lines, "", "## Load it", "", "```python", *_snippet(facts), "```"])
+
+
+def _inputs(receipt: Mapping[str, Any]) -> list[str]:
+    inputs = receipt.get("inputs")
+    rows = [v for v in inputs.values() if isinstance(v, dict)] if isinstance(inputs, dict) else []
+    lines = [f"| {_text(v.get('name'))} | {_text(v.get('kind'))} | {_text(v.get('revision') or '')} |" for v in rows]
+    return ["| input | kind | revision |", "|---|---|---|", *lines, ""]
+
+
+def _steps(receipt: Mapping[str, Any]) -> list[str]:
+    recipe = receipt.get("recipe")
+    steps = recipe.get("steps") if isinstance(recipe, dict) else None
+    if not isinstance(steps, list) or not steps:
+        return []
+    text = yaml.safe_dump({"steps": steps}, sort_keys=False, allow_unicode=False)
+    return [
+        "Recipe:",
+        "",
+        "```yaml",
+        *(line.replace("`", "'")[:MAX_TEXT] for line in text.splitlines()[:60]),
+        "```",
+        "",
+    ]
+
+
+def _numbers(receipt: Mapping[str, Any]) -> list[str]:
+    counts = receipt.get("counts")
+    words = []
+    if isinstance(counts, dict):
+        words = [f"{n} {_text(k)}" for k, n in counts.items() if isinstance(n, int) and n]
+    lines = [f"Tensors: {', '.join(words)}."] if words else []
+    if share := surviving(receipt):
+        lines.append(f"Of the adapter's change {share} survives rounding to the output's dtype.")
+    if receipt.get("verified") is True:
+        lines.append("Read back after writing, sampled tensors recomputed and compared.")
+    return [*lines, ""] if lines else []
+
+
+def surviving(receipt: Mapping[str, Any]) -> str | None:
+    """The share of a merge's update that rounding left, over all tensors, as the screen says it."""
+    from converter.measures import has_update, surviving_share
+
+    tensors = receipt.get("tensors")
+    measured = [m for m in tensors.values() if isinstance(m, dict)] if isinstance(tensors, dict) else []
+    if any(not isinstance(v, int | float) for m in measured for v in m.values()):
+        return None
+    updates = [m for m in measured if has_update(m)]
+    return f"{surviving_share(updates) * 100:.3f} %" if updates else None
+
+
+def _listed(title: str, value: object) -> list[str]:
+    if not isinstance(value, dict) or not value:
+        return []
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in value.items():
+        by_reason.setdefault(str(reason), []).append(str(name))
+    lines = [f"{title}:", ""]
+    lines += [f"- {_text(fold(names))}: {_text(reason)}" for reason, names in list(by_reason.items())[:_MOST]]
+    return [*lines, ""]
+
+
+def _notes(receipt: Mapping[str, Any]) -> list[str]:
+    notes = receipt.get("notes")
+    kept = (
+        [n for n in notes if isinstance(n, list) and len(n) == 3 and n[0] == "changes-numbers"]
+        if isinstance(notes, list)
+        else []
+    )
+    return ["Changes numbers:", "", *(f"- {_text(n[2])}" for n in kept[:_MOST]), ""] if kept else []
+
+
+def _snippet(facts: CardFacts) -> Sequence[str]:
+    repo = facts.repo_id
+    if facts.is_adapter:
+        bases = base_models(facts)
+        kind = "SequenceClassification" if _is_classifier(facts) else "CausalLM"
+        more = ", num_labels=1" if kind == "SequenceClassification" else ""
+        base = repr(bases[0]) if bases else '"THE_BASE_MODEL"'
+        return (
+            f"from transformers import AutoModelFor{kind}",
+            "from peft import PeftModel",
+            "",
+            f"base = AutoModelFor{kind}.from_pretrained({base}{more})",
+            f'model = PeftModel.from_pretrained(base, "{repo}")',
+        )
+    architecture = _architecture(facts)
+    known = re.fullmatch(r"[A-Z]\w{1,80}For\w{1,60}", architecture)
+    name = architecture if known else "AutoModel"
+    return (f"from transformers import {name}", "", f'model = {name}.from_pretrained("{repo}")')
+
+
+def _text(value: object) -> str:
+    """A string of an input as Markdown text on one line."""
+    text = show(value, MAX_TEXT)
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", text).replace("<", "&lt;").replace(">", "&gt;")

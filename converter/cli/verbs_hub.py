@@ -1,0 +1,50 @@
+"""Verbs that talk to the Hub: names, arguments, help."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from converter.cli.app import verb
+from converter.cli.options import Reading
+
+
+@verb(
+    "push",
+    Reading,
+    short_help="Push a folder to the Hub: checked before, compared after.",
+    help="Push a folder to the Hub as one commit: doctor and the receipt are asked first, a card is made from the "
+    "receipt, and what the Hub holds afterwards is compared by size and digest. Run it again after any failure.",
+    examples=(
+        "rlhf-convert push ./rm me/my-reward-model",
+        "rlhf-convert push ./rm me/my-reward-model --dry-run",
+        "rlhf-convert push ./rm me/my-reward-model --public --create-pr",
+    ),
+)
+def push(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder to push.", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub.", show_default=False)],
+    options: Reading,
+    token: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="Hub token; default: as huggingface_hub finds it.", show_default=False),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    revision: Annotated[str, typer.Option(metavar="REV", help="Branch to commit to.")] = "main",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of a commit.")] = False,
+    message: Annotated[
+        str | None, typer.Option("--commit-message", metavar="TEXT", help="Title of the commit.", show_default=False)
+    ] = None,
+    keep_code: Annotated[bool, typer.Option("--keep-code", help="Push .py files too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list; send nothing.")] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="Go on where CODE was refused; the card says so.", show_default=False),
+    ] = None,
+) -> int:
+    """`rlhf-convert push`."""
+    from converter.cli.push import Pushing, push
+
+    codes = tuple(allow or ())
+    return push(Pushing(folder, repo, token, public, revision, create_pr, message, keep_code, dry_run, codes), options)
