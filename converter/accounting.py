@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from converter.checkpoint import Checkpoint, RecordCheck
 from converter.errors import fold
@@ -29,16 +29,27 @@ def _spans(tensors: Iterable[LazyTensor]) -> dict[str, list[tuple[int, int]]]:
 
 
 def unaccounted(inputs: Sequence[Checkpoint], output: Checkpoint) -> str | None:
-    """Tensors of the inputs that are neither read by the output nor dropped by a step, folded; or None."""
-    merged = _spans(output.tensors.values())
+    """Tensors of the inputs that are neither read by the output nor dropped by a step, folded; or None.
+
+    A tensor of a file beside is named `FILE:NAME`, in `dropped` too.
+    """
+    merged = _spans(output.all_tensors())
     lost = [
         name
         for given in inputs
         if given.origin.path not in output.set_aside
-        for name, tensor in given.tensors.items()
+        for name, tensor in _named(given)
         if tensor.info.numel and name not in output.dropped and not any(_touches(run, merged) for run in reads(tensor))
     ]
     return fold(lost) if lost else None
+
+
+def _named(given: Checkpoint) -> Iterator[tuple[str, LazyTensor]]:
+    """Every tensor by name; one of a file beside by the file's name too, as the same tensor may be in two files."""
+    yield from given.tensors.items()
+    for file, tensors in given.beside.items():
+        for name, tensor in tensors.items():
+            yield f"{file}:{name}", tensor
 
 
 def _union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

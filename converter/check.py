@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
+import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 from converter.checkpoint import SideFile
 from converter.errors import VerificationFailed, show
 from converter.evaluate import Evaluator, as_bytes
-from converter.plan import Entry, Plan, ShardPlan
+from converter.plan import Plan
 from converter.reading import InputFiles
 from converter.safetensors_io import read_header
+from converter.shard_plan import Entry, ShardPlan
 from converter.tensors import rows
 
 SAMPLES = 24
@@ -37,12 +41,40 @@ def check_written(plan: Plan, folder: Path, files: InputFiles) -> tuple[int, int
 
 
 def _check_header(shard: ShardPlan, path: Path) -> int:
+    if shard.is_torch:
+        return _check_directory(shard, path)
     header = read_header(path)
     expected = {e.name: (e.tensor.info, e.offset - len(shard.head)) for e in shard.entries}
     found = {name: (info, begin) for name, (info, begin, _) in header.tensors.items()}
     if header.file_size != shard.size or found != expected:
         raise _failed(path, "the header on disk is not the one that was planned")
     return len(found)
+
+
+def _check_directory(shard: ShardPlan, path: Path) -> int:
+    """A torch file as another reader of zip finds it: every record under its name, at its place, with its size."""
+    planned = shard.archive
+    with path.open("rb") as file:
+        head = file.read(len(shard.head))
+        try:
+            with zipfile.ZipFile(file) as archive:
+                listed = archive.infolist()
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise _failed(path, f"the zip on disk can't be read ({show(error)})") from error
+        found = [
+            (i.filename.encode(), i.header_offset, _data_offset(file, i.header_offset), i.file_size) for i in listed
+        ]
+    expected = [(r.name, r.start, r.offset, r.size) for r in planned.records]
+    if path.stat().st_size != shard.size or head != shard.head or found != expected:
+        raise _failed(path, "the zip on disk is not the one that was planned")
+    return len(shard.entries)
+
+
+def _data_offset(file: BinaryIO, start: int) -> int:
+    """Where the data of a record begins, by its own header."""
+    file.seek(start + 26)
+    name_length, extra_length = struct.unpack("<HH", file.read(4).ljust(4))
+    return start + 30 + int(name_length) + int(extra_length)
 
 
 def _check_side_file(path: Path, file: SideFile) -> None:

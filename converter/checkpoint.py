@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from converter.errors import Refused, fold, show
 from converter.files import Identity
 from converter.tensors import LazyTensor
+
+Container = Literal["safetensors", "torch"]
+"""What weights are written in: safetensors, or torch's zip format (`pytorch_model.bin`), all that some loaders read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,13 @@ class Checkpoint:
         said: what the source chose or found (a tag, a config beside the shards), for the screen and the receipt.
         trained: names of the tensors that an optimizer held; None where that isn't recorded.
         set_aside: inputs, by the path of their origin, of which no tensor is meant to be used, with the reason.
+        repaired: tensors that were lost and are filled, with the place that each comes from in words.
+        beside: weight files beside the main ones (`value_head.safetensors`), by file name: tensors by their names in
+            that file. The file's suffix says its container; a step that takes the tensors over takes the file out.
+        container: what the main weight files are written in.
+        subfolder: folder below the output that they and their index are written to (ColossalChat's `modeling`); the
+            config and everything else stay at the top.
+        one_file: the main weights must be in one file, however large: what loads them reads no index.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -87,6 +97,11 @@ class Checkpoint:
     said: tuple[str, ...] = ()
     trained: frozenset[str] | None = None
     set_aside: Mapping[str, str] = field(default_factory=dict)
+    repaired: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
+    container: Container = "safetensors"
+    subfolder: str = ""
+    one_file: bool = False
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; a changed `config` forgets `config_bytes`."""
@@ -96,15 +111,21 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors as they would be written."""
-        return sum(t.info.nbytes for t in self.tensors.values())
+        """Bytes of all tensors as they would be written, those in files beside the main ones included."""
+        return sum(t.info.nbytes for t in self.all_tensors())
+
+    def all_tensors(self) -> Iterator[LazyTensor]:
+        """The tensors, then those of the files beside."""
+        yield from self.tensors.values()
+        for file in self.beside.values():
+            yield from file.values()
 
     def tied_to(self, name: str) -> tuple[str, ...]:
         """The other names of the tie that `name` belongs to, or nothing."""
         return next((tuple(n for n in group if n != name) for group in self.ties if name in group), ())
 
     def rename(self, names: Mapping[str, str]) -> Self:
-        """The same tensors under other names; names that are not in `names` stay.
+        """The same tensors under other names; names that are not in `names` stay, and so do those in files beside.
 
         Raises:
             Refused: two tensors would get one name (`rename-collision`).
@@ -120,4 +141,5 @@ class Checkpoint:
             ties=tuple(tuple(names.get(n, n) for n in group) for group in self.ties),
             shards={names.get(n, n): file for n, file in self.shards.items()},
             trained=None if self.trained is None else frozenset(names.get(n, n) for n in self.trained),
+            repaired={names.get(n, n): words for n, words in self.repaired.items()},
         )

@@ -151,3 +151,9 @@ def shared_nodes(tensor: LazyTensor) -> frozenset[LazyTensor]:
     if needs is None:
         return frozenset()
     return frozenset(i for i, n in zip(tensor.inputs, needs, strict=True) if n is None or n.dim != 0)
+
+
+def to_torch(tensor: LazyTensor) -> torch.Tensor:
+    """The values of one lazy tensor, whole and in memory: for small ones, and for those who use this as a library."""
+    with InputFiles({}) as files:
+        return Evaluator(files).evaluate(tensor, {})

@@ -17,12 +17,14 @@ from converter.allocator import keep_freed_memory
 from converter.check import check_written
 from converter.errors import Interrupted, Refused, VerificationFailed, show
 from converter.measures import Measures, with_ratios
-from converter.plan import RECEIPT_FILE, Plan, ShardPlan
+from converter.plan import RECEIPT_FILE, Plan
 from converter.preflight import check_space, check_target, memory_limit
 from converter.reading import InputFiles
 from converter.record_checks import compare_records
+from converter.shard_files import is_still_there
+from converter.shard_plan import ShardPlan
 from converter.stage import Stage, fsync_folder, make_folders, write_durably
-from converter.writing import ShardWriter, is_still_there
+from converter.writing import ShardWriter
 
 Accept = Callable[[Mapping[str, Measures]], None]
 """Called with every computed tensor's measures before the output is published; raises to stop it."""
@@ -102,7 +104,7 @@ def write(
         kept = stage.resume(plan.summary, plan.provenance, fresh=not resume)
         with InputFiles(plan.inputs) as files, _one_thread_each(plan):
             lines = _write_shards(plan, stage, files, kept, reporter, jobs, budget)
-            measures = {n: m for line in lines.values() for n, m in line["measures"].items() if m}
+            measures = _measures(plan, lines)
             _refuse_new_nonfinite(measures, stage)
             if accept is not None:
                 _accept(accept, measures, stage)
@@ -199,6 +201,16 @@ def _write_shards(
         else:
             todo.append(shard)
     return lines | ShardWriter(stage, files, reporter, budget).write(todo, jobs)
+
+
+def _measures(plan: Plan, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Measures]:
+    """Measures by tensor, in the order of the plan; where two files have one name, by `FILE:NAME` in the second."""
+    found: dict[str, Measures] = {}
+    for shard in plan.shards:
+        for name, measures in lines[shard.file]["measures"].items():
+            if measures:
+                found[f"{shard.file}:{name}" if name in found else name] = measures
+    return found
 
 
 def _refuse_new_nonfinite(measures: Mapping[str, Measures], stage: Stage) -> None:

@@ -1,99 +1,49 @@
 """The plan: which bytes go where in which file, worked out from headers alone. Pure, and a value: JSON.
 
-A shard plan is head bytes, entries at offsets and tail bytes, so that other containers than safetensors can be
-written. What may change between two runs of the same work (`--jobs`, `--memory`) is no part of it.
+Weights go to safetensors or, where a loader reads nothing else, to torch's zip format. What may change between two runs
+of the same work (`--jobs`, `--memory`) is no part of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from converter import kernel_specs
+from converter import shard_plan
 from converter.accounting import checks_of
 from converter.checkpoint import Checkpoint, RecordCheck, SideFile
 from converter.context import Context
-from converter.errors import Refused
+from converter.errors import Refused, fold, show
 from converter.files import Identity
-from converter.safetensors_io import build_header, build_index
-from converter.tensor_bytes import ByteRun, byte_runs, leaves, reads
-from converter.tensor_json import from_json, to_json
-from converter.tensors import Apply, Cast, Filled, LazyTensor, Narrow, Strided, is_separable
+from converter.safetensors_io import build_index
+from converter.shard_plan import Entry, ShardPlan, lay_out
+from converter.sizes import format_size
+from converter.tensors import Filled
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 """Raised whenever the same inputs may give another plan or other bytes; part of the fingerprint."""
-
-CHUNK_ELEMENTS = 1 << 19
-"""Elements of a row chunk, about: 2 MiB in fp32. Smaller ones fit the L2 cache better, but what Python does for each
-chunk (0.8 ms under its lock) then keeps a second worker from helping; larger ones only take more memory (measured)."""
-
-ROW_MULTIPLE = 64
-"""Chunk heights are multiples of this; other heights change the bits of fp32 matrix products (measured, torch 2.13)."""
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
 """Source: transformers `save_pretrained`, https://huggingface.co/docs/transformers/v4.57.0/big_models#sharded-checkpoints."""
 
-PAGE = 4096
-"""Data that keeps its offset modulo a filesystem block can be cloned rather than copied."""
-
 Layout = Literal["auto", "preserve", "pack"]
 CONFIG_FILE = "config.json"
 WEIGHTS_STEM = "model"
+TORCH_STEM = "pytorch_model"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_STEM = "adapter_model"
 """PEFT reads one file of this name, whatever its size."""
 
 RECEIPT_FILE = "rlhf-convert.json"
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a shard: `length` bytes at `offset` of the file, computed in chunks of `chunk_rows` rows."""
-
-    name: str
-    tensor: LazyTensor
-    offset: int
-    chunk_rows: int
-
-    @property
-    def length(self) -> int:
-        """Bytes of the tensor."""
-        return self.tensor.info.nbytes
-
-    @cached_property
-    def runs(self) -> tuple[ByteRun, ...] | None:
-        """Where the bytes lie as they are; None where they are computed."""
-        return byte_runs(self.tensor)
-
-    @cached_property
-    def extents(self) -> list[tuple[int, int]]:
-        """Offset in the file and bytes of each chunk of a computed entry."""
-        shape = self.tensor.info.shape
-        row = self.length // (shape[0] if shape else 1) if self.length else 0
-        return [(self.offset + start * row, (stop - start) * row) for start, stop in self.chunks()]
-
-    def chunks(self) -> list[tuple[int, int]]:
-        """Row ranges `[start, stop)` in which a computed entry is evaluated; the remainder joins the last one."""
-        shape = self.tensor.info.shape
-        count = shape[0] if shape else 1
-        height = self.chunk_rows
-        edges = [*range(0, max(count - height, 0) + 1, height)] or [0]
-        return [(a, b) for a, b in zip(edges, [*edges[1:], count], strict=True) if a < b]
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One output file: `head`, then entries at their offsets, then `tail`; `size` bytes in all."""
-
-    file: str
-    head: bytes
-    entries: tuple[Entry, ...]
-    tail: bytes
-    size: int
+_WEIGHT_FILE = re.compile(r"\w[\w.-]{0,199}\.(?:safetensors|bin|pt)", re.ASCII)
+_FOLDER = re.compile(r"\w[\w-]{0,99}", re.ASCII)
+"""Beginning with neither a dot nor a dash: no hidden file, no way up, no option."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +89,7 @@ class Plan:
         """What the plan consists of, part by part; two plans are the same work where all parts are equal."""
         parts = {"plan version": str(PLAN_VERSION), "recipe": _canonical(self.provenance)}
         parts |= {f"input {path}": _canonical(i.to_json()) for path, i in sorted(self.inputs.items())}
-        parts |= {f"shard {s.file}": _digest(_shard_to_json(s)) for s in self.shards}
+        parts |= {f"shard {s.file}": _digest(shard_plan.to_json(s)) for s in self.shards}
         parts |= {f"file {n}": _digest(_side_to_json(f)) for n, f in sorted(self.side_files.items())}
         return parts | {"evidence": _digest(list(self.evidence)), "dropped": _digest(dict(self.dropped))}
 
@@ -152,7 +102,7 @@ class Plan:
         """The whole plan as JSON values."""
         return {
             "version": PLAN_VERSION,
-            "shards": [_shard_to_json(s) for s in self.shards],
+            "shards": [shard_plan.to_json(s) for s in self.shards],
             "side_files": {n: _side_to_json(f) for n, f in self.side_files.items()},
             "inputs": {p: i.to_json() for p, i in self.inputs.items()},
             "dropped": dict(self.dropped),
@@ -171,7 +121,7 @@ class Plan:
         if obj.get("version") != PLAN_VERSION:
             raise Refused("plan-json", "the plan was written by another version", expected=str(PLAN_VERSION))
         return cls(
-            tuple(_shard_from_json(s) for s in obj["shards"]),
+            tuple(shard_plan.from_json(s) for s in obj["shards"]),
             {n: _side_from_json(f) for n, f in obj["side_files"].items()},
             {p: Identity.from_json(i) for p, i in obj["inputs"].items()},
             obj["dropped"],
@@ -195,40 +145,12 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(_canonical(value).encode()).hexdigest()
 
 
-def _shard_to_json(shard: ShardPlan) -> dict[str, Any]:
-    entries = [
-        {"name": e.name, "tensor": to_json(e.tensor), "offset": e.offset, "chunk_rows": e.chunk_rows}
-        for e in shard.entries
-    ]
-    return {
-        "file": shard.file,
-        "head": shard.head.hex(),
-        "entries": entries,
-        "tail": shard.tail.hex(),
-        "size": shard.size,
-    }
-
-
-def _shard_from_json(obj: Mapping[str, Any]) -> ShardPlan:
-    entries = tuple(Entry(e["name"], from_json(e["tensor"]), e["offset"], e["chunk_rows"]) for e in obj["entries"])
-    return ShardPlan(obj["file"], bytes.fromhex(obj["head"]), entries, bytes.fromhex(obj["tail"]), obj["size"])
-
-
 def _side_to_json(file: SideFile) -> dict[str, Any]:
     return {"source": file.source, "content": None if file.content is None else file.content.hex()}
 
 
 def _side_from_json(obj: Mapping[str, Any]) -> SideFile:
     return SideFile(obj["source"], None if obj["content"] is None else bytes.fromhex(obj["content"]))
-
-
-def chunk_rows(tensor: LazyTensor) -> int:
-    """The height of a chunk: a fixed function of the tensor's shape, whatever the memory or the number of jobs."""
-    shape = tensor.info.shape
-    if not shape or not is_separable(tensor):
-        return max(shape[0] if shape else 1, 1)
-    width = max(tensor.info.numel // max(shape[0], 1), 1)
-    return max(CHUNK_ELEMENTS // width // ROW_MULTIPLE, 1) * ROW_MULTIPLE
 
 
 def make_plan(
@@ -239,7 +161,7 @@ def make_plan(
     layout: Layout = "auto",
     provenance: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Lay a checkpoint out in safetensors files. Reads no tensor.
+    """Lay a checkpoint out in files: its tensors, then each file beside them. Reads no tensor.
 
     Args:
         max_shard_size: bytes of tensors that one file may hold, but for a single larger tensor; None: 5 GB for files
@@ -248,32 +170,35 @@ def make_plan(
             order; `auto` is `preserve` where the source has files and no size is given.
 
     Raises:
-        Refused: there is nothing to write (`no-tensors`).
+        Refused: there is nothing to write (`no-tensors`); the container can't hold a tensor's type (`torch-dtype`); a
+            loader needs one file, and smaller ones were asked for (`one-file`); a file's name is a path, or taken
+            (`file-name`).
     """
     if not checkpoint.tensors:
         raise Refused("no-tensors", "there is no tensor to write", where=checkpoint.origin.asked)
-    adapter = is_adapter(checkpoint)
     keep = layout == "preserve" or (layout == "auto" and max_shard_size is None and bool(checkpoint.shards))
-    limit = max_shard_size or DEFAULT_MAX_SHARD_SIZE
-    groups = _preserved(checkpoint, max_shard_size) if keep else _packed(list(checkpoint.tensors), checkpoint, limit)
-    if adapter:
-        groups = [list(checkpoint.tensors)]
-    count = len(groups)
-    stem = ADAPTER_STEM if adapter else WEIGHTS_STEM
-    shards = tuple(
-        _lay_out(_shard_name(stem, i, count), [(n, checkpoint.tensors[n]) for n in names], checkpoint.metadata, keep)
-        for i, names in enumerate(groups, 1)
-    )
-    config_file = ADAPTER_CONFIG_FILE if adapter else CONFIG_FILE
+    groups = _groups(checkpoint, keep, max_shard_size)
+    stem, suffix = _stem_and_suffix(checkpoint)
+    names = [_shard_name(stem, suffix, i, len(groups)) for i in range(1, len(groups) + 1)]
+    place = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
+    main = [
+        lay_out(place + name, [(n, checkpoint.tensors[n]) for n in group], checkpoint.metadata, keep=keep)
+        for name, group in zip(names, groups, strict=True)
+    ]
+    beside = [
+        lay_out(file, list(tensors.items()), {}, keep=keep) for file, tensors in checkpoint.beside.items() if tensors
+    ]
+    config_file = ADAPTER_CONFIG_FILE if is_adapter(checkpoint) else CONFIG_FILE
     files = dict(checkpoint.side_files) | {config_file: SideFile(content=config_content(checkpoint))}
-    if count > 1:
-        weight_map = {e.name: s.file for s in shards for e in s.entries}
-        files[f"{WEIGHTS_STEM}.safetensors.index.json"] = SideFile(
-            content=build_index(weight_map, checkpoint.total_bytes)
-        )
+    if len(main) > 1:
+        weight_map = {n: name for name, group in zip(names, groups, strict=True) for n in group}
+        total = sum(t.info.nbytes for t in checkpoint.tensors.values())
+        files[f"{place}{stem}{suffix}.index.json"] = SideFile(content=build_index(weight_map, total))
+    shards = (*main, *beside)
+    _expect_plain_names(checkpoint, [s.file for s in shards], files)
     made_by = dict(provenance or {})
     made_by |= {"consents": dict(context.consents), "notes": [[n.severity, n.code, n.text] for n in context.notes]}
-    checks = checks_of(checkpoint.tensors.values(), checkpoint.checks)
+    checks = checks_of(checkpoint.all_tensors(), checkpoint.checks)
     return Plan(shards, files, checkpoint.inputs, checkpoint.dropped, made_by, tuple(context.evidence), checks)
 
 
@@ -289,8 +214,52 @@ def config_content(checkpoint: Checkpoint) -> bytes:
     return (json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _shard_name(stem: str, number: int, count: int) -> str:
-    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+def _stem_and_suffix(checkpoint: Checkpoint) -> tuple[str, str]:
+    """The name that loaders look for, in the checkpoint's container."""
+    if checkpoint.container == "torch":
+        return ADAPTER_STEM if is_adapter(checkpoint) else TORCH_STEM, ".bin"
+    return ADAPTER_STEM if is_adapter(checkpoint) else WEIGHTS_STEM, ".safetensors"
+
+
+def _shard_name(stem: str, suffix: str, number: int, count: int) -> str:
+    return f"{stem}{suffix}" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}{suffix}"
+
+
+def _expect_plain_names(checkpoint: Checkpoint, shards: Sequence[str], files: Mapping[str, SideFile]) -> None:
+    """Names come from steps and dialects, strangers' ones too: none may lead out of the output, or be another's."""
+    wrong = [f for f in checkpoint.beside if not _WEIGHT_FILE.fullmatch(f)]
+    wrong += [checkpoint.subfolder] if checkpoint.subfolder and not _FOLDER.fullmatch(checkpoint.subfolder) else []
+    taken = {*files, RECEIPT_FILE, *(name.partition("/")[0] for name in checkpoint.side_files)}
+    wrong += [f for i, f in enumerate(shards) if f in taken or f in shards[:i]]
+    wrong += [checkpoint.subfolder] if checkpoint.subfolder in taken else []
+    if wrong:
+        raise Refused(
+            "file-name",
+            f"weights can't be written to {fold(wrong)}: not a plain name, or that of another file of the output",
+            where=show(checkpoint.origin.asked),
+            expected="a name such as value_head.safetensors, in no folder or in one",
+        )
+
+
+def _groups(checkpoint: Checkpoint, keep: bool, max_shard_size: int | None) -> list[list[str]]:
+    """Names of the tensors of each file, in order."""
+    names = list(checkpoint.tensors)
+    if is_adapter(checkpoint):
+        return [names]
+    if checkpoint.one_file:
+        size = sum(t.info.nbytes for t in checkpoint.tensors.values())
+        if max_shard_size is not None and size > max_shard_size and len(names) > 1:
+            raise Refused(
+                "one-file",
+                f"the trainer that this is for reads one file of weights, which has {format_size(size)}",
+                where=show(checkpoint.origin.asked),
+                got=f"--max-shard-size {format_size(max_shard_size)}",
+                next="leave --max-shard-size out",
+            )
+        return [names]
+    if keep:
+        return _preserved(checkpoint, max_shard_size)
+    return _packed(names, checkpoint, max_shard_size or DEFAULT_MAX_SHARD_SIZE)
 
 
 def _packed(names: Sequence[str], checkpoint: Checkpoint, limit: int) -> list[list[str]]:
@@ -327,43 +296,3 @@ def _preserved(checkpoint: Checkpoint, limit: int | None) -> list[list[str]]:
         kept[-1].append(name)
         size += nbytes
     return kept
-
-
-def _lay_out(
-    file: str, tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[str, str], keep: bool
-) -> ShardPlan:
-    modulo = _source_modulo(tensors) if keep else None
-    head = build_header([(n, t.info) for n, t in tensors], metadata, data_start_mod=modulo)
-    entries: list[Entry] = []
-    offset = len(head)
-    for name, tensor in tensors:
-        entries.append(Entry(name, tensor, offset, chunk_rows(tensor)))
-        offset += tensor.info.nbytes
-    return ShardPlan(file, head, tuple(entries), b"", offset)
-
-
-def _source_modulo(tensors: Sequence[tuple[str, LazyTensor]]) -> tuple[int, int] | None:
-    """The data's start modulo a page that lets the largest copied run keep its alignment and so be cloned."""
-    position, best, modulo = 0, 0, None
-    for _, tensor in tensors:
-        runs = byte_runs(tensor)
-        if runs and runs[0].length > best:
-            best, modulo = runs[0].length, (runs[0].offset - position) % PAGE
-        position += tensor.info.nbytes
-    return None if modulo is None else (modulo, PAGE)
-
-
-def chunk_cost(tensor: LazyTensor) -> int:
-    """Bytes that evaluating `tensor` (a chunk, or all of one that can't be cut) holds at once, about."""
-    match tensor:
-        case Apply():
-            infos = tuple(i.info for i in tensor.inputs)
-            spec = kernel_specs.find(tensor.kernel)
-            held = sum(chunk_cost(i) for i in tensor.inputs)
-            return held + spec.workspace(infos, dict(tensor.params)) + tensor.info.nbytes
-        case Cast() | Narrow():
-            return chunk_cost(tensor.source) + tensor.info.nbytes
-        case Strided():
-            return sum(r.length for r in reads(tensor)) + tensor.info.nbytes
-        case _:
-            return tensor.info.nbytes + max((leaf.info.nbytes for leaf in leaves(tensor)), default=0)

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from converter.errors import Refused, show
-from converter.plan import RECEIPT_FILE, Plan, chunk_cost
+from converter.plan import RECEIPT_FILE, Plan
+from converter.shard_plan import chunk_cost
 from converter.sizes import format_size
 from converter.tensors import is_separable, rows
 
@@ -81,14 +82,14 @@ def free_bytes(out: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def check_space(plan: Plan, out: Path, *, already: int = 0) -> None:
-    """Refuse a plan that the disk can't hold; `already` bytes of it are there.
+def check_space(plan: Plan, out: Path, *, already: int = 0, beside: int = 0) -> None:
+    """Refuse a plan that the disk can't hold; `already` bytes of it are there, and `beside` are meant for others.
 
     Raises:
         Refused: `no-space`.
     """
     side = sum(len(f.content) if f.content is not None else _size(f.source) for f in plan.side_files.values())
-    needed = plan.total_bytes + side + plan.total_bytes // 100
+    needed = plan.total_bytes + side + plan.total_bytes // 100 + beside
     free = free_bytes(out)
     if needed - already > free:
         raise Refused(

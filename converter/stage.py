@@ -256,10 +256,8 @@ class Stage:
         return sum(p.lstat().st_blocks for p in paths) * 512
 
     def _empty(self, *, keep: Collection[str]) -> None:
-        for name in os.listdir(self.folder):
-            path = self.folder / name
-            if name not in keep:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        """Remove all but the files in `keep`, which are named from this folder."""
+        _remove_others(self.folder, keep)
 
     def discard(self) -> None:
         """Remove what this run made, and what it took over. The journal goes last: it is the mark that all is ours."""
@@ -359,6 +357,16 @@ class Stage:
     def _unmark(self) -> None:
         self.marker.unlink(missing_ok=True)
         fsync_folder(self.out.parent)
+
+
+def _remove_others(folder: Path, keep: Collection[str]) -> None:
+    for name in os.listdir(folder):
+        path = folder / name
+        below = [k.removeprefix(name + "/") for k in keep if k.startswith(name + "/")]
+        if path.is_dir() and not path.is_symlink():
+            _remove_others(path, below) if below else shutil.rmtree(path)
+        elif name not in keep:
+            path.unlink()
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

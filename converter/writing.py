@@ -8,12 +8,11 @@ of its own.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,9 +22,10 @@ from typing import TYPE_CHECKING, Any, Self
 from converter.copying import copy_run, write_all
 from converter.evaluate import Evaluator, as_bytes, shared_nodes
 from converter.measures import Measures
-from converter.plan import Entry, ShardPlan, chunk_cost
 from converter.reading import InputFiles
-from converter.stage import FILE_MODE, Stage, fsync_folder
+from converter.shard_files import checksum, close_archive, reserve
+from converter.shard_plan import Entry, ShardPlan, chunk_cost
+from converter.stage import FILE_MODE, Stage, fsync_folder, make_folders
 from converter.tensors import LazyTensor, rows
 
 if TYPE_CHECKING:
@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 
 FLUSH_BYTES = 256_000_000
 """Bytes of a file that may wait in the page cache before they are sent to the disk, beside the work on the rest."""
-
-CHECKSUM_BLOCK = 1 << 22
-"""Bytes held while checksums of a file on disk are taken."""
-
-_NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
 class _Stopped(Exception):
@@ -83,13 +78,18 @@ class _Job:
 
 @dataclass
 class _Shard:
-    """A shard being written."""
+    """A shard being written.
+
+    Attributes:
+        sums: CRC-32 of each whole tensor of a torch file, which its zip records.
+    """
 
     plan: ShardPlan
     path: Path
     fd: int
     pending: int = 0
     jobs: dict[str, _Job] = field(default_factory=dict)
+    sums: dict[str, int] = field(default_factory=dict)
     unflushed: int = 0
 
 
@@ -177,10 +177,11 @@ class ShardWriter:
 
     def _create(self, plan: ShardPlan) -> _Shard:
         path = self._stage.folder / (plan.file + ".tmp")
+        make_folders(path.parent)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
         with self._state:
             self._open[fd] = path
-        _reserve(fd, plan.size)
+        reserve(fd, plan.size)
         write_all(fd, plan.head, 0)
         write_all(fd, plan.tail, plan.size - len(plan.tail))
         return _Shard(plan, path, fd)
@@ -205,6 +206,17 @@ class ShardWriter:
         for run in piece.entry.runs or ():
             copy_run(self._files, run, piece.shard.fd, offset, lambda n: self._advance(piece, n))
             offset += run.length
+        self._sum(piece)
+
+    def _sum(self, piece: _Piece) -> None:
+        """Take the checksum of a tensor that is whole, from the file: what the kernel copied was never in our hands."""
+        shard, entry = piece.shard, piece.entry
+        if shard.plan.is_torch:
+            shard.sums[entry.name] = checksum(shard.fd, entry.offset, entry.length, self._expect_no_stop)
+
+    def _expect_no_stop(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
 
     def _compute(self, piece: _Piece) -> None:
         entry, job = piece.entry, piece.shard.jobs[piece.entry.name]
@@ -221,15 +233,18 @@ class ShardWriter:
             offset, length = entry.extents[piece.index]
             assert length == len(data), entry.name
             write_all(piece.shard.fd, data, offset)
-            checksum = zlib.crc32(data)
+            crc = zlib.crc32(data)
         finally:
             self._give(cost)
         with job.lock:
-            job.checksums[piece.index] = checksum
+            job.checksums[piece.index] = crc
             job.measures[piece.index] = measures
             job.pending -= 1
-            if job.pending == 0:
+            whole = job.pending == 0
+            if whole:
                 job.evaluator.shared.clear()
+        if whole:
+            self._sum(piece)
         self._advance(piece, length)
 
     def _take(self, cost: int) -> None:
@@ -246,8 +261,7 @@ class ShardWriter:
             self._room.notify_all()
 
     def _advance(self, piece: _Piece, count: int) -> None:
-        if self._stop.is_set():
-            raise _Stopped
+        self._expect_no_stop()
         self._reporter.advance(count, piece.entry.name)
         flush = False
         with self._state:
@@ -280,15 +294,19 @@ class ShardWriter:
             self._fail(error)
 
     def _make_durable(self, shard: _Shard) -> None:
+        sums = [shard.sums[e.name] for e in shard.plan.entries] if shard.plan.is_torch else []
+        if shard.plan.is_torch:
+            close_archive(shard.fd, shard.plan, sums)
         os.fsync(shard.fd)
-        os.rename(shard.path, self._stage.folder / shard.plan.file)
-        fsync_folder(self._stage.folder)
+        os.rename(shard.path, shard.path.with_name(shard.path.name.removesuffix(".tmp")))
+        fsync_folder(shard.path.parent)
         line = {
             "shard": shard.plan.file,
             "size": shard.plan.size,
             "crc": {name: job.checksums for name, job in shard.jobs.items()},
             "measures": {name: job.total() for name, job in shard.jobs.items()},
         }
+        line |= {"sums": sums} if shard.plan.is_torch else {}
         self._stage.record(line)
         self._lines[shard.plan.file] = line
         with self._state:
@@ -337,35 +355,3 @@ def _join(threads: list[threading.Thread], deliver: Callable[[], None]) -> None:
         while thread.is_alive():
             thread.join(0.1)
             deliver()
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Ask for a file's blocks at once, so that a full disk shows before the work; not all filesystems can."""
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except (AttributeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_FALLOCATE:
-            raise
-        os.ftruncate(fd, size)
-
-
-def is_still_there(shard: ShardPlan, line: Mapping[str, Any], folder: Path) -> bool:
-    """True where a journalled shard is on disk with its size, its header and the checksums of its computed tensors."""
-    try:
-        fd = os.open(folder / shard.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        if os.fstat(fd).st_size != shard.size or os.pread(fd, len(shard.head), 0) != shard.head:
-            return False
-        computed = [entry for entry in shard.entries if entry.runs is None]
-        return all(line["crc"].get(e.name) == [_checksum(fd, *at) for at in e.extents] for e in computed)
-    finally:
-        os.close(fd)
-
-
-def _checksum(fd: int, offset: int, length: int) -> int:
-    checksum = 0
-    for at in range(offset, offset + length, CHECKSUM_BLOCK):
-        checksum = zlib.crc32(os.pread(fd, min(CHECKSUM_BLOCK, offset + length - at), at), checksum)
-    return checksum

@@ -73,8 +73,13 @@ def copy_inputs(folder: Path) -> tuple[Path, Path]:
     return base, adapter
 
 
-def merge_plan(base: Path, adapter: Path, **layout: Any) -> Any:
-    """The plan of the merge: copied, computed and dropped tensors in two shards, side files from both inputs."""
+def merge_plan(
+    base: Path, adapter: Path, *, change: Callable[[Any], Any] = lambda merged: merged, **layout: Any
+) -> Any:
+    """The plan of the merge: copied, computed and dropped tensors in two shards, side files from both inputs.
+
+    `change` is applied to the merged checkpoint.
+    """
     from converter.context import Context
     from converter.converters.merge_lora import MergeLora
     from converter.plan import make_plan
@@ -84,7 +89,7 @@ def merge_plan(base: Path, adapter: Path, **layout: Any) -> Any:
     context = Context()
     opened = PEFT.open(adapter, asked="adapter")
     merged = MergeLora(adapters=(opened,))(HF.open(base, asked="base"), context)
-    return make_plan(merged, context=context, provenance={"inputs": [base.name, adapter.name]}, **layout)
+    return make_plan(change(merged), context=context, provenance={"inputs": [base.name, adapter.name]}, **layout)
 
 
 def tree(folder: Path) -> dict[str, str]:

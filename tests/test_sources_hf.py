@@ -305,7 +305,7 @@ COSMETIC: dict[str, tuple[Callable[[Path], None], str]] = {
     "total-size-text": (lambda f: write_index(f, {"a": B, "b": B, "c": A, "d": A}, "96"), "index-total-size"),
     "index-missing": (_drop(INDEX), "index-missing"),
     "stray-shard": (lambda f: shard(f / "model-00003-of-00003.safetensors", "old"), "stray-weights"),
-    "value-head": (lambda f: shard(f / "value_head.safetensors", "v"), "stray-weights"),
+    "layer-of-another-kind": (lambda f: (f / "regression_layer.pt").write_bytes(b"?"), "stray-weights"),
     "unfinished-download": (lambda f: (f / "model.safetensors.incomplete").touch(), "download-unfinished"),
     "adapter-config": (_text("adapter_config.json", "{}"), "adapter-config-stray"),
 }

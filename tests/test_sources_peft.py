@@ -178,13 +178,13 @@ def test_a_whole_model_beside_the_adapter_is_told(adapter: Path) -> None:
     ]
 
 
-def test_a_value_head_beside_the_adapter_is_told_and_training_state_is_not(adapter: Path) -> None:
-    weights(adapter / "value_head.safetensors", {"v_head.summary.weight": (1, 48)})
+def test_weights_that_nothing_reads_are_told_and_training_state_is_not(adapter: Path) -> None:
+    weights(adapter / "former.safetensors", {"v_head.summary.weight": (1, 48)})
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin"):
         (adapter / name).touch()
     faults = peft.SOURCE.survey(adapter).faults
     assert [f.code for f in faults] == ["stray-weights"]
-    assert "value_head.safetensors" in faults[0].text
+    assert "former.safetensors" in faults[0].text
     assert "optimizer" not in faults[0].text
     assert "rng_state" not in faults[0].text
 

@@ -18,7 +18,8 @@ from converter import kernel_specs, tensors
 from converter.checkpoint import Checkpoint
 from converter.dtypes import DType, TensorInfo
 from converter.errors import Refused, VerificationFailed
-from converter.plan import Entry, Plan
+from converter.plan import Plan
+from converter.shard_plan import Entry
 from converter.tensors import LazyTensor
 from durability import Quiet, tree
 from small_models import load, numbers, open_model, plan_of, same, save_model, written

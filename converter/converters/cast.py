@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.dtypes import DType
 from converter.errors import Refused, UsageError, fold, show
+from converter.tensors import LazyTensor
 
 TARGETS = (DType.BF16, DType.F16, DType.F32, DType.F64)
 
@@ -41,8 +43,15 @@ class Cast:
                 f"the checkpoint is quantised ({fold(narrow) or 'quantization_config'}); a cast would lose its scales",
                 where=show(checkpoint.origin.asked),
             )
-        cast = {n: tensors.recast(t, dtype) if t.info.dtype.is_float else t for n, t in checkpoint.tensors.items()}
-        return checkpoint.replace(tensors=cast, config=_with_dtype(checkpoint.config, dtype.torch_name))
+        return checkpoint.replace(
+            tensors=_cast(checkpoint.tensors, dtype),
+            beside={file: _cast(found, dtype) for file, found in checkpoint.beside.items()},
+            config=_with_dtype(checkpoint.config, dtype.torch_name),
+        )
+
+
+def _cast(found: Mapping[str, LazyTensor], dtype: DType) -> dict[str, LazyTensor]:
+    return {n: tensors.recast(t, dtype) if t.info.dtype.is_float else t for n, t in found.items()}
 
 
 def _with_dtype(config: Any, dtype: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from converter.context import Context
 from converter.converters.adapter_config import AdapterConfig, read_adapter_config
 from converter.converters.adapter_keys import Module, read_modules
 from converter.converters.embeddings import is_vocabulary, untie, with_prefix, with_vocabulary
+from converter.converters.head_files import carried_files
 from converter.converters.layer_merge import Layer, Update, merged_bias, merged_weight, with_token_rows
 from converter.converters.memory_names import architectures, classifier
 from converter.converters.name_rules import AS_IN_BASE, NameRule, find_rule
@@ -279,12 +280,14 @@ class _Merge:
                         out[member] = tensor
         for name, added in self.bias_updates.items():
             out[name] = merged_bias(self._stored(name), added, self.numerics)
+        beside, replaced = carried_files(self.base, self.adapters, self.context)
         checkpoint = self.base.replace(
             tensors=out,
+            beside=beside,
             inputs=self._inputs(),
             checks=self.base.checks + tuple(c for adapter in self.adapters for c in adapter.checks),
             side_files=self._side_files(),
-            dropped=dict(self.base.dropped) | self.dropped,
+            dropped=dict(self.base.dropped) | self.dropped | replaced,
         )
         checkpoint = untie(checkpoint, untied, self.context) if untied else checkpoint
         checkpoint = with_vocabulary(checkpoint, self.base)

@@ -17,6 +17,7 @@ from converter.files import Identity, identity, read_limited
 from converter.safetensors_io import Index, read_index
 from converter.side_files import find_side_files
 from converter.sources import survey as folder
+from converter.sources.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers, snapshot_of
 from converter.sources.ties import find_ties
 from converter.sources.weight_file import WeightFile, read_weights
@@ -68,17 +69,19 @@ class HfSource:
         return Checkpoint(
             tensors=kept,
             config=config,
-            origin=origin("model", root, asked, revision, headers),
+            origin=origin("model", root, asked, revision, headers, survey.beside),
             side_files=side_files,
             ties=ties,
             shards={n: Path(survey.entries[n].file).name for n in kept} if is_safetensors(headers) else {},
             config_bytes=config_bytes,
             metadata=shared_metadata(headers.values()),
             dropped=shared,
-            checks=tuple(check for h in headers.values() for check in h.checks),
+            checks=(*(check for h in headers.values() for check in h.checks), *checks_beside(survey)),
             inputs=identities
             | identities_of(root, [CONFIG, *(n for n in _indexes_read(headers) if (root / n).is_file())])
-            | {stored_path(root, n): h.identity for n, h in headers.items()},
+            | {stored_path(root, n): h.identity for n, h in headers.items()}
+            | identities_beside(root, survey),
+            beside=tensors_beside(survey),
         )
 
 
@@ -134,10 +137,17 @@ def shared_metadata(headers: Iterable[WeightFile]) -> dict[str, str]:
     return {k: v for k, v in found[0].items() if all(m.get(k) == v for m in found)} if found else {}
 
 
-def origin(kind: str, root: Path, asked: str, revision: str | None, headers: Mapping[str, WeightFile]) -> Origin:
+def origin(
+    kind: str,
+    root: Path,
+    asked: str,
+    revision: str | None,
+    headers: Mapping[str, WeightFile],
+    beside: Mapping[str, WeightFile] | None = None,
+) -> Origin:
     """Where a folder came from; a Hub snapshot is named by its repository."""
     digest = hashlib.sha256()
-    for header in headers.values():
+    for header in (*headers.values(), *(beside or {}).values()):
         digest.update(header.description)
     real = root.resolve()
     name, commit = snapshot_of(root) or (real.name, revision)
@@ -196,7 +206,8 @@ def read_folder(root: Path) -> tuple[Survey, dict[str, WeightFile]]:
         if folder.ADAPTER_CONFIG in names:
             text = f"{folder.ADAPTER_CONFIG} lies beside a whole model: transformers will look for an adapter here"
             survey.faults.append(Fault("adapter-config-stray", "cosmetic", text, where))
-        survey.faults += leftovers(root, names, {*files, WEIGHTS})
+        read_sidecars(root, names, survey)
+        survey.faults += leftovers(root, names, {*files, WEIGHTS, *survey.beside})
     except Refused as error:
         survey.faults.append(Fault.of(error))
     except OSError as error:

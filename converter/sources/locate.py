@@ -32,6 +32,7 @@ _REFERENCE = re.compile(r"[\w][\w.+-]*(?:/[\w][\w.+-]*)*", re.ASCII)
 
 WANTED = (
     MODEL_CONFIG, ADAPTER_CONFIG, MODEL_WEIGHTS, MODEL_INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS,
+    "value_head.safetensors", "value_head.bin", "value_head.pt",
     "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "*.model", "*.tiktoken", "*.spm", "tokenizer.model.v*", "tekken.json", "normalizer.json",
     "chat_template.*", "chat_templates/*", "additional_chat_templates/*",

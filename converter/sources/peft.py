@@ -10,6 +10,7 @@ from converter.files import read_limited
 from converter.side_files import find_side_files
 from converter.sources import survey as folder
 from converter.sources.hf import identities_of, lazy, origin, parse_config, stored_path
+from converter.sources.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers
 from converter.sources.weight_file import WeightFile, read_weights
 from converter.strict_json import MAX_JSON_BYTES
@@ -53,13 +54,17 @@ class PeftSource:
         return Checkpoint(
             tensors=lazy(survey),
             config=parse_config(config_bytes, root / CONFIG),
-            origin=origin("adapter", root, asked, revision, {name: weights}),
+            origin=origin("adapter", root, asked, revision, {name: weights}, survey.beside),
             side_files=side_files,
             shards=dict.fromkeys(survey.entries, WEIGHTS) if name == WEIGHTS else {},
             config_bytes=config_bytes,
             metadata=weights.metadata,
-            checks=weights.checks,
-            inputs=identities | identities_of(root, [CONFIG]) | {stored_path(root, name): weights.identity},
+            checks=(*weights.checks, *checks_beside(survey)),
+            inputs=identities
+            | identities_of(root, [CONFIG])
+            | {stored_path(root, name): weights.identity}
+            | identities_beside(root, survey),
+            beside=tensors_beside(survey),
         )
 
 
@@ -85,10 +90,11 @@ def _read(root: Path) -> tuple[Survey, tuple[str, WeightFile] | None]:
     found = _choose(root, names, survey)
     if found is not None:
         _collect(root, *found, survey)
-    if folder.is_weights_of_model(names):
+    read_sidecars(root, names, survey, adapter=True)
+    if folder.is_weights_of_model(names - survey.beside.keys()):
         text = "an adapter and a whole model lie in one folder; transformers takes it for the adapter, and so does this"
         survey.faults.append(Fault("adapter-and-model", "cosmetic", text, where))
-    survey.faults += leftovers(root, names, {WEIGHTS, PICKLED})
+    survey.faults += leftovers(root, names, {WEIGHTS, PICKLED, *survey.beside})
     return survey, found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Literal
 
 from converter.dtypes import TensorInfo
 from converter.errors import Refused, fold, show
+from converter.sources.weight_file import WeightFile
 from converter.tensors import LazyTensor
 
 FaultSeverity = Literal["error", "changes-numbers", "cosmetic"]
@@ -23,6 +25,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLED = "adapter_model.bin"
 SHARD = re.compile(r"model-(\d{5,6})-of-(\d{5,6})\.safetensors", re.ASCII)
 PICKLED = re.compile(r"(?:pytorch_model|model|consolidated)[\w.-]*\.(?:bin|pt|pth)", re.ASCII)
+_TAG = re.compile(r"global_step\d+", re.ASCII)
 _REPOSITORY = re.compile(r"models--([\w.-]+)", re.ASCII)
 MODEL_PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -73,12 +76,14 @@ class Survey:
     Attributes:
         files: weight files in order, name mapped to size in bytes.
         entries: tensors in file order.
+        beside: files of a head of its own (`value_head.safetensors`), by name; neither in `files` nor in `entries`.
     """
 
     root: Path
     files: dict[str, int] = field(default_factory=dict)
     entries: dict[str, StoredTensor] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    beside: dict[str, WeightFile] = field(default_factory=dict)
 
     def error(self) -> Refused | None:
         """The refusal that the faults amount to: the first error, and how many more there are."""
@@ -173,8 +178,18 @@ def empty_tensors(names: Iterable[str], entries: Mapping[str, StoredTensor], whe
         f"{len(found)} of {len(entries)} tensors are torch.Size([0]): {fold(found)}{expected}. "
         "ZeRO-3 saved them without gathering",
         where,
-        next="their values are in the run's DeepSpeed folder (global_step*), if it was kept",
+        next=_repair_command(Path(where) if Path(where).is_dir() else Path(where).parent),
     )
+
+
+def _repair_command(root: Path) -> str:
+    """The command that fills a folder's empty tensors: it looks for shards in the folder and beside it by itself."""
+    around = [p.name for place in (root, root.resolve().parent) if place.is_dir() for p in place.iterdir()]
+    command = ["rlhf-convert", "repair", str(root), "OUT"]
+    if any(_TAG.fullmatch(name) for name in around):
+        return show(shlex.join(command))
+    named = shlex.join([*command, "--weights-from", "DIR"])
+    return f"{show(named)}, DIR being the run's DeepSpeed folder (global_step*)"
 
 
 def _pattern(name: str) -> str:

@@ -1,0 +1,70 @@
+"""A shard's file: its blocks reserved, its checksums taken, its archive closed, and recognised by its journal line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from converter import torch_zip
+from converter.copying import write_all
+from converter.shard_plan import ShardPlan
+
+CHECKSUM_BLOCK = 1 << 20
+"""Bytes held while checksums of a file on disk are taken."""
+
+_NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+
+
+def reserve(fd: int, size: int) -> None:
+    """Ask for a file's blocks at once, so that a full disk shows before the work; not all filesystems can."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_FALLOCATE:
+            raise
+        os.ftruncate(fd, size)
+
+
+def checksum(fd: int, offset: int, length: int, between: Callable[[], None] = lambda: None) -> int:
+    """CRC-32 of `length` bytes of a file; `between` is called between blocks, and may raise to stop."""
+    found = 0
+    for at in range(offset, offset + length, CHECKSUM_BLOCK):
+        between()
+        found = zlib.crc32(os.pread(fd, min(CHECKSUM_BLOCK, offset + length - at), at), found)
+    return found
+
+
+def close_archive(fd: int, shard: ShardPlan, sums: Sequence[int]) -> None:
+    """Write what a torch file has between and after its tensors, whose CRC-32 are `sums`."""
+    for offset, data in torch_zip.closing(shard.archive, sums):
+        write_all(fd, data, offset)
+
+
+def is_still_there(shard: ShardPlan, line: Mapping[str, Any], folder: Path) -> bool:
+    """True where a journalled shard is on disk with its size, its header and the checksums of its computed tensors."""
+    try:
+        fd = os.open(folder / shard.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        if os.fstat(fd).st_size != shard.size or os.pread(fd, len(shard.head), 0) != shard.head:
+            return False
+        computed = [entry for entry in shard.entries if entry.runs is None]
+        if not all(line["crc"].get(e.name) == [checksum(fd, *at) for at in e.extents] for e in computed):
+            return False
+        return not shard.is_torch or _is_closed(fd, shard, line.get("sums"))
+    finally:
+        os.close(fd)
+
+
+def _is_closed(fd: int, shard: ShardPlan, sums: Any) -> bool:
+    """True where the archive says of its tensors what the journal says."""
+    if not isinstance(sums, list) or len(sums) != len(shard.entries):
+        return False
+    if not all(type(n) is int and 0 <= n < 1 << 32 for n in sums):
+        return False
+    return all(os.pread(fd, len(data), offset) == data for offset, data in torch_zip.closing(shard.archive, sums))

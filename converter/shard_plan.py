@@ -1,0 +1,168 @@
+"""One file of a plan: its tensors at their offsets, the chunks in which they are computed, and what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from converter import kernel_specs, tensor_json, torch_zip
+from converter.safetensors_io import build_header
+from converter.tensor_bytes import ByteRun, byte_runs, leaves, reads
+from converter.tensors import Apply, Cast, LazyTensor, Narrow, Strided, is_separable
+
+CHUNK_ELEMENTS = 1 << 19
+"""Elements of a row chunk, about: 2 MiB in fp32. Smaller ones fit the L2 cache better, but what Python does for each
+chunk (0.8 ms under its lock) then keeps a second worker from helping; larger ones only take more memory (measured)."""
+
+ROW_MULTIPLE = 64
+"""Chunk heights are multiples of this; other heights change the bits of fp32 matrix products (measured, torch 2.13)."""
+
+PAGE = 4096
+"""Data that keeps its offset modulo a filesystem block can be cloned rather than copied."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a shard: `length` bytes at `offset` of the file, computed in chunks of `chunk_rows` rows."""
+
+    name: str
+    tensor: LazyTensor
+    offset: int
+    chunk_rows: int
+
+    @property
+    def length(self) -> int:
+        """Bytes of the tensor."""
+        return self.tensor.info.nbytes
+
+    @cached_property
+    def runs(self) -> tuple[ByteRun, ...] | None:
+        """Where the bytes lie as they are; None where they are computed."""
+        return byte_runs(self.tensor)
+
+    @cached_property
+    def extents(self) -> list[tuple[int, int]]:
+        """Offset in the file and bytes of each chunk of a computed entry."""
+        shape = self.tensor.info.shape
+        row = self.length // (shape[0] if shape else 1) if self.length else 0
+        return [(self.offset + start * row, (stop - start) * row) for start, stop in self.chunks()]
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Row ranges `[start, stop)` in which a computed entry is evaluated; the remainder joins the last one."""
+        shape = self.tensor.info.shape
+        count = shape[0] if shape else 1
+        height = self.chunk_rows
+        edges = [*range(0, max(count - height, 0) + 1, height)] or [0]
+        return [(a, b) for a, b in zip(edges, [*edges[1:], count], strict=True) if a < b]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file: `head`, then entries at their offsets, then `tail`; `size` bytes in all.
+
+    A torch file has more between and after its entries, which depends on their checksums and is written last
+    (`converter.torch_zip`).
+    """
+
+    file: str
+    head: bytes
+    entries: tuple[Entry, ...]
+    tail: bytes
+    size: int
+
+    @property
+    def is_torch(self) -> bool:
+        """True for torch's zip format, false for safetensors."""
+        return not self.file.endswith(".safetensors")
+
+    @property
+    def archive(self) -> torch_zip.Archive:
+        """The records of a torch file."""
+        return torch_zip.archive(self.file, [(e.name, e.tensor.info) for e in self.entries])
+
+
+def chunk_rows(tensor: LazyTensor) -> int:
+    """The height of a chunk: a fixed function of the tensor's shape, whatever the memory or the number of jobs."""
+    shape = tensor.info.shape
+    if not shape or not is_separable(tensor):
+        return max(shape[0] if shape else 1, 1)
+    width = max(tensor.info.numel // max(shape[0], 1), 1)
+    return max(CHUNK_ELEMENTS // width // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+
+
+def lay_out(
+    file: str, tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[str, str], *, keep: bool
+) -> ShardPlan:
+    """A file with these tensors, in the container that its suffix names.
+
+    Args:
+        metadata: `__metadata__` of safetensors; torch's files have none.
+        keep: place the data of safetensors where blocks of the source can be cloned.
+
+    Raises:
+        Refused: a type that the container can't hold (`torch-dtype`), too long a header (`header-too-large`).
+    """
+    if not file.endswith(".safetensors"):
+        archive = torch_zip.archive(file, [(n, t.info) for n, t in tensors])
+        placed = [Entry(n, t, r.offset, chunk_rows(t)) for (n, t), r in zip(tensors, archive.tensors, strict=True)]
+        return ShardPlan(file, archive.head, tuple(placed), b"", archive.size)
+    modulo = _source_modulo(tensors) if keep else None
+    head = build_header([(n, t.info) for n, t in tensors], metadata, data_start_mod=modulo)
+    entries: list[Entry] = []
+    offset = len(head)
+    for name, tensor in tensors:
+        entries.append(Entry(name, tensor, offset, chunk_rows(tensor)))
+        offset += tensor.info.nbytes
+    return ShardPlan(file, head, tuple(entries), b"", offset)
+
+
+def _source_modulo(tensors: Sequence[tuple[str, LazyTensor]]) -> tuple[int, int] | None:
+    """The data's start modulo a page that lets the largest copied run keep its alignment and so be cloned."""
+    position, best, modulo = 0, 0, None
+    for _, tensor in tensors:
+        runs = byte_runs(tensor)
+        if runs and runs[0].length > best:
+            best, modulo = runs[0].length, (runs[0].offset - position) % PAGE
+        position += tensor.info.nbytes
+    return None if modulo is None else (modulo, PAGE)
+
+
+def chunk_cost(tensor: LazyTensor) -> int:
+    """Bytes that evaluating `tensor` (a chunk, or all of one that can't be cut) holds at once, about."""
+    match tensor:
+        case Apply():
+            infos = tuple(i.info for i in tensor.inputs)
+            spec = kernel_specs.find(tensor.kernel)
+            held = sum(chunk_cost(i) for i in tensor.inputs)
+            return held + spec.workspace(infos, dict(tensor.params)) + tensor.info.nbytes
+        case Cast() | Narrow():
+            return chunk_cost(tensor.source) + tensor.info.nbytes
+        case Strided():
+            return sum(r.length for r in reads(tensor)) + tensor.info.nbytes
+        case _:
+            return tensor.info.nbytes + max((leaf.info.nbytes for leaf in leaves(tensor)), default=0)
+
+
+def to_json(shard: ShardPlan) -> dict[str, Any]:
+    """A shard's plan as JSON values."""
+    entries = [
+        {"name": e.name, "tensor": tensor_json.to_json(e.tensor), "offset": e.offset, "chunk_rows": e.chunk_rows}
+        for e in shard.entries
+    ]
+    return {
+        "file": shard.file,
+        "head": shard.head.hex(),
+        "entries": entries,
+        "tail": shard.tail.hex(),
+        "size": shard.size,
+    }
+
+
+def from_json(obj: Mapping[str, Any]) -> ShardPlan:
+    """The plan that `to_json` wrote."""
+    entries = tuple(
+        Entry(e["name"], tensor_json.from_json(e["tensor"]), e["offset"], e["chunk_rows"]) for e in obj["entries"]
+    )
+    return ShardPlan(obj["file"], bytes.fromhex(obj["head"]), entries, bytes.fromhex(obj["tail"]), obj["size"])

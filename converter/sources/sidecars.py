@@ -1,0 +1,64 @@
+"""Weight files beside the main ones that belong to the model: a value head that its trainer keeps in a file of its own.
+
+Sources: LLaMA-Factory's `value_head.safetensors` or `.bin`,
+https://github.com/hiyouga/LLaMA-Factory/blob/v0.9.3/src/llamafactory/train/callbacks.py (`fix_valuehead_checkpoint`);
+AReaL's `value_head.pt` (`areal/engine/core/hf_save.py`, 1.0.4); TRL's value-head wrapper, whose PEFT branch saves the
+head alone as `pytorch_model.bin`, https://github.com/huggingface/trl/blob/v0.24.0/trl/models/modeling_base.py
+(`save_pretrained`); LDL reward models' `regression_layer.pt` and `gating_layer.pt`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from converter.checkpoint import RecordCheck
+from converter.errors import Refused, show
+from converter.files import Identity
+from converter.sources.survey import MODEL_PICKLED, Fault, StoredTensor, Survey, empty_tensors
+from converter.sources.weight_file import WeightFile, read_weights
+from converter.tensors import LazyTensor
+
+VALUE_HEADS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
+OTHER_LAYERS = ("regression_layer.pt", "gating_layer.pt")
+TRL_HEAD = "v_head."
+
+
+def read_sidecars(root: Path, names: Collection[str], survey: Survey, *, adapter: bool = False) -> None:
+    """Add the files beside the weights to a survey; a value head that can't be read, or is empty, is a fault."""
+    for name in (*VALUE_HEADS, *OTHER_LAYERS, *((MODEL_PICKLED,) if adapter else ())):
+        if name not in names:
+            continue
+        try:
+            file = read_weights(root / name, root=root, named=str(root.resolve() / name))
+        except Refused as error:
+            # Of another name it may be anything; it stays among the files that are not read.
+            if name in VALUE_HEADS:
+                survey.faults.append(Fault.of(error))
+            continue
+        if name == MODEL_PICKLED and not _is_head_alone(file):
+            continue
+        survey.beside[name] = file
+        entries = {n: StoredTensor(t, str(root.resolve() / name)) for n, t in file.tensors.items()}
+        if empty := [n for n, t in file.tensors.items() if t.info.numel == 0]:
+            survey.faults.append(empty_tensors(empty, entries, show(root / name)))
+
+
+def _is_head_alone(file: WeightFile) -> bool:
+    """True for what TRL saves beside an adapter; a whole model may lie there as well."""
+    return bool(file.tensors) and all(n.startswith(TRL_HEAD) for n in file.tensors)
+
+
+def tensors_beside(survey: Survey) -> dict[str, Mapping[str, LazyTensor]]:
+    """The tensors of each file beside, by file name."""
+    return {name: file.tensors for name, file in survey.beside.items()}
+
+
+def identities_beside(root: Path, survey: Survey) -> dict[str, Identity]:
+    """The identities of the files beside, by absolute path."""
+    return {str(root.resolve() / name): file.identity for name, file in survey.beside.items()}
+
+
+def checks_beside(survey: Survey) -> Iterable[RecordCheck]:
+    """What torch's files record of their bytes."""
+    return (check for file in survey.beside.values() for check in file.checks)
