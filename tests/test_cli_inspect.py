@@ -86,7 +86,7 @@ def test_json_says_the_same(here: Path) -> None:
         "dtypes": ["BF16"],
         "files": {"model-00001-of-00002.safetensors": 148152, "model-00002-of-00002.safetensors": 113840},
         "heads": {"lm_head.weight": [384, 64]},
-        "faults": [],
+        "findings": [],
     }
 
 
@@ -114,7 +114,7 @@ def test_a_broken_model_is_described_and_exits_1(here: Path, harm, words: str) -
     assert "Next:" not in ran.out
     assert listing(here) == before
     assert [
-        f for f in json.loads(run("inspect", "tiny-qwen2-base", "--json").out)["faults"] if f["severity"] == "error"
+        f for f in json.loads(run("inspect", "tiny-qwen2-base", "--json").out)["findings"] if f["severity"] == "error"
     ]
 
 
@@ -134,8 +134,9 @@ def test_a_folder_that_is_neither_is_told_with_what_it_holds(here: Path) -> None
 
 def test_a_folder_above_names_what_lies_in_it(here: Path) -> None:
     ran = run("inspect", ".")
-    assert ran.code == 2
-    assert "./tiny-qwen2-base" in ran.err
+    assert ran.code == 0
+    assert "./tiny-qwen2-base (hf)" in ran.out
+    assert "./tiny-reward-adapter (peft)" in ran.out
 
 
 def test_a_hub_id_that_is_not_cached_is_not_downloaded(here: Path) -> None:

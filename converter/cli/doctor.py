@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 WIDTH = 79
 """Columns that every line of a report fits into, but for names and commands, which are never cut."""
 
-_WORDS = {"error": "ERROR", "changes-numbers": "NUMBERS", "cosmetic": "note"}
+WORDS = {"error": "ERROR", "changes-numbers": "NUMBERS", "cosmetic": "note"}
+"""How a screen says each severity."""
 _KINDS = {
     "model": "model",
     "adapter": "adapter",
@@ -80,7 +81,7 @@ def _near(report: Report) -> list[str]:
 
 
 def _finding(finding: Finding, *, verbose: bool) -> list[str]:
-    head = f"{_WORDS[finding.severity]} {finding.code}"
+    head = f"{WORDS[finding.severity]} {finding.code}"
     if finding.recoverability:
         head = (
             f"{head:<36} recoverable: {finding.recoverability}"
@@ -100,7 +101,7 @@ def _finding(finding: Finding, *, verbose: bool) -> list[str]:
 
 
 def _verdict(report: Report, code: int) -> str:
-    counts = {s: sum(f.severity == s for f in report.findings) for s in _WORDS}
+    counts = {s: sum(f.severity == s for f in report.findings) for s in WORDS}
     words = {"error": "error", "changes-numbers": "that changes numbers", "cosmetic": "cosmetic"}
     listed = ", ".join(f"{n} {words[s]}{'s' if s == 'error' and n > 1 else ''}" for s, n in counts.items() if n)
     return f"{listed or 'no finding'}, exit {code}"

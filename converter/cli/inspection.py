@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Display
 from converter.errors import ConvertError, Refused, fold, show
-from converter.registry import nothing_in, sources
 from converter.report import adapter_kind, dtype_word, label_count, line, next_lines, short_revision
 from converter.sizes import format_size
 
 if TYPE_CHECKING:
+    from converter.doctor import Report
+    from converter.dtypes import TensorInfo
     from converter.sources.survey import Survey
 
 HEADS = ("score", "classifier", "v_head", "value_head", "lm_head", "embed_out")
@@ -26,45 +27,51 @@ LORA_MARK = ".lora_"
 
 @dataclass(frozen=True)
 class Found:
-    """A folder, the source that knows it, and what lies in it."""
+    """A folder, the source that knows it, what lies in it, and what doctor says of it."""
 
     asked: str
     path: Path
     revision: str | None
-    source: str
-    survey: Survey
-    config: Mapping[str, Any]
-    config_fault: str | None
+    report: Report
+
+    @property
+    def survey(self) -> Survey:
+        """Files and tensors."""
+        return self.report.case.survey
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json, or adapter_config.json of an adapter."""
+        case = self.report.case
+        return case.adapter_config if self.is_adapter else case.config
 
     @property
     def is_adapter(self) -> bool:
         """True for an adapter, false for a model."""
-        return self.source == "peft"
+        return self.kind == "adapter"
 
     @property
     def is_training(self) -> bool:
         """True for a trainer's state, which has to be gathered."""
-        return self.source == "deepspeed"
+        return self.kind == "training"
 
     @property
     def kind(self) -> str:
         """`adapter`, `model`, or `training` for a trainer's state."""
-        return "training" if self.is_training else "adapter" if self.is_adapter else "model"
+        return self.report.case.kind
 
     @property
-    def errors(self) -> list[str]:
-        """Faults that stop every verb."""
-        faults = [f.text for f in self.survey.faults if f.severity == "error"]
-        return faults + ([self.config_fault] if self.config_fault else [])
+    def has_errors(self) -> bool:
+        """True where a fault stops every verb."""
+        return self.report.worst() == "error"
 
 
-def inspect(asked: str, revision: str | None, options: Display) -> int:
+def inspect(asked: str, revision: str | None, options: Display, *, tensors: bool = False) -> int:
     """Show what a folder holds; exit code 1 where something is wrong with it."""
     found = look(asked, revision)
-    options.sink.screen(_screen(found))
+    options.sink.screen(_screen(found, tensors=tensors))
     options.sink.json(_json(found))
-    worth_telling = [f for f in found.survey.faults if f.severity != "cosmetic"]
-    return 1 if worth_telling or found.config_fault else 0
+    return 1 if found.report.worst() in ("error", "changes-numbers") else 0
 
 
 def screen(asked: str) -> list[str]:
@@ -73,12 +80,13 @@ def screen(asked: str) -> list[str]:
 
 
 def look(asked: str, revision: str | None) -> Found:
-    """Find the folder and read its headers.
+    """Find the folder, read its headers and ask doctor.
 
     Raises:
         UsageError: nothing that can be inspected has that name.
         Refused: a Hub id that is not in the cache (`hub-not-cached`): inspecting downloads nothing.
     """
+    from converter.doctor import Asked, examine
     from converter.sources.locate import resolve
 
     try:
@@ -90,32 +98,39 @@ def look(asked: str, revision: str | None) -> Found:
             )
             error.next = f"hf download {shlex.quote(asked)}"
         raise
-    for name, source in sources().items():
-        if source.detect(located.path):
-            survey = source.survey(located.path)
-            config, fault = _config(located.path / ("adapter_config.json" if name == "peft" else "config.json"))
-            return Found(asked, located.path, located.revision, name, survey, config, fault)
-    raise nothing_in(located.path, asked)
+    return Found(asked, located.path, located.revision, examine(Asked(asked, revision=revision)))
 
 
-def _config(path: Path) -> tuple[Mapping[str, Any], str | None]:
-    from converter.strict_json import load_json
-
-    if not path.is_file():
-        return {}, None  # the survey says so
-    try:
-        value = load_json(path, root=path.parent)
-    except ConvertError as error:
-        return {}, f"{path.name}: {error.what}"
-    return (value, None) if isinstance(value, dict) else ({}, f"{path.name} is no JSON object")
-
-
-def _screen(found: Found) -> list[str]:
+def _screen(found: Found, *, tensors: bool = False) -> list[str]:
+    case = found.report.case
     at = f"@{show(short_revision(found.revision))}" if found.revision else ""
+    if case.kind == "run":
+        return [f"{show(found.asked)}: a run's folder", *_inside(found), *next_lines(_next(found))]
     lines = _adapter(found) if found.is_adapter else _model(found)
-    kind = "shards of a training run (DeepSpeed)" if found.is_training else found.kind
+    kind = {"training": f"shards of a training run ({case.source})", "run": "a run's folder"}.get(
+        found.kind, found.kind
+    )
     title = adapter_kind(found.config) if found.is_adapter else _family(found.config)
-    return [f"{show(found.asked)}{at}: {kind}, {title}", *lines, *_faults(found), *next_lines(_next(found))]
+    return [
+        f"{show(found.asked)}{at}: {kind}, {title}",
+        *lines,
+        *(_tensors(found.survey) if tensors else []),
+        *_verdict(found),
+        *next_lines(_next(found)),
+    ]
+
+
+def _inside(found: Found) -> list[str]:
+    """The checkpoints that lie in a run's folder, by the numbers in their names."""
+    from converter.doctor import checkpoints_in
+    from converter.registry import kind_of
+
+    below = checkpoints_in(found.path)
+    return [line("", f"{show(_below(found, p))} ({kind_of(p)})") for p in below[-20:]]
+
+
+def _below(found: Found, folder: Path) -> str:
+    return f"{found.asked.rstrip('/')}/{folder.name}"
 
 
 # Models
@@ -131,7 +146,7 @@ def _family(config: Mapping[str, Any]) -> str:
 
 
 def _model(found: Found) -> list[str]:
-    lines = [_weights(found.survey), *_shape(found.config)]
+    lines = [_weights(found.survey), *_beside(found.survey), *_shape(found.config)]
     heads = _heads(found.survey)
     if heads:
         lines.append(line("head", "; ".join(f"{show(n)} {_shape_of(found.survey, n)}" for n in heads)))
@@ -152,6 +167,17 @@ def _weights(survey: Survey) -> str:
         f"{_count(_parameters(survey))} parameters in {len(survey.entries)} tensors, {_dtypes(survey)}, "
         f"{format_size(sum(survey.files.values()))} in {files} {'file' if files == 1 else 'files'}",
     )
+
+
+def _beside(survey: Survey) -> list[str]:
+    """`beside   value_head.safetensors: v_head.summary.weight (1, 64) fp32`."""
+    return [
+        line(
+            "beside",
+            f"{show(file)}: " + ", ".join(f"{show(n)} {_shape_and_type(t.info)}" for n, t in found.tensors.items()),
+        )
+        for file, found in survey.beside.items()
+    ]
 
 
 def _parameters(survey: Survey) -> int:
@@ -196,7 +222,10 @@ def _heads(survey: Survey) -> list[str]:
 
 
 def _shape_of(survey: Survey, name: str) -> str:
-    info = survey.entries[name].info
+    return _shape_and_type(survey.entries[name].info)
+
+
+def _shape_and_type(info: TensorInfo) -> str:
     return f"({', '.join(map(str, info.shape))}) {dtype_word(info.dtype)}"
 
 
@@ -214,7 +243,7 @@ def _adapter(found: Found) -> list[str]:
         lines.append(line("targets", f"{len(modules)} modules: {listed}"))
     if whole:
         lines.append(line("whole", f"{len(whole)} {'tensor' if len(whole) == 1 else 'tensors'}: {fold(whole)}"))
-    return lines
+    return lines + _beside(survey)
 
 
 def _base(config: Mapping[str, Any]) -> str:
@@ -240,30 +269,38 @@ def _base_at_hand(config: Mapping[str, Any]) -> bool:
     return True
 
 
+def _tensors(survey: Survey) -> list[str]:
+    """Every tensor with its shape, dtype and file."""
+    return [f"  {show(n)}  {_shape_and_type(e.info)}  {show(Path(e.file).name)}" for n, e in survey.entries.items()]
+
+
 # Faults and what to do
 
 
-def _faults(found: Found) -> list[str]:
+def _verdict(found: Found) -> list[str]:
+    """Doctor's findings, a line or two each."""
+    from converter.cli.doctor import WORDS
+
     lines = []
-    for fault in found.survey.faults:
-        word = "ERROR" if fault.severity == "error" else "note"
-        file = Path(fault.where).name if fault.where not in ("", show(found.path)) else ""
-        lines.append(line(word, f"{_severity(fault.severity)}{fault.code}: {f'{file}: ' if file else ''}{fault.text}"))
-        if fault.next:
-            lines.append(line("", fault.next))
-    if found.config_fault:
-        lines.append(line("ERROR", found.config_fault))
-    return lines or [line("faults", "none found in headers and configs")]
-
-
-def _severity(severity: str) -> str:
-    return "changes-numbers, " if severity == "changes-numbers" else ""
+    for finding in found.report.findings:
+        how = {"": "", "lost": "; lost", "here": ""}.get(finding.recoverability, f"; {finding.recoverability}")
+        file = f"{finding.evidence[0]}: " if finding.evidence and finding.evidence[0] in found.report.case.names else ""
+        lines.append(line(WORDS[finding.severity], f"{finding.code}: {file}{finding.message}{how}"))
+    if lines:
+        return [*lines, line("", f"rlhf-convert doctor {shlex.quote(found.asked)} says more")]
+    return [line("faults", "none found in headers and configs")]
 
 
 def _next(found: Found) -> list[str]:
     path = shlex.quote(found.asked)
-    if found.errors:
-        return []
+    if found.kind == "run":
+        from converter.doctor import checkpoints_in
+
+        return [f"rlhf-convert inspect {shlex.quote(_below(found, checkpoints_in(found.path)[-1]))}"]
+    if found.has_errors:
+        return list(
+            dict.fromkeys(f.next for f in found.report.findings if f.next and f.next.startswith("rlhf-convert"))
+        )
     if found.is_training:
         return [f"rlhf-convert gather {path} OUT"]
     if found.is_adapter:
@@ -279,7 +316,7 @@ def _json(found: Found) -> dict[str, Any]:
         "path": found.asked,
         "revision": found.revision,
         "detected": found.kind,
-        "source": found.source,
+        "source": found.report.case.source,
         "architectures": found.config.get("architectures"),
         "model_type": found.config.get("model_type"),
         "peft_type": found.config.get("peft_type"),
@@ -289,9 +326,5 @@ def _json(found: Found) -> dict[str, Any]:
         "dtypes": sorted({e.info.dtype.value for e in survey.entries.values()}),
         "files": dict(survey.files),
         "heads": {n: list(survey.entries[n].info.shape) for n in _heads(survey)},
-        "faults": [
-            {"code": f.code, "severity": f.severity, "text": f.text, "where": f.where, "next": f.next}
-            for f in survey.faults
-        ]
-        + ([{"code": "config", "severity": "error", "text": found.config_fault}] if found.config_fault else []),
+        "findings": [f.to_json() for f in found.report.findings],
     }

@@ -8,6 +8,7 @@ import typer
 
 from converter.cli.app import verb
 from converter.cli.options import Display, FailOnChoice, Reading
+from converter.cli.verbs_heads import RoleChoice
 
 
 @verb(
@@ -27,11 +28,12 @@ def inspect(
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="Hub commit, branch or tag.", show_default=False)
     ] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> int:
     """`rlhf-convert inspect`."""
     from converter.cli.inspection import inspect
 
-    return inspect(path, revision, options)
+    return inspect(path, revision, options, tensors=tensors)
 
 
 @verb(
@@ -81,6 +83,71 @@ def doctor(
 
     asked = Asked(path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep)
     return doctor(asked, fail_on.value, options)
+
+
+@verb(
+    "verify",
+    Display,
+    short_help="Prove that a trainer loads a folder, and that it says the same.",
+    help="Prove that a trainer loads a folder and that it says what its source said: names, shapes, files, config and "
+    "tokenizer against what the trainer's loader does with them; with --live by its own loader. Exit code 4 if not.",
+    examples=(
+        "rlhf-convert verify ./critic --for openrlhf --against ./rm",
+        "rlhf-convert verify ./critic --for verl --live --python ~/envs/ppo/bin/python",
+        "rlhf-convert verify ./rm --for trl --against ./my-adapter --base Qwen/Qwen2.5-7B --probe pairs.jsonl",
+    ),
+)
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Model folder to verify.", show_default=False)],
+    options: Display,
+    trainer: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="TRAINER[@V]", help="Who is to load it; default: told from files.", show_default=False
+        ),
+    ] = None,
+    role: Annotated[
+        RoleChoice | None, typer.Option(help="What it is used as; default: what config.json says.", show_default=False)
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="What it was made of: a model, adapter or run.", show_default=False),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="NAME", help="Trainer or dialect of SRC.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Base of SRC, if SRC is an adapter.", show_default=False)
+    ] = None,
+    live: Annotated[bool, typer.Option("--live", help="Load it with the trainer's own code, on the CPU.")] = False,
+    python: Annotated[
+        str | None, typer.Option(metavar="PY", help="Python that has the trainer.", show_default=False)
+    ] = None,
+    probe: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON lines of prompt, chosen, rejected to score.", show_default=False),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="Go on past a refusal that printed CODE. Repeatable.", show_default=False),
+    ] = None,
+) -> int:
+    """`rlhf-convert verify`."""
+    from converter.cli.verify import Asked, verify
+
+    asked = Asked(
+        folder,
+        trainer,
+        None if role is None else role.value,
+        against,
+        source,
+        base,
+        live,
+        python,
+        probe,
+        tuple(allow or ()),
+    )
+    return verify(asked, options)
 
 
 @verb(
