@@ -249,7 +249,7 @@ def adapter_keys_named(case: Case, context: Context) -> Iterable[Finding]:
         text = f"{len(odd)} of {len(case.shapes)} keys are not as PEFT writes them, and PEFT would ignore them silently"
         command = f"rlhf-convert repair {case.path} {case.out('fixed')}"
         yield Finding(
-            "adapter-keys-named", "error", text, odd, folded(case, odd), HERE, ("adapter-names",), "safe", command
+            "adapter-keys-named", "error", text, odd, folded(case, odd), HERE, ("mend-adapter-names",), "safe", command
         )
 
 

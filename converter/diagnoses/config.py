@@ -50,7 +50,7 @@ def architecture_missing(case: Case, context: Context) -> Iterable[Finding]:
     """
     if case.config and not architecture(case):
         text = "config.json names no architecture: engines that choose by it refuse the model"
-        yield Finding("architecture-missing", "cosmetic", text, recoverability=HERE, fix=("architecture",))
+        yield Finding("architecture-missing", "cosmetic", text)
 
 
 @diagnosis("architecture-wrapper", "model")
@@ -62,7 +62,7 @@ def architecture_wrapper(case: Case, context: Context) -> Iterable[Finding]:
     if _WRAPPERS.match(name):
         text = f"architectures is [{show(name)}], the trainer's wrapper: no engine knows that class"
         yield Finding(
-            "architecture-wrapper", "error", text, recoverability=HERE, fix=("architecture",), applicability="safe"
+            "architecture-wrapper", "error", text, recoverability=HERE, fix=("mend-architecture",), applicability="safe"
         )
 
 
@@ -100,7 +100,7 @@ def labels_mismatch(case: Case, context: Context) -> Iterable[Finding]:
                 (name,),
                 folded(case, [name]),
                 HERE,
-                ("labels",),
+                ("mend-labels",),
                 "safe",
                 f"rlhf-convert repair {case.path} {case.out('fixed')}",
             )
@@ -139,7 +139,7 @@ def pad_token_missing(case: Case, context: Context) -> Iterable[Finding]:
         "changes-numbers",
         text,
         recoverability=HERE if known is not None else "",
-        fix=("pad-token",) if known is not None else (),
+        fix=("mend-pad-token",) if known is not None else (),
         applicability="safe" if known is not None else "display-only",
         next=next_step,
     )
@@ -186,7 +186,7 @@ def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
             tuple(wrong),
             folded(case, wrong),
             HERE,
-            ("vocabulary",),
+            ("mend-vocabulary",),
             "unsafe",
             f"rlhf-convert repair {case.path} {case.out('fixed')} --allow vocabulary-rows",
         )
@@ -243,7 +243,7 @@ def tokenizer_of_transformers_5(case: Case, context: Context) -> Iterable[Findin
             (),
             tuple(wrong),
             HERE,
-            ("tokenizer",),
+            ("mend-for-transformers-4",),
             "safe",
             command,
         )
@@ -270,7 +270,9 @@ def rope_of_transformers_5(case: Case, context: Context) -> Iterable[Finding]:
                 f"rope_theta {theta:g} stands in rope_parameters only: transformers 4 would go on with 10000, silently"
             )
             command = f"rlhf-convert repair {case.path} {case.out('fixed')} --for transformers@4"
-            yield Finding("rope-of-transformers-5", severity, text, (), (), HERE, ("rope",), "safe", command)
+            yield Finding(
+                "rope-of-transformers-5", severity, text, (), (), HERE, ("mend-for-transformers-4",), "safe", command
+            )
             return
 
 

@@ -11,6 +11,10 @@ from converter.errors import show
 from converter.sources.survey import Fault
 
 _COPY = "from another copy of the file"
+_WRITTEN_ANEW = frozenset(
+    {"index-missing", "index-unlisted", "index-total-size", "stale-shards", "stray-weights", "adapter-empty-twin"}
+)
+"""Faults that no output has: its index is made from its headers, and only what is read is written."""
 
 # Code: (recoverability, what `explain` says).
 _DOCUMENTED: dict[str, tuple[str, str]] = {
@@ -218,11 +222,33 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
         _COPY,
         "Shard files of two runs, or of two world sizes, lie in one folder: they do not belong together.",
     ),
-    "zero-ranks-missing": (
+    "zero-rank-missing": (
         _COPY,
         (
             "Shard files of some ranks are missing. In stage 3 every parameter loses a part with each; in stages 1 and "
             "2 the 16-bit weights are whole in the model file, and only masters and moments are lost."
+        ),
+    ),
+    "zero-model-file": (
+        _COPY,
+        (
+            "The model file (*model_states.pt) is missing: parameters' names and shapes are in it, and without it the "
+            "partitions can't be told apart. Copy it from the first node of the run."
+        ),
+    ),
+    "zero-parameter-missing": (
+        "from the ranks' files, which the universal checkpoint was made of",
+        (
+            "A universal checkpoint has one folder a parameter in `zero`, and some of them are not there, or have no "
+            "master: a copy that stopped, or parameters that never got a gradient."
+        ),
+    ),
+    "zero-round-robin": (
+        "from the ranks' files, which the universal checkpoint was made of",
+        (
+            "DeepSpeed's ds_to_universal.py cuts the partitions of a run with round_robin_gradients at the wrong "
+            "places: masters and moments in `zero` belong to other parameters, and loading them trains another model. "
+            "The 16-bit weights in the model file are exact. The ranks' own files are read in the right order."
         ),
     ),
     "zero-sizes": (
@@ -268,13 +294,18 @@ def finding_of(fault: Fault, case: Case) -> Finding:
     """A source's fault as a finding."""
     recoverability = _DOCUMENTED.get(fault.code, ("", ""))[0]
     file = Path(fault.where).name if fault.where and fault.where != show(case.root) else ""
+    is_mended = fault.code in _WRITTEN_ANEW
+    command = (
+        f"rlhf-convert repair {case.path} {case.out('fixed')}" if is_mended and fault.code != "stray-weights" else None
+    )
     return Finding(
         fault.code,
         fault.severity,
         fault.text,
         evidence=(file,) if file else (),
         recoverability=recoverability if fault.severity == "error" else "",
-        next=fault.next,
+        applicability="safe" if is_mended else "display-only",
+        next=command or fault.next,
     )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 from converter.context import Context
 from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded
-from converter.errors import show
 
 _WRAPPER = re.compile(
     r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module|_forward_module)\."
@@ -36,7 +35,7 @@ def names_wrapped(case: Case, context: Context) -> Iterable[Finding]:
         marks = sorted({m[0].strip(".") for n in wrapped if (m := _WRAPPER.search(n))})
         text = f"{len(wrapped)} of {len(case.shapes)} names hold a wrapper's part: {', '.join(marks)}"
         yield Finding(
-            "names-wrapped", "error", text, wrapped, folded(case, wrapped), HERE, ("names",), "safe", _repair(case)
+            "names-wrapped", "error", text, wrapped, folded(case, wrapped), HERE, ("mend-names",), "safe", _repair(case)
         )
 
 
@@ -94,7 +93,7 @@ def names_doubled(case: Case, context: Context) -> Iterable[Finding]:
     if found and len(found) >= len(case.shapes) - 2:
         text = f"{len(found)} of {len(case.shapes)} names have their prefix more than once"
         yield Finding(
-            "names-doubled", "error", text, found, folded(case, found), HERE, ("names",), "safe", _repair(case)
+            "names-doubled", "error", text, found, folded(case, found), HERE, ("mend-names",), "safe", _repair(case)
         )
 
 
@@ -113,7 +112,7 @@ def names_in_memory(case: Case, context: Context) -> Iterable[Finding]:
     if new and old:
         text = f"{len(new)} names are as in transformers from 4.52 on, {len(old)} as before: no version finds both"
         both = (*new, *old)
-        yield Finding("names-in-memory", "error", text, both, folded(case, both), HERE, ("names",), "unsafe")
+        yield Finding("names-in-memory", "error", text, both, folded(case, both), HERE, ("mend-names",), "unsafe")
 
 
 DIAGNOSES = (

@@ -56,13 +56,13 @@ def tied_copies(case: Case, context: Context) -> Iterable[Finding]:
     if a.info != b.info or (case.deep and not context.equal(a, b)):
         text = f"tie_word_embeddings is true, and {show(outputs)} differs from {show(inputs)}: loaders throw it away"
         yield Finding(
-            "tied-copies", "changes-numbers", text, pair, folded(case, pair), HERE, ("untie",), "unsafe",
+            "tied-copies", "changes-numbers", text, pair, folded(case, pair), HERE, ("mend-ties",), "unsafe",
             f"{command} --allow untie",
         )  # fmt: skip
     else:
         said = "equal" if case.deep else "whether they are equal is seen with --deep"
         text = f"tie_word_embeddings is true, and {show(outputs)} is stored beside {show(inputs)}; {said}"
-        yield Finding("tied-copies", "cosmetic", text, pair, folded(case, pair), HERE, ("ties",), "safe", command)
+        yield Finding("tied-copies", "cosmetic", text, pair, folded(case, pair), HERE, ("mend-ties",), "safe", command)
 
 
 @diagnosis("output-embedding-in-classifier", "model")

@@ -1,0 +1,182 @@
+"""Mends of a config: labels, pad token, architecture, vocabulary, and both spellings of what transformers 5 renamed.
+
+No tensor changes. What can't be told from the folder itself is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from converter.checkpoint import Checkpoint, SideFile
+from converter.context import Context
+from converter.converters.task_head import pad_token_of
+from converter.errors import Refused, fold, show
+from converter.strict_json import load_json
+
+_WRAPPER = re.compile(r"^(?:FSDP\d?|DDP|Peft|DistributedDataParallel)(?=[A-Z])")
+_HEAD = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
+_ROWS = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight$")
+TOKENIZER = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class MendArchitecture:
+    """Take a trainer's wrapper off the class name in `architectures`: FSDPQwen2ForCausalLM is Qwen2ForCausalLM."""
+
+    name: ClassVar[str] = "mend-architecture"
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The checkpoint with its class named.
+
+        Raises:
+            Refused: no class is named at all (`config-architecture`).
+        """
+        names = checkpoint.config.get("architectures")
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+            what = "config.json names no architecture, and which class the weights are of is not guessed"
+            raise Refused("config-architecture", what, where=show(checkpoint.origin.asked))
+        bare = [_WRAPPER.sub("", n) for n in names]
+        if bare != names:
+            context.note("info", "mended", f"architectures: {show(names[0])} is {show(bare[0])}")
+        return _with(checkpoint, {"architectures": bare})
+
+
+@dataclass(frozen=True)
+class MendLabels:
+    """Make the config's labels as many as the head has rows."""
+
+    name: ClassVar[str] = "mend-labels"
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The checkpoint with its labels counted.
+
+        Raises:
+            Refused: there is no head to count by (`head-missing`).
+        """
+        rows = next((t.info.shape[0] for n, t in checkpoint.tensors.items() if _HEAD.match(n) and t.info.shape), None)
+        if rows is None:
+            what = "there is no head whose rows could be counted"
+            raise Refused("head-missing", what, where=show(checkpoint.origin.asked))
+        context.note("info", "mended", f"num_labels: {rows}, the rows of the head")
+        labels = {str(i): f"LABEL_{i}" for i in range(rows)}
+        back = {label: int(i) for i, label in labels.items()}
+        return _with(checkpoint, {"num_labels": rows, "id2label": labels, "label2id": back})
+
+
+@dataclass(frozen=True)
+class MendPadToken:
+    """Write the tokenizer's pad token into a config that has none."""
+
+    name: ClassVar[str] = "mend-pad-token"
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The checkpoint with a pad token.
+
+        Raises:
+            Refused: the tokenizer has none (`pad-token-missing`).
+        """
+        if checkpoint.config.get("pad_token_id") is not None:
+            return checkpoint
+        known = pad_token_of(checkpoint.side_files)
+        if known is None:
+            raise Refused(
+                "pad-token-missing",
+                "neither the config nor the tokenizer has a pad token",
+                where=show(checkpoint.origin.asked),
+                next="set pad_token_id in config.json to the id that training used",
+            )
+        context.note("info", "mended", f"pad_token_id: {known}, the tokenizer's pad token")
+        return _with(checkpoint, {"pad_token_id": known})
+
+
+@dataclass(frozen=True)
+class MendVocabulary:
+    """Make the config's vocab_size the number of rows of the embeddings."""
+
+    name: ClassVar[str] = "mend-vocabulary"
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The checkpoint with its vocabulary counted.
+
+        Raises:
+            Refused: embeddings of different heights (`vocab-mismatch`), or without consent (`vocabulary-rows`).
+        """
+        rows = {n: t.info.shape[0] for n, t in checkpoint.tensors.items() if _ROWS.search(n) and len(t.info.shape) == 2}
+        rows = {n: r for n, r in rows.items() if "vision" not in n and "visual" not in n and "audio" not in n}
+        if len(set(rows.values())) != 1:
+            what = f"the embeddings have different numbers of rows: {sorted(set(rows.values()))} in {fold(rows)}"
+            raise Refused("vocab-mismatch", what, where=show(checkpoint.origin.asked))
+        (count,) = set(rows.values())
+        nested = checkpoint.config.get("text_config")
+        config = nested if isinstance(nested, dict) and "vocab_size" in nested else checkpoint.config
+        said = config.get("vocab_size")
+        if said == count:
+            return checkpoint
+        what = f"config.json says vocab_size {show(said)}, and the embeddings have {count} rows"
+        context.consent(Refused("vocabulary-rows", what, where=show(checkpoint.origin.asked)))
+        context.note("changes-numbers", "mended", f"vocab_size: {show(said)} becomes {count}")
+        if config is checkpoint.config:
+            return _with(checkpoint, {"vocab_size": count})
+        return _with(checkpoint, {"text_config": {**config, "vocab_size": count}})
+
+
+@dataclass(frozen=True)
+class MendForTransformers4:
+    """Write what transformers 5 renamed under its old name too, so that both read the folder alike."""
+
+    name: ClassVar[str] = "mend-for-transformers-4"
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The checkpoint with `rope_theta`, `rope_scaling` and `torch_dtype` beside the new spellings."""
+        config = _both_spellings(checkpoint.config)
+        nested = config.get("text_config")
+        if isinstance(nested, dict):
+            config = {**config, "text_config": _both_spellings(nested)}
+        if config != dict(checkpoint.config):
+            context.note("info", "mended", "config.json: old spellings written beside those of transformers 5")
+        return _with_tokenizer(checkpoint.replace(config=config), context)
+
+
+def _both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    new = dict(config)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values()):
+        if "rope_theta" not in config and isinstance(rope.get("rope_theta"), int | float):
+            new["rope_theta"] = rope["rope_theta"]
+        kind = rope.get("rope_type", "default")
+        if "rope_scaling" not in config and kind != "default":
+            new["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if "dtype" in config and "torch_dtype" not in config:
+        new["torch_dtype"] = config["dtype"]
+    return new
+
+
+def _with_tokenizer(checkpoint: Checkpoint, context: Context) -> Checkpoint:
+    file = checkpoint.side_files.get(TOKENIZER)
+    if file is None or file.source is None:
+        return checkpoint
+    value = load_json(Path(file.source), allow_nan=True)
+    if not isinstance(value, dict):
+        return checkpoint
+    new = dict(value)
+    if new.get("tokenizer_class") == "TokenizersBackend":
+        new["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = new.get("extra_special_tokens")
+    if isinstance(extra, list):
+        del new["extra_special_tokens"]
+        have = new.get("additional_special_tokens")
+        new["additional_special_tokens"] = [*(have if isinstance(have, list) else []), *extra]
+    if new == value:
+        return checkpoint
+    context.note("info", "mended", f"{TOKENIZER}: class and special tokens as transformers 4 reads them")
+    content = (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
+    return checkpoint.replace(side_files={**checkpoint.side_files, TOKENIZER: SideFile(content=content)})
+
+
+def _with(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Checkpoint:
+    return checkpoint.replace(config={**checkpoint.config, **changes})

@@ -1,0 +1,143 @@
+"""Mends of names and of stored ties: wrappers off, PEFT's own spelling, equal copies once, different ones untied."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from converter.checkpoint import Checkpoint
+from converter.context import Context
+from converter.converters.gather import Gather
+from converter.converters.gather_names import PEFT_PREFIX, without_wrappers
+from converter.errors import Refused, fold, show
+from converter.inputs import Input
+
+_TWICE = re.compile(r"^((?:\w+\.)+?)\1+")
+_ADAPTER_NAME = re.compile(
+    r"(?P<kind>\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?P<name>[^.]+)(?=\.|$)"
+)
+_LEAVES = frozenset({"weight", "bias"})
+_OUTPUTS = ("lm_head.weight", "embed_out.weight")
+
+
+@dataclass(frozen=True)
+class MendNames:
+    """Take wrappers (module., _orig_mod., FSDP's) and repeated prefixes off the names, until nothing changes."""
+
+    name: ClassVar[str] = "mend-names"
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The checkpoint under plain names.
+
+        Raises:
+            Refused: two tensors would get one name (`rename-collision`).
+        """
+        names, taken = without_wrappers(checkpoint.tensors)
+        doubled = [m for n in names.values() if (m := _TWICE.match(n))]
+        if doubled and len(doubled) >= len(names) - 2:
+            names = {raw: _TWICE.sub(r"\1", n) for raw, n in names.items()}
+            taken = (*taken, f"{doubled[0][1]} twice")
+        if taken:
+            context.note("info", "mended", "taken off the names: " + ", ".join(f"`{show(t)}`" for t in taken))
+        return checkpoint.rename(names)
+
+
+@dataclass(frozen=True)
+class MendAdapterNames:
+    """Give an adapter's tensors the names that PEFT writes and looks for."""
+
+    name: ClassVar[str] = "mend-adapter-names"
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The adapter under PEFT's names.
+
+        Raises:
+            Refused: two tensors would get one name (`rename-collision`).
+        """
+        plain, _ = without_wrappers(checkpoint.tensors)
+        names = {raw: _peft_name(name) for raw, name in plain.items()}
+        changed = sum(raw != name for raw, name in names.items())
+        if changed:
+            context.note("info", "mended", f"{changed} keys renamed to those that PEFT looks for")
+        return checkpoint.rename(names)
+
+
+def _peft_name(name: str) -> str:
+    while name.startswith(PEFT_PREFIX):
+        name = name.removeprefix(PEFT_PREFIX)
+    match = _ADAPTER_NAME.search(name)
+    if match is not None and match["name"] not in _LEAVES:
+        name = name[: match.end("kind")] + name[match.end() :]
+    name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
+    return PEFT_PREFIX + name
+
+
+@dataclass(frozen=True)
+class MendTies:
+    """Store tied embeddings once where both copies are equal, and untie them, with consent, where they differ."""
+
+    name: ClassVar[str] = "mend-ties"
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The checkpoint with its ties as stored.
+
+        Raises:
+            Refused: the copies differ, without consent (`untie`).
+        """
+        stored = checkpoint.tensors
+        output = next((n for n in _OUTPUTS if n in stored), None)
+        inputs = [n for n in stored if n.endswith((".embed_tokens.weight", ".wte.weight", ".embed_in.weight"))]
+        nested = checkpoint.config.get("text_config")
+        config = nested if isinstance(nested, dict) and "tie_word_embeddings" in nested else checkpoint.config
+        if output is None or len(inputs) != 1 or config.get("tie_word_embeddings") is not True:
+            return checkpoint
+        if context.equal(stored[inputs[0]], stored[output]):
+            context.note("info", "mended", f"{show(output)} equals {show(inputs[0])} and is stored once")
+            kept = {n: t for n, t in stored.items() if n != output}
+            why = {output: f"equal to {inputs[0]}, to which the config ties it"}
+            return checkpoint.replace(tensors=kept, dropped={**checkpoint.dropped, **why})
+        what = f"{show(output)} differs from {show(inputs[0])}, to which the config ties it: loaders throw it away"
+        context.consent(Refused("untie", what, where=show(checkpoint.origin.asked)))
+        context.note("changes-numbers", "untied", "tie_word_embeddings is false now: loaders use both tensors")
+        new = {**config, "tie_word_embeddings": False}
+        whole = (
+            new
+            if config is checkpoint.config
+            else {**checkpoint.config, "text_config": new, "tie_word_embeddings": False}
+        )
+        return checkpoint.replace(config=whole, ties=())
+
+
+@dataclass(frozen=True)
+class SplitLora:
+    """Merge, or split off, the LoRA layers that a trainer left in a full model (base_layer, lora_A, lora_B).
+
+    Attributes:
+        emit: `merged` or `adapter`.
+        lora_alpha: of the training script; no tensor records it.
+        base: the base model, for what the file lacks.
+    """
+
+    name: ClassVar[str] = "split-lora"
+
+    emit: Literal["merged", "adapter"] = "merged"
+    lora_alpha: float | None = None
+    base: Input | None = None
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The merged model, or the adapter.
+
+        Raises:
+            UsageError: lora_alpha is not known (`lora-alpha-unknown`).
+            Refused: see `Gather`.
+        """
+        plain, _ = without_wrappers(checkpoint.tensors)
+        names = {raw: n if PEFT_PREFIX in n else f"{PEFT_PREFIX}{n}" for raw, n in plain.items()}
+        state = checkpoint.rename(names)
+        state = state.replace(origin=dataclasses.replace(checkpoint.origin, kind="training"), shards={}, trained=None)
+        context.note(
+            "info", "mended", f"LoRA layers in a full model: {fold([n for n in plain.values() if 'lora_' in n])}"
+        )
+        return Gather(emit=self.emit, base=self.base, lora_alpha=self.lora_alpha)(state, context)
