@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from converter.context import Context, Note
     from converter.dtypes import DType, TensorInfo
     from converter.errors import ConvertError, Refused, UsageError, VerificationFailed
+    from converter.evaluate import to_torch
     from converter.execute import write
     from converter.inputs import Input
     from converter.kernel_specs import KernelSpec
+    from converter.moments import adam_moments
     from converter.plan import Plan, make_plan
     from converter.recipe import Recipe, load_recipe
 
@@ -37,8 +39,10 @@ _HOME = {
     "TensorInfo": "dtypes",
     "UsageError": "errors",
     "VerificationFailed": "errors",
+    "adam_moments": "moments",
     "load_recipe": "recipe",
     "make_plan": "plan",
+    "to_torch": "evaluate",
     "write": "execute",
 }
 
@@ -59,8 +63,10 @@ __all__ = [
     "UsageError",
     "VerificationFailed",
     "__version__",
+    "adam_moments",
     "load_recipe",
     "make_plan",
+    "to_torch",
     "write",
 ]
 

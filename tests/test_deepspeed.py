@@ -105,11 +105,11 @@ def test_files_without_alignment_paddings_and_with_one_mapping_of_shapes_are_tho
 ) -> None:
     run = _copy(tmp_path, "bf16-optimizer-z1-n2")
     path = run / "global_step2" / "mp_rank_00_model_states.pt"
-    _edit(path, lambda state: state.update(param_shapes=state["param_shapes"][0]))
+    edit(path, lambda state: state.update(param_shapes=state["param_shapes"][0]))
     assert faults(run) == []
 
 
-def _edit(path: Path, change: Callable[[Any], Any]) -> None:
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
     """Change a file with torch itself; what DeepSpeed pickled beside tensors is replaced by numbers."""
     state = torch.load(path, weights_only=False, pickle_module=_plain())  # noqa: TID251
     change(state)
@@ -200,11 +200,11 @@ def test_files_of_two_steps_are_refused(tmp_path: Path) -> None:
         for entry in state["optimizer_state_dict"]["optimizer_state_dict"]["state"].values():
             entry["step"] += 1
 
-    _edit(run / "global_step2" / "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt", later)
+    edit(run / "global_step2" / "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt", later)
     assert "rank 2: step 3" in _refused(run, "zero-mixed").what
     run = _copy(tmp_path, "lm-tied-z3-n2")
     path = run / "global_step2" / "zero_pp_rank_1_mp_rank_00_model_states.pt"
-    _edit(path, lambda state: state.update(global_steps=9))
+    edit(path, lambda state: state.update(global_steps=9))
     assert "step 9" in _refused(run, "zero-mixed").what
 
 
@@ -216,7 +216,7 @@ def test_a_stretch_that_is_too_short_is_refused(tmp_path: Path) -> None:
             groups = state["optimizer_state_dict"][key]
             groups[0] = groups[0][:-1].clone()
 
-        _edit(run / "global_step2" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", cut)
+        edit(run / "global_step2" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", cut)
         _refused(run, "zero-sizes", master=True)
 
 
@@ -236,7 +236,7 @@ def test_a_stretch_that_is_too_short_is_refused(tmp_path: Path) -> None:
 )
 def test_client_state_that_shadows_deepspeeds_own_keys_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     run = _copy(tmp_path, "subgroups-z3-n3")
-    _edit(run / "global_step2" / "zero_pp_rank_0_mp_rank_00_model_states.pt", lambda s: s.update({key: value}))
+    edit(run / "global_step2" / "zero_pp_rank_0_mp_rank_00_model_states.pt", lambda s: s.update({key: value}))
     with pytest.raises(Refused) as caught:
         open_tag(run, asked="x")
     assert caught.value.code in ("zero-malformed", "zero-sizes", "zero-mixed", "zero-rank-missing")
@@ -247,7 +247,7 @@ def test_user_state_of_any_class_is_data(tmp_path: Path) -> None:
     client = {"note": __import__("argparse").Namespace(x=1), "losses": [torch.ones(2)]}
     for rank in (0, 1):
         path = run / "global_step2" / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
-        _edit(path, lambda state: state.update(client))
+        edit(path, lambda state: state.update(client))
     assert faults(run) == []
 
 
@@ -255,10 +255,8 @@ _FOREIGN = {
     "zero-pipeline": ["layer_00-model_00-model_states.pt", "mp_rank_00_model_states.pt"],
     "zero-experts": ["layer_0_expert_1_mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt"],
     "zero-tensor-parallel": ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"],
-    "zero-universal": ["zero/model.embed_tokens.weight/fp32.pt", "mp_rank_00_model_states.pt"],
     "zero-offloaded": ["offloaded_tensors/rank00/x.swp", "zero_pp_rank_0_mp_rank_00_model_states.pt"],
     "megatron": ["mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"],
-    "torch-dcp": [".metadata", "__0_0.distcp"],
 }
 
 

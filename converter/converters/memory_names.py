@@ -72,7 +72,7 @@ class _Transform:
 
     def apply(self, name: str, met: set[int]) -> str | None:
         """The new name, or None where the pattern does not match; `met` remembers groups that have begun."""
-        head = self._scope(name)
+        head = self.head(name)
         if head is None:
             return None
         rest = name[len(head) :]
@@ -93,7 +93,7 @@ class _Transform:
             target = _BACK_REFERENCE.sub(lambda back: match[first + int(back[1])], target)
         return head + rest.replace(match[0], target, 1)
 
-    def _scope(self, name: str) -> str | None:
+    def head(self, name: str) -> str | None:
         """The part of the name that leads to the sub-model, with or without the backbone's prefix."""
         if self.scope is None:
             return ""
@@ -127,6 +127,11 @@ class Architecture:
     name: str
     prefix: str
     transforms: tuple[_Transform, ...]
+
+    @property
+    def own(self) -> tuple[_Transform, ...]:
+        """The transforms but for those of old spellings, which every class reads and no save writes."""
+        return self.transforms[: len(self.transforms) - len(_rules("legacy") or ())]
 
     def in_memory(self, name: str, met: set[int] | None = None) -> tuple[str, _Transform | None]:
         """The name in memory, and the entry that also changes the values, if one does."""
@@ -183,6 +188,12 @@ def _submodels(
             chosen, kind = _data()["auto"][task].get(asked), asked
         if chosen in _classes():
             yield from _submodels(chosen, inner, f"{path}.{below}" if path else below, kind)
+
+
+def auto_class(task: str, kind: str) -> str | None:
+    """The class that transformers has for a task (`CAUSAL_LM`, `SEQ_CLS`, `TOKEN_CLS`, `base`) and a model type."""
+    found = _data()["auto"][task].get(kind)
+    return found if isinstance(found, str) else None
 
 
 def architectures(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> tuple[Architecture, ...]:

@@ -11,7 +11,7 @@ MESSAGES = (
         "{have} shard files lie where {want} belong: a run of another size saved into the same folder, or files are "
         "missing.",
         ("rlhf-convert doctor DIR", "rlhf-convert gather DIR OUT"),
-        ("zero-mixed", "zero-ranks-missing"),
+        ("zero-mixed", "zero-rank-missing"),
     ),
     Message(
         "zero-stage-unknown",

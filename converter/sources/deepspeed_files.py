@@ -19,6 +19,9 @@ from converter.sources.survey import file_names
 from converter.sources.unread import other_layout
 
 LATEST = "latest"
+LATEST_UNIVERSAL = "latest_universal"
+UNIVERSAL = "zero"
+"""The folder with one folder a parameter, in a universal checkpoint."""
 MAX_TAG = 200
 # The files of old versions lack the underscore before their last word.
 _MODEL = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,4})_?model_states\.pt", re.ASCII)
@@ -47,14 +50,34 @@ def holds_shards(names: Collection[str]) -> bool:
     return any(_MODEL.fullmatch(n) or _OPTIMIZER.fullmatch(n) for n in names)
 
 
+def is_universal(folder: Path) -> bool:
+    """True for what ds_to_universal.py writes: `zero/<parameter>/fp32.pt`, and no rank's optimizer file."""
+    zero = folder / UNIVERSAL
+    if not zero.is_dir() or any(_OPTIMIZER.fullmatch(n) for n in file_names(folder)):
+        return False
+    return (zero / "optimizer_state.pt").is_file() or any((p / "fp32.pt").is_file() for p in _folders(zero)[:16])
+
+
+def holds_ranks(folder: Path) -> bool:
+    """True where ranks saved their shards into this folder; a universal checkpoint has model files too."""
+    return holds_shards(file_names(folder)) and not is_universal(folder)
+
+
 def tags_in(root: Path) -> list[Path]:
-    """Folders below `root` that hold shards, by the numbers in their names."""
+    """Folders below `root` that hold ranks' shards, by the numbers in their names."""
+    return [p for p in _folders(root) if holds_ranks(p)]
+
+
+def universal_in(root: Path) -> list[Path]:
+    """Folders below `root` that hold universal checkpoints, by the numbers in their names."""
+    return [p for p in _folders(root) if is_universal(p)]
+
+
+def _folders(root: Path) -> list[Path]:
     try:
-        folders = [p for p in root.iterdir() if p.is_dir()]
+        return sorted((p for p in root.iterdir() if p.is_dir()), key=by_number)
     except OSError:
         return []
-    found = [p for p in folders if holds_shards(file_names(p))]
-    return sorted(found, key=by_number)
 
 
 def find_tag(root: Path, asked: str, tag: str | None = None) -> Place:
@@ -82,13 +105,29 @@ def search_tag(root: Path, asked: str, tag: str | None = None) -> Place | None:
         UsageError: several to choose from (`several-checkpoints`), or no such tag.
         Refused: `latest` names a tag that isn't there (`zero-latest`), or a layout that is not read.
     """
-    if holds_shards(file_names(root)):
-        if tag not in (None, root.name):
-            raise UsageError("no-such-tag", f"this folder is the tag {show(root.name)}, not {show(tag)}", where=asked)
-        return Place(root, "named by you")
+    if is_universal(root):
+        return None
+    if holds_ranks(root):
+        return _itself(root, asked, tag)
     if (refusal := other_layout(root)) is not None:
         raise refusal
-    tags = tags_in(root)
+    tags, universal = tags_in(root), universal_in(root)
+    if universal and (not tags or tag in {p.name for p in universal}):
+        return None
+    found = _among(root, asked, tag, tags)
+    if found is not None and universal:
+        text = f"{fold([p.name for p in universal])} is there too: the ranks' own files are preferred"
+        return Place(found.folder, f"{found.why}; {text}")
+    return found
+
+
+def _itself(root: Path, asked: str, tag: str | None) -> Place:
+    if tag not in (None, root.name):
+        raise UsageError("no-such-tag", f"this folder is the tag {show(root.name)}, not {show(tag)}", where=asked)
+    return Place(root, "named by you")
+
+
+def _among(root: Path, asked: str, tag: str | None, tags: list[Path]) -> Place | None:
     if tag is not None and tags:
         return _asked_tag(root, asked, tag, tags)
     if (root / LATEST).is_file():
@@ -103,7 +142,7 @@ def search_tag(root: Path, asked: str, tag: str | None = None) -> Place | None:
             expected=", ".join(show(p.name) for p in tags[-8:]),
             next=f"rlhf-convert gather {show(asked)} OUT --tag {show(tags[-1].name)}",
         )
-    return _below(root, asked)
+    return _below(root, asked, tag)
 
 
 def _asked_tag(root: Path, asked: str, tag: str, tags: list[Path]) -> Place:
@@ -119,10 +158,7 @@ def _asked_tag(root: Path, asked: str, tag: str, tags: list[Path]) -> Place:
 
 
 def _latest(root: Path, asked: str, tags: list[Path]) -> Place:
-    raw = read_limited(root / LATEST, limit=4096, root=root)
-    name = raw.decode("utf-8", "replace").strip()
-    if not name or len(name) > MAX_TAG or "/" in name or name in (".", ".."):
-        raise Refused("zero-latest", "`latest` names no folder beside it", where=show(root / LATEST), got=show(name))
+    name = _named_by(root / LATEST)
     for folder in tags:
         if folder.name == name:
             return Place(folder, "`latest` says so")
@@ -138,21 +174,75 @@ def _latest(root: Path, asked: str, tags: list[Path]) -> Place:
     )
 
 
-def _below(root: Path, asked: str) -> Place | None:
+def _named_by(file: Path) -> str:
+    """The folder that `latest` names."""
+    raw = read_limited(file, limit=4096, root=file.parent)
+    name = raw.decode("utf-8", "replace").strip()
+    if not name or len(name) > MAX_TAG or "/" in name or name in (".", ".."):
+        raise Refused("zero-latest", f"`{file.name}` names no folder beside it", where=show(file), got=show(name))
+    return name
+
+
+def _below(root: Path, asked: str, tag: str | None) -> Place | None:
     """A run's folder: the checkpoints in it have the tags."""
-    try:
-        inside = [p for p in root.iterdir() if p.is_dir() and tags_in(p)]
-    except OSError:
-        inside = []
-    inside.sort(key=by_number)
-    if not inside:
+    inside = _only([p for p in _folders(root) if tags_in(p)], asked)
+    if inside is None:
         return None
+    found = find_tag(inside, f"{asked.rstrip('/')}/{inside.name}", tag)
+    return Place(found.folder, f"in {show(inside.name)}, the only checkpoint of the run; {found.why}")
+
+
+def _only(inside: list[Path], asked: str) -> Path | None:
+    """The one checkpoint of a run, or None.
+
+    Raises:
+        UsageError: several to choose from (`several-checkpoints`).
+    """
     if len(inside) > 1:
         listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in inside[-8:])
         what = f"a run folder with {len(inside)} checkpoints; name one of them"
         raise UsageError("several-checkpoints", what, where=show(asked), expected=listed)
-    found = find_tag(inside[0], f"{asked.rstrip('/')}/{inside[0].name}")
-    return Place(found.folder, f"in {show(inside[0].name)}, the only checkpoint of the run; {found.why}")
+    return inside[0] if inside else None
+
+
+def search_universal(root: Path, asked: str, tag: str | None = None) -> Place | None:
+    """The universal checkpoint that is meant; None where there is none, or where ranks' files are preferred to it.
+
+    Raises:
+        UsageError: several to choose from (`several-checkpoints`), or no such tag.
+        Refused: `latest_universal` names a folder that isn't there (`zero-latest`).
+    """
+    if is_universal(root):
+        return _itself(root, asked, tag)
+    if holds_ranks(root):
+        return None
+    found, tags = universal_in(root), tags_in(root)
+    if tag is not None and any(p.name == tag for p in found):
+        return Place(root / tag, "asked for with --tag")
+    if tags:
+        return None
+    if not found:
+        inside = _only([p for p in _folders(root) if universal_in(p) and not tags_in(p)], asked)
+        place = None if inside is None else search_universal(inside, f"{asked.rstrip('/')}/{inside.name}", tag)
+        if inside is None or place is None:
+            return None
+        return Place(place.folder, f"in {show(inside.name)}, the only checkpoint of the run; {place.why}")
+    if tag is not None:
+        return _asked_tag(root, asked, tag, found)
+    if (root / LATEST_UNIVERSAL).is_file():
+        name = _named_by(root / LATEST_UNIVERSAL)
+        if all(p.name != name for p in found):
+            text = f"`{LATEST_UNIVERSAL}` names {show(name)}, and there is no universal checkpoint of that name"
+            raise Refused("zero-latest", text, where=show(asked), expected=", ".join(show(p.name) for p in found[-8:]))
+        return Place(root / name, f"`{LATEST_UNIVERSAL}` says so")
+    if len(found) > 1:
+        raise UsageError(
+            "several-checkpoints",
+            f"{len(found)} universal checkpoints and no `{LATEST_UNIVERSAL}` that says which",
+            where=show(asked),
+            expected=", ".join(show(p.name) for p in found[-8:]),
+        )
+    return Place(found[0], f"the only one; there is no `{LATEST_UNIVERSAL}`")
 
 
 def rank_files(folder: Path) -> RankFiles:
@@ -187,8 +277,7 @@ def rank_files(folder: Path) -> RankFiles:
             "zero-tensor-parallel",
             f"the model was split over tensor-parallel ranks: {fold(parallel)}",
             where=show(folder),
-            next="load it with DeepSpeed and save it gathered (engine.save_16bit_model), or make it universal with "
-            "ds_to_universal.py",
+            next="load it with DeepSpeed and save it gathered (engine.save_16bit_model)",
         )
     if whole and models:
         text = f"{show(whole[0])} is of stages 0 to 2, {fold(models.values())} of stage 3: two runs saved into it"

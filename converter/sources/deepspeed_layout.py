@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from converter import tensors
 from converter.dtypes import TensorInfo
 from converter.sources.deepspeed_state import BF16_OPTIMIZER, Shards, all_optimizers, shapes, tensor_list
+from converter.sources.deepspeed_zero_folder import Shapes, State, universal_tensors
 from converter.tensors import Filled, LazyTensor
-
-State = Literal["master", "exp_avg", "exp_avg_sq"]
-Shapes = dict[str, tuple[int, ...]]
 
 
 def trained_shapes(shards: Shards) -> list[Shapes]:
@@ -46,6 +44,8 @@ def trained_tensors(shards: Shards, state: State = "master") -> dict[str, LazyTe
     """
     if shards.stage == 0:
         raise shards.refuse("zero-no-masters", "without ZeRO the optimizer's states are not stored by name")
+    if shards.universal:
+        return universal_tensors(shards, trained_shapes(shards), state)
     states = all_optimizers(shards)
     return _stage_3(shards, states, state) if shards.stage == 3 else _stage_1_2(shards, states, state)
 

@@ -14,7 +14,7 @@ from converter.checkpoint import RecordCheck
 from converter.dtypes import DType
 from converter.errors import Refused, fold, show
 from converter.files import Identity, open_input, read_exact
-from converter.sources.deepspeed_files import RankFiles, rank_files
+from converter.sources.deepspeed_files import UNIVERSAL, RankFiles, is_universal, rank_files
 from converter.sources.torch_file import Opaque, read_torch_file
 from converter.tensors import LazyTensor, Stored
 
@@ -29,6 +29,7 @@ class Shards:
         stage: 0 to 3.
         ranks: data-parallel ranks that saved; 1 where no file says.
         optimizer: `BF16_Optimizer`, or empty.
+        universal: ds_to_universal.py made it: masters and moments lie in one folder a parameter.
         said: what was found that a user should know.
     """
 
@@ -36,10 +37,11 @@ class Shards:
     stage: int = 0
     ranks: int = 1
     optimizer: str = ""
+    universal: bool = False
     said: list[str] = field(default_factory=list)
     checks: list[RecordCheck] = field(default_factory=list)
     inputs: dict[str, Identity] = field(default_factory=dict)
-    _opened: dict[str, Mapping[Any, Any]] = field(default_factory=dict)
+    _opened: dict[str, Any] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -57,17 +59,22 @@ class Shards:
         """A refusal about the folder or one of its files."""
         return Refused(code, what, where=show(self.folder / file if file else self.folder), next=next)
 
-    def open(self, file: str) -> Mapping[Any, Any]:
-        """The dictionary in a file."""
+    def read(self, file: str) -> Any:
+        """What a file holds."""
         if file not in self._opened:
             read = read_torch_file(self.folder / file, root=self.folder)
-            if not isinstance(read.value, dict):
-                raise self.refuse("zero-malformed", "the file holds no dictionary", file=file)
             self._opened[file] = read.value
             self.checks += read.checks
             self.inputs[str((self.folder / file).absolute())] = read.identity
             self._digests[file] = read.digest
         return self._opened[file]
+
+    def open(self, file: str) -> Mapping[Any, Any]:
+        """The dictionary in a file."""
+        value = self.read(file)
+        if not isinstance(value, dict):
+            raise self.refuse("zero-malformed", "the file holds no dictionary", file=file)
+        return value
 
     def model(self, rank: int = 0) -> Mapping[Any, Any]:
         """The model file's dictionary, that of `rank` in stage 3."""
@@ -107,6 +114,9 @@ def read_shards(folder: Path) -> Shards:
             next="copy it from the first node of the run",
         )
     first = shards.model(min(files.models, default=0))
+    if is_universal(folder):
+        _read_universal(shards, first)
+        return shards
     shards.stage = _stage(shards, first)
     shards.ranks = _ranks(shards, first)
     stale = [n for found in (files.models, files.optimizers) for r, n in found.items() if r >= shards.ranks]
@@ -115,6 +125,37 @@ def read_shards(folder: Path) -> Shards:
     if shards.stage == 3:
         _expect_rank_files(shards)
     return shards
+
+
+def common_state(shards: Shards) -> Mapping[Any, Any]:
+    """What a universal checkpoint keeps of the optimizer beside its parameters; empty where it has no such file."""
+    name = f"{UNIVERSAL}/optimizer_state.pt"
+    return shards.open(name) if (shards.folder / name).is_file() else {}
+
+
+def _read_universal(shards: Shards, first: Mapping[Any, Any]) -> None:
+    """Stage and ranks of the run that a universal checkpoint was made from."""
+    common = common_state(shards)
+    shards.universal = True
+    stage = _stage_number(common.get("zero_stage"))
+    if common and stage is None:
+        shards.optimizer = BF16_OPTIMIZER
+    shards.stage = 3 if shards.files.models else stage or 1
+    if stage not in (None, shards.stage):
+        text = f"the parameters are from stage {show(stage)}, the model files are not: they are of two runs"
+        raise shards.refuse("zero-mixed", text)
+    claimed, counts = first.get("dp_world_size"), common.get("partition_count")
+    counted = counts if isinstance(counts, list) else [counts]
+    known = {n for n in (*counted, claimed) if type(n) is int and n > 0}
+    if len(known) > 1:
+        raise shards.refuse("zero-mixed", f"model files and parameters are from runs of {sorted(known)} ranks")
+    shards.ranks = known.pop() if known else max(shards.files.models, default=0) + 1
+    if shards.stage == 3:
+        expect_model_files(shards)
+
+
+def _stage_number(value: Any) -> Any:
+    return value.args[0] if isinstance(value, Opaque) and value.args else value
 
 
 def _stage(shards: Shards, first: Mapping[Any, Any]) -> int:
@@ -127,7 +168,7 @@ def _stage(shards: Shards, first: Mapping[Any, Any]) -> int:
     if value is None:
         shards.optimizer = BF16_OPTIMIZER
         return 1
-    number = value.args[0] if isinstance(value, Opaque) and value.args else value
+    number = _stage_number(value)
     if number not in (0, 1, 2):
         raise shards.refuse("zero-mixed", f"the optimizer files are of stage {show(number)}, the model file is not")
     return int(number)
@@ -151,7 +192,7 @@ def _ranks(shards: Shards, first: Mapping[Any, Any]) -> int:
 def _partitions(shards: Shards) -> int | None:
     state = shards.optim(min(shards.files.optimizers))
     value = state.get("partition_count")
-    counts = set(value) if isinstance(value, list) else {value}
+    counts = {n if type(n) is int else None for n in (value if isinstance(value, list) else [value])}
     if len(counts) != 1:
         raise shards.refuse("zero-experts", "parameter groups were partitioned over different numbers of ranks")
     (count,) = counts
@@ -168,6 +209,15 @@ def _expect_rank_files(shards: Shards) -> None:
             "every trained parameter is lost",
             next="copy them from the nodes that wrote them; nothing else holds these values",
         )
+    expect_model_files(shards)
+
+
+def expect_model_files(shards: Shards) -> None:
+    """Stage 3: that of rank 0, and all ranks' where parameters were frozen, since each has a piece of them.
+
+    Raises:
+        Refused: one is missing (`zero-rank-missing`).
+    """
     lost = [r for r in range(shards.ranks) if r not in shards.files.models]
     if 0 in lost or (lost and _mapping(shards.model(min(shards.files.models)).get("frozen_param_shapes"))):
         raise shards.refuse(

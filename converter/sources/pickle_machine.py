@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import pickletools
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn, cast
 
 from converter.errors import Refused, fold, show
+from converter.sources.pickle_names import MAX_NAMES, AllowedNames, allowed_names, runs_code
 
 MAX_PICKLE_BYTES = 256_000_000
 MAX_OPCODES = 50_000_000
@@ -346,13 +348,14 @@ _KNOWN_NAMES = re.compile(
     | torch\.storage\.(\w*Storage|_load_from_bytes) | torch\.serialization\._get_layout
     | torch\.distributed\.tensor\.[\w.]+ | torch\.distributed\._tensor\.[\w.]+ | torch\.distributed\.device_mesh\.\w+
     | torch\.distributed\._mesh_layout\.\w+ | torch\.distributed\.checkpoint\.[\w.]+
+    | torch\.distributed\._shard\.[\w.]+ | pathlib\._local\.(Pure)?(Posix|Windows)?Path
     | collections\.(OrderedDict|defaultdict|Counter) | _codecs\.encode | pathlib\.(Pure)?(Posix|Windows)?Path
     | (builtins|__builtin__)\.(dict|list|tuple|set|frozenset|int|float|bool|str|bytes|bytearray|complex|slice|range)
     | (builtins|__builtin__)\.object | __builtin__\.(long|unicode|xrange)
     | copyreg\._reconstructor | copy_reg\._reconstructor | datetime\.\w+
     | numpy\.(dtype|ndarray|generic|[a-z]+\d*_?) | numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)
     | numpy\.dtypes\.\w+ | argparse\.Namespace
-    | deepspeed\.(runtime|utils)\.[\w.]+
+    | deepspeed\.(runtime|utils)\.[\w.]+ | deepspeed\.checkpoint\.universal_checkpoint\.SubparamShape
     """,
     re.VERBOSE | re.ASCII,
 )
@@ -362,16 +365,23 @@ def check_names(names: Iterable[str], *, where: str, allow: re.Pattern[str] | No
     """Refuse a file that mentions names which no checkpoint needs, though nothing in it can run here.
 
     Args:
-        allow: names of the user's own trainer, matched whole.
+        allow: names of the user's own trainer, matched whole; None: what `allowing_names` says.
 
     Raises:
         Refused: names them (`pickle-names`).
     """
-    unknown = sorted(n for n in names if not (_KNOWN_NAMES.fullmatch(n) or (allow and allow.fullmatch(n))))
+    unknown = sorted(n for n in names if not _KNOWN_NAMES.fullmatch(n))
+    allowed = allowed_names() if allow is None else AllowedNames(allow)
+    if allowed is not None and len(unknown) <= MAX_NAMES:
+        unknown = [n for n in unknown if not allowed.allows(n)]
     if unknown:
+        is_attack = any(map(runs_code, unknown)) or len(unknown) > MAX_NAMES
+        pattern = shlex.quote(show("|".join(map(re.escape, unknown[:3]))))
         raise Refused(
             "pickle-names",
             f"the file names code that a checkpoint does not need: {fold(unknown)}. Nothing of it was run",
             where=show(where),
-            next=f"if your own trainer wrote it: --allow-name '{re.escape(show(unknown[0]))}'",
+            next="don't load it with anything; ask whoever made it for safetensors"
+            if is_attack
+            else f"if your own trainer wrote it: --allow-name {pattern}; it is read as data, not imported",
         )

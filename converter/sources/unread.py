@@ -9,6 +9,7 @@ from pathlib import Path
 from converter.checkpoint import Checkpoint
 from converter.errors import Refused, UsageError, fold, show
 from converter.sources.survey import Fault, Survey, file_names
+from converter.sources.verl_files import is_megatron, megatron_refusal
 
 _OTHER_FILES = (
     (
@@ -25,13 +26,8 @@ _OTHER_FILES = (
         "a checkpoint with DeepSpeed's own mixture-of-experts layers",
         "the training script itself: load it with DeepSpeed and save with gathered parameters",
     ),
-    (
-        re.compile(r"\.metadata|.*\.distcp", re.ASCII),
-        "torch-dcp",
-        "a torch distributed checkpoint",
-        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch",
-    ),
 )
+_MEGATRON_STEP = re.compile(r"iter_\d+", re.ASCII)
 _MEGATRON_FOLDER = re.compile(r"mp_rank_\d+(?:_\d+)*", re.ASCII)
 
 
@@ -64,37 +60,51 @@ class Unread:
 
 def other_layout(root: Path) -> Refused | None:
     """The refusal for a layout that this source recognises and does not read."""
+    if is_megatron(root):
+        return megatron_refusal(root)
     names = file_names(root)
     for pattern, code, what, tool in _OTHER_FILES:
         found = sorted(n for n in names if pattern.fullmatch(n))
         if found:
             text = f"this is {what}, which is not read: {fold([show(n) for n in found])}"
             return Refused(code, text, where=show(root), next=f"convert it with {tool}")
+    if is_megatron_sharded(root, names):
+        return megatron(root, "sharded by Megatron-core, its layers stacked and its matrices fused")
     try:
         below = [p for p in root.iterdir() if p.is_dir()]
     except OSError:
         return None
-    if any(p.name == "zero" and any((q / "fp32.pt").is_file() for q in _some(p)) for p in below):
-        text = "this is a universal DeepSpeed checkpoint, which is not read"
-        advice = "gather the folder that it was made from (global_step*), or load it with DeepSpeed and save"
-        return Refused("zero-universal", text, where=show(root), next=advice)
     if any(p.name == "offloaded_tensors" for p in below):
         text = "the optimizer was offloaded to NVMe: its state is in offloaded_tensors, and not whole in the shards"
         advice = "load it with DeepSpeed where the NVMe files are, and save it gathered (engine.save_16bit_model)"
         return Refused("zero-offloaded", text, where=show(root), next=advice)
     ranks = [p for p in below if _MEGATRON_FOLDER.fullmatch(p.name) and _is_megatron(file_names(p))]
     if ranks:
-        text = f"this is a Megatron checkpoint, which is not read: {fold(sorted(p.name for p in ranks))}"
-        advice = "convert it with Megatron-Bridge (AutoBridge.export_ckpt) or Megatron-LM's tools/checkpoint/convert.py"
-        return Refused("megatron", text, where=show(root), next=advice)
+        return megatron(root, fold(sorted(p.name for p in ranks)))
+    steps = [p for p in below if _MEGATRON_STEP.fullmatch(p.name)]
+    if any(is_megatron_sharded(p, file_names(p)) for p in steps):
+        return megatron(root, fold(sorted(p.name for p in steps)))
     return None
 
 
-def _some(folder: Path) -> list[Path]:
+def megatron(root: Path, why: str) -> Refused:
+    """The refusal of what Megatron saved."""
+    advice = "convert it with Megatron-Bridge (AutoBridge.export_ckpt) or Megatron-LM's tools/checkpoint/convert.py"
+    text = f"this is a Megatron checkpoint, which is not read: {why}"
+    return Refused("megatron", text, where=show(root), next=advice)
+
+
+def is_megatron_sharded(root: Path, names: Collection[str]) -> bool:
+    """True for Megatron-core's sharded checkpoints: torch's distributed files, whose tensors are stacked and fused."""
+    if "common.pt" in names and ".metadata" in names:
+        return True
+    if "metadata.json" not in names:
+        return False
     try:
-        return sorted(folder.iterdir())[:16]
+        with (root / "metadata.json").open("rb") as file:
+            return b'"sharded_backend"' in file.read(4096)
     except OSError:
-        return []
+        return False
 
 
 def _is_megatron(names: Collection[str]) -> bool:

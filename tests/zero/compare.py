@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from converter.checkpoint import Checkpoint
 from converter.evaluate import Evaluator
 from converter.reading import InputFiles
-from converter.sources.deepspeed import adam_moments, open_tag
+from converter.sources import deepspeed, deepspeed_universal
+from converter.sources.deepspeed import DeepSpeedSource
 from converter.tensors import LazyTensor
 
+STATES = ("master", "exp_avg", "exp_avg_sq")
 RUNS = Path(__file__).parent / "runs"
 
 
@@ -27,6 +30,11 @@ def facts(run: Path) -> dict[str, Any]:
     """How a run was trained."""
     found: dict[str, Any] = json.loads((run / "fixture.json").read_text())
     return found
+
+
+def source_of(run: Path) -> DeepSpeedSource:
+    """The source that reads a run: ranks' files have `latest`, universal checkpoints `latest_universal`."""
+    return deepspeed.SOURCE if (run / "latest").is_file() else deepspeed_universal.SOURCE
 
 
 def live(run: Path, kind: str = "live") -> dict[str, torch.Tensor]:
@@ -55,19 +63,30 @@ def differences(got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tens
 def faults(run: Path) -> list[str]:
     """Everything in which a gathered run differs from what lived: weights, buffers, masters, both moments."""
     told = facts(run)
-    checkpoint = open_tag(run, asked=run.name)
+    checkpoint = source_of(run).open(run, asked=run.name)
     wanted = live(run)
     if told["case"] == "lora-lean":  # frozen parameters were excluded when it was saved
         wanted = {n: t for n, t in wanted.items() if n in (checkpoint.trained or ())}
+        empty = [n for n, t in checkpoint.tensors.items() if n not in wanted and t.info.shape != (0,)]
+        assert not empty, f"no file has these: {empty}"
+        trained = checkpoint.trained or frozenset()
+        checkpoint = checkpoint.replace(tensors={n: t for n, t in checkpoint.tensors.items() if n in trained})
     found = [f"live: {d}" for d in differences(evaluated(checkpoint.tensors), wanted)]
-    if told["stage"] == 0:
-        return found
-    masters = open_tag(run, asked=run.name, master=True)
+    return found + [d for kind in STATES for d in state_faults(run, checkpoint, kind)]
+
+
+def state_faults(run: Path, checkpoint: Checkpoint, kind: str) -> list[str]:
+    """Differences of the masters, or of a moment; DeepSpeed keeps no masters by name without ZeRO."""
+    source = source_of(run)
     aliases = {n for group in checkpoint.ties for n in group[1:]}
-    states = {"master": {n: t for n, t in masters.tensors.items() if n in (masters.trained or ())}}
-    states["exp_avg"] = adam_moments(run, which="exp_avg")
-    states["exp_avg_sq"] = adam_moments(run, which="exp_avg_sq")
-    for kind, tensors in states.items():
-        wanted = {n: t for n, t in live(run, kind).items() if kind == "master" or n not in aliases}
-        found += [f"{kind}: {d}" for d in differences(evaluated(tensors), wanted)]
-    return found
+    wanted = live(run, kind)
+    if kind == "master":
+        if facts(run)["stage"] == 0:
+            return []
+        masters = source.open_masters(run, asked=run.name)
+        tensors = {n: t for n, t in masters.tensors.items() if n in (masters.trained or ())}
+    else:
+        wanted = {n: t for n, t in wanted.items() if n not in aliases}
+        which: Any = kind
+        tensors = source.adam_moments(run, which=which, allow=["moments-order"])
+    return [f"{kind}: {d}" for d in differences(evaluated(tensors), wanted)]

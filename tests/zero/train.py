@@ -36,7 +36,7 @@ class Case:
     stages: tuple[int, ...] = (1, 2, 3)
     groups: int = 1
     exclude_frozen: bool = False
-    optimizer: str = "adamw"
+    named: bool = False
 
 
 CASES = {
@@ -49,14 +49,21 @@ CASES = {
     "subgroups": Case("odd", stages=(3,), groups=2, zero={"sub_group_size": 60}),
     "roundrobin": Case("odd", stages=(1, 2), groups=2, zero={"round_robin_gradients": True}),
     "aligned": Case("odd", stages=(1, 2), zero={"parameter_alignment": True}),
+    "roundrobin-aligned": Case(
+        "odd", stages=(1, 2), groups=2, zero={"round_robin_gradients": True, "parameter_alignment": True}
+    ),
     "elastic": Case("odd", stages=(1, 2), zero={"elastic_checkpoint": True}),
     "bf16-optimizer": Case("odd", stages=(1,), config={"data_types": {"grad_accum_dtype": "fp32"}}),
     "lora": Case("lora"),
     "lora-lean": Case("lora", exclude_frozen=True),
     "lora-frozen-head": Case("lora-frozen-head"),
     "lora-causal": Case("lora-causal"),
+    "neox": Case("neox"),
+    "vision": Case("vision"),
+    "vision-lora": Case("vision-lora"),
     "plain": Case("lm-tied", stages=(0,), dtype="fp32"),
     "plain-bf16": Case("odd", stages=(0,), dtype="bf16"),
+    "plain-named": Case("odd", stages=(0,), dtype="fp32", groups=2, named=True),
 }
 
 
@@ -108,7 +115,8 @@ def train(folder: Path, name: str, case: Case, stage: int, ranks: int) -> None:
     torch.manual_seed(1)
     model, batch = build(case.model)
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [[p for i, (_, p) in enumerate(trainable) if i % case.groups == g] for g in range(case.groups)]
+    groups: list[Any] = [[t for i, t in enumerate(trainable) if i % case.groups == g] for g in range(case.groups)]
+    groups = groups if case.named else [[p for _, p in group] for group in groups]
     optimizer = torch.optim.AdamW([{"params": g, "weight_decay": 0.1 * i} for i, g in enumerate(groups)], lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(case, stage))
     for step in range(STEPS):
@@ -144,6 +152,8 @@ def build(kind: str) -> tuple[Any, Any]:
 
     if kind == "odd":
         return odd_model(), lambda engine: engine(torch.randn(3, 5, dtype=next(engine.module.parameters()).dtype))
+    if kind in ("neox", "vision", "vision-lora"):
+        return renamed_model(kind)
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     config = LlamaConfig(
@@ -169,6 +179,39 @@ def build(kind: str) -> tuple[Any, Any]:
         if causal:
             return engine(input_ids=tokens, labels=tokens).loss
         return engine(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float().pow(2).sum() + 0
+
+    return model, loss
+
+
+def renamed_model(kind: str) -> tuple[Any, Any]:
+    """Models whose tensors have other names in memory than on disk; text alone is enough to train them."""
+    import torch
+    import transformers
+
+    text = {
+        "vocab_size": 29, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "max_position_embeddings": 16, "tie_word_embeddings": False, "use_cache": False,
+    }  # fmt: skip
+    if kind == "neox":
+        model: Any = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**text))
+    else:
+        vision = {
+            "model_type": "clip_vision_model", "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 2,
+            "num_attention_heads": 1, "image_size": 4, "patch_size": 2,
+        }  # fmt: skip
+        text |= {"model_type": "llama", "num_key_value_heads": 1}
+        config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=28)
+        model = transformers.LlavaForConditionalGeneration(config)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = "language_model" in name or "lm_head" in name
+    if kind == "vision-lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+
+    def loss(engine: Any) -> Any:
+        tokens = torch.randint(1, 28, (2, 7))
+        return engine(input_ids=tokens, labels=tokens).loss
 
     return model, loss
 
@@ -218,13 +261,22 @@ def oracle(engine: Any, case: Case, stage: int) -> dict[str, Any]:
         return found | flat_states(engine, trained)
     for name, parameter in trained:
         if stage == 0:
-            state = engine.optimizer.state[parameter] if case.dtype == "fp32" else {}
-            found |= {f"{k}/{name}": state[k].detach().clone() for k in ("exp_avg", "exp_avg_sq") if k in state}
+            state = plain_state(engine.optimizer, parameter, is_fp32=case.dtype == "fp32")
+            found |= {f"{k}/{name}": state[k].detach().clone() for k in ("exp_avg", "exp_avg_sq")}
             continue
         found[f"master/{name}"] = safe_get_full_fp32_param(parameter).detach().clone()
         for key in ("exp_avg", "exp_avg_sq"):
             found[f"{key}/{name}"] = safe_get_full_optimizer_state(parameter, key).detach().clone()
     return {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
+
+
+def plain_state(optimizer: Any, parameter: Any, *, is_fp32: bool) -> Any:
+    """Adam's state without ZeRO; in 16 bits it belongs to the parameter's master."""
+    if is_fp32:
+        return optimizer.state[parameter]
+    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    masters = [hp for low, high in pairs for lp, hp in zip(low, high, strict=True) if lp is parameter]
+    return optimizer.optimizer.state[masters[0]]
 
 
 def flat_states(engine: Any, trained: list[tuple[str, Any]]) -> dict[str, Any]:

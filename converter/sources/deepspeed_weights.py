@@ -1,0 +1,151 @@
+"""The weights of a DeepSpeed tag as lazy tensors, with the config and tokenizer that lie beside or above the shards.
+
+Apart from the source itself, which other folders' inspection imports too: reading shards takes the pickle reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter import tensors
+from converter.checkpoint import Checkpoint, Origin
+from converter.dtypes import DType
+from converter.errors import show
+from converter.sources.beside import find_beside
+from converter.sources.deepspeed_files import run_folders
+from converter.sources.deepspeed_layout import frozen_tensors, trained_shapes, trained_tensors
+from converter.sources.deepspeed_state import Shards, expect_one_step, read_shards
+from converter.sources.places import Place
+from converter.tensors import LazyTensor
+
+KIND = "training"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A tag's tensors by their names in memory, in the model's order.
+
+    Attributes:
+        trained: names that the optimizer held; None where that isn't recorded (stage 0).
+        shared: groups of names that are one parameter.
+        extra: entries of the model's state that are no tensors.
+    """
+
+    tensors: dict[str, LazyTensor]
+    trained: frozenset[str] | None
+    shared: tuple[tuple[str, ...], ...]
+    extra: tuple[str, ...]
+
+
+def read_weights(shards: Shards, *, master: bool = False) -> Weights:
+    """All weights and persistent buffers of a tag.
+
+    Tensors that no file holds (frozen ones, saved with `exclude_frozen_parameters`) stay as the empty placeholders that
+    ZeRO-3 writes for them.
+
+    Raises:
+        Refused: see `trained_tensors` and `frozen_tensors`.
+    """
+    module = shards.model().get("module")
+    if not isinstance(module, dict) or not all(isinstance(k, str) for k in module):
+        raise shards.refuse("zero-malformed", "the model file holds no module", file=shards.model_file())
+    held = {n: t for n, t in module.items() if isinstance(t, LazyTensor)}
+    shared = _shared(shards) if shards.stage else _same_bytes(held)
+    has_shapes = shards.stage > 0
+    trained = frozenset(n for g in trained_shapes(shards) for n in g) if has_shapes else None
+    computed: dict[str, LazyTensor] = {}
+    if shards.stage == 3:
+        expect_one_step(shards, [r for r in range(shards.ranks) if r in shards.files.models])
+        computed = frozen_tensors(shards)
+    if shards.stage == 3 or (master and (shards.stage or not _all_fp32(held))):
+        for name, tensor in trained_tensors(shards).items():
+            like = held.get(name)
+            if shards.stage < 3 and (like is None or like.info.shape != tensor.info.shape):
+                text = f"{show(name)} is {list(tensor.info.shape)} in param_shapes, and not so in the module"
+                raise shards.refuse("zero-sizes", text, file=shards.model_file())
+            computed[name] = tensor if master else tensors.cast(tensor, _training_dtype(shards, like))
+    names = dict.fromkeys([*held, *computed, *shared])
+    found: dict[str, LazyTensor] = {}
+    for name in names:
+        holder = shared.get(name, name)
+        places = (computed.get(name), computed.get(holder), held.get(name), held.get(holder))
+        present = [t for t in places if t is not None]
+        if not present:
+            raise shards.refuse("zero-malformed", f"{show(name)} shares the weight of a name that isn't there")
+        found[name] = present[0]
+    groups: dict[str, list[str]] = {}
+    for alias, holder in shared.items():
+        groups.setdefault(holder, [holder]).append(alias)
+    extra = tuple(n for n, t in module.items() if not isinstance(t, LazyTensor))
+    if trained is not None:
+        trained |= {alias for alias, holder in shared.items() if holder in trained}
+    return Weights(found, trained, tuple(map(tuple, groups.values())), extra)
+
+
+def _all_fp32(held: Mapping[str, LazyTensor]) -> bool:
+    return all(t.info.dtype is DType.F32 for t in held.values() if t.info.dtype.is_float)
+
+
+def _shared(shards: Shards) -> dict[str, str]:
+    """Names that share another's parameter, by that other; only rank 0 records them."""
+    value = shards.model().get("shared_params")
+    if not value:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(n, str) for pair in value.items() for n in pair):
+        raise shards.refuse("zero-malformed", "shared_params is no mapping of names", file=shards.model_file())
+    return dict(value)
+
+
+def _same_bytes(held: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """The same without ZeRO, where it isn't recorded: names of one view of one storage."""
+    first: dict[LazyTensor, str] = {}
+    names = {n: first.setdefault(t, n) for n, t in held.items() if t.info.numel}
+    return {name: holder for name, holder in names.items() if name != holder}
+
+
+def _training_dtype(shards: Shards, placeholder: LazyTensor | None) -> DType:
+    """The dtype of the live parameter: that of its placeholder, else what the DeepSpeed config says."""
+    if placeholder is not None:
+        return placeholder.info.dtype
+    config = shards.model().get("ds_config")
+    for key, dtype in (("bf16", DType.BF16), ("bfloat16", DType.BF16), ("fp16", DType.F16)):
+        section = config.get(key) if isinstance(config, dict) else None
+        if isinstance(section, dict) and section.get("enabled") is True:
+            return dtype
+    return DType.F32
+
+
+def open_chosen(
+    chosen: Place, root: Path, *, asked: str, revision: str | None, keep_code: bool, master: bool
+) -> Checkpoint:
+    """A tag's folder, found at or below `root`, as a checkpoint."""
+    shards = read_shards(chosen.folder)
+    found = read_weights(shards, master=master)
+    beside = find_beside(run_folders(chosen.folder), keep_code=keep_code)
+    told = [f"{show(chosen.folder.name)}: {chosen.why}"] if chosen.folder != root else []
+    return Checkpoint(
+        tensors=found.tensors,
+        config=beside.config,
+        origin=_origin(shards, chosen.folder, asked, revision),
+        side_files=beside.files,
+        ties=found.shared,
+        config_bytes=beside.config_bytes,
+        dropped=dict.fromkeys(found.extra, "it is no tensor, but state of a module's own"),
+        inputs=beside.inputs | shards.inputs,
+        checks=tuple(shards.checks),
+        said=(*told, *shards.said, *beside.said),
+        trained=found.trained,
+    )
+
+
+def _origin(shards: Shards, folder: Path, asked: str, revision: str | None) -> Origin:
+    real = folder.resolve()
+    kind = "DeepSpeed without ZeRO" if shards.stage == 0 else f"ZeRO-{shards.stage}"
+    if shards.optimizer:
+        kind = f"{kind} ({shards.optimizer})"
+    if shards.universal:
+        kind = f"universal, of {kind}"
+    count = f"{shards.ranks} {'rank' if shards.ranks == 1 else 'ranks'}"
+    return Origin(KIND, str(real), asked, real.name, revision, shards.digest, f"{kind}, {count}")
