@@ -69,6 +69,24 @@ def read_container(path: Path, *, root: Path | None = None) -> Container:
     return Container(path, pickled, storages, Identity.of(status), digest)
 
 
+def read_member(fd: int, path: Path, *, start: int, length: int) -> Container:
+    """Take a file of torch.save apart that is a stretch of another one, as in torch's distributed checkpoints.
+
+    Raises:
+        Refused: not such a file (`torch-not`), or not wholly there (`torch-zip`, `file-truncated`).
+    """
+    status = os.fstat(fd)
+    if start + length > status.st_size:
+        what = f"the file ends inside the record at byte {start}"
+        expected = f"at least {start + length} bytes"
+        raise Refused("file-truncated", what, where=show(path), expected=expected, got=f"{status.st_size} bytes")
+    head = read_exact(fd, start, min(length, 512), file=str(path))
+    if not head.startswith(b"PK\x03\x04"):
+        raise _not_torch(path, head)
+    pickled, storages, digest = _read_zip(fd, path, start + length, base=start)
+    return Container(path, pickled, storages, Identity.of(status), digest)
+
+
 def _not_torch(path: Path, start: bytes) -> Refused:
     what = "not a file of torch.save"
     if start.startswith(b"version https://git-lfs"):
@@ -116,8 +134,9 @@ class _Window(io.RawIOBase):
         return count
 
 
-def _read_zip(fd: int, path: Path, size: int) -> tuple[PickleValue, dict[str, Record], str]:
-    entries = _directory(fd, path, size)
+def _read_zip(fd: int, path: Path, size: int, *, base: int = 0) -> tuple[PickleValue, dict[str, Record], str]:
+    """The zip that lies from `base` to `size`; offsets of its records count from the file's first byte."""
+    entries = _directory(fd, path, size, base)
     pickles = [n for n in entries if n.endswith("/data.pkl")]
     if len(pickles) != 1:
         scripted = any(n.endswith(("/constants.pkl", "/code")) for n in entries)
@@ -137,10 +156,10 @@ def _read_zip(fd: int, path: Path, size: int) -> tuple[PickleValue, dict[str, Re
     return pickled, {n.removeprefix(data): r for n, r in entries.items() if n.startswith(data)}, digest.hexdigest()
 
 
-def _directory(fd: int, path: Path, size: int) -> dict[str, Record]:
+def _directory(fd: int, path: Path, size: int, base: int) -> dict[str, Record]:
     """Entries by name, each checked against its local header."""
     try:
-        with zipfile.ZipFile(io.BufferedReader(_Window(fd, 0, size))) as archive:
+        with zipfile.ZipFile(io.BufferedReader(_Window(fd, base, size))) as archive:
             listed = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, UnicodeError) as error:
         truncated = "File is not a zip file" in str(error)
@@ -155,7 +174,7 @@ def _directory(fd: int, path: Path, size: int) -> dict[str, Record]:
             raise _zip_error(path, f"the entry {show(info.filename)} stands in it twice or under two names")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x41 or info.file_size != info.compress_size:
             raise _zip_error(path, f"the entry {show(info.filename)} is compressed or encrypted; torch stores entries")
-        found[info.filename] = _located(fd, path, size, info)
+        found[info.filename] = _located(fd, path, size, base, info)
     end = 0
     for name, record in sorted(found.items(), key=lambda item: item[1].offset):
         if record.offset < end:
@@ -164,15 +183,16 @@ def _directory(fd: int, path: Path, size: int) -> dict[str, Record]:
     return found
 
 
-def _located(fd: int, path: Path, size: int, info: zipfile.ZipInfo) -> Record:
-    if not 0 <= info.header_offset <= size - 30:
+def _located(fd: int, path: Path, size: int, base: int, info: zipfile.ZipInfo) -> Record:
+    at = base + info.header_offset
+    if not base <= at <= size - 30:
         raise _zip_error(path, f"the entry {show(info.filename)} lies outside the file")
-    header = read_exact(fd, info.header_offset, 30, file=str(path))
+    header = read_exact(fd, at, 30, file=str(path))
     name_length, extra_length = struct.unpack("<HH", header[26:30])
-    name = read_exact(fd, info.header_offset + 30, name_length, file=str(path))
+    name = read_exact(fd, at + 30, name_length, file=str(path))
     if header[:4] != b"PK\x03\x04" or name.decode("utf-8", "replace") != info.orig_filename:
         raise _zip_error(path, f"the entry {show(info.filename)} has another name in its own header")
-    offset = info.header_offset + 30 + name_length + extra_length
+    offset = at + 30 + name_length + extra_length
     if offset + info.file_size > size:
         raise Refused("file-truncated", f"the file is cut short inside {show(info.filename)}", where=show(path))
     # torch.serialization.set_crc32_options(False) writes zeros.

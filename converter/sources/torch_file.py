@@ -18,7 +18,14 @@ from converter.dtypes import DType, TensorInfo
 from converter.errors import Refused, show
 from converter.files import Identity
 from converter.sources.pickle_machine import Built, Global, Persistent, check_names
-from converter.sources.torch_container import Container, Record, item_bytes, read_container, storage_type
+from converter.sources.torch_container import (
+    Container,
+    Record,
+    item_bytes,
+    read_container,
+    read_member,
+    storage_type,
+)
 from converter.tensors import LazyTensor
 
 MAX_DEPTH = 64
@@ -30,6 +37,11 @@ _STORAGE_DTYPES = {
     "Int": DType.I32, "Short": DType.I16, "Char": DType.I8, "Byte": DType.U8, "Bool": DType.BOOL,
     "ComplexFloat": DType.C64,
 }  # fmt: skip
+
+
+def dtype_named(name: str) -> DType | None:
+    """The type that torch calls `bfloat16`; None where safetensors has no name for it."""
+    return _DTYPES.get(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +84,20 @@ def read_torch_file(path: Path, *, root: Path | None = None, allow_names: re.Pat
         Refused: not a torch file, cut short, malformed, naming foreign code, or with a tensor that does not fit its
             storage (`torch-tensor`), is quantised or sparse (`torch-tensor-kind`).
     """
-    container = read_container(path, root=root)
+    return _torch_file(read_container(path, root=root), allow_names)
+
+
+def read_torch_member(fd: int, path: Path, *, start: int, length: int) -> TorchFile:
+    """The value in a stretch of a file that is a file of torch.save itself; `fd` is the open file.
+
+    Raises:
+        Refused: see `read_torch_file`.
+    """
+    return _torch_file(read_member(fd, path, start=start, length=length), None)
+
+
+def _torch_file(container: Container, allow_names: re.Pattern[str] | None) -> TorchFile:
+    path = container.path
     check_names(container.pickle.names, where=str(path), allow=allow_names)
     resolver = _Resolver(container)
     value = resolver.resolve(container.pickle.value, 0)

@@ -1,0 +1,244 @@
+"""The weights of a distributed checkpoint as lazy tensors, with the config and tokenizer beside or above them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converter.checkpoint import Checkpoint, Origin, RecordCheck
+from converter.errors import Refused, fold, show
+from converter.files import Identity, identity
+from converter.sources.beside import find_beside
+from converter.sources.dcp_adapter import names_in_memory
+from converter.sources.dcp_chunks import Pieces
+from converter.sources.dcp_files import full_file, kind_here, optimizer_folder, refusal
+from converter.sources.dcp_layout import Moment, optimizer_states, reasons, sort_entries
+from converter.sources.dcp_metadata import METADATA, Metadata, read_metadata
+from converter.sources.deepspeed_files import run_folders
+from converter.sources.places import Place
+from converter.sources.survey import StoredTensor, Survey, file_names
+from converter.sources.torch_file import read_torch_file, state_dict
+from converter.tensor_bytes import leaves
+from converter.tensors import LazyTensor, Stored
+
+KIND = "training"
+OPTIMIZER_FILE = "optimizer.bin"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's tensors by their names in memory.
+
+    Attributes:
+        words: the layout, for screens and the receipt.
+        trained: names that the optimizer held; None where that isn't recorded.
+        shared: groups of names that are one tensor in the file.
+        dropped: entries that are not taken, with the reason.
+    """
+
+    tensors: dict[str, LazyTensor]
+    words: str
+    digest: str
+    trained: frozenset[str] | None
+    shared: tuple[tuple[str, ...], ...]
+    dropped: Mapping[str, str]
+    checks: tuple[RecordCheck, ...]
+    inputs: dict[str, Identity]
+    said: tuple[str, ...] = ()
+
+
+def read_weights(folder: Path) -> Weights:
+    """All tensors of the model that a folder holds.
+
+    Raises:
+        Refused: a layout that is not read, files missing, cut short or malformed, tensors not whole.
+    """
+    kind = kind_here(folder)
+    if kind == "full":
+        return _read_full(folder)
+    if kind != "dcp":
+        assert kind is not None
+        raise refusal(folder, kind)
+    metadata = read_metadata(folder)
+    layout = sort_entries(metadata)
+    pieces = Pieces(metadata)
+    read = pieces.read(layout.model.values())
+    found = {name: read[key] for name, key in layout.model.items()}
+    said = [f"the model is `{show(layout.where)}` in it"] if layout.where else []
+    aside = [k for k in layout.others if k in metadata.tensors]
+    if aside:
+        said.append(f"{len(aside)} tensors beside the model are not taken: {fold([show(k) for k in aside])}")
+    held, inputs = _held(folder, metadata, said)
+    found = _as_in_memory(found, held, folder, said)
+    return Weights(
+        found,
+        f"torch distributed checkpoint, {_files(pieces)}",
+        pieces.digest,
+        held & found.keys() or None,
+        (),
+        reasons(layout),
+        tuple(pieces.checks),
+        pieces.inputs | inputs,
+        tuple(said),
+    )
+
+
+def _files(pieces: Pieces) -> str:
+    count = len(pieces.inputs) - 1
+    return f"{count} {'file' if count == 1 else 'files'}"
+
+
+def _held(folder: Path, metadata: Metadata, said: list[str]) -> tuple[frozenset[str], dict[str, Identity]]:
+    """Names that an optimizer held, and the file that says so, where it is another one."""
+    names = frozenset(optimizer_states(metadata))
+    inputs: dict[str, Identity] = {}
+    other = optimizer_folder(folder)
+    if not names and other is not None:
+        try:
+            names = frozenset(optimizer_states(read_metadata(other)))
+            inputs[str((other / METADATA).absolute())] = identity(other / METADATA)
+        except Refused as error:
+            said.append(f"{show(other.name)} can't be read, so which tensors were trained is not known: {error.what}")
+    return names, inputs
+
+
+def _as_in_memory(
+    found: dict[str, LazyTensor], held: frozenset[str], folder: Path, said: list[str]
+) -> dict[str, LazyTensor]:
+    names = names_in_memory(found, held, folder)
+    if names is None:
+        return found
+    said.append("only the adapter was saved")
+    return {names[n]: t for n, t in found.items()}
+
+
+def _read_full(folder: Path) -> Weights:
+    """The one file of FULL_STATE_DICT."""
+    path = full_file(folder, file_names(folder))
+    read = read_torch_file(path, root=folder)
+    found = state_dict(read.value)
+    if found is None:
+        raise Refused(
+            "pickled-not-weights", "the file holds something else than tensors by name", where=show(path),
+            expected="what accelerate saves with FULL_STATE_DICT",
+        )  # fmt: skip
+    inputs = {str(path.absolute()): read.identity}
+    said: list[str] = []
+    names: frozenset[str] = frozenset()
+    if (folder / OPTIMIZER_FILE).is_file():
+        try:
+            names = frozenset(_full_states(folder))
+            inputs[str((folder / OPTIMIZER_FILE).absolute())] = identity(folder / OPTIMIZER_FILE)
+        except Refused as error:
+            said.append(f"{OPTIMIZER_FILE} can't be read, so which tensors were trained is not known: {error.what}")
+    found = _as_in_memory(dict(found), names, folder, said)
+    places: dict[LazyTensor, list[str]] = {}
+    for name, tensor in found.items():
+        if isinstance(tensor, Stored) and tensor.info.numel:
+            places.setdefault(tensor, []).append(name)
+    shared = tuple(tuple(group) for group in places.values() if len(group) > 1)
+    trained = frozenset(n for group in [*shared, *((n,) for n in found)] if names & set(group) for n in group)
+    return Weights(
+        found, "FSDP, full state dict", read.digest, trained or None, shared, {}, read.checks, inputs, tuple(said)
+    )
+
+
+def _full_states(folder: Path) -> dict[str, dict[str, Any]]:
+    """States in the optimizer's one file, by the parameter's name; nothing where it only numbers them."""
+    value = read_torch_file(folder / OPTIMIZER_FILE, root=folder).value
+    states = value.get("state") if isinstance(value, dict) else None
+    if not isinstance(states, dict):
+        return {}
+    return {n: s for n, s in states.items() if isinstance(n, str) and isinstance(s, dict)}
+
+
+def open_chosen(chosen: Place, root: Path, *, asked: str, revision: str | None, keep_code: bool) -> Checkpoint:
+    """A folder, found at or below `root`, as a checkpoint."""
+    found = read_weights(chosen.folder)
+    foreign = [n for n in found.tensors if n.endswith("tok_embeddings.weight")]
+    if foreign:
+        raise Refused(
+            "names-of-trainer",
+            f"tensors have torchtitan's names ({show(foreign[0])}), not those of transformers, and its matrices are "
+            "permuted",
+            where=show(chosen.folder),
+            next="convert it with torchtitan's scripts/checkpoint_conversion/convert_to_hf.py",
+        )
+    beside = find_beside(run_folders(chosen.folder), keep_code=keep_code)
+    told = [f"{show(chosen.folder.name)}: {chosen.why}"] if chosen.folder != root else []
+    real = chosen.folder.resolve()
+    return Checkpoint(
+        tensors=found.tensors,
+        config=beside.config,
+        origin=Origin(KIND, str(real), asked, _name(real), revision, found.digest, found.words),
+        side_files=beside.files,
+        ties=found.shared,
+        config_bytes=beside.config_bytes,
+        dropped=found.dropped,
+        inputs=beside.inputs | found.inputs,
+        checks=found.checks,
+        said=(*told, *found.said, *beside.said),
+        trained=found.trained,
+    )
+
+
+def _name(folder: Path) -> str:
+    """A name that tells checkpoints apart: accelerate calls every one of its folders the same."""
+    return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("pytorch_model_fsdp_") else folder.name
+
+
+def expect_masters(found: Checkpoint) -> Checkpoint:
+    """The same checkpoint, whose trained tensors are fp32.
+
+    Raises:
+        Refused: some are not, and there are no others (`dcp-no-masters`).
+    """
+    trained = found.trained if found.trained is not None else frozenset(found.tensors)
+    low = [n for n, t in found.tensors.items() if n in trained and t.info.dtype.is_float and t.info.dtype.bits < 32]
+    if low:
+        words = ", ".join(sorted({found.tensors[n].info.dtype.torch_name for n in low}))
+        raise Refused(
+            "dcp-no-masters",
+            f"{len(low)} trained tensors were saved in {words}, and there are no fp32 masters beside them: {fold(low)}",
+            where=show(found.origin.asked),
+            next=f"rlhf-convert gather {show(found.origin.asked)} OUT, without --master: nothing is lost by it",
+        )
+    return found
+
+
+def moments_of(folder: Path, which: Moment) -> dict[str, LazyTensor]:
+    """Adam's moments by parameter name, from the model's own folder or from the optimizer's beside it."""
+    kind = kind_here(folder)
+    found: dict[str, LazyTensor] = {}
+    if kind == "full" and (folder / OPTIMIZER_FILE).is_file():
+        held = {n: s.get(which) for n, s in _full_states(folder).items()}
+        found = {n: t for n, t in held.items() if isinstance(t, LazyTensor)}
+    elif kind == "dcp":
+        for place in (folder, optimizer_folder(folder)):
+            if place is None or found:
+                continue
+            metadata = read_metadata(place)
+            keys = {n: leaves[which] for n, leaves in optimizer_states(metadata).items() if which in leaves}
+            read = Pieces(metadata).read(keys.values())
+            found = {n: read[k] for n, k in keys.items()}
+    elif kind not in (None, "full"):
+        raise refusal(folder, kind)
+    if not found:
+        raise Refused(
+            "dcp-no-moments",
+            f"there is no {which} by parameter names: the optimizer was not saved with the model, is not Adam, or "
+            "numbers its parameters",
+            where=show(folder),
+        )
+    return found
+
+
+def survey_chosen(chosen: Place, survey: Survey) -> None:
+    """Files and tensors of a folder, added to a survey."""
+    found = read_weights(chosen.folder)
+    survey.files = {Path(p).name: i.size for p, i in found.inputs.items() if Path(p).parent == chosen.folder.absolute()}
+    for name, tensor in found.tensors.items():
+        first = next(leaves(tensor), None)
+        survey.entries[name] = StoredTensor(tensor, str(chosen.folder) if first is None else first.file)
