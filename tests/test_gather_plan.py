@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from converter import tensors
 from converter.accounting import unaccounted
@@ -131,3 +134,22 @@ def test_several_adapters_at_once_are_refused() -> None:
 def test_tensors_outside_of_the_wrapped_model_are_refused() -> None:
     with pytest.raises(Refused, match="outside"):
         _peft("base_model.model.q.lora_A.a.weight", "v_head.weight")
+
+
+def test_inspecting_a_model_imports_no_reader_of_trainers_files(tmp_path: Path) -> None:
+    """Sources are asked by the names of files; what reads shards and pickles is imported for a folder that has some."""
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
+    program = (
+        "import sys; from converter.cli import main; main(['inspect', sys.argv[1]]); "
+        "print(*sys.modules, sep='\\n', file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    readers = ("pickle_machine", "torch_file", "torch_container", "deepspeed_state", "deepspeed_layout")
+    slow = {f"converter.sources.{name}" for name in readers} | {"pickletools", "converter.plan", "converter.converters"}
+    loaded = set(done.stderr.split())
+    assert "converter.sources.deepspeed" in loaded
+    assert slow & loaded == set()

@@ -11,7 +11,8 @@ from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.converters.adapter_config import read_adapter_config
 from converter.converters.adapter_keys import Module
-from converter.converters.gather_config import ADAPTER_CONFIG, HEADS, adapter_config, recorded, with_folded_heads
+from converter.converters.gather_config import HEADS, LORA_FILES, adapter_config, head_task, recorded, with_folded_heads
+from converter.converters.gather_disk_names import with_disk_names
 from converter.converters.gather_names import (
     PEFT_PREFIX,
     PeftNames,
@@ -37,7 +38,7 @@ class Gather:
     Attributes:
         emit: `auto`: an adapter where LoRA was trained, else the model; `merged`: LoRA merged in the same pass.
         base: the base model: config and tokenizer come from it, and weights that the state does not hold.
-        lora_alpha: for adapters whose config is lost.
+        lora_alpha, rslora: for adapters whose config is lost.
     """
 
     name: ClassVar[str] = "gather"
@@ -45,6 +46,7 @@ class Gather:
     emit: Literal["auto", "adapter", "merged"] = "auto"
     base: Input | None = None
     lora_alpha: float | None = None
+    rslora: bool = False
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The model, the adapter, or the merged model.
@@ -64,7 +66,8 @@ class Gather:
             context.note("info", "wrappers", "taken off the names: " + ", ".join(f"`{show(t)}`" for t in taken))
         _say_masters(checkpoint.tensors, context)
         if has_factors(names.values()):
-            lora = _Lora(checkpoint, peft_names(names, show(checkpoint.origin.asked)), context, self.lora_alpha)
+            found = peft_names(names, show(checkpoint.origin.asked))
+            lora = _Lora(checkpoint, found, context, self.lora_alpha, self.rslora)
             return lora.merged(self.base) if self.emit == "merged" else lora.adapter(self.base)
         if self.emit == "adapter":
             raise Refused(
@@ -104,12 +107,12 @@ def _model(checkpoint: Checkpoint, names: Mapping[str, str], base: Checkpoint | 
     _refuse_lost(lost, asked, "look for another checkpoint of the run that was saved with them")
     found = checkpoint.rename(names)
     found = _with_config(found, base, context)
-    return _as_model(_without_tied_copies(found))
+    return _as_model(with_disk_names(_without_tied_copies(found), context))
 
 
 def _with_config(found: Checkpoint, base: Checkpoint | None, context: Context) -> Checkpoint:
     """Config and side files: the run's own, else the base's."""
-    files = {n: f for n, f in found.side_files.items() if n != ADAPTER_CONFIG}
+    files = {n: f for n, f in found.side_files.items() if n not in LORA_FILES}
     if base is not None:
         files = {**base.side_files, **files}
         aside = {base.origin.path: "only its config and its tokenizer are used: the run has the weights"}
@@ -150,6 +153,7 @@ class _Lora:
     names: PeftNames
     context: Context
     alpha: float | None
+    rslora: bool
 
     @property
     def where(self) -> str:
@@ -165,7 +169,7 @@ class _Lora:
         given = self.source.tensors
         lost = [f.key for f in self.names.factors if is_placeholder(given[f.raw])]
         _refuse_lost(lost, self.where, "look for another checkpoint of the run")
-        config = adapter_config(self.source, self.names, given, self.alpha, self.context)
+        config = adapter_config(self.source, self.names, given, self.alpha, self.context, rslora=self.rslora)
         out = {f.key: given[f.raw] for f in self.names.factors if f.module not in heads}
         if len(out) != sum(f.module not in heads for f in self.names.factors):
             raise Refused("rename-collision", "two tensors would have one name in the adapter", where=self.where)
@@ -176,7 +180,14 @@ class _Lora:
                 out[f"{PEFT_PREFIX}{head}.weight"] = self._folded(head, plain)
             text = f"{fold(heads)} = W0 + BA: W0 was random and frozen, and is in this checkpoint alone; saved whole"
             self.context.note("info", "head-folded", text)
-            config = with_folded_heads(config, self.names, heads)
+            config = with_folded_heads(config, self.names, heads, task=head_task(self.source))
+        frozen = self._frozen_heads(base, heads)
+        if frozen:
+            out |= {f"{PEFT_PREFIX}{name}": given[raw] for name, raw in frozen.items()}
+            modules = list(dict.fromkeys(n.rpartition(".")[0] for n in frozen))
+            text = f"{fold(frozen)}: random, frozen, and in this checkpoint alone; saved whole"
+            self.context.note("info", "head-kept", text)
+            config = with_folded_heads(config, self.names, modules, task=head_task(self.source))
         if base is not None and not config.get("base_model_name_or_path"):
             config = {**config, "base_model_name_or_path": base.origin.asked}
         dropped = dict.fromkeys(self.names.base.values(), "frozen, of the base model: no part of an adapter")
@@ -202,7 +213,9 @@ class _Lora:
                 where=self.where,
                 next=f"rlhf-convert gather {self.where} OUT --emit merged",
             )
-        return {f"{PEFT_PREFIX}{name}": self.source.tensors[raw] for name, raw in plain.items()}
+        # PEFT's loader takes a bias under a LoRA layer by this name alone, and drops others without a word.
+        layers = {f"{m}.bias": f"{m}.base_layer.bias" for m in self.names.targets}
+        return {f"{PEFT_PREFIX}{layers.get(n, n)}": self.source.tensors[raw] for n, raw in plain.items()}
 
     def _heads_to_fold(self, base: Checkpoint | None) -> list[str]:
         """Task heads with LoRA on them: the weight below is in no base model, so it must be here."""
@@ -224,6 +237,26 @@ class _Lora:
             found.append(module)
         return found
 
+    def _frozen_heads(self, base: Checkpoint | None, folded: list[str]) -> dict[str, str]:
+        """Tensors of task heads that were not trained, by name: no base model has them, unless the given one does."""
+        trained = self.source.trained or frozenset()
+        found: dict[str, str] = {}
+        for name, raw in self.names.base.items():
+            module = name.rpartition(".")[0]
+            is_head = module.rpartition(".")[2] in HEADS and raw not in trained
+            if not is_head or name in (base.tensors if base else ()) or name in {f"{h}.weight" for h in folded}:
+                continue
+            if is_placeholder(self.source.tensors[raw]):
+                raise Refused(
+                    "head-base-lost",
+                    f"{show(name)} was frozen, and this checkpoint was saved without frozen parameters",
+                    where=self.where,
+                    next=f"rlhf-convert gather {self.where} OUT --base BASE, if the model that training began with has "
+                    "it; if it was random there, look for a checkpoint that was saved with it",
+                )
+            found[name] = raw
+        return found
+
     def _folded(self, head: str, plain: Checkpoint) -> LazyTensor:
         parts = {
             f.kind if f.leaf in (None, "weight") else f"{f.kind}.{f.leaf}": self.source.tensors[f.raw]
@@ -236,7 +269,7 @@ class _Lora:
 
     def _checkpoint(self, kind: str, out: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Checkpoint:
         is_verbatim = kind == "adapter" and config == recorded(self.source.side_files)
-        files = {n: f for n, f in self.source.side_files.items() if n != ADAPTER_CONFIG}
+        files = {n: f for n, f in self.source.side_files.items() if n not in LORA_FILES}
         return Checkpoint(
             tensors=dict(out),
             config=dict(config) if is_verbatim else {**config, "inference_mode": True} if kind == "adapter" else config,
@@ -277,6 +310,9 @@ class _Lora:
     def _own_base(self, base: Checkpoint | None) -> Checkpoint:
         """The run's frozen weights as a base model; heads come with the adapter."""
         own = {n: self.source.tensors[raw] for n, raw in self.names.base.items() if n.split(".")[0] not in HEADS}
+        # Modules that were trained whole are part of the model; the merge puts their trained values in their place.
+        whole = {f"{f.module}.{f.leaf}": f.raw for f in self.names.factors if f.kind == "modules_to_save"}
+        own |= {n: self.source.tensors[raw] for n, raw in whole.items() if n.split(".")[0] not in HEADS}
         made = dataclasses.replace(self.source.origin, kind="model")
         shared = {raw: n for n, raw in self.names.base.items()}
         ties = tuple(
@@ -286,4 +322,4 @@ class _Lora:
         )
         found = self.source.replace(tensors=own, origin=made, ties=ties, said=(), trained=None)
         self.context.note("info", "base-own", f"merged over the run's own {len(own)} frozen weights")
-        return _without_tied_copies(_with_config(found, base, self.context))
+        return with_disk_names(_without_tied_copies(_with_config(found, base, self.context)), self.context)

@@ -8,6 +8,7 @@ from typing import Any
 
 from converter.checkpoint import Checkpoint, SideFile
 from converter.context import Context
+from converter.converters.gather_lora_meta import LORA_META, recorded_alpha
 from converter.converters.gather_names import PeftNames
 from converter.errors import Refused, UsageError, fold, show
 from converter.strict_json import load_json
@@ -15,6 +16,8 @@ from converter.tensors import LazyTensor
 
 ADAPTER_CONFIG = "adapter_config.json"
 HEADS = frozenset({"score", "classifier"})
+LORA_FILES = frozenset({ADAPTER_CONFIG, LORA_META})
+"""Read here; neither goes along with the tensors as it is."""
 
 
 def recorded(files: Mapping[str, SideFile]) -> dict[str, Any] | None:
@@ -29,17 +32,25 @@ def recorded(files: Mapping[str, SideFile]) -> dict[str, Any] | None:
 
 
 def adapter_config(
-    source: Checkpoint, names: PeftNames, tensors: Mapping[str, LazyTensor], alpha: float | None, context: Context
+    source: Checkpoint,
+    names: PeftNames,
+    tensors: Mapping[str, LazyTensor],
+    alpha: float | None,
+    context: Context,
+    *,
+    rslora: bool = False,
 ) -> dict[str, Any]:
     """The config that belongs to the gathered tensors.
 
     Args:
         tensors: by the trainer's names.
         alpha: what `--lora-alpha` says.
+        rslora: what `--rslora` says.
 
     Raises:
         UsageError: nothing records alpha and it wasn't given (`lora-alpha-unknown`).
-        Refused: the config found is for other tensors (`adapter-rank`, `peft-type-unsupported`).
+        Refused: the config found is for other tensors (`adapter-rank`, `peft-type-unsupported`), or it is lost and the
+            tensors do not tell what it was (`adapter-config-lost`).
     """
     ranks = {
         f.module: tensors[f.raw].info.shape[0]
@@ -48,8 +59,10 @@ def adapter_config(
     }
     where = show(source.origin.asked)
     config = recorded(source.side_files)
+    if alpha is None and (config is None or not config.get("lora_alpha")):
+        alpha = recorded_alpha(source.side_files, ranks.values(), where, context)
     if config is None:
-        return _rebuilt(source, names, ranks, alpha, context)
+        return _rebuilt(source, names, ranks, alpha, context, rslora=rslora)
     if str(config.get("peft_type")).upper() != "LORA":
         what = (
             f"the {ADAPTER_CONFIG} by the shards is of PEFT type {show(config.get('peft_type'))}, the tensors are LoRA"
@@ -67,10 +80,18 @@ def adapter_config(
             got=f"r = {ranks[wrong[0]]} in {show(wrong[0])}",
             next="remove it, or put the right one there",
         )
+    if alpha is None and not config.get("lora_alpha"):
+        said = show(config.get("lora_alpha"))
+        text = f"the {ADAPTER_CONFIG} by the shards says lora_alpha = {said}: it was not known when that was written"
+        raise _alpha_unknown(text, where)
     if alpha is not None and config.get("lora_alpha") != alpha:
         text = f"lora_alpha is {alpha:g} as given; the run's {ADAPTER_CONFIG} says {show(config.get('lora_alpha'))}"
         context.note("changes-numbers", "lora-alpha", text)
         config["lora_alpha"] = _number(alpha)
+    if rslora and not config.get("use_rslora"):
+        text = f"rsLoRA is on as given; the run's {ADAPTER_CONFIG} says that it was off"
+        context.note("changes-numbers", "rslora", text)
+        config["use_rslora"] = True
     return config
 
 
@@ -79,26 +100,38 @@ def _number(alpha: float) -> float | int:
 
 
 def _rebuilt(
-    source: Checkpoint, names: PeftNames, ranks: Mapping[str, int], alpha: float | None, context: Context
+    source: Checkpoint,
+    names: PeftNames,
+    ranks: Mapping[str, int],
+    alpha: float | None,
+    context: Context,
+    *,
+    rslora: bool,
 ) -> dict[str, Any]:
     asked = show(source.origin.asked)
+    tokens = [f.module for f in names.factors if f.kind == "token_adapter.trainable_tokens_delta"]
+    if tokens:
+        raise Refused(
+            "adapter-config-lost",
+            f"there is no {ADAPTER_CONFIG} beside or above the shards, and which tokens were trained in {fold(tokens)} "
+            "is in no tensor",
+            where=asked,
+            next=f"put the run's {ADAPTER_CONFIG} beside the shards, or one with the same trainable_token_indices",
+        )
     if alpha is None:
         listed = ", ".join(str(r) for r in sorted(set(ranks.values())))
-        raise UsageError(
-            "lora-alpha-unknown",
-            f"there is no {ADAPTER_CONFIG} beside or above the shards, and no tensor records lora_alpha (r = {listed})",
-            where=asked,
-            next=f"rlhf-convert gather {asked} OUT --lora-alpha N, with the N of the training script",
-        )
+        text = f"there is no {ADAPTER_CONFIG} beside or above the shards, and no tensor records lora_alpha"
+        raise _alpha_unknown(f"{text} (r = {listed})", asked)
     common = max(set(ranks.values()), key=lambda r: (list(ranks.values()).count(r), r))
     saved = list(dict.fromkeys(f.module for f in names.factors if f.kind == "modules_to_save"))
     is_head = any(m.rpartition(".")[2] in HEADS for m in [*saved, *names.targets])
     found = ", ".join(str(r) for r in sorted(set(ranks.values())))
-    text = f"{ADAPTER_CONFIG} rebuilt from shapes: r = {found}, lora_alpha = {alpha:g} as given, rsLoRA taken as off"
+    how = f"lora_alpha = {alpha:g} for every layer and rsLoRA {'on' if rslora else 'off'}, as given"
+    text = f"{ADAPTER_CONFIG} rebuilt from shapes: r = {found}, {how}"
     context.note("changes-numbers", "adapter-config-rebuilt", text)
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if is_head else None,
+        "task_type": head_task(source) if is_head else None,
         "base_model_name_or_path": None,
         "r": common,
         "lora_alpha": _number(alpha),
@@ -108,7 +141,7 @@ def _rebuilt(
         "target_modules": names.targets,
         "modules_to_save": [m.rpartition(".")[2] for m in saved] or None,
         "use_dora": any(f.kind == "lora_magnitude_vector" for f in names.factors),
-        "use_rslora": False,
+        "use_rslora": rslora,
         "lora_bias": any(f.kind == "lora_B" and f.leaf == "bias" for f in names.factors),
         "bias": "none",
         "lora_dropout": 0.0,
@@ -118,11 +151,27 @@ def _rebuilt(
     }
 
 
+def _alpha_unknown(what: str, where: str) -> UsageError:
+    advice = "with the N of the training script, and --rslora if it set use_rslora"
+    return UsageError(
+        "lora-alpha-unknown", what, where=where, next=f"rlhf-convert gather {where} OUT --lora-alpha N, {advice}"
+    )
+
+
 def _exact(module: str) -> str:
     return "^" + module.replace(".", r"\.")
 
 
-def with_folded_heads(config: Mapping[str, Any], names: PeftNames, heads: Sequence[str]) -> dict[str, Any]:
+def head_task(source: Checkpoint) -> str:
+    """PEFT's name for the class that the head belongs to; token classification is verl's critic."""
+    classes = source.config.get("architectures")
+    is_token = isinstance(classes, list) and any(str(c).endswith("ForTokenClassification") for c in classes)
+    return "TOKEN_CLS" if is_token else "SEQ_CLS"
+
+
+def with_folded_heads(
+    config: Mapping[str, Any], names: PeftNames, heads: Sequence[str], *, task: str = "SEQ_CLS"
+) -> dict[str, Any]:
     """The config of an adapter whose heads, LoRA over a random frozen weight, are saved whole instead."""
     if not heads:
         return dict(config)
@@ -135,4 +184,4 @@ def with_folded_heads(config: Mapping[str, Any], names: PeftNames, heads: Sequen
     else:
         targets = kept  # a pattern, or `all-linear`, would match the head again
     changed = {"target_modules": targets, "modules_to_save": list(dict.fromkeys([*saved, *sorted(last)]))}
-    return {**config, **changed, "task_type": config.get("task_type") or "SEQ_CLS"}
+    return {**config, **changed, "task_type": config.get("task_type") or task}

@@ -1,0 +1,218 @@
+"""Adam's moments in verl's optimizer files, by the names of their parameters.
+
+The files number parameters in the model's order and hold no names. Under FSDP2 each moment is a DTensor of its
+parameter's shape. FSDP1 keeps stretches of flat tensors: of one parameter (`use_orig_params`), or of all that one
+wrapped module holds, and what was wrapped is recorded nowhere: it is taken from names as verl wraps (layers, what is
+left, and each LoRA factor by itself) and believed only if every length on every rank fits.
+
+Source: `get_fsdp_wrap_policy` in https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/fsdp_utils.py
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from converter import tensors
+from converter.errors import Refused, show
+from converter.sources.verl_shards import Piece, Ranks, Value
+from converter.sources.verl_weights import Weights
+from converter.tensors import LazyTensor
+
+State = Literal["exp_avg", "exp_avg_sq"]
+_LAYER = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
+_FACTOR = re.compile(r"(.+\.lora_[A-Za-z_]+\.[^.]+)\.[^.]+")
+
+
+def moments(ranks: Ranks, weights: Weights, state: State, *, tied: bool = False) -> dict[str, LazyTensor]:
+    """One moment of every trained parameter.
+
+    Args:
+        tied: the config ties output embeddings to the input's; FSDP1 saves such a parameter under both names.
+
+    Raises:
+        Refused: files missing (`verl-rank-missing`), another optimizer or layout (`verl-optimizer`).
+    """
+    files = ranks.files
+    lost = [r for r in weights.order if r not in files.optimizers]
+    if lost:
+        listed = ", ".join(map(str, lost[:16]))
+        what = f"optimizer files of rank {listed} of {files.world} are missing"
+        advice = "copy them from the nodes that wrote them"
+        raise ranks.refuse("verl-rank-missing", f"{what}: with each, a part of every moment is lost", next=advice)
+    held: dict[int, dict[int, Value]] = {}
+    counts = set()
+    for rank in weights.order:
+        count, held[rank] = _states(ranks, rank, state)
+        counts.add(count)
+    if len(counts) != 1:
+        raise ranks.refuse("verl-mixed", "the optimizer files number different parameters: they are of two runs")
+    if not any(held.values()):
+        raise ranks.refuse("verl-optimizer", f"the optimizer keeps no {state}: no step of Adam was saved")
+    (count,) = counts
+    names = _parameters(weights, tied)
+    if any(isinstance(v, Piece) or len(v.info.shape) != 1 for own in held.values() for v in own.values()):
+        found = _by_shape(ranks, weights, names, held, count)
+    elif count == len(names) and (whole := _by_parameter(weights, names, held)) is not None:
+        found = whole
+    else:
+        found = _by_unit(weights, names, held, count)
+    if found is None:
+        raise _unknown_order(ranks, len(names), count)
+    return found
+
+
+def _unknown_order(ranks: Ranks, have: int, count: int) -> Refused:
+    return ranks.refuse(
+        "verl-optimizer",
+        f"the optimizer numbers {count} parameters without names, and nothing shows which of the model's {have} they "
+        "are",
+    )
+
+
+def _states(ranks: Ranks, rank: int, state: State) -> tuple[int, dict[int, Value]]:
+    """How many parameters the optimizer has, and a rank's values by their numbers."""
+    file = ranks.files.optimizers[rank]
+    saved = ranks.open(file)
+    entries, groups = saved.get("state"), saved.get("param_groups")
+    params = groups[0].get("params") if isinstance(groups, list) and len(groups) == 1 else None
+    if not isinstance(entries, dict) or not isinstance(params, list) or params != list(range(len(params))):
+        what = "this is not the state of one group of numbered parameters, which verl's optimizers save"
+        raise ranks.refuse("verl-optimizer", what, file=file)
+    found: dict[int, Value] = {}
+    for number, own in entries.items():
+        saved_value = own.get(state) if isinstance(own, dict) else None
+        value = None if saved_value is None else ranks.value(saved_value, file, f"{state} {number}")
+        if value is not None and type(number) is int and number < len(params):
+            found[number] = value
+        elif saved_value is not None:
+            raise ranks.refuse("verl-malformed", f"{state} of {show(number)} is no tensor of a parameter", file=file)
+    return len(params), found
+
+
+def _parameters(weights: Weights, tied: bool) -> list[str]:
+    """The model's parameters in order, each once."""
+    again = {n for group in weights.shared for n in group[1:]}
+    if tied and not again:
+        heads = [n for n in weights.sharded if n.endswith("lm_head.weight")]
+        again |= {h for h in heads if weights.tensors[h].info == weights.tensors[weights.sharded[0]].info}
+    return [n for n in weights.sharded if n not in again]
+
+
+def _by_shape(
+    ranks: Ranks, weights: Weights, names: Sequence[str], held: Mapping[int, Mapping[int, Value]], count: int
+) -> dict[str, LazyTensor] | None:
+    """FSDP2, or one rank alone: every moment has its parameter's shape."""
+    numbers = list(range(count))
+    if count != len(names) and all(".lora_" in n for n in names):
+        numbers = _with_state(held)  # saved with save_lora_only: what is frozen has a number and no name
+    if len(numbers) != len(names):
+        return None
+    found: dict[str, LazyTensor] = {}
+    for number, name in zip(numbers, names, strict=True):
+        values = {r: own[number] for r, own in held.items() if number in own}
+        if not values:
+            continue
+        whole = ranks.whole(f"the moment of {name}", values, ranks.files.optimizers)
+        if whole is None or whole.info.shape != weights.tensors[name].info.shape:
+            return None
+        found[name] = whole
+    return found
+
+
+def _by_parameter(
+    weights: Weights, names: Sequence[str], held: Mapping[int, Mapping[int, Value]]
+) -> dict[str, LazyTensor] | None:
+    """FSDP1 with `use_orig_params`: each rank has the stretch of the parameter that lies in its shard, if any."""
+    found: dict[str, LazyTensor] = {}
+    for number, name in enumerate(names):
+        parts = [v for own in held.values() if not isinstance(v := own.get(number), Piece | None)]
+        if not parts:
+            continue
+        shape = weights.tensors[name].info.shape
+        if sum(p.info.numel for p in parts) != math.prod(shape):
+            return None
+        found[name] = tensors.reshape(tensors.concat(parts, 0), shape)
+    return found
+
+
+def _by_unit(
+    weights: Weights, names: Sequence[str], held: Mapping[int, Mapping[int, Value]], count: int
+) -> dict[str, LazyTensor] | None:
+    """FSDP1 as verl runs it: each rank has an equal stretch of all parameters of a wrapped module, laid end to end."""
+    factors = _factors(names)
+    if factors:
+        return _cut(weights, factors, _with_state(held), held)
+    for units in _units(names):
+        found = _cut(weights, units, list(range(count)), held)
+        if found is not None:
+            return found
+    return None
+
+
+def _cut(
+    weights: Weights, units: Sequence[Sequence[str]], numbers: Sequence[int], held: Mapping[int, Mapping[int, Value]]
+) -> dict[str, LazyTensor] | None:
+    """The parameters of units with these numbers; None where a length does not fit. Frozen units have no moments."""
+    if len(units) != len(numbers):
+        return None
+    found: dict[str, LazyTensor] = {}
+    for number, unit in zip(numbers, units, strict=True):
+        parts = [own.get(number) for own in held.values()]
+        if all(p is None for p in parts):
+            continue
+        whole = _flat(weights, unit, parts)
+        if whole is None:
+            return None
+        found |= whole
+    return found
+
+
+def _with_state(held: Mapping[int, Mapping[int, Value]]) -> list[int]:
+    return sorted({n for own in held.values() for n in own})
+
+
+def _factors(names: Sequence[str]) -> list[list[str]]:
+    """LoRA's factors, each wrapped by itself; what else there is is frozen then."""
+    factors: dict[str, list[str]] = {}
+    for name in names:
+        if match := _FACTOR.fullmatch(name):
+            factors.setdefault(match[1], []).append(name)
+    return list(factors.values())
+
+
+def _units(names: Sequence[str]) -> list[list[list[str]]]:
+    """Parameters by wrapped module, in the order in which an optimizer meets them: layers first or nothing wrapped."""
+    layers: dict[str, list[str]] = {"": []}
+    for name in names:
+        match = _LAYER.match(name)
+        layers.setdefault(match[0] if match else "", []).append(name)
+    return [[u for u in layers.values() if u], [list(names)]]
+
+
+def _flat(weights: Weights, unit: Sequence[str], parts: Sequence[Any]) -> dict[str, LazyTensor] | None:
+    """A unit's parameters, cut from its stretches; None where the lengths are not those of this unit."""
+    total = sum(weights.tensors[n].info.numel for n in unit)
+    share = -(-total // len(parts))
+    if any(not isinstance(p, LazyTensor) or p.info.numel != share for p in parts):
+        return None
+    flat = tensors.concat(parts, 0)
+    found: dict[str, LazyTensor] = {}
+    at = 0
+    for name in unit:
+        info = weights.tensors[name].info
+        found[name] = tensors.reshape(tensors.narrow(flat, 0, at, info.numel), info.shape)
+        at += info.numel
+    return found
+
+
+def trained_names(ranks: Ranks, weights: Weights, *, tied: bool = False) -> frozenset[str] | None:
+    """Names that the optimizer kept state for; None where no optimizer file tells."""
+    try:
+        return frozenset(moments(ranks, weights, "exp_avg", tied=tied))
+    except Refused as refusal:
+        if refusal.code in ("verl-rank-missing", "verl-optimizer"):
+            return None
+        raise
