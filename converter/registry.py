@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 from converter.errors import UsageError, show
 
 if TYPE_CHECKING:
     from converter.checkpoint import Checkpoint
     from converter.context import Context
+    from converter.dialects.model import Dialect
     from converter.sources.places import Place
     from converter.sources.survey import Survey
+    from converter.tensors import LazyTensor
 
 SOURCES = "rlhf_convert.sources"
 CONVERTERS = "rlhf_convert.converters"
 KERNELS = "rlhf_convert.kernels"
 DIAGNOSES = "rlhf_convert.diagnoses"
 _RUN_CHECKPOINT = re.compile(r"(?:checkpoint|global_step|step)[-_]?\d+", re.ASCII)
-GROUPS = (SOURCES, CONVERTERS, KERNELS, DIAGNOSES)
+DIALECTS = "rlhf_convert.dialects"
+GROUPS = (SOURCES, CONVERTERS, KERNELS, DIAGNOSES, DIALECTS)
 
 
 @runtime_checkable
@@ -55,8 +58,21 @@ class KeepsMasters(Protocol):
 
 
 @runtime_checkable
+class KeepsMoments(Protocol):
+    """A source whose checkpoints hold Adam's moments by parameter."""
+
+    def adam_moments(
+        self, root: Path, *, which: Literal["exp_avg", "exp_avg_sq"], allow: Collection[str] = ()
+    ) -> dict[str, LazyTensor]:
+        """The first or the second moment of every trained parameter, by its name in memory, or a refusal."""
+
+
+@runtime_checkable
 class FindsPlaces(Protocol):
-    """A source whose checkpoints may lie below the folder that a user names: by tag, by step, by part of a trainer."""
+    """A source whose checkpoints may lie below the folder that a user names: by tag, by step, by part of a trainer.
+
+    One that tells parts of a trainer apart says so with `has_parts = True`; others are never asked for one.
+    """
 
     def find(self, root: Path, asked: str, *, tag: str | None = None, part: str | None = None) -> Place | None:
         """The one that is meant and why; None where nothing at or below `root` is of this source.
@@ -116,11 +132,20 @@ def find_place(root: Path, asked: str, *, tag: str | None = None, part: str | No
     """The trainer's state that a user means by a folder: in it, or below it.
 
     Raises:
-        UsageError: nothing (`no-shards`), or several to choose from (`several-checkpoints`).
+        UsageError: nothing (`no-shards`), several to choose from (`several-checkpoints`), or a part of what has none
+            (`no-parts`).
         Refused: a layout that is recognised and not read.
     """
-    places = (s.find(root, asked, tag=tag, part=part) for s in sources().values() if isinstance(s, FindsPlaces))
-    found = {p.folder: p for p in places if p is not None}
+    found: dict[Path, Place] = {}
+    without_parts = ""
+    for name, source in sources().items():
+        if not isinstance(source, FindsPlaces):
+            continue
+        has_parts = getattr(source, "has_parts", False) is True
+        place = source.find(root, asked, tag=tag, part=part if has_parts else None)
+        if place is not None:
+            found[place.folder] = place
+            without_parts = "" if has_parts else name
     if len(found) > 1:
         listed = ", ".join(show(os.path.join(asked, os.path.relpath(p, root))) for p in found)
         what = "trainers' states of several kinds; name one of them"
@@ -134,6 +159,9 @@ def find_place(root: Path, asked: str, *, tag: str | None = None, part: str | No
             where=show(asked),
             expected="a folder such as global_step500, its parent, or the run's folder",
         )
+    if part is not None and without_parts:
+        what = f"--part {show(part)}: what {without_parts} saved here is of one model, and has no parts"
+        raise UsageError("no-parts", what, where=show(asked), next=f"rlhf-convert gather {show(asked)} OUT")
     return next(iter(found.values()))
 
 
@@ -191,6 +219,13 @@ def find_converter(name: str) -> type[Converter]:
             "plug-in", f"{show(points[0].value)} is not a converter named `{name}`", where=_package(points[0])
         )
     return cast("type[Converter]", loaded)
+
+
+def dialects() -> Mapping[str, Dialect]:
+    """Every usable dialect by name, ours and strangers'."""
+    from converter.dialects import known
+
+    return known.dialects()
 
 
 def plug_ins(groups: Sequence[str] = GROUPS) -> list[PlugIn]:

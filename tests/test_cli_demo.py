@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,17 +10,21 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import oracle
+from oracle.bases import quiet
 from oracle.command import listing, run
 
 FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
 BASE = FIXTURES / "tiny-qwen2-base"
 ADAPTER = FIXTURES / "tiny-reward-adapter"
+RUN = FIXTURES / "tiny-reward-run"
 
 
 @pytest.fixture
@@ -28,35 +33,90 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_demo_tells_the_whole_story_in_under_a_minute(here: Path) -> None:
-    begun = time.monotonic()
-    ran = run("demo")
-    assert ran.code == 0, ran.err
-    assert time.monotonic() - begun < 60
-    headings = [line for line in ran.out.splitlines() if line[:2] in ("1.", "2.", "3.", "4.")]
-    assert len(headings) == 4
-    assert "$ rlhf-convert merge-lora ./rlhf-convert-demo/tiny-reward-adapter ./rlhf-convert-demo/rm" in ran.out
-    assert "16 of 16 pairs ranked right" in ran.out
-    assert "The merged model is in ./rlhf-convert-demo/rm" in ran.out
-    assert sorted(p.name for p in here.iterdir()) == ["rlhf-convert-demo"]
+@dataclass(frozen=True)
+class Told:
+    """The demo, told once for several tests: its screen, and what it prints with `--json` the second time."""
+
+    here: Path
+    screen: str
+    seconds: float
+    first: dict[str, str]
+    value: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.here / "rlhf-convert-demo"
 
 
-def test_the_demo_s_rewards_are_those_recorded_at_training(here: Path) -> None:
-    recorded = json.loads((ADAPTER / "fixture.json").read_text())["training"]["held_out"]
-    ran = run("demo", "--json", "--out", "./try it")
-    assert ran.code == 0, ran.err
-    scores = json.loads(ran.out)["scores"]
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        begun = time.monotonic()
+        ran = run("demo")
+        seconds = time.monotonic() - begun
+        assert ran.code == 0, ran.err
+        first = listing(folder)
+        again = run("demo", "--json")
+        assert again.code == 0, again.err
+    return Told(folder, ran.out, seconds, first, json.loads(again.out))
+
+
+def test_the_demo_tells_the_whole_story_in_under_a_minute(told: Told) -> None:
+    assert told.seconds < 60
+    headings = [line[:2] for line in told.screen.splitlines() if line[:1].isdigit() and line[1:3] == ". "]
+    assert headings == ["1.", "2.", "3.", "4.", "5.", "6."]
+    broken, repaired = "./rlhf-convert-demo/tiny-reward-run/checkpoint-4", "./rlhf-convert-demo/repaired"
+    assert f"$ rlhf-convert repair {broken} {repaired}" in told.screen
+    assert f"$ rlhf-convert merge-lora {repaired} ./rlhf-convert-demo/rm" in told.screen
+    # In this order: the fault, what PEFT says, the repair, and that PEFT has nothing to say any more.
+    words = ["zero3-empty-tensors", "with shape torch.Size([0])", f"wrote    {repaired}", "loads, and misses nothing"]
+    places = [told.screen.find(each) for each in words]
+    assert min(places) > 0
+    assert places == sorted(places)
+    assert "16 of 16 pairs ranked right" in told.screen
+    assert "The merged model is in ./rlhf-convert-demo/rm" in told.screen
+    assert sorted(p.name for p in told.here.iterdir()) == ["rlhf-convert-demo"]
+
+
+def test_what_peft_says_in_the_demo_is_what_it_says_without_us(told: Told) -> None:
+    import peft
+    import transformers
+
+    with quiet():
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        with pytest.raises(RuntimeError) as error:
+            peft.PeftModel.from_pretrained(load(BASE, num_labels=1), RUN / "checkpoint-4")
+        repaired = peft.PeftModel.from_pretrained(load(BASE, num_labels=1), told.folder / "repaired")
+    before = told.value["before"]
+    assert before["loads"] is False
+    assert sorted(before["lines"][1:]) == sorted(str(error.value).splitlines()[1:])
+    assert told.value["after"] == {"loads": True, "lines": []}
+    assert not any(p.numel() == 0 for p in repaired.parameters())
+
+
+def test_the_repaired_adapter_of_the_demo_is_the_live_one(told: Told) -> None:
+    """Digests of the live parameters, gathered while DeepSpeed trained them."""
+    import torch
+
+    wanted = json.loads((RUN / "fixture.json").read_text())["training"]["live_sha256"]
+    found = oracle.read_tensors(told.folder / "repaired")
+    digests = {n: hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest() for n, t in found.items()}
+    assert digests == {n.replace(".default", "").replace(".modules_to_save", ""): d for n, d in wanted.items()}
+    assert sum(t.numel() == 0 for t in oracle.read_tensors(RUN / "checkpoint-4").values()) == 24
+
+
+def test_the_demo_s_rewards_are_those_recorded_at_training(told: Told) -> None:
+    recorded = json.loads((RUN / "fixture.json").read_text())["training"]["held_out"]
+    scores = told.value["scores"]
     assert len(scores) == len(recorded)
     for score, pair in zip(scores, recorded, strict=True):
         assert score["merged"] == pytest.approx([pair["chosen_reward"], pair["rejected_reward"]], abs=0.02)
 
 
-def test_the_demo_can_be_repeated_and_keeps_out_of_other_folders(here: Path) -> None:
-    assert run("demo", "-q").code == 0
-    before = listing(here / "rlhf-convert-demo")
-    again = run("demo", "-q")
-    assert (again.code, again.text.strip()) == (0, "")
-    assert listing(here / "rlhf-convert-demo") == before
+def test_the_demo_can_be_repeated_and_keeps_out_of_other_folders(told: Told, here: Path) -> None:
+    assert listing(told.here) == told.first
     (here / "mine").mkdir()
     (here / "mine" / "thesis.txt").write_text("years of work")
     ran = run("demo", "--out", "mine")
@@ -64,20 +124,19 @@ def test_the_demo_can_be_repeated_and_keeps_out_of_other_folders(here: Path) -> 
     assert [p.name for p in (here / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_a_tampered_demo_adapter_is_noticed(here: Path) -> None:
+def test_a_tampered_demo_model_is_noticed(told: Told, here: Path) -> None:
     """What the demo claims, it checks: a merge of another adapter does not score as recorded."""
     from converter.cli.demo import score
     from converter.errors import VerificationFailed
 
-    assert run("demo", "-q").code == 0
-    weights = here / "rlhf-convert-demo" / "rm"
+    weights = Path(shutil.copytree(told.folder / "rm", here / "rm"))
     tensors = oracle.read_tensors(weights)
     tensors["score.weight"] = tensors["score.weight"] * 1.05
     for file in weights.glob("model*.safetensors*"):
         file.unlink()
     oracle.write_tensors(weights, tensors)
     with pytest.raises(VerificationFailed):
-        score(weights, ADAPTER)
+        score(weights, RUN)
 
 
 def test_the_recipe_merge_reward_lora_makes_a_reward_model(here: Path) -> None:

@@ -17,35 +17,33 @@ from oracle.command import merged
 FIXTURES = Path(str(files("converter") / "fixtures"))
 BASE = FIXTURES / "tiny-qwen2-base"
 ADAPTER = FIXTURES / "tiny-reward-adapter"
+RUN = FIXTURES / "tiny-reward-run"
 FOLDERS = sorted(p for p in FIXTURES.iterdir() if p.is_dir() and p.name != "__pycache__")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_fixture_holds_exactly_the_files_of_its_provenance(folder: Path) -> None:
     record = json.loads((folder / "fixture.json").read_text())
-    found = {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.name != "fixture.json"
-    }
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "fixture.json")
+    found = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     assert found == record["files"]
     assert record["seed"]
     assert record["versions"]["torch"]
     assert record["what"]
-    assert (FIXTURES.parent.parent / record["made_by"]).name == "make_fixtures.py"
+    assert Path(record["made_by"]).name == ("make_incident.py" if folder == RUN else "make_fixtures.py")
     assert (FIXTURES / Path(record["made_by"]).name).is_file()
 
 
 def test_fixtures_are_small() -> None:
-    assert FOLDERS == [BASE, ADAPTER]
-    assert sum(p.stat().st_size for folder in FOLDERS for p in folder.iterdir()) < 600_000
+    assert FOLDERS == [BASE, ADAPTER, RUN]
+    assert sum(p.stat().st_size for folder in FOLDERS for p in folder.rglob("*")) < 800_000
 
 
 def test_fixtures_name_no_path_of_the_machine_that_made_them() -> None:
     for folder in FOLDERS:
-        for file in folder.glob("*.json"):
-            text = file.read_text()
-            assert "/home" not in text
-            assert "/root" not in text
-            assert "/tmp" not in text
+        for file in (p for p in folder.rglob("*") if p.suffix in (".json", ".pt")):
+            content = file.read_bytes()
+            assert not [word for word in (b"/home", b"/root", b"/tmp", b"/work") if word in content], file
     assert oracle.read_config(ADAPTER, "adapter_config.json")["base_model_name_or_path"] == BASE.name
 
 

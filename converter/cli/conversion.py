@@ -121,6 +121,7 @@ def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, option
             "files": [{"file": s.file, "size": s.size, "tensors": len(s.entries)} for s in plan.shards],
             "dropped": dict(plan.dropped),
             "notes": notes_json(prepared),
+            "repaired": dict(prepared.checkpoint.repaired),
         }
     )
 

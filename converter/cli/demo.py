@@ -1,4 +1,8 @@
-"""`rlhf-convert demo`: the whole story on small checkpoints that real trainers' code wrote."""
+"""`rlhf-convert demo`: the whole story on small checkpoints that real trainers' code wrote.
+
+A reward model was trained under ZeRO-3 and saved without gathering: most of its tensors are `torch.Size([0])`. PEFT is
+asked what it says to that while the demo runs, before and after the repair; nothing of it is written down here.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ import shlex
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,19 +22,23 @@ from typing import Any
 
 from converter.cli.conversion import Written, write_recipe
 from converter.cli.inspection import screen
-from converter.cli.merge import Merge, head, merge_recipe
+from converter.cli.merge import Merge, merge_recipe
+from converter.cli.merge import head as merge_head
 from converter.cli.options import Conversion, Display
-from converter.errors import Refused, VerificationFailed
+from converter.cli.repair import Repairing, repair_recipe
+from converter.cli.repair import head as repair_head
+from converter.errors import Refused, VerificationFailed, show
 
-BASE, ADAPTER, MERGED = "tiny-qwen2-base", "tiny-reward-adapter", "rm"
+BASE, RUN, REPAIRED, MERGED = "tiny-qwen2-base", "tiny-reward-run", "repaired", "rm"
+CHECKPOINT = f"{RUN}/checkpoint-4"
 
 TOLERANCE = 0.05
-"""Difference of two rewards that rounding to bf16 explains; they lie about 5.6 apart, kind from unkind."""
+"""Difference of two rewards that rounding to bf16 explains; they lie about 6.4 apart, kind from unkind."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A held-out pair of answers: rewards recorded when the adapter was trained, and those of the merged model."""
+    """A held-out pair of answers: rewards of the live model at the end of training, and those of the merged model."""
 
     prompt: str
     recorded: tuple[float, float]
@@ -40,34 +50,73 @@ class Scored:
         return max(abs(a - b) for a, b in zip(self.recorded, self.merged, strict=True))
 
 
+@dataclass(frozen=True)
+class Loading:
+    """What PEFT said when it loaded an adapter over the base: its error and its warnings, line by line."""
+
+    loads: bool
+    lines: tuple[str, ...]
+
+
 def demo(out: str, options: Display) -> int:
     """Tell the story; exit code 0 once the merged model scores like the one that was trained."""
     sink, begun = options.sink, time.monotonic()
     folder = Path(out).expanduser()
     lay_out(folder)
-    base, adapter, merged = (_typed(out, name) for name in (BASE, ADAPTER, MERGED))
+    base, broken, repaired, merged = (_typed(out, name) for name in (BASE, CHECKPOINT, REPAIRED, MERGED))
 
-    sink.screen(["1. What is there: a base model, and a reward model that was trained over it as a LoRA adapter", ""])
-    for path in (base, adapter):
-        sink.screen([f"$ {shlex.join(['rlhf-convert', 'inspect', path])}", *screen(path), ""])
+    sink.screen(["1. What training left: a base model, and a reward model over it that ZeRO-3 saved without gathering"])
+    for path in (base, broken):
+        sink.screen(["", f"$ {shlex.join(['rlhf-convert', 'inspect', path])}", *screen(path)])
 
-    asked = Merge(adapter, base)
-    command = ["rlhf-convert", "merge-lora", adapter, merged, "--base", base]
-    sink.screen(["2. Merge", "", f"$ {shlex.join(command)}"])
-    merging = Conversion(as_json=options.as_json, verbose=options.verbose, quiet=options.quiet, overwrite=True)
-    written = write_recipe(merge_recipe(asked, merging), merged, merging, head=head)
+    sink.screen(["", "2. What a trainer says to that: PEFT loads the adapter over the base", ""])
+    before = load(folder / BASE, folder / CHECKPOINT)
+    sink.screen(_said(before))
+
+    writing = Conversion(as_json=options.as_json, verbose=options.verbose, quiet=options.quiet, overwrite=True)
+    sink.screen(["", "3. Repair it from the shards beside it, and ask PEFT again", ""])
+    fixed = _repaired(broken, repaired, writing)
+    after = load(folder / BASE, folder / REPAIRED)
+    if not after.loads:
+        raise _differs("PEFT does not load the repaired adapter", folder / REPAIRED, "no error", after.lines[0])
+    sink.screen(["", *_said(after)])
+
+    command = ["rlhf-convert", "merge-lora", repaired, merged, "--base", base]
+    sink.screen(["", "4. Merge", "", f"$ {shlex.join(command)}"])
+    written = write_recipe(merge_recipe(Merge(repaired, base), writing), merged, writing, head=merge_head)
     assert written is not None
     sink.screen([*written.screen(), ""])
 
-    sink.screen(["3. Does it say the same? transformers loads it and scores answers that training never saw", ""])
-    scored = score(Path(merged).expanduser(), folder / ADAPTER)
-    sink.screen([*_scores(scored), ""])
-    sink.screen(["4. What changed", "", *_changes(written), ""])
+    sink.screen(["5. Does it say the same? transformers loads it and scores answers that training never saw", ""])
+    scored = score(folder / MERGED, folder / RUN)
+    sink.screen([*_scores(scored), "", "6. What changed", "", *_changes(written), ""])
     sink.screen([f"Done in {time.monotonic() - begun:.0f} s. The merged model is in {merged}, the receipt beside it:"])
     sink.screen([f"  {merged}/rlhf-convert.json"])
-    sink.screen(["Next:    your own adapter:  rlhf-convert merge-lora ADAPTER OUT"])
-    sink.json({"out": merged, "receipt": dict(written.receipt.content), "scores": [vars(s) for s in scored]})
+    sink.screen(["Next:    your own checkpoint:  rlhf-convert inspect PATH"])
+    sink.json(
+        {
+            "out": merged,
+            "before": vars(before),
+            "after": vars(after),
+            "repair": dict(fixed.receipt.content),
+            "receipt": dict(written.receipt.content),
+            "scores": [vars(s) for s in scored],
+        }
+    )
     return 0
+
+
+def _repaired(broken: str, repaired: str, writing: Conversion) -> Written:
+    """The adapter with its empty tensors filled from the shards, as `repair` fills them."""
+    from converter.cli.repair_places import search
+
+    writing.sink.screen([f"$ {shlex.join(['rlhf-convert', 'repair', broken, repaired])}"])
+    asked = Repairing(broken)
+    recipe = repair_recipe(asked, search(broken, ()), writing)
+    written = write_recipe(recipe, repaired, writing, head=repair_head)
+    assert written is not None
+    writing.sink.screen(written.screen())
+    return written
 
 
 def lay_out(folder: Path) -> None:
@@ -76,7 +125,7 @@ def lay_out(folder: Path) -> None:
     Raises:
         Refused: the folder holds something else (`output-exists`).
     """
-    ours = {BASE, ADAPTER, MERGED}
+    ours = {BASE, RUN, REPAIRED, MERGED}
     strange = (
         sorted(p.name for p in folder.iterdir() if p.name.partition(".")[0] not in ours) if folder.is_dir() else []
     )
@@ -87,23 +136,65 @@ def lay_out(folder: Path) -> None:
             where=str(folder),
             next="rlhf-convert demo --out ./another",
         )
-    for name in (BASE, ADAPTER):
-        source = resources.files("converter").joinpath("fixtures", name)
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        with resources.as_file(source) as path:
-            for file in sorted(path.iterdir()):
-                target = folder / name / file.name
+    for name in (BASE, RUN):
+        with resources.as_file(resources.files("converter").joinpath("fixtures", name)) as shipped:
+            for file in sorted(p for p in shipped.rglob("*") if p.is_file()):
+                target = folder / name / file.relative_to(shipped)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 if not (target.is_file() and filecmp.cmp(file, target, shallow=False)):
                     shutil.copyfile(file, target)
 
 
-def score(merged: Path, adapter: Path) -> list[Scored]:
-    """Rewards of the held-out pairs by the merged model, beside those recorded at training.
+def load(base: Path, adapter: Path) -> Loading:
+    """Load an adapter with PEFT over a base as trainers do, and note what is said."""
+    with _quiet_libraries() as said:
+        import peft
+        import transformers
+
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        said.clear()
+        try:
+            peft.PeftModel.from_pretrained(model, adapter)
+        except (RuntimeError, ValueError, KeyError) as error:
+            return Loading(False, tuple(f"{type(error).__name__}: {error}".splitlines()))
+        return Loading(True, tuple(line for w in said for line in str(w.message).splitlines() if "key" in line))
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[list[warnings.WarningMessage]]:
+    """Libraries that look for nothing on the Hub and print nothing; their warnings are collected."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        yield said
+
+
+def _said(loading: Loading) -> list[str]:
+    """The first lines; of many that are alike one is shown."""
+    call = ">>> PeftModel.from_pretrained(base, adapter)"
+    if loading.loads and not loading.lines:
+        return [call, "loads, and misses nothing"]
+    shown = [show(line.strip(), 300) for line in loading.lines[:2]]
+    rest = len(loading.lines) - len(shown)
+    return [call, *shown, *([f"... and {rest} more lines like it"] if rest else [])]
+
+
+def _differs(what: str, where: Path, expected: str, got: str) -> VerificationFailed:
+    advice = "report it with the output of `rlhf-convert env`"
+    return VerificationFailed("demo-differs", what, where=str(where), expected=expected, got=show(got), next=advice)
+
+
+def score(merged: Path, run: Path) -> list[Scored]:
+    """Rewards of the held-out pairs by the merged model, beside those of the live model at the end of training.
 
     Raises:
         VerificationFailed: a reward is further from the recorded one than rounding explains (`demo-differs`).
     """
-    pairs = json.loads((adapter / "fixture.json").read_text("utf-8"))["training"]["held_out"]
+    pairs = json.loads((run / "fixture.json").read_text("utf-8"))["training"]["held_out"]
     model, tokenizer = _loaded(merged)
     scored = []
     for pair in pairs:
@@ -112,28 +203,21 @@ def score(merged: Path, adapter: Path) -> list[Scored]:
         scored.append(Scored(pair["prompt"], recorded, (rewards[0], rewards[1])))
     worst = max(scored, key=lambda s: s.difference)
     if worst.difference > TOLERANCE:
-        raise VerificationFailed(
-            "demo-differs",
+        raise _differs(
             "the merged model does not score like the one that was trained",
-            where=str(merged),
-            expected=f"{worst.recorded[0]:.3f} and {worst.recorded[1]:.3f} for {worst.prompt!r}",
-            got=f"{worst.merged[0]:.3f} and {worst.merged[1]:.3f}",
-            next="report it with the output of `rlhf-convert env`",
+            merged,
+            f"{worst.recorded[0]:.3f} and {worst.recorded[1]:.3f} for {worst.prompt!r}",
+            f"{worst.merged[0]:.3f} and {worst.merged[1]:.3f}",
         )
     return scored
 
 
 def _loaded(merged: Path) -> tuple[Any, Any]:
     """Model and tokenizer, loaded by transformers from the folder and nowhere else, in fp32."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with warnings.catch_warnings():
-        # transformers' and torch's deprecations are not the demo's story.
-        warnings.simplefilter("ignore")
+    with _quiet_libraries():
         import torch
         import transformers
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         return load(merged, dtype=torch.float32).eval(), transformers.AutoTokenizer.from_pretrained(merged)
 

@@ -32,6 +32,7 @@ class Gathering:
     emit: str | None = None
     lora_alpha: float | None = None
     part: str | None = None
+    rslora: bool = False
 
 
 def gather(asked: Gathering, out: str | None, options: Conversion) -> int:
@@ -81,6 +82,8 @@ def gather_recipe(asked: Gathering, options: Conversion) -> tuple[Recipe, str]:
         fields["base"] = "base"
     if asked.lora_alpha is not None:
         fields["lora-alpha"] = asked.lora_alpha
+    if asked.rslora:
+        fields["rslora"] = True
     steps = (Step("gather", fields), *cast_steps(options))
     return Recipe(inputs, steps, output(options), file="gather"), said
 

@@ -100,6 +100,9 @@ def gather(
         float | None,
         typer.Option(metavar="N", help="lora_alpha of training, where no config records it.", show_default=False),
     ] = None,
+    rslora: Annotated[
+        bool, typer.Option("--rslora", help="Training set use_rslora, and no config records it.")
+    ] = False,
 ) -> int:
     """`rlhf-convert gather`."""
     from converter.cli.gather import Gathering, gather
@@ -111,9 +114,44 @@ def gather(
         master=master,
         emit=None if emit is None else emit.value,
         lora_alpha=lora_alpha,
+        rslora=rslora,
         part=None if part is None else part.value,
     )
     return gather(asked, options.target(out), options)
+
+
+@verb(
+    "repair",
+    Conversion,
+    short_help="Fill what is empty or lost from where it still exists.",
+    help="Fill tensors that are empty (torch.Size([0])), cut or missing from where their values still exist: the run's "
+    "shards, a tied tensor, a copy, the base model for what was never trained. What exists nowhere is named, and "
+    "nothing is written.",
+    examples=(
+        "rlhf-convert repair ./run/checkpoint-500 ./repaired",
+        "rlhf-convert repair ./my-adapter ./repaired --weights-from ./run/global_step500",
+        "rlhf-convert repair ./model ./repaired --base Qwen/Qwen2.5-7B --dry-run",
+    ),
+)
+def repair(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Model or adapter folder.", show_default=False)],
+    options: Conversion,
+    out: Out = None,
+    weights_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR", help="Where lost weights may be: shards, a run, a copy. Repeatable.", show_default=False
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Base model; default: what is recorded, if at hand.", show_default=False),
+    ] = None,
+) -> int:
+    """`rlhf-convert repair`."""
+    from converter.cli.repair import Repairing, repair
+
+    return repair(Repairing(src, tuple(weights_from or ()), base), options.target(out), options)
 
 
 @verb(

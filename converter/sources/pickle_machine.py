@@ -142,7 +142,8 @@ class _Machine:
         except Refused:
             raise
         except _MALFORMED as error:
-            raise _bad(self.where, show(error)) from error
+            what = "it refers to something that is not there" if isinstance(error, LookupError) else show(error)
+            raise _bad(self.where, what) from error
         raise _bad(self.where, "it has no end")
 
     def fail(self, why: str) -> NoReturn:
@@ -353,7 +354,9 @@ _KNOWN_NAMES = re.compile(
     | (builtins|__builtin__)\.(dict|list|tuple|set|frozenset|int|float|bool|str|bytes|bytearray|complex|slice|range)
     | (builtins|__builtin__)\.object | __builtin__\.(long|unicode|xrange)
     | copyreg\._reconstructor | copy_reg\._reconstructor | datetime\.\w+
-    | numpy\.(dtype|ndarray|generic|[a-z]+\d*_?) | numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)
+    | numpy\.(dtype|ndarray|generic|number|void|half|single|double|u?(byte|short|intc|long|longlong))
+    | numpy\.(bool|str|bytes|object|u?int\d*|float\d*|complex\d*|c?longdouble|datetime64|timedelta64)_?
+    | numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)
     | numpy\.dtypes\.\w+ | argparse\.Namespace
     | deepspeed\.(runtime|utils)\.[\w.]+ | deepspeed\.checkpoint\.universal_checkpoint\.SubparamShape
     """,
