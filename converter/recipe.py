@@ -43,18 +43,21 @@ class InputSpec:
         base_of: name of an adapter input; this one is the base model that the adapter records.
         revision: Hub commit, branch or tag.
         master: of a trainer's state, trained tensors as their fp32 masters.
+        broken: keep tensors that are empty, cut or missing, for the step `fill`.
     """
 
     path: str | None = None
     base_of: str | None = None
     revision: str | None = None
     master: bool = False
+    broken: bool = False
 
     def to_value(self) -> Any:
         """As it is written in YAML: the path alone where nothing else is said."""
-        if self.base_of is None and self.revision is None and not self.master:
+        if self.base_of is None and self.revision is None and not self.master and not self.broken:
             return self.path
         named = {"path": self.path, "base-of": self.base_of, "revision": self.revision, "master": self.master or None}
+        named["broken"] = self.broken or None
         return {k: v for k, v in named.items() if v is not None}
 
 
@@ -202,6 +205,7 @@ def _recipe_model() -> type[BaseModel]:
         base_of: str | None = Field(None, alias="base-of")
         revision: str | None = None
         master: bool = False
+        broken: bool = False
 
     class OutputModel(BaseModel):
         model_config = config

@@ -12,11 +12,13 @@ from converter import __version__
 from converter.accounting import unaccounted
 from converter.checkpoint import Checkpoint
 from converter.context import Context
-from converter.errors import ConvertError, Refused, UsageError, show
+from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.plan import Plan, make_plan
 from converter.recipe import SOURCE, InputSpec, Recipe
 from converter.recipe_fields import check, instantiate
 from converter.registry import KeepsMasters, Source, nothing_in, sources
+from converter.sources.pickle_names import CODE as NAMES
+from converter.sources.pickle_names import allowed_names
 
 MODEL, ADAPTER, TRAINING = "model", "adapter", "training"
 _SNAPSHOT = re.compile(
@@ -52,9 +54,12 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
     check(recipe)
     context = Context(allow)
     opened = open_inputs(recipe, token=token, keep_code=keep_code)
+    if (allowed := allowed_names()) is not None and allowed.used:
+        context.consents[NAMES] = f"names that pickled files mention, read as data: {fold(sorted(allowed.used))}"
     recorded = frozenset(n for n, s in recipe.inputs.items() if s.base_of is not None)
     for name, other in opened.items():
-        if name != SOURCE and other.origin.kind == ADAPTER and SOURCE not in recorded:
+        is_over_base = other.origin.kind == ADAPTER and opened[SOURCE].origin.kind != ADAPTER
+        if name != SOURCE and is_over_base and SOURCE not in recorded:
             compare_base(opened[SOURCE], other, context)
     checkpoint = opened[SOURCE]
     for converter in instantiate(recipe, opened):
@@ -66,7 +71,8 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
             where=show(checkpoint.origin.asked),
             next=f"rlhf-convert gather {show(checkpoint.origin.asked)} OUT",
         )
-    if checkpoint.origin.kind == ADAPTER and opened[SOURCE].origin.kind == ADAPTER:
+    is_adapter_as_before = checkpoint.origin.kind == ADAPTER and opened[SOURCE].origin.kind == ADAPTER
+    if is_adapter_as_before and not checkpoint.repaired:
         raise Refused(
             "not-a-model",
             "an adapter alone is not a model that can be written",
@@ -81,7 +87,7 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
         context=context,
         max_shard_size=recipe.output.max_shard_size,
         layout=recipe.output.layout,
-        provenance=_provenance(recipe, opened),
+        provenance=_provenance(recipe, opened, checkpoint.repaired),
     )
     return Prepared(recipe, opened, recorded, checkpoint, plan, context)
 
@@ -130,9 +136,18 @@ def open_checkpoint(spec: InputSpec, *, token: str | None, keep_code: bool, down
     found = resolve(spec.path, revision=spec.revision, token=token, allow_download=download)
     for source in sources().values():
         if source.detect(found.path):
-            opens = _masters_of(source, spec.path) if spec.master else source.open
+            opens = _opener(source, spec)
             return opens(found.path, asked=spec.path, revision=found.revision, keep_code=keep_code)
     raise nothing_in(found.path, spec.path)
+
+
+def _opener(source: Source, spec: InputSpec) -> Callable[..., Checkpoint]:
+    """How a source opens an input as its spec says."""
+    if spec.broken and source.name in ("hf", "peft"):
+        from converter.sources.broken import open_broken
+
+        return open_broken
+    return _masters_of(source, str(spec.path)) if spec.master else source.open
 
 
 def _masters_of(source: Source, asked: str) -> Callable[..., Checkpoint]:
@@ -224,7 +239,7 @@ def _same_commit(a: str, b: str) -> bool:
     return not commits or a.startswith(b) or b.startswith(a)
 
 
-def _provenance(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> dict[str, Any]:
+def _provenance(recipe: Recipe, opened: Mapping[str, Checkpoint], repaired: Mapping[str, str]) -> dict[str, Any]:
     """What the receipt says of a run's origin: names, revisions and digests, no path of this machine."""
     inputs = {
         name: {
@@ -236,4 +251,5 @@ def _provenance(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> dict[str, A
         for name, c in opened.items()
     }
     made = {"steps": recipe.steps_to_value(), "output": recipe.output_to_value()}
-    return {"version": __version__, "recipe": made, "inputs": inputs}
+    told = {"repaired": dict(repaired)} if repaired else {}
+    return {"version": __version__, "recipe": made, "inputs": inputs, **told}

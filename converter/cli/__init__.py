@@ -14,7 +14,25 @@ from types import FrameType
 from converter.cli.sink import Failed, error_to_user
 from converter.errors import EXIT_BUG, ConvertError, Interrupted, Refused, UsageError, show
 
-VERBS = ("merge-lora", "gather", "reshard", "run", "inspect", "doctor", "explain", "demo", "list", "env")
+VERBS = (
+    "convert",
+    "rm-to-critic",
+    "critic-to-rm",
+    "merge-lora",
+    "gather",
+    "repair",
+    "reshard",
+    "run",
+    "inspect",
+    "doctor",
+    "verify",
+    "explain",
+    "diff",
+    "push",
+    "demo",
+    "list",
+    "env",
+)
 PROGRAM = "rlhf-convert"
 
 
@@ -55,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error = Bug("bug", f"a bug in {PROGRAM}: {type(bug).__name__}: {show(bug)}")
         error.next = f"report it with the output of `{PROGRAM} env` and of this command under RLHF_CONVERT_DEBUG=1"
         error.__cause__ = bug
-    writes = bool(arguments) and arguments[0] not in ("inspect", "doctor", "explain", "list", "env")
+    writes = bool(arguments) and arguments[0] not in ("inspect", "doctor", "verify", "explain", "diff", "list", "env")
     return error_to_user(error, as_json="--json" in arguments, writes=writes)
 
 

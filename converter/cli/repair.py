@@ -1,0 +1,153 @@
+"""`rlhf-convert repair`."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.cli.conversion import convert, load_commands
+from converter.cli.options import Conversion
+from converter.cli.recipes import cast_steps, input_spec, output
+from converter.errors import ConvertError, Refused, UsageError, fold, show
+from converter.recipe import SOURCE, InputSpec, Recipe, Step
+
+if TYPE_CHECKING:
+    from converter.checkpoint import Checkpoint
+    from converter.cli.conversion import Written
+    from converter.cli.repair_places import Search
+    from converter.recipe_run import Prepared
+
+
+@dataclass(frozen=True)
+class Repairing:
+    """What the user asked for."""
+
+    src: str
+    weights_from: tuple[str, ...] = ()
+    base: str | None = None
+
+
+def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
+    """Fill what is lost, or say that nothing is; shards without any weight file are gathered."""
+    from converter.cli.repair_places import search
+    from converter.converters.fill_refusals import NothingToRepair
+
+    root = Path(asked.src).expanduser()
+    if not root.is_dir():
+        _refuse_elsewhere(asked)
+    found = search(asked.src, asked.weights_from)
+    if (shards := _shards_alone(root, asked, found)) is not None:
+        return _gather(shards, asked, out, options)
+    recipe = repair_recipe(asked, found, options)
+    try:
+        return convert(recipe, out, options, head=head, next_commands=_next)
+    except NothingToRepair as healthy:
+        sink = options.sink
+        sink.screen([f"{show(asked.src)}: {healthy.what}", str(healthy.next)])
+        sink.json({"healthy": True, "what": healthy.what, "advice": healthy.next})
+        return 0
+    except Refused as error:
+        if found.looked and error.code in ("tensors-lost", "head-base-lost", "repair-mismatch", "older-weights"):
+            error.got = (error.got or "nothing:") + "".join(f"\n    {each}" for each in found.looked)
+        raise
+
+
+def _refuse_elsewhere(asked: Repairing) -> None:
+    """Say why SRC is none: shards and copies are looked for around a local folder.
+
+    Raises:
+        UsageError: always.
+    """
+    from converter.sources.locate import resolve
+
+    resolve(asked.src, revision=None, token=None, allow_download=False)
+    what = "what is repaired is a local folder: what it lost is looked for around it"
+    raise UsageError("not-a-folder", what, where=show(asked.src), next="download it first: hf download, --local-dir")
+
+
+def _shards_alone(root: Path, asked: Repairing, found: Search) -> str | None:
+    """The shards of a folder that has no weight file at all: then a repair is a gather."""
+    from converter.registry import kind_of, sources
+    from converter.sources.survey import ADAPTER_CONFIG, file_names, is_weights_of_model
+
+    kind = kind_of(root)
+    if kind is not None and getattr(sources()[kind], "precedence", 0) > 0:
+        return asked.src
+    names = file_names(root)
+    if ADAPTER_CONFIG in names or is_weights_of_model(names) or any(n.startswith("adapter_model.") for n in names):
+        return None  # an adapter's config is in the folder, and what belongs to it is filled
+    return next((p.path for p in found.places if not p.is_copy), None)
+
+
+def _gather(shards: str, asked: Repairing, out: str | None, options: Conversion) -> int:
+    from converter.cli.gather import Gathering, gather
+
+    options.sink.tell(f"{show(asked.src)} has no weight file: this is `rlhf-convert gather {show(shards)}`")
+    return gather(Gathering(shards, base=asked.base), out, options)
+
+
+def repair_recipe(asked: Repairing, found: Search, options: Conversion) -> Recipe:
+    """The recipe that the arguments mean: the broken folder, every place that may help, and the base if at hand."""
+    inputs = {SOURCE: InputSpec(asked.src, revision=options.revision, broken=True)}
+    places = {f"weights-{n}": InputSpec(p.path, broken=p.is_copy) for n, p in enumerate(found.places, 1)}
+    fields: dict[str, Any] = {"weights": list(places)} if places else {}
+    base = _base(asked, inputs[SOURCE])
+    if base is not None:
+        fields["base"] = "base"
+        places["base"] = base
+    steps = (Step("fill", fields), *cast_steps(options))
+    return Recipe(inputs | places, steps, output(options), file="repair")
+
+
+def _base(asked: Repairing, source: InputSpec) -> InputSpec | None:
+    """The base model: given, or recorded and at hand; nothing is downloaded on a file's word."""
+    if asked.base is not None:
+        return input_spec(asked.base)
+    from converter.recipe_run import open_checkpoint, open_recorded_base
+
+    broken = open_checkpoint(source, token=None, keep_code=False)
+    try:
+        if broken.origin.kind == "adapter":
+            open_recorded_base(broken, keep_code=False)
+            return InputSpec(base_of=SOURCE)
+        name = broken.config.get("_name_or_path")
+        if not isinstance(name, str) or not name:
+            return None
+        spec = InputSpec(name)
+        found = open_checkpoint(spec, token=None, keep_code=False, download=False)
+    except ConvertError:
+        return None
+    return None if found.origin.path == broken.origin.path else spec
+
+
+def head(prepared: Prepared) -> list[str]:
+    """The screen's lines about the folder, and where each lost tensor comes from."""
+    from converter import report
+
+    source, repaired = prepared.opened[SOURCE], prepared.checkpoint.repaired
+    kind = report.adapter_kind(source.config) if source.origin.kind == "adapter" else report.dtype_words(source)
+    lines = [report.line("broken", f"{show(source.origin.asked)}  {kind}, {_count(source)}")]
+    groups: dict[str, list[str]] = {}
+    for name, words in repaired.items():
+        groups.setdefault(words, []).append(name)
+    for words, names in groups.items():
+        lines.append(report.line("repaired", f"{len(names)} from {words}"))
+        lines.append(report.line("", f"  {fold(names, 4)}"))
+    return lines
+
+
+def _count(source: Checkpoint) -> str:
+    every = list(source.all_tensors())
+    return f"{sum(t.info.shape == (0,) for t in every)} of {len(every)} tensors empty"
+
+
+def _next(written: Written) -> list[str]:
+    """The check, then what loads the result."""
+    if written.prepared.checkpoint.origin.kind != "adapter":
+        return load_commands(written)
+    base = written.prepared.checkpoint.config.get("base_model_name_or_path")
+    named = [] if isinstance(base, str) and base else ["--base", "BASE"]
+    merge = shlex.join(["rlhf-convert", "merge-lora", written.out, f"{written.out.rstrip('/')}-merged", *named])
+    return [f"rlhf-convert inspect {shlex.quote(written.out)}", merge]
