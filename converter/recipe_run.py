@@ -71,14 +71,6 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
             where=show(checkpoint.origin.asked),
             next=f"rlhf-convert gather {show(checkpoint.origin.asked)} OUT",
         )
-    is_adapter_as_before = checkpoint.origin.kind == ADAPTER and opened[SOURCE].origin.kind == ADAPTER
-    if is_adapter_as_before and not checkpoint.repaired:
-        raise Refused(
-            "not-a-model",
-            "an adapter alone is not a model that can be written",
-            where=show(checkpoint.origin.asked),
-            next=f"rlhf-convert merge-lora {show(checkpoint.origin.asked)} OUT --base BASE",
-        )
     checkpoint = checkpoint.replace(checks=tuple(c for each in opened.values() for c in each.checks))
     if lost := unaccounted(list(opened.values()), checkpoint):
         raise Refused("unaccounted", f"tensors of the inputs would be lost: {lost}")
@@ -133,7 +125,9 @@ def open_checkpoint(spec: InputSpec, *, token: str | None, keep_code: bool, down
     from converter.sources.locate import resolve
 
     assert spec.path is not None
-    found = resolve(spec.path, revision=spec.revision, token=token, allow_download=download)
+    found = resolve(
+        spec.path, revision=spec.revision, token=token, allow_download=download, in_parts=download
+    )
     for source in sources().values():
         if source.detect(found.path):
             opens = _opener(source, spec)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter import report
 from converter.cli.conversion import convert, load_commands
 from converter.cli.options import Conversion
 from converter.cli.recipes import cast_steps, input_spec, output
@@ -16,7 +17,9 @@ from converter.recipe import SOURCE, InputSpec, Recipe, Step
 if TYPE_CHECKING:
     from converter.checkpoint import Checkpoint
     from converter.cli.conversion import Written
+    from converter.cli.repair_mends import Mends
     from converter.cli.repair_places import Search
+    from converter.converters.fill_refusals import NothingToRepair
     from converter.recipe_run import Prepared
 
 
@@ -27,10 +30,13 @@ class Repairing:
     src: str
     weights_from: tuple[str, ...] = ()
     base: str | None = None
+    target: str | None = None
+    lora_alpha: float | None = None
 
 
 def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     """Fill what is lost, or say that nothing is; shards without any weight file are gathered."""
+    from converter.cli.repair_mends import find_mends
     from converter.cli.repair_places import search
     from converter.converters.fill_refusals import NothingToRepair
 
@@ -40,18 +46,45 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     found = search(asked.src, asked.weights_from)
     if (shards := _shards_alone(root, asked, found)) is not None:
         return _gather(shards, asked, out, options)
-    recipe = repair_recipe(asked, found, options)
+    mends = find_mends(
+        asked.src, base=asked.base, target=asked.target, lora_alpha=asked.lora_alpha, allow=options.allow or ()
+    )
+    recipe = repair_recipe(asked, found, mends, options)
     try:
         return convert(recipe, out, options, head=head, next_commands=_next)
     except NothingToRepair as healthy:
-        sink = options.sink
-        sink.screen([f"{show(asked.src)}: {healthy.what}", str(healthy.next)])
-        sink.json({"healthy": True, "what": healthy.what, "advice": healthy.next})
-        return 0
+        return _mend(asked, out, mends, options, healthy)
     except Refused as error:
         if found.looked and error.code in ("tensors-lost", "head-base-lost", "repair-mismatch", "older-weights"):
             error.got = (error.got or "nothing:") + "".join(f"\n    {each}" for each in found.looked)
         raise
+
+
+def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, healthy: NothingToRepair) -> int:
+    """Nothing is lost: mend what else doctor found, or say that the folder is sound."""
+    sink = options.sink
+    left = [f"left     {show(code)}: {show(needed)}" for code, needed in mends.left]
+    if mends.codes:
+        recipe = mend_recipe(asked, mends, options)
+        found = report.line("mends", ", ".join(mends.codes))
+        return convert(recipe, out, options, head=lambda p: [*_source(p), found, *left], next_commands=_next)
+    sink.screen([f"{show(asked.src)}: {healthy.what}", *left, str(healthy.next)])
+    sink.json({"healthy": not mends.left, "what": healthy.what, "advice": healthy.next, "left": list(mends.left)})
+    return 0
+
+
+def mend_recipe(asked: Repairing, mends: Mends, options: Conversion) -> Recipe:
+    """The recipe of the mends alone: every tensor is there."""
+    inputs = {SOURCE: InputSpec(asked.src, revision=options.revision)}
+    if asked.base is not None and any("base" in s.fields for s in mends.steps):
+        inputs["base"] = input_spec(asked.base)
+    return Recipe(inputs, (*mends.steps, *cast_steps(options)), output(options), file="repair")
+
+
+def _source(prepared: Prepared) -> list[str]:
+    source = prepared.opened[SOURCE]
+    kind = report.adapter_kind(source.config) if source.origin.kind == "adapter" else report.dtype_words(source)
+    return [report.line("source", f"{show(source.origin.asked)}  {kind}")]
 
 
 def _refuse_elsewhere(asked: Repairing) -> None:
@@ -88,7 +121,7 @@ def _gather(shards: str, asked: Repairing, out: str | None, options: Conversion)
     return gather(Gathering(shards, base=asked.base), out, options)
 
 
-def repair_recipe(asked: Repairing, found: Search, options: Conversion) -> Recipe:
+def repair_recipe(asked: Repairing, found: Search, mends: Mends, options: Conversion) -> Recipe:
     """The recipe that the arguments mean: the broken folder, every place that may help, and the base if at hand."""
     inputs = {SOURCE: InputSpec(asked.src, revision=options.revision, broken=True)}
     places = {f"weights-{n}": InputSpec(p.path, broken=p.is_copy) for n, p in enumerate(found.places, 1)}
@@ -97,7 +130,7 @@ def repair_recipe(asked: Repairing, found: Search, options: Conversion) -> Recip
     if base is not None:
         fields["base"] = "base"
         places["base"] = base
-    steps = (Step("fill", fields), *cast_steps(options))
+    steps = (Step("fill", fields), *mends.steps, *cast_steps(options))
     return Recipe(inputs | places, steps, output(options), file="repair")
 
 
@@ -124,8 +157,6 @@ def _base(asked: Repairing, source: InputSpec) -> InputSpec | None:
 
 def head(prepared: Prepared) -> list[str]:
     """The screen's lines about the folder, and where each lost tensor comes from."""
-    from converter import report
-
     source, repaired = prepared.opened[SOURCE], prepared.checkpoint.repaired
     kind = report.adapter_kind(source.config) if source.origin.kind == "adapter" else report.dtype_words(source)
     lines = [report.line("broken", f"{show(source.origin.asked)}  {kind}, {_count(source)}")]

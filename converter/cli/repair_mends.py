@@ -1,4 +1,4 @@
-"""What `repair` mends beside lost tensors: the safe fixes of doctor's findings, and unsafe ones that were consented to."""
+"""What `repair` mends beside lost tensors: the safe fixes of doctor's findings, and unsafe ones with consent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from converter.diagnoses.model import Finding
 from converter.doctor import Asked, examine
 from converter.recipe import Step
 
-FILL = "fill"
 # In the order in which they have to run: names first, since the others look for names.
 _ORDER = (
     "split-lora",

@@ -126,7 +126,7 @@ def gather(
     short_help="Fill what is empty or lost from where it still exists.",
     help="Fill tensors that are empty (torch.Size([0])), cut or missing from where their values still exist: the run's "
     "shards, a tied tensor, a copy, the base model for what was never trained. What exists nowhere is named, and "
-    "nothing is written.",
+    "nothing is written. Wrong names, indexes, ties and config entries are mended on the way, where that is safe.",
     examples=(
         "rlhf-convert repair ./run/checkpoint-500 ./repaired",
         "rlhf-convert repair ./my-adapter ./repaired --weights-from ./run/global_step500",
@@ -147,11 +147,20 @@ def repair(
         str | None,
         typer.Option(metavar="BASE", help="Base model; default: what is recorded, if at hand.", show_default=False),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--for", metavar="TRAINER", help="transformers@4: old spellings too.", show_default=False),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Merge LoRA layers left in a full model, with this alpha.", show_default=False),
+    ] = None,
 ) -> int:
     """`rlhf-convert repair`."""
     from converter.cli.repair import Repairing, repair
 
-    return repair(Repairing(src, tuple(weights_from or ()), base), options.target(out), options)
+    asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha)
+    return repair(asked, options.target(out), options)
 
 
 @verb(
