@@ -6,6 +6,7 @@ Third parties add one with an entry point in the group `rlhf_convert.kernels`, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -159,3 +160,34 @@ RESIDUAL_BASE = KernelSpec(
 )
 """The base weight as PEFT leaves it after a PiSSA or OLoRA start: W minus `scale * B0 @ A0`, in W's dtype.
 Params: `init` (`pissa` or `olora`), `rank`, `scale`, `transposed`."""
+
+
+def _rows_of(params: Params) -> int:
+    return len(_flags(params, "shift"))
+
+
+HEAD_ROWS = KernelSpec(
+    "head-rows",
+    "converter.kernels:head_rows",
+    lambda inputs, params: TensorInfo(_out(params), (_rows_of(params), *inputs[0].shape[1:])),
+    lambda start, stop, inputs, params: None,
+    lambda inputs, params: 8 * inputs[0].numel + 16 * _rows_of(params) * inputs[0].numel // max(inputs[0].shape[0], 1),
+    rounds=True,
+)
+"""Rows of a small head as sums of others: `(C @ W + shift) / divisor`, rounded once. Input: W `[n, h]`, or a bias
+`[n]`. Params: `coefficients` (C, row by row), `shift` and `divisor` (one for each row that comes out), `out`."""
+
+HEAD_NORMAL = KernelSpec(
+    "head-normal",
+    "converter.kernels:head_normal",
+    lambda inputs, params: TensorInfo(_out(params), _shape(params)),
+    lambda start, stop, inputs, params: None,
+    lambda inputs, params: 40 * math.prod(_shape(params)),
+    rounds=True,
+)
+"""Normal numbers from a seed, for a head that a user asked to be drawn: no inputs. Params: `seed`, `std`, `shape`,
+`out`. The generator is written down with its body; the same seed gives the same numbers everywhere."""
+
+
+def _shape(params: Params) -> tuple[int, ...]:
+    return tuple(int(n) for n in _flags(params, "shape"))

@@ -14,6 +14,8 @@ Source of the formulas: https://github.com/huggingface/peft/blob/v0.21.2/src/pef
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -238,3 +240,32 @@ def _residual(weight: Tensor, params: Mapping[str, Any]) -> Tensor:
     b = v[:, :rank] @ torch.diag(torch.sqrt(s))
     left: Tensor = (full - scale * b @ a).to(weight.dtype)
     return left.T.contiguous() if transposed else left
+
+
+def head_rows(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
+    """Sums of a head's rows; see `converter.kernel_specs.HEAD_ROWS`. In fp32, or in fp64 where 32 bits are written."""
+    weight = inputs[0]
+    out_dtype = _out_dtype(params)
+    dtype = torch.float64 if out_dtype in (torch.float32, torch.float64) else torch.float32
+    rows = len(params["shift"])
+    coefficients = torch.tensor(params["coefficients"], dtype=dtype).view(rows, weight.shape[0])
+    along = [rows, *[1] * (weight.dim() - 1)]
+    shift = torch.tensor(params["shift"], dtype=dtype).view(along)
+    divisor = torch.tensor(params["divisor"], dtype=dtype).view(along)
+    return ((coefficients @ weight.to(dtype) + shift) / divisor).to(out_dtype)
+
+
+def head_normal(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
+    """Normal numbers, row by row: Box and Muller's transform of Python's Mersenne Twister, seeded with the integer.
+
+    `random.Random(seed).random()` is the one generator whose sequence Python promises to keep; each pair u, v of it
+    gives `sqrt(-2 ln(1-u)) cos(2 pi v)` and the same with sin, in this order.
+    """
+    draw = random.Random(int(params["seed"])).random  # noqa: S311  # a head's start, not a secret
+    count = math.prod(params["shape"])
+    values: list[float] = []
+    while len(values) < count:
+        radius, angle = math.sqrt(-2.0 * math.log(1.0 - draw())), 2.0 * math.pi * draw()
+        values += (radius * math.cos(angle), radius * math.sin(angle))
+    drawn = torch.tensor(values[:count], dtype=torch.float64).mul_(float(params["std"]))
+    return drawn.view(*params["shape"]).to(_out_dtype(params))

@@ -1,0 +1,106 @@
+"""A reward model that is an adapter over a base: merged, with its head from wherever the trainer left that."""
+
+from __future__ import annotations
+
+from converter.checkpoint import Checkpoint
+from converter.context import Context
+from converter.converters.adapter_config import AdapterConfig, read_adapter_config
+from converter.converters.adapter_keys import Module, read_modules
+from converter.converters.head_detect import head_like
+from converter.converters.head_fit import Wishes
+from converter.converters.layer_merge import Layer, merged_weight
+from converter.converters.merge_lora import MergeLora
+from converter.converters.task_head import TASK_SUFFIX
+from converter.errors import Refused, fold, show
+from converter.tensors import LazyTensor
+
+NO_CURE = "ignore_mismatched_sizes and zero-filling give another model"
+
+
+def with_adapter(base: Checkpoint, adapter: Checkpoint, wishes: Wishes, context: Context) -> Checkpoint:
+    """The base with the adapter merged in, and the head beside it.
+
+    PEFT knows a head only with `task_type`; OpenRLHF and SkyRL train without one, TRL and LLaMA-Factory keep the head
+    in a file of its own.
+
+    Raises:
+        Refused: a LoRA on a head whose own weight is nowhere (`head-base-lost`); whatever a merge refuses.
+    """
+    where = show(adapter.origin.asked)
+    read = read_modules(adapter.tensors, where)
+    heads = {n: m for n, m in read.modules.items() if head_like([f"{n}.weight"])}
+    lost = [n for n, m in heads.items() if m.factors and "weight" not in m.replaced and not _is_in(base, n)]
+    dropped: dict[str, str] = {}
+    if lost:
+        if wishes.init == "none":
+            raise lost_base(lost[0], adapter)
+        why = "LoRA on a head whose own weight is lost; --init-head draws a fresh one"
+        dropped = {key: why for n in lost for key in heads[n].keys}
+    apart: dict[str, LazyTensor] = {}
+    taken: set[str] = set(dropped)
+    if adapter.config.get("task_type") not in TASK_SUFFIX:
+        config = read_adapter_config(adapter)
+        for name, module in heads.items():
+            if name not in lost and not _is_in(base, name):
+                apart |= _tensors(module, config, where)
+                taken |= set(module.keys)
+    rest = adapter.replace(tensors={n: t for n, t in adapter.tensors.items() if n not in taken}, beside={})
+    merged = MergeLora(adapters=(rest,))(base, context) if rest.tensors else _with_files(base, adapter)
+    if apart:
+        context.note("info", "head", f"{fold(apart)} from the adapter")
+    return merged.replace(
+        tensors={**merged.tensors, **apart},
+        beside={**merged.beside, **adapter.beside},
+        dropped={**adapter.dropped, **merged.dropped, **dropped},
+        set_aside={**adapter.set_aside, **merged.set_aside},
+        inputs={**adapter.inputs, **merged.inputs},
+        repaired={**adapter.repaired, **merged.repaired},
+    )
+
+
+def _is_in(base: Checkpoint, module: str) -> bool:
+    return f"{module}.weight" in base.tensors
+
+
+def _with_files(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
+    """An adapter of a head alone leaves the base as it is."""
+    return base.replace(inputs={**base.inputs, **adapter.inputs})
+
+
+def _tensors(module: Module, config: AdapterConfig, where: str) -> dict[str, LazyTensor]:
+    """A head that the adapter holds whole; LoRA over it is folded in."""
+    found = {f"{module.name}.{leaf}": t for leaf, t in module.replaced.items()}
+    if module.factors:
+        weight = module.replaced["weight"]
+        update = Layer(module, f"{module.name}.weight", config, 1.0, where).update(weight.info, {})
+        found[f"{module.name}.weight"] = merged_weight(weight, [update], "best")
+    return found
+
+
+def lost_base(module: str, adapter: Checkpoint) -> Refused:
+    """The refusal of a LoRA over a head that was random, frozen and never saved: what would bring it back, in order."""
+    return Refused(
+        "head-base-lost",
+        f"{show(module)} = W0 + BA: BA is in the adapter; W0 was random, frozen and never saved. No base model "
+        "contains it",
+        where=show(adapter.origin.asked),
+        expected="W0, from a DeepSpeed checkpoint of the run (frozen_param_fragments: exact), or another checkpoint "
+        f"that has the head whole. {NO_CURE}",
+        next="rlhf-convert convert RUN/global_stepN OUT, the run's DeepSpeed folder; or for a fresh critic, never a "
+        "reward model, --init-head zeros",
+    )
+
+
+def no_head(checkpoint: Checkpoint, adapter: Checkpoint | None) -> Refused:
+    """The refusal of a source without any head."""
+    source = adapter or checkpoint
+    held = "neither the adapter, the files beside it nor the base has a head" if adapter else "there is no head here"
+    return Refused(
+        "head-missing",
+        f"{held}: the trainer would begin with a random one, and at most warn",
+        where=show(source.origin.asked),
+        expected="a score, value_head or v_head among the weights, or value_head.safetensors beside them; Nemotron's "
+        "reward models have theirs in lm_head (--from lm-head-row0)",
+        next="rlhf-convert convert RUN/global_stepN OUT, the run's DeepSpeed folder, or another checkpoint of it; for "
+        "a fresh critic --init-head zeros, or --init-head normal --seed 0",
+    )

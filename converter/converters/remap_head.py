@@ -1,0 +1,148 @@
+"""`remap-head`: a reward or critic model of any trainer becomes one of another, its head's numbers kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from converter.checkpoint import Checkpoint
+from converter.context import Context
+from converter.converters.head_detect import HEADLESS, Detected, detect
+from converter.converters.head_fit import BiasWish, Init, NormaliserWish, Wishes, fit, fresh
+from converter.converters.head_model import Reading, main_dtype
+from converter.converters.head_read import read
+from converter.converters.head_write import write
+from converter.dialects.known import Target, dialects, spoken, target
+from converter.dialects.model import Dialect, HeadSpec, Role
+from converter.errors import Refused, UsageError, show
+from converter.inputs import Input
+
+
+@dataclass(frozen=True)
+class RemapHead:
+    """Read the head in whatever dialect it is, and write it in the target's.
+
+    Attributes:
+        to: `TRAINER` or `TRAINER@VERSION`, or a dialect's own name.
+        role: what the trainer uses the model as.
+        read_as: the source's dialect or trainer, where files don't tell.
+        adapter: the source is this adapter over the checkpoint that flows through.
+        base: where a missing output embedding comes from.
+        weights: where tensors that are empty or missing may still exist; they are filled first.
+        bias: what to do with a constant that the target has no place for.
+        normaliser: `fold`: mean and std go into the head where config.json can't keep them; `drop`: they are left out.
+        label, label_weights: one row of several, or a fixed sum of them.
+        init_head: a fresh head where the source has none: `zeros`, or `normal` from `seed`.
+    """
+
+    name: ClassVar[str] = "remap-head"
+
+    to: str
+    role: Role = "critic"
+    read_as: str | None = None
+    adapter: Input | None = None
+    base: Input | None = None
+    weights: tuple[Input, ...] = ()
+    bias: BiasWish = "refuse"
+    normaliser: NormaliserWish = "fold"
+    label: int | None = None
+    label_weights: tuple[float, ...] = ()
+    init_head: Init = "none"
+    seed: int = 0
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The model as the target reads it.
+
+        Raises:
+            UsageError: the target or the source's dialect isn't known or isn't clear.
+            Refused: the head is lost, or has no exact form in the target.
+        """
+        wishes = self._wishes()
+        aim = target(self.to, self.role)
+        spec = aim.dialect.head_of(self.role)
+        assert spec is not None
+        if self.adapter is not None:
+            from converter.converters.head_adapter import with_adapter
+
+            adapter = self._filled(self.adapter, checkpoint, context)
+            checkpoint = with_adapter(checkpoint, adapter, wishes, context)
+        else:
+            checkpoint = self._filled(checkpoint, self.base, context)
+        found = self._dialect(checkpoint)
+        reading = read(checkpoint, found.dialect, context)
+        _say(found, aim, context)
+        if self.role == "actor":
+            return write(reading, None, aim, spec, self.base, context)
+        if reading.head is None or wishes.init != "none":
+            reading = self._with_fresh(reading, spec, wishes, context)
+        return write(reading, fit(reading, aim, spec, wishes, context), aim, spec, self.base, context)
+
+    def _filled(self, checkpoint: Checkpoint, base: Checkpoint | None, context: Context) -> Checkpoint:
+        """The checkpoint with what it lost, from the places that the user named; one that is whole stays as it is."""
+        if not self.weights:
+            return checkpoint
+        # Merging and filling are much code, which most conversions do without.
+        from converter.converters.fill import Fill
+        from converter.converters.fill_refusals import NothingToRepair
+
+        try:
+            return Fill(weights=self.weights, base=base)(checkpoint, context)
+        except NothingToRepair:
+            context.note("info", "fill", "every tensor is whole: --weights-from has nothing to fill")
+        aside = {w.origin.path: "nothing was missing" for w in self.weights}
+        return checkpoint.replace(set_aside={**checkpoint.set_aside, **aside})
+
+    def _wishes(self) -> Wishes:
+        if self.label is not None and self.label_weights:
+            raise UsageError("usage", "--label and --label-weights are two ways to say one thing; give one")
+        return Wishes(self.bias, self.normaliser, self.label, self.label_weights, self.init_head, self.seed)
+
+    def _dialect(self, checkpoint: Checkpoint) -> Detected:
+        """The source's dialect, from the files or as the user says."""
+        if self.read_as is None:
+            return detect(checkpoint) or Detected(dialects()[HEADLESS], "no head")
+        named = spoken(self.read_as)
+        if len(named) == 1:
+            return Detected(named[0], f"--from {self.read_as}")
+        found = detect(checkpoint)
+        if found is not None and found.dialect in named:
+            return Detected(found.dialect, f"--from {self.read_as}, and {found.reason}")
+        listed = " or ".join(f"--from {d.name}" for d in named)
+        what = f"{show(self.read_as)} stores heads in {len(named)} ways, and the files show none of them"
+        raise UsageError("dialect-ambiguous", what, where=show(checkpoint.origin.asked), expected=listed)
+
+    def _with_fresh(self, reading: Reading, spec: HeadSpec, wishes: Wishes, context: Context) -> Reading:
+        """The reading with a fresh head, where the source has none and the user asked for one."""
+        if reading.head is not None:
+            if spec.kind == "mlp" and wishes.init == "normal":
+                return reading
+            what = "the source has a head, and --init-head would throw it away"
+            raise UsageError("usage", what, where=show(reading.checkpoint.origin.asked))
+        if wishes.init == "none":
+            from converter.converters.head_adapter import no_head
+
+            raise no_head(reading.checkpoint, self.adapter)
+        hidden = reading.family.hidden
+        if hidden is None:
+            raise Refused("head-shape", "config.json doesn't say the hidden size that a head needs")
+        dtype = main_dtype(reading.checkpoint)
+        how = "zeros" if wishes.init == "zeros" else f"normal numbers from seed {wishes.seed}"
+        text = f"the head [1, {hidden}] is fresh: {how}. It has learnt nothing: a critic to train, no reward model"
+        context.consents["init-head"] = text
+        context.note("changes-numbers", "init-head", text)
+        return dataclasses.replace(reading, head=fresh(hidden, dtype, wishes))
+
+
+def _say(found: Detected, aim: Target, context: Context) -> None:
+    """Which dialects, on the screen and in the receipt."""
+    context.note("info", "dialect-from", f"reads {found.dialect.name}: {found.reason}")
+    newest = " (newest known)" if aim.version and aim.version == aim.serves.until else ""
+    name = "" if aim.dialect.name == aim.serves.trainer else f", as {aim.dialect.name}"
+    kind = {"reward": "a reward model", "critic": "a critic", "actor": "an actor"}[aim.role]
+    context.note("info", "dialect-to", f"writes {kind} for {aim.words}{newest}{name}")
+
+
+def readable() -> list[Dialect]:
+    """Dialects that `remap-head` reads."""
+    return [d for d in dialects().values() if not d.refused]

@@ -1,0 +1,1 @@
+"""How each trainer names, stores and configures a reward or critic head: one literal a file, found by entry point."""

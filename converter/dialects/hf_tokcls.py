@@ -1,0 +1,44 @@
+"""transformers' `XForTokenClassification` with one label: the critic of verl, AReaL and ROLL."""
+
+from __future__ import annotations
+
+from converter.dialects.model import ConfigRules, Dialect, Evidence, HeadSpec, Marks, Serves
+
+DIALECT = Dialect(
+    "hf-tokcls",
+    "transformers XForTokenClassification, one label",
+    reward=HeadSpec("{tokcls}", bias="always", missing="random weight; a missing bias is zero"),
+    critic=HeadSpec("{tokcls}", bias="always", missing="random weight; a missing bias is zero"),
+    config=ConfigRules(
+        reward="tokcls",
+        critic="tokcls",
+        labels=True,
+        keys=("token_classification_bias",),
+        drops=("summary_dropout_prob",),
+        numbers=("hidden_dropout",),
+    ),
+    pooling="last-attended",
+    marks=(
+        Marks(("score.weight", "score.bias"), classes=("ForTokenClassification",)),
+        Marks(("classifier.weight", "classifier.bias"), classes=("ForTokenClassification",)),
+        Marks(("score.weight",), without=("score.0.weight",), classes=("ForTokenClassification",)),
+        Marks(("score.weight", "score.bias")),
+    ),
+    serves=(
+        Serves("verl", ("critic",), "0.7", "0.9.1", launch="python -m verl.trainer.main_ppo critic.model.path={out}"),
+        Serves(
+            "verl", ("reward",), "0.7", "0.8", launch="python -m verl.trainer.main_ppo reward_model.model.path={out}"
+        ),
+        Serves("areal", ("critic",), "1.0.4", "1.0.4", launch="critic.path={out}"),
+        Serves("roll", ("critic",), launch="critic model_args: model_type auto_token_classification, {out}"),
+    ),
+    evidence=(
+        Evidence("experiment", "verl 0.9.1 with gemma3; names of all classes enumerated in transformers 5.23"),
+        Evidence("source", "verl/utils/model.py:641-682 and fsdp_checkpoint_manager.py:431-442 of 0.9.1"),
+        Evidence("source", "areal/engine/fsdp_engine.py:974-1003 of 1.0.4"),
+    ),
+    traps=(
+        "verl loads it with flash_attention_2; without flash-attn it falls to TRL's wrapper, whose head is random",
+        "verl's critic keeps all positions, OpenRLHF's and SkyRL's drop the last",
+    ),
+)
