@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import oracle
 from oracle.bases import quiet
@@ -203,11 +205,16 @@ def test_reshard_keeps_names_values_config_and_tokenizer(here: Path) -> None:
     oracle.load_output(here / "out")
 
 
-def test_reshard_of_an_adapter_is_refused_with_the_verb_that_takes_one(here: Path) -> None:
-    ran = run("reshard", ADAPTER, "out")
-    assert ran.code == 3
-    assert "rlhf-convert merge-lora" in ran.err
-    assert list(here.iterdir()) == []
+def test_reshard_of_a_pickled_adapter_makes_safetensors_of_it(here: Path) -> None:
+    before = load_file(ADAPTER / "adapter_model.safetensors")
+    (here / "pickled").mkdir()
+    (here / "pickled" / "adapter_config.json").write_bytes((ADAPTER / "adapter_config.json").read_bytes())
+    torch.save(before, here / "pickled" / "adapter_model.bin")
+    ran = run("reshard", "pickled", "out")
+    assert ran.code == 0, ran.err
+    after = load_file(here / "out" / "adapter_model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], before[n]) for n in before)
 
 
 def test_the_options_of_run_override_the_recipe_s_output(here: Path) -> None:

@@ -28,10 +28,10 @@ VERBS = (
     "verify",
     "explain",
     "diff",
-    "push",
     "demo",
     "list",
     "env",
+    "push",
 )
 PROGRAM = "rlhf-convert"
 

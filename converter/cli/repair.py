@@ -49,7 +49,7 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     mends = find_mends(
         asked.src, base=asked.base, target=asked.target, lora_alpha=asked.lora_alpha, allow=options.allow or ()
     )
-    recipe = repair_recipe(asked, found, mends, options)
+    recipe = repair_recipe(asked, found, options, mends=mends.steps)
     try:
         return convert(recipe, out, options, head=head, next_commands=_next)
     except NothingToRepair as healthy:
@@ -121,7 +121,7 @@ def _gather(shards: str, asked: Repairing, out: str | None, options: Conversion)
     return gather(Gathering(shards, base=asked.base), out, options)
 
 
-def repair_recipe(asked: Repairing, found: Search, mends: Mends, options: Conversion) -> Recipe:
+def repair_recipe(asked: Repairing, found: Search, options: Conversion, *, mends: tuple[Step, ...] = ()) -> Recipe:
     """The recipe that the arguments mean: the broken folder, every place that may help, and the base if at hand."""
     inputs = {SOURCE: InputSpec(asked.src, revision=options.revision, broken=True)}
     places = {f"weights-{n}": InputSpec(p.path, broken=p.is_copy) for n, p in enumerate(found.places, 1)}
@@ -130,7 +130,7 @@ def repair_recipe(asked: Repairing, found: Search, mends: Mends, options: Conver
     if base is not None:
         fields["base"] = "base"
         places["base"] = base
-    steps = (Step("fill", fields), *mends.steps, *cast_steps(options))
+    steps = (Step("fill", fields), *mends, *cast_steps(options))
     return Recipe(inputs | places, steps, output(options), file="repair")
 
 
