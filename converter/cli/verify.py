@@ -1,0 +1,246 @@
+"""`rlhf-convert verify`: proof that a trainer loads a folder, and that it says what its source said."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.checkpoint import Checkpoint
+from converter.cli.options import Display
+from converter.context import Context
+from converter.dialects.known import Target, target
+from converter.dialects.model import Role
+from converter.errors import ConvertError, UsageError, VerificationFailed, show
+from converter.recipe import InputSpec
+from converter.verify import Check, failed, fails
+
+if TYPE_CHECKING:
+    from converter.converters.head_model import Reading
+
+MARKS = {"holds": "ok  ", "note": "note", "fails": "FAIL"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked to be verified."""
+
+    folder: str
+    trainer: str | None = None
+    role: Role | None = None
+    against: str | None = None
+    source: str | None = None
+    base: str | None = None
+    live: bool = False
+    python: str | None = None
+    probe: str | None = None
+    allow: tuple[str, ...] = ()
+
+
+@dataclass
+class Verified:
+    """What was found."""
+
+    aim: Target
+    checks: list[Check]
+    table: list[dict[str, Any]]
+
+
+def verify(asked: Asked, options: Display) -> int:
+    """Verify a folder; exit code 0, or 4 where a check fails."""
+    _expect_sense(asked)
+    found = _verify(asked)
+    broken = failed(found.checks)
+    sink = options.sink
+    sink.screen([f"{show(asked.folder)}: for {found.aim.words} as {found.aim.role}"])
+    sink.screen(f"{MARKS[c.outcome]} {c.label:<8} {c.text}" for c in found.checks)
+    if found.table:
+        from converter.verify_pairs import table_lines
+
+        sink.screen(table_lines(found.table))
+    commands = _next(asked, found.aim, broken)
+    verdict = "verified" if not broken else f"{len(broken)} of {len(found.checks)} checks fail"
+    sink.screen([verdict])
+    from converter.report import next_lines
+
+    sink.screen(next_lines(commands))
+    sink.json(
+        {
+            "folder": asked.folder,
+            "for": found.aim.words,
+            "role": found.aim.role,
+            "verified": not broken,
+            "checks": [c.to_json() for c in found.checks],
+            "pairs": found.table,
+            "next": commands,
+        }
+    )
+    return VerificationFailed.exit_code if broken else 0
+
+
+def _expect_sense(asked: Asked) -> None:
+    """Flags that need each other.
+
+    Raises:
+        UsageError: `--live` without `--python`, or a source's flag without a source (`usage`).
+    """
+    if asked.live and not asked.python:
+        what = "--live loads the folder with the trainer's own code: name the Python that has it"
+        raise UsageError("usage", what, expected="--live --python ~/envs/ppo/bin/python")
+    if asked.python and not asked.live:
+        raise UsageError("usage", "--python goes with --live")
+    if (asked.base or asked.source) and not asked.against:
+        raise UsageError("usage", "--base and --from say how --against is read; there is no --against")
+
+
+def _verify(asked: Asked) -> Verified:
+    from converter.cli.recipes import input_spec
+    from converter.recipe_run import open_checkpoint
+    from converter.sources.locate import resolve
+
+    try:
+        checkpoint = open_checkpoint(input_spec(asked.folder), token=None, keep_code=False, download=False)
+    except UsageError:
+        raise
+    except ConvertError as error:
+        if error.code in ("path-missing", "hub-not-cached"):
+            raise
+        # What no tool can open, no trainer loads: the verdict is that it fails, and why.
+        text = f"{error.where}: {error.what}" if error.where else error.what
+        return Verified(_aim(asked, None), [fails("files", error.code, text, error.next or "")], [])
+    aim = _aim(asked, checkpoint)
+    root = resolve(asked.folder, revision=None, token=None, allow_download=False).path
+    return _all_checks(asked, aim, checkpoint, root)
+
+
+def _aim(asked: Asked, checkpoint: Checkpoint | None) -> Target:
+    """The trainer and role: as asked, else what the folder itself says."""
+    from converter.converters.head_detect import detect
+    from converter.verify_dialect import role_of
+
+    trainer = asked.trainer
+    if trainer is None:
+        found = None if checkpoint is None or checkpoint.origin.kind != "model" else detect(checkpoint)
+        trainer = "transformers" if found is None else (found.dialect.serves[0].trainer if found.dialect.serves else "")
+        if not trainer:
+            what = "no trainer loads this as it is"
+            raise UsageError("trainer-unclear", what, where=show(asked.folder), expected="--for TRAINER")
+    if asked.role is not None:
+        return target(trainer, asked.role)
+    return target(trainer, "reward" if checkpoint is None else role_of(checkpoint, _roles_of(trainer)))
+
+
+def _roles_of(trainer: str) -> frozenset[Role]:
+    from converter.dialects.known import dialects
+
+    name = trainer.partition("@")[0]
+    return frozenset(r for d in dialects().values() for s in d.serves if s.trainer == name for r in s.roles)
+
+
+def _all_checks(asked: Asked, aim: Target, checkpoint: Checkpoint, root: Path) -> Verified:
+    from converter.verify_dialect import check_for
+    from converter.verify_receipt import check_receipt, check_source
+
+    context = Context(frozenset(asked.allow))
+    if checkpoint.origin.kind != "model":
+        remedy = _remedy(asked, aim)
+        text = f"this is {'an adapter' if checkpoint.origin.kind == 'adapter' else 'a training state'}, not a model"
+        return Verified(aim, [fails("files", "not-a-model", text, remedy)], [])
+    verdict = check_for(checkpoint, aim, context, remedy=_remedy(asked, aim))
+    names = {*checkpoint.tensors, *(n for tensors in checkpoint.beside.values() for n in tensors)}
+    checks = [*verdict.checks, *check_receipt(root, frozenset(names))]
+    reading, there = verdict.reading, None
+    table: list[dict[str, Any]] = []
+    if asked.against is not None and reading is not None:
+        from converter.verify_against import check_against
+
+        there, digest = _source(asked, context)
+        checks += check_source(root, digest, asked.against)
+        checks += check_against(reading, there, aim, context)
+    if asked.live:
+        from converter.verify_live import check_live
+
+        assert asked.python is not None
+        checks += check_live(root, checkpoint, reading, aim, asked.python, allow=frozenset(asked.allow))
+    if asked.probe is not None and reading is not None:
+        more, table = _pairs(asked, aim, reading, there)
+        checks += more
+    return Verified(aim, checks, table)
+
+
+def _remedy(asked: Asked, aim: Target) -> str:
+    """The command that makes a folder which this trainer loads."""
+    to = asked.trainer or aim.serves.trainer
+    return shlex.join(["rlhf-convert", "convert", asked.against or asked.folder, "OUT", "--to", to, "--role", aim.role])
+
+
+def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
+    """The source, read in its own dialect, and the digest of its headers: a model, an adapter or a trainer's state."""
+    from converter.cli.recipes import input_spec
+    from converter.converters.gather import Gather
+    from converter.converters.head_adapter import with_adapter
+    from converter.converters.head_detect import HEADLESS, Detected, detect
+    from converter.converters.head_fit import Wishes
+    from converter.converters.head_read import read
+    from converter.dialects.known import dialects, spoken
+    from converter.recipe_run import open_checkpoint, open_recorded_base
+
+    assert asked.against is not None
+    spec = InputSpec(_shards(asked.against))
+    source = open_checkpoint(spec, token=None, keep_code=False, download=False)
+    digest = source.origin.header_digest
+    base = (
+        None
+        if asked.base is None
+        else open_checkpoint(input_spec(asked.base), token=None, keep_code=False, download=False)
+    )
+    if source.origin.kind == "adapter":
+        wishes = Wishes("refuse", "fold", None, (), "none", 0)
+        source = with_adapter(base or open_recorded_base(source, keep_code=False), source, wishes, context)
+    elif source.origin.kind == "training":
+        source = Gather(emit="merged", base=base)(source, context)
+    if asked.source is not None:
+        return read(source, spoken(asked.source)[0], context), digest
+    found = detect(source) or Detected(dialects()[HEADLESS], "no head")
+    return read(source, found.dialect, context), digest
+
+
+def _shards(src: str) -> str:
+    """The folder that is meant by a run's: where the shards are."""
+    from converter.registry import find_place, kind_of
+    from converter.sources.locate import resolve
+
+    root = resolve(src, revision=None, token=None, allow_download=False).path
+    if kind_of(root) in ("hf", "peft"):
+        return src
+    place = find_place(root, src)
+    return src if place.folder == root else str(place.folder)
+
+
+def _pairs(
+    asked: Asked, aim: Target, reading: Reading, there: Reading | None
+) -> tuple[list[Check], list[dict[str, Any]]]:
+    from converter.verify import note
+    from converter.verify_pairs import check_pairs, read_pairs, scored
+    from converter.verify_values import is_small
+
+    assert asked.probe is not None
+    pairs = read_pairs(Path(asked.probe).expanduser())
+    if not is_small(reading):
+        return [note("pairs", "not-run", "the model is too large to be run here")], []
+
+    here = scored(reading, aim.dialect.pooling)
+    other = None if there is None or there.head is None else scored(there, there.dialect.pooling)
+    return check_pairs(pairs, here, other)
+
+
+def _next(asked: Asked, aim: Target, broken: list[Check]) -> list[str]:
+    """What mends it; or the trainer's launch line and its traps."""
+    if broken:
+        return list(dict.fromkeys(c.next for c in broken if c.next))
+    path = asked.folder if asked.folder.startswith(("/", ".", "~")) else f"./{asked.folder}"
+    lines = []
+    if aim.serves.launch:
+        lines.append(aim.serves.launch.replace("{out!r}", repr(path)).replace("{out}", shlex.quote(path)))
+    return [*lines, *(f"# {trap}" for trap in aim.dialect.traps)]

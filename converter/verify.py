@@ -1,0 +1,64 @@
+"""What `verify` finds: checks, each of which holds, fails, or holds with something to know. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Outcome = Literal["holds", "note", "fails"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        label: what was looked at, one word: `head`, `config`, `values`.
+        outcome: `note`: it holds, and the user should know something.
+        text: what was found, with numbers.
+        code: kebab-case, of what fails or is noted; empty where it holds.
+        next: a command that mends it, where there is one.
+    """
+
+    label: str
+    outcome: Outcome
+    text: str
+    code: str = ""
+    next: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        found = {"label": self.label, "outcome": self.outcome, "text": self.text}
+        return found | {k: v for k, v in (("code", self.code), ("next", self.next)) if v}
+
+
+def holds(label: str, text: str) -> Check:
+    """A check that holds."""
+    return Check(label, "holds", text)
+
+
+def note(label: str, code: str, text: str, next: str = "") -> Check:
+    """A check that holds, with something to know."""
+    return Check(label, "note", text, code, next)
+
+
+def fails(label: str, code: str, text: str, next: str = "") -> Check:
+    """A check that fails."""
+    return Check(label, "fails", text, code, next)
+
+
+def failed(checks: Iterable[Check]) -> list[Check]:
+    """Those that fail."""
+    return [c for c in checks if c.outcome == "fails"]
+
+
+def spread(values: Iterable[float]) -> float:
+    """The distance between the largest and the smallest."""
+    listed = list(values)
+    return max(listed) - min(listed) if listed else 0.0
+
+
+def plain(values: Mapping[str, list[float]]) -> list[float]:
+    """All values of several batches, in order."""
+    return [v for row in values.values() for v in row]

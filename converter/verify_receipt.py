@@ -1,0 +1,84 @@
+"""The receipt against the folder: are these the files that the conversion wrote?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converter.errors import ConvertError, fold, show
+from converter.plan import RECEIPT_FILE
+from converter.strict_json import load_json
+from converter.verify import Check, fails, holds, note
+
+
+def check_receipt(root: Path, header_names: frozenset[str]) -> list[Check]:
+    """Whether the tensors that `rlhf-convert.json` counts and measures are those that are here.
+
+    A folder without a receipt gets a note: it was not made by this tool, or the receipt was taken away.
+    """
+    path = root / RECEIPT_FILE
+    if not path.is_file():
+        return [note("receipt", "receipt-missing", f"there is no {RECEIPT_FILE}: what made this folder isn't recorded")]
+    try:
+        receipt = load_json(path, root=root)
+    except ConvertError as error:
+        return [fails("receipt", "receipt-broken", f"{RECEIPT_FILE}: {error.what}")]
+    if not isinstance(receipt, dict):
+        return [fails("receipt", "receipt-broken", f"{RECEIPT_FILE} is no JSON object")]
+    return _tensors(receipt, header_names) or [holds("receipt", _made(receipt))]
+
+
+def _made(receipt: Mapping[str, Any]) -> str:
+    """`made by rlhf-convert 0.1.0: gather, merge-lora; 28 copied, 14 computed`."""
+    recipe = receipt.get("recipe")
+    steps = recipe.get("steps") if isinstance(recipe, dict) else None
+    names = [next(iter(s), "?") for s in steps if isinstance(s, dict)] if isinstance(steps, list) else []
+    counts = receipt.get("counts")
+    numbers = ", ".join(f"{v} {k}" for k, v in counts.items() if v) if isinstance(counts, dict) else ""
+    words = f"made by rlhf-convert {show(receipt.get('version'))}"
+    return words + (f": {show(', '.join(names))}" if names else "") + (f"; {show(numbers)}" if numbers else "")
+
+
+def check_source(root: Path, digest: str, asked: str) -> list[Check]:
+    """Whether the receipt names the folder that is compared with as what this one was made of.
+
+    Args:
+        root: the folder with the receipt.
+        digest: sha256 over the headers of the source's weight files.
+        asked: the source, as the user wrote it.
+    """
+    receipt = _read(root)
+    inputs = receipt.get("inputs") if isinstance(receipt, dict) else None
+    if not isinstance(inputs, dict) or not inputs:
+        return []
+    if any(isinstance(each, dict) and each.get("header_digest") == digest for each in inputs.values()):
+        return []
+    names = ", ".join(str(each.get("name")) for each in inputs.values() if isinstance(each, dict))
+    text = f"the receipt says that this was made of {show(names)}, whose headers are not those of {show(asked)}"
+    return [note("receipt", "source-differs", text)]
+
+
+def _read(root: Path) -> Any:
+    """The receipt's content; None where there is none that can be read."""
+    try:
+        return load_json(root / RECEIPT_FILE, root=root) if (root / RECEIPT_FILE).is_file() else None
+    except ConvertError:
+        return None
+
+
+def _tensors(receipt: Mapping[str, Any], names: frozenset[str]) -> list[Check]:
+    """Computed tensors that the receipt measured must be there, and their number must be what was counted."""
+    measured = receipt.get("tensors")
+    gone = [n for n in measured if n not in names] if isinstance(measured, dict) else []
+    if gone:
+        text = f"{len(gone)} tensors that the conversion computed are not in the folder: {fold(gone)}"
+        return [fails("receipt", "receipt-differs", text)]
+    counts = receipt.get("counts")
+    if not isinstance(counts, dict):
+        return []
+    written = sum(v for k, v in counts.items() if k in ("copied", "computed", "filled") and isinstance(v, int))
+    if written and written != len(names):
+        text = f"the receipt counts {written} tensors, the folder has {len(names)}: it was changed since"
+        return [fails("receipt", "receipt-differs", text)]
+    return []
