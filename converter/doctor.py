@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from converter.context import Context
+from converter.diagnoses.aims import aim, is_transformers_4, roles_of
 from converter.diagnoses.faults import undocumented
 from converter.diagnoses.model import SEVERITIES, Case, Diagnosis, Finding, Kind, Near, Severity
-from converter.errors import ConvertError, UsageError, show
-from converter.registry import DIAGNOSES, FindsPlaces, loaded, nothing_in, sources
+from converter.diagnoses.script import read_launch
+from converter.dialects.known import trainers
+from converter.errors import ConvertError, Refused, UsageError, show
+from converter.registry import DIAGNOSES, FindsPlaces, Source, kind_of, loaded, nothing_in, sources
 from converter.sources.locate import resolve
+from converter.sources.loose import survey_files
 from converter.sources.places import by_number
 from converter.sources.survey import ADAPTER_CONFIG, Survey, file_names, is_weight_file
 
-_MOST_NEAR = 64
+MOST_NEAR = 64
+"""Folders around one that are looked into."""
+
+MOST_LISTED = 4000
+"""Entries of a folder that are looked at: a home folder or a bucket's mount may have any number."""
+
+_RUN_FOLDER = re.compile(r"(?:tmp-)?(?:checkpoint|global_step|step|epoch|iter)[-_]?\d+(?:_hf)?", re.ASCII)
+_WORD = re.compile(r"[A-Za-z]{2,}", re.ASCII)
 _KINDS: Mapping[str, Kind] = {"hf": "model", "peft": "adapter", "unread": "unread"}
 
 
@@ -45,6 +60,7 @@ class Asked:
     ignore: tuple[str, ...] = ()
     deep: bool = False
     revision: str | None = None
+    launch: str | None = None
 
 
 @cache
@@ -83,53 +99,125 @@ def case_of(asked: Asked) -> Case:
     """The folder with all that is known around it.
 
     Raises:
-        UsageError: see `examine`.
+        UsageError: see `examine`; a trainer for `--for` that nobody knows, a script that can't be read.
     """
-    located = resolve(asked.path, revision=asked.revision, allow_download=False)
-    root = located.path if located.path.is_dir() else located.path.parent
-    source, kind, survey, why = _what(root, asked.path)
+    _expect_known(asked.target)
+    file = Path(asked.path).expanduser()
+    if is_weight_file(file.name) and file.is_file() and not any(s.detect(file.parent) for s in sources().values()):
+        root = file.parent
+        source, kind, survey, why = _lone(file)
+    else:
+        located = resolve(asked.path, revision=asked.revision, in_parts=True)
+        root = located.path if located.path.is_dir() else located.path.parent
+        source, kind, survey, why = _what(root, asked.path, deep=asked.deep)
     near = tuple(_near(root, asked))
     base = _base(asked, root, kind)
     actor = None if asked.actor is None else case_of(Asked(asked.actor))
-    return Case(asked.path, root, kind, source, survey, why, near, base, actor, asked.target, asked.deep)
+    launch = None if asked.launch is None else read_launch(asked.launch)
+    target = asked.target or (launch.trainer if launch is not None else None)
+    return Case(asked.path, root, kind, source, survey, why, near, base, actor, target, asked.deep, launch)
 
 
-def _what(root: Path, asked: str) -> tuple[str | None, Kind, Survey, str]:
+def _expect_known(target: str | None) -> None:
+    """Raises UsageError where no trainer has that name (`unknown-trainer`) or version (`trainer-version`)."""
+    if target is None or is_transformers_4(target):
+        return
+    name = target.partition("@")[0]
+    if name not in trainers():
+        near = get_close_matches(name, trainers(), n=1)
+        raise UsageError(
+            "unknown-trainer",
+            f"no trainer is named `{show(name)}`",
+            expected=", ".join(trainers()),
+            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+        )
+    for role in roles_of(name):
+        with suppress(Refused):
+            aim(target, role)
+
+
+def _what(root: Path, asked: str, *, deep: bool = False) -> tuple[str | None, Kind, Survey, str]:
     for name, source in sources().items():
         why = source.detect(root)
         if why:
-            return name, _KINDS.get(name, "training"), source.survey(root), why
+            survey = _survey(source, root, deep=deep)
+            kind = _KINDS.get(name, "training")
+            if kind in ("model", "adapter") and not survey.files and (shards := _shards_in(root, asked)) is not None:
+                held = sources()[shards]
+                found = held.detect(root) or f"{why}, and the weights are in a trainer's shards below it"
+                return shards, "training", _survey(held, root, deep=deep), found
+            return name, kind, survey, why
     if checkpoints_in(root):
         return None, "run", Survey(root), "checkpoints are in folders below"
     if any(is_weight_file(n) for n in file_names(root)):
-        return None, "weights", Survey(root), "a weight file, and no config that says what it is"
+        return None, "weights", survey_files(root), "a weight file, and no config that says what it is"
     raise nothing_in(root, asked)
+
+
+def _lone(file: Path) -> tuple[str | None, Kind, Survey, str]:
+    """A weight file that was named itself, in a folder that is no checkpoint."""
+    return (
+        None,
+        "weights",
+        survey_files(file.parent, only=file.name),
+        "a weight file, and no config that says what it is",
+    )
+
+
+def _survey(source: Source, root: Path, *, deep: bool) -> Survey:
+    """Every rank's file is read where values are asked for; else, of a source that knows how, one and the sizes."""
+    quick = getattr(source, "survey_quickly", None)
+    return quick(root) if quick is not None and not deep else source.survey(root)
+
+
+def _shards_in(root: Path, asked: str) -> str | None:
+    """The source of shards at or below a folder that has a config, and no weights of its own."""
+    for name, source in sources().items():
+        if isinstance(source, FindsPlaces) and name not in _KINDS:
+            try:
+                place = source.find(root, asked)
+            except ConvertError:
+                continue
+            if place is not None and place.folder.is_relative_to(root):
+                return name
+    return None
 
 
 def checkpoints_in(root: Path) -> list[Path]:
     """Folders of a run that some source reads, by the numbers in their names."""
-    try:
-        inside = [p for p in root.iterdir() if p.is_dir()]
-    except OSError:
-        return []
-    found = [p for p in inside if any(s.detect(p) for s in sources().values())]
+    inside = _folders(root)
+    likely = [p for p in inside if _RUN_FOLDER.fullmatch(p.name)]
+    others = [p for p in inside if not _RUN_FOLDER.fullmatch(p.name)][:MOST_NEAR]
+    found = [p for p in (*likely[-MOST_NEAR:], *others) if any(s.detect(p) for s in sources().values())]
     return sorted(found, key=by_number)
 
 
 def _near(root: Path, asked: Asked) -> Iterable[Near]:
-    """Folders beside, above and in `root` that some source reads, and those that were given."""
-    seen: set[Path] = {root.resolve()}
+    """Folders in, beside and above `root` that some source reads, and those that were given."""
+    seen: set[str] = {os.path.realpath(root)}
     for text in asked.weights_from:
-        path = Path(text).expanduser()
-        yield from _place(path, text, seen, given=True)
-    around = [*_folders(root), *_folders(root.parent), root.parent]
-    for path in around[:_MOST_NEAR]:
+        yield from _place(Path(text).expanduser(), text, seen, given=True)
+    for path in [*_folders(root), *_akin(root)][:MOST_NEAR]:
         yield from _place(path, _typed(asked.path, root, path), seen, given=False)
+    for near in _place(root.parent, _typed(asked.path, root, root.parent), seen, given=False):
+        if near.path == root.parent:  # what lies in another folder below it is not of this one
+            yield near
 
 
-def _place(path: Path, asked: str, seen: set[Path], *, given: bool) -> Iterable[Near]:
-    real = path.resolve()
-    if real in seen:
+def _akin(root: Path) -> list[Path]:
+    """Folders beside one that may be of its run: checkpoints by their names, and names that share a word with it.
+
+    Others, as a neighbour's model in a folder of models, are none of its business: a source that is recommended must
+    be of the same run.
+    """
+    real = Path(os.path.realpath(root))
+    words = {w.lower() for w in _WORD.findall(real.name)}
+    beside = [p for p in _folders(real.parent) if p != real]
+    return [p for p in beside if _RUN_FOLDER.fullmatch(p.name) or words & {w.lower() for w in _WORD.findall(p.name)}]
+
+
+def _place(path: Path, asked: str, seen: set[str], *, given: bool) -> Iterable[Near]:
+    if os.path.realpath(path) in seen:
         return
     for name, source in sources().items():
         try:
@@ -140,24 +228,29 @@ def _place(path: Path, asked: str, seen: set[Path], *, given: bool) -> Iterable[
                 folder = place.folder
         except (ConvertError, OSError):
             continue
-        if folder.resolve() not in seen:
-            seen.update((real, folder.resolve()))
-            yield Near(
-                os.path.join(asked, os.path.relpath(folder, path)) if folder != path else asked, folder, name, given
-            )
+        if os.path.realpath(folder) not in seen:
+            seen.update((os.path.realpath(path), os.path.realpath(folder)))
+            typed = os.path.join(asked, os.path.relpath(folder, path)) if folder != path else asked
+            yield Near(typed, folder, name, given)
         return
 
 
 def _folders(root: Path) -> list[Path]:
+    """Folders below one, by their numbers, hidden ones left out; of a huge folder those that are listed first."""
     try:
-        return sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=by_number)
+        with os.scandir(root) as listed:
+            names = [e.name for e in islice(listed, MOST_LISTED) if not e.name.startswith(".") and e.is_dir()]
     except OSError:
         return []
+    return sorted((root / n for n in names), key=by_number)
 
 
 def _typed(asked: str, root: Path, path: Path) -> str:
     """A folder's path as the user would type it, next to the one that was typed."""
-    return os.path.normpath(os.path.join(asked, os.path.relpath(path, root))) if asked else str(path)
+    if not asked:
+        return str(path)
+    typed = os.path.normpath(os.path.join(asked, os.path.relpath(os.path.realpath(path), os.path.realpath(root))))
+    return f"./{typed}" if asked.startswith("./") and not typed.startswith(".") else typed
 
 
 def _base(asked: Asked, root: Path, kind: Kind) -> Case | None:
@@ -170,13 +263,22 @@ def _base(asked: Asked, root: Path, kind: Kind) -> Case | None:
     if name is None:
         return None
     try:
-        located = resolve(name, revision=None, allow_download=False)
+        located = resolve(name, revision=None, allow_download=False, in_parts=name == asked.base)
+        if asked.base is None and kind_of(located.path) is None:
+            return None  # a name that an adapter records is looked at, and nothing below it
         source, found, survey, why = _what(located.path, name)
     except (ConvertError, OSError):
         if asked.base is not None:
             raise
         return None
     return Case(name, located.path, found, source, survey, why)
+
+
+def file_of(finding: Finding, case: Case) -> str:
+    """The file that a finding is about, which its evidence begins with; empty for one about the folder."""
+    first = finding.evidence[0] if finding.evidence else ""
+    at_fault = {Path(f.where).name for f in case.survey.faults if f.where and f.where != show(case.root)}
+    return first if first in case.names or first in at_fault else ""
 
 
 def at_or_above(severity: str, findings: Sequence[Finding]) -> list[Finding]:

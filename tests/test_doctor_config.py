@@ -87,6 +87,13 @@ def test_sound_models_have_no_finding(causal: Path, reward: Path) -> None:
         ("stablelm", SIZES),
         ("olmo2", {**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
         ("granite", SIZES),
+        ("phi", SIZES),
+        ("cohere", {**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+        ("smollm3", {**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+        ("gptj", {"n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16, "rotary_dim": 4}),
+        ("mpt", {"d_model": 8, "n_heads": 2, "n_layers": 1, "vocab_size": 16}),
+        ("mixtral", {**SIZES, "num_local_experts": 2}),
+        ("qwen3_moe", {**SIZES, "head_dim": 4, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}),
         ("starcoder2", {**SIZES, "bos_token_id": 1, "eos_token_id": 2}),
     ],
 )  # fmt: skip
@@ -121,14 +128,14 @@ def test_a_pad_token_that_ends_texts_is_mentioned_and_no_fault(reward: Path) -> 
     assert codes(reward) == {"pad-is-eos": "cosmetic"}
 
 
-def test_an_architecture_that_is_missing_or_a_wrapper_s_or_openrlhf_s_is_named(causal: Path) -> None:
+def test_an_architecture_that_is_missing_or_a_wrapper_s_or_openrlhf_s_is_named(causal: Path, reward: Path) -> None:
     edit(causal, drop=("architectures",))
     assert codes(causal) == {"architecture-missing": "cosmetic"}
     edit(causal, architectures=["FSDPQwen2ForCausalLM"])
     assert codes(causal) == {"architecture-wrapper": "error"}
-    edit(causal, architectures=["RewardModel"])
-    assert codes(causal) == {"architecture-openrlhf": "cosmetic"}
-    assert codes(causal, target="openrlhf") == {}
+    edit(reward, architectures=["RewardModel"])
+    assert codes(reward) == {"architecture-openrlhf": "cosmetic"}
+    assert codes(reward, target="openrlhf") == {"loader-accepts": "cosmetic"}
 
 
 def test_rows_that_are_not_the_vocabulary_are_an_error(causal: Path) -> None:

@@ -1,4 +1,25 @@
-"""`rlhf-convert doctor` and `explain CODE`: the screens of a report."""
+"""`rlhf-convert doctor` and `explain CODE`: the screens of a report, and its data.
+
+`doctor --json` prints one object:
+
+    version   1; it changes with the shape of what follows
+    path      what was asked
+    detected  model, adapter, training, run, weights or unread
+    source    the source that reads it (hf, peft, deepspeed, ...), or null
+    why       how it was recognised, in words
+    for       the trainer that --for or --launch names, or null
+    near      folders around it: [{"path", "source"}]
+    findings  the worst first, each:
+        code            kebab-case, stable
+        severity        error, changes-numbers or cosmetic
+        message         one sentence or two
+        tensors         names of all tensors concerned
+        evidence        at most three lines
+        recoverability  here, "from SOURCE", lost, or empty where nothing is missing
+        fix             names of converters that mend it, in order
+        applicability   safe, unsafe (needs --allow CODE) or display-only
+        next            the exact next command or step, or null
+"""
 
 from __future__ import annotations
 
@@ -49,6 +70,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "detected": case.kind,
         "source": case.source,
         "why": case.why,
+        "for": case.target,
         "near": [{"path": n.asked, "source": n.source} for n in case.near],
         "findings": [f.to_json() for f in report.findings],
     }

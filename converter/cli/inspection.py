@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Display
-from converter.errors import ConvertError, Refused, fold, show
+from converter.errors import ConvertError, fold, show
 from converter.report import adapter_kind, dtype_word, label_count, line, next_lines, short_revision
 from converter.sizes import format_size
 
@@ -84,20 +84,12 @@ def look(asked: str, revision: str | None) -> Found:
 
     Raises:
         UsageError: nothing that can be inspected has that name.
-        Refused: a Hub id that is not in the cache (`hub-not-cached`): inspecting downloads nothing.
+        Refused: a Hub id that is not in the cache and can't be read from the Hub (`hub-download`).
     """
     from converter.doctor import Asked, examine
     from converter.sources.locate import resolve
 
-    try:
-        located = resolve(asked, revision=revision, allow_download=False)
-    except Refused as error:
-        if error.code == "hub-not-cached":
-            error.what = (
-                f"{show(asked)} is neither a folder here nor in the Hub's cache, and inspecting downloads nothing"
-            )
-            error.next = f"hf download {shlex.quote(asked)}"
-        raise
+    located = resolve(asked, revision=revision, in_parts=True)
     return Found(asked, located.path, located.revision, examine(Asked(asked, revision=revision)))
 
 
@@ -116,8 +108,20 @@ def _screen(found: Found, *, tensors: bool = False) -> list[str]:
         *lines,
         *(_tensors(found.survey) if tensors else []),
         *_verdict(found),
+        *_read(found),
         *next_lines(_next(found)),
     ]
+
+
+def _read(found: Found) -> list[str]:
+    """How little of a model on the Hub was transferred."""
+    from converter import sparse
+
+    read = [f for f in sparse.known() if f.path.is_relative_to(found.path)]
+    if not read:
+        return []
+    count = sum(f.fetched for f in read)
+    return [line("read", f"{format_size(count)} of the {format_size(sum(f.size for f in read))} on the Hub")]
 
 
 def _inside(found: Found) -> list[str]:
@@ -280,12 +284,14 @@ def _tensors(survey: Survey) -> list[str]:
 def _verdict(found: Found) -> list[str]:
     """Doctor's findings, a line or two each."""
     from converter.cli.doctor import WORDS
+    from converter.doctor import file_of
 
     lines = []
     for finding in found.report.findings:
         how = {"": "", "lost": "; lost", "here": ""}.get(finding.recoverability, f"; {finding.recoverability}")
-        file = f"{finding.evidence[0]}: " if finding.evidence and finding.evidence[0] in found.report.case.names else ""
-        lines.append(line(WORDS[finding.severity], f"{finding.code}: {file}{finding.message}{how}"))
+        file = file_of(finding, found.report.case)
+        about = f"{file}: " if file else ""
+        lines.append(line(WORDS[finding.severity], f"{finding.code}: {about}{finding.message}{how}"))
     if lines:
         return [*lines, line("", f"rlhf-convert doctor {shlex.quote(found.asked)} says more")]
     return [line("faults", "none found in headers and configs")]

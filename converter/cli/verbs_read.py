@@ -23,7 +23,7 @@ from converter.cli.verbs_heads import RoleChoice
     ),
 )
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or Hub id in the cache.", show_default=False)],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or owner/name on the Hub.", show_default=False)],
     options: Reading,
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="Hub commit, branch or tag.", show_default=False)
@@ -49,7 +49,7 @@ def inspect(
     ),
 )
 def doctor(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or Hub id in the cache.", show_default=False)],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or owner/name on the Hub.", show_default=False)],
     options: Reading,
     base: Annotated[
         str | None, typer.Option(metavar="BASE", help="Base model; default: what is recorded.", show_default=False)
@@ -76,19 +76,25 @@ def doctor(
         typer.Option("--ignore", metavar="CODE", help="Leave this one out. Repeatable.", show_default=False),
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Read values too: NaN, zeros, heads that never moved.")] = False,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            "--launch", metavar="SCRIPT", help="Training script to check against it; never run.", show_default=False
+        ),
+    ] = None,
 ) -> int:
     """`rlhf-convert doctor`."""
     from converter.cli.doctor import doctor
     from converter.doctor import Asked
 
-    asked = Asked(path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep)
+    asked = Asked(path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep, launch=launch)
     return doctor(asked, fail_on.value, options)
 
 
 @verb(
     "verify",
     Display,
-    short_help="Prove that a trainer loads a folder, and that it says the same.",
+    short_help="Prove that a trainer loads a folder as it was meant.",
     help="Prove that a trainer loads a folder and that it says what its source said: names, shapes, files, config and "
     "tokenizer against what the trainer's loader does with them; with --live by its own loader. Exit code 4 if not.",
     examples=(
@@ -192,8 +198,8 @@ def explain(
     ),
 )
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="Folder, or Hub id in the cache.", show_default=False)],
-    b: Annotated[str, typer.Argument(metavar="B", help="Folder, or Hub id in the cache.", show_default=False)],
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder, or owner/name on the Hub.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Folder, or owner/name on the Hub.", show_default=False)],
     options: Reading,
     ignore_prefix: Annotated[
         list[str] | None,
@@ -214,17 +220,21 @@ def diff(
     examples=(
         "rlhf-convert demo",
         "rlhf-convert demo --out ./try-it",
-        "rlhf-convert demo --quiet",
+        "rlhf-convert demo --push me/rlhf-convert-demo",
     ),
 )
 def demo(
     options: Display,
     out: Annotated[str, typer.Option("-o", "--out", metavar="OUT", help="Where to write.")] = "./rlhf-convert-demo",
+    push: Annotated[
+        str | None,
+        typer.Option("--push", metavar="REPO", help="Push the result to owner/name, private.", show_default=False),
+    ] = None,
 ) -> int:
     """`rlhf-convert demo`."""
-    from converter.cli.demo import demo
+    from converter.cli.demo import demo_and_push
 
-    return demo(out, options)
+    return demo_and_push(out, push, options)
 
 
 @verb(

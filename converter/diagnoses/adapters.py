@@ -11,7 +11,6 @@ from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.sources.survey import StoredTensor
 
 _LORA = re.compile(r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.|$)")
-_HEAD = re.compile(r"(?:^|\.)(?P<head>score|classifier|v_head|value_head)(?:\.|$)")
 _COPY = re.compile(r"(?:base_model\.model\.)+")
 
 # What a merge refuses, by its code, and what `explain` says of it.
@@ -26,7 +25,8 @@ REFUSALS: dict[str, str] = {
     "adapter-shape": "A tensor of the adapter has another shape than the base's layer: another base, or another "
     "size of it.",
     "adapter-rank": "The ranks in adapter_config.json are not those of the tensors: the config is of another run.",
-    "adapter-incomplete": "A module has lora_A without lora_B, or the reverse: half of it was not saved.",
+    "adapter-incomplete": "Parts of a module are missing, or there is one that the config does not speak of (a DoRA "
+    "magnitude without use_dora, for one).",
     "adapter-unexpected": "A tensor is of no kind that the config speaks of (a DoRA magnitude without use_dora, for "
     "one).",
     "adapter-ambiguous": "The adapter's names fit the base in two ways that differ; it has to be said which is meant.",
@@ -82,7 +82,7 @@ def _try_merge(case: Case) -> ConvertError | None:
 def _merge_refused(code: str) -> Diagnosis:
     def find(case: Case, context: Context) -> Iterable[Finding]:
         error = _refusal(case)
-        if error is not None and error.code == code:
+        if error is not None and error.code == code and not (code == "adapter-incomplete" and _halves(case)[0]):
             yield _of(error, case)
 
     return Diagnosis(code, find, frozenset({"adapter"}), False, REFUSALS[code])
@@ -102,55 +102,6 @@ def adapter_merge_refused(case: Case, context: Context) -> Iterable[Finding]:
     known = {*REFUSALS, "head-base-lost", "head-missing", "no-op", *(f.code for f in case.survey.faults)}
     if isinstance(error, Refused | UsageError) and error.code not in known:
         yield Finding("adapter-merge-refused", "error", f"{error.code}: {error.what}", next=error.next)
-
-
-@diagnosis("head-base-lost", "adapter")
-def head_base_lost(case: Case, context: Context) -> Iterable[Finding]:
-    """A reward head with LoRA on it: score = W0 + BA. BA is in the adapter; W0 was random, frozen and never saved,
-    since OpenRLHF's LoraConfig has no task_type and `all-linear` catches the head too. No base model contains W0. A
-    trainer starts with another random one and only warns: `newly initialized: ['score.weight']`. W0 is in the run's
-    DeepSpeed checkpoint (frozen_param_fragments), if one was kept; it is in no other file. ignore_mismatched_sizes,
-    filling with zeros and removing --gradient_checkpointing do not bring it back.
-    """
-    heads = {m["module"] for n in case.shapes if (m := _LORA.match(n)) and _HEAD.search(m["module"])}
-    for module in sorted(heads):
-        own = [n for n in case.shapes if n.startswith(f"{module}.base_layer.") or f"{module}.modules_to_save." in n]
-        whole = f"{module}.weight" in case.shapes
-        in_base = case.base is not None and f"{_COPY.sub('', module)}.weight" in case.base.shapes
-        if whole or own or in_base:
-            continue
-        names = tuple(n for n in case.shapes if n.startswith(f"{module}."))
-        places = case.training_near()
-        text = (
-            f"{show(_COPY.sub('', module))} = W0 + BA: BA is here; the frozen weight under it was random and "
-            f"never saved"
-        )
-        command = None
-        if places:
-            command = f"rlhf-convert gather {places[0].asked} {case.out('adapter')} --emit adapter"
-        found = f"from {places[0].asked}, if it kept frozen weights" if places else LOST
-        yield Finding("head-base-lost", "error", text, names, folded(case, names), found, ("gather",), "safe", command)
-
-
-@diagnosis("head-missing", "adapter")
-def head_missing(case: Case, context: Context) -> Iterable[Finding]:
-    """The adapter is of a reward model (task_type SEQ_CLS), and there is no head in it, beside it or in the base: the
-    trainer or transformers makes a random one and warns at most. Either the head was not a saved module, or it was lost
-    on export. It may be in the run's DeepSpeed checkpoint, in value_head.safetensors (LLaMA-Factory) or in
-    pytorch_model.bin (TRL). A head that is in no file can't be recovered.
-    """
-    if case.adapter_config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS") or not case.shapes:
-        return
-    sidecars = {"value_head.safetensors", "value_head.bin", "value_head.pt", "pytorch_model.bin"} & case.names
-    has = any(_HEAD.search(n) for n in case.shapes) or bool(sidecars)
-    if case.base is not None:
-        has = has or any(_HEAD.search(n) for n in case.base.shapes)
-    if not has:
-        places = case.training_near()
-        command = f"rlhf-convert gather {places[0].asked} {case.out('gathered')}" if places else None
-        text = "an adapter of a reward model (SEQ_CLS) without a head"
-        found = f"from {places[0].asked}" if places else LOST
-        yield Finding("head-missing", "error", text, (), (), found, ("gather",), "display-only", command)
 
 
 @diagnosis("lora-alpha-zero", "adapter")
@@ -188,18 +139,23 @@ def _is_zero(entry: StoredTensor, context: Context) -> bool:
     return context.is_zero(entry.tensor)
 
 
+def _halves(case: Case) -> tuple[tuple[str, ...], int]:
+    """Modules with one factor only, and how many there are."""
+    halves: dict[str, set[str]] = {}
+    for name in case.shapes:
+        if match := _LORA.match(name):
+            halves.setdefault(match["module"], set()).add(match["kind"][-1])
+    return tuple(sorted(m for m, kinds in halves.items() if len(kinds) == 1)), len(halves)
+
+
 @diagnosis("adapter-half", "adapter")
 def adapter_half(case: Case, context: Context) -> Iterable[Finding]:
     """Modules have lora_A without lora_B, or the reverse: half of them was not saved. One without the other means
     nothing, and PEFT fills the missing half with its start.
     """
-    halves: dict[str, set[str]] = {}
-    for name in case.shapes:
-        if match := _LORA.match(name):
-            halves.setdefault(match["module"], set()).add(match["kind"][-1])
-    alone = tuple(sorted(m for m, kinds in halves.items() if len(kinds) == 1))
+    alone, count = _halves(case)
     if alone:
-        text = f"{len(alone)} of {len(halves)} modules have one LoRA factor only: {fold(alone)}"
+        text = f"{len(alone)} of {count} modules have one LoRA factor only: {fold(alone)}"
         yield Finding("adapter-half", "error", text, alone, alone[:3], "")
 
 
@@ -267,8 +223,6 @@ def base_differs(case: Case, context: Context) -> Iterable[Finding]:
 
 
 DIAGNOSES = (
-    head_base_lost,
-    head_missing,
     lora_alpha_zero,
     no_op,
     adapter_half,
@@ -276,5 +230,5 @@ DIAGNOSES = (
     adapter_keys_named,
     base_differs,
     adapter_merge_refused,
-    *(_merge_refused(code) for code in REFUSALS if code != "adapter-incomplete"),
+    *(_merge_refused(code) for code in REFUSALS),
 )

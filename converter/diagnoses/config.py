@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.context import Context
+from converter.diagnoses.aims import is_transformers_4
 from converter.diagnoses.model import HERE, Case, Finding, Severity, diagnosis, folded
 from converter.errors import fold, show
 
@@ -17,6 +18,7 @@ _EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|
 _OUTPUTS = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.weight$")
 _HEADS = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
 _MAX_FIXED_LABELS = 1024
+_PIN_TRANSFORMERS_4 = ("llamafactory", "deepspeed-chat", "trlx")
 
 
 def architecture(case: Case) -> str:
@@ -71,7 +73,7 @@ def architecture_openrlhf(case: Case, context: Context) -> Iterable[Finding]:
     """OpenRLHF builds its classes on the fly and saves `architectures: ["RewardModel"]` or `["CriticModel"]`. OpenRLHF
     loads that; AutoModelForSequenceClassification ignores it; vLLM, ms-swift and verl do not know it.
     """
-    if architecture(case) in _OPENRLHF and case.target != "openrlhf":
+    if architecture(case) in _OPENRLHF and case.trainer != "openrlhf":
         text = (
             f"architectures is [{architecture(case)}], a class of OpenRLHF's own: other trainers and engines "
             f"do not know it"
@@ -92,7 +94,8 @@ def labels_mismatch(case: Case, context: Context) -> Iterable[Finding]:
     labels = label_count(case.config)
     for name, info in case.shapes.items():
         if _HEADS.match(name) and info.shape and info.numel and info.shape[0] != labels:
-            text = f"{show(name)} has {info.shape[0]} rows and config.json says {labels} labels"
+            rows = "1 row" if info.shape[0] == 1 else f"{info.shape[0]} rows"
+            text = f"{show(name)} has {rows} and config.json says {labels} labels"
             yield Finding(
                 "labels-mismatch",
                 "error",
@@ -173,7 +176,7 @@ def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
         if (_EMBEDDINGS.search(n) or _OUTPUTS.search(n))
         and len(i.shape) == 2
         and i.numel
-        and i.shape[0] != size
+        and i.shape[0] not in (size, 1)  # one row is a value head under this name, as Megatron's saver writes it
         and not is_part_of_vision(n)
     ]
     if wrong:
@@ -225,7 +228,7 @@ def tokenizer_of_transformers_5(case: Case, context: Context) -> Iterable[Findin
     transformers 4 can't read: `Tokenizer class TokenizersBackend does not exist`, `'list' object has no attribute
     'keys'`. Only looked at under `--for transformers@4`, or for trainers that pin transformers 4.
     """
-    if case.target not in ("transformers@4", "llamafactory", "deepspeed-chat", "trlx"):
+    if not is_transformers_4(case.target) and case.trainer not in _PIN_TRANSFORMERS_4:
         return
     config = case.json("tokenizer_config.json")
     marks = {
@@ -265,7 +268,7 @@ def rope_of_transformers_5(case: Case, context: Context) -> Iterable[Finding]:
             and theta != 10000
             and not any(isinstance(v, dict) for v in parameters.values())
         ):
-            severity: Severity = "changes-numbers" if case.target == "transformers@4" else "cosmetic"
+            severity: Severity = "changes-numbers" if is_transformers_4(case.target) else "cosmetic"
             text = (
                 f"rope_theta {theta:g} stands in rope_parameters only: transformers 4 would go on with 10000, silently"
             )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from converter.context import Context
-from converter.diagnoses.model import ALL_KINDS, HERE, LOST, Case, Diagnosis, Finding
+from converter.diagnoses.model import ALL_KINDS, HERE, LOST, Case, Diagnosis, Finding, Severity
+from converter.diagnoses.shard_faults import DOCUMENTED
 from converter.errors import show
 from converter.sources.survey import Fault
 
@@ -16,8 +18,16 @@ _WRITTEN_ANEW = frozenset(
 )
 """Faults that no output has: its index is made from its headers, and only what is read is written."""
 
+_WORSE: dict[str, Severity] = {
+    "index-missing": "error",
+    "index-unlisted": "changes-numbers",
+    "adapter-config-stray": "changes-numbers",
+}
+"""Faults that are read here all the same, and that transformers stops at or applies twice."""
+
 # Code: (recoverability, what `explain` says).
 _DOCUMENTED: dict[str, tuple[str, str]] = {
+    **DOCUMENTED,
     "file-truncated": (
         _COPY,
         (
@@ -298,9 +308,13 @@ def finding_of(fault: Fault, case: Case) -> Finding:
     command = (
         f"rlhf-convert repair {case.path} {case.out('fixed')}" if is_mended and fault.code != "stray-weights" else None
     )
+    places = case.training_near() if fault.code == "weights-missing" else []
+    if places:
+        command = f"rlhf-convert gather {places[0].quoted} {case.out('gathered')}"
+        recoverability = f"from {places[0].asked}"
     return Finding(
         fault.code,
-        fault.severity,
+        _WORSE.get(fault.code, fault.severity),
         fault.text,
         evidence=(file,) if file else (),
         recoverability=recoverability if fault.severity == "error" else "",
@@ -314,9 +328,14 @@ def explanation(code: str) -> str:
     return _DOCUMENTED[code][1]
 
 
+def _named(fault: Fault) -> Fault:
+    """The fault under the code that says most: a pointer of git-lfs is no cut file, though it reads as one."""
+    return replace(fault, code="git-lfs-pointer") if "git-lfs pointer" in fault.text else fault
+
+
 def _fault(code: str) -> Diagnosis:
     def find(case: Case, context: Context) -> Iterable[Finding]:
-        return [finding_of(f, case) for f in case.survey.faults if f.code == code]
+        return [finding_of(f, case) for f in map(_named, case.survey.faults) if f.code == code]
 
     return Diagnosis(code, find, frozenset(ALL_KINDS), False, explanation(code))
 

@@ -10,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from converter.checkpoint import Checkpoint, Origin
 from converter.context import Context
+from converter.diagnoses.script import Launch
 from converter.dtypes import TensorInfo
-from converter.errors import ConvertError, fold, show
+from converter.errors import ConvertError, Refused, fold, show
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, Survey, file_names
-from converter.strict_json import load_json
+from converter.strict_json import MAX_JSON_BYTES, load_json
 
 Severity = Literal["error", "changes-numbers", "cosmetic"]
 Applicability = Literal["safe", "unsafe", "display-only"]
@@ -89,6 +91,20 @@ class Near:
         """True for a trainer's own shards."""
         return self.source not in ("hf", "peft", "unread")
 
+    @property
+    def quoted(self) -> str:
+        """Its path as a word of a command."""
+        return shlex.quote(self.asked)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """Its config.json, or nothing."""
+        try:
+            value = load_json(self.path / MODEL_CONFIG, limit=_TOKENIZER_BYTES, root=self.path, allow_nan=True)
+        except (ConvertError, OSError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -103,6 +119,7 @@ class Case:
         actor: the folder that `--with-actor` names.
         target: the trainer that `--for` names.
         deep: values may be read.
+        launch: the script that `--launch` names, read.
     """
 
     asked: str
@@ -116,6 +133,7 @@ class Case:
     actor: Case | None = None
     target: str | None = None
     deep: bool = False
+    launch: Launch | None = None
     _json: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -127,6 +145,24 @@ class Case:
     def shapes(self) -> Mapping[str, TensorInfo]:
         """Dtype and shape by tensor name."""
         return {name: entry.info for name, entry in self.survey.entries.items()}
+
+    @property
+    def trainer(self) -> str:
+        """The trainer that `--for` or the launch script names, without a version; empty where neither does."""
+        return (self.target or "").partition("@")[0]
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """What was surveyed as a checkpoint, faults and all, for functions that look at names and shapes."""
+        pickled = any(not n.endswith(".safetensors") for n in self.survey.files)
+        stored = "torch" if pickled else "safetensors"
+        kind = "adapter" if self.kind == "adapter" else "model"
+        return Checkpoint(
+            {n: e.tensor for n, e in self.survey.entries.items()},
+            self.config,
+            Origin(kind, str(self.root), self.asked, self.root.name, None, "", stored),
+            beside={name: dict(file.tensors) for name, file in self.survey.beside.items()},
+        )
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -162,7 +198,10 @@ class Case:
         value: Any = None
         if name in self.names:
             try:
-                value = load_json(self.root / name, limit=_TOKENIZER_BYTES, root=self.root, allow_nan=True)
+                limit = MAX_JSON_BYTES if name in (MODEL_CONFIG, ADAPTER_CONFIG) else _TOKENIZER_BYTES
+                value = load_json(self.root / name, limit=limit, root=self.root, allow_nan=True)
+                if not isinstance(value, dict):
+                    value = Refused("json-malformed", "it holds no JSON object", where=show(self.root / name))
             except ConvertError as error:
                 value = error
         self._json[name] = value

@@ -75,7 +75,7 @@ def names_of_a_trainer(case: Case, context: Context) -> Iterable[Finding]:
     """
     for prefix, whose in _TRAINERS.items():
         found = tuple(n for n in case.shapes if n.startswith(prefix))
-        if found and not (case.target == "deepspeed-chat" and prefix.startswith("rwtrans")):
+        if found and not (case.trainer == "deepspeed-chat" and prefix.startswith("rwtrans")):
             text = f"{len(found)} of {len(case.shapes)} names begin with `{prefix}`: {whose}"
             command = f"rlhf-convert critic-to-rm {case.path} {case.out('converted')} --to trl"
             yield Finding(

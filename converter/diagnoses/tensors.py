@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable
 
 from converter.context import Context
 from converter.diagnoses.faults import explanation, finding_of
+from converter.diagnoses.heads import filling_command
 from converter.diagnoses.model import LOST, Case, Diagnosis, Finding, folded
 
 
@@ -16,19 +16,12 @@ def _zero3_empty_tensors(case: Case, context: Context) -> Iterable[Finding]:
         return
     empty = tuple(n for n, info in case.shapes.items() if info.shape == (0,))
     places = case.training_near()
-    recoverability, command = LOST, None
-    if places:
-        given = [] if not places[0].given and _is_inside(case, places[0].asked) else ["--weights-from", places[0].asked]
-        recoverability = f"from {places[0].asked}"
-        command = f"rlhf-convert repair {case.path} {case.out('fixed')} {shlex.join(given)}".rstrip()
+    recoverability = f"from {places[0].asked}" if places else LOST
+    command = filling_command(case)
     message = finding_of(faults[0], case).message
     yield Finding(
         "zero3-empty-tensors", "error", message, empty, folded(case, empty), recoverability, ("fill",), "safe", command
     )
-
-
-def _is_inside(case: Case, asked: str) -> bool:
-    return asked.startswith(f"{case.asked.rstrip('/')}/")
 
 
 DIAGNOSES = (

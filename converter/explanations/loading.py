@@ -49,8 +49,8 @@ MESSAGES = (
         "head-missing-report",
         "error",
         ("MISSING",),
-        r"(?P<name>(?:\w+\.)*(?:score|value_head|v_head|classifier|reward_head|score_head|regression_head)\.[\w.]*\w)"
-        r"\s*\|\s*MISSING",
+        r"\b(?P<name>(?:\w{1,80}+\.){0,40}?(?:score|value_head|v_head|classifier|reward_head|score_head|regression_head)"
+        r"(?:\.\w{1,80}+){1,8}+)\s{0,200}+\|\s{0,20}MISSING",
         "transformers' load report: {name} is not in the checkpoint, so the head is RANDOM.",
         ("rlhf-convert doctor DIR --for TRAINER", "rlhf-convert rm-to-critic DIR OUT --to TRAINER"),
         ("head-missing",),
@@ -69,7 +69,7 @@ MESSAGES = (
         "weights-missing-report",
         "error",
         ("MISSING",),
-        r"(?P<name>\w+(?:\.\w+)+)\s*\|\s*MISSING",
+        r"(?P<name>\b\w{1,80}+(?:\.\w{1,80}+){1,40}+)\s{0,200}+\|\s{0,20}MISSING",
         "transformers' load report: {name} is not in the checkpoint, and is random now.",
         ("rlhf-convert doctor DIR",),
     ),
@@ -195,7 +195,7 @@ MESSAGES = (
         "unmerged-keys",
         "error",
         ("base_layer.weight", "lora_A", "KeyError: 'layers"),
-        r"(?:KeyError|not found in|Unexpected key).*(?:base_layer\.weight|lora_[AB])",
+        r"(?:KeyError|not found in|Unexpected key).{0,2000}?(?:base_layer\.weight|lora_[AB])",
         "A full model was saved with LoRA's wrappers still around its layers: it is neither adapter nor model.",
         ("rlhf-convert doctor DIR",),
     ),

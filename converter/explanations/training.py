@@ -62,7 +62,7 @@ MESSAGES = (
         "verl-config-missing",
         "error",
         ("fsdp_config.json",),
-        r"fsdp_config\.json.*(?:not exist|No such file|not found)",
+        r"fsdp_config\.json.{0,400}?(?:not exist|No such file|not found)",
         "Older versions of verl did not write fsdp_config.json; the world size is in the names of the rank files.",
         ("rlhf-convert gather DIR OUT",),
     ),

@@ -178,7 +178,7 @@ def _named_by(file: Path) -> str:
     """The folder that `latest` names."""
     raw = read_limited(file, limit=4096, root=file.parent)
     name = raw.decode("utf-8", "replace").strip()
-    if not name or len(name) > MAX_TAG or "/" in name or name in (".", ".."):
+    if not name or len(name) > MAX_TAG or "/" in name or "\0" in name or name in (".", ".."):
         raise Refused("zero-latest", f"`{file.name}` names no folder beside it", where=show(file), got=show(name))
     return name
 

@@ -21,6 +21,8 @@ from converter.sources.places import Place
 from converter.tensors import LazyTensor
 
 KIND = "training"
+WRAPPED = "pretrained_model."
+"""What TRL's value-head wrapper puts before the names of the model in it."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,25 @@ def read_weights(shards: Shards, *, master: bool = False) -> Weights:
     if not isinstance(module, dict) or not all(isinstance(k, str) for k in module):
         raise shards.refuse("zero-malformed", "the model file holds no module", file=shards.model_file())
     held = {n: t for n, t in module.items() if isinstance(t, LazyTensor)}
-    shared = _shared(shards) if shards.stage else _same_bytes(held)
+    held = _named_as_parameters(shards, held) if shards.stage else held
+    shared = shared_names(shards) if shards.stage else _same_bytes(held)
     has_shapes = shards.stage > 0
     trained = frozenset(n for g in trained_shapes(shards) for n in g) if has_shapes else None
     computed: dict[str, LazyTensor] = {}
     if shards.stage == 3:
         expect_one_step(shards, [r for r in range(shards.ranks) if r in shards.files.models])
         computed = frozen_tensors(shards)
-    if shards.stage == 3 or (master and (shards.stage or not _all_fp32(held))):
+    unsaved = (trained or frozenset()) - held.keys() if shards.stage in (1, 2) else frozenset()
+    if unsaved:
+        computed = {n: t for n, t in frozen_tensors(shards).items() if n not in held}
+    if shards.stage == 3 or unsaved or (master and (shards.stage or not _all_fp32(held))):
         for name, tensor in trained_tensors(shards).items():
             like = held.get(name)
-            if shards.stage < 3 and (like is None or like.info.shape != tensor.info.shape):
+            if shards.stage < 3 and like is not None and like.info.shape != tensor.info.shape:
                 text = f"{show(name)} is {list(tensor.info.shape)} in param_shapes, and not so in the module"
                 raise shards.refuse("zero-sizes", text, file=shards.model_file())
-            computed[name] = tensor if master else tensors.cast(tensor, _training_dtype(shards, like))
+            if shards.stage == 3 or master or name in unsaved:
+                computed[name] = tensor if master else tensors.cast(tensor, training_dtype(shards, like))
     names = dict.fromkeys([*held, *computed, *shared])
     found: dict[str, LazyTensor] = {}
     for name in names:
@@ -84,11 +91,29 @@ def read_weights(shards: Shards, *, master: bool = False) -> Weights:
     return Weights(found, trained, tuple(map(tuple, groups.values())), extra)
 
 
+def _named_as_parameters(shards: Shards, held: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The module's tensors by their parameters' names.
+
+    TRL's value-head wrapper has a `state_dict` of its own, which leaves `pretrained_model.` out of the names, and under
+    PEFT gives the head alone; what DeepSpeed lists of parameters has the names in memory.
+    """
+    listed = [shapes for key in ("param_shapes", "frozen_param_shapes") for shapes in _mappings(shards.model().get(key))]
+    known = {n for names in (*listed, shards.model().get("shared_params") or {}) for n in names if isinstance(n, str)}
+    if not any(n.startswith(WRAPPED) for n in known):
+        return dict(held)
+    return {WRAPPED + n if n not in known and WRAPPED + n in known else n: t for n, t in held.items()}
+
+
+def _mappings(value: object) -> list[Mapping[object, object]]:
+    listed = value if isinstance(value, list) else [value]
+    return [each for each in listed if isinstance(each, dict)]
+
+
 def _all_fp32(held: Mapping[str, LazyTensor]) -> bool:
     return all(t.info.dtype is DType.F32 for t in held.values() if t.info.dtype.is_float)
 
 
-def _shared(shards: Shards) -> dict[str, str]:
+def shared_names(shards: Shards) -> dict[str, str]:
     """Names that share another's parameter, by that other; only rank 0 records them."""
     value = shards.model().get("shared_params")
     if not value:
@@ -105,7 +130,7 @@ def _same_bytes(held: Mapping[str, LazyTensor]) -> dict[str, str]:
     return {name: holder for name, holder in names.items() if name != holder}
 
 
-def _training_dtype(shards: Shards, placeholder: LazyTensor | None) -> DType:
+def training_dtype(shards: Shards, placeholder: LazyTensor | None) -> DType:
     """The dtype of the live parameter: that of its placeholder, else what the DeepSpeed config says."""
     if placeholder is not None:
         return placeholder.info.dtype

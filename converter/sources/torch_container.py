@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter import sparse
 from converter.errors import Refused, show
-from converter.files import Identity, open_input, read_exact
+from converter.files import Identity, open_input, pread, read_exact
 from converter.sources.pickle_machine import Built, Persistent, PickleValue, read_pickle
 
 MAX_DIRECTORY = 256_000_000
@@ -57,7 +58,7 @@ def read_container(path: Path, *, root: Path | None = None) -> Container:
     fd = open_input(path, root=root)
     try:
         status = os.fstat(fd)
-        start = os.pread(fd, 512, 0)
+        start = pread(fd, 512, 0)
         if start.startswith(b"PK\x03\x04"):
             pickled, storages, digest = _read_zip(fd, path, status.st_size)
         elif start[:1] == b"\x80":
@@ -67,6 +68,23 @@ def read_container(path: Path, *, root: Path | None = None) -> Container:
     finally:
         os.close(fd)
     return Container(path, pickled, storages, Identity.of(status), digest)
+
+
+def record_sizes(path: Path, *, root: Path | None = None) -> list[int]:
+    """Sizes of the storages in a zip of torch.save, the largest first, by its directory alone: no pickle is read.
+
+    Raises:
+        Refused: not such a file, or one that its directory contradicts, as `read_container` does.
+    """
+    fd = open_input(path, root=root)
+    try:
+        start = os.pread(fd, 512, 0)
+        if not start.startswith(b"PK\x03\x04"):
+            raise _not_torch(path, start)
+        entries = _directory(fd, path, os.fstat(fd).st_size, 0)
+    finally:
+        os.close(fd)
+    return sorted((r.length for n, r in entries.items() if "/data/" in n), reverse=True)
 
 
 def read_member(fd: int, path: Path, *, start: int, length: int) -> Container:
@@ -129,7 +147,8 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(self._stop - self._at, 0)]
-        count = os.preadv(self._fd, [view], self._at) if view else 0
+        with sparse.reading(self._fd, self._at, len(view)):
+            count = os.preadv(self._fd, [view], self._at) if view else 0
         self._at += count
         return count
 
@@ -161,6 +180,7 @@ def _directory(fd: int, path: Path, size: int, base: int) -> dict[str, Record]:
     try:
         with zipfile.ZipFile(io.BufferedReader(_Window(fd, base, size))) as archive:
             listed = archive.infolist()
+            comment = archive.comment
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, UnicodeError) as error:
         truncated = "File is not a zip file" in str(error)
         if truncated:
@@ -168,6 +188,9 @@ def _directory(fd: int, path: Path, size: int, base: int) -> dict[str, Record]:
                 "file-truncated", "the file begins as a torch file and has no end: it is cut short", where=show(path)
             ) from error
         raise _zip_error(path, show(error)) from error
+    # Readers that look for the directory from the front and from the end must find one and the same.
+    if comment or os.pread(fd, 4, size - 22) != b"PK\x05\x06" or min((i.header_offset for i in listed), default=0):
+        raise _zip_error(path, "something lies before or behind it; torch writes nothing but the zip")
     found: dict[str, Record] = {}
     for info in listed:
         if info.filename in found or info.orig_filename != info.filename:

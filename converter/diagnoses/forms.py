@@ -1,0 +1,80 @@
+"""Forms that one library writes and another can't read: experts, headers without a format, positions left behind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from converter.context import Context
+from converter.diagnoses.model import HERE, Case, Finding, diagnosis, folded
+from converter.errors import ConvertError, show
+from converter.safetensors_io import read_header
+
+_ONE = re.compile(r"^(?P<layer>.+\.experts)\.\d+\.\w+(?:\.weight)?$", re.ASCII)
+_FUSED = re.compile(
+    r"^(?P<layer>.+\.experts)\.(?:gate_up_proj|down_proj|gate_proj|up_proj|w[123])(?:\.weight)?$", re.ASCII
+)
+
+
+@diagnosis("experts-twice", "model")
+def experts_twice(case: Case, context: Context) -> Iterable[Finding]:
+    """A layer's experts are there one by one and fused into one tensor (transformers 5 fuses them when it loads): two
+    saves in one folder, perhaps with different values. Which form counts depends on the loader, and one that knows
+    the other form only makes RANDOM experts.
+    """
+    single = {m["layer"]: n for n in case.shapes if (m := _ONE.match(n))}
+    fused = {m["layer"]: n for n in case.shapes if (m := _FUSED.match(n))}
+    both = sorted(single.keys() & fused.keys())
+    if both:
+        names = tuple(x for layer in both for x in (single[layer], fused[layer]))
+        text = f"the experts of {len(both)} layers are stored one by one and fused: what counts depends on the loader"
+        yield Finding("experts-twice", "error", text, names, folded(case, names))
+
+
+@diagnosis("format-missing", "model", "adapter")
+def format_missing(case: Case, context: Context) -> Iterable[Finding]:
+    """The safetensors header has no `format` in its metadata. transformers before 4.4x stops: `'NoneType' object has no
+    attribute 'get'`; newer ones take it for PyTorch's. Writing the folder anew adds it.
+    """
+    first = next((n for n in case.survey.files if n.endswith(".safetensors")), None)
+    if first is None:
+        return
+    try:
+        metadata = read_header(case.root / first, root=case.root).metadata
+    except (ConvertError, OSError):
+        return
+    if "format" not in metadata:
+        text = f"{show(first)} does not say its format: older versions of transformers can't read it"
+        command = f"rlhf-convert reshard {case.path} {case.out('fixed')}" if case.kind == "model" else None
+        yield Finding("format-missing", "cosmetic", text, (), (show(first),), HERE, next=command)
+
+
+@diagnosis("rope-lost", "model")
+def rope_lost(case: Case, context: Context) -> Iterable[Finding]:
+    """The base model stretches its positions (rope_scaling, or a rope_type other than default) and this config does
+    not, or has other limits: on long texts the model answers otherwise than in training, with no message.
+    """
+    if case.base is None:
+        return
+    own, theirs = _positions(case.text_config), _positions(case.base.text_config)
+    if theirs.get("type") not in (None, "default") and own != theirs:
+        said = own.get("type") or "none"
+        base = f"{show(case.base.asked)} has rope scaling {show(theirs['type'])}"
+        text = f"{base}, this config {show(said)} or other numbers"
+        yield Finding("rope-lost", "changes-numbers", text, (), ("config.json",), f"from {show(case.base.asked)}")
+
+
+def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How positions are stretched, in one spelling for versions 4 and 5 of transformers."""
+    found: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = config.get(key)
+        if isinstance(value, Mapping) and not any(isinstance(v, dict) for v in value.values()):
+            found = {**value, **found}
+    kind = found.pop("rope_type", None) or found.pop("type", None)
+    found.pop("rope_theta", None)
+    return {"type": kind, **{k: v for k, v in found.items() if k != "type"}}
+
+
+DIAGNOSES = (experts_twice, format_missing, rope_lost)

@@ -1,0 +1,348 @@
+"""Heads of reward models and critics: there or not, under which name, whole or not, and where else they may be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from converter.context import Context
+from converter.converters.head_detect import Detected, detect, head_like
+from converter.converters.head_model import family, hidden_size
+from converter.diagnoses.config import architecture, label_count
+from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded
+from converter.diagnoses.places import Elsewhere, head_elsewhere
+from converter.errors import ConvertError, fold, show
+
+_LORA = re.compile(r"^(?P<module>.+)\.lora_(?:A|B|embedding_A|embedding_B)(?:\.|$)")
+_HEAD = re.compile(r"(?:^|\.)(?:score|classifier|v_head|value_head|reward_head|score_head|rm_head)(?:\.|$)")
+_COPY = re.compile(r"(?:base_model\.model\.)+")
+_OPENRLHF = ("RewardModel", "CriticModel")
+_SIDECARS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
+_OWN_FORMS = frozenset({"hf-seqcls", "hf-tokcls", "openrlhf", "score-mlp", "hf-causal"})
+"""Dialects whose class `architectures` names itself: nothing to say."""
+
+
+def wanted_head(case: Case) -> tuple[str, ...]:
+    """Names of the head's tensors that the class in `architectures` looks for; nothing where it has no head.
+
+    A bias is not among them: where one is missing it starts at zero, which is what training starts at.
+    """
+    name = architecture(case)
+    if name in _OPENRLHF:
+        prefix = case.config.get("value_head_prefix")
+        return (f"{prefix if isinstance(prefix, str) and prefix else 'score'}.weight",)
+    known = family(case.config)
+    for suffix, word in (("ForSequenceClassification", "seqcls"), ("ForTokenClassification", "tokcls")):
+        if name.endswith(suffix) and name == getattr(known, word):
+            return tuple(n for n in known.head_names.get(word, ()) if not n.endswith(".bias"))
+    return ()
+
+
+def heads_here(case: Case) -> list[str]:
+    """Names in the folder that look like a head's, LoRA factors left out; those in files beside come with the file."""
+    inside = [n for n in head_like(case.shapes) if ".lora_" not in n]
+    return inside + [f"{file}:{n}" for file, f in case.survey.beside.items() for n in f.tensors if file in _SIDECARS]
+
+
+def dialect_of(case: Case) -> Detected | None:
+    """The dialect of the head, where one is clear."""
+    try:
+        return detect(case.checkpoint)
+    except ConvertError:
+        return None
+
+
+def convert_command(case: Case, role: str, to: str | None = None, *more: str) -> str:
+    """The command that makes a folder for a trainer: the one that was named, else TRL."""
+    words = ["rlhf-convert convert", case.path, case.out("converted"), f"--to {to or case.target or 'trl'}"]
+    return " ".join([*words, f"--role {role}", *more, *_base_option(case)])
+
+
+def _base_option(case: Case) -> tuple[str, ...]:
+    """`--base`, where an adapter does not record its base, or another one was given."""
+    if case.kind != "adapter":
+        return ()
+    recorded = case.adapter_config.get("base_model_name_or_path")
+    if case.base is not None and case.base.asked != recorded:
+        return (f"--base {case.base.path}",)
+    return () if recorded else ("--base BASE",)
+
+
+def filling_command(case: Case) -> str | None:
+    """The command that takes what is lost from shards at hand: in one pass to the trainer that was named, if one was.
+
+    Shards in the folder itself are found without being named.
+    """
+    places = case.training_near()
+    if not places:
+        return None
+    inside = not places[0].given and places[0].path.is_relative_to(case.root)
+    more = () if inside else (f"--weights-from {places[0].quoted}",)
+    if case.trainer:
+        return convert_command(case, role_word(case), None, *more)
+    return " ".join(["rlhf-convert repair", case.path, case.out("fixed"), *more])
+
+
+def role_word(case: Case) -> str:
+    """What the folder's class says it is."""
+    return "critic" if architecture(case).endswith(("CriticModel", "ForTokenClassification")) else "reward"
+
+
+@diagnosis("head-missing", "model", "adapter")
+def head_missing(case: Case, context: Context) -> Iterable[Finding]:
+    """A reward model or critic without a head in its files, or an adapter of one (task_type SEQ_CLS) with none in it,
+    beside it or in the base. Loaders make a RANDOM head and warn at most: `Some weights of CriticModel were not
+    initialized ... newly initialized: ['score.weight']`. Either the head was not a saved module, or it was lost when
+    the adapter was merged as a language model. It may still be in the adapter, in value_head.safetensors
+    (LLaMA-Factory), in pytorch_model.bin (TRL) or in the run's shards. A head that is in no file can't be recovered;
+    ignore_mismatched_sizes and --init-head make another one, which has learnt nothing.
+    """
+    if not case.shapes:
+        return
+    if case.kind == "adapter":
+        if not _adapter_lacks_head(case):
+            return
+        text = "an adapter of a reward model (SEQ_CLS) without a head"
+    else:
+        wanted = wanted_head(case)
+        if not wanted or any(n in case.shapes for n in wanted) or heads_here(case):
+            return
+        if any(_LORA.match(n) and _HEAD.search(n) for n in case.shapes):
+            return
+        text = f"{show(architecture(case))} has its head in {fold(wanted)}, which is in no file: loaders make it RANDOM"
+    found = head_elsewhere(case)
+    recoverability, command = _from(case, found)
+    yield Finding("head-missing", "error", text, (), (), recoverability, (), "display-only", command)
+
+
+def _adapter_lacks_head(case: Case) -> bool:
+    if case.adapter_config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+        return False
+    beside = {*_SIDECARS, "pytorch_model.bin"} & case.names
+    in_base = case.base is not None and any(_HEAD.search(n) for n in case.base.shapes)
+    return not beside and not in_base and not any(_HEAD.search(n) for n in case.shapes)
+
+
+def _from(case: Case, found: Elsewhere | None) -> tuple[str, str | None]:
+    """Where a head is that is not here, and the command that takes it from there."""
+    if found is None:
+        return LOST, None
+    if found.kind == "training":
+        return f"from {found.asked}", f"rlhf-convert gather {found.quoted} {case.out('gathered')}"
+    if found.kind == "adapter":
+        words = ["rlhf-convert merge-lora", found.quoted, case.out("merged")]
+        return f"from {found.asked}", " ".join(words)
+    return f"from {found.asked}", convert_command(case, role_word(case), None, f"--weights-from {found.quoted}")
+
+
+@diagnosis("head-base-lost", "adapter", "model")
+def head_base_lost(case: Case, context: Context) -> Iterable[Finding]:
+    """A reward head with LoRA on it: score = W0 + BA. BA is in the adapter; W0 was random, frozen and never saved,
+    since OpenRLHF's LoraConfig has no task_type and `all-linear` catches the head too. No base model contains W0. A
+    trainer starts with another random one and only warns: `newly initialized: ['score.weight']`. W0 is in the run's
+    DeepSpeed checkpoint (frozen_param_fragments), if one was kept; it is in no other file. ignore_mismatched_sizes,
+    filling with zeros and removing --gradient_checkpointing do not bring it back.
+    """
+    heads = {m["module"] for n in case.shapes if (m := _LORA.match(n)) and _HEAD.search(m["module"])}
+    for module in sorted(heads):
+        own = [n for n in case.shapes if n.startswith(f"{module}.base_layer.") or f"{module}.modules_to_save." in n]
+        whole = f"{module}.weight" in case.shapes
+        in_base = case.base is not None and f"{_COPY.sub('', module)}.weight" in case.base.shapes
+        if whole or own or in_base:
+            continue
+        names = tuple(n for n in case.shapes if n.startswith(f"{module}."))
+        places = case.training_near()
+        text = f"{show(_COPY.sub('', module))} = W0 + BA: BA is here; the frozen weight under it was never saved"
+        command = filling_command(case)
+        found = f"from {places[0].asked}, if it kept frozen weights" if places else LOST
+        yield Finding("head-base-lost", "error", text, names, folded(case, names), found, ("fill",), "safe", command)
+
+
+@diagnosis("head-named-otherwise", "model")
+def head_named_otherwise(case: Case, context: Context) -> Iterable[Finding]:
+    """The head is in the file, under another name than the class in `architectures` looks for: that class makes a
+    RANDOM one and lists the real one among the unused weights. Nothing is lost; the head needs its new name.
+    """
+    wanted = wanted_head(case)
+    here = [n for n in heads_here(case) if n in case.shapes]
+    if not wanted or not here or any(n in case.shapes for n in wanted) or architecture(case) in _OPENRLHF:
+        return
+    if any(n.startswith(f"{w.removesuffix('.weight')}.") for n in here for w in wanted):
+        return  # another form of head under the same stem: an MLP of the model's own code
+    text = f"{show(architecture(case))} looks for {fold(wanted)}; the head is {fold(here)}: loaded, it is RANDOM"
+    command = convert_command(case, role_word(case))
+    yield Finding(
+        "head-named-otherwise", "error", text, tuple(here), folded(case, here), HERE, ("remap-head",), "safe", command
+    )
+
+
+@diagnosis("head-dialect", "model", "adapter")
+def head_dialect(case: Case, context: Context) -> Iterable[Finding]:
+    """The head is stored as one trainer does it: under its name, in a file of its own, or with its prefixes. That
+    trainer reads it. transformers and most others do not look there: for them the folder has no head, and they make a
+    RANDOM one with a warning at most. `convert` writes the form of another trainer.
+    """
+    found = dialect_of(case)
+    if found is None or found.dialect.name in _OWN_FORMS or case.trainer in _served(found):
+        return
+    here = heads_here(case)
+    where = fold(here) if here else "the head"
+    text = f"{where}: the head as {found.dialect.about} stores it. Other trainers do not look there"
+    command = convert_command(case, "reward" if found.dialect.reward else "critic")
+    yield Finding("head-dialect", "cosmetic", text, tuple(here), folded(case, here), HERE, next=command)
+
+
+def _served(found: Detected) -> set[str]:
+    return {s.trainer for s in found.dialect.serves}
+
+
+@diagnosis("heads-several", "model", "adapter")
+def heads_several(case: Case, context: Context) -> Iterable[Finding]:
+    """Two heads lie in one folder (score.weight and value_head.weight, or value_head.safetensors and .bin). Which one
+    counts depends on the loader, and the other may be of an older save. Say which is meant with --from.
+    """
+    files = [n for n in _SIDECARS if n in case.survey.beside]
+    stems = {n.rpartition(":")[2].split(".")[0] for n in heads_here(case)} - {"normalizer"}
+    if len(files) > 1:
+        tensors = [sorted((n, str(t.info)) for n, t in case.survey.beside[f].tensors.items()) for f in files]
+        text = f"{fold(files)} both hold a head; LLaMA-Factory reads the first and ignores the other"
+        equal = tensors[0] == tensors[1] and case.deep and _equal_files(case, files, context)
+        yield Finding("heads-several", "cosmetic" if equal else "changes-numbers", text, (), tuple(files))
+    elif len(stems) > 1:
+        text = f"several heads: {fold(sorted(stems))}. Which one counts depends on the loader"
+        here = heads_here(case)
+        yield Finding("heads-several", "changes-numbers", text, tuple(here), folded(case, here))
+
+
+def _equal_files(case: Case, files: list[str], context: Context) -> bool:
+    first, second = (case.survey.beside[f].tensors for f in files[:2])
+    return all(context.equal(t, second[n]) for n, t in first.items())
+
+
+@diagnosis("head-rows", "model")
+def head_rows(case: Case, context: Context) -> Iterable[Finding]:
+    """The head gives several values for each token (two labels is the default of transformers), and config.json agrees.
+    As a classifier that is sound. Trainers that want a reward or a value build one row and stop at the sizes:
+    `size mismatch ... [2, h] ... [1, h]`. Whether one row, or the difference of two, is the reward is known to whoever
+    trained it: `convert --label N` or `--label-weights=-1,1`.
+    """
+    for name in wanted_head(case):
+        info = case.shapes.get(name)
+        if (
+            info is not None
+            and len(info.shape) == 2
+            and info.shape[0] > 1
+            and info.shape[0] == label_count(case.config)
+        ):
+            text = f"{show(name)} has {info.shape[0]} rows: a classifier; reward models and critics have one"
+            command = convert_command(case, role_word(case), None, "--label N")
+            yield Finding("head-rows", "cosmetic", text, (name,), folded(case, [name]), next=command)
+
+
+@diagnosis("head-reshaped", "model")
+def head_reshaped(case: Case, context: Context) -> Iterable[Finding]:
+    """The head has as many numbers as the hidden size and another shape ([8, h/8]): a leftover of a sharded layout.
+    Loaders stop at the sizes. Row by row is the likely order, and no file proves it: check scores after converting.
+    """
+    hidden = hidden_size(case.config)
+    for name in heads_here(case):
+        info = case.shapes.get(name)
+        if info is None or hidden is None or len(info.shape) < 2 or not name.endswith("weight"):
+            continue
+        if info.numel == hidden and info.shape[-1] != hidden:
+            text = f"{show(name)} is {list(info.shape)}: as many numbers as [1, {hidden}] has, in a sharded layout"
+            command = convert_command(case, role_word(case), None, "--allow head-reshaped")
+            yield Finding(
+                "head-reshaped", "error", text, (name,), folded(case, [name]), HERE, ("remap-head",), "unsafe", command
+            )
+
+
+@diagnosis("head-bias", "model")
+def head_bias(case: Case, context: Context) -> Iterable[Finding]:
+    """The head has a bias that the class in `architectures` has no place for (sequence classification and OpenRLHF have
+    none): loaders leave it out without a word, and every score shifts by it. Rankings stay; values of a critic do not.
+    """
+    for name in wanted_head(case):
+        stem = name.removesuffix(".weight")
+        bias = f"{stem}.bias"
+        has_none = architecture(case).endswith(("ForSequenceClassification", *_OPENRLHF))
+        if bias not in case.shapes or not has_none or bias in family(case.config).head_names.get("seqcls", ()):
+            continue
+        if case.deep and context.is_zero(case.survey.entries[bias].tensor):
+            continue
+        text = f"{show(architecture(case))} has no place for {show(bias)}: it is ignored, and every score shifts by it"
+        command = convert_command(case, "critic", "verl")
+        yield Finding("head-bias", "changes-numbers", text, (bias,), folded(case, [bias]), HERE, next=command)
+
+
+@diagnosis("normaliser-broken", "model")
+def normaliser_broken(case: Case, context: Context) -> Iterable[Finding]:
+    """config.json of an OpenRLHF model has `mean` without `std`, or lists instead of numbers. OpenRLHF reads both as
+    soon as there is a `mean` and stops: AttributeError, or TypeError.
+    """
+    if architecture(case) not in _OPENRLHF:
+        return
+    values = {k: case.config[k] for k in ("mean", "std") if k in case.config}
+    odd = [k for k, v in values.items() if isinstance(v, bool) or not isinstance(v, int | float)]
+    if values and (len(values) == 1 or odd):
+        text = f"config.json has {' and '.join(values)}; OpenRLHF needs mean and std as one number each, or neither"
+        yield Finding("normaliser-broken", "error", text, (), ("config.json",), HERE)
+
+
+@diagnosis("normaliser-lost", "model")
+def normaliser_lost(case: Case, context: Context) -> Iterable[Finding]:
+    """The adapter or reward model that this was made of says in its config.json by which mean and std scores are
+    normalised; this one does not: a merge that copied the base's config loses them, and rewards have another scale.
+    """
+    if "mean" in case.config or not (heads_here(case) or wanted_head(case)):
+        return
+    for near in case.near:
+        config: Mapping[str, object] = near.config
+        if near.source in ("hf", "peft") and "mean" in config and "std" in config and near.given:
+            text = f"{show(near.asked)} normalises its scores (mean, std in config.json), and this model does not"
+            yield Finding("normaliser-lost", "changes-numbers", text, (), (), f"from {near.asked}")
+            return
+
+
+@diagnosis("task-type-wrong", "adapter")
+def task_type_wrong(case: Case, context: Context) -> Iterable[Finding]:
+    """The adapter trains a head, and its task_type is CAUSAL_LM: PEFT and mergers then load a language model, find no
+    place for the head and leave it out.
+    """
+    heads = [n for n in case.shapes if _HEAD.search(n) and ".lora_" not in n]
+    if heads and case.adapter_config.get("task_type") == "CAUSAL_LM":
+        text = f"task_type is CAUSAL_LM, and the adapter holds {fold(heads)}: loaded as a language model it is left out"
+        advice = "set task_type to SEQ_CLS in adapter_config.json"
+        yield Finding("task-type-wrong", "changes-numbers", text, tuple(heads), folded(case, heads), HERE, next=advice)
+
+
+@diagnosis("merged-without-head", "model")
+def merged_without_head(case: Case, context: Context) -> Iterable[Finding]:
+    """A language model that seems to be merged from an adapter with a reward head: the head is in the adapter (or in
+    value_head.safetensors beside it) and not in this folder. A merge as a causal model drops it without a word (TRL's
+    example scripts, ms-swift's merge_lora, LLaMA-Factory's export without `stage: rm`). Merge again with the head.
+    """
+    if "CausalLM" not in architecture(case) or heads_here(case):
+        return
+    found = head_elsewhere(case, only="adapter")
+    if found is None or not (found.given or found.is_inside):
+        return
+    text = f"{show(found.asked)} trains a reward head ({fold(found.names)}), and this merged model has none"
+    command = f"rlhf-convert merge-lora {found.quoted} {case.out('rm')}"
+    yield Finding("merged-without-head", "error", text, (), tuple(found.names[:3]), f"from {found.asked}", next=command)
+
+
+DIAGNOSES = (
+    head_missing,
+    head_base_lost,
+    head_named_otherwise,
+    head_dialect,
+    heads_several,
+    head_rows,
+    head_reshaped,
+    head_bias,
+    normaliser_broken,
+    normaliser_lost,
+    task_type_wrong,
+    merged_without_head,
+)

@@ -1,0 +1,186 @@
+"""Training scripts, read and never run: which trainer they start, and with which folders and options.
+
+Shell scripts, single command lines and LLaMA-Factory's YAML. Variables that the script itself sets to plain words are
+put in; anything else that a shell would compute stays as it stands, and is not judged.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from converter.dialects.model import Role
+from converter.errors import ConvertError, UsageError, show
+from converter.files import read_limited
+
+MAX_SCRIPT = 1 << 20
+MAX_TOKENS = 20_000
+
+_TRAINERS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("openrlhf", re.compile(r"openrlhf\.cli\.\w+|openrlhf/cli/\w+\.py", re.ASCII)),
+    ("verl", re.compile(r"verl\.trainer\.\w+|verl/trainer/\w+\.py", re.ASCII)),
+    ("llamafactory", re.compile(r"(?:.*/)?(?:llamafactory-cli|lmf)|.*LLaMA-Factory.*train\w*\.py", re.ASCII)),
+    ("trl", re.compile(r"trl|(?:.*/)?(?:ppo|ppo_tldr|rloo|reward_modeling)\.py", re.ASCII)),
+)
+_DSCHAT = frozenset({"actor_model_name_or_path", "critic_model_name_or_path"})
+_LLAMAFACTORY = frozenset({"stage", "finetuning_type", "template"})
+
+ROLES: Mapping[str, Mapping[str, Role]] = {
+    "openrlhf": {
+        "reward_pretrain": "reward", "critic_pretrain": "critic", "pretrain": "actor",
+        "reward.model_name_or_path": "reward", "critic.model_name_or_path": "critic",
+        "actor.model_name_or_path": "actor",
+    },
+    "verl": {
+        "reward_model.model.path": "reward", "critic.model.path": "critic", "actor_rollout_ref.model.path": "actor",
+    },
+    "trl": {"reward_model_path": "reward", "value_model_path": "critic", "sft_model_path": "actor",
+            "model_name_or_path": "actor"},
+    "llamafactory": {"reward_model": "reward", "model_name_or_path": "actor"},
+    "deepspeed-chat": {"critic_model_name_or_path": "critic", "actor_model_name_or_path": "actor"},
+}  # fmt: skip
+"""Options that name a model's folder, by trainer, and what it is used as."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a script starts.
+
+    Attributes:
+        path: the script, as the user typed it.
+        trainer: as `--for` names it; None where no known one is started.
+        options: by name without dashes; the last one of a name counts, as for the trainers' own parsers.
+        computed: options whose value a shell would compute.
+    """
+
+    path: str
+    trainer: str | None
+    options: Mapping[str, str] = field(default_factory=dict)
+    computed: frozenset[str] = frozenset()
+
+    def models(self) -> Iterator[tuple[str, Role, str]]:
+        """Option, role and value for every model that the script names."""
+        for name, role in ROLES.get(self.trainer or "", {}).items():
+            value = self.options.get(name)
+            if value and name not in self.computed:
+                yield name, role, value
+
+    def find(self, value: str) -> Path | None:
+        """A folder that the script names: from the current folder, else from the script's."""
+        for start in (Path(), Path(self.path).parent):
+            found = start / Path(value).expanduser()
+            if found.exists():
+                return found
+        return None
+
+    def roles_of(self, root: Path) -> list[Role]:
+        """The roles in which the script uses a folder."""
+        real = os.path.realpath(root)
+        places = [(role, self.find(value)) for _, role, value in self.models()]
+        return [role for role, place in places if place is not None and os.path.realpath(place) == real]
+
+    def ending(self, *ends: str) -> str | None:
+        """The value of the option whose last words are these, whatever section it stands in."""
+        for name, value in self.options.items():
+            if any(name == end or name.endswith(f".{end}") for end in ends) and name not in self.computed:
+                return value
+        return None
+
+
+def read_launch(path: str) -> Launch:
+    """A script's trainer and options.
+
+    Raises:
+        UsageError: it can't be read, or is larger than any script (`launch-unreadable`).
+    """
+    file = Path(path).expanduser()
+    try:
+        text = read_limited(file, limit=MAX_SCRIPT).decode("utf-8", "replace")
+    except (ConvertError, OSError) as error:
+        what = error.what if isinstance(error, ConvertError) else show(error)
+        expected = "a shell script, a command line or a YAML file"
+        raise UsageError("launch-unreadable", what, where=show(path), expected=expected) from None
+    if file.suffix in (".yaml", ".yml"):
+        options = _yaml(text)
+        return Launch(path, "llamafactory" if _LLAMAFACTORY & set(options) else None, options)
+    return _shell(path, text)
+
+
+def _shell(path: str, text: str) -> Launch:
+    variables: dict[str, str] = {}
+    trainer, options = None, dict[str, str]()
+    for words in _commands(text):
+        filled = [_with_variables(w, variables) for w in words]
+        for word in filled:
+            name, equals, value = word.removeprefix("export ").partition("=")
+            if equals and name.isidentifier() and "." not in name:
+                variables[name] = value
+        started = next((t for t, mark in _TRAINERS if any(mark.fullmatch(w) for w in filled)), None)
+        found = dict(_options(filled))
+        if started is None and set(found) >= _DSCHAT:
+            started = "deepspeed-chat"
+        if started is None:
+            continue
+        if started == "llamafactory":
+            for word in filled:
+                if word.endswith((".yaml", ".yml")):
+                    found = _yaml_file(path, word) | found
+        trainer, options = started, {**options, **found}
+    computed = frozenset(n for n, v in options.items() if "$" in v or "`" in v)
+    return Launch(path, trainer, options, computed)
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """Logical lines as words; a line whose quotes do not close is taken word by word, as in a here-document."""
+    tokens = 0
+    for line in re.sub(r"\\\r?\n", " ", text).splitlines():
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:
+            words = line.split()
+        tokens += len(words)
+        if tokens > MAX_TOKENS:
+            return
+        if words:
+            yield words
+
+
+def _with_variables(word: str, variables: Mapping[str, str]) -> str:
+    return re.sub(r"\$(?:(\w+)|\{(\w+)\})", lambda m: variables.get(m[1] or m[2], m[0]), word)
+
+
+def _options(words: list[str]) -> Iterator[tuple[str, str]]:
+    """`--name value`, `--name=value` and hydra's `name=value`; a flag without a value is `true`."""
+    for at, word in enumerate(words):
+        following = words[at + 1] if at + 1 < len(words) else "--"
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            yield name, value if equals else ("true" if following.startswith("--") else following)
+        elif "=" in word and not word.startswith(("-", "=")):
+            name, _, value = word.lstrip("+~").partition("=")
+            yield name, value.strip("'\"")
+
+
+def _yaml_file(script: str, name: str) -> dict[str, str]:
+    for start in (Path(), Path(script).parent):
+        try:
+            return _yaml(read_limited(start / name, limit=MAX_SCRIPT).decode("utf-8", "replace"))
+        except (ConvertError, OSError):
+            continue
+    return {}
+
+
+def _yaml(text: str) -> dict[str, str]:
+    """Plain values of a YAML mapping as words."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    pairs = value.items() if isinstance(value, dict) else ()
+    return {str(k): str(v) for k, v in pairs if isinstance(v, str | int | float) and isinstance(k, str)}

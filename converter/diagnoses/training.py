@@ -1,0 +1,154 @@
+"""What a run left behind: shards that are whole, folders that are not finished, and what may be deleted."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from converter.context import Context
+from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis
+from converter.errors import ConvertError, fold, show
+from converter.files import read_limited
+from converter.sources.survey import ADAPTER_PICKLED, ADAPTER_WEIGHTS, file_names, is_weights_of_model
+
+_UNFINISHED = re.compile(r"(?:tmp-checkpoint-\d+|.*\.(?:partial|tmp))", re.ASCII)
+_TEMPORARY = re.compile(
+    r"tmp\w{8}|[\w.-]+\.(?:tmp|temp|partial)|\.[\w.-]+\.(?:safetensors|bin|pt)\.\w{6}",  # the last: rsync's
+    re.ASCII,
+)
+_CUT = frozenset({"file-truncated", "safetensors-header", "torch-zip", "torch-not", "shard-missing", "index-malformed"})
+_RECENT = 300.0
+"""Seconds: a file that is cut short and this young is likely being written."""
+
+_MOST_LISTED = 4000
+_MAX_LATEST = 200
+
+
+@diagnosis("training-state", "training")
+def training_state(case: Case, context: Context) -> Iterable[Finding]:
+    """The folder holds a trainer's shards, and they are whole. No loader of models reads them as they are; `gather`
+    makes a model or an adapter of them, on a CPU. Until then do not delete them: where no model was saved beside them
+    they are the only copy.
+    """
+    if any(f.severity == "error" for f in case.survey.faults) or not case.shapes:
+        return
+    count = sum(1 for i in case.shapes.values() if i.numel)
+    saved = any(n.source in ("hf", "peft") and _has_weights(n.path) for n in case.near)
+    keep = "" if saved else f". Keep it until then: sole copy of {count} tensors"
+    text = f"sound, and no folder that loads as it is: `gather` makes one{keep}"
+    command = f"rlhf-convert gather {case.path} {case.out('gathered')}"
+    yield Finding("training-state", "cosmetic", text, (), (), HERE, ("gather",), "safe", command)
+
+
+def _has_weights(folder: Path) -> bool:
+    names = file_names(folder)
+    return is_weights_of_model(names) or ADAPTER_WEIGHTS in names or ADAPTER_PICKLED in names
+
+
+@diagnosis("sole-copy", "model", "adapter")
+def sole_copy(case: Case, context: Context) -> Iterable[Finding]:
+    """Tensors are empty or missing here, and a trainer's shards beside may be the only place that holds them. Those
+    shards look like a resume state that can be deleted to save disk; keep them until the folder is repaired.
+    """
+    empty = sum(1 for i in case.shapes.values() if i.shape == (0,))
+    lost = any(f.code == "weights-missing" for f in case.survey.faults)
+    places = case.training_near()
+    if (empty or lost) and places:
+        what = "the weights" if not empty else "1 tensor" if empty == 1 else f"{empty} tensors"
+        text = f"Keep {show(places[0].asked)}: perhaps the sole copy of {what}"
+        yield Finding("sole-copy", "cosmetic", text, (), (show(places[0].asked),))
+
+
+@diagnosis("being-written", "model", "adapter", "training", "weights", "run", "unread")
+def being_written(case: Case, context: Context) -> Iterable[Finding]:
+    """The folder is not finished: its name or names in it are those of a save that is under way or was cut off
+    (tmp-checkpoint-500, *.tmp, *.partial), or a file is cut short and was written minutes ago. Wait and look again; if
+    nothing writes there any more, the save failed, and the checkpoint before it is the last sound one.
+    """
+    name = case.root.resolve().name
+    if _UNFINISHED.fullmatch(name):
+        text = f"{show(name)} is the name of a save that is not finished"
+        yield Finding("being-written", "error", text, (), (show(name),), next="wait, or take the checkpoint before it")
+        return
+    temporary = sorted(n for n in case.names if _TEMPORARY.fullmatch(n))
+    if temporary:
+        text = f"temporary files of a save lie here: {fold(temporary)}"
+        yield Finding("being-written", "cosmetic", text, (), tuple(show(n) for n in temporary[:3]))
+        return
+    if any(f.code in _CUT for f in case.survey.faults) and (age := _youngest(case.root)) is not None and age < _RECENT:
+        text = f"a weight file is cut short and was written {age:.0f} seconds ago: perhaps the save is under way"
+        yield Finding("being-written", "cosmetic", text, next="wait and look again")
+
+
+def _youngest(root: Path) -> float | None:
+    """Seconds since a weight file in the folder was last written to."""
+    try:
+        with os.scandir(root) as listed:
+            times = [
+                e.stat(follow_symlinks=False).st_mtime
+                for e in islice(listed, _MOST_LISTED)
+                if e.name.endswith((".safetensors", ".bin", ".pt", ".distcp"))
+            ]
+    except OSError:
+        return None
+    return max(0.0, time.time() - max(times)) if times else None
+
+
+@diagnosis("shards-deleted", "model", "adapter", "weights", "run")
+def shards_deleted(case: Case, context: Context) -> Iterable[Finding]:
+    """DeepSpeed's `latest` names a folder that is not there: somebody deleted global_step* to save disk, or a copy left
+    it out. Where the weights are whole in other files, only resuming is lost. Where they are not, they are lost with
+    it: nothing else held them.
+    """
+    if "latest" not in case.names:
+        return
+    try:
+        tag = read_limited(case.root / "latest", limit=_MAX_LATEST).decode("utf-8", "replace").strip()
+    except (ConvertError, OSError):
+        return
+    if not tag or "/" in tag or (case.root / tag).exists():
+        return
+    empty = [n for n, i in case.shapes.items() if i.shape == (0,)]
+    is_lost = not case.shapes or bool(empty)
+    means = ": what is missing here was in it" if is_lost else "; the weights are whole, resuming is not possible"
+    text = f"`latest` names {show(tag)}, which is gone{means}"
+    yield Finding("shards-deleted", "error" if is_lost else "cosmetic", text, tuple(empty), (), LOST if is_lost else "")
+
+
+@diagnosis("run-folder", "run")
+def run_folder(case: Case, context: Context) -> Iterable[Finding]:
+    """The folder of a run, with several checkpoints in it and none of its own: examine the one that is meant. What
+    holds weights may be the only copy of them; optimizer states beside a whole model are needed to resume, not to use
+    it.
+    """
+    inside = [n for n in case.near if n.path.is_relative_to(case.root) and n.path != case.root]
+    if inside:
+        listed = [f"{show(n.asked)} ({n.source})" for n in inside]
+        text = f"{len(inside)} checkpoints lie in it: {fold(show(n.asked) for n in inside)}"
+        command = f"rlhf-convert doctor {inside[-1].quoted}"
+        yield Finding("run-folder", "cosmetic", text, (), tuple(listed[-3:]), next=command)
+
+
+@diagnosis("weights-alone", "weights")
+def weights_alone(case: Case, context: Context) -> Iterable[Finding]:
+    """A weight file without a config.json: nothing says which model it is of, and no loader takes it. The base model's
+    config and tokenizer belong beside it; for a reward model the architecture and one label besides. zero_to_fp32.py
+    writes such files, in float32; keys with LoRA's parts in them are an adapter that has to be split off.
+    """
+    if case.shapes:
+        names = list(case.survey.files)
+        size = sum(case.survey.files.values())
+        lora = sum(1 for n in case.shapes if ".lora_" in n)
+        more = f", {lora} of them LoRA factors" if lora else ""
+        text = f"{fold(names)}: {len(case.shapes)} tensors in {size} bytes{more}, and no config.json beside"
+        yield Finding(
+            "weights-alone", "error", text, (), tuple(show(n) for n in names[:3]), "from the base model",
+            next="copy config.json and the tokenizer of the base model into the folder",
+        )  # fmt: skip
+
+
+DIAGNOSES = (training_state, sole_copy, being_written, shards_deleted, run_folder, weights_alone)

@@ -1,0 +1,178 @@
+"""What only values show, under `--deep`: numbers that are none, zeros, heads that never learnt, merges of nothing."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from converter.context import MAX_READ, Context
+from converter.converters.head_model import hidden_size
+from converter.converters.head_read import values
+from converter.diagnoses.heads import heads_here
+from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded
+from converter.diagnoses.places import heads_in
+from converter.errors import ConvertError, fold, show
+from converter.sources import hf, peft
+from converter.sources.places import by_number
+from converter.sources.survey import Survey
+from converter.tensors import LazyTensor
+
+_CHECKPOINT = re.compile(r"(?:checkpoint|step|epoch|iter)[-_]?\d+", re.ASCII)
+_MASKS = re.compile(r"(?:mask|masked_bias|attn\.bias)$")
+_MOST_SIBLINGS = 2
+_MIN_SAMPLE = 8
+
+
+def _stored(case: Case) -> Iterator[tuple[str, LazyTensor]]:
+    """Every tensor of the folder with values of its own; a training state's are stretches of its ranks' files."""
+    for name, entry in case.survey.entries.items():
+        if entry.info.numel:
+            yield name, entry.tensor
+    for file, found in case.survey.beside.items():
+        yield from ((f"{file}:{n}", t) for n, t in found.tensors.items() if t.info.numel)
+
+
+@diagnosis("nonfinite", "model", "adapter", "weights", "training", deep=True)
+def nonfinite(case: Case, context: Context) -> Iterable[Finding]:
+    """Tensors hold NaN or infinite values: sampling stops with `probability tensor contains either inf, nan or element
+    < 0`, rewards are NaN. The run diverged, or a merge overflowed float16. They are never set to zero here: take an
+    earlier checkpoint, or merge again in bfloat16.
+    """
+    counts: dict[str, int] = {}
+    for name, tensor in _stored(case):
+        if _MASKS.search(name):
+            continue
+        try:
+            count = context.nonfinite(tensor)
+        except ConvertError:
+            continue
+        if count:
+            counts[name] = count
+    if counts:
+        text = f"{sum(counts.values())} values in {len(counts)} tensors are NaN or infinite"
+        worst = sorted(counts, key=lambda n: -counts[n])[:3]
+        yield Finding("nonfinite", "error", text, tuple(counts), tuple(f"{show(n)}: {counts[n]}" for n in worst), LOST)
+
+
+@diagnosis("zero-tensors", "model", "weights", deep=True)
+def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
+    """Whole matrices of a model are zero, heads apart: filled with zeros by a repair, or a save from a rank that did
+    not hold them. (Biases, the scales of some norms, and all LoRA's B at the start are zero by design.)
+    """
+    heads = set(heads_here(case))
+    found = []
+    for name, tensor in _stored(case):
+        is_matrix = len(tensor.info.shape) > 1 and min(tensor.info.shape) > 1
+        if not is_matrix or not tensor.info.dtype.is_float or name in heads or ".lora_" in name:
+            continue
+        if context.is_zero(tensor):
+            found.append(name)
+    if found:
+        text = f"{len(found)} matrices are zero everywhere: {fold(found)}"
+        yield Finding("zero-tensors", "changes-numbers", text, tuple(found), folded(case, found), LOST)
+
+
+def _head_weights(case: Case) -> dict[str, LazyTensor]:
+    stored = dict(_stored(case))
+    return {n: stored[n] for n in heads_here(case) if n in stored and n.endswith("weight")}
+
+
+@diagnosis("head-untrained", "model", "adapter", deep=True)
+def head_untrained(case: Case, context: Context) -> Iterable[Finding]:
+    """The head's numbers look like those that it begins with: all zero, or a mean of nothing and the spread that
+    transformers (initializer_range) or torch (1 / sqrt(3 h)) or OpenRLHF (1 / sqrt(h + 1)) draw. A head that was
+    trained little looks the same, so this is a hint and no proof: compare it with an earlier checkpoint's.
+    """
+    for name, tensor in _head_weights(case).items():
+        if tensor.info.nbytes > MAX_READ:
+            continue
+        try:
+            numbers = values(tensor, context)
+        except ConvertError:
+            continue
+        like = _like(numbers, case)
+        if like:
+            yield Finding(
+                "head-untrained", "cosmetic", f"{show(name)} looks untrained: {like}", (name,), folded(case, [name])
+            )
+
+
+def _like(numbers: tuple[float, ...], case: Case) -> str:
+    """What start the numbers look like; nothing where they look trained, or are too few to tell."""
+    if not any(numbers):
+        return "it is zero everywhere"
+    count = len(numbers)
+    if count < _MIN_SAMPLE or not all(map(math.isfinite, numbers)):
+        return ""
+    mean = math.fsum(numbers) / count
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in numbers) / count)
+    width = hidden_size(case.config) or count
+    given = case.config.get("initializer_range", 0.02)
+    starts = {"initializer_range": given if isinstance(given, int | float) else 0.02,
+              "torch's Linear": 1 / math.sqrt(3 * width), "OpenRLHF's": 1 / math.sqrt(width + 1)}  # fmt: skip
+    # Two standard errors of a standard deviation, 1 / sqrt(2 n) each.
+    margin = 2 / math.sqrt(2 * count)
+    for word, start in starts.items():
+        if start > 0 and abs(spread / start - 1) < margin and abs(mean) < 3 * start / math.sqrt(count):
+            return f"its spread of {spread:.3g} is that of a start ({word}: {start:.3g})"
+    return ""
+
+
+@diagnosis("head-unmoved", "model", "adapter", deep=True)
+def head_unmoved(case: Case, context: Context) -> Iterable[Finding]:
+    """The head is the same, bit by bit, in another checkpoint of the run: it was saved and never trained, as in
+    LLaMA-Factory's full reward models under ZeRO-3. Its scores are those of a random head.
+    """
+    own = _head_weights(case)
+    if not own or not _CHECKPOINT.fullmatch(case.root.resolve().name):
+        return
+    for sibling in _siblings(case.root.resolve()):
+        other = _heads_of(sibling, case.kind)
+        shared = [n for n in own if n in other and other[n].info == own[n].info]
+        if shared and all(context.equal(own[n], other[n]) for n in shared):
+            text = f"{fold(shared)} is bit-equal in {show(sibling.name)}: the head did not move in training"
+            yield Finding("head-unmoved", "changes-numbers", text, tuple(shared), (show(sibling.name),), LOST)
+            return
+
+
+def _siblings(root: Path) -> list[Path]:
+    """The nearest checkpoints of the run, by their numbers."""
+    try:
+        beside = [p for p in root.parent.iterdir() if p != root and _CHECKPOINT.fullmatch(p.name) and p.is_dir()]
+    except OSError:
+        return []
+    own = by_number(root)[0]
+    return sorted(beside, key=lambda p: abs(by_number(p)[0][-1] - own[-1]))[:_MOST_SIBLINGS]
+
+
+def _heads_of(folder: Path, kind: str) -> Mapping[str, LazyTensor]:
+    survey: Survey = (peft if kind == "adapter" else hf).SOURCE.survey(folder)
+    inside = {n: e.tensor for n, e in survey.entries.items()}
+    beside = {f"{file}:{n}": t for file, f in survey.beside.items() for n, t in f.tensors.items()}
+    return {n: t for n, t in {**inside, **beside}.items() if n in heads_in(survey)}
+
+
+@diagnosis("merged-equals-base", "model", deep=True)
+def merged_equals_base(case: Case, context: Context) -> Iterable[Finding]:
+    """Every matrix is the base model's, bit by bit: a merge that changed nothing. verl's merger writes the base and
+    leaves the adapter beside it; an alpha of 0, a lora_B of zeros and keys that nothing matched do the same. (A reward
+    model whose backbone was frozen has the base's backbone by design.)
+    """
+    base = case.base
+    if base is None or base.root.resolve() == case.root.resolve():
+        return
+    theirs = {n: e.tensor for n, e in base.survey.entries.items()}
+    shared = [(t, theirs[n]) for n, t in _stored(case) if n in theirs and len(t.info.shape) > 1]
+    if not shared or any(a.info != b.info for a, b in shared):
+        return
+    if all(context.equal(a, b) for a, b in shared):
+        has_head = bool(heads_here(case))
+        text = f"all {len(shared)} matrices equal those of {show(base.asked)}" + (
+            "; only the head differs" if has_head else ": the merge changed nothing"
+        )
+        yield Finding("merged-equals-base", "cosmetic" if has_head else "changes-numbers", text, (), (), HERE)
+
+
+DIAGNOSES = (nonfinite, zero_tensors, head_untrained, head_unmoved, merged_equals_base)

@@ -1,0 +1,32 @@
+"""Weight files in a folder without a config: what is in them, and what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converter.errors import Refused, show
+from converter.sources.survey import Fault, StoredTensor, Survey, empty_tensors, file_names, is_weight_file
+from converter.sources.weight_file import PICKLED_SUFFIXES, read_weights
+
+MOST_FILES = 64
+
+
+def survey_files(root: Path, *, only: str | None = None) -> Survey:
+    """Tensors and faults of all weight files in a folder, or of one; content never raises."""
+    survey = Survey(root)
+    names = file_names(root) if only is None else {only}
+    found = sorted(n for n in names if is_weight_file(n) and n.endswith((".safetensors", *PICKLED_SUFFIXES)))
+    for name in found[:MOST_FILES]:
+        try:
+            file = read_weights(root / name, root=root, named=str(root.resolve() / name))
+        except Refused as error:
+            if error.code != "pickled-not-weights":
+                survey.faults.append(Fault.of(error))
+            continue
+        survey.files[name] = file.size
+        for tensor, lazy in file.tensors.items():
+            survey.entries.setdefault(tensor, StoredTensor(lazy, str(root.resolve() / name)))
+    empty = [n for n, e in survey.entries.items() if e.info.shape == (0,)]
+    if empty:
+        survey.faults.append(empty_tensors(empty, survey.entries, show(root)))
+    return survey
