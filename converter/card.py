@@ -18,7 +18,6 @@ from converter.sizes import format_size
 
 BEGIN, END = "<!-- rlhf-convert: begin -->", "<!-- rlhf-convert: end -->"
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
-_SECTION = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END) + r"\n?", re.DOTALL)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}", re.ASCII)
 _MOST = 12
@@ -59,8 +58,10 @@ def model_card(facts: CardFacts, existing: str = "") -> str:
         own = {**own, **_parse_front(match[1])}
         body = existing[match.end() :]
     section = f"{BEGIN}\n{_section(facts)}\n{END}\n"
-    if _SECTION.search(body):
-        body = _SECTION.sub(lambda _: section, body, count=1)
+    begin = body.find(BEGIN)
+    end = body.find(END, begin) if begin >= 0 else -1
+    if end >= 0:
+        body = body[:begin] + section + body[end + len(END) :].removeprefix("\n")
     else:
         head = body.rstrip("\n")
         title = "" if head else f"# {_text(facts.repo_id.rpartition('/')[2])}\n"

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 
+from converter import sparse
 from converter.reading import InputFiles
 from converter.tensor_bytes import ByteRun
 
@@ -58,9 +59,10 @@ def _copy_piece(
     done = start
     stop = start + length
     while done < stop:
-        count = min(COPY_BLOCK, stop - done)
+        count = sparse.piece(source, min(COPY_BLOCK, stop - done))
         try:
-            copied = os.copy_file_range(source, out, count, run.offset + done, offset + done)
+            with sparse.reading(source, run.offset + done, count):
+                copied = os.copy_file_range(source, out, count, run.offset + done, offset + done)
         except OSError as error:
             if error.errno not in _CANNOT:
                 raise

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from converter import tensors
+from converter import sparse, tensors
 from converter.checkpoint import Checkpoint, SideFile
 from converter.context import Context
 from converter.files import read_limited
@@ -249,9 +249,15 @@ def _side_files(a: Mapping[str, SideFile], b: Mapping[str, SideFile]) -> dict[st
     for name in dict.fromkeys([*a, *b]):
         if name not in a or name not in b:
             found[name] = "only in B" if name not in a else "only in A"
-        elif _digest(a[name]) != _digest(b[name]):
+        elif not _is_same(a[name], b[name]):
             found[name] = "differs"
     return found
+
+
+def _is_same(a: SideFile, b: SideFile) -> bool:
+    if a.source is not None and b.source is not None and sparse.same_content(a.source, b.source):
+        return True
+    return _digest(a) == _digest(b)
 
 
 def _digest(file: SideFile) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from converter import sparse
 from converter.allocator import keep_freed_memory
 from converter.check import check_written
 from converter.errors import Interrupted, Refused, VerificationFailed, show
@@ -102,10 +103,10 @@ def write(
         stage.recover(replace=overwrite)
         check_target(out, plan.inputs, overwrite=overwrite)
         kept = stage.resume(plan.summary, plan.provenance, fresh=not resume)
-        with InputFiles(plan.inputs) as files, _one_thread_each(plan):
+        with InputFiles(plan.inputs) as files, one_thread_each(plan), reading_through(plan):
             lines = _write_shards(plan, stage, files, kept, reporter, jobs, budget)
-            measures = _measures(plan, lines)
-            _refuse_new_nonfinite(measures, stage)
+            measures = measures_of(plan, lines)
+            refuse_new_nonfinite(measures, stage)
             if accept is not None:
                 _accept(accept, measures, stage)
             compare_records(plan.checks, files, jobs)
@@ -118,11 +119,11 @@ def write(
         check_target(out, plan.inputs, overwrite=overwrite)
         stage.publish(replace=overwrite)
     except BaseException as error:
-        if not _is_worth_keeping(stage, error):
+        if not is_worth_keeping(stage, error):
             with contextlib.suppress(OSError):
                 stage.discard()
         if isinstance(error, OSError):
-            raise _system_refused(error, stage) from error
+            raise system_refused(error, stage) from error
         if isinstance(error, KeyboardInterrupt) and stage.is_published:
             what = "interrupted while the old output was removed; the new one is whole"
             raise Interrupted(error.args[0] if error.args else signal.SIGINT, what) from None
@@ -132,14 +133,14 @@ def write(
     return Receipt(content, measures, *checked, seconds=time.monotonic() - begun)
 
 
-def _is_worth_keeping(stage: Stage, error: BaseException) -> bool:
+def is_worth_keeping(stage: Stage, error: BaseException) -> bool:
     """Whether the same call can go on from what is in the stage: not once an input is another one."""
     if isinstance(error, Refused) and error.code in ("input-changed", "input-cut", "input-missing", "input-corrupt"):
         return False
     return stage.is_ours if isinstance(error, KeyboardInterrupt | VerificationFailed) else stage.has_work
 
 
-def _system_refused(error: OSError, stage: Stage) -> Refused:
+def system_refused(error: OSError, stage: Stage) -> Refused:
     """An error of the operating system in a user's words."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     said = "the disk is full" if full else f"the system refused: {error.strerror or error}"
@@ -154,7 +155,7 @@ def _system_refused(error: OSError, stage: Stage) -> Refused:
 
 
 @contextlib.contextmanager
-def _one_thread_each(plan: Plan) -> Iterator[None]:
+def one_thread_each(plan: Plan) -> Iterator[None]:
     """Workers share the cores, so each computes on one thread; and results must not depend on how many there are."""
     if plan.counts["computed"] + plan.counts["filled"] == 0:
         yield
@@ -168,6 +169,11 @@ def _one_thread_each(plan: Plan) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def reading_through(plan: Plan) -> contextlib.AbstractContextManager[None]:
+    """What lies on the Hub is fetched ahead, and no more of it kept here than one file of the output has bytes."""
+    return sparse.reading_through(max((s.size for s in plan.shards), default=0))
 
 
 def _accept(accept: Accept, measures: Mapping[str, Measures], stage: Stage) -> None:
@@ -203,7 +209,7 @@ def _write_shards(
     return lines | ShardWriter(stage, files, reporter, budget).write(todo, jobs)
 
 
-def _measures(plan: Plan, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Measures]:
+def measures_of(plan: Plan, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Measures]:
     """Measures by tensor, in the order of the plan; where two files have one name, by `FILE:NAME` in the second."""
     found: dict[str, Measures] = {}
     for shard in plan.shards:
@@ -213,7 +219,12 @@ def _measures(plan: Plan, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, M
     return found
 
 
-def _refuse_new_nonfinite(measures: Mapping[str, Measures], stage: Stage) -> None:
+def refuse_new_nonfinite(measures: Mapping[str, Measures], stage: Stage) -> None:
+    """Stop where a computed tensor overflowed.
+
+    Raises:
+        VerificationFailed: a value is infinite or NaN, and the inputs are finite there (`new-nonfinite`).
+    """
     broken = {name: int(m["nonfinite_new"]) for name, m in measures.items() if m.get("nonfinite_new")}
     if broken:
         name, count = max(broken.items(), key=lambda item: item[1])
@@ -237,16 +248,20 @@ def receipt_content(plan: Plan, measures: Mapping[str, Measures], *, verified: b
     }
 
 
+def receipt_text(receipt: Mapping[str, Any]) -> bytes:
+    """The receipt as a file."""
+    return (json.dumps(receipt, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
 def _write_side_files(plan: Plan, stage: Stage, files: InputFiles, receipt: Mapping[str, Any]) -> None:
     for name, file in plan.side_files.items():
-        content = file.content if file.content is not None else _read_whole(files, file.source or "")
+        content = file.content if file.content is not None else read_whole(files, file.source or "")
         target = stage.folder / name
         make_folders(target.parent)
         write_durably(target, content)
         if target.parent != stage.folder:
             fsync_folder(target.parent)
-    text = json.dumps(receipt, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_durably(stage.folder / RECEIPT_FILE, text.encode())
+    write_durably(stage.folder / RECEIPT_FILE, receipt_text(receipt))
     fsync_folder(stage.folder)
 
 
@@ -262,7 +277,8 @@ def _expect_all_files(plan: Plan, stage: Stage) -> None:
         )
 
 
-def _read_whole(files: InputFiles, path: str) -> bytes:
+def read_whole(files: InputFiles, path: str) -> bytes:
+    """All bytes of a small input."""
     buffer = bytearray(os.fstat(files.descriptor(path)).st_size)
     files.read_into(path, 0, buffer)
     return bytes(buffer)

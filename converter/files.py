@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from converter import sparse
 from converter.errors import Refused, show
 
 
@@ -22,7 +23,10 @@ class Identity:
 
     @classmethod
     def of(cls, status: os.stat_result) -> Self:
-        """The identity that a `stat` shows."""
+        """The identity that a `stat` shows; of a file of the Hub, what depends on its content alone."""
+        remote = sparse.of(status)
+        if remote is not None:
+            return cls(*remote.identity)
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
     def to_json(self) -> list[int]:
@@ -129,6 +133,12 @@ def identity(path: Path | str) -> Identity:
     return Identity.of(os.stat(path))
 
 
+def pread(fd: int, length: int, offset: int) -> bytes:
+    """`os.pread` of an input, whose bytes are fetched first where it lies on the Hub."""
+    with sparse.reading(fd, offset, length):
+        return os.pread(fd, length, offset)
+
+
 def read_exact(fd: int, offset: int, length: int, *, file: str) -> bytes:
     """`length` bytes from `offset`.
 
@@ -138,7 +148,7 @@ def read_exact(fd: int, offset: int, length: int, *, file: str) -> bytes:
     parts: list[bytes] = []
     done = 0
     while done < length:
-        part = os.pread(fd, length - done, offset + done)
+        part = pread(fd, sparse.piece(fd, length - done), offset + done)
         if not part:
             raise Refused(
                 "input-cut",

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -30,6 +30,11 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASC
 _WEIGHTS = re.compile(
     r"(?:modeling/)?(?:model|adapter_model|value_head|pytorch_model)[\w.-]*\.(?:safetensors|bin|pt|json)", re.ASCII
 )
+_MODEL_WEIGHTS = re.compile(
+    r"(?:model|pytorch_model|adapter_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?", re.ASCII
+)
+"""What transformers and PEFT look for."""
+
 _BLOCK = 1 << 22
 T = TypeVar("T")
 
@@ -85,7 +90,11 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where to push, and how."""
+    """Where to push, and how; a branch that is not there is made, from main.
+
+    Attributes:
+        removes_stale: weight files of another model that the repository holds go with the same commit.
+    """
 
     repo_id: str
     token: str | None = None
@@ -93,6 +102,7 @@ class Destination:
     revision: str = "main"
     create_pr: bool = False
     message: str = "Upload with rlhf-convert"
+    removes_stale: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,36 +168,62 @@ def check_destination(where: Destination) -> str:
     token = where.token or get_token()
     if not token:
         raise Refused("hub-token", "there is no token for the Hub", next="hf auth login, or set HF_TOKEN")
-    me = _call(lambda: HfApi(token=token).whoami(), where)
+    me = call(lambda: HfApi(token=token).whoami(), where)
     role = (me.get("auth") or {}).get("accessToken", {}).get("role")
     if role == "read":
         raise Refused("hub-read-only", "the token can only read", next="make one that can write, and set HF_TOKEN")
     return str(me.get("name"))
 
 
-def push(wanted: Manifest, where: Destination, *, told: Callable[[str], None]) -> Pushed:
+def make_repository(where: Destination) -> list[str]:
+    """The repository and its branch, made where they are missing; the names of the files that it has."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=where.token)
+    call(lambda: api.create_repo(where.repo_id, private=not where.public, exist_ok=True), where)
+    if where.revision != "main":
+        call(lambda: api.create_branch(where.repo_id, branch=where.revision, exist_ok=True), where)
+    return list(_files_there(api, where, where.revision))
+
+
+def push(
+    wanted: Manifest,
+    where: Destination,
+    *,
+    told: Callable[[str], None],
+    ready: Mapping[str, Callable[[], Any]] | None = None,
+) -> Pushed:
     """Send what is not there yet, make one commit of it, and compare the repository with the manifest.
+
+    Args:
+        ready: what makes the commit's operation of a file whose content is on the Hub already, by the file's name.
 
     Raises:
         Refused: the Hub says no (`hub-refused`), can't be reached (`hub-unreachable`), changes under us (`hub-moved`),
-            or holds something else afterwards (`hub-differs`).
+            or holds something else afterwards (`hub-differs`); it has weights of another model (`hub-stale-weights`).
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=where.token)
-    _call(lambda: api.create_repo(where.repo_id, private=not where.public, exist_ok=True), where)
-    if where.revision != "main":
-        _call(lambda: api.create_branch(where.repo_id, branch=where.revision, exist_ok=True), where)
+    make_repository(where)
     for attempt in range(ATTEMPTS):
-        head = _call(lambda: api.repo_info(where.repo_id, revision=where.revision), where).sha
-        differing = _differing(api, wanted, where, head)
-        if not differing:
+        head = call(lambda: api.repo_info(where.repo_id, revision=where.revision), where).sha
+        there = _files_there(api, where, head)
+        differing = _differing(wanted, there)
+        stale = expect_no_stale([f.name for f in wanted.files], there, where)
+        if not differing and not stale:
             url = f"{api.endpoint}/{where.repo_id}/commit/{head}"
             return Pushed(url, str(head), ())
-        operations = [_operation(CommitOperationAdd, f) for f in differing]
-        for operation, file in zip(operations, differing, strict=True):
+        made_already = ready or {}
+        operations = []
+        for file in differing:
+            if file.name in made_already:
+                operations.append(made_already[file.name]())
+                continue
             told(file.name)
-            _call(_uploader(api, where, operation), where)
+            operations.append(_operation(CommitOperationAdd, file))
+            upload(api, where, operations[-1])
+        operations += [CommitOperationDelete(name) for name in stale]
         try:
             made = api.create_commit(
                 where.repo_id,
@@ -204,30 +240,59 @@ def push(wanted: Manifest, where: Destination, *, told: Callable[[str], None]) -
             time.sleep(FIRST_WAIT * 2**attempt)
             continue
         revision = made.oid
-        if left := _differing(api, wanted, where, revision):
+        if left := _differing(wanted, _files_there(api, where, revision)):
             what = f"the repository does not hold what was sent: {fold([show(f.name) for f in left])}"
             raise Refused("hub-differs", what, where=show(where.repo_id), next="run the same command again")
         return Pushed(str(made.pr_url or made.commit_url), revision, tuple(f.name for f in differing))
     raise Refused("hub-unreachable", "the Hub did not take the commit", where=show(where.repo_id), next="try again")
 
 
-def _uploader(api: Any, where: Destination, operation: Any) -> Callable[[], Any]:
-    def upload() -> None:
-        api.preupload_lfs_files(
-            where.repo_id, additions=[operation], revision=where.revision, free_memory=False, create_pr=where.create_pr
-        )
+def upload(api: Any, where: Destination, operation: Any) -> None:
+    """Send a large file's content; small ones go with the commit.
 
-    return upload
+    Raises:
+        Refused: the Hub does not take it.
+    """
+    call(
+        lambda: api.preupload_lfs_files(
+            where.repo_id, additions=[operation], revision=where.revision, free_memory=False, create_pr=where.create_pr
+        ),
+        where,
+    )
 
 
 def _operation(kind: Any, file: LocalFile) -> Any:
     return kind(path_in_repo=file.name, path_or_fileobj=file.content if file.content is not None else str(file.path))
 
 
-def _differing(api: Any, wanted: Manifest, where: Destination, revision: str | None) -> list[LocalFile]:
+def _files_there(api: Any, where: Destination, revision: str | None) -> dict[str, Any]:
+    """The files of a commit by name, as the Hub lists them."""
+    tree = call(lambda: list(api.list_repo_tree(where.repo_id, recursive=True, revision=revision)), where)
+    return {e.path: e for e in tree if hasattr(e, "blob_id")}
+
+
+def expect_no_stale(names: Collection[str], there: Collection[str], where: Destination) -> list[str]:
+    """Weight files that would lie beside the new ones; they are removed where the user consents.
+
+    Raises:
+        Refused: there are such files, and loaders may take them for the model (`hub-stale-weights`).
+    """
+    stale = sorted(n for n in there if n not in names and _MODEL_WEIGHTS.fullmatch(n))
+    if stale and not where.removes_stale:
+        error = Refused(
+            "hub-stale-weights",
+            f"the repository holds weights of another model beside: {fold([show(n) for n in stale])}. "
+            "Loaders may read them instead",
+            where=show(where.repo_id),
+            next="push to another repository, or remove them with the same commit: --allow hub-stale-weights",
+        )
+        error.consent = True
+        raise error
+    return stale
+
+
+def _differing(wanted: Manifest, there: Mapping[str, Any]) -> list[LocalFile]:
     """Files that the repository does not hold as they are here, by size and digest."""
-    tree = _call(lambda: list(api.list_repo_tree(where.repo_id, recursive=True, revision=revision)), where)
-    there = {e.path: e for e in tree if hasattr(e, "blob_id")}
     differing = []
     for file in wanted.files:
         sha, blob = wanted.digests[file.name]
@@ -252,7 +317,7 @@ def licence_of(repo_id: str, token: str | None) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _call(request: Callable[[], T], where: Destination) -> T:
+def call(request: Callable[[], T], where: Destination) -> T:
     """A request that may be repeated, with the client's errors in our words."""
     for attempt in range(ATTEMPTS):
         try:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+from converter import sparse
 from converter.errors import Refused, show
 from converter.files import Identity, open_input
 
@@ -54,7 +55,9 @@ class InputFiles:
         view = memoryview(buffer)
         done = 0
         while done < len(view):
-            count = os.preadv(fd, [view[done:]], offset + done)
+            length = sparse.piece(fd, len(view) - done)
+            with sparse.reading(fd, offset + done, length):
+                count = os.preadv(fd, [view[done : done + length]], offset + done)
             if count == 0:
                 raise cut_short(path, offset + len(view))
             done += count
@@ -63,7 +66,8 @@ class InputFiles:
         """Compare every planned file, read or not, with its identity in the plan.
 
         Raises:
-            Refused: one was changed, replaced or removed meanwhile (`input-changed`).
+            Refused: one was changed, replaced or removed meanwhile (`input-changed`), or came from the Hub with other
+                bytes than it lists (`download-corrupt`).
         """
         for path in self._identities:
             fd = self._descriptors.get(path)
@@ -76,6 +80,7 @@ class InputFiles:
                     "input-changed", f"the input is gone since the run began: {error.strerror}", where=show(path)
                 ) from error
             self._expect(path, now)
+            sparse.check(path)
 
     def _compare(self, path: str, fd: int) -> None:
         self._expect(path, Identity.of(os.fstat(fd)))

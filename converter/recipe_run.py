@@ -16,7 +16,7 @@ from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.plan import Plan, make_plan
 from converter.recipe import SOURCE, InputSpec, Recipe
 from converter.recipe_fields import check, instantiate
-from converter.registry import KeepsMasters, Source, nothing_in, sources
+from converter.registry import KeepsMasters, Source, kind_of, nothing_in, sources
 from converter.sources.pickle_names import CODE as NAMES
 from converter.sources.pickle_names import allowed_names
 
@@ -111,6 +111,9 @@ def open_inputs(recipe: Recipe, *, token: str | None, keep_code: bool) -> dict[s
         if spec.base_of is None:
             opened[name] = open_checkpoint(spec, token=token, keep_code=keep_code)
         else:
+            if spec.base_of not in opened:
+                what = f"`{show(name)}` is the base of `{show(spec.base_of)}`, which is a base itself"
+                raise UsageError("recipe", what, where=recipe.file, expected="the name of an adapter's input")
             opened[name] = open_recorded_base(opened[spec.base_of], keep_code=keep_code)
     return {name: opened[name] for name in recipe.inputs}
 
@@ -156,6 +159,19 @@ def _masters_of(source: Source, asked: str) -> Callable[..., Checkpoint]:
     return source.open_masters
 
 
+def _expect_model(spec: InputSpec) -> None:
+    """A folder that an adapter names is no reason to look at what lies below it.
+
+    Raises:
+        Refused: it is no model (`path-missing`).
+    """
+    from converter.sources.locate import resolve
+
+    found = resolve(spec.path or "", revision=spec.revision, allow_download=False)
+    if kind_of(found.path) is None:
+        raise Refused("path-missing", f"{show(spec.path)} is no model")
+
+
 def open_recorded_base(adapter: Checkpoint, *, keep_code: bool) -> Checkpoint:
     """The base model that an adapter's config names: a local folder or an entry of the Hub's cache.
 
@@ -165,6 +181,7 @@ def open_recorded_base(adapter: Checkpoint, *, keep_code: bool) -> Checkpoint:
     """
     spec = recorded_base(adapter)
     try:
+        _expect_model(spec)
         return open_checkpoint(spec, token=None, keep_code=keep_code, download=False)
     except ConvertError as error:
         if error.code not in ("path-missing", "hub-not-cached"):

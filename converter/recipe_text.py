@@ -17,6 +17,8 @@ from converter.errors import UsageError, show
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
+MAX_EVENTS = 50_000
+"""Values, keys, beginnings and ends. PyYAML takes seconds for more; the shipped recipes have less than a hundred."""
 
 Path = tuple[str | int, ...]
 """Keys and indices from the top of a recipe to a value."""
@@ -87,8 +89,10 @@ def read_values(text: bytes, *, file: str) -> RecipeText:
 def _check_events(text: str, file: str) -> None:
     """Refuses what composing would expand or recurse into, before anything is composed."""
     depth = documents = 0
-    for event in _events(text):
+    for count, event in enumerate(_events(text)):
         line = event.start_mark.line + 1
+        if count > MAX_EVENTS:
+            raise _syntax(f"it holds more than {MAX_EVENTS} values", file, line)
         if isinstance(event, yaml.AliasEvent):
             raise _syntax("aliases (*name) are not allowed", file, line)
         if isinstance(event, yaml.NodeEvent) and event.anchor is not None:

@@ -75,12 +75,17 @@ def adapter_kind(config: Mapping[str, Any]) -> str:
     return show(" ".join(words))
 
 
+MAX_SHOWN = 10**9
+"""Ranks and alphas beyond which a config is not believed."""
+
+
 def _span(value: Any, pattern: Any) -> str:
     others = list(pattern.values()) if isinstance(pattern, Mapping) else []
     numbers = [v for v in [value, *others] if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(set(numbers)) < 2:
-        return str(value)
-    return f"{min(numbers):g}..{max(numbers):g}"
+        return show(value, 40)
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}..{high:g}" if abs(low) < MAX_SHOWN and abs(high) < MAX_SHOWN else "malformed"
 
 
 def base_line(label: str, base: Checkpoint, *, recorded: bool) -> str:

@@ -26,6 +26,9 @@ from converter.strict_json import load_json, parse_json
 MAX_HEADER_SIZE = 100_000_000
 """Source: `MAX_HEADER_SIZE`, https://github.com/huggingface/safetensors/blob/v0.8.0/safetensors/src/tensor.rs"""
 
+MAX_HEADER_VALUES = 1_600_000
+"""Commas, objects and arrays in a header, which needs 8 of them for a tensor: 200,000 tensors in one file."""
+
 MAX_NAME_LENGTH = 1024
 MAX_DIMENSIONS = 64
 MAX_NUMBER = 2**63 - 1
@@ -157,7 +160,7 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, tuple[TensorInfo, int, in
     if not text.rstrip(b" ").endswith(b"}"):
         raise _lies(path, "the header does not end with its closing brace")
     try:
-        header = parse_json(text, where=str(path))
+        header = parse_json(text, where=str(path), most=MAX_HEADER_VALUES)
     except Refused as error:
         raise _lies(path, error.what.replace("the JSON", "the header")) from error
     metadata = header.pop("__metadata__", {})

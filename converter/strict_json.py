@@ -13,7 +13,12 @@ from converter.files import read_limited
 
 MAX_JSON_BYTES = 64_000_000
 MAX_DEPTH = 64
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+MAX_VALUES = 4_000_000
+"""Commas, objects and arrays in one text: what bounds the memory that it takes. The largest tokenizer.json known to us
+(Gemma 3) has 1.9 million."""
+
+# One that does not end goes on to the end of the text: else each quote in it would be tried as its beginning.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -27,22 +32,29 @@ def load_json(path: Path, *, limit: int = MAX_JSON_BYTES, root: Path | None = No
     return parse_json(read_limited(path, limit=limit, root=root), where=str(path), allow_nan=allow_nan)
 
 
-def parse_json(raw: bytes, *, where: str, allow_nan: bool = False) -> Any:
+def parse_json(raw: bytes, *, where: str, allow_nan: bool = False, most: int = MAX_VALUES) -> Any:
     """The value of JSON text.
 
     Args:
         allow_nan: accept `NaN` and `Infinity`, which are not JSON; Python's json writes them, and so some configs
             (Mamba's `time_step_limit`) have them.
+        most: commas, objects and arrays that it may hold.
 
     Raises:
-        Refused: not JSON or not UTF-8, a key twice in one object, deeper than 64 levels, a number with more than
-            4300 digits (`json-malformed`).
+        Refused: not JSON or not UTF-8, a key twice in one object, deeper than 64 levels, more values than `most`, a
+            number with more than 4300 digits (`json-malformed`).
     """
     if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise _bad(where, "it begins with a byte order mark; save it as plain UTF-8")
     if not raw.strip(b"\0"):
         raise _bad(where, "the file is empty" if not raw else "the file holds zeros only: a copy that never finished")
-    if is_deeper(raw, MAX_DEPTH):
+    # Two quotes for a key and two for its value; looked at first, since taking strings out takes memory for each.
+    if raw.count(b'"') > 4 * most:
+        raise _bad(where, f"it holds more than {most} values")
+    bare = _STRING.sub(b"", raw)
+    if sum(map(bare.count, (b",", b"[", b"{"))) > most:
+        raise _bad(where, f"it holds more than {most} values")
+    if is_deeper(bare, MAX_DEPTH):
         raise _bad(where, f"it is nested deeper than {MAX_DEPTH} levels")
     try:
         return json.loads(

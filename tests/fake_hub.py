@@ -7,6 +7,7 @@ with `Fault` and happen a given number of times. Content is kept by sha256, so t
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import itertools
 import json
@@ -31,7 +32,7 @@ class Fault:
     Attributes:
         kind: an HTTP status as a string; `drop`: the connection closes before an answer; `lost`: it is done, and the
             connection closes before the answer; `corrupt`: one byte of the answer's body is another; `short`: the body
-            ends early.
+            ends early; `whole`: the answer knows no ranges; `moved`: it is of another commit.
         skip: requests that go well first.
     """
 
@@ -48,11 +49,11 @@ class Stored:
     content: bytes
     lfs: bool
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
-    @property
+    @functools.cached_property
     def blob_id(self) -> str:
         """git's own name of it; of an LFS file, of its pointer."""
         raw = self.content
@@ -72,9 +73,10 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository: every branch's commits, oldest first."""
+    """A repository: every branch's commits, oldest first; `objects` are the large contents that it may name."""
 
     private: bool
+    objects: set[str] = field(default_factory=set)
     branches: dict[str, list[Commit]] = field(default_factory=dict)
 
     def commit(self, revision: str) -> Commit | None:
@@ -118,13 +120,16 @@ class FakeHub(ThreadingHTTPServer):
         before = repo.branches["main"][-1].files
         made = {n: Stored(c, self.is_lfs(n, len(c))) for n, c in files.items()}
         self.blobs.update({s.sha256: s.content for s in made.values() if s.lfs})
+        repo.objects.update(s.sha256 for s in made.values() if s.lfs)
         commit = Commit(self.new_oid(), before | made)
         repo.branches["main"].append(commit)
         return commit.oid
 
     def new_repo(self, private: bool) -> Repo:
         attributes = Stored(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", False)
-        return Repo(private, {"main": [Commit(self.new_oid(), {".gitattributes": attributes}, "initial commit")]})
+        return Repo(
+            private, branches={"main": [Commit(self.new_oid(), {".gitattributes": attributes}, "initial commit")]}
+        )
 
     def new_oid(self) -> str:
         return hashlib.sha1(str(next(self.numbers)).encode(), usedforsecurity=False).hexdigest()
@@ -165,6 +170,7 @@ def running(hub: FakeHub) -> Iterator[FakeHub]:
 class _Answer(BaseHTTPRequestHandler):
     server: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits 40 ms for an acknowledgement
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -306,21 +312,22 @@ class _Answer(BaseHTTPRequestHandler):
         objects = []
         for each in json.loads(self.body)["objects"]:
             entry: dict[str, Any] = {"oid": each["oid"], "size": each["size"]}
-            if each["oid"] not in self.server.blobs:
+            if each["oid"] not in repo.objects:
                 entry["actions"] = {
-                    "upload": self._upload_action(each["oid"], each["size"]),
+                    "upload": self._upload_action(match["repo"], each["oid"], each["size"]),
                     "verify": {"href": f"{self.server.url}/lfs-verify"},
                 }
             objects.append(entry)
         transfer = "multipart" if self.server.multipart else "basic"
         return 200, {"transfer": transfer, "objects": objects}, {}
 
-    def _upload_action(self, oid: str, size: int) -> dict[str, Any]:
+    def _upload_action(self, repo_id: str, oid: str, size: int) -> dict[str, Any]:
         url, chunk = f"{self.server.url}/lfs/{oid}", self.server.multipart
         if not chunk or size <= chunk:
-            return {"href": url}
+            return {"href": f"{url}?repo={repo_id}"}
         urls = {f"{n:05d}": f"{url}/{n}" for n in range(1, -(-size // chunk) + 1)}
-        return {"href": f"{self.server.url}/lfs-complete", "header": {"chunk_size": str(chunk), **urls}}
+        whole = f"{self.server.url}/lfs-complete?repo={repo_id}"
+        return {"href": whole, "header": {"chunk_size": str(chunk), **urls}}
 
     def _lfs_content(self, oid: str, part: str | None) -> tuple[int, Any, dict[str, str]]:
         if self.command != "PUT":
@@ -330,8 +337,12 @@ class _Answer(BaseHTTPRequestHandler):
             return 200, b"", {"ETag": hashlib.md5(self.body, usedforsecurity=False).hexdigest()}
         if hashlib.sha256(self.body).hexdigest() != oid:
             return _error(400, "")
-        self.server.blobs[oid] = self.body
+        self._keep(oid, self.body)
         return 200, b"", {}
+
+    def _keep(self, oid: str, content: bytes) -> None:
+        self.server.blobs[oid] = content
+        self.server.repos[self.query["repo"][0]].objects.add(oid)
 
     def _lfs_done(self, path: str) -> tuple[int, Any, dict[str, str]]:
         value = json.loads(self.body)
@@ -341,7 +352,7 @@ class _Answer(BaseHTTPRequestHandler):
             content = b"".join(parts[n] for n in sorted(parts))
             if hashlib.sha256(content).hexdigest() != oid:
                 return _error(400, "")
-            self.server.blobs[oid] = content
+            self._keep(oid, content)
         return (200, {}, {}) if oid in self.server.blobs else _error(404, "")
 
     def _commit(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
@@ -360,7 +371,7 @@ class _Answer(BaseHTTPRequestHandler):
             if each["key"] == "file":
                 files[value["path"]] = Stored(base64.b64decode(value["content"]), False)
             elif each["key"] == "lfsFile":
-                if value["oid"] not in self.server.blobs:
+                if value["oid"] not in repo.objects:
                     return _error(400, "")
                 files[value["path"]] = Stored(self.server.blobs[value["oid"]], True)
             elif each["key"] == "deletedFile":
@@ -376,17 +387,28 @@ class _Answer(BaseHTTPRequestHandler):
         url = f"{self.server.url}/{match['repo']}/commit/{made.oid}"
         return 200, {"success": True, "commitOid": made.oid, "commitUrl": url, "pullRequestUrl": pull}, {}
 
+    def _duplicate(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
+        value = json.loads(self.body)
+        target = self.server.repos.get(value["target"]["name"])
+        known = {f.sha256 for commits in repo.branches.values() for c in commits for f in c.files.values() if f.lfs}
+        if target is None or self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return _error(404, "RepoNotFound")
+        wanted = {f["sha256"] for f in value["files"]}
+        target.objects |= wanted & known
+        return 200, {"failed": [{"sha256": s, "error": "not here"} for s in sorted(wanted - known)]}, {}
+
     def _resolve(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
         commit = repo.commit(match["revision"])
         file = None if commit is None else commit.files.get(match["path"])
         if commit is None or file is None:
             return _error(404, "EntryNotFound" if commit else "RevisionNotFound")
         etag = f'"{file.sha256 if file.lfs else file.blob_id}"'
-        headers = {"X-Repo-Commit": commit.oid, "ETag": etag, "Accept-Ranges": "bytes"}
+        said = "f" * 40 if self.damage == "moved" else commit.oid
+        headers = {"X-Repo-Commit": said, "ETag": etag, "Accept-Ranges": "bytes"}
         if file.lfs:
             headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(file.content))}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if wanted is None:
+        if wanted is None or self.damage == "whole":
             return 200, file.content, headers | ({"length": str(len(file.content))} if self.command == "HEAD" else {})
         start, last = int(wanted[1]), min(int(wanted[2] or len(file.content) - 1), len(file.content) - 1)
         if start >= len(file.content):
@@ -403,6 +425,7 @@ _ROUTES = (
     (rf"/api/models/{_REPO}/paths-info/(?P<revision>.+)", "_paths"),
     (rf"/api/models/{_REPO}/preupload/(?P<revision>.+)", "_preupload"),
     (rf"/api/models/{_REPO}/commit/(?P<revision>.+)", "_commit"),
+    (rf"/api/models/{_REPO}/lfs-files/duplicate", "_duplicate"),
     (rf"/{_REPO}\.git/info/lfs/objects/batch", "_batch"),
     (rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "_resolve"),
 )
@@ -412,6 +435,7 @@ def _entry(path: str, file: Stored) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(file.content), "oid": file.blob_id}
     if file.lfs:
         entry["lfs"] = {"oid": file.sha256, "size": len(file.content), "pointerSize": 134}
+        entry["xetHash"] = hashlib.sha256(b"xet" + file.sha256.encode()).hexdigest()
     return entry
 
 

@@ -139,10 +139,10 @@ def test_a_folder_above_names_what_lies_in_it(here: Path) -> None:
     assert "./tiny-reward-adapter (peft)" in ran.out
 
 
-def test_a_hub_id_that_is_not_cached_is_not_downloaded(here: Path) -> None:
+def test_a_hub_id_that_is_not_cached_is_not_asked_for_where_downloads_are_off(here: Path) -> None:
     ran = run("inspect", "acme/none")
     assert ran.code == 3
-    assert "inspecting downloads nothing" in ran.text
+    assert "neither a folder here nor in the Hub's cache, and downloads are off" in ran.text
     assert "hf download acme/none" in ran.err
 
 

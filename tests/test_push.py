@@ -21,14 +21,16 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from converter.card import BEGIN, END, CardFacts, model_card
-from fake_hub import TOKEN, FakeHub, Fault, running
+from fake_hub import FakeHub, Fault, running
+from hub_here import client_of, commits, on_disk, run
+from hub_here import published as published_in
 
 REPO = "me/rm"
 
 
 @pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with running(FakeHub(multipart=20_000)) as server:
+def hub(tmp_path: Path) -> Iterator[FakeHub]:
+    with running(FakeHub(multipart=20_000)) as server, client_of(server, tmp_path):
         yield server
 
 
@@ -61,25 +63,11 @@ def command(hub: FakeHub, *arguments: str | Path) -> tuple[list[str], dict[str, 
 
 
 def push(hub: FakeHub, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    line, environment = command(hub, "push", *arguments)
-    ran = subprocess.run(line, env=environment | env, capture_output=True, text=True, timeout=120, check=False)
-    assert "Traceback" not in ran.stderr
-    assert TOKEN not in ran.stdout + ran.stderr
-    return ran
+    return run("push", *arguments, **env)
 
 
-def published(hub: FakeHub, repo: str = REPO, revision: str = "main") -> dict[str, bytes]:
-    commit = hub.repos[repo].commit(revision)
-    assert commit is not None
-    return {n: f.content for n, f in commit.files.items() if n != ".gitattributes"}
-
-
-def commits(hub: FakeHub, repo: str = REPO) -> int:
-    return len(hub.repos[repo].branches["main"]) - 1
-
-
-def on_disk(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+def published(hub: FakeHub) -> dict[str, bytes]:
+    return published_in(hub, REPO)
 
 
 def expect_whole(hub: FakeHub, model: Path) -> None:
@@ -93,17 +81,11 @@ def test_a_folder_is_one_private_commit_that_equals_it_and_can_be_loaded(hub: Fa
     ran = push(hub, model, REPO, "--json")
     assert ran.returncode == 0, ran.stderr
     expect_whole(hub, model)
-    assert commits(hub) == 1
+    assert commits(hub, REPO) == 1
     assert hub.repos[REPO].private
     assert re.fullmatch(rf"{hub.url}/me/rm/commit/[0-9a-f]{{40}}", json.loads(ran.stdout)["url"])
-    load = (
-        "import sys; from transformers import AutoModelForSequenceClassification as M; m = M.from_pretrained('me/rm')"
-    )
-    _, env = command(hub)
-    env |= {"HF_HOME": str(model.parent / "cache")}
-    loaded = subprocess.run([sys.executable, "-c", load], env=env, capture_output=True, text=True, check=False)
-    assert loaded.returncode == 0, loaded.stderr
-    assert "newly initialized" not in loaded.stderr
+    _, loaded = LlamaForSequenceClassification.from_pretrained(REPO, output_loading_info=True)
+    assert not loaded["missing_keys"]
 
 
 def test_pushed_again_nothing_is_sent_and_no_commit_is_made(hub: FakeHub, model: Path) -> None:
@@ -112,7 +94,7 @@ def test_pushed_again_nothing_is_sent_and_no_commit_is_made(hub: FakeHub, model:
     ran = push(hub, model, REPO)
     assert ran.returncode == 0
     assert "all was there already" in ran.stdout
-    assert commits(hub) == 1
+    assert commits(hub, REPO) == 1
     assert not hub.requests("^PUT|/commit/")
 
 
@@ -147,7 +129,7 @@ def test_a_passing_fault_ends_in_one_whole_commit(hub: FakeHub, model: Path, nam
         assert "run the same command again" in ran.stderr
         assert push(hub, model, REPO).returncode == 0
     expect_whole(hub, model)
-    assert commits(hub) == 1
+    assert commits(hub, REPO) == 1
 
 
 REFUSED = {
@@ -201,7 +183,7 @@ def test_killed_at_any_point_the_next_run_finishes_with_one_commit(hub: FakeHub,
         run.wait()
     assert push(hub, model, REPO).returncode == 0
     expect_whole(hub, model)
-    assert commits(hub) == 1
+    assert commits(hub, REPO) == 1
 
 
 def test_a_commit_of_somebody_else_in_between_is_built_upon(hub: FakeHub, model: Path) -> None:
@@ -210,7 +192,7 @@ def test_a_commit_of_somebody_else_in_between_is_built_upon(hub: FakeHub, model:
     (model / "generation_config.json").write_text("{}")
     assert push(hub, model, REPO).returncode == 0
     assert published(hub)["notes.txt"] == b"theirs"
-    assert commits(hub) == 3
+    assert commits(hub, REPO) == 3
 
 
 def test_what_doctor_calls_an_error_is_not_pushed_without_consent_and_the_card_says_so(
@@ -261,9 +243,17 @@ def test_arguments_the_wrong_way_round_are_recognised(hub: FakeHub, model: Path)
 def test_a_pull_request_leaves_main_alone(hub: FakeHub, model: Path) -> None:
     ran = push(hub, model, REPO, "--create-pr", "--public")
     assert ran.returncode == 0, ran.stderr
-    assert commits(hub) == 0
+    assert commits(hub, REPO) == 0
     assert not hub.repos[REPO].private
     assert "/discussions/" in ran.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_s_result_goes_to_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+    ran = run("demo", "--out", tmp_path / "demo", "--push", REPO)
+    assert ran.returncode == 0, ran.stderr
+    expect_whole(hub, tmp_path / "demo" / "rm")
+    assert commits(hub, REPO) == 1
 
 
 # The card

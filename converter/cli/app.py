@@ -56,4 +56,4 @@ def verb(
     return register
 
 
-Out = Annotated[str | None, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
+Out = Annotated[str | None, typer.Argument(metavar="OUT", help="Folder to write, or hf://owner/name.", show_default=False)]

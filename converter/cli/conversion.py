@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -11,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.cli.hub_output import check_push, convert_to_hub, is_on_hub, push_written, source_lines, with_command
 from converter.cli.options import Conversion
 from converter.cli.progress import progress
 from converter.cli.sink import Sink
-from converter.errors import Interrupted, UsageError
+from converter.errors import ConvertError, Interrupted, Refused, UsageError
 from converter.sizes import parse_size
+from converter.strict_json import load_json
 
 if TYPE_CHECKING:
     from converter.execute import Receipt
@@ -46,6 +47,7 @@ class Written:
             report.checked_line(receipt.reread, receipt.recomputed, receipt.measures),
             *report.update_lines(receipt.measures, plan),
             *(report.by_projection(receipt.measures) if verbose else []),
+            *source_lines(),
             report.wrote_line(self.out, self.prepared.checkpoint.config, pad),
         ]
 
@@ -65,10 +67,14 @@ def convert(
         return 0
     if out is None and not options.dry_run:
         raise UsageError("usage", "the output is missing", expected="OUT as the last argument, or --out OUT")
+    if out is not None and is_on_hub(out) and not options.dry_run:
+        return convert_to_hub(recipe, out, options, head=head)
+    check_push(options)
     written = write_recipe(recipe, out, options, head=head)
     if written is not None:
         commands = next_commands or load_commands
         _finish(written, sink, commands(written))
+        push_written(written.out, options)
     return 0
 
 
@@ -76,12 +82,38 @@ def write_recipe(
     recipe: Recipe, out: str | None, options: Conversion, *, head: Callable[[Prepared], list[str]]
 ) -> Written | None:
     """Plan, show the plan and write; None after a dry run."""
+    target = None if out is None or is_on_hub(out) else Path(out).expanduser()
+    planned = plan_recipe(recipe, target, options, head=head)
+    try:
+        if options.dry_run:
+            _dry_run(planned.prepared, target, planned.memory, options)
+            return None
+        assert target is not None
+        assert out is not None
+        receipt = write_prepared(planned.prepared, target, planned.jobs, planned.memory, options)
+    except Refused as error:
+        raise with_command(error, out or "") from error.__cause__
+    return Written(planned.prepared, receipt, out)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known before the first byte, and what the options allow for the rest."""
+
+    prepared: Prepared
+    jobs: int
+    memory: int | None
+
+
+def plan_recipe(
+    recipe: Recipe, target: Path | None, options: Conversion, *, head: Callable[[Prepared], list[str]]
+) -> Planned:
+    """Plan, and show the plan; `target` is None where nothing will be written, or on the Hub."""
     from converter import preflight, report
     from converter.recipe_run import prepare
 
     sink = options.sink
     memory = None if options.memory is None else parse_size(options.memory, what="--memory")
-    target = None if out is None else Path(out).expanduser()
     if target is not None:
         # Before any input is opened: a mistyped output shall not cost a download.
         preflight.check_target(target, (), overwrite=options.overwrite)
@@ -94,12 +126,7 @@ def write_recipe(
     free = None if target is None else preflight.free_bytes(target)
     needed = preflight.needed_memory(plan, jobs)
     sink.screen([report.needs_line(plan.total_bytes, free, needed)])
-    if options.dry_run:
-        _dry_run(prepared, target, memory, options)
-        return None
-    assert target is not None
-    assert out is not None
-    return Written(prepared, write_prepared(prepared, target, jobs, memory, options), out)
+    return Planned(prepared, jobs, memory)
 
 
 def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, options: Conversion) -> None:
@@ -205,9 +232,8 @@ def load_commands(written: Written) -> list[str]:
 def _pad_token(out: Path) -> str | None:
     """The pad token's text, from the tokenizer that was written; None where there is none."""
     try:
-        with (out / "tokenizer_config.json").open("rb") as file:
-            config = json.loads(file.read(SMALL_FILE))
-    except (OSError, ValueError):
+        config = load_json(out / "tokenizer_config.json", limit=SMALL_FILE)
+    except ConvertError:
         return None
     token = config.get("pad_token") if isinstance(config, dict) else None
     token = token.get("content") if isinstance(token, dict) else token

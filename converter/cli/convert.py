@@ -79,7 +79,7 @@ def find(src: str, options: Remapping) -> Found:
 
     spec = input_spec(src, options.revision)
     assert spec.path is not None
-    root = resolve(spec.path, revision=spec.revision, token=options.token, allow_download=True).path
+    root = resolve(spec.path, revision=spec.revision, token=options.token, in_parts=True).path
     kind = kind_of(root)
     is_plain = kind is not None and getattr(sources()[kind], "precedence", 0) == 0
     if is_plain and (_has_weights(root) or not _has_shards(root, src)):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.cli.conversion import Written, write_recipe
+from converter.cli.hub_output import check_push, push_written
 from converter.cli.inspection import screen
 from converter.cli.merge import Merge, merge_recipe
 from converter.cli.merge import head as merge_head
@@ -56,6 +57,15 @@ class Loading:
 
     loads: bool
     lines: tuple[str, ...]
+
+
+def demo_and_push(out: str, repo_id: str | None, options: Display) -> int:
+    """Tell the story and push the merged model; whether the Hub will take it is asked first."""
+    shown = Conversion(as_json=options.as_json, verbose=options.verbose, quiet=options.quiet, push_to_hub=repo_id)
+    check_push(shown)
+    code = demo(out, options)
+    push_written(_typed(out, MERGED), shown)
+    return code
 
 
 def demo(out: str, options: Display) -> int:

@@ -21,12 +21,12 @@ MAX_VALUE = 60
 
 def diff(a: str, b: str, ignore_prefix: tuple[str, ...], options: Display) -> int:
     """Compare; exit code 0 where all is equal, else 1."""
+    from converter.cli.recipes import input_spec
     from converter.diff import compare
-    from converter.recipe import InputSpec
     from converter.recipe_run import open_checkpoint
 
-    one = open_checkpoint(InputSpec(a), token=None, keep_code=False, download=False)
-    two = open_checkpoint(InputSpec(b), token=None, keep_code=False, download=False)
+    one = open_checkpoint(input_spec(a), token=None, keep_code=False)
+    two = open_checkpoint(input_spec(b), token=None, keep_code=False)
     found = compare(one, two, ignore_prefixes=ignore_prefix)
     options.sink.screen(
         [

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.conversion import Written, load_commands, notes_json, threads, write_prepared
+from converter.cli.hub_output import is_on_hub
 from converter.cli.options import Conversion
 from converter.errors import ConvertError, UsageError, VerificationFailed, show
 from converter.sizes import parse_size
@@ -65,6 +66,9 @@ def gather_both(asked: Gathering, out: str | None, options: Conversion) -> int:
         raise UsageError("usage", what, expected="--print-recipe with --emit merged, or with --emit adapter")
     if out is None and not options.dry_run:
         raise UsageError("usage", "the output is missing", expected="OUT as the last argument, or --out OUT")
+    if is_on_hub(out) or options.push_to_hub is not None:
+        what = "two outputs are two repositories"
+        raise UsageError("usage", what, expected="--emit merged or --emit adapter, once for each repository")
     memory = None if options.memory is None else parse_size(options.memory, what="--memory")
     begun = time.monotonic()
     model, adapter, said = _halves(asked, out, options)

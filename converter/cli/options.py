@@ -138,6 +138,11 @@ class Conversion(Fetch, Reading):
     keep_code: Annotated[bool, typer.Option("--keep-code", help="Carry .py files of the source along.")] = False
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming OUT.partial.")] = False
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip reading the output back.")] = False
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="REPO", help="Push OUT to owner/name afterwards.", show_default=False),
+    ] = None
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository on the Hub public.")] = False
 
     def target(self, argument: str | None) -> str | None:
         """The output folder, from the argument or from `--out`.

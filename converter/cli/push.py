@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Reading
 from converter.errors import Refused, UsageError, fold, show
+from converter.files import read_limited
 from converter.report import line, next_lines
 from converter.sizes import format_size
 
 if TYPE_CHECKING:
     from converter.hub import LocalFile, Manifest
+
+MAX_CARD = 5_000_000
+"""Bytes of a README.md that is extended."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def push(asked: Pushing, options: Reading) -> int:
         UsageError: the arguments are the wrong way round, or no folder is there.
         Refused: doctor finds errors, or the receipt is of other files, without consent; the Hub says no.
     """
+    from converter.cli.hub_output import STALE
     from converter.hub import Destination, check_destination, files_to_push, manifest
     from converter.hub import push as send
 
@@ -48,7 +53,7 @@ def push(asked: Pushing, options: Reading) -> int:
     files, left_out = files_to_push(folder, keep_code=asked.keep_code)
     where = Destination(
         asked.repo_id, asked.token, asked.public, asked.revision, asked.create_pr,
-        asked.message or f"Upload {asked.repo_id.rpartition('/')[2]} with rlhf-convert",
+        asked.message or f"Upload {asked.repo_id.rpartition('/')[2]} with rlhf-convert", STALE in asked.allow,
     )  # fmt: skip
     sink = options.sink
     me = None if asked.dry_run else check_destination(where)
@@ -89,14 +94,15 @@ def _preflight(asked: Pushing, folder: Path) -> dict[str, str]:
         Refused: an error without consent, under the finding's own code.
     """
     from converter.context import Context
-    from converter.doctor import Asked, examine
+    from converter.doctor import Asked, examine, file_of
     from converter.verify_receipt import check_receipt
 
     context = Context(frozenset(asked.allow))
     report = examine(Asked(asked.folder))
     for finding in report.findings:
         if finding.severity == "error":
-            context.consent(Refused(finding.code, finding.message, where=show(asked.folder), next=finding.next))
+            where = show(folder / file_of(finding, report.case))
+            context.consent(Refused(finding.code, finding.message, where=where, next=finding.next))
     for check in check_receipt(folder, frozenset(report.case.shapes)):
         if check.outcome == "fails":
             context.consent(Refused(check.code, check.text, where=show(asked.folder)))
@@ -117,7 +123,9 @@ def _with_card(files: list[LocalFile], asked: Pushing, folder: Path, consents: M
     if bases and not asked.dry_run:
         facts = dataclasses.replace(facts, licence=licence_of(bases[0], asked.token))
     own = next((f for f in files if f.name == CARD), None)
-    existing = "" if own is None else own.path.read_text(encoding="utf-8", errors="replace")
+    existing = ""
+    if own is not None:
+        existing = read_limited(own.path, limit=MAX_CARD, root=folder).decode("utf-8", "replace")
     content = model_card(facts, existing).encode()
     card = LocalFile(CARD, folder / CARD, len(content), content)
     return sorted([f for f in files if f.name != CARD] + [card], key=lambda f: f.name)

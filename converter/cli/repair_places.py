@@ -10,6 +10,7 @@ from pathlib import Path
 
 from converter.converters.fill_evidence import step_of
 from converter.errors import ConvertError, UsageError, show
+from converter.files import read_limited
 from converter.registry import FindsPlaces, find_place, kind_of, sources
 from converter.sources.places import by_number
 
@@ -156,10 +157,10 @@ def _chosen(found: Sequence[Found], step: int | None, root: Path) -> list[Found]
 def _latest(root: Path) -> str | None:
     """The tag that DeepSpeed's `latest` names in a folder."""
     try:
-        with (root / "latest").open("rb") as file:
-            return file.read(200).decode("utf-8", "replace").strip()
-    except OSError:
+        name = read_limited(root / "latest", limit=4096, root=root).decode("utf-8", "replace").strip()
+    except ConvertError:
         return None
+    return name if "\0" not in name else None
 
 
 def _fault(place: Found) -> str | None:

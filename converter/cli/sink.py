@@ -32,17 +32,24 @@ class Sink:
         """Lines of a report; not with `--json` or `-q`."""
         if not self.as_json and not self.quiet:
             for each in lines:
-                print(each, flush=True)
+                print(as_typed(each), flush=True)
 
     def tell(self, text: str) -> None:
         """A line about the run itself, on stderr; not with `-q`."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(as_typed(text), file=sys.stderr, flush=True)
 
     def json(self, value: Mapping[str, Any]) -> None:
         """One JSON object on stdout, with `--json` only."""
         if self.as_json:
-            print(json.dumps({"version": JSON_VERSION, **value}, indent=2, ensure_ascii=True), flush=True)
+            print(as_typed(json.dumps({"version": JSON_VERSION, **value}, indent=2, ensure_ascii=True)), flush=True)
+
+
+def as_typed(text: str) -> str:
+    """A text in which files that are read from the Hub are named as such, and not by the folder that stands for it."""
+    from converter import sparse
+
+    return sparse.as_typed(text)
 
 
 class Failed(ConvertError):
@@ -61,5 +68,5 @@ def error_to_user(error: ConvertError, *, as_json: bool, writes: bool) -> int:
     from converter.report import refusal
 
     for each in refusal(error, writes=writes):
-        print(each, file=sys.stderr, flush=True)
+        print(as_typed(each), file=sys.stderr, flush=True)
     return error.exit_code

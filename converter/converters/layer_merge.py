@@ -147,7 +147,7 @@ def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
     """True for a tensor of a Conv1D: by its module's name, and by the family of the model or of the part it is in."""
     inner = {f"{key}.": part for key, part in config.items() if isinstance(part, Mapping)}
     own = [part for key, part in inner.items() if name.startswith(key)]
-    family = any(part.get("model_type") in CONV1D_MODEL_TYPES for part in own or [config, *inner.values()])
+    family = any(str(part.get("model_type")) in CONV1D_MODEL_TYPES for part in own or [config, *inner.values()])
     return family and not CONV1D_MODULES.isdisjoint(name.split(".")[-2:-1])
 
 

@@ -113,6 +113,9 @@ class _Merge:
         self._settle_ties({rule.tensor(f"{module}.{leaf}") for module, leaves in needed.items() for leaf in leaves})
         self.prefix = rule.lacks or self.prefix
         factors: list[tuple[str, LazyTensor]] = []
+        if config.token_indices and all(m.token_rows is None for m in read.modules.values()):
+            what = "the config lists trained token rows (trainable_token_indices), and the file holds none"
+            raise Refused("adapter-tokens", what, where=where)
         for module in read.modules.values():
             if module.name in new:
                 self.heads.append(NewHead(module, config, adapter, trained))

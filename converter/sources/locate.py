@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
 
 from converter.errors import Refused, UsageError, show
+from converter.files import read_limited
 from converter.sources.survey import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -29,6 +29,8 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASC
 _OLD_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _REFERENCE = re.compile(r"[\w][\w.+-]*(?:/[\w][\w.+-]*)*", re.ASCII)
+
+SCHEME = "hf://"
 
 WANTED = (
     MODEL_CONFIG, ADAPTER_CONFIG, MODEL_WEIGHTS, MODEL_INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS,
@@ -50,36 +52,91 @@ class Located:
     revision: str | None
 
 
+def hub_name(text: str) -> tuple[str, str | None] | None:
+    """Repository and revision of `hf://owner/name[@revision]` and `owner/name@revision`; None for anything else.
+
+    Raises:
+        UsageError: `hf://` and no repository behind it (`hub-repo-id`).
+    """
+    is_url = text.startswith(SCHEME)
+    name, at, revision = text.removeprefix(SCHEME).partition("@")
+    if is_url and (not _REPO_ID.fullmatch(name) or (at and not revision)):
+        expected = f"{SCHEME}owner/name or {SCHEME}owner/name@revision"
+        raise UsageError("hub-repo-id", f"{show(text)} names no repository", expected=expected)
+    is_name = _REPO_ID.fullmatch(name) is not None and not name.startswith(".")
+    return (name, revision or None) if is_url or (is_name and revision and not os.path.lexists(text)) else None
+
+
 def resolve(
-    text: str, *, revision: str | None = None, token: str | None = None, allow_download: bool = True
+    text: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    allow_download: bool = True,
+    in_parts: bool = False,
 ) -> Located:
     """The folder that `text` means.
 
     `./x`, `../x`, `/x`, `~/x`, anything that exists, and anything but `owner/name` is local. Otherwise it is a Hub id:
-    taken from the cache, else downloaded.
+    taken from the cache, else read in parts or downloaded. `hf://owner/name` is never local.
+
+    Args:
+        in_parts: what is not in the cache is read from the Hub where it is needed, and the cache stays as it is.
 
     Raises:
         UsageError: a file that is no part of a checkpoint (`path-not-a-folder`), a revision of a local folder
-            (`revision-of-folder`), or several snapshots (`revision-needed`).
+            (`revision-of-folder`), several snapshots (`revision-needed`), or two revisions (`usage`).
         Refused: nothing local has that name (`path-missing`), with what is there and the nearest match; not in the
             cache and not to be downloaded (`hub-not-cached`, `cache-incomplete`); the download failed (`hub-download`).
     """
-    path = Path(text).expanduser() if text else Path()
+    named = hub_name(text)
+    if named is not None:
+        if revision and named[1] and revision != named[1]:
+            raise UsageError("usage", f"two revisions: {show(text)} and {show(revision)}; give one")
+        return _on_hub(named[0], named[1] or revision, token, allow_download, in_parts)
+    path = _path_of(text)
     if text and path.is_dir():
         return _local(path, revision, asked_for=allow_download)
     if text and path.exists():
         return _local(_folder_of(path), revision, asked_for=allow_download)
     is_path = not text or text.startswith((".", "/", "~"))
     if not is_path and (_REPO_ID.fullmatch(text) or _OLD_REPO_ID.fullmatch(text)):
-        cached = _cached(text, revision)
-        if cached is not None and (missing := missing_files(cached.path)):
-            return _complete(cached, missing, token, allow_download)
-        if cached is not None:
-            return cached
-        # The folder that would hold it is here: a mistyped path, not a model of the Hub.
-        if _REPO_ID.fullmatch(text) and not path.parent.is_dir():
-            return _download(text, revision, token, allow_download)
+        # Where the folder is here that would hold it, this is a mistyped path, not a model of the Hub.
+        is_hub_id = _REPO_ID.fullmatch(text) is not None and not path.parent.is_dir()
+        if is_hub_id or _cached(text, revision) is not None:
+            return _on_hub(text, revision, token, allow_download, in_parts)
     raise _missing(path, text)
+
+
+def _on_hub(repo_id: str, revision: str | None, token: str | None, allow_download: bool, in_parts: bool) -> Located:
+    """A repository: in the cache and whole there, else in parts, else downloaded."""
+    cached = _cached(repo_id, revision)
+    missing = [] if cached is None else missing_files(cached.path)
+    if cached is not None and not missing:
+        return cached
+    if in_parts and not _offline():
+        return _in_parts(repo_id, cached.revision if cached is not None else revision, token)
+    if cached is not None:
+        return _complete(cached, missing, token, allow_download)
+    return _download(repo_id, revision, token, allow_download)
+
+
+def _path_of(text: str) -> Path:
+    """What a user typed, or an adapter recorded, as a path.
+
+    Raises:
+        Refused: longer than a path can be, or of a user's home that there is not (`path-missing`).
+    """
+    try:
+        path = Path(text).expanduser() if text else Path()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise Refused("path-missing", f"{show(text, 80)!r} is no path: {_why(error)}") from error
+    return path
+
+
+def _why(error: Exception) -> str:
+    return error.strerror or "it can't be looked at" if isinstance(error, OSError) else show(error)
 
 
 def _folder_of(path: Path) -> Path:
@@ -175,8 +232,12 @@ def _commit(folder: Path, revision: str) -> str | None:
     if not _REFERENCE.fullmatch(revision) or ".." in revision:
         return None
     try:
-        text = (folder / "refs" / revision).read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
+        text = (
+            read_limited(folder / "refs" / revision, limit=4096, root=folder / "refs")
+            .decode("ascii", "replace")
+            .strip()
+        )
+    except Refused:
         return None
     return text if _COMMIT.fullmatch(text) else None
 
@@ -230,7 +291,9 @@ def _download(repo_id: str, revision: str | None, token: str | None, allow_downl
         raise Refused(
             "hub-not-cached",
             f"{show(repo_id)} is neither a folder here nor in the Hub's cache, and {why}",
-            next=f"name it: --base {show(repo_id)}, or a local folder" if not allow_download else "name a local folder",
+            next=f"hf download {show(repo_id)}, where there is a network; or name a local folder"
+            if allow_download
+            else f"name it: --base {show(repo_id)}, or a local folder",
         )
     found = _fetch(repo_id, revision, token, list(WANTED))
     missing = missing_files(found.path)
@@ -245,36 +308,19 @@ def _offline() -> bool:
 
 def _fetch(repo_id: str, revision: str | None, token: str | None, patterns: list[str]) -> Located:
     """Some files of a repository, into the Hub's cache."""
-    import huggingface_hub
+    from converter.sources.hub_download import download
 
-    get: Any = huggingface_hub.snapshot_download
-    try:
-        path = Path(get(repo_id, revision=revision, token=token, allow_patterns=patterns))
-    except Exception as error:  # the client's own, its transport's and the system's
-        _refuse_download(repo_id, token, error)
+    path = download(repo_id, revision, token, patterns)
     return Located(path, repo_id, path.name if _COMMIT.fullmatch(path.name) else None)
 
 
-_REASONS = {
-    "RepositoryNotFoundError": "the Hub has no such model, or it is private and the token does not open it",
-    "GatedRepoError": "the model is gated: accept its terms on its page, and give a token (HF_TOKEN)",
-    "RevisionNotFoundError": "the model has no such revision",
-    "LocalEntryNotFoundError": "the Hub can't be reached",
-    "OfflineModeIsEnabled": "downloads are off (HF_HUB_OFFLINE)",
-}
+def _in_parts(repo_id: str, revision: str | None, token: str | None) -> Located:
+    """The repository as a folder whose bytes come when they are read.
 
+    Raises:
+        Refused: see `converter.sources.hub_mirror.mirror`.
+    """
+    from converter.sources.hub_mirror import mirror
 
-def _refuse_download(repo_id: str, token: str | None, error: Exception) -> NoReturn:
-    """The client's error in our words: its own text may quote headers, so a token in it is blotted out."""
-    text = str(error)
-    for secret in (token, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
-        text = text.replace(secret, "***") if secret else text
-    reason = next(
-        (words for name, words in _REASONS.items() if name in [c.__name__ for c in type(error).__mro__]), None
-    )
-    raise Refused(
-        "hub-download",
-        f"{show(repo_id)} is no folder here, and it can't be had from the Hub: {reason or type(error).__name__}",
-        got=show(text.strip().partition("\n")[0]),
-        next="check the name and the network; or name a local folder",
-    ) from None
+    path, commit = mirror(repo_id, revision, token)
+    return Located(path, repo_id, commit)

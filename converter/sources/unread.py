@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 
 from converter.checkpoint import Checkpoint
 from converter.errors import Refused, UsageError, fold, show
+from converter.files import open_input
 from converter.sources.survey import Fault, Survey, file_names
 from converter.sources.verl_files import is_megatron, megatron_refusal
 
@@ -101,10 +103,13 @@ def is_megatron_sharded(root: Path, names: Collection[str]) -> bool:
     if "metadata.json" not in names:
         return False
     try:
-        with (root / "metadata.json").open("rb") as file:
-            return b'"sharded_backend"' in file.read(4096)
-    except OSError:
+        fd = open_input(root / "metadata.json", root=root)
+    except Refused:
         return False
+    try:
+        return b'"sharded_backend"' in os.pread(fd, 4096, 0)
+    finally:
+        os.close(fd)
 
 
 def _is_megatron(names: Collection[str]) -> bool:

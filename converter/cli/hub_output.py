@@ -1,0 +1,183 @@
+"""OUT on the Hub: `hf://owner/name` where a folder could be, and `--push-to-hub` after one was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from converter.cli.options import Conversion
+from converter.cli.progress import progress
+from converter.errors import Refused, UsageError, fold, show
+from converter.report import checked_line, line, next_lines, update_lines
+from converter.sizes import format_size
+
+if TYPE_CHECKING:
+    from converter.hub import Destination
+    from converter.hub_write import Published
+    from converter.recipe import Recipe
+    from converter.recipe_run import Prepared
+
+SCHEME = "hf://"
+STALE = "hub-stale-weights"
+
+
+def is_on_hub(out: str | None) -> bool:
+    """True for `hf://owner/name`; `owner/name` alone is a folder."""
+    return out is not None and out.startswith(SCHEME)
+
+
+def destination(out: str, options: Conversion) -> Destination:
+    """The repository that `hf://owner/name[@branch]` names.
+
+    Raises:
+        UsageError: no repository of that form (`hub-repo-id`), or `--push-to-hub` beside it (`usage`).
+    """
+    from converter.hub import Destination
+    from converter.sources.locate import hub_name
+
+    named = hub_name(out)
+    assert named is not None
+    if options.push_to_hub is not None:
+        raise UsageError("usage", f"{show(out)} is on the Hub already; leave --push-to-hub out")
+    name, branch = named
+    message = f"Upload {name.rpartition('/')[2]} with rlhf-convert"
+    removes = STALE in (options.allow or ())
+    return Destination(name, options.token, options.public, branch or "main", message=message, removes_stale=removes)
+
+
+def convert_to_hub(recipe: Recipe, out: str, options: Conversion, *, head: Callable[[Prepared], list[str]]) -> int:
+    """Run a recipe whose output goes to the Hub file by file, with room for one of them."""
+    from converter.cli.conversion import notes_json, plan_recipe
+    from converter.hub import check_destination
+    from converter.hub_write import write_to_hub
+    from converter.recipe_run import refuse_no_op
+
+    where = destination(out, options)
+    sink = options.sink
+    # Before any input is opened: a token that can't write shall not cost a conversion.
+    me = check_destination(where)
+    planned = plan_recipe(recipe, None, options, head=head)
+    prepared, plan = planned.prepared, planned.prepared.plan
+    how = "public" if where.public else "private, if it is new"
+    sink.screen([line("to", f"{show(where.repo_id)} ({how}), as {show(me)}; one file at a time on this disk")])
+    with progress(sink) as reporter:
+        done = write_to_hub(
+            plan,
+            where,
+            reporter=reporter,
+            card=lambda receipt, existing: _card(prepared, where, receipt, existing),
+            jobs=planned.jobs,
+            memory=planned.memory,
+            resume=not options.no_resume,
+            verify=not options.no_verify,
+            accept=lambda measures: refuse_no_op(prepared, measures),
+        )
+    receipt, sent = done.receipt, len(done.pushed.sent) - len(done.copied)
+    copied = f", {len(done.copied)} copied there from the source" if done.copied else ""
+    commands = [f"rlhf-convert inspect {SCHEME}{where.repo_id}"]
+    sink.screen(
+        [
+            *_checked(done, verified=not options.no_verify),
+            *update_lines(receipt.measures, plan),
+            *source_lines(),
+            line("pushed", f"{done.pushed.url}  {max(sent, 0)} files sent{copied}"),
+            *next_lines(commands),
+        ]
+    )
+    sink.json(
+        {
+            "out": out,
+            "url": done.pushed.url,
+            "sent": list(done.pushed.sent),
+            "copied": list(done.copied),
+            "receipt": dict(receipt.content),
+            "notes": notes_json(prepared),
+            "seconds": round(receipt.seconds, 3),
+            "next": commands,
+        }
+    )
+    return 0
+
+
+def _checked(done: Published, *, verified: bool) -> list[str]:
+    """What was checked here; files that the Hub copied were never here."""
+    if verified and not done.receipt.reread:
+        return []
+    return [checked_line(done.receipt.reread, done.receipt.recomputed, done.receipt.measures)]
+
+
+def _card(prepared: Prepared, where: Destination, receipt: Mapping[str, Any], existing: str) -> str:
+    from converter.card import CardFacts, base_models, model_card
+    from converter.hub import licence_of
+
+    checkpoint = prepared.checkpoint
+    is_adapter = checkpoint.origin.kind == "adapter"
+    facts = CardFacts(where.repo_id, receipt, checkpoint.config, is_adapter, prepared.plan.total_bytes)
+    if bases := base_models(facts):
+        facts = dataclasses.replace(facts, licence=licence_of(bases[0], where.token))
+    return model_card(facts, existing)
+
+
+def source_lines() -> list[str]:
+    """What was read of the Hub, and which files' digests are known."""
+    from converter import sparse
+
+    read = [f for f in sparse.known() if f.fetched]
+    if not read:
+        return []
+    whole = [f for f in read if f.is_checked]
+    part = [f.path.name for f in read if f.is_checked is None]
+    text = f"{format_size(sum(f.fetched for f in read))} of {len(read)} files; {len(whole)} whole, equal in digest"
+    if part:
+        text += f"; read in part, so without a digest of the file: {fold([show(n) for n in part])}"
+    return [line("from Hub", text)]
+
+
+def check_push(options: Conversion) -> None:
+    """Ask the Hub whether `--push-to-hub` will succeed, before the work is done.
+
+    Raises:
+        UsageError, Refused: see `converter.hub.check_destination`.
+    """
+    if options.push_to_hub is None or options.dry_run:
+        return
+    from converter.hub import Destination, check_destination
+
+    check_destination(Destination(options.push_to_hub, options.token))
+
+
+def push_written(out: str, options: Conversion) -> None:
+    """Push what was written, as `rlhf-convert push` does; its JSON object is the conversion's to print."""
+    if options.push_to_hub is None:
+        return
+    from converter.cli.options import Reading
+    from converter.cli.push import Pushing, push
+
+    asked = Pushing(
+        out,
+        options.push_to_hub,
+        token=options.token,
+        public=options.public,
+        keep_code=options.keep_code,
+        allow=tuple(options.allow or ()),
+    )
+    shown = Reading(quiet=options.quiet or options.as_json, verbose=options.verbose)
+    try:
+        push(asked, shown)
+    except Refused as error:
+        command = f"rlhf-convert push {shlex.quote(out)} {shlex.quote(options.push_to_hub)}"
+        error.what += f"; {show(out)} is whole"
+        error.next = f"{error.next}; then: {command}" if error.next else command
+        raise
+
+
+def with_command(error: Refused, out: str) -> Refused:
+    """A refusal for space, with the command that needs none: the same one, its output on the Hub."""
+    if error.code == "no-space":
+        words = [f"{SCHEME}OWNER/NAME" if w == out else w for w in sys.argv[1:]]
+        command = shlex.join(["rlhf-convert", *words]) if out in sys.argv else f"{SCHEME}OWNER/NAME as OUT"
+        error.next = f"{error.next or 'free space'}; or write it to the Hub, one file at a time: {command}"
+    return error

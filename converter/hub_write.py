@@ -1,0 +1,338 @@
+"""A plan's output goes to the Hub without being on the disk: one file is written, checked, sent and removed, then the
+next. One commit at the end makes a model of them; before it nothing is to be seen in the repository.
+
+What was sent is journalled: the same command goes on where an earlier run was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converter import sparse
+from converter.check import check_written
+from converter.errors import Interrupted, Refused, show
+from converter.execute import (
+    Accept,
+    Receipt,
+    Reporter,
+    is_worth_keeping,
+    measures_of,
+    one_thread_each,
+    read_whole,
+    reading_through,
+    receipt_content,
+    receipt_text,
+    refuse_new_nonfinite,
+    system_refused,
+)
+from converter.files import open_input, read_exact
+from converter.hub import (
+    CARD,
+    MAX_FILE,
+    RECEIPT,
+    Destination,
+    LocalFile,
+    Manifest,
+    Pushed,
+    call,
+    expect_no_stale,
+    make_repository,
+    upload,
+)
+from converter.hub import push as commit
+from converter.plan import Plan
+from converter.preflight import check_space, memory_limit
+from converter.reading import InputFiles
+from converter.record_checks import compare_records
+from converter.shard_files import is_still_there
+from converter.shard_plan import ShardPlan
+from converter.stage import Stage
+from converter.writing import ShardWriter
+
+Card = Callable[[Mapping[str, Any], str], str]
+"""Makes the model card of the receipt's content and the card that the repository has."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A finished run; `copied` are files that the Hub copied from the source's repository."""
+
+    receipt: Receipt
+    pushed: Pushed
+    copied: tuple[str, ...]
+
+
+def stage_of(where: Destination) -> Path:
+    """The name beside which the stage lies, in the current folder."""
+    return Path(where.repo_id.replace("/", "--"))
+
+
+def write_to_hub(
+    plan: Plan,
+    where: Destination,
+    *,
+    reporter: Reporter,
+    card: Card,
+    jobs: int = 1,
+    memory: int | None = None,
+    resume: bool = True,
+    verify: bool = True,
+    accept: Accept | None = None,
+) -> Published:
+    """Write a plan's output into a repository, with room for one of its files.
+
+    Raises:
+        Refused: the disk, the memory, an input or the Hub does not allow it; the repository is as it was.
+        VerificationFailed: what was written is not what it should be.
+        Interrupted: a signal came; the same command goes on.
+    """
+    import huggingface_hub
+
+    client: Any = huggingface_hub.utils
+    client.disable_progress_bars()  # the reporter tells
+    begun = time.monotonic()
+    budget = memory_limit(plan, memory)
+    largest = max(plan.shards, key=lambda s: s.size)
+    if largest.size > MAX_FILE:
+        what = f"{show(largest.file)} would have {largest.size} bytes, and the Hub takes {MAX_FILE} in one file"
+        raise Refused("hub-file-too-large", what, next="the same command with --max-shard-size 5GB")
+    stage = Stage(stage_of(where).absolute())
+    try:
+        check_space(dataclasses.replace(plan, shards=(largest,)), stage.out, already=stage.allocated())
+        stage.open()
+        summary = plan.summary | {"destination": f"{where.repo_id}@{where.revision}"}
+        kept = stage.resume(summary, plan.provenance, fresh=not resume)
+        names = {s.file for s in plan.shards} | plan.side_files.keys()
+        expect_no_stale(names, make_repository(where), where)
+        with InputFiles(plan.inputs) as files, one_thread_each(plan), reading_through(plan):
+            sender = _Sender(plan, where, stage, files, reporter, jobs, budget, verify=verify)
+            reporter.start(plan.total_bytes, len(plan.shards))
+            for shard in plan.shards:
+                sender.send(shard, kept.get(shard.file))
+            measures = measures_of(plan, sender.lines)
+            refuse_new_nonfinite(measures, stage)
+            if accept is not None:
+                accept(measures)
+            compare_records(plan.checks, files, jobs)
+            content = receipt_content(plan, measures, verified=verify)
+            beside = _beside(plan, files, content)
+            files.check_unchanged()
+        reporter.checking()
+        text = card(content, _card_there(where)).encode()
+        beside.append(LocalFile(CARD, Path(CARD), len(text), text))
+        weights = [LocalFile(s.file, stage.folder / s.file, s.size) for s in plan.shards]
+        digests = sender.digests | {f.name: f.digests() for f in beside}
+        wanted = Manifest((*weights, *beside), digests, ())
+        pushed = commit(wanted, where, told=lambda _: None, ready=sender.ready)
+        stage.discard()
+    except BaseException as error:
+        if not is_worth_keeping(stage, error):
+            stage.discard()
+        if isinstance(error, OSError):
+            raise system_refused(error, stage) from error
+        if isinstance(error, KeyboardInterrupt):
+            what = "interrupted, nothing published: the same command again goes on with what was sent"
+            raise Interrupted(error.args[0] if error.args else signal.SIGINT, what) from None
+        raise
+    finally:
+        stage.close()
+    receipt = Receipt(content, measures, sender.reread, sender.recomputed, time.monotonic() - begun)
+    return Published(receipt, pushed, tuple(sender.copied))
+
+
+class _Sender:
+    """Brings one file after another to the Hub.
+
+    Attributes:
+        lines: journal lines by file, for the measures.
+        ready: what makes the commit's operation of a file that was sent.
+        digests: sha256 of what was sent; git's own name is empty, since large files are not compared by it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        where: Destination,
+        stage: Stage,
+        files: InputFiles,
+        reporter: Reporter,
+        jobs: int,
+        budget: int,
+        *,
+        verify: bool,
+    ) -> None:
+        from huggingface_hub import HfApi
+
+        self._plan, self._where, self._stage, self._files = plan, where, stage, files
+        self._reporter, self._jobs, self._budget, self._verify = reporter, jobs, budget, verify
+        self._api = HfApi(token=where.token)
+        self.lines: dict[str, Mapping[str, Any]] = {}
+        self.ready: dict[str, Callable[[], Any]] = {}
+        self.digests: dict[str, tuple[str, str]] = {}
+        self.copied: list[str] = []
+        self.reread = self.recomputed = 0
+
+    def send(self, shard: ShardPlan, line: Mapping[str, Any] | None) -> None:
+        """Bring a file to the Hub, if it is not there: copied by the Hub itself, or written here and sent."""
+        sent = line.get("sha256") if line is not None else None
+        if line is not None and isinstance(sent, str) and self._is_there(shard, sent):
+            self._take(shard, line, sent, _add(shard, sent))
+            self._skip(shard, resumed=True)
+            return
+        if self._copy(shard):
+            self._skip(shard, resumed=False)
+            return
+        path = self._stage.folder / shard.file
+        if line is not None and is_still_there(shard, line, self._stage.folder):
+            self._skip(shard, resumed=True)
+        else:
+            line = ShardWriter(self._stage, self._files, self._reporter, self._budget).write([shard], self._jobs)[
+                shard.file
+            ]
+        if self._verify:
+            alone = dataclasses.replace(self._plan, shards=(shard,), side_files={})
+            reread, recomputed = check_written(alone, self._stage.folder, self._files)
+            self.reread, self.recomputed = self.reread + reread, self.recomputed + recomputed
+        self._upload(shard, line, path)
+
+    def _upload(self, shard: ShardPlan, line: Mapping[str, Any], path: Path) -> None:
+        from huggingface_hub import CommitOperationAdd
+
+        operation = CommitOperationAdd(path_in_repo=shard.file, path_or_fileobj=str(path))
+        upload(self._api, self._where, operation)
+        sha = operation.upload_info.sha256.hex()
+        if getattr(operation, "_is_uploaded", True):
+            self._stage.record({**line, "sha256": sha})
+            self._take(shard, line, sha, _add(shard, sha))
+        else:
+            # The Hub keeps it in git, as nothing but a small file is: its content goes with the commit.
+            content = path.read_bytes()
+            self.digests[shard.file] = LocalFile(shard.file, path, shard.size, content).digests()
+            self.lines[shard.file] = line
+            self.ready[shard.file] = lambda: CommitOperationAdd(path_in_repo=shard.file, path_or_fileobj=content)
+        path.unlink()
+
+    def _take(self, shard: ShardPlan, line: Mapping[str, Any], sha: str, ready: Callable[[], Any]) -> None:
+        self.lines[shard.file], self.digests[shard.file], self.ready[shard.file] = line, (sha, ""), ready
+
+    def _skip(self, shard: ShardPlan, *, resumed: bool) -> None:
+        self._reporter.advance(shard.size, "")
+        self._reporter.shard_done(shard.file, shard.size, resumed)
+
+    def _is_there(self, shard: ShardPlan, sha: str) -> bool:
+        """Whether the Hub still holds what was sent: it removes what no commit names after a while."""
+        from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
+
+        info = UploadInfo(size=shard.size, sample=b"", sha256=bytes.fromhex(sha))
+        found = call(lambda: post_lfs_batch_info([info], self._where.token, "model", self._where.repo_id), self._where)[
+            0
+        ]
+        return len(found) == 1 and found[0].get("oid") == sha and not found[0].get("actions")
+
+    def _copy(self, shard: ShardPlan) -> bool:
+        """Let the Hub copy a file that is one of the source's, byte by byte; False where it is none, or it can't."""
+        source = _source_of(shard)
+        if source is None or source.origin.sha256 is None:
+            return False
+        make = _copies(self._where, source.origin, shard.file)
+        if make is None:
+            return False
+        self._take(shard, {"measures": {}}, source.origin.sha256, make)
+        self.copied.append(shard.file)
+        return True
+
+
+def _add(shard: ShardPlan, sha: str) -> Callable[[], Any]:
+    """What commits a content that is on the Hub: the client takes it for a file that it has sent itself."""
+
+    def make() -> Any:
+        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub.lfs import UploadInfo
+
+        operation: Any = CommitOperationAdd(path_in_repo=shard.file, path_or_fileobj=b"")
+        operation.upload_info = UploadInfo(size=shard.size, sample=b"", sha256=bytes.fromhex(sha))
+        operation._upload_mode, operation._is_uploaded = "lfs", True
+        return operation
+
+    return make
+
+
+def _source_of(shard: ShardPlan) -> sparse.SparseFile | None:
+    """The file on the Hub that this one will be equal to, told from the plan: same header, same places, same size."""
+    runs = [run for entry in shard.entries for run in entry.runs or ()]
+    if not runs or shard.is_torch or any(e.runs is None for e in shard.entries) or len({r.file for r in runs}) > 1:
+        return None
+    file = sparse.at(runs[0].file)
+    if file is None or file.size != shard.size or shard.tail:
+        return None
+    for entry in shard.entries:
+        offset = entry.offset
+        for run in entry.runs or ():
+            if run.offset != offset:
+                return None
+            offset += run.length
+    fd = open_input(file.path)
+    try:
+        return file if read_exact(fd, 0, len(shard.head), file=str(file.path)) == shard.head else None
+    finally:
+        os.close(fd)
+
+
+def _copies(where: Destination, origin: sparse.Origin, name: str) -> Callable[[], Any] | None:
+    """What commits a copy of a file of another repository, or of another commit of this one; None where it can't."""
+    from huggingface_hub import CommitOperationCopy
+
+    if origin.repo_id == where.repo_id:
+        return lambda: CommitOperationCopy(origin.name, name, src_revision=origin.commit)
+    known = {f.name for f in dataclasses.fields(CommitOperationCopy)}
+    if "src_repo_id" not in known or not _may_copy(where, origin):
+        return None
+    return lambda: CommitOperationCopy(
+        origin.name, name, src_revision=origin.commit, src_repo_id=origin.repo_id, src_repo_type="model"
+    )
+
+
+def _may_copy(where: Destination, origin: sparse.Origin) -> bool:
+    """Ask the Hub to put the content where our repository can name it, as the client does before such a commit.
+
+    It can't between storage regions, nor what is not kept by chunks: then the file is sent.
+    """
+    import huggingface_hub
+
+    client: Any = huggingface_hub.utils
+    if origin.xet_hash is None or origin.sha256 is None:
+        return False
+    url = f"{huggingface_hub.HfApi().endpoint}/api/models/{origin.repo_id}/lfs-files/duplicate"
+    file = {"xetHash": origin.xet_hash, "sha256": origin.sha256, "filename": origin.name}
+    body = {"target": {"type": "model", "name": where.repo_id}, "files": [file]}
+    try:
+        answer: Any = client.get_session().post(url, headers=client.build_hf_headers(token=where.token), json=body)
+        return answer.status_code == 200 and not answer.json().get("failed")
+    except Exception:  # no copy is no failure
+        return False
+
+
+def _beside(plan: Plan, files: InputFiles, receipt: Mapping[str, Any]) -> list[LocalFile]:
+    """The files beside the weights, and the receipt, in memory."""
+    contents = {
+        name: file.content if file.content is not None else read_whole(files, file.source or "")
+        for name, file in plan.side_files.items()
+    }
+    contents[RECEIPT] = receipt_text(receipt)
+    return [LocalFile(name, Path(name), len(content), content) for name, content in contents.items()]
+
+
+def _card_there(where: Destination) -> str:
+    """The card that the repository has; empty where it has none."""
+    from converter.sources.hub_client import open_repository
+
+    repository = open_repository(where.repo_id, where.revision, where.token)
+    found = next((f for f in repository.files if f.name == CARD), None)
+    return "" if found is None else repository.read(found, 0, found.size).decode("utf-8", "replace")
