@@ -117,14 +117,14 @@ def find_part(root: Path, asked: str, *, tag: str | None = None, part: str | Non
     if parts_in(root):
         _expect_step(root, asked, tag)
         return _part_of(root, asked, part)
-    step = _step_of(root, asked, tag)
-    if step is None:
+    place = _step_of(root, asked, tag)
+    if place is None:
         return None
-    if holds_ranks(step.folder):
-        _checked_part(step.folder, asked, part)
-        return step
-    found = _part_of(step.folder, f"{asked.rstrip('/')}/{step.folder.name}", part)
-    return Place(found.folder, f"{step.why}; {found.why}")
+    if holds_ranks(place.folder):
+        _checked_part(place.folder, asked, part)
+        return place
+    found = _part_of(place.folder, f"{asked.rstrip('/')}/{place.folder.name}", part)
+    return Place(found.folder, f"{place.why}; {found.why}")
 
 
 def _expect_step(step: Path, asked: str, tag: str | None) -> None:

@@ -112,17 +112,16 @@ class Ranks:
         shape = saved.args[2] if len(saved.args) > 2 else None
         mesh = spec.state.get("mesh") if isinstance(spec, Opaque) and isinstance(spec.state, dict) else None
         placements = spec.state.get("placements") if isinstance(spec, Opaque) and mesh is not None else None
-        sound = (
+        if (
             isinstance(local, LazyTensor)
             and isinstance(shape, tuple)
             and all(type(n) is int and n >= 0 for n in shape)
             and isinstance(placements, tuple | list)
             and isinstance(mesh, Opaque)
             and isinstance(mesh.state, dict)
-        )
-        if not sound:
-            raise self.refuse("verl-malformed", f"{show(name)} is no DTensor that can be read", file=file)
-        return self._piece(shape, local, list(placements), mesh.state, file, name)
+        ):
+            return self._piece(shape, local, list(placements), mesh.state, file, name)
+        raise self.refuse("verl-malformed", f"{show(name)} is no DTensor that can be read", file=file)
 
     def _piece(
         self,
@@ -270,7 +269,10 @@ def _mesh_sizes(mesh: Mapping[Any, Any]) -> tuple[int, ...] | None:
     axes = state.get("axes", state.get("shape"))
     if not isinstance(axes, tuple):
         return None
-    shapes = [a.state.get("shape") if isinstance(a, Opaque) and isinstance(a.state, dict) else (a,) for a in axes]
-    if not all(isinstance(s, tuple) and all(type(n) is int and n > 0 for n in s) for s in shapes):
-        return None
-    return tuple(math.prod(s) for s in shapes)
+    sizes: list[int] = []
+    for axis in axes:
+        shape = axis.state.get("shape") if isinstance(axis, Opaque) and isinstance(axis.state, dict) else (axis,)
+        if not isinstance(shape, tuple) or not all(type(n) is int and n > 0 for n in shape):
+            return None
+        sizes.append(math.prod(shape))
+    return tuple(sizes)

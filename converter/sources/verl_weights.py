@@ -51,11 +51,11 @@ def read_weights(ranks: Ranks) -> Weights:
     lost: list[str] = []
     extra: list[str] = []
     for name in names:
-        values = {r: v for r, own in held.items() if (v := own[name]) is not None}
-        whole = ranks.whole(name, values, files.models) if values else None
+        by_rank = {r: v for r, own in held.items() if (v := own[name]) is not None}
+        whole = ranks.whole(name, by_rank, files.models) if by_rank else None
         if whole is not None:
             found[name] = whole
-        elif values:
+        elif by_rank:
             lost.append(name)
         else:
             extra.append(name)
