@@ -33,7 +33,7 @@ def unaccounted(inputs: Sequence[Checkpoint], output: Checkpoint) -> str | None:
 
     A tensor of a file beside is named `FILE:NAME`, in `dropped` too.
     """
-    merged = _spans(output.all_tensors())
+    merged = _spans([*output.all_tensors(), *output.left])
     lost = [
         name
         for given in inputs

@@ -69,6 +69,7 @@ class Checkpoint:
         config_bytes: the config file verbatim, written back where `config` is unchanged.
         metadata: `__metadata__` of the safetensors files.
         dropped: tensors that a step was asked to drop, with the reason.
+        left: of the dropped tensors those whose names the inputs don't have: renamed by a step before.
         inputs: every file read so far, absolute, with its identity when its header was read.
         checks: checksums that its files record of their tensors' bytes.
         said: what the source chose or found (a tag, a config beside the shards), for the screen and the receipt.
@@ -92,6 +93,7 @@ class Checkpoint:
     config_bytes: bytes | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
+    left: tuple[LazyTensor, ...] = ()
     inputs: Mapping[str, Identity] = field(default_factory=dict)
     checks: tuple[RecordCheck, ...] = ()
     said: tuple[str, ...] = ()

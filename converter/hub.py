@@ -200,7 +200,8 @@ def push(
 
     Raises:
         Refused: the Hub says no (`hub-refused`), can't be reached (`hub-unreachable`), changes under us (`hub-moved`),
-            or holds something else afterwards (`hub-differs`); it has weights of another model (`hub-stale-weights`).
+            or holds something else afterwards (`hub-differs`, `hub-unchecked`); weights of another model
+            are there (`hub-stale-weights`).
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -240,7 +241,13 @@ def push(
             time.sleep(FIRST_WAIT * 2**attempt)
             continue
         revision = made.oid
-        if left := _differing(wanted, _files_there(api, where, revision)):
+        try:
+            left = _differing(wanted, _files_there(api, where, revision))
+        except Refused as error:
+            what = f"the commit was made, and what the repository holds now could not be compared ({error.code})"
+            again = "run the same command again: it compares, and sends nothing twice"
+            raise Refused("hub-unchecked", what, where=show(where.repo_id), got=error.got, next=again) from error
+        if left:
             what = f"the repository does not hold what was sent: {fold([show(f.name) for f in left])}"
             raise Refused("hub-differs", what, where=show(where.repo_id), next="run the same command again")
         return Pushed(str(made.pr_url or made.commit_url), revision, tuple(f.name for f in differing))

@@ -246,6 +246,7 @@ class _Sender:
             return False
         self._take(shard, {"measures": {}}, source.origin.sha256, make)
         self.copied.append(shard.file)
+        source.is_copied = True
         return True
 
 

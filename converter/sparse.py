@@ -65,11 +65,13 @@ class SparseFile:
     Attributes:
         origin: the file on the Hub, with the digest that it lists.
         is_whole: fetched in one piece and checked at once: what is small, or is read as text.
+        is_copied: the Hub copied it whole by its digest; it did not have to come here.
         fetched: bytes that came so far.
     """
 
     def __init__(self, path: Path, size: int, fetch: Fetch, origin: Origin, *, is_whole: bool) -> None:
         self.path, self.size, self.origin, self.is_whole = path, size, origin, is_whole
+        self.is_copied = False
         self.fetched = 0
         self._fetch = fetch
         self._turn = threading.RLock()
@@ -359,7 +361,7 @@ def _punch(fd: int, offset: int, length: int) -> None:
     import ctypes
 
     try:
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     except (OSError, AttributeError):
         raise OSError(errno.ENOSYS, "no fallocate") from None
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)

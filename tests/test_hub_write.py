@@ -111,6 +111,14 @@ def test_where_the_hub_does_not_copy_the_files_are_sent(hub: FakeHub, local: Pat
     assert all(found(hub)[p.name] == p.read_bytes() for p in local.glob("*.safetensors"))
 
 
+def test_the_screen_says_which_files_were_copied_and_which_digests_are_known(hub: FakeHub, local: Path) -> None:
+    hub.faults = [Fault("lfs-files/duplicate", "403", 1)]
+    ran = run("reshard", SOURCE, OUT)
+    copied = len(list(local.glob("*.safetensors"))) - 1
+    assert f"{copied} copied there from the source" in ran.stdout
+    assert "read in part" not in ran.stdout
+
+
 def test_a_conversion_within_one_repository_copies_what_stays(hub: FakeHub, local: Path) -> None:
     hub.add(TARGET, on_disk(local))
     before = commits(hub, TARGET)
@@ -173,7 +181,9 @@ def test_whichever_request_fails_the_repository_has_one_whole_commit_after_at_mo
                 break  # fewer requests than that
             if ran.returncode != 0:
                 failed += 1
-                assert TARGET not in hub.repos or commits(hub, TARGET) == 0
+                if TARGET in hub.repos and commits(hub, TARGET):
+                    assert "the commit was made" in ran.stderr
+                    assert found(hub) == wanted
                 hub_mirror.forget()
                 ran = run("reshard", SOURCE, OUT, *LIMIT)
             assert ran.returncode == 0, (number, ran.stderr)
@@ -358,7 +368,9 @@ def test_from_hub_to_hub_no_more_than_two_files_are_on_the_disk_at_any_time(
 
 
 @pytest.mark.slow
-def test_killed_at_any_point_the_next_run_finishes_with_one_commit(hub: FakeHub, large: Path, tmp_path: Path) -> None:
+def test_killed_or_interrupted_at_any_point_the_next_run_finishes_with_one_commit(
+    hub: FakeHub, large: Path, tmp_path: Path
+) -> None:
     hub.add("org/large", on_disk(large))
     wanted = expected(large, tmp_path / "local", "--max-shard-size", "3MB")
     line = [sys.executable, "-m", "converter", "reshard", "org/large", OUT, "--max-shard-size", "3MB"]
@@ -369,7 +381,7 @@ def test_killed_at_any_point_the_next_run_finishes_with_one_commit(hub: FakeHub,
         deadline = time.monotonic() + 60
         while len(hub.log) < requests and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
-        child.send_signal(signal.SIGKILL)
+        child.send_signal(signal.SIGINT if requests % 2 else signal.SIGKILL)
         child.wait()
     ran = subprocess.run(line, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert ran.returncode == 0, ran.stderr

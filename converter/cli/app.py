@@ -56,4 +56,6 @@ def verb(
     return register
 
 
-Out = Annotated[str | None, typer.Argument(metavar="OUT", help="Folder to write, or hf://owner/name.", show_default=False)]
+Out = Annotated[
+    str | None, typer.Argument(metavar="OUT", help="Folder to write, or hf://owner/name.", show_default=False)
+]

@@ -129,7 +129,7 @@ def source_lines() -> list[str]:
     if not read:
         return []
     whole = [f for f in read if f.is_checked]
-    part = [f.path.name for f in read if f.is_checked is None]
+    part = [f.path.name for f in read if f.is_checked is None and not f.is_copied]
     text = f"{format_size(sum(f.fetched for f in read))} of {len(read)} files; {len(whole)} whole, equal in digest"
     if part:
         text += f"; read in part, so without a digest of the file: {fold([show(n) for n in part])}"

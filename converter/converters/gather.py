@@ -20,6 +20,8 @@ from converter.converters.gather_names import (
     peft_names,
     without_wrappers,
 )
+from converter.converters.gather_ties import without_tied_copies
+from converter.converters.gather_wrappers import Part, Unwrapped, for_value_model, unwrap
 from converter.converters.layer_merge import Layer, merged_weight
 from converter.converters.merge_lora import MergeLora
 from converter.dtypes import DType
@@ -28,7 +30,6 @@ from converter.inputs import Input
 from converter.tensors import Cast, LazyTensor, Stored
 
 TRAINING = "training"
-_TIED_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Gather:
         emit: `auto`: an adapter where LoRA was trained, else the model; `merged`: LoRA merged in the same pass.
         base: the base model: config and tokenizer come from it, and weights that the state does not hold.
         lora_alpha, rslora: for adapters whose config is lost.
+        part: which model, where the state holds a policy and a value model.
     """
 
     name: ClassVar[str] = "gather"
@@ -47,12 +49,14 @@ class Gather:
     base: Input | None = None
     lora_alpha: float | None = None
     rslora: bool = False
+    part: Part | None = None
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The model, the adapter, or the merged model.
 
         Raises:
-            UsageError: the source is no trainer's state (`not-training`), alpha is missing (`lora-alpha-unknown`).
+            UsageError: the source is no trainer's state (`not-training`), alpha is missing (`lora-alpha-unknown`), it
+                holds two models and none is named (`several-parts`).
             Refused: values that are in no file (`zero3-empty-tensors`, `head-base-lost`), no config to go with them
                 (`config-missing`), no adapter where one was asked for (`no-adapter`).
         """
@@ -64,16 +68,18 @@ class Gather:
         names, taken = without_wrappers(checkpoint.tensors)
         if taken:
             context.note("info", "wrappers", "taken off the names: " + ", ".join(f"`{show(t)}`" for t in taken))
-        _say_masters(checkpoint.tensors, context)
-        if has_factors(names.values()):
-            found = peft_names(names, show(checkpoint.origin.asked))
+        inner = unwrap(names, checkpoint, self.part, context)
+        _say_masters({n: checkpoint.tensors[n] for n in (*inner.names, *inner.head)}, context)
+        if has_factors(inner.names.values()):
+            found = peft_names(inner.names, show(checkpoint.origin.asked))
             lora = _Lora(checkpoint, found, context, self.lora_alpha, self.rslora)
-            return lora.merged(self.base) if self.emit == "merged" else lora.adapter(self.base)
+            made = lora.merged(self.base) if self.emit == "merged" else lora.adapter(self.base)
+            return inner.placed(made, checkpoint.tensors)
         if self.emit == "adapter":
             raise Refused(
                 "no-adapter", "the run trained no LoRA: there is no adapter", where=show(checkpoint.origin.asked)
             )
-        return _model(checkpoint, names, self.base, context)
+        return inner.placed(_model(checkpoint, inner, self.base, context), checkpoint.tensors)
 
 
 def _say_masters(found: Mapping[str, LazyTensor], context: Context) -> None:
@@ -101,13 +107,16 @@ def _refuse_lost(names: list[str], where: str, next: str) -> None:
         )
 
 
-def _model(checkpoint: Checkpoint, names: Mapping[str, str], base: Checkpoint | None, context: Context) -> Checkpoint:
+def _model(checkpoint: Checkpoint, inner: Unwrapped, base: Checkpoint | None, context: Context) -> Checkpoint:
     asked = show(checkpoint.origin.asked)
-    lost = [n for raw, n in names.items() if is_placeholder(checkpoint.tensors[raw])]
+    lost = [n for raw, n in (inner.names | inner.head).items() if is_placeholder(checkpoint.tensors[raw])]
     _refuse_lost(lost, asked, "look for another checkpoint of the run that was saved with them")
-    found = checkpoint.rename(names)
+    found = checkpoint.replace(tensors={raw: checkpoint.tensors[raw] for raw in inner.names}).rename(inner.names)
     found = _with_config(found, base, context)
-    return _as_model(with_disk_names(_without_tied_copies(found), context))
+    if inner.part == "value":
+        found = for_value_model(found, base, context)
+    found = found if inner.is_raw else with_disk_names(without_tied_copies(found, context), context)
+    return _as_model(found)
 
 
 def _with_config(found: Checkpoint, base: Checkpoint | None, context: Context) -> Checkpoint:
@@ -128,17 +137,6 @@ def _with_config(found: Checkpoint, base: Checkpoint | None, context: Context) -
         )
     context.note("info", "found", f"config.json taken from the base, {show(base.origin.name)}")
     return found.replace(side_files=files, config=base.config, config_bytes=base.config_bytes)
-
-
-def _without_tied_copies(found: Checkpoint) -> Checkpoint:
-    """Output embeddings that the config ties are not written twice: transformers makes them from the input's."""
-    ties = found.config.get("tie_word_embeddings")
-    kept = dict(found.tensors)
-    for group in found.ties:
-        for name in group:
-            if ties is True and name in _TIED_HEADS and any(n in kept for n in group if n != name):
-                kept.pop(name, None)
-    return found.replace(tensors=kept)
 
 
 def _as_model(found: Checkpoint) -> Checkpoint:
@@ -322,4 +320,5 @@ class _Lora:
         )
         found = self.source.replace(tensors=own, origin=made, ties=ties, said=(), trained=None)
         self.context.note("info", "base-own", f"merged over the run's own {len(own)} frozen weights")
-        return with_disk_names(_without_tied_copies(_with_config(found, base, self.context)), self.context)
+        whole = without_tied_copies(_with_config(found, base, self.context), self.context)
+        return with_disk_names(whole, self.context)

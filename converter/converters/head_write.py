@@ -61,6 +61,7 @@ class _Writer:
         if self.target.dialect.one_file:
             shards = dict.fromkeys(tensors, _ONE_FILE)
         self._account(head, beside)
+        gone = self.reading.stored | dict(found.tensors)
         return self._with_base(
             moved.replace(
                 tensors=tensors,
@@ -71,6 +72,7 @@ class _Writer:
                 container=self.target.dialect.container,
                 subfolder=self.target.dialect.subfolder,
                 dropped={**moved.dropped, **self.dropped},
+                left=(*moved.left, *(gone[n] for n in self.dropped if n in gone)),
             )
         )
 

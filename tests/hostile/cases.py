@@ -22,7 +22,7 @@ REFUSED = {"inspect": (1,), "doctor": (1,), "verify": (3, 4)}
 """Exit codes of verbs for what is broken; 3 for all others."""
 
 ON_MODEL = ("inspect m", "reshard m out")
-"""What every broken model is shown to; one of the next ones, too, each in its turn."""
+"""What every broken model is shown to; every second one to one of the next ones, too, in turn."""
 
 ALSO_ON_MODEL = (
     "doctor m",
@@ -82,12 +82,14 @@ class Case:
 
 
 def in_turn(cases: list[Case]) -> list[Case]:
-    """Each case of a model or an adapter with one more command line, in turn."""
+    """Every second case of a model or an adapter with one more command line, in turn."""
     more = {ON_MODEL: ALSO_ON_MODEL, ON_ADAPTER: ALSO_ON_ADAPTER}
-    return [
-        replace(case, lines=(*case.lines, more[case.lines][i % len(more[case.lines])])) if case.lines in more else case
-        for i, case in enumerate(cases)
-    ]
+    found = []
+    for number, case in enumerate(cases):
+        others = more.get(case.lines) if number % 2 else None
+        lines = case.lines if others is None else (*case.lines, others[number // 2 % len(others)])
+        found.append(replace(case, lines=lines))
+    return found
 
 
 def model(folder: Path, name: str = "m") -> Path:

@@ -221,7 +221,7 @@ CASES: list[Case] = [
             partial(single, raw),
             ON_MODEL,
             "model.safetensors",
-            "safetensors-|file-truncated|no-tensors",
+            "safetensors-|file-truncated|no-tensors|git-lfs",
         )
         for n, (row, raw) in HEADERS.items()
     ),
