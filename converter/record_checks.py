@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from converter.checkpoint import RecordCheck
+from converter.checksums import crc32
 from converter.errors import Refused, show
 from converter.reading import InputFiles
 
@@ -42,6 +42,6 @@ def _checksum(check: RecordCheck, files: InputFiles) -> int:
     while at < check.length:
         view = memoryview(buffer)[: min(BLOCK, check.length - at)]
         files.read_into(check.file, check.offset + at, view)
-        checksum = zlib.crc32(view, checksum)
+        checksum = crc32(view, checksum)
         at += len(view)
     return checksum

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from converter import torch_zip
+from converter.checksums import crc32
 from converter.copying import write_all
 from converter.shard_plan import ShardPlan
 
@@ -34,7 +34,7 @@ def checksum(fd: int, offset: int, length: int, between: Callable[[], None] = la
     found = 0
     for at in range(offset, offset + length, CHECKSUM_BLOCK):
         between()
-        found = zlib.crc32(os.pread(fd, min(CHECKSUM_BLOCK, offset + length - at), at), found)
+        found = crc32(os.pread(fd, min(CHECKSUM_BLOCK, offset + length - at), at), found)
     return found
 
 

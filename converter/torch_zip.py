@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from converter.checksums import crc32
 from converter.dtypes import DType, TensorInfo
 from converter.errors import Refused, show
 
@@ -151,18 +151,18 @@ def closing(file: Archive, checksums: Sequence[int]) -> Iterator[tuple[int, byte
     last = file.tensors[-1]
     version, identity = file.records[-2:]
     named = int.from_bytes(hashlib.sha256(file.records[0].content or b"").digest()[:8], "big")
-    summed = zlib.crc32(struct.pack(f"<{len(checksums)}I", *checksums))
+    summed = crc32(struct.pack(f"<{len(checksums)}I", *checksums))
     known = {version: version.content or b"", identity: b"%020d%020d" % (named, summed)}
     parts = [_after(last, found[last])]
     for record, content in known.items():
-        found[record] = zlib.crc32(content)
+        found[record] = crc32(content)
         parts += [_local_header(record), content, _after(record, found[record])]
     parts += [_entry(r, found.get(r, _crc(r))) for r in file.records]
     yield last.offset + last.size, b"".join(parts) + _end(file)
 
 
 def _crc(record: Record) -> int:
-    return zlib.crc32(record.content or b"")
+    return crc32(record.content or b"")
 
 
 def _zip64(record: Record, *, sizes_follow: bool = False) -> bytes:

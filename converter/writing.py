@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
+from converter.checksums import crc32
 from converter.copying import copy_run, write_all
 from converter.evaluate import Evaluator, as_bytes, shared_nodes
 from converter.measures import Measures
@@ -233,7 +233,7 @@ class ShardWriter:
             offset, length = entry.extents[piece.index]
             assert length == len(data), entry.name
             write_all(piece.shard.fd, data, offset)
-            crc = zlib.crc32(data)
+            crc = crc32(data)
         finally:
             self._give(cost)
         with job.lock:

@@ -14,12 +14,12 @@ import io
 import os
 import struct
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from converter import sparse
+from converter.checksums import crc32
 from converter.errors import Refused, show
 from converter.files import Identity, open_input, pread, read_exact
 from converter.sources.pickle_machine import Built, Persistent, PickleValue, read_pickle
@@ -166,7 +166,7 @@ def _read_zip(fd: int, path: Path, size: int, *, base: int = 0) -> tuple[PickleV
         raise _zip_error(path, "its numbers are not little-endian")
     record = entries[pickles[0]]
     raw = read_exact(fd, record.offset, record.length, file=str(path)) if record.length <= MAX_DIRECTORY else b""
-    if record.crc is not None and zlib.crc32(raw) != record.crc:
+    if record.crc is not None and crc32(raw) != record.crc:
         raise _zip_error(path, "data.pkl fails its checksum")
     pickled = read_pickle(io.BytesIO(raw), where=str(path))
     data = prefix + "data/"
