@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from converter.errors import Refused, UsageError, fold, show
 from converter.files import open_input
 from converter.side_files import travels
+from converter.sources.hub_client import expect_safe_endpoint
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG
 
 RECEIPT, CARD = "rlhf-convert.json", "README.md"
@@ -165,6 +166,7 @@ def check_destination(where: Destination) -> str:
         raise UsageError("hub-repo-id", f"{show(where.repo_id)} names no repository", expected="owner/name")
     from huggingface_hub import HfApi, get_token
 
+    expect_safe_endpoint()
     token = where.token or get_token()
     if not token:
         raise Refused("hub-token", "there is no token for the Hub", next="hf auth login, or set HF_TOKEN")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from converter.card import BEGIN, END, CardFacts, model_card
-from fake_hub import FakeHub, Fault, running
+from fake_hub import TOKEN, FakeHub, Fault, running
 from hub_here import client_of, commits, on_disk, run
 from hub_here import published as published_in
 
@@ -349,3 +349,17 @@ def test_a_folder_without_a_receipt_goes_and_the_card_says_that_there_is_none(hu
     (model / "rlhf-convert.json").unlink()
     assert push(hub, model, REPO).returncode == 0
     assert "carry no receipt" in published(hub)["README.md"].decode()
+
+
+@pytest.mark.parametrize("endpoint", ["http://hub.example.com", "ftp://127.0.0.1", "http://127.0.0.1.example.com"])
+def test_a_token_is_not_sent_in_the_open(model: Path, endpoint: str) -> None:
+    code = "import sys; from converter.cli import main; sys.exit(main(sys.argv[1:]))"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env |= {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    for arguments in (["push", str(model), REPO], ["inspect", "acme/model"]):
+        ran = subprocess.run(
+            [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == 3
+        assert "hub-endpoint" in ran.stderr
+        assert TOKEN not in ran.stdout + ran.stderr

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 from converter.errors import Refused, show
 
@@ -142,12 +143,29 @@ def list_files(repo_id: str, commit: str, token: str | None) -> list[ListedFile]
     return found
 
 
+def expect_safe_endpoint() -> None:
+    """Tokens go nowhere unencrypted but to this machine: what HF_ENDPOINT names is https, or on loopback.
+
+    Raises:
+        Refused: it is neither (`hub-endpoint`).
+    """
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    host = (address.hostname or "").lower()
+    is_here = host == "localhost" or host == "::1" or re.fullmatch(r"127(?:\.\d{1,3}){3}", host, re.ASCII) is not None
+    if address.scheme != "https" and not (address.scheme == "http" and is_here):
+        what = "HF_ENDPOINT is not encrypted, and a token would be sent to it in the open"
+        raise Refused("hub-endpoint", what, got=show(constants.ENDPOINT), next="use its https address")
+
+
 def ask(request: Callable[[], T], repo_id: str, token: str | None) -> T:
     """A request that reads, repeated where another try may help.
 
     Raises:
-        Refused: it did not succeed (`hub-download`).
+        Refused: it did not succeed (`hub-download`), or HF_ENDPOINT is not to be asked (`hub-endpoint`).
     """
+    expect_safe_endpoint()
     for attempt in range(ATTEMPTS):
         try:
             return request()

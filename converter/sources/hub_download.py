@@ -11,7 +11,7 @@ from typing import Any
 from converter import sparse
 from converter.errors import fold, show
 from converter.files import open_input
-from converter.sources.hub_client import ListedFile, list_files, refuse
+from converter.sources.hub_client import ListedFile, expect_safe_endpoint, list_files, refuse
 
 _BLOCK = 1 << 22
 
@@ -23,6 +23,7 @@ def download(repo_id: str, revision: str | None, token: str | None, patterns: Se
         Refused: the download failed (`hub-download`), or brought other bytes than are listed, twice
             (`download-corrupt`); what is wrong is removed from the cache.
     """
+    expect_safe_endpoint()
     before: dict[str, tuple[int, int]] = {}
     for attempt in range(2):
         folder, known = _fetch(repo_id, revision, token, patterns, before)
