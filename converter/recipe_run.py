@@ -202,7 +202,12 @@ def recorded_base(adapter: Checkpoint) -> InputSpec:
         UsageError: it names none (`base-unknown`).
     """
     asked = show(adapter.origin.asked)
-    name = adapter.config.get("base_model_name_or_path")
+    config = adapter.config
+    if adapter.origin.kind == TRAINING:
+        from converter.converters.gather_config import recorded
+
+        config = recorded(adapter.side_files) or {}
+    name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UsageError(
             "base-unknown",
@@ -210,7 +215,7 @@ def recorded_base(adapter: Checkpoint) -> InputSpec:
             where=asked,
             next=f"rlhf-convert merge-lora {asked} OUT --base BASE",
         )
-    revision = adapter.config.get("revision")
+    revision = config.get("revision")
     return InputSpec(name, revision=revision if isinstance(revision, str) and revision else None)
 
 

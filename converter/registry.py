@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -158,6 +159,7 @@ def find_place(root: Path, asked: str, *, tag: str | None = None, part: str | No
             "there are no shards of a trainer here",
             where=show(asked),
             expected="a folder such as global_step500, its parent, or the run's folder",
+            next=f"rlhf-convert inspect {shlex.quote(asked)}",
         )
     if part is not None and without_parts:
         what = f"--part {show(part)}: what {without_parts} saved here is of one model, and has no parts"

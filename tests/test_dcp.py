@@ -160,7 +160,7 @@ def test_models_that_were_prepared_together_are_parts(tmp_path: Path) -> None:
     checkpoint = run / "checkpoint-2"
     shutil.copytree(checkpoint / "pytorch_model_fsdp_0", checkpoint / "pytorch_model_fsdp_1")
     error = refused(checkpoint, "several-parts")
-    assert "--part pytorch_model_fsdp_0" in str(error.next)
+    assert str(error.next) == f"rlhf-convert gather {checkpoint / 'pytorch_model_fsdp_0'} OUT"
     place = SOURCE.find(run, "run", part="pytorch_model_fsdp_1")
     assert place is not None
     assert place.folder.name == "pytorch_model_fsdp_1"

@@ -31,7 +31,9 @@ def test_a_model_is_gathered_from_the_runs_folder_and_transformers_loads_it(tmp_
     assert done.code == 0, done.err
     assert "the only checkpoint of the run" in done.out
     wanted = live(RUNS / name)
-    assert differences(load_file(out / "model.safetensors"), wanted) == []
+    # accelerate stores a tied pair twice, and nothing records that it is one
+    stored = {n: t for n, t in wanted.items() if n != "lm_head.weight" or name == "tp-n4"}
+    assert differences(load_file(out / "model.safetensors"), stored) == []
     model, told = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(told.values()), told
     assert differences(model.state_dict(), wanted) == []
@@ -112,7 +114,8 @@ def test_a_lora_run_is_merged_over_its_own_frozen_weights(tmp_path: Path) -> Non
 def test_fp32_parameters_are_kept_and_others_refused_where_masters_are_asked_for(tmp_path: Path) -> None:
     done = run("gather", str(_copy(tmp_path, "accelerate-n2")), str(tmp_path / "out"), "--master")
     assert done.code == 0, done.err
-    assert differences(load_file(tmp_path / "out" / "model.safetensors"), live(RUNS / "accelerate-n2")) == []
+    stored = {n: t for n, t in live(RUNS / "accelerate-n2").items() if n != "lm_head.weight"}
+    assert differences(load_file(tmp_path / "out" / "model.safetensors"), stored) == []
     done = run("gather", str(_copy(tmp_path, "untrained-n2")), str(tmp_path / "none"), "--master")
     assert done.code == 3
     assert "dcp-no-masters" in done.err

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,12 @@ OLD_TEXTS = {
 }
 
 
+def test_the_errors_that_the_readme_quotes_are_known_though_they_are_cut_short() -> None:
+    assert named("Some weights of CriticModel were not initialized: ['score.weight']") == ["head-newly-initialised"]
+    assert named("Some weights were not initialized: ['model.norm.weight']") == ["weights-newly-initialised"]
+    assert named("size mismatch for score.weight ...") == ["size-mismatch-cut"]
+
+
 @pytest.mark.parametrize("name", OLD_TEXTS)
 def test_messages_that_users_report_are_known(name: str) -> None:
     assert named(OLD_TEXTS[name]) == [name]
@@ -191,5 +198,11 @@ def test_a_folder_is_sent_to_doctor_and_an_unknown_text_says_so(
 ) -> None:
     assert main(["explain", str(tmp_path)]) == 2
     assert "rlhf-convert doctor" in capsys.readouterr().err
+    assert main(["explain", ""]) == 2
+    assert "the text is empty" in capsys.readouterr().err
+    spaced = tmp_path / "it's here"
+    spaced.mkdir()
+    assert main(["explain", str(spaced)]) == 2
+    assert f"rlhf-convert doctor {shlex.quote(str(spaced))}" in capsys.readouterr().err
     assert main(["explain", "a sentence that nobody prints"]) == 0
     assert "not a message that is known here" in capsys.readouterr().out

@@ -129,8 +129,8 @@ def test_a_revision_of_a_local_folder_is_a_mistake_unless_an_adapter_recorded_it
     ],
 )
 def test_a_mistyped_path_is_told_with_what_is_there(here: Path, text: str, listed: str, near: str | None) -> None:
-    error = refused(text)
-    assert error.code == "path-missing"
+    error = refused(text, UsageError)
+    assert (error.code, error.exit_code) == ("path-missing", 2)
     assert listed in (error.expected or "")
     assert ".hidden" not in (error.expected or "")
     assert (error.next or "").startswith(near or "")
@@ -144,7 +144,7 @@ def test_a_mistyped_folder_of_a_path_that_could_be_a_hub_id_is_told_as_either(he
 
 
 def test_an_absolute_mistyped_path_is_answered_with_an_absolute_one(here: Path) -> None:
-    assert refused(str(here / "my-adaptr")).next == f"did you mean {here / 'my-adapter'}?"
+    assert refused(str(here / "my-adaptr"), UsageError).next == f"did you mean {here / 'my-adapter'}?"
 
 
 def test_control_characters_in_a_path_do_not_reach_the_screen(here: Path) -> None:

@@ -52,6 +52,12 @@ class Written:
         ]
 
 
+def missing_output() -> UsageError:
+    """The error of a writing verb without OUT."""
+    what, expected = "the output is missing", "OUT as the last argument, or --out OUT"
+    return UsageError("usage", what, expected=expected, next="the same command with --out ./NEW_FOLDER, or --dry-run")
+
+
 def convert(
     recipe: Recipe,
     out: str | None,
@@ -66,7 +72,7 @@ def convert(
         sink.data(recipe.to_yaml().rstrip("\n"))
         return 0
     if out is None and not options.dry_run:
-        raise UsageError("usage", "the output is missing", expected="OUT as the last argument, or --out OUT")
+        raise missing_output()
     if out is not None and is_on_hub(out) and not options.dry_run:
         return convert_to_hub(recipe, out, options, head=head)
     check_push(options)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from converter.cli import conversion
 from converter.cli.recipes import cast_steps, input_spec, output
+from converter.cli.run_state import corrected, place_of, with_recorded_base
 from converter.converters.head_detect import head_like
 from converter.dialects.known import Target, target
 from converter.dialects.model import Role
@@ -28,44 +29,64 @@ Kind = Literal["model", "adapter", "training"]
 
 @dataclass(frozen=True)
 class Found:
-    """What the user means by SRC: its kind, the folder as they would write it, and how it was chosen."""
+    """What the user means by SRC: its kind, the folder as they would write it, and how it was chosen.
+
+    Attributes:
+        part: which model, where the state's tensors are those of two.
+        recorded: the base of a state is the one that its run records.
+    """
 
     kind: Kind
     path: str
     said: str = ""
     damaged: bool = False
+    part: str | None = None
+    recorded: bool = False
 
 
 def convert(src: str, out: str | None, to: str, role: Role, options: Remapping, verb: str = "convert") -> int:
     """Convert a model into the one that a trainer reads in a role."""
     aim = target(to, role)
-    found = find(src, options)
-    places, looked = lost_and_found(found, options)
-    recipe = remap_recipe(found, to, role, aim, options, places, verb)
-    try:
+    looked: list[str] = []
+    found: Found | None = None
+
+    def attempt(recorded: bool) -> int:
+        assert found is not None
+        places, said = lost_and_found(found, options)
+        looked[:] = said
+        state = dataclasses.replace(found, recorded=recorded)
         return conversion.convert(
-            recipe,
+            remap_recipe(state, to, role, aim, options, places, verb),
             out,
             options,
-            head=lambda prepared: head(prepared, found),
-            next_commands=lambda written: next_commands(written, aim),
+            head=lambda prepared: head(prepared, state),
+            next_commands=lambda written: next_commands(written, aim, to, src, state, options),
         )
+
+    try:
+        found = find(src, options)
+        return with_recorded_base(attempt, given=found.kind != "training" or options.base is not None)
     except ConvertError as error:
-        command = shlex.join(_command(src, out, to, role, verb))
-        if error.code in ("base-unknown", "base-not-found"):
-            error.next = f"{command} --base BASE"
-        elif error.next is not None and error.next.startswith("--"):
+        command = _command(src, out, to, role, verb, options)
+        corrected(error, command, role=role)
+        if error.next is not None and error.next.startswith("--"):
             # What a converter says of its own fields is the end of a command with the user's paths.
-            error.next = f"{command} {error.next}"
+            error.next = f"{shlex.join(command)} {error.next}"
+        if error.code == "head-missing" and found is not None and found.kind == "training":
+            error.next = f"name the model of the run that has a head; for a fresh critic: {shlex.join(command)} "
+            error.next += "--init-head zeros"
         if error.code == "head-base-lost" and looked and error.got is None:
             error.got = "looked: " + "; ".join(looked)
         raise
 
 
-def _command(src: str, out: str | None, to: str, role: Role, verb: str) -> list[str]:
-    """The command that was given, without its other options."""
+def _command(src: str, out: str | None, to: str, role: Role, verb: str, options: Remapping) -> list[str]:
+    """The command that was given, with what it says of SRC."""
     words = ["rlhf-convert", verb, src, out or "OUT", "--to", to]
-    return [*words, "--role", role] if verb == "convert" else words
+    words += ["--role", role] if verb == "convert" else []
+    part = None if options.part is None else options.part.value
+    given = {"--from": options.source, "--tag": options.tag, "--part": part, "--base": options.base}
+    return [*words, *(w for name, value in given.items() if value is not None for w in (name, value))]
 
 
 def find(src: str, options: Remapping) -> Found:
@@ -74,7 +95,7 @@ def find(src: str, options: Remapping) -> Found:
     Raises:
         UsageError: nothing that is read, or several checkpoints to choose from.
     """
-    from converter.registry import find_place, kind_of, sources
+    from converter.registry import kind_of, sources
     from converter.sources.locate import resolve
 
     spec = input_spec(src, options.revision)
@@ -86,11 +107,12 @@ def find(src: str, options: Remapping) -> Found:
         assert kind is not None
         _refuse_run_options(src, options)
         return Found("adapter" if kind == "peft" else "model", src, damaged=_is_damaged(root, kind))
-    place = find_place(root, src, tag=options.tag, part=None if options.part is None else options.part.value)
+    part = None if options.part is None else options.part.value
+    place, inner = place_of(root, src, tag=options.tag, part=part)
     if place.folder == root:
-        return Found("training", src)
+        return Found("training", src, part=inner)
     path = os.path.join(src, os.path.relpath(place.folder, root))
-    return Found("training", path, f"tag {show(place.folder.name)}: {place.why}")
+    return Found("training", path, f"tag {show(place.folder.name)}: {place.why}", part=inner)
 
 
 def _refuse_run_options(src: str, options: Remapping) -> None:
@@ -159,10 +181,13 @@ def remap_recipe(
         inputs[SOURCE] = source
         if base is not None:
             inputs["base"] = base
+        elif found.recorded:
+            inputs["base"] = InputSpec(base_of=SOURCE)
+        if "base" in inputs:
             fields["base"] = "base"
     if found.kind == "training":
-        alpha = {} if options.lora_alpha is None else {"lora-alpha": options.lora_alpha}
-        steps.append(Step("gather", {"emit": "merged", **alpha, **({"base": "base"} if base else {})}))
+        given = {"lora-alpha": options.lora_alpha, "base": fields.get("base"), "part": found.part}
+        steps.append(Step("gather", {"emit": "merged", **{k: v for k, v in given.items() if v is not None}}))
     steps += [Step("remap-head", fields), *cast_steps(options)]
     return Recipe({**inputs, **places}, tuple(steps), _output(aim, options), file=verb)
 
@@ -242,10 +267,21 @@ def head(prepared: Prepared, found: Found) -> list[str]:
     return lines + ([report.line("", found.said)] if found.said else [])
 
 
-def next_commands(written: Written, aim: Target) -> list[str]:
-    """The check, the trainer's launch line, and what goes wrong with it although the files are right."""
+def next_commands(written: Written, aim: Target, to: str, src: str, found: Found, options: Remapping) -> list[str]:
+    """The proof, the trainer's launch line, and what goes wrong with it although the files are right."""
     path = written.out if Path(written.out).is_absolute() else f"./{Path(written.out)}"
-    commands = [f"rlhf-convert inspect {shlex.quote(written.out)}"]
+    verify = ["rlhf-convert", "verify", written.out, "--for", to, "--role", aim.role]
+    if found.part is None:
+        verify += ["--against", found.path if found.kind == "training" else src]
+        base = options.base or _recorded(written)
+        verify += ["--base", base] if base is not None else []
+    commands = [shlex.join(verify)]
     if aim.serves.launch:
         commands.append(aim.serves.launch.replace("{out!r}", repr(path)).replace("{out}", shlex.quote(path)))
-    return [*commands, *(f"# {trap}" for trap in aim.dialect.traps)]
+    return [*commands, *(f"# {trap}" for trap in aim.traps)]
+
+
+def _recorded(written: Written) -> str | None:
+    """The base that a run recorded, where it was used; an adapter's own is found again."""
+    used = "base" in written.prepared.recorded
+    return written.prepared.opened["base"].origin.asked if used else None

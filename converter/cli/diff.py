@@ -56,7 +56,8 @@ def screen(found: Difference, *, verbose: bool = False) -> list[str]:
         lines.append(line("dtype", f"{show(name)}: {one} in a, {two} in b" + _more(found.dtypes, verbose)))
     changed = sorted(by_status.get("changed", []), key=lambda p: -p.relative)
     if changed:
-        lines.append(line("changed", f"{len(changed)} tensors; relative norm of the change, largest change:"))
+        counted = "1 tensor" if len(changed) == 1 else f"{len(changed)} tensors"
+        lines.append(line("changed", f"{counted}; relative norm of the change, largest change:"))
         lines += [f"  {_change(p)}" for p in changed[: None if verbose else MOST]]
         if len(changed) > MOST and not verbose:
             lines.append(f"  ... and {len(changed) - MOST} more (-v shows all)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import stat
 import sys
 import textwrap
@@ -28,18 +29,19 @@ def explain(subject: str | None, fail_on: str | None, options: Display) -> int:
     """Explain what was asked for; exit code 1 only where `--fail-on` says so.
 
     Raises:
-        UsageError: an unknown code (`unknown-code`), or a path that is no file (`path-not-a-file`).
+        UsageError: no text (`usage`), an unknown code (`unknown-code`), or a path that is no file (`path-not-a-file`).
     """
     if subject is None:
         return _list_codes(options)
     if subject == "-":
         return _explain(_stdin(), fail_on, options, live=True)
+    if not subject.strip():
+        raise UsageError("usage", "the text is empty", next="rlhf-convert explain --help")
     path = Path(subject).expanduser()
     if _names_a_file(path):
         if path.is_dir():
-            raise UsageError(
-                "path-not-a-file", "this is a folder", where=show(subject), next=f"rlhf-convert doctor {show(subject)}"
-            )
+            look = f"rlhf-convert doctor {shlex.quote(subject)}"
+            raise UsageError("path-not-a-file", "this is a folder", where=show(subject), next=look)
         return _explain(_file(path), fail_on, options, live=False)
     if _CODE.fullmatch(subject):
         return explain_code(subject, options)

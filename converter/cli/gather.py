@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.conversion import convert
 from converter.cli.options import Conversion
 from converter.cli.recipes import cast_steps, input_spec, output
+from converter.cli.run_state import corrected, place_of, with_recorded_base
 from converter.dtypes import DType
-from converter.errors import UsageError, show
+from converter.errors import ConvertError, UsageError, show
 from converter.recipe import SOURCE, InputSpec, Recipe, Step
 
 if TYPE_CHECKING:
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gathering:
-    """What the user asked for."""
+    """What the user asked for.
+
+    Attributes:
+        recorded: the base is the one that the run's adapter config records.
+    """
 
     src: str
     tag: str | None = None
@@ -33,11 +38,24 @@ class Gathering:
     lora_alpha: float | None = None
     part: str | None = None
     rslora: bool = False
+    recorded: bool = False
 
 
 def gather(asked: Gathering, out: str | None, options: Conversion) -> int:
     """Gather a trainer's shards into a model or an adapter."""
     options = _with_masters(asked, options)
+
+    def attempt(recorded: bool) -> int:
+        return _gather(dataclasses.replace(asked, recorded=recorded), out, options)
+
+    try:
+        return with_recorded_base(attempt, given=asked.base is not None)
+    except ConvertError as error:
+        corrected(error, _command(asked, out))
+        raise
+
+
+def _gather(asked: Gathering, out: str | None, options: Conversion) -> int:
     if asked.emit == "both":
         from converter.cli.gather_both import gather_both
 
@@ -50,6 +68,13 @@ def gather(asked: Gathering, out: str | None, options: Conversion) -> int:
         head=lambda prepared: head(prepared, said),
         next_commands=lambda w: next_commands(w, asked),
     )
+
+
+def _command(asked: Gathering, out: str | None) -> list[str]:
+    """The command that was given, without what makes no difference to the input."""
+    words = ["rlhf-convert", "gather", asked.src, out or "OUT"]
+    given = {"--tag": asked.tag, "--part": asked.part, "--emit": asked.emit, "--base": asked.base}
+    return [*words, *(w for name, value in given.items() if value is not None for w in (name, value))]
 
 
 def _with_masters(asked: Gathering, options: Conversion) -> Conversion:
@@ -71,7 +96,7 @@ def gather_recipe(asked: Gathering, options: Conversion) -> tuple[Recipe, str]:
     Raises:
         UsageError: several tags or checkpoints to choose from.
     """
-    path, said = _tag_path(asked)
+    path, said, part = _tag_path(asked)
     master = options.dtype is not None and DType.parse(options.dtype) is DType.F32
     inputs = {SOURCE: InputSpec(path, master=master)}
     fields: dict[str, Any] = {}
@@ -80,6 +105,11 @@ def gather_recipe(asked: Gathering, options: Conversion) -> tuple[Recipe, str]:
     if asked.base is not None:
         inputs["base"] = input_spec(asked.base)
         fields["base"] = "base"
+    elif asked.recorded:
+        inputs["base"] = InputSpec(base_of=SOURCE)
+        fields["base"] = "base"
+    if part is not None:
+        fields["part"] = part
     if asked.lora_alpha is not None:
         fields["lora-alpha"] = asked.lora_alpha
     if asked.rslora:
@@ -88,21 +118,19 @@ def gather_recipe(asked: Gathering, options: Conversion) -> tuple[Recipe, str]:
     return Recipe(inputs, steps, output(options), file="gather"), said
 
 
-def _tag_path(asked: Gathering) -> tuple[str, str]:
-    """The folder with the shards, as the user would write it, and why it is the one."""
-    from converter.registry import find_place
-
+def _tag_path(asked: Gathering) -> tuple[str, str, str | None]:
+    """The folder with the shards, as the user would write it, why it is the one, and the part inside of it."""
     root = Path(asked.src).expanduser()
     if not root.is_dir():
         from converter.sources.locate import resolve
 
         resolve(asked.src, revision=None, token=None, allow_download=False)
         raise UsageError("no-shards", "shards are gathered from a local folder", where=show(asked.src))
-    tag = find_place(root, asked.src, tag=asked.tag, part=asked.part)
+    tag, part = place_of(root, asked.src, tag=asked.tag, part=asked.part)
     if tag.folder == root:
-        return asked.src, ""
+        return asked.src, "", part
     path = os.path.join(asked.src, os.path.relpath(tag.folder, root))
-    return path, f"tag {show(tag.folder.name)}: {tag.why}"
+    return path, f"tag {show(tag.folder.name)}: {tag.why}", part
 
 
 def head(prepared: Prepared, said: str) -> list[str]:
@@ -115,7 +143,7 @@ def head(prepared: Prepared, said: str) -> list[str]:
     if said:
         lines.append(report.line("", said))
     if "base" in prepared.opened:
-        lines.append(report.base_line("base", prepared.opened["base"], recorded=False))
+        lines.append(report.base_line("base", prepared.opened["base"], recorded="base" in prepared.recorded))
     return lines
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.conversion import Written, load_commands, notes_json, threads, write_prepared
+from converter.cli.conversion import Written, load_commands, missing_output, notes_json, threads, write_prepared
 from converter.cli.hub_output import is_on_hub
 from converter.cli.options import Conversion
 from converter.errors import ConvertError, UsageError, VerificationFailed, show
@@ -65,7 +65,7 @@ def gather_both(asked: Gathering, out: str | None, options: Conversion) -> int:
         what = "two outputs are two recipes"
         raise UsageError("usage", what, expected="--print-recipe with --emit merged, or with --emit adapter")
     if out is None and not options.dry_run:
-        raise UsageError("usage", "the output is missing", expected="OUT as the last argument, or --out OUT")
+        raise missing_output()
     if is_on_hub(out) or options.push_to_hub is not None:
         what = "two outputs are two repositories"
         raise UsageError("usage", what, expected="--emit merged or --emit adapter, once for each repository")

@@ -50,6 +50,8 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
         asked.src, base=asked.base, target=asked.target, lora_alpha=asked.lora_alpha, allow=options.allow or ()
     )
     recipe = repair_recipe(asked, found, options, mends=mends.steps)
+    if options.print_recipe and mends.codes and _is_whole(recipe, options):
+        recipe = mend_recipe(asked, mends, options)  # `fill` would stop a run that has nothing to fill
     try:
         return convert(recipe, out, options, head=head, next_commands=_next)
     except NothingToRepair as healthy:
@@ -58,6 +60,20 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
         if found.looked and error.code in ("tensors-lost", "head-base-lost", "repair-mismatch", "older-weights"):
             error.got = (error.got or "nothing:") + "".join(f"\n    {each}" for each in found.looked)
         raise
+
+
+def _is_whole(recipe: Recipe, options: Conversion) -> bool:
+    """True where nothing is lost, as far as headers tell."""
+    from converter.converters.fill_refusals import NothingToRepair
+    from converter.recipe_run import prepare
+
+    try:
+        prepare(recipe, allow=frozenset(options.allow or ()), token=options.token, keep_code=options.keep_code)
+    except NothingToRepair:
+        return True
+    except ConvertError:
+        return False
+    return False
 
 
 def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, healthy: NothingToRepair) -> int:

@@ -112,7 +112,7 @@ To = Annotated[str, typer.Option("--to", metavar="TRAINER[@VERSION]", help="Who 
     Remapping,
     short_help="Make a model of one trainer into one of another.",
     help="Make a reward model, critic or actor of one trainer into one of another, whatever SRC is: a model, a LoRA "
-    "adapter, a DeepSpeed run. Gathered, merged and remapped in one pass.",
+    "adapter, a run of DeepSpeed, FSDP or verl. Gathered, merged and remapped in one pass.",
     examples=(
         "rlhf-convert convert ./rm ./critic --to verl --role critic",
         "rlhf-convert convert ./my-adapter ./rm --to openrlhf --role reward --base Qwen/Qwen2.5-7B",

@@ -55,9 +55,11 @@ def merge_lora(
 @verb(
     "gather",
     Conversion,
-    short_help="Make a model or an adapter of DeepSpeed's shards.",
-    help="Make a model, or the LoRA adapter that was trained, of what DeepSpeed saved (ZeRO-1, 2 and 3): exact, in one "
-    "pass, without DeepSpeed or a GPU.",
+    short_help="Make a model or an adapter of a trainer's shards.",
+    help="Make a model, or the LoRA adapter that was trained, of a trainer's shards: DeepSpeed (ZeRO-1, 2, 3, "
+    "universal), FSDP and torch's distributed checkpoints (accelerate, torchtitan, torchtune), verl. Value-head "
+    "wrappers of TRL, LLaMA-Factory and DeepSpeed-Chat come out as those trainers save them. Exact, in one pass, "
+    "without the framework or a GPU.",
     examples=(
         "rlhf-convert gather ./run/checkpoint-500 ./model",
         "rlhf-convert gather ./run ./adapter --tag global_step500 --lora-alpha 16",
@@ -68,7 +70,9 @@ def gather(
     src: Annotated[
         str,
         typer.Argument(
-            metavar="SRC", help="Folder such as global_step500, its parent, or the run's.", show_default=False
+            metavar="SRC",
+            help="Folder of shards (global_step500, checkpoint-500/pytorch_model_fsdp_0), its parent, or the run's.",
+            show_default=False,
         ),
     ],
     options: Conversion,

@@ -128,7 +128,19 @@ def _aim(asked: Asked, checkpoint: Checkpoint | None) -> Target:
             raise UsageError("trainer-unclear", what, where=show(asked.folder), expected="--for TRAINER")
     if asked.role is not None:
         return target(trainer, asked.role)
+    if asked.trainer is None and trainer == "transformers" and checkpoint is not None and _is_headless(checkpoint):
+        return target(trainer, "actor")
     return target(trainer, "reward" if checkpoint is None else role_of(checkpoint, _roles_of(trainer)))
+
+
+def _is_headless(checkpoint: Checkpoint) -> bool:
+    """True for a plain language model: it was never meant to have a head, so none is missing."""
+    from converter.converters.head_detect import detect
+
+    listed = checkpoint.config.get("architectures")
+    first = str(listed[0]) if isinstance(listed, list) and listed else ""
+    is_causal = first.endswith(("ForCausalLM", "LMHeadModel"))
+    return checkpoint.origin.kind == "model" and is_causal and detect(checkpoint) is None
 
 
 def _roles_of(trainer: str) -> frozenset[Role]:
@@ -144,7 +156,10 @@ def _all_checks(asked: Asked, aim: Target, checkpoint: Checkpoint, root: Path) -
 
     context = Context(frozenset(asked.allow))
     if checkpoint.origin.kind != "model":
-        remedy = _remedy(asked, aim)
+        is_reward = checkpoint.config.get("task_type") == "SEQ_CLS" or asked.trainer is not None
+        merge = shlex.join(["rlhf-convert", "merge-lora", asked.folder, "OUT"])
+        is_plain = checkpoint.origin.kind == "adapter" and not is_reward
+        remedy = merge if is_plain else _remedy(asked, aim)
         text = f"this is {'an adapter' if checkpoint.origin.kind == 'adapter' else 'a training state'}, not a model"
         return Verified(aim, [fails("files", "not-a-model", text, remedy)], [])
     verdict = check_for(checkpoint, aim, context, remedy=_remedy(asked, aim))
@@ -243,4 +258,4 @@ def _next(asked: Asked, aim: Target, broken: list[Check]) -> list[str]:
     lines = []
     if aim.serves.launch:
         lines.append(aim.serves.launch.replace("{out!r}", repr(path)).replace("{out}", shlex.quote(path)))
-    return [*lines, *(f"# {trap}" for trap in aim.dialect.traps)]
+    return [*lines, *(f"# {trap}" for trap in aim.traps)]

@@ -320,5 +320,5 @@ class _Lora:
         )
         found = self.source.replace(tensors=own, origin=made, ties=ties, said=(), trained=None)
         self.context.note("info", "base-own", f"merged over the run's own {len(own)} frozen weights")
-        whole = without_tied_copies(_with_config(found, base, self.context), self.context)
-        return with_disk_names(whole, self.context)
+        model = without_tied_copies(_with_config(found, base, self.context), self.context)
+        return with_disk_names(model, self.context)

@@ -221,7 +221,9 @@ class _Fit:
             self._into_mean(constants)
         else:
             what = f"the head adds {shown} to every score, and {self.target.words} has no place for it"
-            raise Refused("head-bias", f"{what}{self._spread(constants, weight)}", next=self._bias_ways())
+            raise Refused(
+                "head-bias", f"{what}{self._spread(constants, weight)}", expected=self._bias_ways(), next="--bias drop"
+            )
 
     def _into_mean(self, constants: list[float]) -> None:
         if self.target.dialect.normaliser != "mean-std" or not self.target.serves.keeps_mean or len(constants) != 1:
@@ -229,7 +231,8 @@ class _Fit:
                 "bias-into-mean",
                 f"{self.target.words} doesn't keep mean and std of config.json: under transformers 5 they are "
                 "uninitialised memory, and others don't know them",
-                next="--bias drop shifts every score by the constant",
+                expected="--bias drop: shifts every score by the constant",
+                next="--bias drop",
             )
         mean, std = self.config.get("mean", 0.0), self.config.get("std", 1.0)
         self.config |= {"mean": mean - constants[0], "std": std}

@@ -16,7 +16,7 @@ from converter.converters.head_model import Family, Head, Linear, Mlp, Normalise
 from converter.dialects.model import Dialect
 from converter.dtypes import DType
 from converter.errors import Refused, fold, show
-from converter.tensors import Concat, Filled, LazyTensor
+from converter.tensors import Cast, Concat, Filled, LazyTensor
 
 OUTPUT_EMBEDDINGS = ("lm_head.", "embed_out.")
 _FIRST_BLOCKS = ("layers.0.", "h.0.", "blocks.0.", "decoder.layers.0.")
@@ -248,6 +248,8 @@ def values(tensor: LazyTensor, context: Context) -> tuple[float, ...]:
             return (float(tensor.value),) * tensor.info.numel
         case Concat() if tensor.dim == 0 or tensor.info.shape[0] == 1:
             return tuple(v for part in tensor.parts for v in values(part, context))
+        case Cast() if tensor.source.info.dtype.is_float:
+            return tuple(_rounded(v, tensor.info.dtype) for v in values(tensor.source, context))
     raw = context.read(tensor)
     dtype = tensor.info.dtype
     if dtype is DType.BF16:
@@ -257,3 +259,19 @@ def values(tensor: LazyTensor, context: Context) -> tuple[float, ...]:
         raise Refused("head-dtype", f"numbers of dtype {dtype.value} in a head are not read")
     form = _FORMATS[dtype]
     return tuple(float(v) for v in struct.unpack(f"<{len(raw) // struct.calcsize(form)}{form}", raw))
+
+
+def _rounded(value: float, dtype: DType) -> float:
+    """The nearest number of a dtype, ties to even."""
+    if not math.isfinite(value):
+        return value
+    try:
+        if dtype is not DType.BF16:
+            return float(struct.unpack(f"<{_FORMATS[dtype]}", struct.pack(f"<{_FORMATS[dtype]}", value))[0])
+        (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    except KeyError:
+        raise Refused("head-dtype", f"numbers of dtype {dtype.value} in a head are not read") from None
+    bits += 0x7FFF + (bits >> 16 & 1)
+    return float(struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))[0])

@@ -61,7 +61,7 @@ class _Writer:
         if self.target.dialect.one_file:
             shards = dict.fromkeys(tensors, _ONE_FILE)
         self._account(head, beside)
-        gone = self.reading.stored | dict(found.tensors)
+        gone = {**self.reading.stored, **found.tensors}
         return self._with_base(
             moved.replace(
                 tensors=tensors,
@@ -149,6 +149,8 @@ class _Writer:
             return {n: t for n, t in kept.items() if n not in present}
         if present:
             return self._settled(kept, present)
+        if any(f".{stem}" in n for n in kept for stem in OUTPUT_EMBEDDINGS):
+            return kept  # that of the language model inside a larger one
         if self.reading.family.tied:
             self.config["tie_word_embeddings"] = True
             return self._doubled(kept)

@@ -46,7 +46,8 @@ def format_missing(case: Case, context: Context) -> Iterable[Finding]:
         return
     if "format" not in metadata:
         text = f"{show(first)} does not say its format: older versions of transformers can't read it"
-        command = f"rlhf-convert reshard {case.path} {case.out('fixed')}" if case.kind == "model" else None
+        can_rewrite = case.kind == "model" and all(fault.code != "config-missing" for fault in case.survey.faults)
+        command = f"rlhf-convert reshard {case.path} {case.out('fixed')}" if can_rewrite else None
         yield Finding("format-missing", "cosmetic", text, (), (show(first),), HERE, next=command)
 
 

@@ -10,6 +10,7 @@ from converter.converters.head_detect import Detected, detect, head_like
 from converter.converters.head_model import family, hidden_size
 from converter.diagnoses.config import architecture, label_count
 from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded
+from converter.diagnoses.names import WRAPPER, repair_command
 from converter.diagnoses.places import Elsewhere, head_elsewhere
 from converter.errors import ConvertError, fold, show
 
@@ -170,7 +171,9 @@ def head_named_otherwise(case: Case, context: Context) -> Iterable[Finding]:
     if any(n.startswith(f"{w.removesuffix('.weight')}.") for n in here for w in wanted):
         return  # another form of head under the same stem: an MLP of the model's own code
     text = f"{show(architecture(case))} looks for {fold(wanted)}; the head is {fold(here)}: loaded, it is RANDOM"
-    command = convert_command(case, role_word(case))
+    # A wrapper's prefix is no dialect: `convert` reads none there, `repair` takes it off.
+    is_wrapped = all(WRAPPER.search(n) for n in here)
+    command = repair_command(case) if is_wrapped else convert_command(case, role_word(case))
     yield Finding(
         "head-named-otherwise", "error", text, tuple(here), folded(case, here), HERE, ("remap-head",), "safe", command
     )

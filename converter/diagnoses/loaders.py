@@ -235,7 +235,7 @@ def loader_accepts(case: Case, context: Context) -> Iterable[Finding]:
     for verdict in _verdicts(case):
         if verdict.accepts and verdict.aim is not None:
             launch = verdict.aim.serves.launch.replace("{out!r}", repr(case.asked)).replace("{out}", case.path)
-            traps = verdict.aim.dialect.traps[:3]
+            traps = verdict.aim.traps[:3]
             yield Finding("loader-accepts", "cosmetic", verdict.accepts, (), traps, next=launch or None)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from converter.context import Context
 from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded
 
-_WRAPPER = re.compile(
+WRAPPER = re.compile(
     r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module|_forward_module)\."
 )
 _UNMERGED = re.compile(r"\.(?:base_layer\.|lora_(?:A|B|embedding_A|embedding_B)\b|modules_to_save\.|original_module\.)")
@@ -21,7 +21,8 @@ _TRAINERS = {
 }
 
 
-def _repair(case: Case, more: str = "") -> str:
+def repair_command(case: Case, more: str = "") -> str:
+    """The command that mends what is wrong in the folder itself."""
     return f"rlhf-convert repair {case.path} {case.out('fixed')}{more}"
 
 
@@ -30,13 +31,12 @@ def names_wrapped(case: Case, context: Context) -> Iterable[Finding]:
     """Names hold what torch.compile, DDP, FSDP or activation checkpointing put into them (_orig_mod., module.,
     _fsdp_wrapped_module.): loaders find none of them and go on with RANDOM weights, or stop at missing keys.
     """
-    wrapped = tuple(n for n in case.shapes if _WRAPPER.search(n))
+    wrapped = tuple(n for n in case.shapes if WRAPPER.search(n))
     if wrapped:
-        marks = sorted({m[0].strip(".") for n in wrapped if (m := _WRAPPER.search(n))})
+        marks = sorted({m[0].strip(".") for n in wrapped if (m := WRAPPER.search(n))})
         text = f"{len(wrapped)} of {len(case.shapes)} names hold a wrapper's part: {', '.join(marks)}"
-        yield Finding(
-            "names-wrapped", "error", text, wrapped, folded(case, wrapped), HERE, ("mend-names",), "safe", _repair(case)
-        )
+        shown, command = folded(case, wrapped), repair_command(case)
+        yield Finding("names-wrapped", "error", text, wrapped, shown, HERE, ("mend-names",), "safe", command)
 
 
 @diagnosis("lora-unmerged", "model")
@@ -53,7 +53,7 @@ def lora_unmerged(case: Case, context: Context) -> Iterable[Finding]:
         )
         yield Finding(
             "lora-unmerged", "error", text, inside, folded(case, inside), HERE, ("split-lora",), "unsafe",
-            _repair(case, " --lora-alpha N"),
+            repair_command(case, " --lora-alpha N"),
         )  # fmt: skip
 
 
@@ -92,9 +92,8 @@ def names_doubled(case: Case, context: Context) -> Iterable[Finding]:
     found = tuple(n for n in case.shapes if (m := prefix.match(n)) and m[1] not in ("decoder.", "encoder."))
     if found and len(found) >= len(case.shapes) - 2:
         text = f"{len(found)} of {len(case.shapes)} names have their prefix more than once"
-        yield Finding(
-            "names-doubled", "error", text, found, folded(case, found), HERE, ("mend-names",), "safe", _repair(case)
-        )
+        shown, command = folded(case, found), repair_command(case)
+        yield Finding("names-doubled", "error", text, found, shown, HERE, ("mend-names",), "safe", command)
 
 
 @diagnosis("names-in-memory", "model")

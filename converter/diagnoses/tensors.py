@@ -17,7 +17,8 @@ def _zero3_empty_tensors(case: Case, context: Context) -> Iterable[Finding]:
     empty = tuple(n for n, info in case.shapes.items() if info.shape == (0,))
     places = case.training_near()
     recoverability = f"from {places[0].asked}" if places else LOST
-    command = filling_command(case)
+    elsewhere = f"rlhf-convert repair {case.path} {case.out('fixed')} --weights-from DIR"
+    command = filling_command(case) or elsewhere
     message = finding_of(faults[0], case).message
     yield Finding(
         "zero3-empty-tensors", "error", message, empty, folded(case, empty), recoverability, ("fill",), "safe", command

@@ -128,7 +128,7 @@ def run_folder(case: Case, context: Context) -> Iterable[Finding]:
     inside = [n for n in case.near if n.path.is_relative_to(case.root) and n.path != case.root]
     if inside:
         listed = [f"{show(n.asked)} ({n.source})" for n in inside]
-        text = f"{len(inside)} checkpoints lie in it: {fold(show(n.asked) for n in inside)}"
+        text = f"{len(inside)} checkpoint{'s' * (len(inside) != 1)} below it: {fold(show(n.asked) for n in inside)}"
         command = f"rlhf-convert doctor {inside[-1].quoted}"
         yield Finding("run-folder", "cosmetic", text, (), tuple(listed[-3:]), next=command)
 

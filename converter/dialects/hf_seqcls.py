@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from converter.dialects.model import ConfigRules, Dialect, Evidence, HeadSpec, Marks, Serves
 
+_TRL = (
+    "TRL's PPO saves only the policy: the trained value model is never on disk",
+    "TRL's RewardTrainer hides the warning of a missing score.weight: check that it loaded",
+    "LoRA on it needs task_type SEQ_CLS, or modules_to_save=[score]",
+)
+
 DIALECT = Dialect(
     "hf-seqcls",
     "transformers XForSequenceClassification",
@@ -18,10 +24,20 @@ DIALECT = Dialect(
     serves=(
         Serves("transformers", ("reward", "critic"), "4.46", "5.23", labels=True),
         Serves(
-            "trl", ("reward",), "0.12", "1.13.0", launch="python examples/scripts/ppo/ppo.py --reward_model_path {out}"
+            "trl",
+            ("reward",),
+            "0.12",
+            "1.13.0",
+            launch="python examples/scripts/ppo/ppo.py --reward_model_path {out}",
+            traps=_TRL,
         ),
         Serves(
-            "trl", ("critic",), "0.12", "1.12.0", launch="python examples/scripts/ppo/ppo.py --reward_model_path {out}"
+            "trl",
+            ("critic",),
+            "0.12",
+            "1.12.0",
+            launch="python examples/scripts/ppo/ppo.py --reward_model_path {out}",
+            traps=_TRL,
         ),
         Serves(
             "trl",
@@ -42,10 +58,5 @@ DIALECT = Dialect(
             "pooling: GenericForSequenceClassification",
             "https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/modeling_layers.py",
         ),
-    ),
-    traps=(
-        "TRL's PPO saves only the policy: the trained value model is never on disk",
-        "TRL's RewardTrainer hides the warning of a missing score.weight: check that it loaded",
-        "LoRA on it needs task_type SEQ_CLS, or modules_to_save=[score]",
     ),
 )

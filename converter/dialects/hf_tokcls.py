@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from converter.dialects.model import ConfigRules, Dialect, Evidence, HeadSpec, Marks, Serves
 
+_VERL = (
+    "verl loads it with flash_attention_2; without flash-attn it falls to TRL's wrapper, whose head is random",
+    "verl's critic keeps all positions, OpenRLHF's and SkyRL's drop the last",
+)
+
 DIALECT = Dialect(
     "hf-tokcls",
     "transformers XForTokenClassification, one label",
@@ -25,7 +30,14 @@ DIALECT = Dialect(
         Marks(("score.weight", "score.bias")),
     ),
     serves=(
-        Serves("verl", ("critic",), "0.7", "0.9.1", launch="python -m verl.trainer.main_ppo critic.model.path={out}"),
+        Serves(
+            "verl",
+            ("critic",),
+            "0.7",
+            "0.9.1",
+            launch="python -m verl.trainer.main_ppo critic.model.path={out}",
+            traps=_VERL,
+        ),
         Serves(
             "verl", ("reward",), "0.7", "0.8", launch="python -m verl.trainer.main_ppo reward_model.model.path={out}"
         ),
@@ -36,9 +48,5 @@ DIALECT = Dialect(
         Evidence("experiment", "verl 0.9.1 with gemma3; names of all classes enumerated in transformers 5.23"),
         Evidence("source", "verl/utils/model.py:641-682 and fsdp_checkpoint_manager.py:431-442 of 0.9.1"),
         Evidence("source", "areal/engine/fsdp_engine.py:974-1003 of 1.0.4"),
-    ),
-    traps=(
-        "verl loads it with flash_attention_2; without flash-attn it falls to TRL's wrapper, whose head is random",
-        "verl's critic keeps all positions, OpenRLHF's and SkyRL's drop the last",
     ),
 )

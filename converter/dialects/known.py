@@ -62,6 +62,11 @@ class Target:
         """`openrlhf 0.11.2`; a trainer without versions by its name alone."""
         return f"{self.serves.trainer} {self.version}".rstrip()
 
+    @property
+    def traps(self) -> tuple[str, ...]:
+        """What goes wrong with this trainer although the files are right."""
+        return (*self.serves.traps, *self.dialect.traps)
+
 
 def trainers(role: Role | None = None) -> list[str]:
     """Names that `--to` takes, in alphabetical order."""

@@ -123,6 +123,7 @@ class Serves:
         keeps_mean: mean and std of config.json reach the model; under transformers 5 they are uninitialised memory.
         launch: what to type; `{out}` is the folder.
         refused: this version can't use such a model at all, and why.
+        traps: what goes wrong with this trainer, though not with others that read the dialect.
     """
 
     trainer: str
@@ -133,6 +134,7 @@ class Serves:
     keeps_mean: bool = False
     launch: str = ""
     refused: str = ""
+    traps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Dialect:
         same_as: a dialect with the same files; never detected itself.
         refused: recognised, and neither read nor written, and why.
         writable: can be written.
-        traps: what goes wrong with this trainer although the files are right.
+        traps: what goes wrong with every trainer that reads it, although the files are right.
     """
 
     name: str

@@ -35,8 +35,8 @@ MESSAGES = (
     Message(
         "head-newly-initialised",
         "error",
-        ("newly initialized",),
-        r"newly initialized(?: because[^:]*)?: "
+        ("newly initialized", "not initialized"),
+        r"(?:newly|not) initialized(?: because[^:]*)?: "
         r"\[.*'(?P<name>(?:\w+\.)*(?:score|value_head|v_head|classifier|reward_head|"
         r"score_head|regression_head|rm_head)[\w.]*)'",
         "{name} is not in the checkpoint under the name that this loader asks for: the head is RANDOM, and training or "
@@ -58,8 +58,8 @@ MESSAGES = (
     Message(
         "weights-newly-initialised",
         "error",
-        ("newly initialized",),
-        r"newly initialized(?: because[^:]*)?: \[(?P<name>'[^']*')",
+        ("newly initialized", "not initialized"),
+        r"(?:newly|not) initialized(?: because[^:]*)?: \[(?P<name>'[^']*')",
         "Weights of the backbone ({name}, ...) are not in the checkpoint under these names, and are RANDOM now: "
         "another "
         "architecture, a prefix (module., base_model.), or a tensor that was not saved.",
@@ -107,6 +107,17 @@ MESSAGES = (
         "or a "
         "head with another number of labels. " + _NO_CURE,
         ("rlhf-convert doctor DIR --base BASE",),
+    ),
+    Message(
+        "size-mismatch-cut",
+        "error",
+        ("size mismatch for",),
+        r"size mismatch for (?P<name>[\w.]+)",
+        "{name} has one shape in the file and another in the model; the rest of the line says which, and is not here. "
+        "torch.Size([0]) from the checkpoint: saved empty under ZeRO-3. torch.Size([0]) in the current model: loaded "
+        "outside of a gather. Neither: another architecture, vocabulary, LoRA rank or number of labels. " + _NO_CURE,
+        ("rlhf-convert doctor DIR",),
+        ("zero3-empty-tensors",),
     ),
     Message(
         "weights-not-used",

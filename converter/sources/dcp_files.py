@@ -121,7 +121,7 @@ def _part(found: list[Path], asked: str, part: str | None) -> Place:
             f"{len(chosen)} models were trained together; name one of them",
             where=show(asked),
             expected=listed,
-            next=f"rlhf-convert gather {show(asked)} OUT --part {show(chosen[0].name)}",
+            next=f"rlhf-convert gather {show(chosen[0])} OUT",
         )
     return Place(chosen[0], "asked for with --part" if part else "its only model")
 

@@ -97,8 +97,8 @@ def _named_as_parameters(shards: Shards, held: Mapping[str, LazyTensor]) -> dict
     TRL's value-head wrapper has a `state_dict` of its own, which leaves `pretrained_model.` out of the names, and under
     PEFT gives the head alone; what DeepSpeed lists of parameters has the names in memory.
     """
-    listed = [shapes for key in ("param_shapes", "frozen_param_shapes") for shapes in _mappings(shards.model().get(key))]
-    known = {n for names in (*listed, shards.model().get("shared_params") or {}) for n in names if isinstance(n, str)}
+    keys = ("param_shapes", "frozen_param_shapes", "shared_params")
+    known = {n for key in keys for names in _mappings(shards.model().get(key)) for n in names if isinstance(n, str)}
     if not any(n.startswith(WRAPPED) for n in known):
         return dict(held)
     return {WRAPPED + n if n not in known and WRAPPED + n in known else n: t for n, t in held.items()}

@@ -188,7 +188,8 @@ def read_folder(root: Path) -> tuple[Survey, dict[str, WeightFile]]:
     try:
         names = file_names(root)
         if CONFIG not in names:
-            survey.faults.append(Fault("config-missing", "error", f"there is no {CONFIG}", where))
+            advice = f"copy {CONFIG} of the base model there; a reward model's names its own class, and 1 label"
+            survey.faults.append(Fault("config-missing", "error", f"there is no {CONFIG}", where, next=advice))
         files, index = _weight_files(root, names, survey)
         for file in files:
             try:

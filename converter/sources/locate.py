@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -84,10 +85,11 @@ def resolve(
         in_parts: what is not in the cache is read from the Hub where it is needed, and the cache stays as it is.
 
     Raises:
-        UsageError: a file that is no part of a checkpoint (`path-not-a-folder`), a revision of a local folder
-            (`revision-of-folder`), several snapshots (`revision-needed`), or two revisions (`usage`).
-        Refused: nothing local has that name (`path-missing`), with what is there and the nearest match; not in the
-            cache and not to be downloaded (`hub-not-cached`, `cache-incomplete`); the download failed (`hub-download`).
+        UsageError: nothing local has that name (`path-missing`), with what is there and the nearest match; a file that
+            is no part of a checkpoint (`path-not-a-folder`), a revision of a local folder (`revision-of-folder`),
+            several snapshots (`revision-needed`), or two revisions (`usage`).
+        Refused: not in the cache and not to be downloaded (`hub-not-cached`, `cache-incomplete`); the download failed
+            (`hub-download`).
     """
     named = hub_name(text)
     if named is not None:
@@ -125,13 +127,13 @@ def _path_of(text: str) -> Path:
     """What a user typed, or an adapter recorded, as a path.
 
     Raises:
-        Refused: longer than a path can be, or of a user's home that there is not (`path-missing`).
+        UsageError: longer than a path can be, or of a user's home that there is not (`path-missing`).
     """
     try:
         path = Path(text).expanduser() if text else Path()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise Refused("path-missing", f"{show(text, 80)!r} is no path: {_why(error)}") from error
+        raise UsageError("path-missing", f"{show(text, 80)!r} is no path: {_why(error)}") from error
     return path
 
 
@@ -166,7 +168,7 @@ def _local(path: Path, revision: str | None, *, asked_for: bool) -> Located:
     return Located(path, *(snapshot or (None, None)))
 
 
-def _missing(path: Path, text: str) -> Refused:
+def _missing(path: Path, text: str) -> UsageError:
     """What is there instead: in the nearest folder above that exists."""
     folder = path.parent
     while not folder.is_dir():
@@ -179,11 +181,11 @@ def _missing(path: Path, text: str) -> Refused:
     near = get_close_matches(parts[0], names, n=1, cutoff=0.6) if parts else []
     shown = ", ".join(show(n) for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     here = "this folder" if str(folder) == "." else show(folder)
-    return Refused(
+    return UsageError(
         "path-missing",
-        f"there is no folder {show(text)!r}",
+        f"there is no folder {shlex.quote(show(text))}",
         expected=f"a folder; {here} has {shown or 'no folders'}",
-        next=f"did you mean {show(_beside(folder, near[0], text))}?" if near else None,
+        next=f"did you mean {shlex.quote(show(_beside(folder, near[0], text)))}?" if near else None,
     )
 
 

@@ -98,7 +98,7 @@ def policy_and_value() -> Any:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "PolicyAndValueWrapper")
     space: dict[str, Any] = {"nn": torch.nn}
-    exec(compile(ast.Module([found], []), str(path), "exec"), space)  # noqa: S102
+    exec(compile(ast.Module([found], []), str(path), "exec"), space)
     return space["PolicyAndValueWrapper"]
 
 
@@ -108,15 +108,14 @@ def finish(folder: Path, model: Any, found: dict[str, Any], facts: dict[str, Any
 
     facts["versions"]["trl"] = trl.__version__
     inner = getattr(model, "pretrained_model", getattr(model, "policy", None))
-    if inner is not None:
-        plain_finish(folder, inner, found, facts)
-        inner.config.architectures = ["LlamaForCausalLM"]
-    else:
-        plain_finish(folder, model, found, facts)
-        model.config.architectures = ["LlamaForCausalLM"]
-    config = (inner if inner is not None else model).config
+    inner = model if inner is None else inner
+    plain_finish(folder, inner, found, facts)
+    config = inner.config
+    config.architectures = ["LlamaForCausalLM"]
     (folder / "config-of-run.json").unlink(missing_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2, default=str))
+    facts["files"] = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    (folder / "fixture.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
 
 plain_finish = train.finish

@@ -1,0 +1,203 @@
+"""Wrappers that reward and PPO trainers put around a model: what is in a state, and the layout they would have saved.
+
+Evidence: `state_dict` and `save_pretrained` of TRL's `AutoModelForCausalLMWithValueHead` (0.24 to 1.12: names without
+`pretrained_model.`, the head inside the model's file, under PEFT alone in pytorch_model.bin), LLaMA-Factory's
+`fix_valuehead_checkpoint` (train/callbacks.py: the head in value_head.safetensors), TRL's `PolicyAndValueWrapper`
+(ppo_trainer.py: `policy`, `value_model`, and `critic_backbone`, which is a part of the latter), DeepSpeed-Chat's
+`save_hf_format` and `save_zero_three_model` (dschat/utils/utils.py: a plain state_dict in pytorch_model.bin), trlX's
+`save_pretrained` (modeling_base.py), ColossalChat's `modeling/`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from converter.checkpoint import Checkpoint
+from converter.context import Context
+from converter.converters.memory_names import auto_class
+from converter.errors import Refused, UsageError, fold, show
+from converter.tensors import LazyTensor
+
+Part = Literal["policy", "value", "actor", "critic", "reward"]
+Layout = Literal["plain", "trl", "llamafactory", "dschat", "trlx", "coati"]
+
+SIDECAR = "value_head.safetensors"
+_INNER = "pretrained_model."
+_HEAD = "v_head."
+_SUMMARY = "v_head.summary.weight"
+_PARTS = {"policy": "policy.", "value": "value_model."}
+_SAME_AS_VALUE = "critic_backbone."
+_OTHER_WORDS = {"actor": "policy", "critic": "value"}
+_CHAT_LORA = (".lora_right_weight", ".lora_left_weight")
+_RUN_CHECKPOINT = re.compile(r"checkpoint-\d+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Unwrapped:
+    """The tensors of a state without their trainer's wrapper.
+
+    Attributes:
+        names: names in the model inside, by the trainer's.
+        head: the same of a value head that stands outside of that model.
+        layout: how the trainer would have saved it.
+        part: `policy` or `value`, where the state holds both.
+        dropped: tensors of the other part, with the reason.
+    """
+
+    names: dict[str, str]
+    head: dict[str, str] = field(default_factory=dict)
+    layout: Layout = "plain"
+    part: str = ""
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_raw(self) -> bool:
+        """The trainer saves its names in memory as they are."""
+        return self.layout in ("dschat", "trlx", "coati")
+
+    def placed(self, found: Checkpoint, given: Mapping[str, LazyTensor]) -> Checkpoint:
+        """The gathered model or adapter with the head where the trainer puts it, in the file that it reads."""
+        head = {name: given[raw] for raw, name in self.head.items()}
+        found = found.replace(dropped={**found.dropped, **self.dropped})
+        if self.layout in ("dschat", "trlx"):
+            return found.replace(container="torch", one_file=self.layout == "dschat")
+        if self.layout == "coati":
+            return found.replace(subfolder="modeling")
+        if not head:
+            return found
+        if self.layout == "llamafactory":
+            return found.replace(beside={**found.beside, SIDECAR: head})
+        if found.origin.kind == "adapter":
+            return found.replace(beside={**found.beside, "pytorch_model.bin": head})
+        return found.replace(tensors={**found.tensors, **head}, one_file=True)
+
+
+def unwrap(names: Mapping[str, str], checkpoint: Checkpoint, part: str | None, context: Context) -> Unwrapped:
+    """Names without a trainer's wrapper.
+
+    Args:
+        names: by the trainer's name, what compilers put into them taken off.
+        part: what `--part` says.
+
+    Raises:
+        UsageError: a policy and a value model, and no part (`several-parts`), or a part of what has none (`no-parts`).
+        Refused: LoRA of DeepSpeed-Chat's own, whose scale is in no file (`lora-dschat`).
+    """
+    where = show(checkpoint.origin.asked)
+    _refuse_chat_lora(names, where)
+    plain = set(names.values())
+    if all(any(n.startswith(prefix) for n in plain) for prefix in _PARTS.values()):
+        return _chosen_part(names, where, part, context)
+    if part is not None:
+        what = f"--part {show(part)}: this state is of one model, and has no parts"
+        raise UsageError("no-parts", what, where=where, next=f"rlhf-convert gather {where} OUT")
+    if _SUMMARY in plain:
+        return _value_head(names, checkpoint, context)
+    if any(n.startswith(("rwtransformer.", "rwtranrsformer.")) for n in plain):
+        return _raw(names, "dschat", "DeepSpeed-Chat's reward model: pytorch_model.bin, its only file", context)
+    if "v_head.0.weight" in plain and any(n.startswith("base_model.") for n in plain):
+        return _raw(names, "trlx", "trlX's critic: pytorch_model.bin, which is all that it reads", context)
+    if {"value_head.weight", "value_head.bias"} <= plain:
+        return _raw(names, "coati", "ColossalChat's model: weights in modeling/", context)
+    return Unwrapped(dict(names))
+
+
+def _raw(names: Mapping[str, str], layout: Layout, text: str, context: Context) -> Unwrapped:
+    context.note("info", "layout", text)
+    return Unwrapped(dict(names), layout=layout)
+
+
+def _refuse_chat_lora(names: Mapping[str, str], where: str) -> None:
+    lora = [n for n in names.values() if n.endswith(_CHAT_LORA)]
+    if lora:
+        raise Refused(
+            "lora-dschat",
+            f"LoRA of DeepSpeed-Chat's own ({fold(lora)}): the scale it is added with is in no file",
+            where=where,
+            next="convert_lora_to_linear_layer and save_hf_format of DeepSpeed-Chat, in its environment",
+        )
+
+
+def _chosen_part(names: Mapping[str, str], where: str, part: str | None, context: Context) -> Unwrapped:
+    asked = _OTHER_WORDS.get(part or "", part)
+    if asked not in _PARTS:
+        what = "TRL's PPO trained a policy and a value model in one; say which"
+        if asked is not None:
+            what = f"there is no {show(asked)} in TRL's PPO wrapper"
+        raise UsageError(
+            "several-parts" if asked is None else "no-such-part",
+            what,
+            where=where,
+            expected="--part policy or --part value",
+            next=f"rlhf-convert gather {where} OUT --part policy",
+        )
+    own = _PARTS[asked]
+    known = (*_PARTS.values(), _SAME_AS_VALUE)
+    odd = [n for n in names.values() if not n.startswith(known)]
+    if odd:
+        what = f"tensors beside a policy and a value model, which TRL's PPO wrapper hasn't: {fold(odd)}"
+        raise Refused("wrapper-names", what, where=where)
+    context.note("info", "part", f"the {asked} model of TRL's PPO wrapper")
+    kept = {raw: n.removeprefix(own) for raw, n in names.items() if n.startswith(own)}
+    other = "value" if asked == "policy" else "policy"
+    return Unwrapped(
+        kept, part=asked, dropped=dict.fromkeys(names.keys() - kept.keys(), f"of the {other} model, or a name for both")
+    )
+
+
+def _value_head(names: Mapping[str, str], checkpoint: Checkpoint, context: Context) -> Unwrapped:
+    """TRL's wrapper, which LLaMA-Factory trains in too, and takes apart when it saves."""
+    head = {raw: n for raw, n in names.items() if n.startswith(_HEAD)}
+    inside = {raw: n.removeprefix(_INNER) for raw, n in names.items() if raw not in head}
+    sign = _sign_of_llamafactory(Path(checkpoint.origin.path))
+    if sign:
+        context.note("info", "layout", f"as LLaMA-Factory saves it: the head in {SIDECAR} ({sign})")
+        return Unwrapped(inside, head, "llamafactory")
+    context.note("info", "layout", "as TRL's value-head wrapper saves it")
+    return Unwrapped(inside, head, "trl")
+
+
+def _sign_of_llamafactory(folder: Path) -> str:
+    """What only LLaMA-Factory writes beside a checkpoint or into the run's folder; empty where it isn't there."""
+    folders = [folder, folder.parent]
+    if _RUN_CHECKPOINT.fullmatch(folder.parent.name):
+        folders.append(folder.parent.parent)
+    for each in folders:
+        for name in (SIDECAR, "value_head.bin", "trainer_log.jsonl", "llamaboard_config.yaml"):
+            if (each / name).is_file():
+                return f"{name} is there"
+    return ""
+
+
+def for_value_model(found: Checkpoint, base: Checkpoint | None, context: Context) -> Checkpoint:
+    """The value model's own config: TRL saves that of the policy alone.
+
+    Raises:
+        Refused: it has other sizes than the policy (`config-of-policy`), or no class (`no-class`).
+    """
+    if base is not None:
+        return found.replace(config=base.config, config_bytes=base.config_bytes)
+    score = next((t for n, t in found.tensors.items() if n in ("score.weight", "classifier.weight")), None)
+    config, where = dict(found.config), show(found.origin.asked)
+    if not config or score is None or len(score.info.shape) != 2:
+        return found
+    if config.get("hidden_size", config.get("n_embd")) != score.info.shape[1]:
+        raise Refused(
+            "config-of-policy",
+            "config.json is the policy's, and the value model has other sizes",
+            where=where,
+            expected=f"hidden size {score.info.shape[1]}",
+            next=f"rlhf-convert gather {where} OUT --part value --base BASE, the model that the value model began with",
+        )
+    name = auto_class("SEQ_CLS", str(config.get("model_type")))
+    if name is None:
+        raise Refused("no-class", f"transformers has no sequence classifier for {show(config.get('model_type'))}")
+    labels = {str(i): f"LABEL_{i}" for i in range(score.info.shape[0])}
+    config |= {"architectures": [name], "num_labels": len(labels), "id2label": labels}
+    config["label2id"] = {label: int(i) for i, label in labels.items()}
+    context.note("info", "config", f"config.json is the policy's; written for the value model, a {name}")
+    return found.replace(config=config)
