@@ -315,7 +315,10 @@ def test_states_of_other_trainers_fill_as_deepspeeds_do(tmp_path: Path, run_fold
     rewrite(src / "model.safetensors", empty=[n for n, t in wanted.items() if t.dim() > 1 and "layers" in n])
     config = next(p for p in (run_folder / "huggingface" / "config.json", run_folder / "config.json") if p.exists())
     shutil.copy(config, src)
-    assert differences(saved(_repaired(src, "--weights-from", run_folder)), wanted) == []
+    # The same pass stores a tied pair once.
+    tied = {"lm_head.weight"} if json.loads(config.read_text()).get("tie_word_embeddings") is True else set()
+    expected = {n: t for n, t in wanted.items() if n not in tied}
+    assert differences(saved(_repaired(src, "--weights-from", run_folder)), expected) == []
 
 
 def test_a_universal_checkpoint_fills_an_adapter(tmp_path: Path) -> None:

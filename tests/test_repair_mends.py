@@ -85,6 +85,20 @@ def test_wrappers_are_taken_off_and_the_model_loads_as_it_was(causal: Path, chan
     assert torch.equal(loaded.lm_head.weight, before["lm_head.weight"])
 
 
+def test_the_recipe_of_a_repair_that_fills_nothing_runs_and_writes_the_same(
+    causal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rename(causal, lambda n: f"_orig_mod.{n}")
+    out = repaired(causal)
+    capsys.readouterr()
+    assert main(["repair", str(causal), str(tmp_path / "again"), "--print-recipe"]) == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(capsys.readouterr().out)
+    assert main(["run", str(recipe), str(tmp_path / "again"), "-q"]) == 0
+    for file in sorted(out.iterdir()):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_two_names_that_become_one_are_refused(causal: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = load_file(causal / FILE)
     save_file(tensors | {"_orig_mod.model.norm.weight": torch.ones(8)}, causal / FILE)

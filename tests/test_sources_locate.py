@@ -147,15 +147,22 @@ def test_an_absolute_mistyped_path_is_answered_with_an_absolute_one(here: Path) 
     assert refused(str(here / "my-adaptr"), UsageError).next == f"did you mean {here / 'my-adapter'}?"
 
 
+def test_a_near_match_is_quoted_as_a_shell_needs_it(here: Path) -> None:
+    (here / "it's $HOME").mkdir()
+    error = refused("./its $HOME", UsageError)
+    assert error.what == "there is no folder './its $HOME'"
+    assert error.next == """did you mean './it'"'"'s $HOME'?"""
+
+
 def test_control_characters_in_a_path_do_not_reach_the_screen(here: Path) -> None:
     (here / "evil\x1b[2J").mkdir()
-    assert "\x1b" not in str(refused("./evil\x1b[2K"))
+    assert "\x1b" not in str(refused("./evil\x1b[2K", UsageError))
 
 
 def test_a_long_list_is_cut(here: Path) -> None:
     for n in range(30):
         (here / "outputs" / f"folder-{n:02}").mkdir()
-    assert "and 24 more" in (refused("./outputs/x").expected or "")
+    assert "and 24 more" in (refused("./outputs/x", UsageError).expected or "")
 
 
 # The cache

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
@@ -24,6 +25,35 @@ def rm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Against the dialect
+
+
+def test_a_language_model_is_no_reward_model_that_lost_its_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model.save_pretrained(tmp_path / "sft")
+    code, found = verify(capsys, str(tmp_path / "sft"))
+    assert (code, found["role"], found["verified"]) == (0, "actor", True)
+
+
+def test_a_causal_adapter_is_sent_to_merge_lora_and_a_reward_adapter_to_convert(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
+    code, found = verify(capsys, str(tmp_path / "a"))
+    assert (code, found["next"]) == (4, [f"rlhf-convert merge-lora {tmp_path / 'a'} OUT"])
+    code, found = verify(capsys, str(tmp_path / "a"), "--for", "trl")
+    assert (code, found["next"]) == (4, [f"rlhf-convert convert {tmp_path / 'a'} OUT --to trl --role reward"])
+
+
+@pytest.mark.parametrize(("trainer", "knows"), [("trl", True), ("vllm", False), ("transformers", False)])
+def test_traps_of_one_trainer_are_not_told_to_users_of_another(
+    rm: Path, capsys: pytest.CaptureFixture[str], trainer: str, knows: bool
+) -> None:
+    code, found = verify(capsys, str(rm), "--for", trainer, "--role", "reward")
+    assert code == 0
+    assert any("TRL" in line for line in found["next"]) is knows
 
 
 def test_a_folder_that_the_trainer_reads_is_verified_with_its_launch_line(
