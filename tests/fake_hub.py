@@ -2,6 +2,10 @@
 
 Routes and answers are those that the client of 2.4 asks for without xet (`HF_HUB_DISABLE_XET=1`). Faults are planned
 with `Fault` and happen a given number of times. Content is kept by sha256, so that nothing is stored twice.
+
+    python tests/fake_hub.py rlhf-convert demo --push me/demo
+
+runs a command against such a Hub, without an account, and lists what it holds afterwards.
 """
 
 from __future__ import annotations
@@ -10,9 +14,12 @@ import base64
 import hashlib
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -379,3 +386,18 @@ def _entry(path: str, file: Stored) -> dict[str, Any]:
 
 def _error(status: int, code: str) -> tuple[int, Any, dict[str, str]]:
     return status, {"error": code or "refused"}, {"X-Error-Code": code} if code else {}
+
+
+def serve(command: Sequence[str]) -> int:
+    """Run a command with a Hub of its own, and print what was published."""
+    with running(FakeHub()) as hub:
+        code = subprocess.run(command, env=os.environ | hub.environment(), check=False).returncode
+        for name, repo in hub.repos.items():
+            print(f"{name} on the fake Hub, {'private' if repo.private else 'public'}:")
+            for path, file in repo.branches["main"][-1].files.items():
+                print(f"  {len(file.content):>12}  {path}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(serve(sys.argv[1:]))
