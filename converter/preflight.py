@@ -47,17 +47,22 @@ def check_target(out: Path, inputs: Iterable[str], *, overwrite: bool) -> None:
             "output-exists",
             "the output exists already",
             where=show(out),
-            next="choose another name, or add --overwrite",
+            next="choose another name, or add --overwrite" if _is_ours(out) else "choose another name",
         )
     if out.is_symlink() or not out.is_dir() or os.path.ismount(out) or resolved in _protected():
         raise _protected_target(out)
-    if os.listdir(out) and not (out / RECEIPT_FILE).is_file():
+    if not _is_ours(out):
         raise Refused(
             "output-foreign",
             f"the folder has files, and no {RECEIPT_FILE}: this tool did not make it",
             where=show(out),
             next="choose another name, or remove the folder yourself",
         )
+
+
+def _is_ours(out: Path) -> bool:
+    """True for what `--overwrite` may replace: an empty folder, or one with a receipt."""
+    return out.is_dir() and (not os.listdir(out) or (out / RECEIPT_FILE).is_file())
 
 
 def _protected_target(out: Path) -> Refused:

@@ -128,9 +128,7 @@ def open_checkpoint(spec: InputSpec, *, token: str | None, keep_code: bool, down
     from converter.sources.locate import resolve
 
     assert spec.path is not None
-    found = resolve(
-        spec.path, revision=spec.revision, token=token, allow_download=download, in_parts=download
-    )
+    found = resolve(spec.path, revision=spec.revision, token=token, allow_download=download, in_parts=download)
     for source in sources().values():
         if source.detect(found.path):
             opens = _opener(source, spec)

@@ -25,7 +25,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from fake_hub_state import Commit, Fault, Repo, Stored
+from fake_hub_state import Commit, Fault, Repo, Stored, entry_of
 
 TOKEN = "hf_" + "fakeTokenForTests0" * 2
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".model", ".zip")
@@ -230,7 +230,9 @@ class _Answer(BaseHTTPRequestHandler):
     def _tree(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
         commit = repo.commit(match["revision"])
         return (
-            _error(404, "RevisionNotFound") if commit is None else (200, [_entry(*f) for f in commit.files.items()], {})
+            _error(404, "RevisionNotFound")
+            if commit is None
+            else (200, [entry_of(*f) for f in commit.files.items()], {})
         )
 
     def _paths(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
@@ -241,7 +243,7 @@ class _Answer(BaseHTTPRequestHandler):
             paths = json.loads(self.body)["paths"]
         else:
             paths = parse_qs(self.body.decode()).get("paths", [])
-        return 200, [_entry(p, commit.files[p]) for p in paths if p in commit.files], {}
+        return 200, [entry_of(p, commit.files[p]) for p in paths if p in commit.files], {}
 
     def _preupload(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
         commit = repo.commit(match["revision"])
@@ -374,14 +376,6 @@ _ROUTES = (
     (rf"/{_REPO}\.git/info/lfs/objects/batch", "_batch"),
     (rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "_resolve"),
 )
-
-
-def _entry(path: str, file: Stored) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(file.content), "oid": file.blob_id}
-    if file.lfs:
-        entry["lfs"] = {"oid": file.sha256, "size": len(file.content), "pointerSize": 134}
-        entry["xetHash"] = hashlib.sha256(b"xet" + file.sha256.encode()).hexdigest()
-    return entry
 
 
 def _error(status: int, code: str) -> tuple[int, Any, dict[str, str]]:

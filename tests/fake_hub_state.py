@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -67,3 +68,11 @@ class Repo:
             return self.branches[revision][-1]
         every = [c for commits in self.branches.values() for c in commits]
         return next((c for c in every if c.oid == revision), None)
+
+
+def entry_of(path: str, file: Stored) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(file.content), "oid": file.blob_id}
+    if file.lfs:
+        entry["lfs"] = {"oid": file.sha256, "size": len(file.content), "pointerSize": 134}
+        entry["xetHash"] = hashlib.sha256(b"xet" + file.sha256.encode()).hexdigest()
+    return entry

@@ -108,9 +108,25 @@ def test_a_refused_bias_ends_with_the_ready_command(tmp_path: Path) -> None:
     source = zoo.save(zoo.FORMS["trl-vhead"], model, tmp_path / "rm", bias=model.bias)
     ran = refused("head-bias", "critic-to-rm", source, tmp_path / "out", "--to", "openrlhf")
     command = f"rlhf-convert critic-to-rm {source} {tmp_path / 'out'} --to openrlhf --bias drop"
-    assert command in ran.text
+    assert ran.err.splitlines()[-1].split() == ["Next:", *command.split()]  # and nothing that a shell would trip over
     done(*command.split()[1:])
     assert "score.bias" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_a_folder_with_a_value_head_is_sent_to_the_commands_that_see_it(tmp_path: Path) -> None:
+    source = zoo.save(zoo.FORMS["trl-vhead"], zoo.live("llama"), tmp_path / "rm")
+    shown = done("inspect", source).out.splitlines()
+    assert f"Next:    rlhf-convert convert {source} {source}-converted --to trl --role reward" in shown
+    ended = done("reshard", source, tmp_path / "same").text
+    assert f"rlhf-convert verify {tmp_path / 'same'}" in ended
+    assert "from_pretrained" not in ended  # the class in config.json would load without the head, and say nothing
+
+
+def test_a_printed_recipe_is_a_json_object_where_json_was_asked_for(tmp_path: Path) -> None:
+    source = zoo.save(SEQCLS, zoo.live("llama"), tmp_path / "rm")
+    plain = done("rm-to-critic", source, "out", "--to", "openrlhf", "--print-recipe").out
+    found = json.loads(done("rm-to-critic", source, "out", "--to", "openrlhf", "--print-recipe", "--json").out)
+    assert found == {"version": 1, "recipe": plain}
 
 
 # Families and files

@@ -183,7 +183,7 @@ def test_other_verbs_refuse_and_name_the_command_that_repairs(tmp_path: Path, ve
 def test_a_place_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
     src = copied(tmp_path, "lora") / "checkpoint-2"
     done = run("repair", src, tmp_path / "out", "--weights-from", tmp_path / "nowhere")
-    assert (done.code, "path-missing" in done.err) == (2, True)
+    assert (done.code, "path-missing" in done.err) == (3, True)
 
 
 def test_the_whole_twin_of_an_empty_adapter_still_needs_its_head(tmp_path: Path) -> None:

@@ -129,8 +129,8 @@ def test_a_revision_of_a_local_folder_is_a_mistake_unless_an_adapter_recorded_it
     ],
 )
 def test_a_mistyped_path_is_told_with_what_is_there(here: Path, text: str, listed: str, near: str | None) -> None:
-    error = refused(text, UsageError)
-    assert (error.code, error.exit_code) == ("path-missing", 2)
+    error = refused(text)
+    assert (error.code, error.exit_code) == ("path-missing", 3)
     assert listed in (error.expected or "")
     assert ".hidden" not in (error.expected or "")
     assert (error.next or "").startswith(near or "")
@@ -144,25 +144,25 @@ def test_a_mistyped_folder_of_a_path_that_could_be_a_hub_id_is_told_as_either(he
 
 
 def test_an_absolute_mistyped_path_is_answered_with_an_absolute_one(here: Path) -> None:
-    assert refused(str(here / "my-adaptr"), UsageError).next == f"did you mean {here / 'my-adapter'}?"
+    assert refused(str(here / "my-adaptr")).next == f"did you mean {here / 'my-adapter'}?"
 
 
 def test_a_near_match_is_quoted_as_a_shell_needs_it(here: Path) -> None:
     (here / "it's $HOME").mkdir()
-    error = refused("./its $HOME", UsageError)
+    error = refused("./its $HOME")
     assert error.what == "there is no folder './its $HOME'"
     assert error.next == """did you mean './it'"'"'s $HOME'?"""
 
 
 def test_control_characters_in_a_path_do_not_reach_the_screen(here: Path) -> None:
     (here / "evil\x1b[2J").mkdir()
-    assert "\x1b" not in str(refused("./evil\x1b[2K", UsageError))
+    assert "\x1b" not in str(refused("./evil\x1b[2K"))
 
 
 def test_a_long_list_is_cut(here: Path) -> None:
     for n in range(30):
         (here / "outputs" / f"folder-{n:02}").mkdir()
-    assert "and 24 more" in (refused("./outputs/x", UsageError).expected or "")
+    assert "and 24 more" in (refused("./outputs/x").expected or "")
 
 
 # The cache
@@ -268,7 +268,7 @@ def test_an_incomplete_snapshot_is_refused_with_what_it_lacks(here: Path, tmp_pa
 
 
 def test_what_is_not_cached_is_not_downloaded_unasked(here: Path) -> None:
-    assert "not downloaded unasked" in refused("owner/name", allow_download=False).what
+    assert "nothing is downloaded unasked" in refused("owner/name", allow_download=False).what
 
 
 def test_offline_is_honoured(here: Path) -> None:

@@ -36,6 +36,7 @@ def test_a_language_model_is_no_reward_model_that_lost_its_head(
     assert (code, found["role"], found["verified"]) == (0, "actor", True)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's call
 def test_a_causal_adapter_is_sent_to_merge_lora_and_a_reward_adapter_to_convert(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,8 +233,6 @@ def test_a_dropped_bias_is_told_as_the_constant_that_is_missing(
 def test_what_peft_merged_is_the_adapter_over_its_base(
     rm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from peft import LoraConfig, get_peft_model
-
     base = LlamaForSequenceClassification.from_pretrained(rm, num_labels=1)
     adapted = get_peft_model(
         base, LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"])

@@ -41,6 +41,14 @@ def test_overwrite_replaces_an_output_of_ours(plan: Plan, tmp_path: Path) -> Non
     finish(plan, tmp_path / "out", overwrite=True)
 
 
+def test_overwrite_is_not_advised_where_it_would_be_refused(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(Refused) as caught:
+        written(plan, tmp_path / "theirs")
+    assert (caught.value.code, caught.value.next) == ("output-exists", "choose another name")
+
+
 def test_overwrite_replaces_an_empty_folder(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     finish(plan, tmp_path / "out", overwrite=True)

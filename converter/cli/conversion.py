@@ -69,7 +69,10 @@ def convert(
     """Run a recipe as the options say and return the exit code; `head` makes the screen's lines about the inputs."""
     sink = options.sink
     if options.print_recipe:
-        sink.data(recipe.to_yaml().rstrip("\n"))
+        if sink.as_json:
+            sink.json({"recipe": recipe.to_yaml()})
+        else:
+            sink.data(recipe.to_yaml().rstrip("\n"))
         return 0
     if out is None and not options.dry_run:
         raise missing_output()
@@ -222,12 +225,18 @@ def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:
 
 
 def load_commands(written: Written) -> list[str]:
-    """The check, then a line that loads the model."""
+    """The check, then a line that loads the model; a value head is no part of the class that config.json names, which
+    would load without it: there the line is the proof for the trainer that has it.
+    """
     config: Mapping[str, Any] = written.prepared.checkpoint.config
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
-    commands = [f"rlhf-convert inspect {shlex.quote(written.out)}"]
-    if isinstance(name, str) and name.isidentifier():
+    out = f"./{written.out}" if written.out.startswith("-") else written.out
+    commands = [f"rlhf-convert inspect {shlex.quote(out)}"]
+    checkpoint = written.prepared.checkpoint
+    if any(n.startswith("v_head.") for n in (*checkpoint.tensors, *(n for f in checkpoint.beside.values() for n in f))):
+        commands.append(f"rlhf-convert verify {shlex.quote(out)}")
+    elif isinstance(name, str) and name.isidentifier():
         path = written.out if written.out.startswith(("/", ".", "~")) else f"./{written.out}"
         loads = f"from transformers import {name} as M; print(M.from_pretrained({path!r}))"
         is_plain = shlex.quote(path) == path

@@ -309,9 +309,12 @@ def _next(found: Found) -> list[str]:
         )
     if found.is_training:
         return [f"rlhf-convert gather {path} OUT"]
+    # A head that only its own trainer finds: no other command moves it to where others look.
+    commands = [f.next for f in found.report.findings if f.code == "head-dialect" and f.next]
     if found.is_adapter:
-        return [f"rlhf-convert merge-lora {path} OUT" + ("" if _base_at_hand(found.config) else " --base BASE")]
-    commands = [f"rlhf-convert reshard {path} OUT --max-shard-size 5GB"]
+        base = "" if _base_at_hand(found.config) else " --base BASE"
+        return [*commands, f"rlhf-convert merge-lora {path} OUT{base}"]
+    commands.append(f"rlhf-convert reshard {path} OUT --max-shard-size 5GB")
     is_causal = "CausalLM" in _family(found.config)
     return commands + ([f"rlhf-convert merge-lora ADAPTER OUT --base {path}"] if is_causal else [])
 

@@ -84,7 +84,7 @@ def _folder(asked: Pushing) -> Path:
     if Path(asked.repo_id).expanduser().is_dir():
         what = f"{show(asked.repo_id)} is the folder and {show(asked.folder)} the repository"
         raise UsageError("arguments-swapped", what, next=f"rlhf-convert push {asked.repo_id} {asked.folder}")
-    raise UsageError("path-missing", f"there is no folder {show(asked.folder)!r}")
+    raise Refused("path-missing", f"there is no folder {show(asked.folder)!r}")
 
 
 def _preflight(asked: Pushing, folder: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converter.converters.fill_evidence import step_of
-from converter.errors import ConvertError, UsageError, show
+from converter.errors import ConvertError, Refused, show
 from converter.files import read_limited
 from converter.registry import FindsPlaces, find_place, kind_of, sources
 from converter.sources.places import by_number
@@ -74,7 +74,7 @@ def _named(text: str, step: int | None) -> list[Found]:
     root = Path(text).expanduser()
     if not root.is_dir():
         if root.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-            raise UsageError("path-missing", "there is no such folder", where=show(text))
+            raise Refused("path-missing", "there is no such folder", where=show(text))
         return [Found(text, root, None, is_copy=True)]
     is_copy = kind_of(root) in ("hf", "peft")
     own = [Found(text, root, step_of(str(root.resolve())), is_copy=True)] if is_copy else []

@@ -85,10 +85,10 @@ def resolve(
         in_parts: what is not in the cache is read from the Hub where it is needed, and the cache stays as it is.
 
     Raises:
-        UsageError: nothing local has that name (`path-missing`), with what is there and the nearest match; a file that
-            is no part of a checkpoint (`path-not-a-folder`), a revision of a local folder (`revision-of-folder`),
-            several snapshots (`revision-needed`), or two revisions (`usage`).
-        Refused: not in the cache and not to be downloaded (`hub-not-cached`, `cache-incomplete`); the download failed
+        UsageError: a file that is no part of a checkpoint (`path-not-a-folder`), a revision of a local folder
+            (`revision-of-folder`), several snapshots (`revision-needed`), or two revisions (`usage`).
+        Refused: nothing local has that name (`path-missing`), with what is there and the nearest match; not in the
+            cache and not to be downloaded (`hub-not-cached`, `cache-incomplete`); the download failed
             (`hub-download`).
     """
     named = hub_name(text)
@@ -127,13 +127,13 @@ def _path_of(text: str) -> Path:
     """What a user typed, or an adapter recorded, as a path.
 
     Raises:
-        UsageError: longer than a path can be, or of a user's home that there is not (`path-missing`).
+        Refused: longer than a path can be, or of a user's home that there is not (`path-missing`).
     """
     try:
         path = Path(text).expanduser() if text else Path()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError("path-missing", f"{show(text, 80)!r} is no path: {_why(error)}") from error
+        raise Refused("path-missing", f"{show(text, 80)!r} is no path: {_why(error)}") from error
     return path
 
 
@@ -168,7 +168,7 @@ def _local(path: Path, revision: str | None, *, asked_for: bool) -> Located:
     return Located(path, *(snapshot or (None, None)))
 
 
-def _missing(path: Path, text: str) -> UsageError:
+def _missing(path: Path, text: str) -> Refused:
     """What is there instead: in the nearest folder above that exists."""
     folder = path.parent
     while not folder.is_dir():
@@ -181,7 +181,7 @@ def _missing(path: Path, text: str) -> UsageError:
     near = get_close_matches(parts[0], names, n=1, cutoff=0.6) if parts else []
     shown = ", ".join(show(n) for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     here = "this folder" if str(folder) == "." else show(folder)
-    return UsageError(
+    return Refused(
         "path-missing",
         f"there is no folder {shlex.quote(show(text))}",
         expected=f"a folder; {here} has {shown or 'no folders'}",
@@ -289,13 +289,12 @@ def _complete(found: Located, missing: list[str], token: str | None, allow_downl
 
 def _download(repo_id: str, revision: str | None, token: str | None, allow_download: bool) -> Located:
     if not allow_download or _offline():
-        why = "downloads are off (HF_HUB_OFFLINE)" if allow_download else "a recorded base is not downloaded unasked"
+        why = "downloads are off (HF_HUB_OFFLINE)" if allow_download else "nothing is downloaded unasked"
+        local = shlex.join(["hf", "download", show(repo_id), "--local-dir", f"./{show(repo_id).rpartition('/')[2]}"])
         raise Refused(
             "hub-not-cached",
             f"{show(repo_id)} is neither a folder here nor in the Hub's cache, and {why}",
-            next=f"hf download {show(repo_id)}, where there is a network; or name a local folder"
-            if allow_download
-            else f"name it: --base {show(repo_id)}, or a local folder",
+            next=f"{local}, and name that folder; a base is named with --base",
         )
     found = _fetch(repo_id, revision, token, list(WANTED))
     missing = missing_files(found.path)
