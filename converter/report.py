@@ -61,6 +61,18 @@ def adapter_line(adapter: Checkpoint) -> str:
     )
 
 
+def repaired_lines(repaired: Mapping[str, str]) -> list[str]:
+    """Where each lost tensor comes from: `repaired 24 from checkpoint-4/global_step4 (ZeRO-3, 2 ranks): ...`."""
+    groups: dict[str, list[str]] = {}
+    for name, words in repaired.items():
+        groups.setdefault(words, []).append(name)
+    lines = []
+    for words, names in groups.items():
+        lines.append(line("repaired", f"{len(names)} from {words}"))
+        lines.append(line("", f"  {fold(names, 4)}"))
+    return lines
+
+
 def adapter_kind(config: Mapping[str, Any]) -> str:
     """`LoRA r=16 alpha=32 SEQ_CLS`, `DoRA rsLoRA r=8..32 alpha=16 CAUSAL_LM`."""
     kind = str(config.get("peft_type") or "?")

@@ -30,21 +30,34 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("tiny-qwen2-base", "tiny-reward-adapter"):
+    for name in ("tiny-qwen2-base", "tiny-reward-adapter", "tiny-reward-run"):
         shutil.copytree(FIXTURES / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-SCREENS = [b for b in blocks("") if b.startswith("$ rlhf-convert ")]
+EVERY = [b for b in blocks("") if b.startswith("$ rlhf-convert ")]
+STORY = [b for b in EVERY if "tiny-reward-run" in b.partition("\n")[0]]
+SCREENS = [b for b in EVERY if b not in STORY]
 
 
 @pytest.mark.parametrize("screen", SCREENS, ids=[s.split()[2] for s in SCREENS])
 def test_a_screen_is_what_the_command_prints(here: Path, screen: str) -> None:
+    expect(screen)
+
+
+def expect(screen: str) -> None:
     command, _, expected = screen.partition("\n")
     ran = run(*command.split()[2:])
-    shown = ran.out if ran.code == 0 else ran.err
+    shown = ran.out or ran.err
     assert VARIES.sub("…", shown) == VARIES.sub("…", expected)
+
+
+def test_the_incident_is_told_as_it_happens_and_each_command_is_the_one_printed_before(here: Path) -> None:
+    assert [s.split()[2] for s in STORY] == ["doctor", "convert", "verify"]
+    for screen, following in zip(STORY, [*STORY[1:], ""], strict=True):
+        expect(screen)
+        assert following.partition("\n")[0].removeprefix("$ ") in screen
 
 
 def test_there_are_screens_of_a_merge_of_inspect_and_of_a_refusal() -> None:

@@ -264,6 +264,7 @@ def head(prepared: Prepared, found: Found) -> list[str]:
         else:
             label = "base" if found.kind == "adapter" and name == SOURCE else name.partition("-")[0]
             lines.append(report.base_line(label, checkpoint, recorded=name in prepared.recorded))
+    lines += report.repaired_lines(prepared.checkpoint.repaired)
     return lines + ([report.line("", found.said)] if found.said else [])
 
 
@@ -271,7 +272,7 @@ def next_commands(written: Written, aim: Target, to: str, src: str, found: Found
     """The proof, the trainer's launch line, and what goes wrong with it although the files are right."""
     path = written.out if Path(written.out).is_absolute() else f"./{Path(written.out)}"
     verify = ["rlhf-convert", "verify", written.out, "--for", to, "--role", aim.role]
-    if found.part is None:
+    if found.part is None and not written.prepared.checkpoint.repaired:  # what was lost in SRC can't be compared with
         verify += ["--against", found.path if found.kind == "training" else src]
         base = options.base or _recorded(written)
         verify += ["--base", base] if base is not None else []

@@ -11,7 +11,7 @@ from converter import report
 from converter.cli.conversion import convert, load_commands
 from converter.cli.options import Conversion
 from converter.cli.recipes import cast_steps, input_spec, output
-from converter.errors import ConvertError, Refused, UsageError, fold, show
+from converter.errors import ConvertError, Refused, UsageError, show
 from converter.recipe import SOURCE, InputSpec, Recipe, Step
 
 if TYPE_CHECKING:
@@ -176,12 +176,7 @@ def head(prepared: Prepared) -> list[str]:
     source, repaired = prepared.opened[SOURCE], prepared.checkpoint.repaired
     kind = report.adapter_kind(source.config) if source.origin.kind == "adapter" else report.dtype_words(source)
     lines = [report.line("broken", f"{show(source.origin.asked)}  {kind}, {_count(source)}")]
-    groups: dict[str, list[str]] = {}
-    for name, words in repaired.items():
-        groups.setdefault(words, []).append(name)
-    for words, names in groups.items():
-        lines.append(report.line("repaired", f"{len(names)} from {words}"))
-        lines.append(report.line("", f"  {fold(names, 4)}"))
+    lines += report.repaired_lines(repaired)
     return lines
 
 
