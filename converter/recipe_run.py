@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -214,7 +215,20 @@ def recorded_base(adapter: Checkpoint) -> InputSpec:
             next=f"rlhf-convert merge-lora {asked} OUT --base BASE",
         )
     revision = config.get("revision")
+    name = _beside_adapter(name, adapter)
     return InputSpec(name, revision=revision if isinstance(revision, str) and revision else None)
+
+
+def _beside_adapter(name: str, adapter: Checkpoint) -> str:
+    """A relative path that an adapter records: from here, else from the adapter's folder or the one above."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or name.startswith("~") or path.exists():
+        return name
+    for up in ("", ".."):
+        found = Path(adapter.origin.path) / up / name
+        if (found / "config.json").is_file():
+            return os.path.normpath(os.path.join(adapter.origin.asked, up, name))
+    return name
 
 
 def compare_base(base: Checkpoint, adapter: Checkpoint, context: Context) -> None:

@@ -200,7 +200,7 @@ class Stage:
         """
         try:
             receipt = json.loads((self.folder / RECEIPT_FILE).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         expected = {} if origin is None else json.loads(json.dumps(dict(origin)))
         return isinstance(receipt, dict) and all(receipt.get(key) == value for key, value in expected.items())
@@ -215,7 +215,7 @@ class Stage:
         for text in raw.split(b"\n")[:-1]:
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             wanted = {"shard": str, "size": int, "crc": dict, "measures": dict} if lines else {"plan": dict}
             if not isinstance(line, dict) or not all(isinstance(line.get(k), t) for k, t in wanted.items()):

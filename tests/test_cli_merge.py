@@ -369,3 +369,18 @@ def test_control_characters_in_names_reach_no_terminal(here: Path) -> None:
     for arguments in (["merge-lora", "./trl-rm", "./rm"], ["inspect", "./trl-rm"]):
         ran = run(*arguments)
         assert "\x1b" not in ran.out + ran.err
+
+
+def test_a_base_given_as_the_output_is_recognised(here: Path) -> None:
+    ran = run("merge-lora", "trl-rm", "tiny-qwen2-base")
+    assert ran.code == 2
+    assert "rlhf-convert merge-lora trl-rm OUT --base tiny-qwen2-base" in ran.err
+
+
+def test_a_relative_base_that_an_adapter_records_is_found_beside_it_from_anywhere(
+    here: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    ran = run("merge-lora", str(here / "trl-rm"), "out")
+    assert ran.code == 0, ran.err
+    assert f"{here}/tiny-qwen2-base (as recorded)" in ran.out

@@ -127,7 +127,7 @@ def _is_made_of(plan: Plan, folder: Path) -> bool:
         return False
     try:
         found = json.loads((folder / RECEIPT_FILE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     promised = {**plan.provenance, "counts": plan.counts, "dropped": dict(plan.dropped)}
     if not isinstance(found, dict) or {k: found.get(k) for k in promised} != json.loads(json.dumps(promised)):

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from converter.recipe_run import Prepared
 
 
+RECEIPT = "rlhf-convert.json"
+
+
 @dataclass(frozen=True)
 class Merge:
     """What the user asked for."""
@@ -88,6 +91,9 @@ def refuse_swapped(asked: Merge, out: str | None) -> None:
         if out is not None and _kind(out) == "adapter":
             raise _swapped(f"{what}; {out} is the adapter", _command(out, None, asked.adapter))
         raise _swapped(what, _command("ADAPTER", out, asked.adapter))
+    is_foreign_model = out is not None and _kind(out) == "model" and not (Path(out).expanduser() / RECEIPT).is_file()
+    if first == "adapter" and asked.base is None and out is not None and is_foreign_model:
+        raise _swapped(f"{out} is a model that is there already, not an output", _command(asked.adapter, None, out))
     if given_base == "adapter":
         raise _swapped(f"{asked.base} is an adapter, not a base model", _command(asked.adapter, out, "BASE"))
 
