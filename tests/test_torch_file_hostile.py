@@ -376,7 +376,7 @@ def test_mutated_files_give_a_value_or_a_clean_refusal(tmp_path: Path) -> None:
             read += 1
         except ConvertError:
             refused += 1
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20
     assert refused > 50
     assert read > 10
 
