@@ -17,8 +17,9 @@ from converter import sparse
 from converter.allocator import keep_freed_memory
 from converter.check import check_written
 from converter.errors import Interrupted, Refused, VerificationFailed, show
+from converter.links import LINKED, RECEIPT_FILE, header_digest
 from converter.measures import Measures, with_ratios
-from converter.plan import RECEIPT_FILE, Plan
+from converter.plan import Plan
 from converter.preflight import check_space, check_target, memory_limit
 from converter.reading import InputFiles
 from converter.record_checks import compare_records
@@ -111,6 +112,8 @@ def write(
                 _accept(accept, measures, stage)
             compare_records(plan.checks, files, jobs)
             content = receipt_content(plan, measures, verified=verify)
+            for shard in plan.linked:
+                stage.link(shard.file, shard.link or "")
             _write_side_files(plan, stage, files, content)
             files.check_unchanged()
             reporter.checking()
@@ -173,7 +176,7 @@ def one_thread_each(plan: Plan) -> Iterator[None]:
 
 def reading_through(plan: Plan) -> contextlib.AbstractContextManager[None]:
     """What lies on the Hub is fetched ahead, and no more of it kept here than one file of the output has bytes."""
-    return sparse.reading_through(max((s.size for s in plan.shards), default=0))
+    return sparse.reading_through(max((s.size for s in plan.written), default=0))
 
 
 def _accept(accept: Accept, measures: Mapping[str, Measures], stage: Stage) -> None:
@@ -195,10 +198,10 @@ def _write_shards(
     budget: int,
 ) -> dict[str, dict[str, Any]]:
     """Journal lines of all shards, by file; those of an earlier run are checked against what is on disk."""
-    reporter.start(plan.total_bytes, len(plan.shards))
+    reporter.start(plan.total_bytes, len(plan.written))
     lines: dict[str, dict[str, Any]] = {}
     todo: list[ShardPlan] = []
-    for shard in plan.shards:
+    for shard in plan.written:
         line = kept.get(shard.file)
         if line is not None and is_still_there(shard, line, stage.folder):
             lines[shard.file] = line
@@ -212,7 +215,7 @@ def _write_shards(
 def measures_of(plan: Plan, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Measures]:
     """Measures by tensor, in the order of the plan; where two files have one name, by `FILE:NAME` in the second."""
     found: dict[str, Measures] = {}
-    for shard in plan.shards:
+    for shard in plan.written:
         for name, measures in lines[shard.file]["measures"].items():
             if measures:
                 found[f"{shard.file}:{name}" if name in found else name] = measures
@@ -239,8 +242,10 @@ def refuse_new_nonfinite(measures: Mapping[str, Measures], stage: Stage) -> None
 
 def receipt_content(plan: Plan, measures: Mapping[str, Measures], *, verified: bool) -> dict[str, Any]:
     """The receipt: what made this folder. The same inputs and recipe give the same bytes, on any machine."""
+    linked = {s.file: {"size": s.size, "header": header_digest(s.head)} for s in plan.linked}
     return {
         **plan.provenance,
+        **({LINKED: linked} if linked else {}),
         "counts": plan.counts,
         "dropped": dict(plan.dropped),
         "tensors": {name: with_ratios(m) for name, m in sorted(measures.items())},

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from converter import sparse
+from converter import links, sparse
 from converter.errors import Refused, show
 
 
@@ -49,13 +49,14 @@ def open_input(path: Path, *, root: Path | None = None) -> int:
 
     Args:
         root: the folder that the file must lie in once symbolic links are followed. In a Hub cache snapshot
-            (`models--x--y/snapshots/REV`) links may lead to the cache's `blobs`. None: links are followed anywhere.
+            (`models--x--y/snapshots/REV`) links may lead to the cache's `blobs`, and links that this tool made and
+            recorded in the folder's receipt to the files they were made for. None: links are followed anywhere.
 
     Raises:
         Refused: missing (`input-missing`), not a regular file (`input-not-a-file`), outside `root` (`input-outside`),
-            or not readable (`input-unreadable`).
+            another file than was linked (`link-changed`), or not readable (`input-unreadable`).
     """
-    real = path if root is None else _inside(path, root)
+    real, link = (path, None) if root is None else _inside(path, root)
     try:
         # Looked at before it is opened: opening a device can have effects. Looked at again, since it may have changed.
         _expect_regular(path, os.stat(real).st_mode)
@@ -64,7 +65,9 @@ def open_input(path: Path, *, root: Path | None = None) -> int:
         raise _unreadable(path, error) from error
     try:
         _expect_regular(path, os.fstat(fd).st_mode)
-    except Refused:
+        if link is not None and not links.is_as_recorded(fd, link):
+            raise _changed_link(path, real)
+    except BaseException:
         os.close(fd)
         raise
     return fd
@@ -95,8 +98,18 @@ def _unreadable(path: Path, error: OSError) -> Refused:
     return Refused("input-unreadable", f"the file can't be opened: {error.strerror}", where=show(path))
 
 
-def _inside(path: Path, root: Path) -> Path:
-    """Where the file really is.
+def _changed_link(path: Path, real: Path) -> Refused:
+    return Refused(
+        "link-changed",
+        "the file is a link to one of the source's, which is not the one that was there when the link was made",
+        where=show(path),
+        got=show(real),
+        next="convert the source again, without --link-unchanged if it is not to be kept as it is",
+    )
+
+
+def _inside(path: Path, root: Path) -> tuple[Path, dict[str, Any] | None]:
+    """Where the file really is, and what the folder's receipt says of it where it is a link that leaves the folder.
 
     Raises:
         Refused: not below `root`, nor where its links may lead (`input-outside`).
@@ -106,6 +119,9 @@ def _inside(path: Path, root: Path) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: how Python before 3.13 reports a circle of links
         raise Refused("input-outside", "symbolic links lead in a circle", where=show(path)) from error
     if not any(folder in real.parents for folder in (real_root, *_blob_folders(real_root))):
+        link = links.recorded(os.path.relpath(path, root), real_root) if path.suffix == ".safetensors" else None
+        if link is not None:
+            return real, link
         raise Refused(
             "input-outside",
             "the file is a symbolic link that leaves its folder",
@@ -113,7 +129,7 @@ def _inside(path: Path, root: Path) -> Path:
             got=show(real),
             next="copy the file itself into the folder",
         )
-    return real
+    return real, None
 
 
 def _blob_folders(real_root: Path) -> tuple[Path, ...]:

@@ -20,10 +20,11 @@ from converter.checkpoint import Checkpoint, RecordCheck, SideFile
 from converter.context import Context
 from converter.errors import Refused, fold, show
 from converter.files import Identity
-from converter.safetensors_io import build_index
-from converter.shard_plan import Entry, ShardPlan, lay_out
+from converter.links import RECEIPT_FILE
+from converter.safetensors_io import Header, build_index
+from converter.shard_plan import Entry, ShardPlan, as_link, lay_out
 from converter.sizes import format_size
-from converter.tensors import Filled
+from converter.tensors import Filled, LazyTensor
 
 PLAN_VERSION = 2
 """Raised whenever the same inputs may give another plan or other bytes; part of the fingerprint."""
@@ -38,8 +39,6 @@ TORCH_STEM = "pytorch_model"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_STEM = "adapter_model"
 """PEFT reads one file of this name, whatever its size."""
-
-RECEIPT_FILE = "rlhf-convert.json"
 
 _WEIGHT_FILE = re.compile(r"\w[\w.-]{0,199}\.(?:safetensors|bin|pt)", re.ASCII)
 _FOLDER = re.compile(r"\w[\w-]{0,99}", re.ASCII)
@@ -75,8 +74,18 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all weight files."""
-        return sum(s.size for s in self.shards)
+        """Bytes of all weight files that are written, and not linked."""
+        return sum(s.size for s in self.written)
+
+    @property
+    def written(self) -> tuple[ShardPlan, ...]:
+        """The weight files but for those that are links."""
+        return tuple(s for s in self.shards if s.link is None)
+
+    @property
+    def linked(self) -> tuple[ShardPlan, ...]:
+        """The weight files that are links to files of the source."""
+        return tuple(s for s in self.shards if s.link is not None)
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -160,6 +169,7 @@ def make_plan(
     max_shard_size: int | None = None,
     layout: Layout = "auto",
     provenance: Mapping[str, Any] | None = None,
+    linkable: Mapping[str, Header] | None = None,
 ) -> Plan:
     """Lay a checkpoint out in files: its tensors, then each file beside them. Reads no tensor.
 
@@ -168,6 +178,7 @@ def make_plan(
             that are laid out anew, and no limit for files that keep their tensors.
         layout: `preserve` keeps each tensor in its file and order, added ones join the last file; `pack` fills files in
             order; `auto` is `preserve` where the source has files and no size is given.
+        linkable: headers of files, by path, that an output file with the same content may be a link to.
 
     Raises:
         Refused: there is nothing to write (`no-tensors`); the container can't hold a tensor's type (`torch-dtype`); a
@@ -182,7 +193,7 @@ def make_plan(
     names = [_shard_name(stem, suffix, i, len(groups)) for i in range(1, len(groups) + 1)]
     place = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
     main = [
-        lay_out(place + name, [(n, checkpoint.tensors[n]) for n in group], checkpoint.metadata, keep=keep)
+        _shard(place + name, [(n, checkpoint.tensors[n]) for n in group], checkpoint, keep, linkable or {})
         for name, group in zip(names, groups, strict=True)
     ]
     beside = [
@@ -200,6 +211,17 @@ def make_plan(
     made_by |= {"consents": dict(context.consents), "notes": [[n.severity, n.code, n.text] for n in context.notes]}
     checks = checks_of(checkpoint.all_tensors(), checkpoint.checks)
     return Plan(shards, files, checkpoint.inputs, checkpoint.dropped, made_by, tuple(context.evidence), checks)
+
+
+def _shard(
+    file: str,
+    tensors: list[tuple[str, LazyTensor]],
+    checkpoint: Checkpoint,
+    keep: bool,
+    linkable: Mapping[str, Header],
+) -> ShardPlan:
+    linked = as_link(file, tensors, linkable) if linkable else None
+    return linked or lay_out(file, tensors, checkpoint.metadata, keep=keep)
 
 
 def is_adapter(checkpoint: Checkpoint) -> bool:

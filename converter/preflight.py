@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from converter.errors import Refused, show
-from converter.plan import RECEIPT_FILE, Plan
+from converter.links import RECEIPT_FILE
+from converter.plan import Plan
 from converter.shard_plan import chunk_cost
 from converter.sizes import format_size
 from converter.tensors import is_separable, rows

@@ -71,10 +71,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Output:
-    """How the result is laid out; `max_shard_size` in bytes."""
+    """How the result is laid out; `max_shard_size` in bytes.
+
+    Attributes:
+        link_unchanged: files that stay as they are become symbolic links to those of the source.
+    """
 
     layout: Layout = "auto"
     max_shard_size: int | None = None
+    link_unchanged: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,8 @@ class Recipe:
     def output_to_value(self) -> dict[str, Any]:
         """The output as it is written in YAML, sizes in bytes."""
         size = {} if self.output.max_shard_size is None else {"max-shard-size": self.output.max_shard_size}
-        return {"layout": self.output.layout, **size}
+        links = {"link-unchanged": True} if self.output.link_unchanged else {}
+        return {"layout": self.output.layout, **size, **links}
 
     def to_yaml(self) -> str:
         """The recipe as a file that `rlhf-convert run` takes."""
@@ -211,6 +217,7 @@ def _recipe_model() -> type[BaseModel]:
         model_config = config
         layout: Layout = "auto"
         max_shard_size: str | int | None = Field(None, alias="max-shard-size")
+        link_unchanged: bool = Field(default=False, alias="link-unchanged")
 
     class RecipeModel(BaseModel):
         model_config = config
@@ -239,11 +246,11 @@ def _input_spec(recipe: Recipe, name: str, value: Any) -> InputSpec:
 
 
 def _output(recipe: Recipe, value: Mapping[str, Any]) -> Output:
-    size = value["max_shard_size"]
+    size, links = value["max_shard_size"], value["link_unchanged"]
     if size is None:
-        return Output(value["layout"])
+        return Output(value["layout"], link_unchanged=links)
     try:
-        return Output(value["layout"], parse_size(str(size), what="max-shard-size"))
+        return Output(value["layout"], parse_size(str(size), what="max-shard-size"), links)
     except UsageError as error:
         raise wrong(recipe, ("output", "max-shard-size"), error.what, expected=error.expected) from None
 

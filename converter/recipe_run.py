@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter import __version__
+from converter import __version__, sparse
 from converter.accounting import unaccounted
 from converter.checkpoint import Checkpoint
 from converter.context import Context
@@ -18,6 +18,7 @@ from converter.plan import Plan, make_plan
 from converter.recipe import SOURCE, InputSpec, Recipe
 from converter.recipe_fields import check, instantiate
 from converter.registry import KeepsMasters, Source, kind_of, nothing_in, sources
+from converter.safetensors_io import Header, read_header
 from converter.sources.pickle_names import CODE as NAMES
 from converter.sources.pickle_names import allowed_names
 
@@ -75,14 +76,32 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
     checkpoint = checkpoint.replace(checks=tuple(c for each in opened.values() for c in each.checks))
     if lost := unaccounted(list(opened.values()), checkpoint):
         raise Refused("unaccounted", f"tensors of the inputs would be lost: {lost}")
+    output = recipe.output
+    if output.link_unchanged and (output.layout == "pack" or output.max_shard_size is not None):
+        what = "files that are linked stay as they are, and a size or the layout `pack` lays them out anew"
+        raise UsageError("link-layout", what, where=recipe.file, next="leave --max-shard-size and --layout pack out")
     plan = make_plan(
         checkpoint,
         context=context,
         max_shard_size=recipe.output.max_shard_size,
         layout=recipe.output.layout,
         provenance=_provenance(recipe, opened, checkpoint.repaired),
+        linkable=_linkable(checkpoint) if output.link_unchanged else None,
     )
     return Prepared(recipe, opened, recorded, checkpoint, plan, context)
+
+
+def _linkable(checkpoint: Checkpoint) -> dict[str, Header]:
+    """Headers of the input files that links may be made to.
+
+    Raises:
+        UsageError: they are on the Hub, and gone when the run ends (`link-remote`).
+    """
+    files = [path for path in checkpoint.inputs if path.endswith(".safetensors")]
+    if any(sparse.at(path) is not None for path in files):
+        what = "files that are read from the Hub are not here to be linked to"
+        raise UsageError("link-remote", what, next=f"hf download {show(checkpoint.origin.name)}, then the same command")
+    return {path: read_header(Path(path)) for path in files}
 
 
 def refuse_no_op(prepared: Prepared, measures: Mapping[str, Mapping[str, float]]) -> None:

@@ -143,8 +143,9 @@ def plan_line(plan: Plan, checkpoint: Checkpoint, adapters: Sequence[Checkpoint]
     """`142 copied, 196 merged, 1 from adapter: score.weight, 1 dropped: lm_head.weight`."""
     folders = {a.origin.path for a in adapters}
     groups: dict[str, list[str]] = {}
-    for entry in plan.entries:
-        groups.setdefault(_work(entry, folders), []).append(entry.name)
+    for shard in plan.shards:
+        for entry in shard.entries:
+            groups.setdefault(_work(entry, folders) if shard.link is None else "linked", []).append(entry.name)
     named = {"from adapter", "filled", "dropped"}
     groups["dropped"] = list(checkpoint.dropped)
     parts = [
@@ -179,12 +180,30 @@ def needs_line(disk: int, free: int | None, memory: int) -> str:
     return line("needs", f"{format_size(disk)} disk{room}, {format_size(memory)} memory")
 
 
+def files_json(plan: Plan) -> list[dict[str, Any]]:
+    """A plan's weight files as JSON objects; `linked` where one is a link to a file of the source."""
+    return [
+        {"file": s.file, "size": s.size, "tensors": len(s.entries)} | ({} if s.link is None else {"linked": True})
+        for s in plan.shards
+    ]
+
+
 # Result
 
 
 def shards_line(done: int, total: int, size: int, seconds: float) -> str:
     """`4/4 shards  14.1 GB  0:21`."""
     return f"{done}/{total} {'shard' if total == 1 else 'shards'}  {format_size(size)}  {format_duration(seconds)}"
+
+
+def linked_lines(plan: Plan, source: str) -> list[str]:
+    """`29 of 30 files are links to those of ./rm: keep it`; nothing where none is one."""
+    if not plan.linked:
+        return []
+    count = (
+        f"{len(plan.linked)} of {len(plan.shards)} {'file is a link' if len(plan.linked) == 1 else 'files are links'}"
+    )
+    return [line("linked", f"{count} to what is in {show(source)}: keep it, and where it is")]
 
 
 def checked_line(reread: int, recomputed: int, measures: Mapping[str, Mapping[str, float]]) -> str:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from converter import kernel_specs, tensor_json, torch_zip
-from converter.safetensors_io import build_header
+from converter.safetensors_io import Header, build_header
 from converter.tensor_bytes import ByteRun, byte_runs, leaves, reads
 from converter.tensors import Apply, Cast, LazyTensor, Narrow, Strided, is_separable
 
@@ -64,6 +64,9 @@ class ShardPlan:
 
     A torch file has more between and after its entries, which depends on their checksums and is written last
     (`converter.torch_zip`).
+
+    Attributes:
+        link: a file of the source that is this one, byte by byte; the output gets a symbolic link to it.
     """
 
     file: str
@@ -71,6 +74,7 @@ class ShardPlan:
     entries: tuple[Entry, ...]
     tail: bytes
     size: int
+    link: str | None = None
 
     @property
     def is_torch(self) -> bool:
@@ -118,6 +122,33 @@ def lay_out(
     return ShardPlan(file, head, tuple(entries), b"", offset)
 
 
+def as_link(file: str, tensors: Sequence[tuple[str, LazyTensor]], headers: Mapping[str, Header]) -> ShardPlan | None:
+    """A file with these tensors as a link to one of the source's that holds them all, and nothing else.
+
+    Args:
+        headers: of the files that may be linked, by absolute path.
+    """
+    sources = {r.file for _, t in tensors for r in byte_runs(t) or ()}
+    source = next(iter(sources)) if len(sources) == 1 else ""
+    header = headers.get(source)
+    if header is None or not file.endswith(".safetensors") or header.metadata.get("format") != "pt":
+        return None
+    starts = {n: header.data_start + begin for n, (_, begin, _) in header.tensors.items()}
+    held = {n: (info, starts[n] if begin < end else 0) for n, (info, begin, end) in header.tensors.items()}
+    if held != {n: (t.info, _start(t)) for n, t in tensors}:
+        return None
+    entries = [Entry(n, t, starts[n], chunk_rows(t)) for n, t in tensors]
+    return ShardPlan(file, header.raw, tuple(entries), b"", header.file_size, link=source)
+
+
+def _start(tensor: LazyTensor) -> int | None:
+    """Where a tensor's bytes begin that lie in one piece; 0 for one without any."""
+    runs = byte_runs(tensor)
+    if runs is None or len(runs) > 1:
+        return None
+    return runs[0].offset if runs else 0
+
+
 def _source_modulo(tensors: Sequence[tuple[str, LazyTensor]]) -> tuple[int, int] | None:
     """The data's start modulo a page that lets the largest copied run keep its alignment and so be cloned."""
     position, best, modulo = 0, 0, None
@@ -157,6 +188,7 @@ def to_json(shard: ShardPlan) -> dict[str, Any]:
         "entries": entries,
         "tail": shard.tail.hex(),
         "size": shard.size,
+        **({} if shard.link is None else {"link": shard.link}),
     }
 
 
@@ -165,4 +197,6 @@ def from_json(obj: Mapping[str, Any]) -> ShardPlan:
     entries = tuple(
         Entry(e["name"], tensor_json.from_json(e["tensor"]), e["offset"], e["chunk_rows"]) for e in obj["entries"]
     )
-    return ShardPlan(obj["file"], bytes.fromhex(obj["head"]), entries, bytes.fromhex(obj["tail"]), obj["size"])
+    return ShardPlan(
+        obj["file"], bytes.fromhex(obj["head"]), entries, bytes.fromhex(obj["tail"]), obj["size"], link=obj.get("link")
+    )

@@ -23,7 +23,7 @@ from typing import Any
 
 from converter.copying import write_all
 from converter.errors import Refused, show
-from converter.plan import RECEIPT_FILE
+from converter.links import RECEIPT_FILE
 
 JOURNAL = "journal.jsonl"
 FILE_MODE = 0o666
@@ -254,6 +254,13 @@ class Stage:
         """Bytes of disk that an earlier run's files hold; they are used again or given back."""
         paths = (Path(root, name) for root, _, names in os.walk(self.folder) for name in names)
         return sum(p.lstat().st_blocks for p in paths) * 512
+
+    def link(self, name: str, source: str) -> None:
+        """Make a symbolic link to a file, relative, so that folders which are moved together stay together."""
+        path = self.folder / name
+        make_folders(path.parent)
+        os.symlink(os.path.relpath(os.path.realpath(source), os.path.realpath(path.parent)), path)
+        fsync_folder(path.parent)
 
     def _empty(self, *, keep: Collection[str]) -> None:
         """Remove all but the files in `keep`, which are named from this folder."""

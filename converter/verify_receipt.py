@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import ConvertError, fold, show
-from converter.plan import RECEIPT_FILE
+from converter.links import RECEIPT_FILE
 from converter.strict_json import load_json
 from converter.verify import Check, fails, holds, note
 

@@ -38,12 +38,14 @@ class Written:
     def screen(self, *, verbose: bool = False) -> list[str]:
         """What was written, what was checked and what rounding cost."""
         from converter import report
+        from converter.recipe import SOURCE
 
         receipt, plan = self.receipt, self.prepared.plan
-        count = len(plan.shards)
+        count = len(plan.written)
         pad = _pad_token(Path(self.out).expanduser())
         return [
-            report.shards_line(count, count, plan.total_bytes, receipt.seconds),
+            *([report.shards_line(count, count, plan.total_bytes, receipt.seconds)] if count else []),
+            *report.linked_lines(plan, self.prepared.opened[SOURCE].origin.asked),
             report.checked_line(receipt.reread, receipt.recomputed, receipt.measures),
             *report.update_lines(receipt.measures, plan),
             *(report.by_projection(receipt.measures) if verbose else []),
@@ -140,7 +142,7 @@ def plan_recipe(
 
 def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, options: Conversion) -> None:
     """The refusals that a real run would make before its first byte, then the plan as data."""
-    from converter import preflight
+    from converter import preflight, report
 
     plan = prepared.plan
     preflight.memory_limit(plan, memory)
@@ -154,7 +156,7 @@ def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, option
             "counts": plan.counts,
             "total_bytes": plan.total_bytes,
             "fingerprint": plan.fingerprint,
-            "files": [{"file": s.file, "size": s.size, "tensors": len(s.entries)} for s in plan.shards],
+            "files": report.files_json(plan),
             "dropped": dict(plan.dropped),
             "notes": notes_json(prepared),
             "repaired": dict(prepared.checkpoint.repaired),

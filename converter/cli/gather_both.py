@@ -120,7 +120,7 @@ def _halves(asked: Gathering, out: str | None, options: Conversion) -> tuple[_Ha
 def _is_made_of(plan: Plan, folder: Path) -> bool:
     """True where a folder is what this plan would write: the receipt's words, every header, and sampled values."""
     from converter.check import check_written
-    from converter.plan import RECEIPT_FILE
+    from converter.links import RECEIPT_FILE
     from converter.reading import InputFiles
 
     if folder.is_symlink() or not folder.is_dir():
@@ -201,7 +201,7 @@ def _finish(
     """The screen's last lines for both, and what to type next."""
     from converter import report
     from converter.cli.gather import next_commands
-    from converter.plan import RECEIPT_FILE
+    from converter.links import RECEIPT_FILE
 
     commands: list[str] = []
     values: list[dict[str, Any]] = []
@@ -224,7 +224,9 @@ def _finish(
 
 def _counts(prepared: Prepared) -> dict[str, Any]:
     plan = prepared.plan
-    files = [{"file": s.file, "size": s.size, "tensors": len(s.entries)} for s in plan.shards]
+    from converter.report import files_json
+
+    files = files_json(plan)
     return {"counts": plan.counts, "total_bytes": plan.total_bytes, "fingerprint": plan.fingerprint, "files": files}
 
 

@@ -56,6 +56,8 @@ def convert_to_hub(recipe: Recipe, out: str, options: Conversion, *, head: Calla
     from converter.recipe_run import refuse_no_op
 
     where = destination(out, options)
+    if recipe.output.link_unchanged:
+        raise UsageError("link-remote", "the Hub has no links; leave --link-unchanged out", where=show(out))
     sink = options.sink
     # Before any input is opened: a token that can't write shall not cost a conversion.
     me = check_destination(where)

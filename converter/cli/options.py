@@ -130,6 +130,13 @@ class Conversion(Fetch, Reading):
         LayoutChoice | None,
         typer.Option(help="Keep the source's files, or fill new ones; default: auto.", show_default=False),
     ] = None
+    link_unchanged: Annotated[
+        bool,
+        typer.Option(
+            "--link-unchanged",
+            help="Make symbolic links to the source's files that stay as they are; the source has to be kept.",
+        ),
+    ] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that this tool made.")] = False
     allow: Annotated[
         list[str] | None,

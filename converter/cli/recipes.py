@@ -37,4 +37,5 @@ def output(options: Conversion, recipe: Recipe | None = None) -> Output:
     size = given.max_shard_size
     if options.max_shard_size is not None:
         size = parse_size(options.max_shard_size, what="--max-shard-size")
-    return Output(given.layout if options.layout is None else options.layout.value, size)
+    layout = given.layout if options.layout is None else options.layout.value
+    return Output(layout, size, options.link_unchanged or given.link_unchanged)
