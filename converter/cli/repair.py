@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ class Repairing:
     base: str | None = None
     target: str | None = None
     lora_alpha: float | None = None
+    vocab: str | None = None
 
 
 def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
@@ -49,6 +51,8 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     mends = find_mends(
         asked.src, base=asked.base, target=asked.target, lora_alpha=asked.lora_alpha, allow=options.allow or ()
     )
+    if asked.vocab is not None:
+        mends = _with_vocabulary(mends, asked.vocab)
     recipe = repair_recipe(asked, found, options, mends=mends.steps)
     if options.print_recipe and mends.codes and _is_whole(recipe, options):
         recipe = mend_recipe(asked, mends, options)  # `fill` would stop a run that has nothing to fill
@@ -60,6 +64,28 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
         if found.looked and error.code in ("tensors-lost", "head-base-lost", "repair-mismatch", "older-weights"):
             error.got = (error.got or "nothing:") + "".join(f"\n    {each}" for each in found.looked)
         raise
+
+
+_NAMES_FIRST = ("split-lora", "mend-names", "mend-adapter-names", "mend-ties")
+
+
+def _with_vocabulary(mends: Mends, to: str) -> Mends:
+    """The mends with the step that `--vocab` asks for, in place of one that only changes the config.
+
+    Raises:
+        UsageError: neither `rows`, `tokenizer` nor a number (`usage`).
+    """
+    if to not in ("rows", "tokenizer") and not (to.isascii() and to.isdecimal()):
+        raise UsageError(
+            "usage", f"--vocab {show(to)} is no vocabulary", expected="rows, tokenizer or a number of rows"
+        )
+    wanted = Step("vocabulary", {"to": int(to) if to.isdecimal() else to})
+    steps = [s for s in mends.steps if s.name != "mend-vocabulary"]
+    at = max((n for n, s in enumerate(steps, 1) if s.name in _NAMES_FIRST), default=0)
+    left = tuple(each for each in mends.left if each[0] != "vocabulary-rows")
+    return dataclasses.replace(
+        mends, steps=(*steps[:at], wanted, *steps[at:]), codes=(*mends.codes, "vocabulary"), left=left
+    )
 
 
 def _is_whole(recipe: Recipe, options: Conversion) -> bool:

@@ -159,11 +159,20 @@ def repair(
         float | None,
         typer.Option(metavar="N", help="Merge LoRA layers left in a full model, with this alpha.", show_default=False),
     ] = None,
+    vocab: Annotated[
+        str | None,
+        typer.Option(
+            metavar="rows|tokenizer|N",
+            help="Reconcile the vocabulary: the config follows the embeddings' rows; or they get a row for each token, "
+            "or N rows.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
     """`rlhf-convert repair`."""
     from converter.cli.repair import Repairing, repair
 
-    asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha)
+    asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha, vocab)
     return repair(asked, options.target(out), options)
 
 

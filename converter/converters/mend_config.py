@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 from converter.checkpoint import Checkpoint, SideFile
 from converter.context import Context
 from converter.converters.task_head import pad_token_of
-from converter.errors import Refused, fold, show
+from converter.converters.vocabulary import with_rows_in_config
+from converter.errors import Refused, show
 from converter.strict_json import load_json
 
 _WRAPPER = re.compile(r"^(?:FSDP\d?|DDP|Peft|DistributedDataParallel)(?=[A-Z])")
 _HEAD = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
-_ROWS = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight$")
 TOKENIZER = "tokenizer_config.json"
 
 
@@ -106,23 +106,7 @@ class MendVocabulary:
         Raises:
             Refused: embeddings of different heights (`vocab-mismatch`), or without consent (`vocabulary-rows`).
         """
-        rows = {n: t.info.shape[0] for n, t in checkpoint.tensors.items() if _ROWS.search(n) and len(t.info.shape) == 2}
-        rows = {n: r for n, r in rows.items() if "vision" not in n and "visual" not in n and "audio" not in n}
-        if len(set(rows.values())) != 1:
-            what = f"the embeddings have different numbers of rows: {sorted(set(rows.values()))} in {fold(rows)}"
-            raise Refused("vocab-mismatch", what, where=show(checkpoint.origin.asked))
-        (count,) = set(rows.values())
-        nested = checkpoint.config.get("text_config")
-        config = nested if isinstance(nested, dict) and "vocab_size" in nested else checkpoint.config
-        said = config.get("vocab_size")
-        if said == count:
-            return checkpoint
-        what = f"config.json says vocab_size {show(said)}, and the embeddings have {count} rows"
-        context.consent(Refused("vocabulary-rows", what, where=show(checkpoint.origin.asked)))
-        context.note("changes-numbers", "mended", f"vocab_size: {show(said)} becomes {count}")
-        if config is checkpoint.config:
-            return _with(checkpoint, {"vocab_size": count})
-        return _with(checkpoint, {"text_config": {**config, "vocab_size": count}})
+        return with_rows_in_config(checkpoint, context, consent=True)
 
 
 @dataclass(frozen=True)
