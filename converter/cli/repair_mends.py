@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converter.diagnoses.aims import is_transformers_4
 from converter.diagnoses.model import Finding
 from converter.doctor import Asked, examine
 from converter.recipe import Step
@@ -62,8 +63,10 @@ def find_mends(
             continue
         names.update(dict.fromkeys(known))
         codes[finding.code] = None
-    if target == "transformers@4":
+    if is_transformers_4(target):
         names["mend-for-transformers-4"] = None
+        # Where nothing says how the old version writes it, the step says so: it was asked for.
+        codes.update({f.code: None for f in findings if f.code == "rope-of-transformers-5"})
     steps = tuple(Step(n, _fields(n, lora_alpha, base)) for n in _ORDER if n in names)
     return Mends(steps, tuple(codes), tuple(left))
 

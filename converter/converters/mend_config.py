@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from converter.checkpoint import Checkpoint, SideFile
 from converter.context import Context
+from converter.converters.old_spellings import with_old_spellings
 from converter.converters.task_head import pad_token_of
 from converter.converters.vocabulary import with_rows_in_config
 from converter.errors import Refused, show
@@ -116,28 +117,15 @@ class MendForTransformers4:
     name: ClassVar[str] = "mend-for-transformers-4"
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
-        """The checkpoint with `rope_theta`, `rope_scaling` and `torch_dtype` beside the new spellings."""
-        config = _both_spellings(checkpoint.config)
-        nested = config.get("text_config")
-        if isinstance(nested, dict):
-            config = {**config, "text_config": _both_spellings(nested)}
+        """The checkpoint with `rope_theta`, `rope_scaling`, `torch_dtype` and their like beside the new spellings.
+
+        Raises:
+            Refused: nothing says how transformers 4 would write an entry (`spelling-unknown`), without consent.
+        """
+        config = with_old_spellings(checkpoint.config, context, asked=checkpoint.origin.asked)
         if config != dict(checkpoint.config):
             context.note("info", "mended", "config.json: old spellings written beside those of transformers 5")
         return _with_tokenizer(checkpoint.replace(config=config), context)
-
-
-def _both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    new = dict(config)
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values()):
-        if "rope_theta" not in config and isinstance(rope.get("rope_theta"), int | float):
-            new["rope_theta"] = rope["rope_theta"]
-        kind = rope.get("rope_type", "default")
-        if "rope_scaling" not in config and kind != "default":
-            new["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    if "dtype" in config and "torch_dtype" not in config:
-        new["torch_dtype"] = config["dtype"]
-    return new
 
 
 def _with_tokenizer(checkpoint: Checkpoint, context: Context) -> Checkpoint:

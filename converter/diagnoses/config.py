@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.context import Context
+from converter.converters.old_spellings import missing_spellings
 from converter.diagnoses.aims import is_transformers_4
-from converter.diagnoses.model import HERE, Case, Finding, Severity, diagnosis, folded
-from converter.errors import fold, show
+from converter.diagnoses.model import HERE, LOST, Case, Finding, Severity, diagnosis, folded
+from converter.errors import Refused, fold, show
 
 _CLASSIFIER = re.compile(r"For(?:Sequence|Token)Classification$")
 _WRAPPERS = re.compile(r"^(?:FSDP|DDP|Peft|DistributedDataParallel)\w+")
@@ -254,29 +255,25 @@ def tokenizer_of_transformers_5(case: Case, context: Context) -> Iterable[Findin
 
 @diagnosis("rope-of-transformers-5", "model")
 def rope_of_transformers_5(case: Case, context: Context) -> Iterable[Finding]:
-    """config.json has `rope_parameters` only, as transformers 5 writes it. Older stacks read `rope_theta` and
-    `rope_scaling`, do not find them, and go on with a theta of 10000: the model loads and answers worse, with no
-    message. Both spellings side by side are read rightly by all.
+    """config.json has `rope_parameters` and other new keys only, as transformers 5 writes it. Older stacks read
+    `rope_theta`, `rope_scaling`, `rotary_pct` and their like, do not find them, and go on with their defaults: the
+    model loads and answers worse, with no message. Both spellings side by side are read rightly by all.
     """
-    for config in (case.config, case.text_config):
-        parameters = config.get("rope_parameters")
-        if not isinstance(parameters, dict) or "rope_theta" in config:
-            continue
-        theta = parameters.get("rope_theta")
-        if (
-            isinstance(theta, int | float)
-            and theta != 10000
-            and not any(isinstance(v, dict) for v in parameters.values())
-        ):
-            severity: Severity = "changes-numbers" if is_transformers_4(case.target) else "cosmetic"
-            text = (
-                f"rope_theta {theta:g} stands in rope_parameters only: transformers 4 would go on with 10000, silently"
-            )
-            command = f"rlhf-convert repair {case.path} {case.out('fixed')} --for transformers@4"
-            yield Finding(
-                "rope-of-transformers-5", severity, text, (), (), HERE, ("mend-for-transformers-4",), "safe", command
-            )
-            return
+    is_old = is_transformers_4(case.target)
+    severity: Severity = "changes-numbers" if is_old else "cosmetic"
+    try:
+        missing = missing_spellings(case.config, case.path)
+    except Refused as error:
+        if is_old:
+            yield Finding("rope-of-transformers-5", severity, error.what, (), (), LOST)
+        return
+    if missing:
+        text = f"{fold(missing)} {'stands' if len(missing) == 1 else 'stand'} in config.json as transformers 5 writes "
+        text += "it: transformers 4 would go on with its defaults, silently"
+        command = f"rlhf-convert repair {case.path} {case.out('fixed')} --for transformers@4"
+        yield Finding(
+            "rope-of-transformers-5", severity, text, (), (), HERE, ("mend-for-transformers-4",), "safe", command
+        )
 
 
 @diagnosis("remote-code-missing", "model")
