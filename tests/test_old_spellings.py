@@ -94,3 +94,24 @@ def test_a_theta_that_is_the_default_of_transformers_4_is_no_finding(tmp_path: P
     config["rope_parameters"]["rope_theta"] = 10000.0
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert examine(Asked(str(tmp_path / "model"), target="transformers@4")).findings == ()
+
+
+TEMPLATES = {
+    "nothing": ([], {"add_bos_token": False, "add_eos_token": False}),
+    "both": (["<s>", "</s>"], {"add_bos_token": True, "add_eos_token": True}),
+}
+
+
+@pytest.mark.parametrize("added", TEMPLATES)
+def test_a_tokenizer_adds_in_transformers_4_what_its_own_template_adds(added: str, tmp_path: Path) -> None:
+    """In transformers 4 a LlamaTokenizer puts <s> first unless its config says no."""
+    around, expected = TEMPLATES[added]
+    special, text = [{"SpecialToken": {"id": t, "type_id": 0}} for t in around], {"Sequence": {"id": "A", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [*special[:1], text, *special[1:]]}
+    save("llama", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps({"post_processor": template}))
+    config = {"backend": "tokenizers", "tokenizer_class": "LlamaTokenizer", "extra_special_tokens": ["<a>"]}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    told = json.loads((mended(tmp_path / "model") / "tokenizer_config.json").read_text())
+    old = {"backend": "tokenizers", "tokenizer_class": "LlamaTokenizer", "additional_special_tokens": ["<a>"]}
+    assert told == old | expected

@@ -5,20 +5,18 @@ No tensor changes. What can't be told from the folder itself is refused, never g
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from converter.checkpoint import Checkpoint, SideFile
+from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.converters.old_spellings import with_old_spellings
+from converter.converters.old_tokenizers import with_old_tokenizer
 from converter.converters.task_head import pad_token_of
 from converter.converters.vocabulary import with_rows_in_config
 from converter.errors import Refused, show
-from converter.strict_json import load_json
 
 _WRAPPER = re.compile(r"^(?:FSDP\d?|DDP|Peft|DistributedDataParallel)(?=[A-Z])")
 _HEAD = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
@@ -125,29 +123,7 @@ class MendForTransformers4:
         config = with_old_spellings(checkpoint.config, context, asked=checkpoint.origin.asked)
         if config != dict(checkpoint.config):
             context.note("info", "mended", "config.json: old spellings written beside those of transformers 5")
-        return _with_tokenizer(checkpoint.replace(config=config), context)
-
-
-def _with_tokenizer(checkpoint: Checkpoint, context: Context) -> Checkpoint:
-    file = checkpoint.side_files.get(TOKENIZER)
-    if file is None or file.source is None:
-        return checkpoint
-    value = load_json(Path(file.source), allow_nan=True)
-    if not isinstance(value, dict):
-        return checkpoint
-    new = dict(value)
-    if new.get("tokenizer_class") == "TokenizersBackend":
-        new["tokenizer_class"] = "PreTrainedTokenizerFast"
-    extra = new.get("extra_special_tokens")
-    if isinstance(extra, list):
-        del new["extra_special_tokens"]
-        have = new.get("additional_special_tokens")
-        new["additional_special_tokens"] = [*(have if isinstance(have, list) else []), *extra]
-    if new == value:
-        return checkpoint
-    context.note("info", "mended", f"{TOKENIZER}: class and special tokens as transformers 4 reads them")
-    content = (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
-    return checkpoint.replace(side_files={**checkpoint.side_files, TOKENIZER: SideFile(content=content)})
+        return with_old_tokenizer(checkpoint.replace(config=config), context)
 
 
 def _with(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Checkpoint:
