@@ -34,6 +34,9 @@ def test_a_model_on_one_screen(here: Path) -> None:
         "weights  130 K parameters in 27 tensors, bf16, 262 KB in 2 files",
         "shape    layers 2, hidden 64, vocabulary 384",
         "head     lm_head.weight (384, 64) bf16",
+        "layers   model.layers.{0..1}: 12 tensors each",
+        "files    chat_template.jinja, generation_config.json, tokenizer.json, tokenizer_config.json",
+        "saved by transformers 5.23.0",
         "faults   none found in headers and configs",
         "Next:    rlhf-convert reshard ./tiny-qwen2-base OUT --max-shard-size 5GB",
         "         rlhf-convert merge-lora ADAPTER OUT --base ./tiny-qwen2-base",
@@ -49,6 +52,9 @@ def test_an_adapter_on_one_screen(here: Path) -> None:
         "weights  17.2 K parameters in 29 tensors, fp32 and bf16, 72.3 KB in 1 file",
         "targets  14 modules: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         "whole    1 tensor: base_model.model.score.weight",
+        "layers   base_model.model.model.layers.{0..1}: 14 tensors each",
+        "files    chat_template.jinja, tokenizer.json, tokenizer_config.json",
+        "saved by peft 0.21.2",
         "faults   none found in headers and configs",
         "Next:    rlhf-convert merge-lora ./tiny-reward-adapter OUT",
     ]
@@ -69,6 +75,41 @@ def test_a_merged_reward_model_shows_its_head_and_label(here: Path) -> None:
     assert "head     score.weight (1, 64) bf16" in out
 
 
+def test_a_head_is_shown_with_its_dialect_and_its_normalisation(here: Path) -> None:
+    assert run("merge-lora", "tiny-reward-adapter", "rm").code == 0
+    config = json.loads((here / "rm" / "config.json").read_text()) | {"mean": 0.5, "std": 2.0}
+    (here / "rm" / "config.json").write_text(json.dumps(config))
+    out = run("inspect", "rm").out.splitlines()
+    assert "         read as hf-seqcls: score.weight [1, 64], architectures Qwen2ForSequenceClassification" in out
+    assert "         rewards are normalised: mean 0.5, std 2" in out
+
+
+def test_what_a_folder_records_of_its_makers_is_shown(here: Path) -> None:
+    folder = here / "tiny-reward-adapter"
+    (folder / "README.md").write_text("---\ntags:\n- trl\n- reward-trainer\n---\n# A model\n- unsloth\n")
+    (folder / "trainer_state.json").write_text("{}")
+    out = run("inspect", "tiny-reward-adapter").out.splitlines()
+    made = "transformers' Trainer (trainer_state.json), trl (tag of its README.md), peft 0.21.2"
+    assert f"saved by {made}" in out
+
+
+def test_what_is_missing_beside_the_weights_is_said(here: Path) -> None:
+    for file in (here / "tiny-qwen2-base").glob("tokenizer*"):
+        file.unlink()
+    (here / "tiny-qwen2-base" / "generation_config.json").unlink()
+    out = run("inspect", "tiny-qwen2-base").out.splitlines()
+    assert "files    chat_template.jinja; no tokenizer, no generation_config.json" in out
+
+
+def test_findings_fit_80_columns(here: Path) -> None:
+    shutil.copytree(FIXTURES / "tiny-reward-run", here / "run")
+    out = run("inspect", "run/checkpoint-4").out.splitlines()
+    begin = next(n for n, text in enumerate(out) if text.startswith("ERROR"))
+    end = next(n for n, text in enumerate(out) if text.startswith("Next"))
+    assert "24 of 29 tensors are torch.Size([0])" in out[begin]
+    assert all(len(text) < 80 for text in out[begin : end - 1])
+
+
 def test_json_says_the_same(here: Path) -> None:
     found = json.loads(run("inspect", "tiny-qwen2-base", "--json").out)
     assert found == {
@@ -86,6 +127,8 @@ def test_json_says_the_same(here: Path) -> None:
         "dtypes": ["BF16"],
         "files": {"model-00001-of-00002.safetensors": 148152, "model-00002-of-00002.safetensors": 113840},
         "heads": {"lm_head.weight": [384, 64]},
+        "saved_by": ["transformers 5.23.0"],
+        "side_files": ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"],
         "findings": [],
     }
 

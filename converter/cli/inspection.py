@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.cli import inspection_facts as facts
 from converter.cli.options import Display
 from converter.errors import ConvertError, fold, show
 from converter.report import adapter_kind, dtype_word, label_count, line, next_lines, short_revision
@@ -106,10 +108,24 @@ def _screen(found: Found, *, tensors: bool = False) -> list[str]:
     return [
         f"{show(found.asked)}{at}: {kind}, {title}",
         *lines,
+        *_around(found),
         *(_tensors(found.survey) if tensors else []),
         *_verdict(found),
         *_read(found),
         *next_lines(_next(found)),
+    ]
+
+
+def _around(found: Found) -> list[str]:
+    """Its stacks of layers, the files beside the weights, and who saved it."""
+    case = found.report.case
+    present, missing = facts.files_beside(case)
+    files = [fold(present, most=6)] if present else []
+    files += [f"no {', no '.join(missing)}"] if missing and not found.is_training else []
+    return [
+        *(line("layers", each) for each in facts.layers(n.removesuffix(".weight") for n in found.survey.entries)),
+        *([line("files", "; ".join(files))] if files else []),
+        *([line("saved by", ", ".join(made))] if (made := facts.made_by(case)) else []),
     ]
 
 
@@ -154,6 +170,9 @@ def _model(found: Found) -> list[str]:
     heads = _heads(found.survey)
     if heads:
         lines.append(line("head", "; ".join(f"{show(n)} {_shape_of(found.survey, n)}" for n in heads)))
+    known, norm = facts.dialect(found.report.case), facts.normaliser(found.config)
+    lines += [line("", f"read as {known}")] if known else []
+    lines += [line("", f"rewards are normalised: {norm}")] if known and norm else []
     from converter.sources.ties import find_ties
 
     for group in find_ties(found.survey.entries, found.config):
@@ -283,7 +302,7 @@ def _tensors(survey: Survey) -> list[str]:
 
 def _verdict(found: Found) -> list[str]:
     """Doctor's findings, a line or two each."""
-    from converter.cli.doctor import WORDS
+    from converter.cli.doctor import WIDTH, WORDS
     from converter.doctor import file_of
 
     lines = []
@@ -291,7 +310,9 @@ def _verdict(found: Found) -> list[str]:
         how = {"": "", "lost": "; lost", "here": ""}.get(finding.recoverability, f"; {finding.recoverability}")
         file = file_of(finding, found.report.case)
         about = f"{file}: " if file else ""
-        lines.append(line(WORDS[finding.severity], f"{finding.code}: {about}{finding.message}{how}"))
+        text = line(WORDS[finding.severity], f"{finding.code}: {about}{finding.message}{how}")
+        indent = " " * len(line("", ""))
+        lines += textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     if lines:
         return [*lines, line("", f"rlhf-convert doctor {shlex.quote(found.asked)} says more")]
     return [line("faults", "none found in headers and configs")]
@@ -335,5 +356,7 @@ def _json(found: Found) -> dict[str, Any]:
         "dtypes": sorted({e.info.dtype.value for e in survey.entries.values()}),
         "files": dict(survey.files),
         "heads": {n: list(survey.entries[n].info.shape) for n in _heads(survey)},
+        "saved_by": facts.made_by(found.report.case),
+        "side_files": facts.files_beside(found.report.case)[0],
         "findings": [f.to_json() for f in found.report.findings],
     }
