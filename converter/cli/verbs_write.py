@@ -134,7 +134,7 @@ def gather(
     examples=(
         "rlhf-convert repair ./run/checkpoint-500 ./repaired",
         "rlhf-convert repair ./my-adapter ./repaired --weights-from ./run/global_step500",
-        "rlhf-convert repair ./model ./repaired --base Qwen/Qwen2.5-7B --dry-run",
+        "rlhf-convert repair ./model ./repaired --for transformers@4 --link-unchanged",
     ),
 )
 def repair(
