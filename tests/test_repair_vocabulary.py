@@ -184,6 +184,31 @@ def test_embeddings_of_two_heights_are_brought_to_one(llama: Path, tmp_path: Pat
     assert torch.equal(values(tmp_path / "out")["lm_head.weight"], short)
 
 
+def test_a_tensor_of_an_unknown_name_that_is_as_high_stops_the_cut(llama: Path, tmp_path: Path) -> None:
+    tensors = values(llama) | {"model.token_scores.weight": torch.ones(WORDS, 3)}
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    refused = run("repair", llama, tmp_path / "out", "--vocab", "24", "--allow", "vocabulary-padding")
+    assert (refused.returncode, "model.token_scores.weight" in refused.stderr) == (3, True)
+
+
+def test_names_of_other_families_are_known_by_their_height(tmp_path: Path) -> None:
+    """InternLM2's, whose code is not transformers' own."""
+    names = {"model.tok_embeddings.weight": (32, 8), "output.weight": (32, 8), "model.norm.weight": (8,)}
+    (tmp_path / "model").mkdir()
+    save_file(
+        {n: torch.ones(s) for n, s in names.items()}, tmp_path / "model/model.safetensors", metadata={"format": "pt"}
+    )
+    (tmp_path / "model/config.json").write_text(
+        '{"model_type": "internlm2", "vocab_size": 999, "architectures": ["A"]}'
+    )
+    tokenizer(tmp_path / "model")
+    command = ["repair", str(tmp_path / "model"), str(tmp_path / "out"), "--vocab", "tokenizer", "-q"]
+    assert main([*command, "--allow", "vocabulary-trim"]) == 0
+    assert {n: tuple(t.shape) for n, t in values(tmp_path / "out").items()} == {
+        "model.tok_embeddings.weight": (20, 8), "output.weight": (20, 8), "model.norm.weight": (8,)
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("to", ["many", "-1", "0", "1.5", "", "١٢"])
 def test_what_is_no_vocabulary_is_a_usage_error(to: str, llama: Path, tmp_path: Path) -> None:
     assert run("repair", llama, tmp_path / "out", f"--vocab={to}").returncode == 2

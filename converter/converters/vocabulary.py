@@ -23,10 +23,11 @@ from converter.tensors import LazyTensor
 MAX_TOKENIZER_BYTES = 64_000_000
 MOST_ROWS = 100_000_000
 
-_MODULES = frozenset({
-    "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "shared", "embeddings", "embedding",
-    "lm_head", "embed_out", "output", "decoder", "predictions",
-})  # fmt: skip
+_INPUTS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "shared"})
+_SURE = _INPUTS | {"lm_head", "embed_out"}
+_MODULES = _SURE | {"embeddings", "embedding", "output", "output_layer", "decoder", "predictions", "head"}
+"""Modules that may have a row for each token; those that are not sure are told by their height."""
+
 _LEAVES = ("weight", "bias")
 _NOT_TEXT = ("vision", "visual", "audio", "image", "vqmodel", "codec", "depth_decoder", "position")
 
@@ -64,6 +65,7 @@ class Vocabulary:
             raise Refused("vocabulary-unknown", what, where=show(checkpoint.origin.asked))
         if self.to == "rows":
             return with_rows_in_config(checkpoint, context)
+        _expect_no_other(held, checkpoint)
         wanted = self._wanted(checkpoint)
         longer = [n for n, t in held.items() if t.info.shape[0] > wanted]
         shorter = [n for n, t in held.items() if t.info.shape[0] < wanted]
@@ -93,13 +95,27 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     its height is neither the config's vocabulary nor that of the input embedding.
     """
     named = {n: t for n, t in checkpoint.tensors.items() if _is_named_so(n) and len(t.info.shape) in (1, 2)}
-    sure = [
-        t for n, t in named.items() if _module(n) in ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared")
-    ]
-    heights = {t.info.shape[0] for t in sure if len(t.info.shape) == 2}
+    inputs = [t for n, t in named.items() if _module(n) in _INPUTS]
+    heights = {t.info.shape[0] for t in inputs if len(t.info.shape) == 2}
     heights |= {s for s in (text_config(checkpoint.config).get("vocab_size"),) if isinstance(s, int)}
-    always = ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "lm_head", "embed_out")
-    return {n: t for n, t in named.items() if _module(n) in always or t.info.shape[0] in heights}
+    return {n: t for n, t in named.items() if _module(n) in _SURE or t.info.shape[0] in heights}
+
+
+def _expect_no_other(held: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> None:
+    """No tensor outside of the layers is as high as the vocabulary, and of an unknown name: it may have to follow.
+
+    Raises:
+        Refused: there is one (`vocabulary-unknown`).
+    """
+    heights = {t.info.shape[0] for t in held.values()}
+    others = [
+        n
+        for n, t in checkpoint.tensors.items()
+        if n not in held and t.info.shape and t.info.shape[0] in heights and _is_of_text(n)
+    ]
+    if others:
+        what = f"{fold(others)} may have a row for each token too, and the name is not known"
+        raise Refused("vocabulary-unknown", what, where=show(checkpoint.origin.asked))
 
 
 def _module(name: str) -> str:
@@ -110,7 +126,12 @@ def _is_named_so(name: str) -> bool:
     parts = name.split(".")
     if len(parts) < 2 or parts[-1] not in _LEAVES or parts[-2] not in _MODULES:
         return False
-    return not any(word in name for word in _NOT_TEXT) and not any(p.isdigit() for p in parts)
+    return _is_of_text(name)
+
+
+def _is_of_text(name: str) -> bool:
+    """True for tensors outside of the layers and of other towers than the text model."""
+    return not any(word in name for word in _NOT_TEXT) and not any(p.isdigit() for p in name.split("."))
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
