@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from converter import sparse, tensors
 from converter.checkpoint import Checkpoint, SideFile
+from converter.comparable import Comparable, as_stored, by_meaning
 from converter.context import Context
-from converter.files import read_limited
+from converter.errors import UsageError, show
+from converter.files import Identity, read_limited
 from converter.tensor_bytes import byte_runs
 from converter.tensors import LazyTensor
 
@@ -60,6 +62,8 @@ class Difference:
         config: keys of the configs whose values differ, with both.
         side_files: names of files that differ, or that one side alone has.
         prefixes: what was taken off the names of A and of B to pair them.
+        said: how the names of A and of B were read, where they are not paired as they are stored.
+        tied: tensors that one side stores, and the other under a name to which its config ties them.
     """
 
     pairs: tuple[Pair, ...]
@@ -69,6 +73,8 @@ class Difference:
     side_files: Mapping[str, str]
     prefixes: tuple[str, str] = ("", "")
     dtypes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    said: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    tied: tuple[str, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -79,45 +85,97 @@ class Difference:
 
 
 def compare(
-    a: Checkpoint, b: Checkpoint, *, ignore_prefixes: Sequence[str] = (), told: Callable[[str], None] = lambda _: None
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    ignore_prefixes: Sequence[str] = (),
+    told: Callable[[str, int], None] = lambda _name, _size: None,
 ) -> Difference:
     """Compare two checkpoints.
+
+    Tensors are paired by their names. Where names differ they are read by what they mean (see `comparable`), if more of
+    them meet so.
 
     Args:
         ignore_prefixes: taken off the names of both before they are paired; without any, the two prefixes under which
             the most names meet are found.
-        told: called with each tensor's name before it is read.
+        told: called with each tensor's name and its size in bytes before it is read.
+
+    Raises:
+        UsageError: an adapter and a model (`kinds-differ`).
     """
-    names_a, names_b, prefixes = _paired_names(list(a.tensors), list(b.tensors), ignore_prefixes)
-    pairs, dtypes = [], {}
+    one, two = as_stored(a), as_stored(b)
+    if one.tensors.keys() != two.tensors.keys() and not ignore_prefixes:
+        one, two = _met(one, two, by_meaning(a), by_meaning(b))
+    if {one.kind, two.kind} == {"adapter", "model"}:
+        raise _kinds_differ(a, b)
+    names_a, names_b, prefixes = _paired_names(list(one.tensors), list(two.tensors), ignore_prefixes)
+    pairs, dtypes, tied = [], {}, []
     context = Context()
-    with _evaluators(a, b) as (left, right):
-        for key, name in names_a.items():
-            if key not in names_b:
-                continue
-            told(name)
-            one, two = a.tensors[name], b.tensors[names_b[key]]
-            if one.info.dtype is not two.info.dtype:
-                dtypes[name] = (one.info.dtype.torch_name, two.info.dtype.torch_name)
-            pairs.append(_compare(name, names_b[key], one, two, context, left, right))
+    with _evaluators(one.inputs, two.inputs) as (left, right):
+        for key, name, other in _partners(names_a, names_b, one, two):
+            x = one.tensors[name] if name else one.tied[key]
+            y = two.tensors[other] if other else two.tied[key]
+            told(name or other, x.info.nbytes)
+            if not (name and other):
+                tied.append(name or other)
+            if x.info.dtype is not y.info.dtype:
+                dtypes[name or key] = (x.info.dtype.torch_name, y.info.dtype.torch_name)
+            pairs.append(_compare(name or key, other or key, x, y, context, left, right))
     return Difference(
         tuple(pairs),
-        tuple(n for k, n in names_a.items() if k not in names_b),
-        tuple(n for k, n in names_b.items() if k not in names_a),
-        _configs(a.config, b.config),
-        _side_files(a.side_files, b.side_files),
+        tuple(n for k, n in names_a.items() if k not in names_b and k not in two.tied),
+        tuple(n for k, n in names_b.items() if k not in names_a and k not in one.tied),
+        _configs(one.config, two.config),
+        _side_files(one.side_files, two.side_files),
         prefixes,
         dtypes,
+        (one.said, two.said),
+        tuple(tied),
+    )
+
+
+def _met(one: Comparable, two: Comparable, other: Comparable, others: Comparable) -> tuple[Comparable, Comparable]:
+    """The pair of namings in which the least is left over: as stored, or by meaning."""
+
+    def left_over(a: Comparable, b: Comparable) -> int:
+        names_a, names_b, _ = _paired_names(list(a.tensors), list(b.tensors), ())
+        return len(names_a.keys() ^ names_b.keys())
+
+    return (other, others) if left_over(other, others) < left_over(one, two) else (one, two)
+
+
+def _partners(
+    names_a: Mapping[str, str], names_b: Mapping[str, str], one: Comparable, two: Comparable
+) -> Iterator[tuple[str, str, str]]:
+    """What to compare: the common name, the name in A and in B; empty for what a side stores under a tied name only."""
+    for key, name in names_a.items():
+        if key in names_b:
+            yield key, name, names_b[key]
+        elif key in two.tied:
+            yield key, name, ""
+    for key, name in names_b.items():
+        if key not in names_a and key in one.tied:
+            yield key, "", name
+
+
+def _kinds_differ(a: Checkpoint, b: Checkpoint) -> UsageError:
+    adapter, model = (a, b) if a.origin.kind == "adapter" else (b, a)
+    name, merged = show(adapter.origin.asked), show(model.origin.asked)
+    return UsageError(
+        "kinds-differ",
+        f"{name} is an adapter and {merged} a model: they share no tensor",
+        next=f"rlhf-convert merge-lora {name} OUT, then rlhf-convert diff OUT {merged}",
     )
 
 
 class _evaluators:  # noqa: N801 - a context manager that reads as a function
     """Evaluators over the files of both sides, which are closed at the end."""
 
-    def __init__(self, a: Checkpoint, b: Checkpoint) -> None:
+    def __init__(self, a: Mapping[str, Identity], b: Mapping[str, Identity]) -> None:
         from converter.reading import InputFiles
 
-        self._files = (InputFiles(a.inputs), InputFiles(b.inputs))
+        self._files = (InputFiles(a), InputFiles(b))
 
     def __enter__(self) -> tuple[Callable[[], Evaluator], Callable[[], Evaluator]]:
         def make(index: int) -> Callable[[], Evaluator]:

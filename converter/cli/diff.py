@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sized
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Display
-from converter.errors import fold, show
+from converter.cli.progress import progress
+from converter.errors import ConvertError, fold, show
 from converter.report import line
 
 if TYPE_CHECKING:
+    from converter.checkpoint import Checkpoint
     from converter.diff import Difference, Pair
 
 MOST = 8
@@ -21,13 +24,12 @@ MAX_VALUE = 60
 
 def diff(a: str, b: str, ignore_prefix: tuple[str, ...], options: Display) -> int:
     """Compare; exit code 0 where all is equal, else 1."""
-    from converter.cli.recipes import input_spec
     from converter.diff import compare
-    from converter.recipe_run import open_checkpoint
 
-    one = open_checkpoint(input_spec(a), token=None, keep_code=False)
-    two = open_checkpoint(input_spec(b), token=None, keep_code=False)
-    found = compare(one, two, ignore_prefixes=ignore_prefix)
+    one, two = _open(a), _open(b)
+    with progress(options.sink) as reporter:
+        reporter.start(one.total_bytes, 0)
+        found = compare(one, two, ignore_prefixes=ignore_prefix, told=lambda name, size: reporter.advance(size, name))
     options.sink.screen(
         [
             line("a", f"{show(a)}  {one.origin.kind}, {len(one.tensors)} tensors"),
@@ -39,9 +41,41 @@ def diff(a: str, b: str, ignore_prefix: tuple[str, ...], options: Display) -> in
     return 0 if found.is_empty else 1
 
 
+def _open(text: str) -> Checkpoint:
+    """A checkpoint in a folder or on the Hub; one weight file; or the shards of a trainer in or below a folder.
+
+    Raises:
+        UsageError: nothing that can be compared has that name.
+        Refused: broken content.
+    """
+    from converter.cli.recipes import input_spec
+    from converter.recipe_run import open_checkpoint
+    from converter.registry import find_place
+    from converter.sources.loose import open_file
+    from converter.sources.survey import is_weight_file
+
+    path = Path(text).expanduser()
+    if is_weight_file(path.name) and path.is_file():
+        return open_file(path, text)
+    try:
+        return open_checkpoint(input_spec(text), token=None, keep_code=False)
+    except ConvertError as error:
+        if error.code not in ("several-checkpoints", "not-a-checkpoint", "weights-missing") or not path.is_dir():
+            raise
+        try:
+            place = find_place(path, text)
+        except ConvertError:
+            raise error from None
+    return open_checkpoint(input_spec(str(place.folder)), token=None, keep_code=False)
+
+
 def screen(found: Difference, *, verbose: bool = False) -> list[str]:
     """The difference as lines, the largest change first."""
     lines = []
+    for side, said in zip("ab", found.said, strict=True):
+        lines += [line("read", f"{side} {'; '.join(said)}")] if said else []
+    if found.tied:
+        lines.append(line("tied", f"{fold(found.tied)}: stored on one side, and tied to a stored tensor on the other"))
     if any(found.prefixes):
         one, two = (f"`{show(p)}`" if p else "nothing" for p in found.prefixes)
         lines.append(line("names", f"paired without {one} in a and {two} in b"))
@@ -95,6 +129,8 @@ def to_json(found: Difference) -> dict[str, Any]:
     return {
         "equal": found.is_empty,
         "prefixes": list(found.prefixes),
+        "read": [list(said) for said in found.said],
+        "tied": list(found.tied),
         "tensors": [
             {"a": p.a, "b": p.b, "status": p.status, "relative": _finite(p.relative), "largest": p.largest,
              "nonfinite": p.nonfinite}

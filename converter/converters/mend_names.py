@@ -57,14 +57,15 @@ class MendAdapterNames:
             Refused: two tensors would get one name (`rename-collision`).
         """
         plain, _ = without_wrappers(checkpoint.tensors)
-        names = {raw: _peft_name(name) for raw, name in plain.items()}
+        names = {raw: peft_name(name) for raw, name in plain.items()}
         changed = sum(raw != name for raw, name in names.items())
         if changed:
             context.note("info", "mended", f"{changed} keys renamed to those that PEFT looks for")
         return checkpoint.rename(names)
 
 
-def _peft_name(name: str) -> str:
+def peft_name(name: str) -> str:
+    """The key under which PEFT saves and looks for an adapter's tensor, from any spelling of it."""
     while name.startswith(PEFT_PREFIX):
         name = name.removeprefix(PEFT_PREFIX)
     match = _ADAPTER_NAME.search(name)

@@ -1,10 +1,12 @@
-"""Weight files in a folder without a config: what is in them, and what is wrong with them."""
+"""Weight files without a config: what is in them, and what is wrong with them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from converter.checkpoint import Checkpoint, Origin
 from converter.errors import Refused, show
+from converter.files import identity
 from converter.sources.survey import Fault, StoredTensor, Survey, empty_tensors, file_names, is_weight_file
 from converter.sources.weight_file import PICKLED_SUFFIXES, read_weights
 
@@ -30,3 +32,18 @@ def survey_files(root: Path, *, only: str | None = None) -> Survey:
     if empty:
         survey.faults.append(empty_tensors(empty, survey.entries, show(root)))
     return survey
+
+
+def open_file(path: Path, asked: str) -> Checkpoint:
+    """The tensors of one weight file, which has no config.
+
+    Raises:
+        Refused: what is wrong with it.
+    """
+    survey = survey_files(path.parent, only=path.name)
+    if (error := survey.error()) is not None:
+        raise error
+    real = str(path.parent.resolve() / path.name)
+    stored = "safetensors" if path.suffix == ".safetensors" else "torch"
+    origin = Origin("weights", str(path.parent), asked, path.name, None, "", stored)
+    return Checkpoint({n: e.tensor for n, e in survey.entries.items()}, {}, origin, inputs={real: identity(real)})
