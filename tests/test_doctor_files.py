@@ -179,10 +179,10 @@ def test_each_breakage_of_an_adapter_has_its_code(trained: Path, tmp_path: Path,
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_base_that_is_quantised_is_an_error(trained: Path, sharded: Path, tmp_path: Path) -> None:
+def test_a_quantised_base_is_no_fault_of_the_adapter(trained: Path, sharded: Path, tmp_path: Path) -> None:
     base = shutil.copytree(sharded, tmp_path / "model")
     edit(base, quantization_config={"quant_method": "fp8"})
-    assert "base-quantised" in serious(codes(trained, base=str(base)))
+    assert codes(trained, base=str(base))["base-quantised"] == "cosmetic"
 
 
 def only(folder: Path, pattern: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from converter.context import Context
@@ -11,6 +12,7 @@ from converter.errors import show
 
 _OUTPUTS = ("lm_head.weight", "embed_out.weight")
 _INPUTS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight", "embed_tokens.weight")
+_LAYER = re.compile(r"\.\d+\.", re.ASCII)
 
 
 def _ties(case: Case) -> bool | None:
@@ -35,10 +37,18 @@ def output_embedding_missing(case: Case, context: Context) -> Iterable[Finding]:
     """
     inputs, outputs = _pair(case)
     if "CausalLM" in architecture(case) and _ties(case) is False and inputs and outputs is None:
+        if _is_named_otherwise(case, inputs):
+            return
         text = f"tie_word_embeddings is false and there is no output embedding; {show(inputs)} is there"
         yield Finding(
             "output-embedding-missing", "error", text, (inputs,), folded(case, [inputs]), "from the base model"
         )
+
+
+def _is_named_otherwise(case: Case, inputs: str) -> bool:
+    """True where a matrix as large as the embedding lies outside of the layers: `head.weight`, `output.weight`, ..."""
+    shape = case.shapes[inputs].shape
+    return any(i.shape == shape and n != inputs and not _LAYER.search(n) for n, i in case.shapes.items())
 
 
 @diagnosis("tied-copies", "model")
