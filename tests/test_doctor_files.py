@@ -237,6 +237,10 @@ RUNS: dict[str, tuple[str, Break]] = {
 }  # fmt: skip
 
 
+FOREIGN = {"zero-experts", "zero-pipeline", "zero-tensor-parallel"}
+"""Layouts that are not read here, and that DeepSpeed resumes from."""
+
+
 def flip(file: Path, old: bytes, new: bytes) -> None:
     raw = file.read_bytes()
     assert old in raw
@@ -249,7 +253,11 @@ def test_each_breakage_of_a_run_has_its_code(tmp_path: Path, code: str) -> None:
     folder = shutil.copytree(HERE / name, tmp_path / "run")
     assert serious(codes(folder)) == set()
     change(folder)
-    assert serious(codes(folder)) == {code}
+    if code in FOREIGN:
+        assert serious(codes(folder)) == set()
+        assert code in codes(folder)
+    else:
+        assert serious(codes(folder)) == {code}
 
 
 def test_a_pickle_in_a_doctor_s_hands_runs_nothing(

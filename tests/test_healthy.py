@@ -5,6 +5,7 @@ The folders are made by the frameworks' own code. What is expected is the same e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,21 @@ from converter.doctor import Asked, examine
 from healthy.adapters import ADAPTERS, HEAD_IN_BASE_ALONE, Adapter, base, quantised, records
 from healthy.models import MODELS, Saved
 from healthy.shrink import NotTinyError, everything
+from healthy.states import EXPECTED, FORMS, HERE, RUNS, save
 
 
 def serious(folder: Path, **asked: object) -> list[str]:
     """What doctor says that is worse than cosmetic, with its reason."""
     found = examine(Asked(str(folder), **asked)).findings  # type: ignore[arg-type]
     return [f"{f.severity} {f.code}: {f.message}" for f in found if f.severity != "cosmetic"]
+
+
+CHECKPOINT = re.compile(r"checkpoint|step|global_step")
+"""Folders in a run that are checkpoints; `optimizer_0` and `huggingface` are parts of one, and load nowhere."""
+
+
+def codes(folder: Path, **asked: object) -> list[str]:
+    return [text.split()[1].rstrip(":") for text in serious(folder, **asked)]
 
 
 @pytest.mark.parametrize("saved", MODELS, ids=str)
@@ -42,7 +52,7 @@ def test_every_architecture_of_transformers_is_healthy(task: str, kind: str, tmp
 LORA_TASKS = {"causal": "CAUSAL_LM", "seqcls": "SEQ_CLS", "tokcls": "TOKEN_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 
 
-NOT_PLACED = {"blip", "diffusion_gemma"}
+NOT_PLACED = {"blip"}
 """LoRA on an output embedding that is tied and not stored, under a name that the merge does not take to its partner."""
 
 OVER = [
@@ -95,3 +105,20 @@ def test_an_adapter_over_a_quantised_base_is_healthy(tmp_path: Path) -> None:
     quantised(tmp_path / "base")
     assert serious(tmp_path / "base", deep=True) == []
     assert serious(folder, deep=True) == []
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_state_that_a_trainer_left_is_healthy(run: str) -> None:
+    folder = HERE / run
+    for place in (folder, *(p for p in folder.iterdir() if p.is_dir() and CHECKPOINT.match(p.name))):
+        inside = str(place.relative_to(folder))
+        assert codes(place) == EXPECTED.get((run, inside, ""), [])
+        assert codes(place, deep=True) == EXPECTED.get((run, inside, "deep"), [])
+
+
+@pytest.mark.parametrize(("form", "family", "trainer"), FORMS)
+def test_a_folder_in_a_trainer_s_own_form_is_healthy_for_it(
+    form: str, family: str, trainer: str, tmp_path: Path
+) -> None:
+    folder = save(form, family, tmp_path / "model")
+    assert serious(folder, target=trainer, deep=True) == []

@@ -63,7 +63,7 @@ REFUSALS: dict[str, str] = {
     "tied-copies-differ": "The base stores tied embeddings twice, with different values.",
 }
 
-_NOT_MERGED_HERE = frozenset(
+NOT_MERGED_HERE = frozenset(
     {"peft-type-unsupported", "peft-type-unmergeable", "adapter-field-unsupported", "adapter-fused", "base-quantised"}
 )
 """Refusals of a merge that say what is not implemented here; PEFT loads these adapters, and some it can merge."""
@@ -113,9 +113,7 @@ def _of(error: ConvertError, case: Case) -> Finding:
 
 def _severity(error: ConvertError, case: Case) -> Severity:
     """How bad it is for who loads the adapter with PEFT; that it can't be merged here is no fault of the adapter."""
-    if error.code in _NOT_MERGED_HERE or (
-        error.code == "adapter-bias" and case.adapter_config.get("lora_bias") is True
-    ):
+    if error.code in NOT_MERGED_HERE or (error.code == "adapter-bias" and case.adapter_config.get("lora_bias") is True):
         return "cosmetic"
     start = case.adapter_config.get("init_lora_weights")
     if error.code == "adapter-base-moved" and start != "corda":

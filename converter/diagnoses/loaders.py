@@ -29,8 +29,8 @@ _SETS_LABELS = ("verl", "areal", "trl")
 
 _READS_ADAPTERS = ("llamafactory", "ms-swift")
 _LEAVES_HEADS = ("trl", "transformers")
-"""Trainers that hand an adapter's folder to `from_pretrained`, which puts LoRA on the base that it records, and leaves
-the head that it brings among the unexpected keys. Seen with transformers 5.15 and 5.23 and adapters of TRL 1.12.
+"""Trainers that hand an adapter's folder to `from_pretrained`, which puts LoRA on the base that it records. The head
+that the adapter brings stays among the unexpected keys in transformers 5.15, and is read in 5.23.
 """
 
 
@@ -96,7 +96,9 @@ def _roles(case: Case) -> list[Role]:
 
 def _of(case: Case, target: Target, *, is_meant: bool) -> _Verdict:
     verdict = _Verdict(target, target.role, is_meant)
-    if case.kind in ("training", "run", "unread"):
+    if case.kind == "training" and case.source == target.dialect.subfolder:
+        _model(case, target, verdict)  # a whole model, in the folder where this trainer keeps it
+    elif case.kind in ("training", "run", "unread"):
         verdict.refuses.append(f"{target.words} loads model folders, and these are a trainer's shards")
     elif case.kind == "weights":
         verdict.refuses.append(f"{target.words} needs a config.json beside the weights")
@@ -114,7 +116,8 @@ def _adapter(case: Case, target: Target, verdict: _Verdict) -> None:
         if target.role == "actor":
             verdict.accepts = f"{target.words} reads the adapter with its base, as an actor"
         else:
-            verdict.random.append(f"{target.words} puts the LoRA on its base and leaves out the adapter's own head")
+            text = f"{target.words} puts the LoRA on its base"
+            verdict.random.append(f"{text}, and with transformers 5.15 leaves out the adapter's head (5.23 reads it)")
         return
     if target.serves.trainer not in _READS_ADAPTERS:
         verdict.refuses.append(f"{target.words} loads whole models here: the adapter has to be merged into its base")
@@ -215,8 +218,9 @@ def _findings(case: Case, code: str, severity: Severity, which: str, lead: str) 
         texts: list[str] = getattr(verdict, which)
         if texts:
             can_read = verdict.aim is not None
+            worst: Severity = severity if verdict.is_meant else "cosmetic"
             yield Finding(
-                code, severity if verdict.is_meant else "cosmetic", f"as {verdict.role}: {lead}{'; '.join(texts)}", (), (),
+                code, worst, f"as {verdict.role}: {lead}{'; '.join(texts)}", (), (),
                 HERE if can_read and which != "random" else "", ("remap-head",) if can_read else (), "display-only",
                 _command(case, verdict) if can_read else None,
             )  # fmt: skip
