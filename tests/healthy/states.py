@@ -10,9 +10,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 EXPECTED = {
     ("dcp/runs/alone-n1", ".", "deep"): ["nonfinite"],
-    ("dcp/runs/alone-n1", "step-2", "deep"): ["nonfinite"],
     ("dcp/runs/hf-n2", "step-2", ""): ["config-missing"],
-    ("dcp/runs/hf-n2", "step-2", "deep"): ["config-missing"],
 }
 """What is really so: two steps in fp16 made NaN of every weight, as the run's oracle has it too; and torch's writer of
 Hugging Face files writes no config, without which nobody loads them.
