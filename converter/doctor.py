@@ -13,8 +13,9 @@ from itertools import islice
 from pathlib import Path
 
 from converter.context import Context
+from converter.diagnoses.adapters import NOT_MERGED_HERE
 from converter.diagnoses.aims import aim, is_transformers_4, roles_of
-from converter.diagnoses.faults import undocumented
+from converter.diagnoses.faults import NOT_READ_HERE, undocumented
 from converter.diagnoses.model import SEVERITIES, Case, Diagnosis, Finding, Kind, Near, Severity
 from converter.diagnoses.script import read_launch
 from converter.dialects.known import trainers
@@ -46,6 +47,10 @@ class Report:
     def worst(self) -> Severity | None:
         """The severity of the worst finding."""
         return next((s for s in SEVERITIES if any(f.severity == s for f in self.findings)), None)
+
+    def is_for_others(self) -> bool:
+        """True for what is sound and neither merged nor gathered here: another tool has to."""
+        return any(f.code in {"adapter-bias", *NOT_MERGED_HERE, *NOT_READ_HERE} for f in self.findings)
 
 
 @dataclass(frozen=True)

@@ -179,10 +179,10 @@ def test_each_breakage_of_an_adapter_has_its_code(trained: Path, tmp_path: Path,
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_base_that_is_quantised_is_an_error(trained: Path, sharded: Path, tmp_path: Path) -> None:
+def test_a_quantised_base_is_no_fault_of_the_adapter(trained: Path, sharded: Path, tmp_path: Path) -> None:
     base = shutil.copytree(sharded, tmp_path / "model")
     edit(base, quantization_config={"quant_method": "fp8"})
-    assert "base-quantised" in serious(codes(trained, base=str(base)))
+    assert codes(trained, base=str(base))["base-quantised"] == "cosmetic"
 
 
 def only(folder: Path, pattern: str) -> Path:
@@ -237,6 +237,10 @@ RUNS: dict[str, tuple[str, Break]] = {
 }  # fmt: skip
 
 
+FOREIGN = {"zero-experts", "zero-pipeline", "zero-tensor-parallel"}
+"""Layouts that are not read here, and that DeepSpeed resumes from."""
+
+
 def flip(file: Path, old: bytes, new: bytes) -> None:
     raw = file.read_bytes()
     assert old in raw
@@ -249,7 +253,11 @@ def test_each_breakage_of_a_run_has_its_code(tmp_path: Path, code: str) -> None:
     folder = shutil.copytree(HERE / name, tmp_path / "run")
     assert serious(codes(folder)) == set()
     change(folder)
-    assert serious(codes(folder)) == {code}
+    if code in FOREIGN:
+        assert serious(codes(folder)) == set()
+        assert code in codes(folder)
+    else:
+        assert serious(codes(folder)) == {code}
 
 
 def test_a_pickle_in_a_doctor_s_hands_runs_nothing(

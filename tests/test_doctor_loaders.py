@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -94,6 +95,40 @@ def test_an_adapter_has_to_be_merged_for_trainers_that_load_models(causal: Path,
     assert serious(codes(folder, target="llamafactory")) == {"loader-random"}
     value_head(folder)
     assert serious(codes(folder, target="llamafactory")) - {"heads-several"} == set()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_reward_adapter_s_head_is_left_out_by_older_transformers_and_this_one_reads_it(
+    causal: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    folder = adapter(causal, tmp_path / "adapter")
+    assert serious(codes(folder, target="trl")) == {"loader-random"}
+    assert "5.23 reads it" in finding(folder, "loader-random", target="trl").message
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    saved = load_file(folder / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert torch.equal(dict(model.named_parameters())["score.modules_to_save.default.weight"], saved)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_a_language_model_is_an_actor_for_trl(causal: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(causal), LoraConfig(r=2, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    assert serious(codes(tmp_path / "adapter", target="trl")) == set()
+    tokens = torch.tensor([[3, 4, 5]])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(loaded(tokens).logits, model.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("trainer", ["trl", "openrlhf", "verl", "llamafactory", "ms-swift"])
+def test_a_language_model_that_nobody_calls_a_reward_model_is_no_fault(causal: Path, trainer: str) -> None:
+    assert serious(codes(causal, target=trainer)) == set()
 
 
 def test_shards_are_refused_by_every_loader_with_the_command_that_gathers_and_converts(tmp_path: Path) -> None:

@@ -328,6 +328,8 @@ def _next(found: Found) -> list[str]:
         return list(
             dict.fromkeys(f.next for f in found.report.findings if f.next and f.next.startswith("rlhf-convert"))
         )
+    if found.report.is_for_others():
+        return []
     if found.is_training:
         return [f"rlhf-convert gather {path} OUT"]
     # A head that only its own trainer finds: no other command moves it to where others look.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from converter.context import Context
-from converter.diagnoses.model import HERE, LOST, Case, Diagnosis, Finding, diagnosis, folded
+from converter.converters.head_model import family
+from converter.diagnoses.model import HERE, LOST, Case, Diagnosis, Finding, Severity, diagnosis, folded
 from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.sources.survey import StoredTensor
 
 _LORA = re.compile(r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.|$)")
 _COPY = re.compile(r"(?:base_model\.model\.)+")
+_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.", re.ASCII)
+_NUMBER = re.compile(r"\.\d+", re.ASCII)
 
 # What a merge refuses, by its code, and what `explain` says of it.
 REFUSALS: dict[str, str] = {
@@ -35,24 +38,35 @@ REFUSALS: dict[str, str] = {
         "(experts). "
         "How they were laid out in training can't be proved from the file."
     ),
-    "adapter-base-moved": "This start (CorDA, LoRA-GA, LoftQ, ...) moves the base by something that no file holds.",
-    "adapter-bias": "The config's `bias` and the tensors disagree.",
+    "adapter-base-moved": "This start (CorDA, LoRA-GA, LoftQ, pissa_niter_N, ...) moves the base by something that "
+    "no file holds. PEFT draws it anew when it loads the adapter, and answers are others than in training (CorDA's it "
+    "refuses). Save such a run with path_initial_model_for_weight_conversion.",
+    "adapter-bias": "lora_B has a bias (lora_bias=True), and the base's layer has none to add it to: PEFT loads such "
+    "an adapter, and nobody can merge it. Or the config's `bias` and the tensors disagree.",
     "adapter-tokens": "The trained token rows do not fit the embedding.",
     "adapter-pattern": "rank_pattern or alpha_pattern has a pattern that is not read.",
-    "adapter-field-unknown": "A field of adapter_config.json is set that is not known: it may change the arithmetic.",
-    "adapter-field-unsupported": "A field of adapter_config.json is set whose arithmetic is not implemented.",
-    "peft-type-unsupported": "A PEFT method other than LoRA (IA3, LoHa, OFT, ...), which is not merged here.",
-    "peft-type-unmergeable": "A PEFT method that has no merged form: it works at run time.",
+    "adapter-field-unknown": "A field of adapter_config.json is set that is not known: it may change the arithmetic, "
+    "and versions of PEFT that do not know it ignore it.",
+    "adapter-field-unsupported": "A field of adapter_config.json is set whose arithmetic is not implemented here. "
+    "PEFT knows it.",
+    "peft-type-unsupported": "A PEFT method other than LoRA (IA3, LoHa, OFT, ...), which is not merged here. PEFT "
+    "loads it.",
+    "peft-type-unmergeable": "A PEFT method that has no merged form: it works at run time, and PEFT loads it.",
     "base-quantised": (
-        "The base is quantised. A merge into 4 or 8 bits rounds twice, and the sum of fp8 numbers without their "
-        "scales is "
-        "noise. Merge into the full-precision base that it was made from."
+        "The base is quantised, which is how QLoRA trains; PEFT loads the adapter over it. A merge into 4 or 8 bits "
+        "rounds twice, and the sum of fp8 numbers without their scales is noise. Merge into the full-precision base "
+        "that it was made from."
     ),
     "vocab-mismatch": "The adapter was trained with another vocabulary than the base has, and does not bring the rows.",
     "head-class": "The adapter trains a tensor that the class of its head does not have.",
     "head-incomplete": "A part of the head's class was random in training, frozen, and never saved.",
     "tied-copies-differ": "The base stores tied embeddings twice, with different values.",
 }
+
+NOT_MERGED_HERE = frozenset(
+    {"peft-type-unsupported", "peft-type-unmergeable", "adapter-field-unsupported", "adapter-fused", "base-quantised"}
+)
+"""Refusals of a merge that say what is not implemented here; PEFT loads these adapters, and some it can merge."""
 
 
 def _refusal(case: Case) -> ConvertError | None:
@@ -92,7 +106,21 @@ def _of(error: ConvertError, case: Case) -> Finding:
     details = [f"expected {error.expected}"] if error.expected else []
     details += [f"got {error.got}"] if error.got else []
     base = f"base: {show(case.base.asked)}" if case.base is not None else ""
-    return Finding(error.code, "error", error.what, (), (*details, base)[:3], "", next=error.next)
+    severity = _severity(error, case)
+    what = error.what if severity != "cosmetic" else f"sound, and not merged here: {error.what}"
+    return Finding(error.code, severity, what, (), (*details, base)[:3], "", next=error.next)
+
+
+def _severity(error: ConvertError, case: Case) -> Severity:
+    """How bad it is for who loads the adapter with PEFT; that it can't be merged here is no fault of the adapter."""
+    if error.code in NOT_MERGED_HERE or (error.code == "adapter-bias" and case.adapter_config.get("lora_bias") is True):
+        return "cosmetic"
+    start = case.adapter_config.get("init_lora_weights")
+    if error.code == "adapter-base-moved" and start != "corda":
+        return "changes-numbers"
+    if error.code == "adapter-field-unknown" and "init_lora_weights" not in error.what:
+        return "changes-numbers"
+    return "error"
 
 
 @diagnosis("adapter-merge-refused", "adapter")
@@ -170,21 +198,47 @@ def adapter_targets_missing(case: Case, context: Context) -> Iterable[Finding]:
     if case.base is None or not isinstance(targets, list) or any(case.adapter_config.get(k) for k in limits):
         return
     have = {_COPY.sub("", m["module"]) for n in case.shapes if (m := _LORA.match(n))}
-    kinds = {m.rpartition(".")[2] for m in have}
-    matrices = [n for n, i in case.base.shapes.items() if n.endswith(".weight") and len(i.shape) == 2]
-    modules = {n.removesuffix(".weight") for n in matrices}
-    missing = []
-    for target in targets:
-        if not isinstance(target, str) or "." in target or target in ("lm_head", "embed_out"):
-            continue
-        wanted = [m for m in modules if m.rpartition(".")[2] == target]
-        trained = [m for m in have if m.rpartition(".")[2] == target]
-        if len(trained) < len(wanted) and (trained or target not in kinds):
-            missing.append(f"{target}: {len(trained)} of {len(wanted)}")
+    named = [t for t in targets if isinstance(t, str) and "." not in t and t not in ("lm_head", "embed_out")]
+    missing = [f"{t}: {got} of {wanted}" for t in named for got, wanted in _lacking(t, have, case, case.base)]
     if missing and have:
         listed = ", ".join(map(show, missing))
         text = f"the base has more layers of these targets than the adapter has tensors for: {listed}"
         yield Finding("adapter-targets-missing", "changes-numbers", text, (), tuple(map(show, missing[:3])), "")
+
+
+def _lacking(target: str, have: set[str], case: Case, base: Case) -> Iterator[tuple[int, int]]:
+    """How many modules of a target are trained and how many there are, where some are missing.
+
+    Layers that are alike but for their numbers belong together. A kind of which none is trained counts only if the
+    adapter has the base's own names: transformers renames parts of some models when it loads them.
+    """
+    matrices = (
+        n.removesuffix(".weight") for n, i in base.shapes.items() if n.endswith(".weight") and len(i.shape) == 2
+    )
+    wanted = [m for m in matrices if m.rpartition(".")[2] == target and not _is_apart(m, have, case, base)]
+    trained = [m for m in have if m.rpartition(".")[2] == target]
+    is_renamed = not have <= {n.rpartition(".")[0] for n in base.shapes}
+    kinds: dict[str, list[str]] = {}
+    for module in wanted:
+        kinds.setdefault(_NUMBER.sub(".#", module), []).append(module)
+    lacking = [ms for ms in kinds.values() if not set(ms) <= have and (set(ms) & have or not is_renamed)]
+    if lacking and (not is_renamed or trained):
+        yield len(set(wanted) & have), len(wanted)
+
+
+def _is_apart(module: str, have: set[str], case: Case, base: Case) -> bool:
+    """True for a base's module that PEFT would not put LoRA on though its name is a target's.
+
+    An expert, which transformers fuses with its neighbours when it loads them, unless the adapter has some; what is
+    saved whole; a head.
+    """
+    if _EXPERT.search(module) and not any(_EXPERT.search(m) for m in have):
+        return True
+    saved = case.adapter_config.get("modules_to_save")
+    whole = [m for m in saved if isinstance(m, str)] if isinstance(saved, list) else []
+    if any(f".{m}." in f".{module}." for m in whole):
+        return True
+    return any(n.startswith(f"{module}.") for names in family(base.config).head_names.values() for n in names)
 
 
 @diagnosis("adapter-keys-named", "adapter")

@@ -16,7 +16,12 @@ _CLASSIFIER = re.compile(r"For(?:Sequence|Token)Classification$")
 _WRAPPERS = re.compile(r"^(?:FSDP|DDP|Peft|DistributedDataParallel)\w+")
 _OPENRLHF = frozenset({"RewardModel", "CriticModel"})
 _EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
-_OUTPUTS = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.weight$")
+_OUTPUTS = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$|^(?:language_model\.|model\.)*output\.weight$")
+_MORE_ROWS = {"mllama_text_model": 8, "moshi": 1}
+"""Input embeddings that have rows beyond the vocabulary by design, by model type.
+
+Source: `nn.Embedding(config.vocab_size + 8, ...)` of MllamaTextModel, `+ 1` of MoshiModel, transformers 5.23.
+"""
 _HEADS = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
 _MAX_FIXED_LABELS = 1024
 _PIN_TRANSFORMERS_4 = ("llamafactory", "deepspeed-chat", "trlx")
@@ -171,13 +176,15 @@ def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
     size = case.text_config.get("vocab_size")
     if not isinstance(size, int) or isinstance(size, bool):
         return
+    grown = size + _MORE_ROWS.get(str(case.text_config.get("model_type")), 0)
     wrong = [
         n
         for n, i in case.shapes.items()
         if (_EMBEDDINGS.search(n) or _OUTPUTS.search(n))
         and len(i.shape) == 2
         and i.numel
-        and i.shape[0] not in (size, 1)  # one row is a value head under this name, as Megatron's saver writes it
+        # One row is a value head under this name, as Megatron's saver writes it.
+        and i.shape[0] not in (grown if _EMBEDDINGS.search(n) else size, 1)
         and not is_part_of_vision(n)
     ]
     if wrong:

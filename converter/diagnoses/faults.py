@@ -25,6 +25,11 @@ _WORSE: dict[str, Severity] = {
 }
 """Faults that are read here all the same, and that transformers stops at or applies twice."""
 
+NOT_READ_HERE = frozenset(
+    {"megatron", "verl-megatron", "zero-pipeline", "zero-experts", "zero-tensor-parallel", "dcp-hf-shards"}
+)
+"""Layouts that their own trainers resume from: no fault of the folder, as a state that `gather` reads is none."""
+
 # Code: (recoverability, what `explain` says).
 _DOCUMENTED: dict[str, tuple[str, str]] = {
     **DOCUMENTED,
@@ -312,10 +317,11 @@ def finding_of(fault: Fault, case: Case) -> Finding:
     if places:
         command = f"rlhf-convert gather {places[0].quoted} {case.out('gathered')}"
         recoverability = f"from {places[0].asked}"
+    is_foreign = fault.code in NOT_READ_HERE
     return Finding(
         fault.code,
-        _WORSE.get(fault.code, fault.severity),
-        fault.text,
+        "cosmetic" if is_foreign else _WORSE.get(fault.code, fault.severity),
+        f"not read here: {fault.text}" if is_foreign else fault.text,
         evidence=(file,) if file else (),
         recoverability=recoverability if fault.severity == "error" else "",
         applicability="safe" if is_mended else "display-only",

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable, Mapping
 
 from converter.context import Context
-from converter.converters.head_detect import Detected, detect, head_like
+from converter.converters.head_detect import Detected, detect
 from converter.converters.head_model import family, hidden_size
 from converter.diagnoses.config import architecture, label_count
 from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.diagnoses.names import WRAPPER, repair_command
-from converter.diagnoses.places import Elsewhere, head_elsewhere
+from converter.diagnoses.places import Elsewhere, head_elsewhere, heads_among
 from converter.errors import ConvertError, fold, show
 
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?:A|B|embedding_A|embedding_B)(?:\.|$)")
@@ -21,6 +21,11 @@ _OPENRLHF = ("RewardModel", "CriticModel")
 _SIDECARS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
 _OWN_FORMS = frozenset({"hf-seqcls", "hf-tokcls", "openrlhf", "score-mlp", "hf-causal"})
 """Dialects whose class `architectures` names itself: nothing to say."""
+_LINEAR_BELOW = {"layoutlmv3": 10}
+"""Labels below which the head of a token classifier is one layer, where it is two else.
+
+Source: LayoutLMv3ForTokenClassification of transformers 5.23.
+"""
 
 
 def wanted_head(case: Case) -> tuple[str, ...]:
@@ -35,13 +40,15 @@ def wanted_head(case: Case) -> tuple[str, ...]:
     known = family(case.config)
     for suffix, word in (("ForSequenceClassification", "seqcls"), ("ForTokenClassification", "tokcls")):
         if name.endswith(suffix) and name == getattr(known, word):
+            if word == "tokcls" and label_count(case.config) < _LINEAR_BELOW.get(known.kind, 0):
+                return ("classifier.weight",)
             return tuple(n for n in known.head_names.get(word, ()) if not n.endswith(".bias"))
     return ()
 
 
 def heads_here(case: Case) -> list[str]:
     """Names in the folder that look like a head's, LoRA factors left out; those in files beside come with the file."""
-    inside = [n for n in head_like(case.shapes) if ".lora_" not in n]
+    inside = [n for n in heads_among(case.shapes) if ".lora_" not in n]
     return inside + [f"{file}:{n}" for file, f in case.survey.beside.items() for n in f.tensors if file in _SIDECARS]
 
 
@@ -120,8 +127,14 @@ def _adapter_lacks_head(case: Case) -> bool:
     if case.adapter_config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
         return False
     beside = {*_SIDECARS, "pytorch_model.bin"} & case.names
-    in_base = case.base is not None and any(_HEAD.search(n) for n in case.base.shapes)
-    return not beside and not in_base and not any(_HEAD.search(n) for n in case.shapes)
+    in_base = case.base is not None and (
+        any(map(_is_of_a_head, case.base.shapes)) or any(n in case.base.shapes for n in wanted_head(case.base))
+    )
+    return not beside and not in_base and not any(map(_is_of_a_head, case.shapes))
+
+
+def _is_of_a_head(name: str) -> bool:
+    return _HEAD.search(name) is not None and bool(heads_among([f"{name}."]))
 
 
 def _from(case: Case, found: Elsewhere | None) -> tuple[str, str | None]:
@@ -144,7 +157,7 @@ def head_base_lost(case: Case, context: Context) -> Iterable[Finding]:
     DeepSpeed checkpoint (frozen_param_fragments), if one was kept; it is in no other file. ignore_mismatched_sizes,
     filling with zeros and removing --gradient_checkpointing do not bring it back.
     """
-    heads = {m["module"] for n in case.shapes if (m := _LORA.match(n)) and _HEAD.search(m["module"])}
+    heads = {m["module"] for n in case.shapes if (m := _LORA.match(n)) and _is_of_a_head(m["module"])}
     for module in sorted(heads):
         own = [n for n in case.shapes if n.startswith(f"{module}.base_layer.") or f"{module}.modules_to_save." in n]
         whole = f"{module}.weight" in case.shapes
@@ -312,7 +325,7 @@ def task_type_wrong(case: Case, context: Context) -> Iterable[Finding]:
     """The adapter trains a head, and its task_type is CAUSAL_LM: PEFT and mergers then load a language model, find no
     place for the head and leave it out.
     """
-    heads = [n for n in case.shapes if _HEAD.search(n) and ".lora_" not in n]
+    heads = [n for n in case.shapes if _is_of_a_head(n) and ".lora_" not in n]
     if heads and case.adapter_config.get("task_type") == "CAUSAL_LM":
         text = f"task_type is CAUSAL_LM, and the adapter holds {fold(heads)}: loaded as a language model it is left out"
         advice = "set task_type to SEQ_CLS in adapter_config.json"

@@ -28,14 +28,22 @@ _SETS_LABELS = ("verl", "areal", "trl")
 """Trainers that load with num_labels=1 whatever the config says."""
 
 _READS_ADAPTERS = ("llamafactory", "ms-swift")
+_LEAVES_HEADS = ("trl", "transformers")
+"""Trainers that hand an adapter's folder to `from_pretrained`, which puts LoRA on the base that it records. The head
+that the adapter brings stays among the unexpected keys in transformers 5.15, and is read in 5.23.
+"""
 
 
 @dataclass
 class _Verdict:
-    """What one loader does in one role: each kind of trouble with its sentences."""
+    """What one loader does in one role: each kind of trouble with its sentences.
+
+    `is_meant` is False where the folder is a language model, which is an actor unless somebody says otherwise.
+    """
 
     aim: Target | None
     role: Role
+    is_meant: bool = True
     random: list[str] = field(default_factory=list)
     refuses: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
@@ -55,17 +63,20 @@ def _judge(case: Case) -> Iterator[_Verdict]:
     if case.target is None or is_transformers_4(case.target):
         return
     seen = set()
-    for role in _roles(case):
+    roles = _roles(case)
+    is_said = case.launch is not None and bool(case.launch.roles_of(case.root))
+    for role in roles:
+        is_meant = is_said or role == "actor" or "actor" not in roles
         try:
             target = aim(case.target, role)
         except UsageError:
             continue
         except Refused as error:
-            yield _Verdict(None, role, refuses=[error.what])
+            yield _Verdict(None, role, is_meant, refuses=[error.what])
             continue
         if (target.dialect.name, target.serves.labels) not in seen:
             seen.add((target.dialect.name, target.serves.labels))
-            yield _of(case, target)
+            yield _of(case, target, is_meant=is_meant)
 
 
 def _roles(case: Case) -> list[Role]:
@@ -73,16 +84,21 @@ def _roles(case: Case) -> list[Role]:
     offered = roles_of(case.trainer)
     if case.launch is not None and (said := [r for r in case.launch.roles_of(case.root) if r in offered]):
         return said
-    has_head = case.kind != "model" or bool(heads_here(case) or wanted_head(case))
+    is_language_model = case.kind == "model" or (
+        case.kind == "adapter" and case.adapter_config.get("task_type") == "CAUSAL_LM"
+    )
+    has_head = not is_language_model or bool(heads_here(case) or wanted_head(case))
     if "critic" in offered and role_word(case) == "critic":
         return ["critic"]
     heads: list[Role] = [r for r in offered if r != "actor"]
     return heads if has_head and heads else list(offered)
 
 
-def _of(case: Case, target: Target) -> _Verdict:
-    verdict = _Verdict(target, target.role)
-    if case.kind in ("training", "run", "unread"):
+def _of(case: Case, target: Target, *, is_meant: bool) -> _Verdict:
+    verdict = _Verdict(target, target.role, is_meant)
+    if case.kind == "training" and case.source == target.dialect.subfolder:
+        _model(case, target, verdict)  # a whole model, in the folder where this trainer keeps it
+    elif case.kind in ("training", "run", "unread"):
         verdict.refuses.append(f"{target.words} loads model folders, and these are a trainer's shards")
     elif case.kind == "weights":
         verdict.refuses.append(f"{target.words} needs a config.json beside the weights")
@@ -96,6 +112,13 @@ def _of(case: Case, target: Target) -> _Verdict:
 
 
 def _adapter(case: Case, target: Target, verdict: _Verdict) -> None:
+    if target.serves.trainer in _LEAVES_HEADS:
+        if target.role == "actor":
+            verdict.accepts = f"{target.words} reads the adapter with its base, as an actor"
+        else:
+            text = f"{target.words} puts the LoRA on its base"
+            verdict.random.append(f"{text}, and with transformers 5.15 leaves out the adapter's head (5.23 reads it)")
+        return
     if target.serves.trainer not in _READS_ADAPTERS:
         verdict.refuses.append(f"{target.words} loads whole models here: the adapter has to be merged into its base")
         return
@@ -195,8 +218,9 @@ def _findings(case: Case, code: str, severity: Severity, which: str, lead: str) 
         texts: list[str] = getattr(verdict, which)
         if texts:
             can_read = verdict.aim is not None
+            worst: Severity = severity if verdict.is_meant else "cosmetic"
             yield Finding(
-                code, severity, f"as {verdict.role}: {lead}{'; '.join(texts)}", (), (),
+                code, worst, f"as {verdict.role}: {lead}{'; '.join(texts)}", (), (),
                 HERE if can_read and which != "random" else "", ("remap-head",) if can_read else (), "display-only",
                 _command(case, verdict) if can_read else None,
             )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ MOST_READ = 8
 
 _SIDECARS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
 _LORA = re.compile(r"\.lora_", re.ASCII)
+_NUMBER = re.compile(r"\.\d+\.", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,14 @@ def head_elsewhere(case: Case, only: Literal["adapter"] | None = None) -> Elsewh
 
 def heads_in(survey: Survey) -> tuple[str, ...]:
     """Whole heads in a folder; the factors of a LoRA on a head are none."""
-    inside = [n for n in head_like(survey.entries) if not _LORA.search(n) and survey.entries[n].info.numel]
+    inside = [n for n in heads_among(survey.entries) if not _LORA.search(n) and survey.entries[n].info.numel]
     beside = [f"{file}:{n}" for file, f in survey.beside.items() if file in _SIDECARS for n in f.tensors]
     return (*inside, *beside)
+
+
+def heads_among(names: Iterable[str]) -> list[str]:
+    """Names that look like a head's and lie in no numbered layer, where `v_head` is a part of attention (Funnel)."""
+    return [n for n in head_like(names) if (m := _NUMBER.search(n)) is None or head_like([n[: m.end()]])]
 
 
 def _training(case: Case, near: Near) -> Elsewhere:

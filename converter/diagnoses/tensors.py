@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from converter.context import Context
 from converter.diagnoses.faults import explanation, finding_of
 from converter.diagnoses.heads import filling_command
-from converter.diagnoses.model import LOST, Case, Diagnosis, Finding, folded
+from converter.diagnoses.model import LOST, Case, Diagnosis, Finding, diagnosis, folded
+from converter.errors import fold, show
+
+_LAYER = re.compile(r"(?P<stack>(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?))\.(?P<number>\d{1,6})\.", re.ASCII)
+_NUMBERED = re.compile(r"\.\d+\.", re.ASCII)
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_COUNTS_PASSES = frozenset({"hrm_text"})
+"""Model types whose num_hidden_layers counts passes through layers that are fewer.
+
+Source: HrmTextConfig of transformers 5.23.
+"""
 
 
 def _zero3_empty_tensors(case: Case, context: Context) -> Iterable[Finding]:
@@ -25,7 +36,34 @@ def _zero3_empty_tensors(case: Case, context: Context) -> Iterable[Finding]:
     )
 
 
+@diagnosis("layers-missing", "model")
+def layers_missing(case: Case, context: Context) -> Iterable[Finding]:
+    """Whole layers are in no file: fewer are there than config.json says. A save from one stage of a pipeline, a copy
+    of some of the files with an index made anew, or a filter that went too far.
+    Loaders make the missing layers RANDOM and list them among `newly initialized`. A model that was cut to fewer layers
+    on purpose needs their number in its config.
+    """
+    if any(f.code in ("shard-missing", "index-phantom", "weights-missing") for f in case.survey.faults):
+        return
+    said = next((n for k in _COUNTS if isinstance(n := case.text_config.get(k), int) and n > 0), None)
+    if said is None or not case.shapes or case.text_config.get("model_type") in _COUNTS_PASSES:
+        return
+    stacks: dict[str, set[int]] = {}
+    for name in case.shapes:
+        if match := _LAYER.match(name):
+            stacks.setdefault(match["stack"], set()).add(int(match["number"]))
+    if not stacks and any(map(_NUMBERED.search, case.shapes)):
+        return  # layers by other names, or shared ones
+    deepest = max(stacks, key=lambda s: len(stacks[s]), default="")
+    there = stacks.get(deepest, set())
+    if len(there) < said:
+        text = f"config.json says {said} layers, and {len(there)} are here: loaders make the others RANDOM"
+        shown = (f"{show(deepest)}: {fold(sorted(map(str, there)))}",) if there else ()
+        yield Finding("layers-missing", "error", text, (), shown, LOST)
+
+
 DIAGNOSES = (
+    layers_missing,
     Diagnosis(
         "zero3-empty-tensors",
         _zero3_empty_tensors,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from converter.context import Context
 from converter.diagnoses.config import architecture, is_classifier
 from converter.diagnoses.model import HERE, Case, Finding, diagnosis, folded
+from converter.diagnoses.places import heads_among
 from converter.errors import show
 
 _OUTPUTS = ("lm_head.weight", "embed_out.weight")
 _INPUTS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight", "embed_tokens.weight")
+_INPUT = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|embeddings)\.weight$")
+_LAYER = re.compile(r"\.\d+\.", re.ASCII)
 
 
 def _ties(case: Case) -> bool | None:
@@ -33,12 +37,35 @@ def output_embedding_missing(case: Case, context: Context) -> Iterable[Finding]:
     none: the loader makes a RANDOM one and says so in one line of its report. Either the base model ties them, and the
     flag got lost, or the tensor was not saved.
     """
-    inputs, outputs = _pair(case)
-    if "CausalLM" in architecture(case) and _ties(case) is False and inputs and outputs is None:
+    _, outputs = _pair(case)
+    inputs = _input(case)
+    is_causal = architecture(case).endswith(("ForCausalLM", "LMHeadModel"))
+    if is_causal and _ties(case) is False and inputs and outputs is None and not _is_named_otherwise(case, inputs):
         text = f"tie_word_embeddings is false and there is no output embedding; {show(inputs)} is there"
         yield Finding(
             "output-embedding-missing", "error", text, (inputs,), folded(case, [inputs]), "from the base model"
         )
+
+
+def _input(case: Case) -> str | None:
+    """The input embedding. Under a name of another class only where no head says that this is a reward model, as
+    DeepSpeed-Chat's, whose config names the language model that it began as.
+    """
+    inputs, _ = _pair(case)
+    if inputs is not None or heads_among(case.shapes):
+        return inputs
+    size = case.text_config.get("vocab_size")
+    if not isinstance(size, int):
+        return None
+    named = (n for n, i in case.shapes.items() if _INPUT.search(n) and len(i.shape) == 2 and i.shape[0] >= size)
+    return next(named, None)
+
+
+def _is_named_otherwise(case: Case, inputs: str) -> bool:
+    """True where another matrix with a row for each token lies outside of the layers, such as `head.weight`."""
+    rows = case.shapes[inputs].shape[0]
+    found = (n for n, i in case.shapes.items() if len(i.shape) == 2 and i.shape[0] == rows and n != inputs)
+    return any(not _LAYER.search(n) for n in found)
 
 
 @diagnosis("tied-copies", "model")

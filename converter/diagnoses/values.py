@@ -21,6 +21,9 @@ from converter.tensors import LazyTensor
 
 _CHECKPOINT = re.compile(r"(?:checkpoint|step|epoch|iter)[-_]?\d+", re.ASCII)
 _MASKS = re.compile(r"(?:mask|masked_bias|attn\.bias)$")
+_LAYERS = re.compile(r"(?:^|\.)(?:weight|in_proj_weight|\w*_proj|w[123])$", re.ASCII)
+"""Weights of layers by their names, stacked experts among them; other matrices may be zero by design."""
+
 _MOST_SIBLINGS = 2
 _MIN_SAMPLE = 8
 
@@ -45,6 +48,8 @@ def nonfinite(case: Case, context: Context) -> Iterable[Finding]:
         if _MASKS.search(name):
             continue
         try:
+            if tensor.info.shape == () and not any(map(math.isnan, values(tensor, context))):
+                continue  # a bound: minimum and maximum of an activation that is not clipped are infinite
             count = context.nonfinite(tensor)
         except ConvertError:
             continue
@@ -59,12 +64,12 @@ def nonfinite(case: Case, context: Context) -> Iterable[Finding]:
 @diagnosis("zero-tensors", "model", "weights", deep=True)
 def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
     """Whole matrices of a model are zero, heads apart: filled with zeros by a repair, or a save from a rank that did
-    not hold them. (Biases, the scales of some norms, and all LoRA's B at the start are zero by design.)
+    not hold them. (Biases, relative positions, buffers, and all LoRA's B at the start are zero by design.)
     """
     heads = set(heads_here(case))
     found = []
     for name, tensor in _stored(case):
-        is_matrix = len(tensor.info.shape) > 1 and min(tensor.info.shape) > 1
+        is_matrix = len(tensor.info.shape) > 1 and min(tensor.info.shape) > 1 and _LAYERS.search(name)
         if not is_matrix or not tensor.info.dtype.is_float or name in heads or ".lora_" in name:
             continue
         if context.is_zero(tensor):
