@@ -159,11 +159,15 @@ def repair(
         float | None,
         typer.Option(metavar="N", help="Merge LoRA layers left in a full model, with this alpha.", show_default=False),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option("--set", metavar="FILE", help="Of several sets of weight files, FILE's.", show_default=False),
+    ] = None,
 ) -> int:
     """`rlhf-convert repair`."""
     from converter.cli.repair import Repairing, repair
 
-    asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha)
+    asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha, weights)
     return repair(asked, options.target(out), options)
 
 
