@@ -19,6 +19,7 @@ _ORDER = (
     CHOOSE,
     "split-lora",
     "mend-names",
+    "mend-disk-names",
     "mend-adapter-names",
     "mend-ties",
     "mend-vocabulary",
