@@ -57,6 +57,38 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class WeightSet:
+    """One of several sets of weight files in a folder, of which one is the model's.
+
+    Attributes:
+        name: `model.safetensors`, or `model-*-of-00003.safetensors`, or the index that lists the files.
+        files: those that can be read, in order: tensors by name.
+        faults: why others can't be, in words.
+    """
+
+    name: str
+    files: Mapping[str, Mapping[str, LazyTensor]]
+    faults: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, LazyTensor]:
+        """Every tensor by name, the first file's where two have it."""
+        found: dict[str, LazyTensor] = {}
+        for file in self.files.values():
+            found |= {n: t for n, t in file.items() if n not in found}
+        return found
+
+    @property
+    def twice(self) -> dict[str, list[str]]:
+        """Names that are in several files, with these files."""
+        homes: dict[str, list[str]] = {}
+        for file, tensors in self.files.items():
+            for name in tensors:
+                homes.setdefault(name, []).append(file)
+        return {n: files for n, files in homes.items() if len(files) > 1}
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Tensor names mapped to lazy tensors, with everything else that makes a folder load.
 
@@ -81,6 +113,8 @@ class Checkpoint:
         container: what the main weight files are written in.
         subfolder: folder below the output that they and their index are written to (ColossalChat's `modeling`); the
             config and everything else stay at the top.
+        sets: where a folder holds several sets of weight files, all of them, the one that loaders read first; `tensors`
+            are one of them until a step has chosen.
         one_file: the main weights must be in one file, however large: what loads them reads no index.
     """
 
@@ -103,6 +137,7 @@ class Checkpoint:
     beside: Mapping[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
     container: Container = "safetensors"
     subfolder: str = ""
+    sets: tuple[WeightSet, ...] = ()
     one_file: bool = False
 
     def replace(self, **changes: Any) -> Self:

@@ -34,6 +34,7 @@ class Repairing:
     target: str | None = None
     lora_alpha: float | None = None
     vocab: str | None = None
+    weights: str | None = None
 
 
 def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
@@ -49,7 +50,12 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     if (shards := _shards_alone(root, asked, found)) is not None:
         return _gather(shards, asked, out, options)
     mends = find_mends(
-        asked.src, base=asked.base, target=asked.target, lora_alpha=asked.lora_alpha, allow=options.allow or ()
+        asked.src,
+        base=asked.base,
+        target=asked.target,
+        lora_alpha=asked.lora_alpha,
+        allow=options.allow or (),
+        weights=asked.weights,
     )
     if asked.vocab is not None:
         mends = _with_vocabulary(mends, asked.vocab)
@@ -117,7 +123,10 @@ def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, 
 
 def mend_recipe(asked: Repairing, mends: Mends, options: Conversion) -> Recipe:
     """The recipe of the mends alone: every tensor is there."""
-    inputs = {SOURCE: InputSpec(asked.src, revision=options.revision)}
+    from converter.cli.repair_mends import CHOOSE
+
+    choosing = any(s.name == CHOOSE for s in mends.steps)
+    inputs = {SOURCE: InputSpec(asked.src, revision=options.revision, broken=choosing)}
     if asked.base is not None and any("base" in s.fields for s in mends.steps):
         inputs["base"] = input_spec(asked.base)
     return Recipe(inputs, (*mends.steps, *cast_steps(options)), output(options), file="repair")
@@ -165,6 +174,8 @@ def _gather(shards: str, asked: Repairing, out: str | None, options: Conversion)
 
 def repair_recipe(asked: Repairing, found: Search, options: Conversion, *, mends: tuple[Step, ...] = ()) -> Recipe:
     """The recipe that the arguments mean: the broken folder, every place that may help, and the base if at hand."""
+    from converter.cli.repair_mends import CHOOSE
+
     inputs = {SOURCE: InputSpec(asked.src, revision=options.revision, broken=True)}
     places = {f"weights-{n}": InputSpec(p.path, broken=p.is_copy) for n, p in enumerate(found.places, 1)}
     fields: dict[str, Any] = {"weights": list(places)} if places else {}
@@ -172,7 +183,8 @@ def repair_recipe(asked: Repairing, found: Search, options: Conversion, *, mends
     if base is not None:
         fields["base"] = "base"
         places["base"] = base
-    steps = (Step("fill", fields), *mends, *cast_steps(options))
+    before = tuple(s for s in mends if s.name == CHOOSE)
+    steps = (*before, Step("fill", fields), *(s for s in mends if s not in before), *cast_steps(options))
     return Recipe(inputs | places, steps, output(options), file="repair")
 
 

@@ -10,11 +10,17 @@ from converter.diagnoses.aims import is_transformers_4
 from converter.diagnoses.model import Finding
 from converter.doctor import Asked, examine
 from converter.recipe import Step
+from converter.sources.set_files import OF_THE_INDEX, find_sets
+
+CHOOSE = "choose-weights"
+"""It runs before anything is filled: what is lost depends on the set of weight files that is taken."""
 
 # In the order in which they have to run: names first, since the others look for names.
 _ORDER = (
+    CHOOSE,
     "split-lora",
     "mend-names",
+    "mend-disk-names",
     "mend-adapter-names",
     "mend-ties",
     "mend-vocabulary",
@@ -41,15 +47,23 @@ class Mends:
 
 
 def find_mends(
-    src: str, *, base: str | None, target: str | None, lora_alpha: float | None, allow: Sequence[str]
+    src: str,
+    *,
+    base: str | None,
+    target: str | None,
+    lora_alpha: float | None,
+    allow: Sequence[str],
+    weights: str | None = None,
 ) -> Mends:
     """The steps for what doctor finds.
 
     Args:
         target: what `--for` says; `transformers@4` adds the old spellings.
         allow: codes that the user consented to.
+        weights: a file of the set of weight files to take, as `--set` says.
     """
-    findings = examine(Asked(src, base=base, target=target)).findings
+    report = examine(Asked(src, base=base, target=target))
+    findings = report.findings
     names: dict[str, None] = {}
     codes: dict[str, None] = {}
     left: list[tuple[str, str]] = []
@@ -67,7 +81,16 @@ def find_mends(
         names["mend-for-transformers-4"] = None
         # Where nothing says how the old version writes it, the step says so: it was asked for.
         codes.update({f.code: None for f in findings if f.code == "rope-of-transformers-5"})
-    steps = tuple(Step(n, _fields(n, lora_alpha, base)) for n in _ORDER if n in names)
+    root = report.case.root
+    if stale := {f.code for f in findings} & OF_THE_INDEX:
+        names[CHOOSE] = None
+        codes.update(dict.fromkeys(sorted(stale)))
+    if report.case.kind == "model" and (weights is not None or len(find_sets(root, report.case.names)) > 1):
+        names[CHOOSE] = None
+    given: dict[str, dict[str, Any]] = {"split-lora": {"lora-alpha": lora_alpha} | ({"base": "base"} if base else {})}
+    if weights is not None:
+        given[CHOOSE] = {"file": weights}
+    steps = tuple(Step(n, given.get(n, {})) for n in _ORDER if n in names)
     return Mends(steps, tuple(codes), tuple(left))
 
 
@@ -78,10 +101,3 @@ def _needed(finding: Finding, known: Sequence[str], lora_alpha: float | None) ->
     if "split-lora" in known:
         return None if lora_alpha is not None else "--lora-alpha N"
     return next((_CONSENTS[n] for n in known if n in _CONSENTS), finding.code)
-
-
-def _fields(name: str, lora_alpha: float | None, base: str | None) -> dict[str, Any]:
-    if name != "split-lora":
-        return {}
-    fields: dict[str, Any] = {"lora-alpha": lora_alpha}
-    return fields | ({"base": "base"} if base is not None else {})

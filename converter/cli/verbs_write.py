@@ -168,11 +168,15 @@ def repair(
             show_default=False,
         ),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option("--set", metavar="FILE", help="Of several sets of weight files, FILE's.", show_default=False),
+    ] = None,
 ) -> int:
     """`rlhf-convert repair`."""
     from converter.cli.repair import Repairing, repair
 
-    asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha, vocab)
+    asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha, vocab, weights)
     return repair(asked, options.target(out), options)
 
 

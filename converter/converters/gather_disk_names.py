@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from converter import tensors
 from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.converters.memory_names import Architecture, architecture
 from converter.errors import Refused, fold, show
+from converter.implied import class_of
 from converter.tensors import LazyTensor
 
 _GROUP = re.compile(r"\((?!\?).+?\)")
@@ -28,44 +31,134 @@ _ALTERNATIVE = re.compile(r"(?:^|\|)\(\?P<g\d+>")
 _STACKED = frozenset({"MergeModulelist", "MergeModulelist+Concatenate"})
 
 
+@dataclass(frozen=True)
+class MemoryForm:
+    """Tensors that have their names in memory, by what transformers' own save would make of them.
+
+    Attributes:
+        renamed: names on disk by names in memory, each proved.
+        apart: stacks of experts by name, with what each is made of by names on disk.
+        unclear: tensors that a load changes under their own name: whether it has is not recorded.
+        on_disk: how many tensors have a name on disk that differs from the one in memory.
+    """
+
+    renamed: Mapping[str, str]
+    apart: Mapping[str, Mapping[str, LazyTensor]]
+    unclear: tuple[str, ...]
+    on_disk: int
+
+    @property
+    def twice(self) -> dict[str, list[str]]:
+        """Names in memory whose names on disk several tensors would have."""
+        made: dict[str, list[str]] = {}
+        for name, disk in (*self.renamed.items(), *((n, d) for n, parts in self.apart.items() for d in parts)):
+            made.setdefault(disk, []).append(name)
+        return {d: names for d, names in made.items() if len(names) > 1}
+
+
+def memory_form(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> MemoryForm | None:
+    """What of a model is named as in memory; None for a class that transformers does not have."""
+    built = architecture(class_of(config), config)
+    if built is None:
+        return None
+    apart = {n: parts for n, t in tensors.items() if (parts := taken_apart(n, t, built))}
+    plain = [n for n in tensors if n not in apart]
+    met: set[int] = set()
+    loaded = {n: built.in_memory(n, met) for n in sorted(plain)}
+    unclear = tuple(n for n in plain if loaded[n][0] == n and loaded[n][1] is not None)
+    renamed = disk_names(plain, built)
+    on_disk = sum(loaded[n][0] != n for n in plain if n not in renamed)
+    return MemoryForm(renamed, apart, unclear, on_disk)
+
+
 def with_disk_names(checkpoint: Checkpoint, context: Context) -> Checkpoint:
     """A gathered model with the names that its class has on disk; the same where memory and disk agree.
 
     Raises:
         Refused: transformers changes tensors of these names when it loads them, and nothing tells whether these are as
-            before or as after (`layout-unknown`).
+            before or as after (`layout-unknown`); a tensor is there in both forms with different values
+            (`names-in-memory`).
     """
-    listed = checkpoint.config.get("architectures")
-    built = architecture(listed[0] if isinstance(listed, list) and listed else None, checkpoint.config)
-    if built is None:
+    form = memory_form(checkpoint.tensors, checkpoint.config)
+    if form is None:
         return checkpoint
-    apart = {n: parts for n, t in checkpoint.tensors.items() if (parts := taken_apart(n, t, built))}
-    plain = [n for n in checkpoint.tensors if n not in apart]
-    changed = [n for n in plain if (loaded := built.in_memory(n))[0] == n and loaded[1] is not None]
-    if changed:
+    if form.unclear:
         raise Refused(
             "layout-unknown",
-            f"transformers changes {len(changed)} tensors when it loads them, and keeps their names; whether they are "
-            f"as on disk or as in memory is not recorded: {fold(changed)}",
+            f"transformers changes {len(form.unclear)} tensors when it loads them, and keeps their names; whether they "
+            f"are as on disk or as in memory is not recorded: {fold(form.unclear)}",
             where=show(checkpoint.origin.asked),
             next="load the run with its own trainer and save it with save_pretrained",
         )
-    new = disk_names(plain, built)
-    if new:
-        first, name = next(iter(new.items()))
-        text = f"{len(new)} tensors are named as transformers saves them: {first} is {name} on disk"
+    return _on_disk(checkpoint, form, context)
+
+
+def _on_disk(checkpoint: Checkpoint, form: MemoryForm, context: Context) -> Checkpoint:
+    """The same values under names on disk; what is there in both forms with equal values is kept once."""
+    if form.renamed:
+        first, name = next(iter(form.renamed.items()))
+        text = f"{len(form.renamed)} tensors are named as transformers saves them: {first} is {name} on disk"
         context.note("info", "disk-names", text)
-    if not apart:
-        return checkpoint.rename(new)
-    count = sum(map(len, apart.values()))
-    context.note(
-        "info", "disk-names", f"{len(apart)} stacks of experts are {count} tensors, as transformers saves them"
-    )
-    renamed = checkpoint.rename(new)
+    if form.apart:
+        count = sum(map(len, form.apart.values()))
+        text = f"{len(form.apart)} stacks of experts are {count} tensors, as transformers saves them"
+        context.note("info", "disk-names", text)
+    if not form.renamed and not form.apart:
+        return checkpoint
+    kept = {n: t for n, t in checkpoint.tensors.items() if n not in form.renamed and n not in form.apart}
+    dropped: dict[str, str] = {}
     found: dict[str, LazyTensor] = {}
-    for name, tensor in renamed.tensors.items():
-        found |= apart.get(name) or {name: tensor}
-    return renamed.replace(tensors=found)
+    shards: dict[str, str] = {}
+    for name, tensor in checkpoint.tensors.items():
+        made = form.apart.get(name) or {form.renamed.get(name, name): tensor}
+        again = 0
+        for disk, part in made.items():
+            other = found.get(disk, kept.get(disk))
+            if other is not None and other is not part:
+                if not context.equal(part, other):
+                    raise _differ(name, disk, checkpoint)
+                again += 1
+                if again == len(made):
+                    dropped[name] = f"the same as {fold(made)}"
+                continue
+            found[disk] = part
+            if name in checkpoint.shards:
+                shards[disk] = checkpoint.shards[name]
+    if dropped:
+        text = f"{len(dropped)} tensors were there in both forms, with equal values: kept once"
+        context.note("info", "disk-names", text)
+    names = {n: d for n, d in form.renamed.items() if n not in dropped}
+    less = {n: t for n, t in checkpoint.tensors.items() if n not in dropped or n in form.apart}
+    renamed = checkpoint.replace(tensors=less, dropped={**checkpoint.dropped, **dropped}).rename(names)
+    return renamed.replace(tensors=found, shards=shards)
+
+
+def _differ(name: str, disk: str, checkpoint: Checkpoint) -> Refused:
+    return Refused(
+        "names-in-memory",
+        f"{show(name)} and {show(disk)} are one tensor by their names in memory and on disk, and their values differ: "
+        "two saves in one folder",
+        where=show(checkpoint.origin.asked),
+        next="take one save alone: move the files of the other out of the folder",
+    )
+
+
+@dataclass(frozen=True)
+class MendDiskNames:
+    """Give a model the names that transformers' save writes: renames undone, stacks of experts taken apart."""
+
+    name: ClassVar[str] = "mend-disk-names"
+
+    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """The checkpoint under its names on disk.
+
+        Raises:
+            Refused: see `with_disk_names`.
+        """
+        form = memory_form(checkpoint.tensors, checkpoint.config)
+        if form is None or not (form.renamed or form.apart):
+            return checkpoint
+        return with_disk_names(checkpoint, context)
 
 
 def taken_apart(name: str, tensor: LazyTensor, built: Architecture) -> Mapping[str, LazyTensor]:
@@ -103,9 +196,7 @@ def disk_names(names: Iterable[str], built: Architecture) -> dict[str, str]:
     guessed = {n: _backwards(n, built) for n in memory}
     met: set[int] = set()
     loaded = {d: built.in_memory(d, met) for d in sorted(set(guessed.values()))}
-    found = {n: d for n, d in guessed.items() if n != d and loaded[d] == (n, None)}
-    kept = set(memory) - set(found)
-    return {n: d for n, d in found.items() if d not in kept}
+    return {n: d for n, d in guessed.items() if n != d and loaded[d] == (n, None)}
 
 
 def _backwards(name: str, built: Architecture) -> str:

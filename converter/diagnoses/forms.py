@@ -1,35 +1,14 @@
-"""Forms that one library writes and another can't read: experts, headers without a format, positions left behind."""
+"""Forms that one library writes and another can't read: headers without a format, positions left behind."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.context import Context
-from converter.diagnoses.model import HERE, Case, Finding, diagnosis, folded
+from converter.diagnoses.model import HERE, Case, Finding, diagnosis
 from converter.errors import ConvertError, show
 from converter.safetensors_io import read_header
-
-_ONE = re.compile(r"^(?P<layer>.+\.experts)\.\d+\.\w+(?:\.weight)?$", re.ASCII)
-_FUSED = re.compile(
-    r"^(?P<layer>.+\.experts)\.(?:gate_up_proj|down_proj|gate_proj|up_proj|w[123])(?:\.weight)?$", re.ASCII
-)
-
-
-@diagnosis("experts-twice", "model")
-def experts_twice(case: Case, context: Context) -> Iterable[Finding]:
-    """A layer's experts are there one by one and fused into one tensor (transformers 5 fuses them when it loads): two
-    saves in one folder, perhaps with different values. Which form counts depends on the loader, and one that knows
-    the other form only makes RANDOM experts.
-    """
-    single = {m["layer"]: n for n in case.shapes if (m := _ONE.match(n))}
-    fused = {m["layer"]: n for n in case.shapes if (m := _FUSED.match(n))}
-    both = sorted(single.keys() & fused.keys())
-    if both:
-        names = tuple(x for layer in both for x in (single[layer], fused[layer]))
-        text = f"the experts of {len(both)} layers are stored one by one and fused: what counts depends on the loader"
-        yield Finding("experts-twice", "error", text, names, folded(case, names))
 
 
 @diagnosis("format-missing", "model", "adapter")
@@ -78,4 +57,4 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": kind, **{k: v for k, v in found.items() if k != "type"}}
 
 
-DIAGNOSES = (experts_twice, format_missing, rope_lost)
+DIAGNOSES = (format_missing, rope_lost)

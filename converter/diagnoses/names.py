@@ -6,10 +6,18 @@ import re
 from collections.abc import Iterable
 
 from converter.context import Context
-from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded
+from converter.converters.gather_disk_names import MemoryForm, memory_form
+from converter.converters.gather_names import without_wrappers
+from converter.diagnoses.aims import is_transformers_4
+from converter.diagnoses.model import HERE, LOST, Case, Finding, Severity, diagnosis, folded
+from converter.errors import ConvertError, show
 
 WRAPPER = re.compile(
     r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module|_forward_module)\."
+)
+_ONE = re.compile(r"^(?P<layer>.+\.experts)\.\d+\.\w+(?:\.weight)?$", re.ASCII)
+_FUSED = re.compile(
+    r"^(?P<layer>.+\.experts)\.(?:gate_up_proj|down_proj|gate_proj|up_proj|w[123])(?:\.weight)?$", re.ASCII
 )
 _UNMERGED = re.compile(r"\.(?:base_layer\.|lora_(?:A|B|embedding_A|embedding_B)\b|modules_to_save\.|original_module\.)")
 _TRAINERS = {
@@ -98,10 +106,84 @@ def names_doubled(case: Case, context: Context) -> Iterable[Finding]:
 
 @diagnosis("names-in-memory", "model")
 def names_in_memory(case: Case, context: Context) -> Iterable[Finding]:
-    """The text model of a multi-modal one is named as newer or older versions of transformers have it
-    (model.language_model. against language_model.model.). A version that knows the other spelling only makes the whole
-    text model, or the whole image tower, RANDOM, with a warning at most; vLLM stops with a KeyError.
+    """Tensors are named as transformers has them in memory (model.language_model., model.visual., experts stacked into
+    one tensor), not as its save_pretrained names them (language_model.model., visual., experts one by one): what
+    torch.save(model.state_dict()) or a merge of FSDP's shards leaves. transformers 5 loads either; versions 4, and
+    engines that look for the names on disk, stop with a KeyError or make the whole text model, the image tower or the
+    experts RANDOM. Where both forms lie in one folder no older version finds all, and what is there twice may differ.
     """
+    form = _form(case)
+    if form is None or not (form.renamed or form.apart):
+        yield from _both_spellings(case)
+        return
+    stacks = {n: next(iter(parts)) for n, parts in form.apart.items() if n not in _stacks_twice(case, form)}
+    made = {**form.renamed, **stacks}
+    if not made:
+        return
+    named, twice = tuple(made), _twice(case, form)
+    first, disk = next(iter(made.items()))
+    text = f"{len(named)} of {len(case.shapes)} tensors are named as in memory: {show(first)} is {show(disk)} on disk"
+    if twice:
+        text += f"; {len(twice)} are there under both names, and what counts depends on the loader"
+    elif form.on_disk:
+        text += f"; {form.on_disk} others are named as on disk: versions of transformers before 5 do not find both"
+    elif not is_transformers_4(case.target):
+        text += "; transformers 5 loads either, others look for the names on disk"
+    is_serious = bool(twice or form.on_disk or is_transformers_4(case.target))
+    yield _disk_names(case, "names-in-memory", "error" if is_serious else "cosmetic", text, named)
+
+
+@diagnosis("experts-twice", "model")
+def experts_twice(case: Case, context: Context) -> Iterable[Finding]:
+    """A layer's experts are there one by one and fused into one tensor (transformers 5 fuses them when it loads): two
+    saves in one folder, perhaps with different values. transformers 5 stops at them; which form counts elsewhere
+    depends on the loader, and one that knows the other form only makes RANDOM experts. `repair` keeps them once, one by
+    one, if the values are equal, and refuses if they differ.
+    """
+    single = {m["layer"]: n for n in case.shapes if (m := _ONE.match(n))}
+    fused = {m["layer"]: n for n in case.shapes if (m := _FUSED.match(n))}
+    both = {fused[layer]: single[layer] for layer in sorted(single.keys() & fused.keys())}
+    form = _form(case)
+    if form is not None:
+        both |= _stacks_twice(case, form)
+    if both:
+        names = tuple(n for pair in both.items() for n in pair)
+        text = f"experts are stored one by one and fused ({len(both)} stacks): what counts depends on the loader"
+        if form is not None and form.apart and not form.unclear:
+            yield _disk_names(case, "experts-twice", "error", text, names)
+        else:
+            yield Finding("experts-twice", "error", text, names, folded(case, names))
+
+
+def _form(case: Case) -> MemoryForm | None:
+    """What is named as in memory, wrappers taken off; None where that can't be told."""
+    try:
+        plain, _ = without_wrappers(case.shapes)
+    except ConvertError:
+        return None
+    return memory_form({n: case.survey.entries[raw].tensor for raw, n in plain.items()}, case.config)
+
+
+def _twice(case: Case, form: MemoryForm) -> list[str]:
+    """Names in memory of tensors that are there under their names on disk too."""
+    plain = {n for n in case.shapes if n not in form.renamed}
+    return [n for n, disk in form.renamed.items() if disk in plain]
+
+
+def _stacks_twice(case: Case, form: MemoryForm) -> dict[str, str]:
+    """Stacks of experts of which one at least is there by itself, with that one."""
+    plain = frozenset(case.shapes)
+    found = {stack: next((d for d in parts if d in plain), "") for stack, parts in form.apart.items()}
+    return {stack: one for stack, one in found.items() if one}
+
+
+def _disk_names(case: Case, code: str, severity: Severity, text: str, names: tuple[str, ...]) -> Finding:
+    shown, command = folded(case, names), repair_command(case)
+    return Finding(code, severity, text, names, shown, HERE, ("mend-disk-names",), "safe", command)
+
+
+def _both_spellings(case: Case) -> Iterable[Finding]:
+    """Both spellings of a multi-modal model whose class the table of names does not have: no rename is proved."""
     if "text_config" not in case.config and "vision_config" not in case.config:
         return
     new = tuple(
@@ -109,9 +191,9 @@ def names_in_memory(case: Case, context: Context) -> Iterable[Finding]:
     )
     old = tuple(n for n in case.shapes if n.startswith(("language_model.model.", "visual.", "vision_tower.")))
     if new and old:
-        text = f"{len(new)} names are as in transformers from 4.52 on, {len(old)} as before: no version finds both"
+        text = f"{len(new)} names are as in transformers from 4.52 on, {len(old)} as before: no version 4 finds both"
         both = (*new, *old)
-        yield Finding("names-in-memory", "error", text, both, folded(case, both), HERE, ("mend-names",), "unsafe")
+        yield Finding("names-in-memory", "error", text, both, folded(case, both), HERE)
 
 
 DIAGNOSES = (
@@ -121,4 +203,5 @@ DIAGNOSES = (
     names_of_a_trainer,
     names_doubled,
     names_in_memory,
+    experts_twice,
 )

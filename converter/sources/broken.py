@@ -16,7 +16,7 @@ from converter.errors import Refused
 from converter.files import Identity, read_limited
 from converter.safetensors_io import read_index
 from converter.side_files import find_side_files
-from converter.sources import hf, peft
+from converter.sources import hf, peft, set_files
 from converter.sources import survey as folder
 from converter.sources.sidecars import checks_beside, identities_beside, tensors_beside
 from converter.sources.survey import Survey, file_names
@@ -30,6 +30,12 @@ LOST = frozenset(
 )
 """Faults that a repair is for. Any other is refused as everywhere."""
 
+OF_FILES = frozenset(
+    {"file-truncated", "safetensors-header", "safetensors-not", "header-too-large", "torch-zip", "torch-not",
+     "pickle-malformed", "index-malformed", "index-conflict", "tensor-twice", "git-lfs-pointer"}
+)  # fmt: skip
+"""Faults of one set of weight files, which another may not have."""
+
 _SPARE_MODEL = re.compile(r"(?:pytorch_model|model)[\w.-]*\.(?:bin|safetensors)", re.ASCII)
 _SPARE_ADAPTER = re.compile(r"adapter_model[\w.-]*\.(?:bin|safetensors)", re.ASCII)
 
@@ -42,7 +48,7 @@ def open_broken(root: Path, *, asked: str, revision: str | None = None, keep_cod
     """
     names = file_names(root)
     is_adapter = folder.folder_kind(names) == "adapter"
-    survey, headers = _read_adapter(root) if is_adapter else hf.read_folder(root)
+    survey, headers = _read_adapter(root) if is_adapter else hf.read_folder(root, every=True)
     _refuse_others(survey)
     config_file = folder.ADAPTER_CONFIG if is_adapter else folder.MODEL_CONFIG
     config_bytes = read_limited(root / config_file, limit=MAX_JSON_BYTES, root=root)
@@ -71,6 +77,7 @@ def open_broken(root: Path, *, asked: str, revision: str | None = None, keep_cod
         | spare_inputs,
         said=tuple(f.text for f in survey.faults if f.code in (*LOST, "adapter-empty-twin")),
         beside={**tensors_beside(survey), **spare},
+        sets=survey.sets,
     )
 
 
@@ -81,16 +88,21 @@ def _read_adapter(root: Path) -> tuple[Survey, dict[str, WeightFile]]:
 
 
 def _refuse_others(survey: Survey) -> None:
-    survey = Survey(survey.root, faults=[f for f in survey.faults if f.code not in LOST])
-    error = survey.error()
-    if error is not None:
-        raise error
+    sets = next((f for f in survey.faults if f.code == set_files.CODE), None)
+    left = [f for f in survey.faults if f.code not in (*LOST, set_files.CODE)]
+    error = Survey(survey.root, faults=left).error()
+    if error is None:
+        return
+    if sets is not None and all(f.code in OF_FILES for f in left if f.severity == "error"):
+        raise Refused(sets.code, sets.text, where=sets.where, next="copy or download one of the sets again")
+    raise error
 
 
 def _promised(root: Path, names: Iterable[str], survey: Survey) -> dict[str, LazyTensor]:
     """Placeholders for tensors that the index lists and no file holds."""
     index = next((n for n in (folder.MODEL_INDEX, folder.PICKLED_INDEX) if n in names), None)
-    if index is None or folder.MODEL_WEIGHTS in names:
+    chosen = survey.sets and all(f.code == set_files.CODE for f in survey.faults if f.severity == "error")
+    if index is None or folder.MODEL_WEIGHTS in names or chosen:
         return {}
     sizes: dict[DType, int] = {}
     for entry in survey.entries.values():

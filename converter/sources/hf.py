@@ -16,6 +16,7 @@ from converter.errors import Refused, fold, show
 from converter.files import Identity, identity, read_limited
 from converter.safetensors_io import Index, read_index
 from converter.side_files import find_side_files
+from converter.sources import set_files
 from converter.sources import survey as folder
 from converter.sources.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers, snapshot_of
@@ -180,8 +181,35 @@ def _refuse_other_weights(config: Mapping[str, Any], root: Path) -> None:
         )
 
 
-def read_folder(root: Path) -> tuple[Survey, dict[str, WeightFile]]:
-    """Headers of all weight files of a model folder, in order, and every fault."""
+def read_folder(root: Path, *, every: bool = False) -> tuple[Survey, dict[str, WeightFile]]:
+    """Headers of all weight files of a model folder, in order, and every fault.
+
+    Where several sets of weight files lie there, those of the one that is the model; see `set_files`.
+
+    Args:
+        every: look at pickled sets too where what loaders read is sound.
+    """
+    survey, headers = _read(root)
+    names = file_names(root)
+
+    def read(file: str) -> WeightFile:
+        return headers[file] if file in headers else read_weights(root / file, root=root, named=stored_path(root, file))
+
+    choice = set_files.choose(root, names, survey, read, every=every)
+    if choice is None:
+        return survey, headers
+    if choice.chosen is not None:
+        of_sets = frozenset(choice.headers) | {f for f in names if folder.SHARD.fullmatch(f)}
+        survey, headers = _read(root, choice.chosen.files, also=of_sets)
+        survey.faults = [f for f in survey.faults if f.code != "tensor-twice"]
+    if choice.fault is not None:
+        survey.faults.append(choice.fault)
+    survey.sets = tuple(each.set for each in choice.sets)
+    return survey, headers
+
+
+def _read(root: Path, chosen: tuple[str, ...] = (), also: Collection[str] = ()) -> tuple[Survey, dict[str, WeightFile]]:
+    """One set of weight files: that which transformers reads, or the chosen one; `also` is told of elsewhere."""
     survey = Survey(root)
     headers: dict[str, WeightFile] = {}
     where = show(root)
@@ -190,7 +218,7 @@ def read_folder(root: Path) -> tuple[Survey, dict[str, WeightFile]]:
         if CONFIG not in names:
             advice = f"copy {CONFIG} of the base model there; a reward model's names its own class, and 1 label"
             survey.faults.append(Fault("config-missing", "error", f"there is no {CONFIG}", where, next=advice))
-        files, index = _weight_files(root, names, survey)
+        files, index = (list(chosen), None) if chosen else _weight_files(root, names, survey)
         for file in files:
             try:
                 headers[file] = read_weights(root / file, root=root, named=stored_path(root, file))
@@ -208,7 +236,7 @@ def read_folder(root: Path) -> tuple[Survey, dict[str, WeightFile]]:
             text = f"{folder.ADAPTER_CONFIG} lies beside a whole model: transformers will look for an adapter here"
             survey.faults.append(Fault("adapter-config-stray", "cosmetic", text, where))
         read_sidecars(root, names, survey)
-        survey.faults += leftovers(root, names, {*files, WEIGHTS, *survey.beside})
+        survey.faults += leftovers(root, names, {*files, WEIGHTS, *survey.beside, *also})
     except Refused as error:
         survey.faults.append(Fault.of(error))
     except OSError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from converter.checkpoint import WeightSet
 from converter.dtypes import TensorInfo
 from converter.errors import Refused, fold, show
 from converter.sources.weight_file import WeightFile
@@ -77,6 +78,7 @@ class Survey:
         files: weight files in order, name mapped to size in bytes.
         entries: tensors in file order.
         beside: files of a head of its own (`value_head.safetensors`), by name; neither in `files` nor in `entries`.
+        sets: every set of weight files where there are several; `entries` are those of one.
     """
 
     root: Path
@@ -84,6 +86,7 @@ class Survey:
     entries: dict[str, StoredTensor] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     beside: dict[str, WeightFile] = field(default_factory=dict)
+    sets: tuple[WeightSet, ...] = ()
 
     def error(self) -> Refused | None:
         """The refusal that the faults amount to: the first error, and how many more there are."""
