@@ -40,9 +40,12 @@ def destination(out: str, options: Conversion) -> Destination:
 
     named = hub_name(out)
     assert named is not None
+    if named.folder:
+        what = f"{show(out)} is a folder in a repository; an output is the whole of one"
+        raise UsageError("hub-repo-id", what, expected=f"{SCHEME}owner/name or {SCHEME}owner/name@branch")
     if options.push_to_hub is not None:
         raise UsageError("usage", f"{show(out)} is on the Hub already; leave --push-to-hub out")
-    name, branch = named
+    name, branch, _ = named
     message = f"Upload {name.rpartition('/')[2]} with rlhf-convert"
     removes = STALE in (options.allow or ())
     return Destination(name, options.token, options.public, branch or "main", message=message, removes_stale=removes)

@@ -134,7 +134,9 @@ def _inside(found: Found) -> list[str]:
 
 
 def _below(found: Found, folder: Path) -> str:
-    return f"{found.asked.rstrip('/')}/{folder.name}"
+    from converter.sources.hub_names import as_reference
+
+    return f"{as_reference(found.asked).rstrip('/')}/{folder.name}"
 
 
 # Models
