@@ -70,6 +70,17 @@ def model_card(facts: CardFacts, existing: str = "") -> str:
     return f"---\n{front}---\n{body if body.startswith(chr(10)) else chr(10) + body}"
 
 
+def own_text(card: str) -> str:
+    """What people wrote in a card: without front matter, our section, and white space around."""
+    match = _FRONT.match(card)
+    body = card[match.end() :] if match is not None else card
+    begin = body.find(BEGIN)
+    end = body.find(END, begin) if begin >= 0 else -1
+    if end >= 0:
+        body = body[:begin] + body[end + len(END) :]
+    return body.strip()
+
+
 def _parse_front(text: str) -> dict[str, Any]:
     try:
         value = read_values(text.encode(), file="README.md").value

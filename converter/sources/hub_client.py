@@ -4,7 +4,6 @@ session, token and retries; its errors in our words.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable
@@ -197,11 +196,16 @@ _REASONS = {
 }
 
 
+def blotted(text: str, token: str | None = None) -> str:
+    """A text without the token that was given, the one that the client finds, and whatever else looks like one."""
+    from converter.secrets import without_secrets
+
+    return without_secrets(text, *([token] if token else []))
+
+
 def refuse(repo_id: str, token: str | None, error: Exception) -> NoReturn:
     """The client's error in our words: its own text may quote headers, so a token in it is blotted out."""
-    text = str(error)
-    for secret in (token, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
-        text = text.replace(secret, "***") if secret else text
+    text = blotted(str(error), token)
     names = [c.__name__ for c in type(error).__mro__]
     # A gated repository's error is a kind of the missing one's.
     reason = next((_REASONS[name] for name in names if name in _REASONS), None)
