@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -121,8 +122,9 @@ def push(
     make_repository(where)
     started = False
     for attempt in range(ATTEMPTS):
-        head = call(lambda: api.repo_info(where.repo_id, revision=where.revision), where).sha
-        there = _files_there(api, where, head)
+        with _not_known(bool(attempt)):
+            head = call(lambda: api.repo_info(where.repo_id, revision=where.revision), where).sha
+            there = _files_there(api, where, head)
         differing = _differing(wanted, there)
         stale = expect_no_stale([f.name for f in wanted.files], there, where)
         if not differing and not stale:
@@ -154,6 +156,18 @@ def push(
         _expect_there(api, wanted, where, made.oid)
         return Pushed(str(made.pr_url or made.commit_url), made.oid, tuple(f.name for f in differing))
     raise Refused("hub-unreachable", "the Hub did not take the commit", where=show(where.repo_id), next="try again")
+
+
+@contextmanager
+def _not_known(asked: bool) -> Iterator[None]:
+    """Where a commit was asked for and no answer came, another failure does not mean that nothing was published."""
+    try:
+        yield
+    except Refused as error:
+        if asked:
+            error.what = "the Hub did not answer when the commit was made: all of it is there, or nothing"
+            error.next = "run the same command again"
+        raise
 
 
 def _expect_write_access(api: Any, where: Destination) -> None:

@@ -49,6 +49,7 @@ class FakeHub(ThreadingHTTPServer):
         self.received_bytes = 0
         self.multipart = multipart
         self.may_write = True
+        self.tokens = {TOKEN}
         self.numbers = itertools.count(1)
         self.lock = threading.RLock()
 
@@ -142,6 +143,9 @@ class _Answer(Answers, BaseHTTPRequestHandler):
                 return self._send(int(fault.kind), b'{"error": "planned"}', retry_after="0")
             if fault.kind == "drop":
                 return self._hang_up()
+            if fault.kind == "echo":  # a server whose errors quote what came
+                said = {"error": f"bad request: {dict(self.headers)}"}
+                return self._send(400, json.dumps(said).encode())
             self.damage = fault.kind
         with hub.lock:
             status, value, headers = self.route(path)

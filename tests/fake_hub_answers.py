@@ -28,9 +28,12 @@ class Answers:
     query: dict[str, list[str]]
     damage: str | None
 
+    def _is_known(self) -> bool:
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ") in self.server.tokens
+
     def route(self, path: str) -> tuple[int, Any, dict[str, str]]:
         hub = self.server
-        signed_in = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        signed_in = self._is_known()
         if path == "/api/whoami-v2":
             role = "write" if hub.may_write else "read"
             me = {"name": "me", "type": "user", "orgs": [], "auth": {"accessToken": {"role": role}}}
@@ -49,7 +52,7 @@ class Answers:
                 repo = hub.repos.get(match["repo"])
                 if repo is None or (repo.private and not signed_in):
                     return _error(404 if signed_in else 401, "RepoNotFound")
-                writes = answer in ("_commit", "_preupload", "_batch", "_may_write")
+                writes = answer in ("_commit", "_preupload", "_batch", "_may_write", "_branch")
                 if writes and not (signed_in and hub.may_write):
                     return _error(403 if signed_in else 401, "")
                 result: tuple[int, Any, dict[str, str]] = getattr(self, answer)(repo, match)
@@ -185,6 +188,12 @@ class Answers:
     def _may_write(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
         return 200, {}, {}
 
+    def _branch(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
+        if match["revision"] in repo.branches:
+            return _error(409, "")
+        repo.branches[match["revision"]] = list(repo.branches["main"])
+        return 201, {}, {}
+
     def _discussions(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
         name = {"name": match["repo"], "type": "model"}
         found = [
@@ -199,7 +208,7 @@ class Answers:
         value = json.loads(self.body)
         target = self.server.repos.get(value["target"]["name"])
         known = {f.sha256 for commits in repo.branches.values() for c in commits for f in c.files.values() if f.lfs}
-        if target is None or self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if target is None or not self._is_known():
             return _error(404, "RepoNotFound")
         wanted = {f["sha256"] for f in value["files"]}
         target.objects |= wanted & known
@@ -230,6 +239,7 @@ _ROUTES = (
     (rf"/api/models/{_REPO}", "_info"),
     (rf"/api/models/{_REPO}/auth-check/write", "_may_write"),
     (rf"/api/models/{_REPO}/discussions", "_discussions"),
+    (rf"/api/models/{_REPO}/branch/(?P<revision>.+)", "_branch"),
     (rf"/api/models/{_REPO}/revision/(?P<revision>.+)", "_info"),
     (rf"/api/models/{_REPO}/tree/(?P<revision>[^?]+?)/?", "_tree"),
     (rf"/api/models/{_REPO}/paths-info/(?P<revision>.+)", "_paths"),

@@ -183,7 +183,9 @@ def _may_pass(error: Exception) -> bool:
         return status in (408, 429) or status >= 500
     names = {c.__name__ for c in type(error).__mro__}
     # ConnectError: nobody listens, which the client has tried for a while.
-    return "ConnectError" not in names and bool(names & {"TransportError", "HTTPError", "ConnectionError"})
+    return "ConnectError" not in names and bool(
+        names & {"TransportError", "HTTPError", "ConnectionError", "JSONDecodeError", "UnicodeDecodeError"}
+    )
 
 
 _REASONS = {
