@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Reading
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.files import read_limited
 from converter.report import line, next_lines
 from converter.sizes import format_size
@@ -187,7 +187,10 @@ def _with_card(
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     config = _read_json(folder / ("adapter_config.json" if is_adapter else "config.json"))
     total = sum(f.size for f in files if f.name.endswith((".safetensors", ".bin", ".pt")))
-    facts = CardFacts(repository(asked.repo_id, "main")[0], receipt, config, is_adapter, total, consents=consents)
+    facts = CardFacts(
+        repository(asked.repo_id, "main")[0], receipt, config, is_adapter, total, consents=consents,
+        checks=None if is_adapter else _checks(asked, receipt),
+    )  # fmt: skip
     bases = base_models(facts)
     if bases and not asked.dry_run:
         facts = dataclasses.replace(facts, licence=licence_of(bases[0], asked.token))
@@ -198,6 +201,21 @@ def _with_card(
     content = model_card(facts, existing).encode()
     card = LocalFile(CARD, folder / CARD, len(content), content)
     return sorted([f for f in files if f.name != CARD] + [card], key=lambda f: f.name)
+
+
+def _checks(asked: Pushing, receipt: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, bool], ...]] | None:
+    """What `verify` says of the folder, for the trainer that it was made for, else for the one that its files name."""
+    from converter.card_head import made_for
+    from converter.cli.verify import Asked, examine
+
+    aim = made_for(receipt)
+    name = None if aim is None else f"{aim.serves.trainer}@{aim.version}".rstrip("@")
+    try:
+        found = examine(Asked(asked.folder, name, None if aim is None else aim.role))
+    except ConvertError:
+        return None
+    checks = tuple((c.text, c.outcome != "fails") for c in found.checks if c.label != "receipt")
+    return f"{found.aim.words} as {found.aim.role}", checks
 
 
 def _read_json(path: Path) -> dict[str, Any]:

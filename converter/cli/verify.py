@@ -49,7 +49,7 @@ class Verified:
 def verify(asked: Asked, options: Display) -> int:
     """Verify a folder; exit code 0, or 4 where a check fails."""
     _expect_sense(asked)
-    found = _verify(asked)
+    found = examine(asked)
     broken = failed(found.checks)
     sink = options.sink
     sink.screen([f"{show(asked.folder)}: for {found.aim.words} as {found.aim.role}"])
@@ -93,7 +93,12 @@ def _expect_sense(asked: Asked) -> None:
         raise UsageError("usage", "--base and --from say how --against is read; there is no --against")
 
 
-def _verify(asked: Asked) -> Verified:
+def examine(asked: Asked) -> Verified:
+    """Every check that was asked for.
+
+    Raises:
+        UsageError: the folder is not there, or no trainer is known for it.
+    """
     from converter.cli.recipes import input_spec
     from converter.recipe_run import open_checkpoint
     from converter.sources.locate import resolve
