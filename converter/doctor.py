@@ -93,6 +93,7 @@ def examine(asked: Asked) -> Report:
         if each.code not in asked.ignore:
             findings += each(case, context)
     findings += [f for f in undocumented(case, known) if f.code not in asked.ignore]
+    sparse.expect_all_read()
     unique = dict.fromkeys(findings)
     return Report(case, tuple(sorted(unique, key=lambda f: SEVERITIES.index(f.severity))))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter import __version__
+from converter import __version__, sparse
 from converter.accounting import unaccounted
 from converter.checkpoint import Checkpoint
 from converter.context import Context
@@ -73,6 +73,7 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
             next=f"rlhf-convert gather {show(checkpoint.origin.asked)} OUT",
         )
     checkpoint = checkpoint.replace(checks=tuple(c for each in opened.values() for c in each.checks))
+    sparse.expect_all_read()
     if lost := unaccounted(list(opened.values()), checkpoint):
         raise Refused("unaccounted", f"tensors of the inputs would be lost: {lost}")
     plan = make_plan(

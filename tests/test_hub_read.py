@@ -237,7 +237,7 @@ def test_a_model_that_the_hub_does_not_have_is_told_in_our_words(hub: FakeHub) -
     assert "no such model" in ran.stderr
 
 
-@pytest.mark.parametrize("text", ["hf://", "hf://model", "hf://a/b/", "hf://org/model@", "hf://../x"])
+@pytest.mark.parametrize("text", ["hf://", "hf://model", "hf://a/b//c", "hf://org/model@", "hf://../x"])
 def test_a_url_that_names_no_repository_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="names no repository"):
         hub_name(text)

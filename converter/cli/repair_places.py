@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from converter import sparse
 from converter.converters.fill_evidence import step_of
 from converter.errors import ConvertError, show
 from converter.files import read_limited
@@ -66,6 +67,7 @@ def search(src: str, weights_from: Sequence[str], *, token: str | None = None) -
     passed = [show(p.path) for p in around if p not in chosen]
     if passed:
         result.looked.append(f"not asked, of other steps: {', '.join(passed[-8:])}")
+    sparse.expect_all_read()
     if not result.places and not around:
         result.looked.append(f"{show(src)}, beside and above it: no shards of a trainer (global_step*)")
     return result

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter import sparse
 from converter.checkpoint import Checkpoint
 from converter.cli.options import Display
 from converter.context import Context
@@ -50,6 +51,7 @@ def verify(asked: Asked, options: Display) -> int:
     """Verify a folder; exit code 0, or 4 where a check fails."""
     _expect_sense(asked)
     found = examine(asked)
+    sparse.expect_all_read()
     broken = failed(found.checks)
     sink = options.sink
     sink.screen([f"{show(asked.folder)}: for {found.aim.words} as {found.aim.role}"])
@@ -126,7 +128,6 @@ def _expect_here(folder: str, root: Path) -> None:
     Raises:
         Refused: the folder is read from the Hub in parts (`live-needs-folder`).
     """
-    from converter import sparse
     from converter.sources.hub_names import as_reference, hub_name
     from converter.sources.survey import snapshot_of
 
