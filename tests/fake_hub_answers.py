@@ -52,7 +52,7 @@ class Answers:
                 repo = hub.repos.get(match["repo"])
                 if repo is None or (repo.private and not signed_in):
                     return _error(404 if signed_in else 401, "RepoNotFound")
-                writes = answer in ("_commit", "_preupload", "_batch", "_may_write", "_branch")
+                writes = answer in ("_commit", "_preupload", "_batch", "_may_write", "_branch", "_xet_token")
                 if writes and not (signed_in and hub.may_write):
                     return _error(403 if signed_in else 401, "")
                 result: tuple[int, Any, dict[str, str]] = getattr(self, answer)(repo, match)
@@ -110,6 +110,7 @@ class Answers:
         objects = []
         for each in json.loads(self.body)["objects"]:
             entry: dict[str, Any] = {"oid": each["oid"], "size": each["size"]}
+            self._take_chunks(repo, each["oid"])
             if each["oid"] not in repo.objects:
                 entry["actions"] = {
                     "upload": self._upload_action(match["repo"], each["oid"], each["size"]),
@@ -169,6 +170,7 @@ class Answers:
             if each["key"] == "file":
                 files[value["path"]] = Stored(base64.b64decode(value["content"]), False)
             elif each["key"] == "lfsFile":
+                self._take_chunks(repo, value["oid"])
                 if value["oid"] not in repo.objects:
                     return _error(400, "")
                 files[value["path"]] = Stored(self.server.blobs[value["oid"]], True)
@@ -193,6 +195,20 @@ class Answers:
             return _error(409, "")
         repo.branches[match["revision"]] = list(repo.branches["main"])
         return 201, {}, {}
+
+    def _xet_token(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
+        if self.server.xet is None:
+            return _error(404, "")
+        address, until = f"local://{self.server.xet}", 4_000_000_000
+        body = {"casUrl": address, "accessToken": "xet", "exp": until}
+        return 200, body, {"X-Xet-Cas-Url": address, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(until)}
+
+    def _take_chunks(self, repo: Repo, oid: str) -> None:
+        """A file whose chunks are in the store may be named."""
+        hub = self.server
+        if hub.xet is not None and oid in hub.coming and any(hub.xet.rglob("default.*")):
+            repo.objects.add(oid)
+            hub.blobs[oid] = hub.coming[oid]
 
     def _discussions(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
         name = {"name": match["repo"], "type": "model"}
@@ -239,6 +255,7 @@ _ROUTES = (
     (rf"/api/models/{_REPO}", "_info"),
     (rf"/api/models/{_REPO}/auth-check/write", "_may_write"),
     (rf"/api/models/{_REPO}/discussions", "_discussions"),
+    (rf"/api/models/{_REPO}/xet-write-token/(?P<revision>.+)", "_xet_token"),
     (rf"/api/models/{_REPO}/branch/(?P<revision>.+)", "_branch"),
     (rf"/api/models/{_REPO}/revision/(?P<revision>.+)", "_info"),
     (rf"/api/models/{_REPO}/tree/(?P<revision>[^?]+?)/?", "_tree"),
