@@ -18,6 +18,7 @@ from converter.plan import Plan, make_plan
 from converter.recipe import SOURCE, InputSpec, Recipe
 from converter.recipe_fields import check, instantiate
 from converter.registry import KeepsMasters, Source, kind_of, nothing_in, sources
+from converter.sources.hub_names import as_base
 from converter.sources.pickle_names import CODE as NAMES
 from converter.sources.pickle_names import allowed_names
 
@@ -191,7 +192,7 @@ def open_recorded_base(adapter: Checkpoint, *, keep_code: bool) -> Checkpoint:
             "base-not-found",
             f"the adapter records {show(spec.path)}{at} as its base: neither a folder here nor in the Hub's cache",
             where=show(adapter.origin.asked),
-            next=f"rlhf-convert merge-lora {show(adapter.origin.asked)} OUT --base BASE",
+            next=f"rlhf-convert merge-lora {show(adapter.origin.asked)} OUT --base {as_base(spec.path, spec.revision)}",
         ) from None
 
 

@@ -158,6 +158,8 @@ class _Answer(Answers, BaseHTTPRequestHandler):
                 return self._send(int(fault.kind), b'{"error": "planned"}', retry_after="0")
             if fault.kind == "drop":
                 return self._hang_up()
+            if fault.kind == "gated":
+                return self._send(403, b'{"error": "gated"}', X_Error_Code="GatedRepo")
             if fault.kind == "echo":  # a server whose errors quote what came
                 said = {"error": f"bad request: {dict(self.headers)}"}
                 return self._send(400, json.dumps(said).encode())

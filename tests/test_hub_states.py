@@ -12,7 +12,7 @@ import pytest
 
 from converter.errors import UsageError
 from converter.sources.hub_names import as_reference, below, hub_name
-from fake_hub import FakeHub, running
+from fake_hub import FakeHub, Fault, running
 from hub_here import client_of, commits, on_disk, published, run
 
 FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
@@ -277,3 +277,67 @@ def test_a_folder_below_another_is_written_as_the_user_would() -> None:
     assert below("a/b@v1", root, root / "d" / "e") == "hf://a/b@v1/d/e"
     assert below("hf://a/b/d", root / "d", root / "e") == "hf://a/b/e"
     assert below("./here", root, root / "d") == "./here/d"
+
+
+def test_a_base_that_an_adapter_records_is_named_in_the_command_and_not_fetched_unasked(hub: FakeHub) -> None:
+    files = tree(FIXTURES / "tiny-reward-adapter")
+    config = json.loads(files["adapter_config.json"]) | {"base_model_name_or_path": BASE}
+    hub.add("org/adapter", files | {"adapter_config.json": json.dumps(config).encode()})
+    for words in (["inspect", "org/adapter"], ["merge-lora", "org/adapter", "OUT"]):
+        ran = run(*words)
+        assert f"rlhf-convert merge-lora org/adapter OUT --base {BASE}" in ran.stdout + ran.stderr
+        assert not hub.requests(BASE)
+    assert run("merge-lora", "org/adapter", "out", "--base", BASE).returncode == 0
+
+
+REASONS = {
+    "org/nothing": ([], "no such model", "private model"),
+    f"{BASE}@nothing": ([], "no such revision", "%2F"),
+    BASE: ([Fault("resolve", "gated", 99)], "gated", "accept its terms"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_why_a_model_can_not_be_had_is_told_with_what_to_do(hub: FakeHub, name: str) -> None:
+    hub.faults, what, advice = REASONS[name]
+    for words in (["inspect", name], ["doctor", name], ["verify", name, "--for", "trl"], ["reshard", name, "out"]):
+        ran = run(*words)
+        assert ran.returncode == 3, words
+        assert what in ran.stderr
+        assert advice in ran.stderr
+        assert ran.stdout == ""
+
+
+def test_a_base_and_an_adapter_on_the_hub_the_wrong_way_round_are_recognised(hub: FakeHub) -> None:
+    hub.add("org/adapter", tree(FIXTURES / "tiny-reward-adapter"))
+    ran = run("merge-lora", BASE, "out", "--base", "org/adapter")
+    assert ran.returncode == 2
+    assert f"rlhf-convert merge-lora org/adapter out --base {BASE}" in ran.stderr
+
+
+def test_pickled_weights_on_the_hub_are_converted_as_the_folder_is(hub: FakeHub, here: Path) -> None:
+    """A `.bin` of several records: its directory lies at its end."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = here / "tiny-qwen2-base"
+    tensors = {n: t for p in folder.glob("*.safetensors") for n, t in load_file(p).items()}
+    for path in folder.glob("model*"):
+        path.unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    hub.add("org/pickled", tree(folder))
+    for words in (["inspect"], ["doctor"]):
+        assert run(*words, "org/pickled").returncode == run(*words, folder).returncode
+    assert run("reshard", folder, "one").returncode == 0
+    ran = run("reshard", "org/pickled", "two")
+    assert ran.returncode == 0, ran.stderr
+    assert whole(Path("two")) == whole(Path("one"))
+
+
+def test_a_repository_with_thousands_of_other_files_is_listed_and_none_of_them_is_read(hub: FakeHub) -> None:
+    files = tree(FIXTURES / "tiny-qwen2-base")
+    hub.add("org/many", files | {f"logs/{n // 100}/{n}.txt": b"x" for n in range(3000)})
+    hub.sent_bytes = 0
+    ran = run("inspect", "org/many")
+    assert ran.returncode == 0, ran.stderr
+    assert not hub.requests("resolve/.*/logs/")

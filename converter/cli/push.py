@@ -120,7 +120,13 @@ def _read_the_right_way(asked: Pushing) -> Pushing:
         what = f"{show(asked.repo_id)} is the folder and {show(asked.folder)} the repository"
         command = shlex.join(["rlhf-convert", "push", asked.repo_id, asked.folder])
         raise UsageError("arguments-swapped", what, next=command)
-    raise Refused("path-missing", f"there is no folder {show(asked.folder)!r}")
+    from converter.sources.hub_names import is_on_hub
+
+    there = None
+    if is_on_hub(asked.folder):
+        words = ["rlhf-convert", "reshard", asked.folder, f"hf://{asked.repo_id.removeprefix('hf://')}"]
+        there = f"from Hub to Hub: {shlex.join(words)}"
+    raise Refused("path-missing", f"there is no folder {show(asked.folder)!r}", next=there)
 
 
 def _card_there(asked: Pushing, where: Destination, own: LocalFile | None, consents: dict[str, str]) -> str:

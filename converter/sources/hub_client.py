@@ -190,11 +190,19 @@ def _may_pass(error: Exception) -> bool:
 
 _REASONS = {
     "RepositoryNotFoundError": "the Hub has no such model, or it is private and the token does not open it",
-    "GatedRepoError": "the model is gated: accept its terms on its page, and give a token (HF_TOKEN)",
+    "GatedRepoError": "the model is gated",
     "RevisionNotFoundError": "the model has no such revision",
+    "DisabledRepoError": "the model was disabled by the Hub",
     "LocalEntryNotFoundError": "the Hub can't be reached",
     "ConnectError": "the Hub can't be reached",
     "OfflineModeIsEnabled": "downloads are off (HF_HUB_OFFLINE)",
+}
+
+
+_ADVICE = {
+    "GatedRepoError": "accept its terms on its page, then hf auth login, or set HF_TOKEN",
+    "RepositoryNotFoundError": "check the name; for a private model hf auth login, or set HF_TOKEN",
+    "RevisionNotFoundError": "check the revision; a slash in a branch's name is written as %2F",
 }
 
 
@@ -211,9 +219,12 @@ def refuse(repo_id: str, token: str | None, error: Exception) -> NoReturn:
     names = [c.__name__ for c in type(error).__mro__]
     # A gated repository's error is a kind of the missing one's.
     reason = next((_REASONS[name] for name in names if name in _REASONS), None)
+    advice = next((_ADVICE[n] for n in names if n in _ADVICE), "check the name and the network; or name a local folder")
     raise Refused(
         "hub-download",
         f"{show(repo_id)} is no folder here, and it can't be had from the Hub: {reason or type(error).__name__}",
         got=show(text.strip().partition("\n")[0]),
-        next="check the name and the network; or name a local folder",
+        next=next(
+            (_ADVICE[n] for n in names if n in _ADVICE), "check the name and the network; or name a local folder"
+        ),
     ) from None

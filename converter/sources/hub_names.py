@@ -78,6 +78,17 @@ def as_reference(text: str, revision: str | None = None) -> str:
     return f"{SCHEME}{named.repo_id}{quoted}" + (f"/{named.folder}" if named.folder else "")
 
 
+def as_base(name: object, revision: object = None) -> str:
+    """What to type behind `--base` for a base that an adapter records: its name on the Hub, else `BASE`.
+
+    A record alone makes nothing be fetched: the user does, by typing it.
+    """
+    if not isinstance(name, str) or not REPO_ID.fullmatch(name) or not is_on_hub(name):
+        return "BASE"
+    is_plain = isinstance(revision, str) and re.fullmatch(r"[\w.-]+", revision, re.ASCII) is not None
+    return f"{name}@{revision}" if is_plain else name
+
+
 def below(asked: str, root: Path, folder: Path) -> str:
     """A folder in, beside or above the one that a user named, as they would write it.
 
