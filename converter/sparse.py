@@ -152,7 +152,7 @@ class SparseFile:
                     _here.move_to_end((self, unit))
                 else:
                     missing.append(unit)
-        for first, last in _stretches(missing):
+        for first, last in holes.stretches(missing):
             for start in range(first, last, LARGEST_FETCH // UNIT):
                 self._bring(start, min(start + LARGEST_FETCH // UNIT, last))
 
@@ -208,7 +208,7 @@ class SparseFile:
             for unit in units:
                 del _here[self, unit]
             self._hash, self._hashed = hashlib.sha256(), 0
-            for first, last in _stretches(units):
+            for first, last in holes.stretches(units):
                 self.punch(first, last)
 
     def close(self) -> None:
@@ -272,9 +272,17 @@ def at(path: str) -> SparseFile | None:
 
 
 def same_content(one: str, two: str) -> bool:
-    """True for two files that the Hub lists with the same digest; false where that is not known."""
+    """True for files with the same digest: two that the Hub lists, or one of them and one that is here.
+
+    False where that is not known.
+    """
     a, b = at(one), at(two)
-    return a is not None and b is not None and a.digest == b.digest
+    if a is not None and b is not None:
+        return a.digest == b.digest
+    remote, local = (a, two) if a is not None else (b, one)
+    if remote is None or remote.origin.sha256 is None or os.stat(local).st_size != remote.size:
+        return False
+    return holes.sha256_of(local) == remote.origin.sha256  # cheaper than to bring as much
 
 
 def as_typed(text: str) -> str:
@@ -383,16 +391,5 @@ def _make_room(wanted: int) -> None:
         del _here[file, unit]
         gone.setdefault(file, []).append(unit)
     for file, units in gone.items():
-        for first, last in _stretches(sorted(units)):
+        for first, last in holes.stretches(sorted(units)):
             file.punch(first, last)
-
-
-def _stretches(units: list[int]) -> list[tuple[int, int]]:
-    """Runs of numbers that follow one another, as first and one past the last."""
-    runs: list[tuple[int, int]] = []
-    for unit in units:
-        if runs and runs[-1][1] == unit:
-            runs[-1] = (runs[-1][0], unit + 1)
-        else:
-            runs.append((unit, unit + 1))
-    return runs

@@ -163,6 +163,8 @@ class _Answer(Answers, BaseHTTPRequestHandler):
             if fault.kind == "echo":  # a server whose errors quote what came
                 said = {"error": f"bad request: {dict(self.headers)}"}
                 return self._send(400, json.dumps(said).encode())
+            if fault.kind == "spoilt" and self.body:
+                self.body = bytes([self.body[0] ^ 1]) + self.body[1:]
             self.damage = fault.kind
         with hub.lock:
             status, value, headers = self.route(path)

@@ -124,6 +124,23 @@ def test_whichever_request_is_refused_there_is_one_pull_request(model: Path, tmp
     fail_each(model, tmp_path, kind, 1, "--create-pr")
 
 
+@pytest.mark.parametrize("skip", range(5))
+@pytest.mark.parametrize("verb", ["push", "reshard"])
+def test_bytes_that_change_on_their_way_to_the_hub_are_sent_again(
+    hub: FakeHub, model: Path, verb: str, skip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub.faults = [Fault("PUT", "spoilt", 1, skip=skip)]
+    words = ("push", model, REPO) if verb == "push" else ("reshard", model, f"hf://{REPO}")
+    ran = run(*words)
+    if hub.faults[0].count == 0 and ran.returncode:
+        ran = run(*words)
+    assert ran.returncode == 0, ran.stderr
+    files = published(hub, REPO)
+    assert all(files[p.name] == p.read_bytes() for p in model.glob("*.safetensors"))
+    assert commits(hub, REPO) == 1
+
+
 def test_a_pull_request_is_not_made_twice(hub: FakeHub, model: Path) -> None:
     hub.faults = [Fault("POST .*/commit/", "lost", 1)]
     first = run("push", model, REPO, "--create-pr")
