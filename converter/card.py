@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from converter.card_head import head_notes, launch_lines, made_for
 from converter.errors import ConvertError, Refused, fold, show
 from converter.recipe_text import read_values
 from converter.sizes import format_size
@@ -21,6 +22,8 @@ _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MU
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}", re.ASCII)
 _MOST = 12
+_TAGS = {"reward": "reward-model", "critic": "value-model"}
+_OPENRLHF = ("RewardModel", "CriticModel")
 MAX_TEXT = 200
 
 
@@ -34,6 +37,7 @@ class CardFacts:
         total_bytes: of the weight files.
         licence: the base's, as the Hub's tag, where it is known.
         consents: codes that the push itself needed, with what was refused otherwise.
+        checks: what was checked of the files for a trainer: its words, each check's text and whether it holds.
     """
 
     repo_id: str
@@ -43,6 +47,7 @@ class CardFacts:
     total_bytes: int
     licence: str | None = None
     consents: Mapping[str, str] | None = None
+    checks: tuple[str, tuple[tuple[str, bool], ...]] | None = None
 
 
 def model_card(facts: CardFacts, existing: str = "") -> str:
@@ -70,6 +75,17 @@ def model_card(facts: CardFacts, existing: str = "") -> str:
     return f"---\n{front}---\n{body if body.startswith(chr(10)) else chr(10) + body}"
 
 
+def own_text(card: str) -> str:
+    """What people wrote in a card: without front matter, our section, and white space around."""
+    match = _FRONT.match(card)
+    body = card[match.end() :] if match is not None else card
+    begin = body.find(BEGIN)
+    end = body.find(END, begin) if begin >= 0 else -1
+    if end >= 0:
+        body = body[:begin] + body[end + len(END) :]
+    return body.strip()
+
+
 def _parse_front(text: str) -> dict[str, Any]:
     try:
         value = read_values(text.encode(), file="README.md").value
@@ -93,7 +109,8 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
         front["base_model_relation"] = "adapter" if facts.is_adapter else "finetune"
     if facts.licence and _LICENCE.fullmatch(facts.licence):
         front["license"] = facts.licence
-    front["tags"] = ["rlhf-convert", *(["reward-model"] if _is_classifier(facts) else [])]
+    role = _role(facts)
+    front["tags"] = ["rlhf-convert", *([_TAGS[role]] if role in _TAGS else [])]
     return front
 
 
@@ -103,8 +120,9 @@ def base_models(facts: CardFacts) -> list[str]:
     found = []
     for value in inputs.values() if isinstance(inputs, dict) else ():
         name = value.get("name") if isinstance(value, dict) else None
-        if isinstance(name, str) and value.get("kind") == "model" and _HUB_ID.fullmatch(name):
-            found.append(name)
+        if isinstance(name, str) and value.get("kind") == "model":
+            repo_id = "/".join(name.split("/")[:2])  # a folder in a repository is of that
+            found += [repo_id] if _HUB_ID.fullmatch(repo_id) else []
     recorded = facts.config.get("base_model_name_or_path")
     if facts.is_adapter and not found and isinstance(recorded, str) and _HUB_ID.fullmatch(recorded):
         found.append(recorded)
@@ -120,8 +138,14 @@ def _is_classifier(facts: CardFacts) -> bool:
     return "Classification" in _architecture(facts) or facts.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
 
 
+def _role(facts: CardFacts) -> str:
+    """What the model is: as it was made, else a reward model where it is a classifier."""
+    aim = made_for(facts.receipt)
+    return aim.role if aim is not None else "reward" if _is_classifier(facts) else ""
+
+
 def _pipeline_tag(facts: CardFacts) -> str | None:
-    if _is_classifier(facts):
+    if _is_classifier(facts) or _role(facts) == "reward":
         return "text-classification"
     return "text-generation" if "CausalLM" in _architecture(facts) else None
 
@@ -138,13 +162,45 @@ def _section(facts: CardFacts) -> str:
         ]
         lines += _inputs(receipt)
         lines += _steps(receipt)
+        lines += _head(receipt)
         lines += _numbers(receipt)
         lines += _listed("Dropped", receipt.get("dropped"))
         lines += _listed("Repaired, and from where", receipt.get("repaired"))
         lines += _listed("Gone on with, though refused by default", receipt.get("consents"))
         lines += _notes(receipt)
+    lines += _checks(facts)
     lines += _listed("Pushed all the same", facts.consents)
-    return "\n".join([*lines, "", "## Load it", "", "```python", *_snippet(facts), "```"])
+    return "\n".join([*lines, "", *_load(facts)]).replace("\n\n\n", "\n\n")
+
+
+def _head(receipt: Mapping[str, Any]) -> list[str]:
+    notes = head_notes(receipt)
+    return ["Head:", "", *(f"- {_text(n)}" for n in notes[:_MOST]), ""] if notes else []
+
+
+def _checks(facts: CardFacts) -> list[str]:
+    """What was checked before the push, with the trainer that it was checked for."""
+    if facts.checks is None:
+        return []
+    words, found = facts.checks
+    whole = all(holds for _, holds in found)
+    title = f"Checked for {_text(words)}, against what its loader does with the files:"
+    if not whole:
+        title = f"Checked for {_text(words)}, which does not load it as it is meant:"
+    return [title, "", *(f"- {'' if holds else 'fails: '}{_text(text)}" for text, holds in found[:_MOST]), ""]
+
+
+def _load(facts: CardFacts) -> list[str]:
+    """How it is loaded: in Python, and in the trainer that it was made for."""
+    lines = ["## Load it", ""]
+    aim = made_for(facts.receipt)
+    launch = launch_lines(aim, facts.repo_id) if aim is not None else []
+    snippet = _snippet(facts)
+    if snippet:
+        lines += ["```python", *snippet, "```"]
+    if launch and aim is not None:
+        lines += ["", f"In {aim.words}:", "", "```text", *launch, "```"]
+    return lines
 
 
 def _inputs(receipt: Mapping[str, Any]) -> list[str]:
@@ -164,7 +220,7 @@ def _steps(receipt: Mapping[str, Any]) -> list[str]:
         "Recipe:",
         "",
         "```yaml",
-        *(line.replace("`", "'")[:MAX_TEXT] for line in text.splitlines()[:60]),
+        *(line.replace("`", "'").replace("<", "\u2039")[:MAX_TEXT] for line in text.splitlines()[:60]),
         "```",
         "",
     ]
@@ -231,6 +287,15 @@ def _snippet(facts: CardFacts) -> Sequence[str]:
             f'model = PeftModel.from_pretrained(base, "{repo}")',
         )
     architecture = _architecture(facts)
+    if architecture in _OPENRLHF and facts.config.get("value_head_prefix") == "score":
+        # OpenRLHF's own classes; the head has the name that transformers knows.
+        return (
+            "from transformers import AutoModelForSequenceClassification",
+            "",
+            f'model = AutoModelForSequenceClassification.from_pretrained("{repo}", num_labels=1)',
+        )
+    if made_for(facts.receipt) is not None and "For" not in architecture:
+        return ()  # a class of the trainer's own: transformers would load it without its head
     known = re.fullmatch(r"[A-Z]\w{1,80}For\w{1,60}", architecture)
     name = architecture if known else "AutoModel"
     return (f"from transformers import {name}", "", f'model = {name}.from_pretrained("{repo}")')

@@ -12,6 +12,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
+from converter import sparse
 from converter.context import Context
 from converter.diagnoses.adapters import NOT_MERGED_HERE
 from converter.diagnoses.aims import aim, is_transformers_4, roles_of
@@ -21,6 +22,7 @@ from converter.diagnoses.script import read_launch
 from converter.dialects.known import trainers
 from converter.errors import ConvertError, Refused, UsageError, show
 from converter.registry import DIAGNOSES, FindsPlaces, Source, kind_of, loaded, nothing_in, sources
+from converter.sources.hub_names import SCHEME, as_reference, below
 from converter.sources.locate import resolve
 from converter.sources.loose import survey_files
 from converter.sources.places import by_number
@@ -96,6 +98,7 @@ def examine(asked: Asked) -> Report:
         if each.code not in asked.ignore:
             findings += each(case, context)
     findings += [f for f in undocumented(case, known) if f.code not in asked.ignore]
+    sparse.expect_all_read()
     unique = dict.fromkeys(findings)
     return Report(case, tuple(sorted(unique, key=lambda f: SEVERITIES.index(f.severity))))
 
@@ -201,7 +204,12 @@ def _near(root: Path, asked: Asked) -> Iterable[Near]:
     """Folders in, beside and above `root` that some source reads, and those that were given."""
     seen: set[str] = {os.path.realpath(root)}
     for text in asked.weights_from:
-        yield from _place(Path(text).expanduser(), text, seen, given=True)
+        yield from _place(resolve(text, in_parts=True, whole=True).path, as_reference(text), seen, given=True)
+    if any(str(root) == each for each in sparse.folders):
+        # A repository: nothing of it is beside or above.
+        for path in _folders(root)[:MOST_NEAR]:
+            yield from _place(path, _typed(asked.path, root, path), seen, given=False)
+        return
     for path in [*_folders(root), *_akin(root)][:MOST_NEAR]:
         yield from _place(path, _typed(asked.path, root, path), seen, given=False)
     for near in _place(root.parent, _typed(asked.path, root, root.parent), seen, given=False):
@@ -254,7 +262,10 @@ def _typed(asked: str, root: Path, path: Path) -> str:
     """A folder's path as the user would type it, next to the one that was typed."""
     if not asked:
         return str(path)
-    typed = os.path.normpath(os.path.join(asked, os.path.relpath(os.path.realpath(path), os.path.realpath(root))))
+    typed = below(asked, Path(os.path.realpath(root)), Path(os.path.realpath(path)))
+    if typed.startswith(SCHEME):
+        return typed
+    typed = os.path.normpath(typed)
     return f"./{typed}" if asked.startswith("./") and not typed.startswith(".") else typed
 
 

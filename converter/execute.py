@@ -136,9 +136,13 @@ def write(
     return Receipt(content, measures, *checked, seconds=time.monotonic() - begun)
 
 
+_SPOILT = ("input-changed", "input-cut", "input-missing", "input-corrupt", "download-corrupt")
+"""Refusals after which what is in the stage may be made of other bytes than the next run reads."""
+
+
 def is_worth_keeping(stage: Stage, error: BaseException) -> bool:
     """Whether the same call can go on from what is in the stage: not once an input is another one."""
-    if isinstance(error, Refused) and error.code in ("input-changed", "input-cut", "input-missing", "input-corrupt"):
+    if isinstance(error, Refused) and error.code in _SPOILT:
         return False
     return stage.is_ours if isinstance(error, KeyboardInterrupt | VerificationFailed) else stage.has_work
 

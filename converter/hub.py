@@ -6,87 +6,27 @@ Everything can be repeated: what is there already is not sent again, and a commi
 
 from __future__ import annotations
 
-import hashlib
-import os
+import inspect
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from converter.errors import Refused, UsageError, fold, show
-from converter.files import open_input
-from converter.side_files import travels
+from converter.hub_ask import ATTEMPTS, FIRST_WAIT, call, is_passing, refuse
+from converter.hub_files import CARD, LocalFile, Manifest
 from converter.sources.hub_client import expect_safe_endpoint
-from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG
 
-RECEIPT, CARD = "rlhf-convert.json", "README.md"
-ATTEMPTS = 5
-FIRST_WAIT = 1.0
-MAX_FILE = 50_000_000_000
-"""Bytes of one file that the Hub takes. Source: https://huggingface.co/docs/hub/repositories-recommendations"""
+if TYPE_CHECKING:
+    from converter.execute import Reporter
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_WEIGHTS = re.compile(
-    r"(?:modeling/)?(?:model|adapter_model|value_head|pytorch_model)[\w.-]*\.(?:safetensors|bin|pt|json)", re.ASCII
-)
 _MODEL_WEIGHTS = re.compile(
     r"(?:model|pytorch_model|adapter_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?", re.ASCII
 )
 """What transformers and PEFT look for."""
-
-_BLOCK = 1 << 22
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    """A file to push; `content` stands in for a file that is made in memory (the card)."""
-
-    name: str
-    path: Path
-    size: int
-    content: bytes | None = None
-
-    def digests(self) -> tuple[str, str]:
-        """sha256 of the bytes, and git's own name of the blob."""
-        sha = hashlib.sha256()
-        blob = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        for block in self._blocks():
-            sha.update(block)
-            blob.update(block)
-        return sha.hexdigest(), blob.hexdigest()
-
-    def _blocks(self) -> Iterator[bytes]:
-        if self.content is not None:
-            yield self.content
-            return
-        fd = open_input(self.path)
-        try:
-            while block := os.read(fd, _BLOCK):
-                yield block
-        finally:
-            os.close(fd)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What goes into the repository.
-
-    Attributes:
-        digests: file name mapped to its sha256 and its git blob id.
-        left_out: names of files in the folder that do not go.
-    """
-
-    files: tuple[LocalFile, ...]
-    digests: Mapping[str, tuple[str, str]]
-    left_out: tuple[str, ...]
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(f.size for f in self.files)
 
 
 @dataclass(frozen=True)
@@ -120,41 +60,6 @@ class Pushed:
     sent: tuple[str, ...]
 
 
-def files_to_push(folder: Path, *, keep_code: bool) -> tuple[list[LocalFile], list[str]]:
-    """The files of a folder that belong on the Hub, and the names of those that do not.
-
-    Raises:
-        Refused: a link out of the folder or no regular file (`input-outside`, ...), a file that the Hub does not take.
-    """
-    found, left_out = [], []
-    for path in sorted(p for p in folder.rglob("*") if not p.is_dir()):
-        name = path.relative_to(folder).as_posix()
-        is_ours = _WEIGHTS.fullmatch(name) or name in (MODEL_CONFIG, ADAPTER_CONFIG, RECEIPT, CARD)
-        if not is_ours and not travels(name, keep_code=keep_code):
-            left_out.append(name)
-            continue
-        fd = open_input(path, root=folder)
-        size = os.fstat(fd).st_size
-        os.close(fd)
-        if size > MAX_FILE:
-            raise Refused(
-                "hub-file-too-large",
-                f"{show(name)} has {size} bytes, and the Hub takes {MAX_FILE} in one file",
-                next="rlhf-convert reshard DIR OUT --max-shard-size 5GB",
-            )
-        found.append(LocalFile(name, path, size))
-    return found, left_out
-
-
-def manifest(files: Sequence[LocalFile], left_out: Sequence[str], *, told: Callable[[str], None]) -> Manifest:
-    """Digests of every file; `told` is called with each name before it is read."""
-    digests = {}
-    for file in files:
-        told(file.name)
-        digests[file.name] = file.digests()
-    return Manifest(tuple(files), digests, tuple(left_out))
-
-
 def check_destination(where: Destination) -> str:
     """The account that the token opens, which must be able to write.
 
@@ -178,11 +83,17 @@ def check_destination(where: Destination) -> str:
 
 
 def make_repository(where: Destination) -> list[str]:
-    """The repository and its branch, made where they are missing; the names of the files that it has."""
+    """The repository and its branch, made where they are missing; the names of the files that it has.
+
+    Raises:
+        Refused: the token may not make it, or not write to it (`hub-forbidden`), or the Hub can't be asked.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=where.token)
     call(lambda: api.create_repo(where.repo_id, private=not where.public, exist_ok=True), where)
+    if not where.create_pr:
+        _expect_write_access(api, where)
     if where.revision != "main":
         call(lambda: api.create_branch(where.repo_id, branch=where.revision, exist_ok=True), where)
     return list(_files_there(api, where, where.revision))
@@ -192,7 +103,7 @@ def push(
     wanted: Manifest,
     where: Destination,
     *,
-    told: Callable[[str], None],
+    reporter: Reporter,
     ready: Mapping[str, Callable[[], Any]] | None = None,
 ) -> Pushed:
     """Send what is not there yet, make one commit of it, and compare the repository with the manifest.
@@ -205,28 +116,27 @@ def push(
             or holds something else afterwards (`hub-differs`, `hub-unchecked`); weights of another model
             are there (`hub-stale-weights`).
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import HfApi
 
     api = HfApi(token=where.token)
     make_repository(where)
+    started = False
     for attempt in range(ATTEMPTS):
-        head = call(lambda: api.repo_info(where.repo_id, revision=where.revision), where).sha
-        there = _files_there(api, where, head)
+        with _not_known(bool(attempt)):
+            head = call(lambda: api.repo_info(where.repo_id, revision=where.revision), where).sha
+            there = _files_there(api, where, head)
         differing = _differing(wanted, there)
         stale = expect_no_stale([f.name for f in wanted.files], there, where)
         if not differing and not stale:
             url = f"{api.endpoint}/{where.repo_id}/commit/{head}"
             return Pushed(url, str(head), ())
-        made_already = ready or {}
-        operations = []
-        for file in differing:
-            if file.name in made_already:
-                operations.append(made_already[file.name]())
-                continue
-            told(file.name)
-            operations.append(_operation(CommitOperationAdd, file))
-            upload(api, where, operations[-1])
-        operations += [CommitOperationDelete(name) for name in stale]
+        if where.create_pr and (open_already := _pull_request(api, wanted, where)) is not None:
+            return open_already
+        if not started and ready is None:
+            reporter.start(sum(f.size for f in differing), len(differing))
+            started = True
+        operations = _operations(api, differing, where, ready, reporter)
+        operations += [_deletes(name) for name in stale]
         try:
             made = api.create_commit(
                 where.repo_id,
@@ -237,23 +147,116 @@ def push(
                 create_pr=where.create_pr,
             )
         except Exception as error:  # the client's own and its transport's
-            if where.create_pr or not _is_passing(error) or attempt + 1 == ATTEMPTS:
-                _refuse(error, where)
+            if not is_passing(error) or attempt + 1 == ATTEMPTS:
+                refuse(error, where, sent=True)
             # It may have landed, its answer lost: the next round looks before it sends anything.
             time.sleep(FIRST_WAIT * 2**attempt)
             continue
-        revision = made.oid
-        try:
-            left = _differing(wanted, _files_there(api, where, revision))
-        except Refused as error:
-            what = f"the commit was made, and what the repository holds now could not be compared ({error.code})"
-            again = "run the same command again: it compares, and sends nothing twice"
-            raise Refused("hub-unchecked", what, where=show(where.repo_id), got=error.got, next=again) from error
-        if left:
-            what = f"the repository does not hold what was sent: {fold([show(f.name) for f in left])}"
-            raise Refused("hub-differs", what, where=show(where.repo_id), next="run the same command again")
-        return Pushed(str(made.pr_url or made.commit_url), revision, tuple(f.name for f in differing))
+        reporter.checking()
+        _expect_there(api, wanted, where, made.oid)
+        return Pushed(str(made.pr_url or made.commit_url), made.oid, tuple(f.name for f in differing))
     raise Refused("hub-unreachable", "the Hub did not take the commit", where=show(where.repo_id), next="try again")
+
+
+@contextmanager
+def _not_known(asked: bool) -> Iterator[None]:
+    """Where a commit was asked for and no answer came, another failure does not mean that nothing was published."""
+    try:
+        yield
+    except Refused as error:
+        if asked:
+            error.what = "the Hub did not answer when the commit was made: all of it is there, or nothing"
+            error.next = "run the same command again"
+        raise
+
+
+def _expect_write_access(api: Any, where: Destination) -> None:
+    """A repository that exists may be somebody else's: the client takes it as made."""
+    if "write" not in inspect.signature(api.auth_check).parameters:
+        return  # clients before 2: sending will tell
+    try:
+        call(lambda: api.auth_check(where.repo_id, write=True), where)
+    except Refused as error:
+        if error.code != "hub-missing":  # the repository is there: this Hub does not know the question
+            raise
+
+
+def _expect_there(api: Any, wanted: Manifest, where: Destination, commit: str) -> None:
+    """The commit holds what was to be sent.
+
+    Raises:
+        Refused: it does not (`hub-differs`), or that can't be asked (`hub-unchecked`).
+    """
+    try:
+        left = _differing(wanted, _files_there(api, where, commit))
+    except Refused as error:
+        what = f"the commit was made, and what the repository holds now could not be compared ({error.code})"
+        again = "run the same command again: it compares, and sends nothing twice"
+        raise Refused("hub-unchecked", what, where=show(where.repo_id), got=error.got, next=again) from error
+    if left:
+        what = f"the repository does not hold what was sent: {fold([show(f.name) for f in left])}"
+        raise Refused("hub-differs", what, where=show(where.repo_id), next="run the same command again")
+
+
+def _pull_request(api: Any, wanted: Manifest, where: Destination) -> Pushed | None:
+    """The open pull request of an earlier run that holds what is wanted: its answer may have been lost."""
+    found = call(lambda: list(api.get_repo_discussions(where.repo_id)), where)
+    for each in sorted(found, key=lambda d: -d.num):
+        if not each.is_pull_request or each.status not in ("open", "draft") or each.title != where.message:
+            continue
+        reference = f"refs/pr/{each.num}"
+        if not _differing(wanted, _files_there(api, where, reference)):
+            head = call(lambda r=reference: api.repo_info(where.repo_id, revision=r), where).sha  # type: ignore[misc]
+            return Pushed(f"{api.endpoint}/{where.repo_id}/discussions/{each.num}", str(head), ())
+    return None
+
+
+def _operations(
+    api: Any,
+    files: Sequence[LocalFile],
+    where: Destination,
+    ready: Mapping[str, Callable[[], Any]] | None,
+    reporter: Reporter,
+) -> list[Any]:
+    """The commit's operations; what is large is sent on the way, and told byte by byte."""
+    from converter.hub_operation import addition
+
+    operations = []
+    for file in files:
+        if ready is not None and file.name in ready:
+            operations.append(ready[file.name]())
+            continue
+        source = file.content if file.content is not None else str(file.path)
+        told = _Told(file, reporter)
+        operations.append(addition(file.name, source, told))
+        upload(api, where, operations[-1])
+        if ready is None:
+            told.finish()
+            reporter.shard_done(file.name, file.size, False)
+    return operations
+
+
+class _Told:
+    """Tells a reporter of the bytes of a file as they are read, at most once each: a part may be sent again."""
+
+    def __init__(self, file: LocalFile, reporter: Reporter) -> None:
+        self._file, self._reporter, self._done = file, reporter, 0
+
+    def __call__(self, count: int) -> None:
+        count = min(count, self._file.size - self._done)
+        if count > 0:
+            self._done += count
+            self._reporter.advance(count, self._file.name)
+
+    def finish(self) -> None:
+        """All of it is there: what was not read was there before, or went another way."""
+        self(self._file.size)
+
+
+def _deletes(name: str) -> Any:
+    from huggingface_hub import CommitOperationDelete
+
+    return CommitOperationDelete(name)
 
 
 def upload(api: Any, where: Destination, operation: Any) -> None:
@@ -270,8 +273,13 @@ def upload(api: Any, where: Destination, operation: Any) -> None:
     )
 
 
-def _operation(kind: Any, file: LocalFile) -> Any:
-    return kind(path_in_repo=file.name, path_or_fileobj=file.content if file.content is not None else str(file.path))
+def card_there(where: Destination) -> str:
+    """The card that the repository has; empty where it has none, or is not there yet."""
+    from converter.sources.hub_client import open_repository
+
+    repository = open_repository(where.repo_id, where.revision, where.token)
+    found = next((f for f in repository.files if f.name == CARD), None)
+    return "" if found is None else repository.read(found, 0, found.size).decode("utf-8", "replace")
 
 
 def _files_there(api: Any, where: Destination, revision: str | None) -> dict[str, Any]:
@@ -324,54 +332,3 @@ def licence_of(repo_id: str, token: str | None) -> str | None:
         return None
     value = getattr(card, "license", None)
     return value if isinstance(value, str) else None
-
-
-def call(request: Callable[[], T], where: Destination) -> T:
-    """A request that may be repeated, with the client's errors in our words."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return request()
-        except Exception as error:  # the client's own and its transport's
-            if not _is_passing(error) or attempt + 1 == ATTEMPTS:
-                _refuse(error, where)
-            time.sleep(FIRST_WAIT * 2**attempt)
-    raise AssertionError("unreachable")
-
-
-def _status(error: Exception) -> int | None:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _is_passing(error: Exception) -> bool:
-    """True for what another try may cure: a busy or broken server, a lost connection, a commit that came between."""
-    status = _status(error)
-    if status is not None:
-        return status in (408, 409, 412, 429) or status >= 500
-    names = {c.__name__ for c in type(error).__mro__}
-    return bool(names & {"TransportError", "HTTPError", "ConnectionError", "TimeoutError", "RemoteProtocolError"})
-
-
-_REASONS = {
-    401: ("hub-token", "the token is not valid", "hf auth login, or set HF_TOKEN"),
-    403: ("hub-forbidden", "the token may not write there", "make one that may, or push to a repository of yours"),
-    404: ("hub-missing", "there is no such repository or revision, or the token does not open it", None),
-    412: ("hub-moved", "somebody else commits to it at the same time", "run the same command again"),
-    429: ("hub-busy", "the Hub limits the rate of requests", "wait, and run the same command again"),
-}
-
-
-def _refuse(error: Exception, where: Destination) -> NoReturn:
-    status = _status(error)
-    text = str(error).strip().partition("\n")[0]
-    for secret in (where.token, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
-        text = text.replace(secret, "***") if secret else text
-    if status in _REASONS:
-        code, what, advice = _REASONS[status]
-        raise Refused(code, what, where=show(where.repo_id), got=show(text), next=advice) from None
-    if status is None or status >= 500:
-        what = "the Hub can't be reached or does not answer; nothing was published"
-        raise Refused(
-            "hub-unreachable", what, where=show(where.repo_id), got=show(text), next="run the same command again"
-        )
-    raise Refused("hub-refused", "the Hub says no", where=show(where.repo_id), got=show(text)) from None

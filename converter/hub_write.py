@@ -33,20 +33,10 @@ from converter.execute import (
     system_refused,
 )
 from converter.files import open_input, read_exact
-from converter.hub import (
-    CARD,
-    MAX_FILE,
-    RECEIPT,
-    Destination,
-    LocalFile,
-    Manifest,
-    Pushed,
-    call,
-    expect_no_stale,
-    make_repository,
-    upload,
-)
+from converter.hub import Destination, Pushed, card_there, expect_no_stale, make_repository, upload
 from converter.hub import push as commit
+from converter.hub_ask import call
+from converter.hub_files import CARD, MAX_FILE, RECEIPT, LocalFile, Manifest
 from converter.plan import Plan
 from converter.preflight import check_space, memory_limit
 from converter.reading import InputFiles
@@ -125,12 +115,12 @@ def write_to_hub(
             beside = _beside(plan, files, content)
             files.check_unchanged()
         reporter.checking()
-        text = card(content, _card_there(where)).encode()
+        text = card(content, card_there(where)).encode()
         beside.append(LocalFile(CARD, Path(CARD), len(text), text))
         weights = [LocalFile(s.file, stage.folder / s.file, s.size) for s in plan.shards]
         digests = sender.digests | {f.name: f.digests() for f in beside}
         wanted = Manifest((*weights, *beside), digests, ())
-        pushed = commit(wanted, where, told=lambda _: None, ready=sender.ready)
+        pushed = commit(wanted, where, reporter=reporter, ready=sender.ready)
         stage.discard()
     except BaseException as error:
         if not is_worth_keeping(stage, error):
@@ -328,12 +318,3 @@ def _beside(plan: Plan, files: InputFiles, receipt: Mapping[str, Any]) -> list[L
     }
     contents[RECEIPT] = receipt_text(receipt)
     return [LocalFile(name, Path(name), len(content), content) for name, content in contents.items()]
-
-
-def _card_there(where: Destination) -> str:
-    """The card that the repository has; empty where it has none."""
-    from converter.sources.hub_client import open_repository
-
-    repository = open_repository(where.repo_id, where.revision, where.token)
-    found = next((f for f in repository.files if f.name == CARD), None)
-    return "" if found is None else repository.read(found, 0, found.size).decode("utf-8", "replace")

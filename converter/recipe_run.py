@@ -19,6 +19,7 @@ from converter.recipe import SOURCE, InputSpec, Recipe
 from converter.recipe_fields import check, instantiate
 from converter.registry import KeepsMasters, Source, kind_of, nothing_in, sources
 from converter.safetensors_io import Header, read_header
+from converter.sources.hub_names import as_base
 from converter.sources.pickle_names import CODE as NAMES
 from converter.sources.pickle_names import allowed_names
 
@@ -74,6 +75,7 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
             next=f"rlhf-convert gather {show(checkpoint.origin.asked)} OUT",
         )
     checkpoint = checkpoint.replace(checks=tuple(c for each in opened.values() for c in each.checks))
+    sparse.expect_all_read()
     if lost := unaccounted(list(opened.values()), checkpoint):
         raise Refused("unaccounted", f"tensors of the inputs would be lost: {lost}")
     output = recipe.output
@@ -209,7 +211,7 @@ def open_recorded_base(adapter: Checkpoint, *, keep_code: bool) -> Checkpoint:
             "base-not-found",
             f"the adapter records {show(spec.path)}{at} as its base: neither a folder here nor in the Hub's cache",
             where=show(adapter.origin.asked),
-            next=f"rlhf-convert merge-lora {show(adapter.origin.asked)} OUT --base BASE",
+            next=f"rlhf-convert merge-lora {show(adapter.origin.asked)} OUT --base {as_base(spec.path, spec.revision)}",
         ) from None
 
 

@@ -16,7 +16,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from converter import holes
 from converter.errors import Refused, show
 
 UNIT = 16 * 1024
@@ -28,9 +30,7 @@ BUDGET = 256_000_000
 LARGEST_FETCH = 16 << 20
 """Bytes of one request, which are held in memory."""
 
-_PUNCH_HOLE, _KEEP_SIZE = 2, 1
-"""Source: https://github.com/torvalds/linux/blob/v6.6/include/uapi/linux/falloc.h"""
-
+T = TypeVar("T")
 Fetch = Callable[[int, int], bytes]
 """The bytes from a first offset up to a last one that is not included."""
 
@@ -108,7 +108,7 @@ class SparseFile:
             yield
             return
         if self.is_whole:
-            with self._turn:
+            with self._turn, _noted():
                 self._fetch_whole()
             yield
             return
@@ -116,7 +116,7 @@ class SparseFile:
         with _state:
             _pins.update((self, u) for u in units)
         try:
-            with self._turn:
+            with self._turn, _noted():
                 self._fill(units)
                 self._hash_on()
             yield
@@ -152,7 +152,7 @@ class SparseFile:
                     _here.move_to_end((self, unit))
                 else:
                     missing.append(unit)
-        for first, last in _stretches(missing):
+        for first, last in holes.stretches(missing):
             for start in range(first, last, LARGEST_FETCH // UNIT):
                 self._bring(start, min(start + LARGEST_FETCH // UNIT, last))
 
@@ -190,7 +190,7 @@ class SparseFile:
     def punch(self, first: int, last: int) -> None:
         """Give back the space of units that nobody holds."""
         try:
-            _punch(self._fd, first * UNIT, (last - first) * UNIT)
+            holes.punch(self._fd, first * UNIT, (last - first) * UNIT)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
@@ -201,10 +201,33 @@ class SparseFile:
                 next="set TMPDIR to a folder on ext4, XFS, btrfs or tmpfs; or download it: hf download",
             ) from None
 
+    def refetch(self) -> None:
+        """Forget what came so far, but for what somebody holds: the next read asks the Hub again."""
+        with self._turn, _state:
+            units = sorted(u for f, u in _here if f is self and (self, u) not in _pins)
+            for unit in units:
+                del _here[self, unit]
+            self._hash, self._hashed = hashlib.sha256(), 0
+            for first, last in holes.stretches(units):
+                self.punch(first, last)
+
     def close(self) -> None:
         """Forget the file; it is not removed."""
         os.close(self._fd)
 
+
+@contextlib.contextmanager
+def _noted() -> Iterator[None]:
+    """A refusal is noted: who asked may take it for a fault of the file, as of one on the disk."""
+    try:
+        yield
+    except Refused as error:
+        lost.append(error)
+        raise
+
+
+lost: list[Refused] = []
+"""Why bytes that were asked for did not come."""
 
 window = Window()
 folders: dict[str, str] = {}
@@ -227,6 +250,7 @@ def forget_all() -> None:
     for file in _known.values():
         file.close()
     folders.clear()
+    lost.clear()
     _known.clear()
     _here.clear()
     _pins.clear()
@@ -248,9 +272,17 @@ def at(path: str) -> SparseFile | None:
 
 
 def same_content(one: str, two: str) -> bool:
-    """True for two files that the Hub lists with the same digest; false where that is not known."""
+    """True for files with the same digest: two that the Hub lists, or one of them and one that is here.
+
+    False where that is not known.
+    """
     a, b = at(one), at(two)
-    return a is not None and b is not None and a.digest == b.digest
+    if a is not None and b is not None:
+        return a.digest == b.digest
+    remote, local = (a, two) if a is not None else (b, one)
+    if remote is None or remote.origin.sha256 is None or os.stat(local).st_size != remote.size:
+        return False
+    return holes.sha256_of(local) == remote.origin.sha256  # cheaper than to bring as much
 
 
 def as_typed(text: str) -> str:
@@ -303,6 +335,28 @@ def check(path: str) -> None:
         raise corrupt(file.path.name)
 
 
+def read_again(path: Path, read: Callable[[], T]) -> T:
+    """What is read of a file; where it seems broken and came in part, which no digest checks, from new bytes."""
+    try:
+        return read()
+    except Refused:
+        file = at(str(path)) if os.path.lexists(path) else None
+        if file is None or file.is_whole or lost:
+            raise
+        file.refetch()
+    return read()
+
+
+def expect_all_read() -> None:
+    """All that was asked of the Hub came: else what was found says nothing of the files.
+
+    Raises:
+        Refused: the first reason why it did not.
+    """
+    if lost:
+        raise lost[0]
+
+
 def corrupt(name: str) -> Refused:
     """The error for a file that came with other bytes than the Hub lists."""
     return Refused(
@@ -337,34 +391,5 @@ def _make_room(wanted: int) -> None:
         del _here[file, unit]
         gone.setdefault(file, []).append(unit)
     for file, units in gone.items():
-        for first, last in _stretches(sorted(units)):
+        for first, last in holes.stretches(sorted(units)):
             file.punch(first, last)
-
-
-def _stretches(units: list[int]) -> list[tuple[int, int]]:
-    """Runs of numbers that follow one another, as first and one past the last."""
-    runs: list[tuple[int, int]] = []
-    for unit in units:
-        if runs and runs[-1][1] == unit:
-            runs[-1] = (runs[-1][0], unit + 1)
-        else:
-            runs.append((unit, unit + 1))
-    return runs
-
-
-def _punch(fd: int, offset: int, length: int) -> None:
-    """`fallocate` with a hole.
-
-    Raises:
-        OSError: the file system, or the system, has no holes.
-    """
-    import ctypes
-
-    try:
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-    except (OSError, AttributeError):
-        raise OSError(errno.ENOSYS, "no fallocate") from None
-    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    if fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

@@ -10,7 +10,6 @@ runs a command against such a Hub, without an account, and lists what it holds a
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import itertools
 import json
@@ -19,15 +18,18 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from fake_hub_state import Commit, Fault, Repo, Stored, entry_of
+from fake_hub_answers import TOKEN, Answers
+from fake_hub_state import Commit, Fault, Repo, Stored
 
-TOKEN = "hf_" + "fakeTokenForTests0" * 2
+__all__ = ["TOKEN", "Commit", "FakeHub", "Fault", "Repo", "Stored", "running"]
+
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".model", ".zip")
 LFS_SIZE = 10 << 20
 
@@ -48,8 +50,23 @@ class FakeHub(ThreadingHTTPServer):
         self.received_bytes = 0
         self.multipart = multipart
         self.may_write = True
+        self.tokens = {TOKEN}
+        self.xet: Path | None = None
+        self.coming: dict[str, bytes] = {}
         self.numbers = itertools.count(1)
         self.lock = threading.RLock()
+
+    def by_chunks(self, folder: Path, contents: Iterable[bytes]) -> dict[str, str]:
+        """Take large files as hf_xet sends them, into a folder that stands for the store of chunks.
+
+        There is no way back from chunks to files here: what may be committed is told before, as `contents`.
+        Returns the client's environment for that.
+        """
+        self.xet = folder
+        self.coming = {hashlib.sha256(c).hexdigest(): c for c in contents}
+        environment = self.environment()
+        del environment["HF_HUB_DISABLE_XET"]
+        return environment
 
     @property
     def url(self) -> str:
@@ -112,7 +129,7 @@ def running(hub: FakeHub) -> Iterator[FakeHub]:
         thread.join()
 
 
-class _Answer(BaseHTTPRequestHandler):
+class _Answer(Answers, BaseHTTPRequestHandler):
     server: FakeHub
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else every answer waits 40 ms for an acknowledgement
@@ -141,9 +158,16 @@ class _Answer(BaseHTTPRequestHandler):
                 return self._send(int(fault.kind), b'{"error": "planned"}', retry_after="0")
             if fault.kind == "drop":
                 return self._hang_up()
+            if fault.kind == "gated":
+                return self._send(403, b'{"error": "gated"}', X_Error_Code="GatedRepo")
+            if fault.kind == "echo":  # a server whose errors quote what came
+                said = {"error": f"bad request: {dict(self.headers)}"}
+                return self._send(400, json.dumps(said).encode())
+            if fault.kind == "spoilt" and self.body:
+                self.body = bytes([self.body[0] ^ 1]) + self.body[1:]
             self.damage = fault.kind
         with hub.lock:
-            status, value, headers = self._route(path)
+            status, value, headers = self.route(path)
         content = value if isinstance(value, bytes) else json.dumps(value).encode()
         if self.damage == "lost":
             return self._hang_up()
@@ -177,209 +201,6 @@ class _Answer(BaseHTTPRequestHandler):
             self.server.sent_bytes += len(cut)
             if self.damage == "short":
                 self._hang_up()
-
-    # Routes. Each returns status, body and headers.
-
-    def _route(self, path: str) -> tuple[int, Any, dict[str, str]]:
-        hub = self.server
-        signed_in = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-        if path == "/api/whoami-v2":
-            role = "write" if hub.may_write else "read"
-            me = {"name": "me", "type": "user", "orgs": [], "auth": {"accessToken": {"role": role}}}
-            return (200, me, {}) if signed_in else _error(401, "")
-        if path == "/api/validate-yaml":
-            return 200, {"errors": [], "warnings": []}, {}
-        if path == "/api/repos/create":
-            return self._create(signed_in)
-        if match := re.fullmatch(r"/lfs/([0-9a-f]{64})(?:/(\d+))?", path):
-            return self._lfs_content(match[1], match[2])
-        if path in ("/lfs-complete", "/lfs-verify"):
-            return self._lfs_done(path)
-        for pattern, answer in _ROUTES:
-            match = re.fullmatch(pattern, path)
-            if match:
-                repo = hub.repos.get(match["repo"])
-                if repo is None or (repo.private and not signed_in):
-                    return _error(404 if signed_in else 401, "RepoNotFound")
-                writes = answer in ("_commit", "_preupload", "_batch")
-                if writes and not (signed_in and hub.may_write):
-                    return _error(403 if signed_in else 401, "")
-                result: tuple[int, Any, dict[str, str]] = getattr(self, answer)(repo, match)
-                return result
-        return _error(404, "EntryNotFound")
-
-    def _create(self, signed_in: bool) -> tuple[int, Any, dict[str, str]]:
-        value = json.loads(self.body)
-        repo_id = f"{value.get('organization') or 'me'}/{value['name']}"
-        if not signed_in or not self.server.may_write:
-            return _error(403 if signed_in else 401, "")
-        exists = repo_id in self.server.repos
-        private = bool(value.get("private")) or value.get("visibility") == "private"
-        self.server.repos.setdefault(repo_id, self.server.new_repo(private))
-        body = {"url": f"{self.server.url}/{repo_id}", "name": repo_id, "id": repo_id}
-        return (409 if exists else 200), body, {}
-
-    def _info(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
-        commit = repo.commit(match.groupdict().get("revision") or "main")
-        if commit is None:
-            return _error(404, "RevisionNotFound")
-        siblings = [{"rfilename": n, "size": len(f.content)} for n, f in commit.files.items()]
-        body = {"id": match["repo"], "modelId": match["repo"], "sha": commit.oid, "private": repo.private}
-        return 200, body | {"siblings": siblings, "tags": []}, {}
-
-    def _tree(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
-        commit = repo.commit(match["revision"])
-        return (
-            _error(404, "RevisionNotFound")
-            if commit is None
-            else (200, [entry_of(*f) for f in commit.files.items()], {})
-        )
-
-    def _paths(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
-        commit = repo.commit(match["revision"])
-        if commit is None:
-            return _error(404, "RevisionNotFound")
-        if self.headers.get("Content-Type", "").startswith("application/json"):
-            paths = json.loads(self.body)["paths"]
-        else:
-            paths = parse_qs(self.body.decode()).get("paths", [])
-        return 200, [entry_of(p, commit.files[p]) for p in paths if p in commit.files], {}
-
-    def _preupload(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
-        commit = repo.commit(match["revision"])
-        files = []
-        for each in json.loads(self.body)["files"]:
-            mode = "lfs" if self.server.is_lfs(each["path"], each["size"]) else "regular"
-            here = commit.files.get(each["path"]) if commit else None
-            oid = None if here is None else here.sha256 if here.lfs else here.blob_id
-            files.append({"path": each["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        return 200, {"files": files}, {}
-
-    def _batch(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
-        objects = []
-        for each in json.loads(self.body)["objects"]:
-            entry: dict[str, Any] = {"oid": each["oid"], "size": each["size"]}
-            if each["oid"] not in repo.objects:
-                entry["actions"] = {
-                    "upload": self._upload_action(match["repo"], each["oid"], each["size"]),
-                    "verify": {"href": f"{self.server.url}/lfs-verify"},
-                }
-            objects.append(entry)
-        transfer = "multipart" if self.server.multipart else "basic"
-        return 200, {"transfer": transfer, "objects": objects}, {}
-
-    def _upload_action(self, repo_id: str, oid: str, size: int) -> dict[str, Any]:
-        url, chunk = f"{self.server.url}/lfs/{oid}", self.server.multipart
-        if not chunk or size <= chunk:
-            return {"href": f"{url}?repo={repo_id}"}
-        urls = {f"{n:05d}": f"{url}/{n}" for n in range(1, -(-size // chunk) + 1)}
-        whole = f"{self.server.url}/lfs-complete?repo={repo_id}"
-        return {"href": whole, "header": {"chunk_size": str(chunk), **urls}}
-
-    def _lfs_content(self, oid: str, part: str | None) -> tuple[int, Any, dict[str, str]]:
-        if self.command != "PUT":
-            return _error(405, "")
-        if part is not None:
-            self.server.parts.setdefault(oid, {})[int(part)] = self.body
-            return 200, b"", {"ETag": hashlib.md5(self.body, usedforsecurity=False).hexdigest()}
-        if hashlib.sha256(self.body).hexdigest() != oid:
-            return _error(400, "")
-        self._keep(oid, self.body)
-        return 200, b"", {}
-
-    def _keep(self, oid: str, content: bytes) -> None:
-        self.server.blobs[oid] = content
-        self.server.repos[self.query["repo"][0]].objects.add(oid)
-
-    def _lfs_done(self, path: str) -> tuple[int, Any, dict[str, str]]:
-        value = json.loads(self.body)
-        oid = value["oid"]
-        if path == "/lfs-complete":
-            parts = self.server.parts.pop(oid, {})
-            content = b"".join(parts[n] for n in sorted(parts))
-            if hashlib.sha256(content).hexdigest() != oid:
-                return _error(400, "")
-            self._keep(oid, content)
-        return (200, {}, {}) if oid in self.server.blobs else _error(404, "")
-
-    def _commit(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
-        lines = [json.loads(line) for line in self.body.splitlines() if line]
-        header = next(x["value"] for x in lines if x["key"] == "header")
-        branch = match["revision"]
-        commits = repo.branches.get(branch)
-        if commits is None:
-            return _error(404, "RevisionNotFound")
-        parent = header.get("parentCommit")
-        if parent is not None and parent != commits[-1].oid:
-            return _error(412, "")
-        files = dict(commits[-1].files)
-        for each in lines:
-            value = each["value"]
-            if each["key"] == "file":
-                files[value["path"]] = Stored(base64.b64decode(value["content"]), False)
-            elif each["key"] == "lfsFile":
-                if value["oid"] not in repo.objects:
-                    return _error(400, "")
-                files[value["path"]] = Stored(self.server.blobs[value["oid"]], True)
-            elif each["key"] == "deletedFile":
-                files.pop(value["path"], None)
-        made = Commit(self.server.new_oid(), files, header["summary"])
-        if "create_pr" in self.query:
-            name = f"refs/pr/{len(repo.branches)}"
-            repo.branches[name] = [*commits, made]
-            pull = f"{self.server.url}/{match['repo']}/discussions/{len(repo.branches) - 1}"
-        else:
-            commits.append(made)
-            pull = None
-        url = f"{self.server.url}/{match['repo']}/commit/{made.oid}"
-        return 200, {"success": True, "commitOid": made.oid, "commitUrl": url, "pullRequestUrl": pull}, {}
-
-    def _duplicate(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
-        value = json.loads(self.body)
-        target = self.server.repos.get(value["target"]["name"])
-        known = {f.sha256 for commits in repo.branches.values() for c in commits for f in c.files.values() if f.lfs}
-        if target is None or self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return _error(404, "RepoNotFound")
-        wanted = {f["sha256"] for f in value["files"]}
-        target.objects |= wanted & known
-        return 200, {"failed": [{"sha256": s, "error": "not here"} for s in sorted(wanted - known)]}, {}
-
-    def _resolve(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
-        commit = repo.commit(match["revision"])
-        file = None if commit is None else commit.files.get(match["path"])
-        if commit is None or file is None:
-            return _error(404, "EntryNotFound" if commit else "RevisionNotFound")
-        etag = f'"{file.sha256 if file.lfs else file.blob_id}"'
-        said = "f" * 40 if self.damage == "moved" else commit.oid
-        headers = {"X-Repo-Commit": said, "ETag": etag, "Accept-Ranges": "bytes"}
-        if file.lfs:
-            headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(file.content))}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if wanted is None or self.damage == "whole":
-            return 200, file.content, headers | ({"length": str(len(file.content))} if self.command == "HEAD" else {})
-        start, last = int(wanted[1]), min(int(wanted[2] or len(file.content) - 1), len(file.content) - 1)
-        if start >= len(file.content):
-            return 416, b"", {}
-        headers["Content-Range"] = f"bytes {start}-{last}/{len(file.content)}"
-        return 206, file.content[start : last + 1], headers
-
-
-_REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
-_ROUTES = (
-    (rf"/api/models/{_REPO}", "_info"),
-    (rf"/api/models/{_REPO}/revision/(?P<revision>.+)", "_info"),
-    (rf"/api/models/{_REPO}/tree/(?P<revision>[^?]+?)/?", "_tree"),
-    (rf"/api/models/{_REPO}/paths-info/(?P<revision>.+)", "_paths"),
-    (rf"/api/models/{_REPO}/preupload/(?P<revision>.+)", "_preupload"),
-    (rf"/api/models/{_REPO}/commit/(?P<revision>.+)", "_commit"),
-    (rf"/api/models/{_REPO}/lfs-files/duplicate", "_duplicate"),
-    (rf"/{_REPO}\.git/info/lfs/objects/batch", "_batch"),
-    (rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "_resolve"),
-)
-
-
-def _error(status: int, code: str) -> tuple[int, Any, dict[str, str]]:
-    return status, {"error": code or "refused"}, {"X-Error-Code": code} if code else {}
 
 
 def serve(command: Sequence[str]) -> int:

@@ -15,7 +15,9 @@ class Fault:
     Attributes:
         kind: an HTTP status as a string; `drop`: the connection closes before an answer; `lost`: it is done, and the
             connection closes before the answer; `corrupt`: one byte of the answer's body is another; `short`: the body
-            ends early; `whole`: the answer knows no ranges; `moved`: it is of another commit.
+            ends early; `whole`: the answer knows no ranges; `moved`: it is of another commit;
+            `spoilt`: one byte that came is another;
+            `echo`: an error that quotes the request's headers.
         skip: requests that go well first.
     """
 

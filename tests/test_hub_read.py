@@ -237,7 +237,7 @@ def test_a_model_that_the_hub_does_not_have_is_told_in_our_words(hub: FakeHub) -
     assert "no such model" in ran.stderr
 
 
-@pytest.mark.parametrize("text", ["hf://", "hf://model", "hf://a/b/c", "hf://org/model@", "hf://../x"])
+@pytest.mark.parametrize("text", ["hf://", "hf://model", "hf://a/b//c", "hf://org/model@", "hf://../x"])
 def test_a_url_that_names_no_repository_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="names no repository"):
         hub_name(text)
@@ -347,3 +347,15 @@ def test_the_identity_of_such_a_file_is_its_content_s(tmp_path: Path) -> None:
         pass
     assert identity(file.path) == before
     assert before.mtime_ns == 0
+
+
+def test_diff_of_a_folder_and_its_copy_on_the_hub_brings_headers_only(hub: FakeHub, local: Path) -> None:
+    ran = run("diff", local / "model", MODEL)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert hub.sent_bytes < size(local / "model") / 10 + 600_000
+    shard = next(n for n in sorted(p.name for p in (local / "model").glob("*.safetensors")))
+    content = bytearray((local / "model" / shard).read_bytes())
+    content[-1] ^= 1
+    hub.add(MODEL, {shard: bytes(content)})
+    hub_mirror.forget()
+    assert run("diff", local / "model", MODEL).returncode == 1

@@ -296,7 +296,7 @@ def test_a_card_says_where_the_model_comes_from_and_what_was_done() -> None:
     }
     for words in ("a" * 40, "merge-lora", "3 copied, 2 computed", "lm\\_head.weight", "pad\\_token\\_id 1 becomes 2"):
         assert words in card
-    assert "from the adapter" not in card
+    assert "Head:\n\n- from the adapter" in card
     assert "from transformers import Qwen2ForSequenceClassification" in card
 
 

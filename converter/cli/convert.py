@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,6 +95,7 @@ def find(src: str, options: Remapping) -> Found:
         UsageError: nothing that is read, or several checkpoints to choose from.
     """
     from converter.registry import kind_of, sources
+    from converter.sources.hub_names import as_reference, below
     from converter.sources.locate import resolve
 
     spec = input_spec(src, options.revision)
@@ -108,10 +108,10 @@ def find(src: str, options: Remapping) -> Found:
         _refuse_run_options(src, options)
         return Found("adapter" if kind == "peft" else "model", src, damaged=_is_damaged(root, kind))
     part = None if options.part is None else options.part.value
-    place, inner = place_of(root, src, tag=options.tag, part=part)
+    place, inner = place_of(root, as_reference(src), tag=options.tag, part=part)
     if place.folder == root:
         return Found("training", src, part=inner)
-    path = os.path.join(src, os.path.relpath(place.folder, root))
+    path = below(src, root, place.folder)
     return Found("training", path, f"tag {show(place.folder.name)}: {place.why}", part=inner)
 
 
@@ -207,8 +207,9 @@ def lost_and_found(found: Found, options: Remapping) -> tuple[dict[str, InputSpe
     if not given and not found.damaged:
         return {}, []
     from converter.cli.repair_places import search
+    from converter.sources.hub_names import as_reference
 
-    result = search(found.path, given)
+    result = search(as_reference(found.path, options.revision), given, token=options.token)
     places = {f"weights-{n}": InputSpec(p.path, broken=p.is_copy) for n, p in enumerate(result.places, 1)}
     return places, result.looked
 

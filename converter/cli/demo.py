@@ -62,10 +62,25 @@ class Loading:
 def demo_and_push(out: str, repo_id: str | None, options: Display) -> int:
     """Tell the story and push the merged model; whether the Hub will take it is asked first."""
     shown = Conversion(as_json=options.as_json, verbose=options.verbose, quiet=options.quiet, push_to_hub=repo_id)
-    check_push(shown)
+    try:
+        check_push(shown)
+    except Refused as error:
+        if error.code in ("hub-token", "hub-unreachable"):
+            error.next = f"{error.next}; or, {_without_account(repo_id)}"
+        raise
     code = demo(out, options)
     push_written(_typed(out, MERGED), shown)
     return code
+
+
+def _without_account(repo_id: str | None) -> str:
+    """The command that pushes to a Hub on this machine, which is a part of the tests."""
+    hub = Path(__file__).parents[2] / "tests" / "fake_hub.py"
+    command = ["rlhf-convert", "demo", "--push", repo_id or "me/demo"]
+    if hub.is_file():
+        return f"without an account, to a Hub on this machine: {shlex.join(['python', os.path.relpath(hub), *command])}"
+    words = shlex.join(["python", "tests/fake_hub.py", *command])
+    return f"without an account, in a clone of the repository: {words}"
 
 
 def demo(out: str, options: Display) -> int:

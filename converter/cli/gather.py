@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.conversion import convert
@@ -96,9 +94,9 @@ def gather_recipe(asked: Gathering, options: Conversion) -> tuple[Recipe, str]:
     Raises:
         UsageError: several tags or checkpoints to choose from.
     """
-    path, said, part = _tag_path(asked)
+    path, said, part = _tag_path(asked, options)
     master = options.dtype is not None and DType.parse(options.dtype) is DType.F32
-    inputs = {SOURCE: InputSpec(path, master=master)}
+    inputs = {SOURCE: InputSpec(path, revision=options.revision, master=master)}
     fields: dict[str, Any] = {}
     if asked.emit is not None:
         fields["emit"] = asked.emit
@@ -118,19 +116,16 @@ def gather_recipe(asked: Gathering, options: Conversion) -> tuple[Recipe, str]:
     return Recipe(inputs, steps, output(options), file="gather"), said
 
 
-def _tag_path(asked: Gathering) -> tuple[str, str, str | None]:
+def _tag_path(asked: Gathering, options: Conversion) -> tuple[str, str, str | None]:
     """The folder with the shards, as the user would write it, why it is the one, and the part inside of it."""
-    root = Path(asked.src).expanduser()
-    if not root.is_dir():
-        from converter.sources.locate import resolve
+    from converter.sources.hub_names import as_reference, below
+    from converter.sources.locate import resolve
 
-        resolve(asked.src, revision=None, token=None, allow_download=False)
-        raise UsageError("no-shards", "shards are gathered from a local folder", where=show(asked.src))
-    tag, part = place_of(root, asked.src, tag=asked.tag, part=asked.part)
+    root = resolve(asked.src, revision=options.revision, token=options.token, in_parts=True, whole=True).path
+    tag, part = place_of(root, as_reference(asked.src), tag=asked.tag, part=asked.part)
     if tag.folder == root:
         return asked.src, "", part
-    path = os.path.join(asked.src, os.path.relpath(tag.folder, root))
-    return path, f"tag {show(tag.folder.name)}: {tag.why}", part
+    return below(asked.src, root, tag.folder), f"tag {show(tag.folder.name)}: {tag.why}", part
 
 
 def head(prepared: Prepared, said: str) -> list[str]:

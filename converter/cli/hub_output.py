@@ -12,6 +12,7 @@ from converter.cli.options import Conversion
 from converter.cli.progress import progress
 from converter.errors import Refused, UsageError, fold, show
 from converter.report import checked_line, line, next_lines, update_lines
+from converter.secrets import words_without_token
 from converter.sizes import format_size
 
 if TYPE_CHECKING:
@@ -40,9 +41,12 @@ def destination(out: str, options: Conversion) -> Destination:
 
     named = hub_name(out)
     assert named is not None
+    if named.folder:
+        what = f"{show(out)} is a folder in a repository; an output is the whole of one"
+        raise UsageError("hub-repo-id", what, expected=f"{SCHEME}owner/name or {SCHEME}owner/name@branch")
     if options.push_to_hub is not None:
         raise UsageError("usage", f"{show(out)} is on the Hub already; leave --push-to-hub out")
-    name, branch = named
+    name, branch, _ = named
     message = f"Upload {name.rpartition('/')[2]} with rlhf-convert"
     removes = STALE in (options.allow or ())
     return Destination(name, options.token, options.public, branch or "main", message=message, removes_stale=removes)
@@ -138,6 +142,24 @@ def source_lines() -> list[str]:
     return [line("from Hub", text)]
 
 
+def repository(text: str, revision: str) -> tuple[str, str]:
+    """Repository and branch of `owner/name`, `owner/name@branch` or `hf://owner/name`, for something to be sent there.
+
+    Raises:
+        UsageError: a folder in a repository (`hub-repo-id`), or two branches (`usage`).
+    """
+    from converter.sources.hub_names import hub_name
+
+    named = hub_name(text) if text.startswith(SCHEME) or "@" in text else None
+    if named is None:
+        return text, revision
+    if named.folder:
+        raise UsageError("hub-repo-id", f"{show(text)} is a folder in a repository", expected="owner/name")
+    if named.revision and revision not in ("main", named.revision):
+        raise UsageError("usage", f"two branches: {show(text)} and --revision {show(revision)}; give one")
+    return named.repo_id, named.revision or revision
+
+
 def check_push(options: Conversion) -> None:
     """Ask the Hub whether `--push-to-hub` will succeed, before the work is done.
 
@@ -148,7 +170,8 @@ def check_push(options: Conversion) -> None:
         return
     from converter.hub import Destination, check_destination
 
-    check_destination(Destination(options.push_to_hub, options.token))
+    repo_id, branch = repository(options.push_to_hub, "main")
+    check_destination(Destination(repo_id, options.token, revision=branch))
 
 
 def push_written(out: str, options: Conversion) -> None:
@@ -179,7 +202,7 @@ def push_written(out: str, options: Conversion) -> None:
 def with_command(error: Refused, out: str) -> Refused:
     """A refusal for space, with the command that needs none: the same one, its output on the Hub."""
     if error.code == "no-space":
-        words = [f"{SCHEME}OWNER/NAME" if w == out else w for w in sys.argv[1:]]
+        words = [f"{SCHEME}OWNER/NAME" if w == out else w for w in words_without_token(sys.argv[1:])]
         command = shlex.join(["rlhf-convert", *words]) if out in sys.argv else f"{SCHEME}OWNER/NAME as OUT"
         error.next = f"{error.next or 'free space'}; or write it to the Hub, one file at a time: {command}"
     return error

@@ -150,7 +150,9 @@ def _inside(found: Found) -> list[str]:
 
 
 def _below(found: Found, folder: Path) -> str:
-    return f"{found.asked.rstrip('/')}/{folder.name}"
+    from converter.sources.hub_names import as_reference
+
+    return f"{as_reference(found.asked).rstrip('/')}/{folder.name}"
 
 
 # Models
@@ -335,7 +337,10 @@ def _next(found: Found) -> list[str]:
     # A head that only its own trainer finds: no other command moves it to where others look.
     commands = [f.next for f in found.report.findings if f.code == "head-dialect" and f.next]
     if found.is_adapter:
-        base = "" if _base_at_hand(found.config) else " --base BASE"
+        from converter.sources.hub_names import as_base
+
+        named = as_base(found.config.get("base_model_name_or_path"), found.config.get("revision"))
+        base = "" if _base_at_hand(found.config) else f" --base {shlex.quote(named)}"
         return [*commands, f"rlhf-convert merge-lora {path} OUT{base}"]
     commands.append(f"rlhf-convert reshard {path} OUT --max-shard-size 5GB")
     is_causal = "CausalLM" in _family(found.config)

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.conversion import convert
 from converter.cli.options import Conversion
 from converter.cli.recipes import cast_steps, input_spec, output
+from converter.cli.run_state import base_in
 from converter.errors import ConvertError, UsageError
 from converter.recipe import SOURCE, InputSpec, Recipe, Step
+from converter.sources.hub_names import is_on_hub
+from converter.sources.locate import resolve
 
 if TYPE_CHECKING:
     from converter.recipe_run import Prepared
@@ -39,7 +42,7 @@ def merge(asked: Merge, out: str | None, options: Conversion) -> int:
         return convert(merge_recipe(asked, options), out, options, head=head)
     except ConvertError as error:
         if error.code in ("base-unknown", "base-not-found"):
-            error.next = _command(asked.adapter, out, "BASE")
+            error.next = _command(asked.adapter, out, base_in(error))
         raise
 
 
@@ -100,6 +103,11 @@ def refuse_swapped(asked: Merge, out: str | None) -> None:
 
 def _kind(text: str) -> str | None:
     folder = Path(text).expanduser()
+    if is_on_hub(text):
+        try:
+            folder = resolve(text, in_parts=True).path
+        except ConvertError:
+            return None  # whoever opens it says why
     if (folder / "adapter_config.json").is_file():
         return "adapter"
     return "model" if (folder / "config.json").is_file() else None

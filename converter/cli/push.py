@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Reading
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.files import read_limited
 from converter.report import line, next_lines
 from converter.sizes import format_size
 
 if TYPE_CHECKING:
-    from converter.hub import LocalFile, Manifest
+    from converter.cli.sink import Sink
+    from converter.hub import Destination
+    from converter.hub_files import LocalFile, Manifest
+
+CARD = "README.md"
 
 MAX_CARD = 5_000_000
 """Bytes of a README.md that is extended."""
@@ -44,47 +50,112 @@ def push(asked: Pushing, options: Reading) -> int:
         UsageError: the arguments are the wrong way round, or no folder is there.
         Refused: doctor finds errors, or the receipt is of other files, without consent; the Hub says no.
     """
-    from converter.cli.hub_output import STALE
-    from converter.hub import Destination, check_destination, files_to_push, manifest
+    from converter.cli.hub_output import STALE, repository
+    from converter.cli.progress import progress
+    from converter.hub import Destination, check_destination, expect_no_stale, make_repository
     from converter.hub import push as send
+    from converter.hub_files import files_to_push, manifest
 
-    folder = _folder(asked)
+    asked, folder = _read_the_right_way(asked), Path(asked.folder).expanduser()
+    repo_id, branch = repository(asked.repo_id, asked.revision)
     consents = _preflight(asked, folder)
     files, left_out = files_to_push(folder, keep_code=asked.keep_code)
     where = Destination(
-        asked.repo_id, asked.token, asked.public, asked.revision, asked.create_pr,
-        asked.message or f"Upload {asked.repo_id.rpartition('/')[2]} with rlhf-convert", STALE in asked.allow,
+        repo_id, asked.token, asked.public, branch, asked.create_pr,
+        asked.message or f"Upload {repo_id.rpartition('/')[2]} with rlhf-convert", STALE in asked.allow,
     )  # fmt: skip
     sink = options.sink
-    me = None if asked.dry_run else check_destination(where)
-    files = _with_card(files, asked, folder, consents)
-    wanted = manifest(files, left_out, told=lambda _: None)
-    sink.screen(_plan(asked, wanted, me))
+    me, there = None, ""
+    if not asked.dry_run:
+        # All that the Hub may refuse comes before gigabytes are read.
+        me = check_destination(where)
+        expect_no_stale([f.name for f in files], make_repository(where), where)
+        there = _card_there(asked, where, next((f for f in files if f.name == CARD), None), consents)
+    files = _with_card(files, asked, folder, consents, there)
+    sink.screen(_plan(asked, where, files, left_out, me))
+    with progress(sink) as reporter:
+        reporter.start(sum(f.size for f in files), len(files))
+        wanted = manifest(files, left_out, told=reporter.advance)
     if asked.dry_run:
         sink.screen(["dry run: nothing sent"])
         sink.json(_json(wanted, None, ()))
         return 0
-    pushed = send(wanted, where, told=lambda name: sink.tell(f"sending {show(name)}"))
+    quiet_client(sink)
+    with progress(sink) as reporter:
+        pushed = send(wanted, where, reporter=reporter)
     sent = f"{len(pushed.sent)} of {len(wanted.files)} files sent" if pushed.sent else "all was there already"
     sink.screen(
         [
             line("checked", f"{len(wanted.files)} files: path, size and digest as here; {sent}"),
             line("pushed", pushed.url),
-            *next_lines([f"rlhf-convert inspect {asked.repo_id}"]),
+            *next_lines([f"rlhf-convert inspect hf://{repo_id}" + ("" if branch == "main" else f"@{branch}")]),
         ]
     )
     sink.json(_json(wanted, pushed.url, pushed.sent))
     return 0
 
 
-def _folder(asked: Pushing) -> Path:
-    folder = Path(asked.folder).expanduser()
-    if folder.is_dir():
-        return folder
+def quiet_client(sink: Sink) -> None:
+    """Let the client show no bars of its own: ours say how far it is.
+
+    Where a file goes by chunks (xet) it is not read through us: on a terminal the client's bar then moves within it.
+    """
+    import huggingface_hub
+
+    client: Any = huggingface_hub.utils
+    if sink.quiet or sink.as_json or not sys.stderr.isatty() or not client.is_xet_available():
+        client.disable_progress_bars()
+
+
+def _read_the_right_way(asked: Pushing) -> Pushing:
+    """What was asked for, with a folder that is there.
+
+    Raises:
+        UsageError: the arguments are the wrong way round (`arguments-swapped`).
+        Refused: there is no such folder (`path-missing`).
+    """
+    if Path(asked.folder).expanduser().is_dir():
+        return asked
     if Path(asked.repo_id).expanduser().is_dir():
         what = f"{show(asked.repo_id)} is the folder and {show(asked.folder)} the repository"
-        raise UsageError("arguments-swapped", what, next=f"rlhf-convert push {asked.repo_id} {asked.folder}")
-    raise Refused("path-missing", f"there is no folder {show(asked.folder)!r}")
+        command = shlex.join(["rlhf-convert", "push", asked.repo_id, asked.folder])
+        raise UsageError("arguments-swapped", what, next=command)
+    from converter.sources.hub_names import is_on_hub
+
+    there = None
+    if is_on_hub(asked.folder):
+        words = ["rlhf-convert", "reshard", asked.folder, f"hf://{asked.repo_id.removeprefix('hf://')}"]
+        there = f"from Hub to Hub: {shlex.join(words)}"
+    raise Refused("path-missing", f"there is no folder {show(asked.folder)!r}", next=there)
+
+
+def _card_there(asked: Pushing, where: Destination, own: LocalFile | None, consents: dict[str, str]) -> str:
+    """The card that the repository has, which is extended; the folder's takes its place with consent only.
+
+    Raises:
+        Refused: both have one, of different texts (`hub-card-differs`).
+    """
+    from converter.card import own_text
+    from converter.context import Context
+    from converter.hub import card_there
+
+    there = card_there(where)
+    if own is None or not own_text(there):
+        return there
+    here = read_limited(own.path, limit=MAX_CARD, root=own.path.parent).decode("utf-8", "replace")
+    if own_text(here) in own_text(there):
+        return there
+    context = Context(frozenset(asked.allow))
+    context.consent(
+        Refused(
+            "hub-card-differs",
+            "the repository has a README.md, and the folder another: its text would be lost",
+            where=show(where.repo_id),
+            next="copy the text that you want into the folder's, or remove the folder's",
+        )
+    )
+    consents.update(context.consents)
+    return ""
 
 
 def _preflight(asked: Pushing, folder: Path) -> dict[str, str]:
@@ -109,26 +180,48 @@ def _preflight(asked: Pushing, folder: Path) -> dict[str, str]:
     return dict(context.consents)
 
 
-def _with_card(files: list[LocalFile], asked: Pushing, folder: Path, consents: Mapping[str, str]) -> list[LocalFile]:
+def _with_card(
+    files: list[LocalFile], asked: Pushing, folder: Path, consents: Mapping[str, str], there: str
+) -> list[LocalFile]:
     """The files with the card: made from the receipt, or the folder's own with our section in it."""
     from converter.card import CardFacts, base_models, model_card
-    from converter.hub import CARD, LocalFile, licence_of
+    from converter.cli.hub_output import repository
+    from converter.hub import licence_of
+    from converter.hub_files import LocalFile
 
     receipt = _read_json(folder / "rlhf-convert.json")
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     config = _read_json(folder / ("adapter_config.json" if is_adapter else "config.json"))
     total = sum(f.size for f in files if f.name.endswith((".safetensors", ".bin", ".pt")))
-    facts = CardFacts(asked.repo_id, receipt, config, is_adapter, total, consents=consents)
+    facts = CardFacts(
+        repository(asked.repo_id, "main")[0], receipt, config, is_adapter, total, consents=consents,
+        checks=None if is_adapter else _checks(asked, receipt),
+    )  # fmt: skip
     bases = base_models(facts)
     if bases and not asked.dry_run:
         facts = dataclasses.replace(facts, licence=licence_of(bases[0], asked.token))
     own = next((f for f in files if f.name == CARD), None)
-    existing = ""
-    if own is not None:
+    existing = there
+    if own is not None and not there:
         existing = read_limited(own.path, limit=MAX_CARD, root=folder).decode("utf-8", "replace")
     content = model_card(facts, existing).encode()
     card = LocalFile(CARD, folder / CARD, len(content), content)
     return sorted([f for f in files if f.name != CARD] + [card], key=lambda f: f.name)
+
+
+def _checks(asked: Pushing, receipt: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, bool], ...]] | None:
+    """What `verify` says of the folder, for the trainer that it was made for, else for the one that its files name."""
+    from converter.card_head import made_for
+    from converter.cli.verify import Asked, examine
+
+    aim = made_for(receipt)
+    name = None if aim is None else f"{aim.serves.trainer}@{aim.version}".rstrip("@")
+    try:
+        found = examine(Asked(asked.folder, name, None if aim is None else aim.role))
+    except ConvertError:
+        return None
+    checks = tuple((c.text, c.outcome != "fails") for c in found.checks if c.label != "receipt")
+    return f"{found.aim.words} as {found.aim.role}", checks
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -140,15 +233,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _plan(asked: Pushing, wanted: Manifest, me: str | None) -> list[str]:
-    how = "public" if asked.public else "private, if it is new"
-    to = f"{show(asked.repo_id)} ({how})" + (f", as {show(me)}" if me else "")
-    lines = [line("to", to), line("files", f"{len(wanted.files)}, {format_size(wanted.total_bytes)}")]
-    lines += [line("", f"{show(f.name)}  {format_size(f.size)}") for f in wanted.files[:20]]
-    if len(wanted.files) > 20:
-        lines.append(line("", f"and {len(wanted.files) - 20} more"))
-    if wanted.left_out:
-        lines.append(line("left out", fold([show(n) for n in wanted.left_out])))
+def _plan(asked: Pushing, where: Destination, files: list[LocalFile], left_out: list[str], me: str | None) -> list[str]:
+    how = "public" if asked.public else "private"
+    to = f"{show(where.repo_id)} ({how}, if it is new)" + (f", as {show(me)}" if me else "")
+    to += f", branch {show(where.revision)}" if where.revision != "main" else ""
+    lines = [line("to", to), line("files", f"{len(files)}, {format_size(sum(f.size for f in files))}")]
+    lines += [line("", f"{show(f.name)}  {format_size(f.size)}") for f in files[:20]]
+    if len(files) > 20:
+        lines.append(line("", f"and {len(files) - 20} more"))
+    if left_out:
+        lines.append(line("left out", fold([show(n) for n in left_out])))
     return lines
 
 

@@ -12,7 +12,7 @@ from converter import report
 from converter.cli.conversion import convert, load_commands
 from converter.cli.options import Conversion
 from converter.cli.recipes import cast_steps, input_spec, output
-from converter.errors import ConvertError, Refused, UsageError, show
+from converter.errors import ConvertError, Refused, show
 from converter.recipe import SOURCE, InputSpec, Recipe, Step
 
 if TYPE_CHECKING:
@@ -42,11 +42,13 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     from converter.cli.repair_mends import find_mends
     from converter.cli.repair_places import search
     from converter.converters.fill_refusals import NothingToRepair
+    from converter.sources.hub_names import as_reference
+    from converter.sources.locate import resolve
 
-    root = Path(asked.src).expanduser()
-    if not root.is_dir():
-        _refuse_elsewhere(asked)
-    found = search(asked.src, asked.weights_from)
+    if options.revision is not None:
+        asked = dataclasses.replace(asked, src=as_reference(asked.src, options.revision))
+    root = resolve(asked.src, revision=options.revision, token=options.token, in_parts=True, whole=True).path
+    found = search(asked.src, asked.weights_from, token=options.token)
     if (shards := _shards_alone(root, asked, found)) is not None:
         return _gather(shards, asked, out, options)
     mends = find_mends(
@@ -136,19 +138,6 @@ def _source(prepared: Prepared) -> list[str]:
     source = prepared.opened[SOURCE]
     kind = report.adapter_kind(source.config) if source.origin.kind == "adapter" else report.dtype_words(source)
     return [report.line("source", f"{show(source.origin.asked)}  {kind}")]
-
-
-def _refuse_elsewhere(asked: Repairing) -> None:
-    """Say why SRC is none: shards and copies are looked for around a local folder.
-
-    Raises:
-        UsageError: always.
-    """
-    from converter.sources.locate import resolve
-
-    resolve(asked.src, revision=None, token=None, allow_download=False)
-    what = "what is repaired is a local folder: what it lost is looked for around it"
-    raise UsageError("not-a-folder", what, where=show(asked.src), next="download it first: hf download, --local-dir")
 
 
 def _shards_alone(root: Path, asked: Repairing, found: Search) -> str | None:

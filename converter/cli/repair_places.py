@@ -8,10 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from converter import sparse
 from converter.converters.fill_evidence import step_of
-from converter.errors import ConvertError, Refused, show
+from converter.errors import ConvertError, show
 from converter.files import read_limited
 from converter.registry import FindsPlaces, find_place, kind_of, sources
+from converter.sources.hub_names import SCHEME, as_reference, below
+from converter.sources.locate import resolve
 from converter.sources.places import by_number
 
 MOST_FOLDERS = 400
@@ -41,17 +44,17 @@ class Search:
     looked: list[str] = field(default_factory=list)
 
 
-def search(src: str, weights_from: Sequence[str]) -> Search:
-    """The places that may hold what a folder lost, the likeliest first.
+def search(src: str, weights_from: Sequence[str], *, token: str | None = None) -> Search:
+    """The places that may hold what a folder lost, the likeliest first; all of them may be on the Hub.
 
     Raises:
         UsageError: a folder that the user named is not there, or holds nothing that can be read.
     """
-    root = Path(src).expanduser()
+    root = _root_of(src, token)
     result = Search()
     step = step_of(str(root.resolve()), state=True)
     for text in weights_from:
-        result.places += [p for p in _named(text, step) if p.folder.resolve() != root.resolve()]
+        result.places += [p for p in _named(text, step, token) if p.folder.resolve() != root.resolve()]
     around = list(_around(src, root))
     chosen = _chosen(around, step, root)
     for place in chosen:
@@ -64,25 +67,27 @@ def search(src: str, weights_from: Sequence[str]) -> Search:
     passed = [show(p.path) for p in around if p not in chosen]
     if passed:
         result.looked.append(f"not asked, of other steps: {', '.join(passed[-8:])}")
+    sparse.expect_all_read()
     if not result.places and not around:
         result.looked.append(f"{show(src)}, beside and above it: no shards of a trainer (global_step*)")
     return result
 
 
-def _named(text: str, step: int | None) -> list[Found]:
+def _root_of(text: str, token: str | None) -> Path:
+    """The folder that is meant; of a repository on the Hub every folder, which the cache may lack."""
+    return resolve(text, token=token, in_parts=True, whole=True).path
+
+
+def _named(text: str, step: int | None, token: str | None) -> list[Found]:
     """What lies where the user points: shards in or below it, or a model or an adapter."""
-    root = Path(text).expanduser()
-    if not root.is_dir():
-        if root.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-            raise Refused("path-missing", "there is no such folder", where=show(text))
-        return [Found(text, root, None, is_copy=True)]
+    root = _root_of(text, token)
     is_copy = kind_of(root) in ("hf", "peft")
     own = [Found(text, root, step_of(str(root.resolve())), is_copy=True)] if is_copy else []
     inside = [_found(text, root, folder) for folder in _states_in(root)]
     states = [p for p in inside if step is not None and p.step == step]
     if not states:
         try:
-            states = [_found(text, root, find_place(root, text).folder)]
+            states = [_found(text, root, find_place(root, as_reference(text)).folder)]
         except ConvertError:
             states = _chosen(inside, step, root)
             if not states and not own:
@@ -97,7 +102,8 @@ def _found(text: str, root: Path, folder: Path) -> Found:
 
 def _typed(text: str, root: Path, folder: Path) -> str:
     """A folder as the user would write it."""
-    return text if folder == root else os.path.normpath(os.path.join(text, os.path.relpath(folder, root)))
+    typed = below(text, root, folder)
+    return typed if folder == root or typed.startswith(SCHEME) else os.path.normpath(typed)
 
 
 def _states_in(root: Path) -> Iterator[Path]:

@@ -65,7 +65,9 @@ def with_recorded_base(attempt: Callable[[bool], int], *, given: bool) -> int:
 def corrected(error: ConvertError, command: Sequence[str], *, role: str | None = None) -> None:
     """Set `next` to the user's own command with what it lacks; `command` is without that."""
     words = shlex.join(command)
-    if error.code in ("base-needed", "config-missing", "base-unknown", "base-not-found"):
+    if error.code == "base-not-found":
+        error.next = f"{words} --base {base_in(error)}"
+    elif error.code in ("base-needed", "config-missing", "base-unknown"):
         error.next = f"{words} --base BASE"
     elif error.code == "several-parts" and (part := _part(error, role)) is not None:
         error.next = f"{words} --part {part}"
@@ -76,6 +78,11 @@ def corrected(error: ConvertError, command: Sequence[str], *, role: str | None =
         error.next += ", and --rslora if it set use_rslora" if command[1] == "gather" else ""
     elif error.code == "no-parts":
         error.next = shlex.join(_without(command, "--part"))
+
+
+def base_in(error: ConvertError) -> str:
+    """The base that the error's own command names, else `BASE`."""
+    return (error.next or "").rpartition("--base ")[2] or "BASE"
 
 
 def _part(error: ConvertError, role: str | None) -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.errors import ConvertError
+from converter.secrets import without_secrets
 
 JSON_VERSION = 1
 """Version of every JSON object that is printed; raised when a key changes its meaning."""
@@ -26,7 +27,7 @@ class Sink:
 
     def data(self, text: str) -> None:
         """What was asked for, whatever the flags."""
-        print(text, flush=True)
+        print(as_typed(text), flush=True)
 
     def screen(self, lines: Iterable[str]) -> None:
         """Lines of a report; not with `--json` or `-q`."""
@@ -46,10 +47,13 @@ class Sink:
 
 
 def as_typed(text: str) -> str:
-    """A text in which files that are read from the Hub are named as such, and not by the folder that stands for it."""
+    """A text in which files that are read from the Hub are named as such, and not by the folder that stands for it.
+
+    Nor is there a token in it.
+    """
     from converter import sparse
 
-    return sparse.as_typed(text)
+    return without_secrets(sparse.as_typed(text))
 
 
 class Failed(ConvertError):
@@ -61,7 +65,8 @@ class Failed(ConvertError):
 def error_to_user(error: ConvertError, *, as_json: bool, writes: bool) -> int:
     """Print an error as the user asked for it and return its exit code."""
     if os.environ.get("RLHF_CONVERT_DEBUG") == "1":
-        traceback.print_exception(error.__cause__ or error, file=sys.stderr)
+        lines = "".join(traceback.format_exception(error.__cause__ or error))
+        print(as_typed(lines), file=sys.stderr, flush=True)
     if as_json:
         Sink(as_json=True).json({"error": error.to_json()})
         return error.exit_code

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter import sparse
 from converter.checkpoint import Checkpoint
 from converter.cli.options import Display
 from converter.context import Context
 from converter.dialects.known import Target, target
 from converter.dialects.model import Role
-from converter.errors import ConvertError, UsageError, VerificationFailed, show
-from converter.recipe import InputSpec
+from converter.errors import ConvertError, Refused, UsageError, VerificationFailed, show
 from converter.verify import Check, failed, fails
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class Verified:
 def verify(asked: Asked, options: Display) -> int:
     """Verify a folder; exit code 0, or 4 where a check fails."""
     _expect_sense(asked)
-    found = _verify(asked)
+    found = examine(asked)
+    sparse.expect_all_read()
     broken = failed(found.checks)
     sink = options.sink
     sink.screen([f"{show(asked.folder)}: for {found.aim.words} as {found.aim.role}"])
@@ -94,24 +95,56 @@ def _expect_sense(asked: Asked) -> None:
         raise UsageError("usage", "--base and --from say how --against is read; there is no --against")
 
 
-def _verify(asked: Asked) -> Verified:
+def examine(asked: Asked) -> Verified:
+    """Every check that was asked for.
+
+    Raises:
+        UsageError: the folder is not there, or no trainer is known for it.
+    """
     from converter.cli.recipes import input_spec
     from converter.recipe_run import open_checkpoint
     from converter.sources.locate import resolve
 
     try:
-        checkpoint = open_checkpoint(input_spec(asked.folder), token=None, keep_code=False, download=False)
+        checkpoint = open_checkpoint(input_spec(asked.folder), token=None, keep_code=False)
     except UsageError:
         raise
     except ConvertError as error:
-        if error.code in ("path-missing", "hub-not-cached"):
-            raise
+        if error.code == "path-missing" or error.code.startswith(("hub-", "download-", "cache-")):
+            raise  # it was not looked at
         # What no tool can open, no trainer loads: the verdict is that it fails, and why.
         text = f"{error.where}: {error.what}" if error.where else error.what
         return Verified(_aim(asked, None), [fails("files", error.code, text, error.next or "")], [])
     aim = _aim(asked, checkpoint)
-    root = resolve(asked.folder, revision=None, token=None, allow_download=False).path
+    root = resolve(asked.folder, in_parts=True).path
+    if asked.live:
+        _expect_here(asked.folder, root)
     return _all_checks(asked, aim, checkpoint, root)
+
+
+def _expect_here(folder: str, root: Path) -> None:
+    """A trainer's loader opens files by itself: they have to be on the disk.
+
+    Raises:
+        Refused: the folder is read from the Hub in parts (`live-needs-folder`).
+    """
+    from converter.sources.hub_names import as_reference, hub_name
+    from converter.sources.survey import snapshot_of
+
+    if not any(root.is_relative_to(each) for each in sparse.folders):
+        return
+    named, found = hub_name(as_reference(folder)), snapshot_of(root)
+    assert named is not None
+    assert found is not None
+    here = f"./{named.repo_id.rpartition('/')[2]}"
+    download = ["hf", "download", named.repo_id, "--revision", found[1], "--local-dir", here]
+    inner = f"{here}/{named.folder}" if named.folder else here
+    raise Refused(
+        "live-needs-folder",
+        "--live loads files with the trainer's own code, and these are on the Hub",
+        where=show(folder),
+        next=f"{shlex.join(download)}, and then the same command with {shlex.quote(inner)}",
+    )
 
 
 def _aim(asked: Asked, checkpoint: Checkpoint | None) -> Target:
@@ -202,14 +235,9 @@ def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
     from converter.recipe_run import open_checkpoint, open_recorded_base
 
     assert asked.against is not None
-    spec = InputSpec(_shards(asked.against))
-    source = open_checkpoint(spec, token=None, keep_code=False, download=False)
+    source = open_checkpoint(input_spec(_shards(asked.against)), token=None, keep_code=False)
     digest = source.origin.header_digest
-    base = (
-        None
-        if asked.base is None
-        else open_checkpoint(input_spec(asked.base), token=None, keep_code=False, download=False)
-    )
+    base = None if asked.base is None else open_checkpoint(input_spec(asked.base), token=None, keep_code=False)
     if source.origin.kind == "adapter":
         wishes = Wishes("refuse", "fold", None, (), "none", 0)
         source = with_adapter(base or open_recorded_base(source, keep_code=False), source, wishes, context)
@@ -224,13 +252,13 @@ def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
 def _shards(src: str) -> str:
     """The folder that is meant by a run's: where the shards are."""
     from converter.registry import find_place, kind_of
+    from converter.sources.hub_names import as_reference, below
     from converter.sources.locate import resolve
 
-    root = resolve(src, revision=None, token=None, allow_download=False).path
+    root = resolve(src, in_parts=True).path
     if kind_of(root) in ("hf", "peft"):
         return src
-    place = find_place(root, src)
-    return src if place.folder == root else str(place.folder)
+    return below(src, root, find_place(root, as_reference(src)).folder)
 
 
 def _pairs(
@@ -254,7 +282,11 @@ def _next(asked: Asked, aim: Target, broken: list[Check]) -> list[str]:
     """What mends it; or the trainer's launch line and its traps."""
     if broken:
         return list(dict.fromkeys(c.next for c in broken if c.next))
+    from converter.sources.hub_names import as_reference, hub_name
+
     path = asked.folder if asked.folder.startswith(("/", ".", "~")) else f"./{asked.folder}"
+    if (named := hub_name(as_reference(asked.folder))) is not None:
+        path = named.repo_id  # as trainers take it
     lines = []
     if aim.serves.launch:
         lines.append(aim.serves.launch.replace("{out!r}", repr(path)).replace("{out}", shlex.quote(path)))

@@ -9,7 +9,8 @@ from typing import Any
 from converter.context import Context
 from converter.diagnoses.config import is_part_of_vision
 from converter.diagnoses.model import HERE, Case, Finding, diagnosis
-from converter.errors import fold, show
+from converter.errors import Refused, fold, show
+from converter.files import read_limited
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _TEMPLATE_BYTES = 1 << 20
@@ -94,9 +95,9 @@ def pair_chat_template(case: Case, context: Context) -> Iterable[Finding]:
 
 def _template(case: Case) -> str | None:
     try:
-        with (case.root / "chat_template.jinja").open("rb") as file:
-            return file.read(_TEMPLATE_BYTES).decode("utf-8", "replace")
-    except OSError:
+        path = case.root / "chat_template.jinja"
+        return read_limited(path, limit=_TEMPLATE_BYTES, root=case.root).decode("utf-8", "replace")
+    except Refused:
         value = case.json("tokenizer_config.json").get("chat_template")
         return value if isinstance(value, str) else None
 

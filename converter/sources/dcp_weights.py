@@ -18,7 +18,7 @@ from converter.sources.dcp_layout import Moment, optimizer_states, reasons, sort
 from converter.sources.dcp_metadata import METADATA, Metadata, read_metadata
 from converter.sources.deepspeed_files import run_folders
 from converter.sources.places import Place
-from converter.sources.survey import StoredTensor, Survey, file_names
+from converter.sources.survey import StoredTensor, Survey, file_names, snapshot_of
 from converter.sources.torch_file import read_torch_file, state_dict
 from converter.tensor_bytes import leaves
 from converter.tensors import LazyTensor, Stored
@@ -186,6 +186,8 @@ def open_chosen(chosen: Place, root: Path, *, asked: str, revision: str | None, 
 
 def _name(folder: Path) -> str:
     """A name that tells checkpoints apart: accelerate calls every one of its folders the same."""
+    if (found := snapshot_of(folder)) is not None:
+        return found[0]
     return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("pytorch_model_fsdp_") else folder.name
 
 

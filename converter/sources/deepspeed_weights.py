@@ -18,6 +18,7 @@ from converter.sources.deepspeed_files import run_folders
 from converter.sources.deepspeed_layout import frozen_tensors, trained_shapes, trained_tensors
 from converter.sources.deepspeed_state import Shards, expect_one_step, read_shards
 from converter.sources.places import Place
+from converter.sources.survey import name_of
 from converter.tensors import LazyTensor
 
 KIND = "training"
@@ -173,4 +174,4 @@ def _origin(shards: Shards, folder: Path, asked: str, revision: str | None) -> O
     if shards.universal:
         kind = f"universal, of {kind}"
     count = f"{shards.ranks} {'rank' if shards.ranks == 1 else 'ranks'}"
-    return Origin(KIND, str(real), asked, real.name, revision, shards.digest, f"{kind}, {count}")
+    return Origin(KIND, str(real), asked, name_of(real), revision, shards.digest, f"{kind}, {count}")

@@ -4,7 +4,6 @@ session, token and retries; its errors in our words.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable
@@ -184,30 +183,46 @@ def _may_pass(error: Exception) -> bool:
         return status in (408, 429) or status >= 500
     names = {c.__name__ for c in type(error).__mro__}
     # ConnectError: nobody listens, which the client has tried for a while.
-    return "ConnectError" not in names and bool(names & {"TransportError", "HTTPError", "ConnectionError"})
+    return "ConnectError" not in names and bool(
+        names & {"TransportError", "HTTPError", "ConnectionError", "JSONDecodeError", "UnicodeDecodeError"}
+    )
 
 
 _REASONS = {
     "RepositoryNotFoundError": "the Hub has no such model, or it is private and the token does not open it",
-    "GatedRepoError": "the model is gated: accept its terms on its page, and give a token (HF_TOKEN)",
+    "GatedRepoError": "the model is gated",
     "RevisionNotFoundError": "the model has no such revision",
+    "DisabledRepoError": "the model was disabled by the Hub",
     "LocalEntryNotFoundError": "the Hub can't be reached",
     "ConnectError": "the Hub can't be reached",
     "OfflineModeIsEnabled": "downloads are off (HF_HUB_OFFLINE)",
 }
 
 
+_ADVICE = {
+    "GatedRepoError": "accept its terms on its page, then hf auth login, or set HF_TOKEN",
+    "RepositoryNotFoundError": "check the name; for a private model hf auth login, or set HF_TOKEN",
+    "RevisionNotFoundError": "check the revision; a slash in a branch's name is written as %2F",
+}
+
+
+def blotted(text: str, token: str | None = None) -> str:
+    """A text without the token that was given, the one that the client finds, and whatever else looks like one."""
+    from converter.secrets import without_secrets
+
+    return without_secrets(text, *([token] if token else []))
+
+
 def refuse(repo_id: str, token: str | None, error: Exception) -> NoReturn:
     """The client's error in our words: its own text may quote headers, so a token in it is blotted out."""
-    text = str(error)
-    for secret in (token, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
-        text = text.replace(secret, "***") if secret else text
+    text = blotted(str(error), token)
     names = [c.__name__ for c in type(error).__mro__]
     # A gated repository's error is a kind of the missing one's.
     reason = next((_REASONS[name] for name in names if name in _REASONS), None)
+    advice = next((_ADVICE[n] for n in names if n in _ADVICE), "check the name and the network; or name a local folder")
     raise Refused(
         "hub-download",
         f"{show(repo_id)} is no folder here, and it can't be had from the Hub: {reason or type(error).__name__}",
         got=show(text.strip().partition("\n")[0]),
-        next="check the name and the network; or name a local folder",
+        next=advice,
     ) from None

@@ -23,6 +23,9 @@ from converter.sources.survey import is_weight_file
 SMALL = 65_536
 """Bytes of a weight file that is fetched in one piece."""
 
+LARGEST_TEXT = 64 << 20
+"""Bytes of a tokenizer or a config, which is fetched in one piece too; what is larger is read where it is needed."""
+
 MOST_RUNS = 1000
 
 
@@ -45,7 +48,8 @@ def mirror(repo_id: str, revision: str | None, token: str | None) -> tuple[Path,
 def _add(folder: Path, file: ListedFile, repository: Repository) -> None:
     path = folder / file.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_whole = file.size <= SMALL or not is_weight_file(path.name)
+    is_text = not is_weight_file(path.name) and path.suffix != ".distcp" and file.size <= LARGEST_TEXT
+    is_whole = file.size <= SMALL or is_text
     fetch = functools.partial(repository.read, file)
     origin = sparse.Origin(repository.repo_id, repository.commit, file.name, file.sha256, file.blob_id, file.xet_hash)
     sparse.add(sparse.SparseFile(path, file.size, fetch, origin, is_whole=is_whole))
@@ -78,6 +82,14 @@ def _workspace() -> Path:
         atexit.register(_leave)
         return folder
     raise Refused("hub-mirror", f"{MOST_RUNS} runs read from the Hub already", where=show(base))
+
+
+def bring_texts(folder: Path) -> None:
+    """Fetch the files of a folder that are no weights, for a library that opens them by itself."""
+    for file in sparse.known():
+        if file.is_whole and file.path.parent == folder:
+            with file.held(0, file.size):
+                pass
 
 
 def forget() -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from converter.errors import Refused, UsageError, show
 from converter.files import read_limited
+from converter.sources.hub_names import REPO_ID as _REPO_ID
+from converter.sources.hub_names import SCHEME, hub_name
 from converter.sources.survey import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -26,12 +28,11 @@ from converter.sources.survey import (
     snapshot_of,
 )
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _OLD_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _REFERENCE = re.compile(r"[\w][\w.+-]*(?:/[\w][\w.+-]*)*", re.ASCII)
 
-SCHEME = "hf://"
+__all__ = ["SCHEME", "WANTED", "Located", "hub_name", "missing_files", "resolve"]
 
 WANTED = (
     MODEL_CONFIG, ADAPTER_CONFIG, MODEL_WEIGHTS, MODEL_INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS,
@@ -53,21 +54,6 @@ class Located:
     revision: str | None
 
 
-def hub_name(text: str) -> tuple[str, str | None] | None:
-    """Repository and revision of `hf://owner/name[@revision]` and `owner/name@revision`; None for anything else.
-
-    Raises:
-        UsageError: `hf://` and no repository behind it (`hub-repo-id`).
-    """
-    is_url = text.startswith(SCHEME)
-    name, at, revision = text.removeprefix(SCHEME).partition("@")
-    if is_url and (not _REPO_ID.fullmatch(name) or (at and not revision)):
-        expected = f"{SCHEME}owner/name or {SCHEME}owner/name@revision"
-        raise UsageError("hub-repo-id", f"{show(text)} names no repository", expected=expected)
-    is_name = _REPO_ID.fullmatch(name) is not None and not name.startswith(".")
-    return (name, revision or None) if is_url or (is_name and revision and not os.path.lexists(text)) else None
-
-
 def resolve(
     text: str,
     *,
@@ -75,14 +61,17 @@ def resolve(
     token: str | None = None,
     allow_download: bool = True,
     in_parts: bool = False,
+    whole: bool = False,
 ) -> Located:
     """The folder that `text` means.
 
     `./x`, `../x`, `/x`, `~/x`, anything that exists, and anything but `owner/name` is local. Otherwise it is a Hub id:
-    taken from the cache, else read in parts or downloaded. `hf://owner/name` is never local.
+    taken from the cache, else read in parts or downloaded. `hf://owner/name` is never local, and may go on with a
+    folder in the repository.
 
     Args:
         in_parts: what is not in the cache is read from the Hub where it is needed, and the cache stays as it is.
+        whole: every file of the repository may be wanted, as of a run's folder: the cache serves if it has them all.
 
     Raises:
         UsageError: a file that is no part of a checkpoint (`path-not-a-folder`), a revision of a local folder
@@ -93,9 +82,12 @@ def resolve(
     """
     named = hub_name(text)
     if named is not None:
-        if revision and named[1] and revision != named[1]:
+        if revision and named.revision and revision != named.revision:
             raise UsageError("usage", f"two revisions: {show(text)} and {show(revision)}; give one")
-        return _on_hub(named[0], named[1] or revision, token, allow_download, in_parts)
+        at = named.revision or revision
+        if named.folder:
+            return _folder_on_hub(named.repo_id, named.folder, at, token, in_parts)
+        return _on_hub(named.repo_id, at, token, allow_download, in_parts, whole)
     path = _path_of(text)
     if text and path.is_dir():
         return _local(path, revision, asked_for=allow_download)
@@ -106,13 +98,17 @@ def resolve(
         # Where the folder is here that would hold it, this is a mistyped path, not a model of the Hub.
         is_hub_id = _REPO_ID.fullmatch(text) is not None and not path.parent.is_dir()
         if is_hub_id or _cached(text, revision) is not None:
-            return _on_hub(text, revision, token, allow_download, in_parts)
+            return _on_hub(text, revision, token, allow_download, in_parts, whole)
     raise _missing(path, text)
 
 
-def _on_hub(repo_id: str, revision: str | None, token: str | None, allow_download: bool, in_parts: bool) -> Located:
+def _on_hub(
+    repo_id: str, revision: str | None, token: str | None, allow_download: bool, in_parts: bool, whole: bool
+) -> Located:
     """A repository: in the cache and whole there, else in parts, else downloaded."""
     cached = _cached(repo_id, revision)
+    if in_parts and whole and not _offline():
+        return _every_file(repo_id, "", cached, revision, token)
     missing = [] if cached is None else missing_files(cached.path)
     if cached is not None and not missing:
         return cached
@@ -121,6 +117,48 @@ def _on_hub(repo_id: str, revision: str | None, token: str | None, allow_downloa
     if cached is not None:
         return _complete(cached, missing, token, allow_download)
     return _download(repo_id, revision, token, allow_download)
+
+
+def _folder_on_hub(repo_id: str, folder: str, revision: str | None, token: str | None, in_parts: bool) -> Located:
+    """A folder in a repository.
+
+    Raises:
+        Refused: there is none of that name (`path-missing`), or it is not in the cache and not to be read from the
+            Hub (`hub-not-cached`).
+    """
+    cached = _cached(repo_id, revision)
+    if in_parts and not _offline():
+        found = _every_file(repo_id, folder, cached, revision, token)
+    elif cached is not None:
+        found = cached
+    else:
+        return _download(repo_id, revision, token, allow_download=False)
+    path = found.path / folder
+    if path.is_dir():
+        return Located(path, repo_id, found.revision)
+    if path.is_file() and path.name.endswith((".safetensors", ".json")):
+        return Located(path.parent, repo_id, found.revision)
+    above = next(p for p in path.parents if p.is_dir())
+    names = sorted(p.name for p in above.iterdir() if p.is_dir())
+    raise Refused(
+        "path-missing",
+        f"{show(repo_id)} has no folder {show(folder)!r}",
+        expected=", ".join(show(n) for n in names[:8]) or "it has no folders",
+    )
+
+
+def _every_file(repo_id: str, folder: str, cached: Located | None, revision: str | None, token: str | None) -> Located:
+    """The snapshot in the cache, if it has every file that the Hub lists below a folder; else the Hub's, in parts."""
+    from converter.sources.hub_mirror import mirror
+
+    pinned = cached.revision if cached is not None else revision
+    path, commit = mirror(repo_id, pinned, token)
+    listed = [p for p in (path / folder).rglob("*") if p.is_file()]
+    if cached is not None and commit == cached.revision and listed:
+        pairs = ((p, cached.path / p.relative_to(path)) for p in listed)
+        if all(here.is_file() and here.stat().st_size == p.stat().st_size for p, here in pairs):
+            return cached
+    return Located(path, repo_id, commit)
 
 
 def _path_of(text: str) -> Path:

@@ -10,6 +10,7 @@ from converter.files import read_limited
 from converter.side_files import find_side_files
 from converter.sources import survey as folder
 from converter.sources.hf import identities_of, lazy, origin, parse_config, stored_path
+from converter.sources.hub_names import as_reference
 from converter.sources.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers
 from converter.sources.weight_file import WeightFile, read_weights
@@ -74,6 +75,7 @@ def _refuse_run_folder(root: Path, asked: str) -> None:
     below = [p for each in sorted(root.iterdir()) if each.is_dir() for p in (each, each / "adapter") if p.is_dir()]
     found = [p for p in below if folder_kind(file_names(p)) == "adapter"]
     if found:
+        asked = as_reference(asked)
         listed = ", ".join(show(f"{asked.rstrip('/')}/{p.relative_to(root)}") for p in found[-8:])
         what = f"there is no adapter in this folder, and {len(found)} below it; name one of them"
         raise UsageError("several-checkpoints", what, where=show(asked), expected=listed)

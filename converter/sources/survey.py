@@ -109,10 +109,23 @@ def file_names(root: Path) -> frozenset[str]:
 
 
 def snapshot_of(root: Path) -> tuple[str, str] | None:
-    """Repository and commit of a snapshot in the Hub's cache (`models--OWNER--NAME/snapshots/COMMIT`)."""
+    """Repository and commit of a snapshot in the Hub's cache (`models--OWNER--NAME/snapshots/COMMIT`).
+
+    Of a folder in a snapshot: the repository with that folder behind it, `owner/name/checkpoint-500`.
+    """
     real = root.resolve()
-    repo_id = repository_of(real.parent.parent)
-    return (repo_id, real.name) if repo_id is not None and real.parent.name == "snapshots" else None
+    for folder in (real, *real.parents):
+        repo_id = repository_of(folder.parent.parent) if folder.parent.name == "snapshots" else None
+        if repo_id is not None:
+            inner = real.relative_to(folder).as_posix()
+            return (repo_id if inner == "." else f"{repo_id}/{inner}"), folder.name
+    return None
+
+
+def name_of(root: Path) -> str:
+    """What a receipt calls a folder: its own name, or the repository's where it is from the Hub."""
+    found = snapshot_of(root)
+    return found[0] if found is not None else root.resolve().name
 
 
 def repository_of(folder: Path) -> str | None:

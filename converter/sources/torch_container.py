@@ -78,7 +78,7 @@ def record_sizes(path: Path, *, root: Path | None = None) -> list[int]:
     """
     fd = open_input(path, root=root)
     try:
-        start = os.pread(fd, 512, 0)
+        start = pread(fd, 512, 0)
         if not start.startswith(b"PK\x03\x04"):
             raise _not_torch(path, start)
         entries = _directory(fd, path, os.fstat(fd).st_size, 0)
@@ -189,7 +189,7 @@ def _directory(fd: int, path: Path, size: int, base: int) -> dict[str, Record]:
             ) from error
         raise _zip_error(path, show(error)) from error
     # Readers that look for the directory from the front and from the end must find one and the same.
-    if comment or os.pread(fd, 4, size - 22) != b"PK\x05\x06" or min((i.header_offset for i in listed), default=0):
+    if comment or pread(fd, 4, size - 22) != b"PK\x05\x06" or min((i.header_offset for i in listed), default=0):
         raise _zip_error(path, "something lies before or behind it; torch writes nothing but the zip")
     found: dict[str, Record] = {}
     for info in listed:

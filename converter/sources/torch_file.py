@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter import tensors
+from converter import sparse, tensors
 from converter.checkpoint import RecordCheck
 from converter.dtypes import DType, TensorInfo
 from converter.errors import Refused, show
@@ -84,7 +84,8 @@ def read_torch_file(path: Path, *, root: Path | None = None, allow_names: re.Pat
         Refused: not a torch file, cut short, malformed, naming foreign code, or with a tensor that does not fit its
             storage (`torch-tensor`), is quantised or sparse (`torch-tensor-kind`).
     """
-    return _torch_file(read_container(path, root=root), allow_names)
+    container = sparse.read_again(path, lambda: read_container(path, root=root))
+    return _torch_file(container, allow_names)
 
 
 def read_torch_member(fd: int, path: Path, *, start: int, length: int) -> TorchFile:

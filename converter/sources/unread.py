@@ -9,7 +9,7 @@ from pathlib import Path
 
 from converter.checkpoint import Checkpoint
 from converter.errors import Refused, UsageError, fold, show
-from converter.files import open_input
+from converter.files import open_input, pread
 from converter.sources.survey import Fault, Survey, file_names
 from converter.sources.verl_files import is_megatron, megatron_refusal
 
@@ -107,7 +107,7 @@ def is_megatron_sharded(root: Path, names: Collection[str]) -> bool:
     except Refused:
         return False
     try:
-        return b'"sharded_backend"' in os.pread(fd, 4096, 0)
+        return b'"sharded_backend"' in pread(fd, 4096, 0)
     finally:
         os.close(fd)
 

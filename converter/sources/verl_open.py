@@ -12,7 +12,7 @@ from converter.errors import show
 from converter.files import identity
 from converter.sources.beside import Beside, find_beside
 from converter.sources.places import Place
-from converter.sources.survey import MODEL_CONFIG, file_names, is_weights_of_model
+from converter.sources.survey import MODEL_CONFIG, file_names, is_weights_of_model, name_of
 from converter.sources.verl_files import FSDP_CONFIG, HUGGINGFACE, LORA_ADAPTER, rank_files
 from converter.sources.verl_moments import moments, trained_names
 from converter.sources.verl_shards import Ranks
@@ -113,4 +113,4 @@ def _beside(folder: Path, keep_code: bool) -> Beside:
 def _origin(ranks: Ranks, asked: str, revision: str | None) -> Origin:
     real = ranks.folder.resolve()
     count = f"{ranks.files.world} {'rank' if ranks.files.world == 1 else 'ranks'}"
-    return Origin(KIND, str(real), asked, real.name, revision, ranks.digest, f"verl FSDP, {count}")
+    return Origin(KIND, str(real), asked, name_of(real), revision, ranks.digest, f"verl FSDP, {count}")

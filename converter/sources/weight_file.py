@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter import tensors
+from converter import sparse, tensors
 from converter.checkpoint import RecordCheck
 from converter.errors import Refused, show
 from converter.files import Identity
@@ -47,7 +47,7 @@ def read_weights(path: Path, *, root: Path, named: str) -> WeightFile:
     """
     if path.name.endswith(PICKLED_SUFFIXES):
         return _read_pickled(path, root, named)
-    header = read_header(path, root=root)
+    header = sparse.read_again(path, lambda: read_header(path, root=root))
     found = {n: tensors.stored(i, named, header.data_start + begin) for n, (i, begin, _) in header.tensors.items()}
     return WeightFile(found, header.metadata, header.file_size, header.raw, header.identity)
 
