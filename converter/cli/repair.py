@@ -12,7 +12,7 @@ from converter import report
 from converter.cli.conversion import convert, load_commands
 from converter.cli.options import Conversion
 from converter.cli.recipes import cast_steps, input_spec, output
-from converter.errors import ConvertError, Refused, show
+from converter.errors import ConvertError, Refused, UsageError, show
 from converter.recipe import SOURCE, InputSpec, Recipe, Step
 
 if TYPE_CHECKING:
