@@ -6,15 +6,16 @@ The folders are made by the frameworks' own code. What is expected is the same e
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from converter.doctor import Asked, examine
 from healthy.adapters import ADAPTERS, HEAD_IN_BASE_ALONE, Adapter, base, quantised, records
 from healthy.models import MODELS, Saved
-from healthy.shrink import NotTinyError, everything
+from healthy.shrink import TASKS, NotTinyError, everything
 from healthy.states import EXPECTED, FORMS, HERE, RUNS, save
 
 
@@ -38,8 +39,14 @@ def test_a_model_that_transformers_saved_is_healthy(saved: Saved, tmp_path: Path
     assert serious(folder, deep=True) == []
 
 
+def marked(known: dict[str, str], tasks: Container[str]) -> list[Any]:
+    """Every architecture of these tasks; those with a finding that is known to be wrong are expected to fail."""
+    found = [(task, kind, known.get(kind)) for task, kind in everything() if task in tasks]
+    return [pytest.param(t, k, marks=pytest.mark.xfail(reason=why) if why else ()) for t, k, why in found]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "kind"), everything())
+@pytest.mark.parametrize(("task", "kind"), marked({"shieldgemma2": "names-doubled: its names are so"}, TASKS))
 def test_every_architecture_of_transformers_is_healthy(task: str, kind: str, tmp_path: Path) -> None:
     try:
         folder = Saved(task, kind).write(tmp_path / "model")
@@ -52,18 +59,12 @@ def test_every_architecture_of_transformers_is_healthy(task: str, kind: str, tmp
 LORA_TASKS = {"causal": "CAUSAL_LM", "seqcls": "SEQ_CLS", "tokcls": "TOKEN_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 
 
-NOT_PLACED = {"blip"}
-"""LoRA on an output embedding that is tied and not stored, under a name that the merge does not take to its partner."""
-
-OVER = [
-    pytest.param(task, kind, marks=pytest.mark.xfail(reason="adapter-unmatched") if kind in NOT_PLACED else ())
-    for task, kind in everything()
-    if task in (*LORA_TASKS, "multimodal")
-]
+# LoRA on an output embedding that is tied and not stored, under a name that a merge does not take to its partner.
+NOT_PLACED = {"blip": "adapter-unmatched: text_decoder.cls.predictions.decoder"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "kind"), OVER)
+@pytest.mark.parametrize(("task", "kind"), marked(NOT_PLACED, {*LORA_TASKS, "multimodal"}))
 def test_an_adapter_over_every_architecture_of_transformers_is_healthy(task: str, kind: str, tmp_path: Path) -> None:
     adapter = Adapter(kind, task=LORA_TASKS.get(task), settings={"target_modules": "all-linear"})
     try:

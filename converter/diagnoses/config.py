@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.context import Context
+from converter.converters.head_model import family
 from converter.converters.old_spellings import missing_spellings
 from converter.diagnoses.aims import is_transformers_4
 from converter.diagnoses.model import HERE, LOST, Case, Finding, Severity, diagnosis, folded
@@ -128,11 +129,13 @@ def label_count(config: Mapping[str, Any]) -> int:
 def pad_token_missing(case: Case, context: Context) -> Iterable[Finding]:
     """A reward model without `pad_token_id` in its config: `Cannot handle batch sizes > 1 if no padding token is
     defined`, or rewards that depend on the batch, since the last token is found by the padding. The tokenizer's own
-    pad token belongs there.
+    pad token belongs there. (A critic's class gives a value for every token, and encoders score the first one.)
     """
-    if not is_classifier(case) or case.config.get("pad_token_id") is not None:
+    if not architecture(case).endswith("ForSequenceClassification") or case.config.get("pad_token_id") is not None:
         return
     if case.text_config.get("pad_token_id") is not None or case.config.get("is_encoder_decoder") is True:
+        return
+    if family(case.config).is_encoder:
         return
     from converter.converters.task_head import pad_token_of
     from converter.side_files import find_side_files

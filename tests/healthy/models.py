@@ -78,5 +78,7 @@ MODELS = [
     *(Saved("causal", kind, _plain, (("tie_word_embeddings", tied),)) for kind in _VARIED for tied in (True, False)),
     *(Saved("seqcls", kind, how) for kind in ("llama", "gpt2") for how in (_half, _sharded, _served)),
     *(Saved("seqcls", kind, _plain, (("num_labels", 2),)) for kind in ("llama", "bert")),
+    *(Saved("tokcls", kind, _plain, (("pad_token_id", None),)) for kind in ("llama", "qwen2", "gpt2")),
+    Saved("seqcls", "bert", _plain, (("pad_token_id", None),)),
     *(Saved("multimodal", kind, how) for kind in ("llava",) for how in (_half, _sharded, _served)),
 ]
