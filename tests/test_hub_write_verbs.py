@@ -79,7 +79,7 @@ def test_what_a_verb_writes_to_the_hub_is_what_it_writes_to_a_folder(
     expect_equal(hub, tmp_path, [w.replace("{here}", str(here)) for w in VERBS[name]])
 
 
-SOME = ("openrlhf", "llamafactory", "colossalchat")
+SOME = ("llamafactory", "colossalchat")
 
 
 @pytest.mark.parametrize("role", ["reward", "critic"])
@@ -111,7 +111,7 @@ def test_what_was_made_for_a_trainer_is_read_back_from_the_hub(
         assert one == two
 
 
-@pytest.mark.parametrize("name", ["merge-lora", "gather", "reshard"])
+@pytest.mark.parametrize("name", ["merge-lora", "gather"])
 def test_push_to_hub_after_a_verb_publishes_its_folder(hub: FakeHub, here: Path, tmp_path: Path, name: str) -> None:
     words = [w.replace("{here}", str(here)).replace("OUT", "made") for w in VERBS[name]]
     ran = run(*words, "--push-to-hub", REPO)
