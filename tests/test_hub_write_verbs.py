@@ -79,7 +79,7 @@ def test_what_a_verb_writes_to_the_hub_is_what_it_writes_to_a_folder(
     expect_equal(hub, tmp_path, [w.replace("{here}", str(here)) for w in VERBS[name]])
 
 
-SOME = ("openrlhf", "llamafactory", "colossalchat")
+SOME = ("llamafactory", "colossalchat")
 
 
 @pytest.mark.parametrize("role", ["reward", "critic"])
@@ -111,7 +111,16 @@ def test_what_was_made_for_a_trainer_is_read_back_from_the_hub(
         assert one == two
 
 
-@pytest.mark.parametrize("name", ["merge-lora", "gather", "reshard"])
+def test_what_to_type_after_a_conversion_to_the_hub_is_the_check_and_the_launch_line(hub: FakeHub, here: Path) -> None:
+    words = ["convert", f"{here}/tiny-reward-adapter", f"hf://{REPO}", "--base", f"{here}/tiny-qwen2-base"]
+    ran = run(*words, "--to", "openrlhf", "--role", "reward", "--json")
+    check, launch, *_ = json.loads(ran.stdout)["next"]
+    assert launch == f"python -m openrlhf.cli.train_ppo_ray --reward.model_name_or_path {REPO}"
+    checked = run(*check.split()[1:])
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize("name", ["merge-lora", "gather"])
 def test_push_to_hub_after_a_verb_publishes_its_folder(hub: FakeHub, here: Path, tmp_path: Path, name: str) -> None:
     words = [w.replace("{here}", str(here)).replace("OUT", "made") for w in VERBS[name]]
     ran = run(*words, "--push-to-hub", REPO)

@@ -124,7 +124,7 @@ def test_whichever_request_is_refused_there_is_one_pull_request(model: Path, tmp
     fail_each(model, tmp_path, kind, 1, "--create-pr")
 
 
-@pytest.mark.parametrize("skip", range(5))
+@pytest.mark.parametrize("skip", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 5))])
 @pytest.mark.parametrize("verb", ["push", "reshard"])
 def test_bytes_that_change_on_their_way_to_the_hub_are_sent_again(
     hub: FakeHub, model: Path, verb: str, skip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -274,8 +274,15 @@ def test_progress_is_told_in_bytes_on_stderr(hub: FakeHub, model: Path) -> None:
 
 # The token
 
+SLOW = pytest.mark.slow
+SAID = [
+    ("option", ["--json"]),
+    pytest.param("environment", ["-v"], marks=SLOW),
+    pytest.param("file", [], marks=SLOW),
+]
 
-@pytest.mark.parametrize(("where", "more"), [("option", ["--json"]), ("environment", ["-v"]), ("file", [])])
+
+@pytest.mark.parametrize(("where", "more"), SAID)
 def test_a_token_is_in_no_output_no_receipt_and_no_card(
     hub: FakeHub, model: Path, tmp_path: Path, where: str, more: list[str]
 ) -> None:

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.hub_output import check_push, convert_to_hub, is_on_hub, push_written, source_lines, with_command
+from converter.cli.hub_output import (
+    as_loaders_take_it,
+    check_push,
+    convert_to_hub,
+    is_on_hub,
+    push_written,
+    source_lines,
+    with_command,
+)
 from converter.cli.options import Conversion
 from converter.cli.progress import progress
 from converter.cli.sink import Sink
@@ -79,7 +87,7 @@ def convert(
     if out is None and not options.dry_run:
         raise missing_output()
     if out is not None and is_on_hub(out) and not options.dry_run:
-        return convert_to_hub(recipe, out, options, head=head)
+        return convert_to_hub(recipe, out, options, head=head, next_commands=next_commands or load_commands)
     check_push(options)
     written = write_recipe(recipe, out, options, head=head)
     if written is not None:
@@ -239,7 +247,7 @@ def load_commands(written: Written) -> list[str]:
     if any(n.startswith("v_head.") for n in (*checkpoint.tensors, *(n for f in checkpoint.beside.values() for n in f))):
         commands.append(f"rlhf-convert verify {shlex.quote(out)}")
     elif isinstance(name, str) and name.isidentifier():
-        path = written.out if written.out.startswith(("/", ".", "~")) else f"./{written.out}"
+        path = as_loaders_take_it(written.out)
         loads = f"from transformers import {name} as M; print(M.from_pretrained({path!r}))"
         is_plain = shlex.quote(path) == path
         commands.append(f'python -c "{loads}"' if is_plain else f"python -c {shlex.quote(loads)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from converter.cli import conversion
+from converter.cli.hub_output import as_loaders_take_it, is_on_hub
 from converter.cli.recipes import cast_steps, input_spec, output
 from converter.cli.run_state import corrected, place_of, with_recorded_base
 from converter.converters.head_detect import head_like
@@ -272,6 +273,8 @@ def head(prepared: Prepared, found: Found) -> list[str]:
 def next_commands(written: Written, aim: Target, to: str, src: str, found: Found, options: Remapping) -> list[str]:
     """The proof, the trainer's launch line, and what goes wrong with it although the files are right."""
     path = written.out if Path(written.out).is_absolute() else f"./{Path(written.out)}"
+    if is_on_hub(written.out):
+        path = as_loaders_take_it(written.out)
     verify = ["rlhf-convert", "verify", written.out, "--for", to, "--role", aim.role]
     if found.part is None and not written.prepared.checkpoint.repaired:  # what was lost in SRC can't be compared with
         verify += ["--against", found.path if found.kind == "training" else src]

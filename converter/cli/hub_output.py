@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Conversion
@@ -16,6 +16,7 @@ from converter.secrets import words_without_token
 from converter.sizes import format_size
 
 if TYPE_CHECKING:
+    from converter.cli.conversion import Written
     from converter.hub import Destination
     from converter.hub_write import Published
     from converter.recipe import Recipe
@@ -52,9 +53,23 @@ def destination(out: str, options: Conversion) -> Destination:
     return Destination(name, options.token, options.public, branch or "main", message=message, removes_stale=removes)
 
 
-def convert_to_hub(recipe: Recipe, out: str, options: Conversion, *, head: Callable[[Prepared], list[str]]) -> int:
+def as_loaders_take_it(out: str) -> str:
+    """The output as transformers and trainers take it: `owner/name` of one on the Hub, a path that can't be one."""
+    if is_on_hub(out):
+        return out.removeprefix(SCHEME).partition("@")[0]
+    return out if out.startswith(("/", ".", "~")) else f"./{out}"
+
+
+def convert_to_hub(
+    recipe: Recipe,
+    out: str,
+    options: Conversion,
+    *,
+    head: Callable[[Prepared], list[str]],
+    next_commands: Callable[[Written], Sequence[str]],
+) -> int:
     """Run a recipe whose output goes to the Hub file by file, with room for one of them."""
-    from converter.cli.conversion import notes_json, plan_recipe
+    from converter.cli.conversion import Written, notes_json, plan_recipe
     from converter.hub import check_destination
     from converter.hub_write import write_to_hub
     from converter.recipe_run import refuse_no_op
@@ -83,7 +98,7 @@ def convert_to_hub(recipe: Recipe, out: str, options: Conversion, *, head: Calla
         )
     receipt, sent = done.receipt, len(done.pushed.sent) - len(done.copied)
     copied = f", {len(done.copied)} copied there from the source" if done.copied else ""
-    commands = [f"rlhf-convert inspect {SCHEME}{where.repo_id}"]
+    commands = list(next_commands(Written(prepared, receipt, out)))
     sink.screen(
         [
             *_checked(done, verified=not options.no_verify),
