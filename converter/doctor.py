@@ -14,6 +14,7 @@ from pathlib import Path
 
 from converter.context import Context
 from converter.diagnoses.aims import aim, is_transformers_4, roles_of
+from converter.diagnoses.causes import one_per_cause, with_steps
 from converter.diagnoses.faults import undocumented
 from converter.diagnoses.model import SEVERITIES, Case, Diagnosis, Finding, Kind, Near, Severity
 from converter.diagnoses.script import read_launch
@@ -91,8 +92,8 @@ def examine(asked: Asked) -> Report:
         if each.code not in asked.ignore:
             findings += each(case, context)
     findings += [f for f in undocumented(case, known) if f.code not in asked.ignore]
-    unique = dict.fromkeys(findings)
-    return Report(case, tuple(sorted(unique, key=lambda f: SEVERITIES.index(f.severity))))
+    told = with_steps(one_per_cause(dict.fromkeys(findings)), case)
+    return Report(case, tuple(sorted(told, key=lambda f: SEVERITIES.index(f.severity))))
 
 
 def case_of(asked: Asked) -> Case:

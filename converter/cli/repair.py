@@ -80,6 +80,8 @@ def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, 
     """Nothing is lost: mend what else doctor found, or say that the folder is sound."""
     sink = options.sink
     left = [f"left     {show(code)}: {show(needed)}" for code, needed in mends.left]
+    if mends.unmended:
+        _refuse_unmended(asked, mends)
     if mends.codes:
         recipe = mend_recipe(asked, mends, options)
         found = report.line("mends", ", ".join(mends.codes))
@@ -87,6 +89,20 @@ def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, 
     sink.screen([f"{show(asked.src)}: {healthy.what}", *left, str(healthy.next)])
     sink.json({"healthy": not mends.left, "what": healthy.what, "advice": healthy.next, "left": list(mends.left)})
     return 0
+
+
+def _refuse_unmended(asked: Repairing, mends: Mends) -> None:
+    """Say what no mend reaches: an output with an error in it is no repaired folder.
+
+    Raises:
+        Refused: always, under the first error's code.
+    """
+    first = mends.unmended[0]
+    others = [f.code for f in mends.unmended[1:]]
+    more = f" (and {', '.join(others)})" if others else ""
+    needed = dict(mends.left).get(first.code)
+    expected = None if needed is None else needed if needed.startswith("--") else f"--allow {needed}"
+    raise Refused(first.code, first.message + more, where=show(asked.src), expected=expected, next=first.next)
 
 
 def mend_recipe(asked: Repairing, mends: Mends, options: Conversion) -> Recipe:

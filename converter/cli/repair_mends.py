@@ -22,6 +22,9 @@ _ORDER = (
     "mend-architecture",
     "mend-for-transformers-4",
 )
+_OF_THE_BASE = frozenset({"base-quantised", "tied-copies-differ"})
+"""Errors of another folder than the one that is mended."""
+
 _CONSENTS = {"mend-vocabulary": "vocabulary-rows", "mend-ties": "untie"}
 
 
@@ -32,11 +35,13 @@ class Mends:
     Attributes:
         codes: findings that the steps, or writing the files anew, mend.
         left: findings that a step would mend with consent, and the code to consent to.
+        unmended: errors that would be in the output as well.
     """
 
     steps: tuple[Step, ...]
     codes: tuple[str, ...]
     left: tuple[tuple[str, str], ...]
+    unmended: tuple[Finding, ...] = ()
 
 
 def find_mends(
@@ -65,7 +70,8 @@ def find_mends(
     if target == "transformers@4":
         names["mend-for-transformers-4"] = None
     steps = tuple(Step(n, _fields(n, lora_alpha, base)) for n in _ORDER if n in names)
-    return Mends(steps, tuple(codes), tuple(left))
+    unmended = [f for f in findings if f.severity == "error" and f.code not in codes and f.code not in _OF_THE_BASE]
+    return Mends(steps, tuple(codes), tuple(left), tuple(unmended))
 
 
 def _needed(finding: Finding, known: Sequence[str], lora_alpha: float | None) -> str | None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from converter.context import Context
+from converter.diagnoses.heads import filling_command
 from converter.diagnoses.model import HERE, LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.sources.survey import StoredTensor
@@ -36,6 +37,7 @@ REFUSALS: dict[str, str] = {
         "How they were laid out in training can't be proved from the file."
     ),
     "adapter-base-moved": "This start (CorDA, LoRA-GA, LoftQ, ...) moves the base by something that no file holds.",
+    "adapter-config": "adapter_config.json can't be read, or lacks what PEFT needs.",
     "adapter-bias": "The config's `bias` and the tensors disagree.",
     "adapter-tokens": "The trained token rows do not fit the embedding.",
     "adapter-pattern": "rank_pattern or alpha_pattern has a pattern that is not read.",
@@ -92,7 +94,8 @@ def _of(error: ConvertError, case: Case) -> Finding:
     details = [f"expected {error.expected}"] if error.expected else []
     details += [f"got {error.got}"] if error.got else []
     base = f"base: {show(case.base.asked)}" if case.base is not None else ""
-    return Finding(error.code, "error", error.what, (), (*details, base)[:3], "", next=error.next)
+    lost = LOST if error.code == "no-op" else ""
+    return Finding(error.code, "error", error.what, (), (*details, base)[:3], lost, next=error.next)
 
 
 @diagnosis("adapter-merge-refused", "adapter")
@@ -156,7 +159,9 @@ def adapter_half(case: Case, context: Context) -> Iterable[Finding]:
     alone, count = _halves(case)
     if alone:
         text = f"{len(alone)} of {count} modules have one LoRA factor only: {fold(alone)}"
-        yield Finding("adapter-half", "error", text, alone, alone[:3], "")
+        places = case.training_near()
+        found = f"from {places[0].asked}" if places else LOST
+        yield Finding("adapter-half", "error", text, alone, alone[:3], found, ("fill",), next=filling_command(case))
 
 
 @diagnosis("adapter-targets-missing", "adapter")
