@@ -16,6 +16,7 @@ from converter import sparse
 from converter.context import Context
 from converter.diagnoses.adapters import NOT_MERGED_HERE
 from converter.diagnoses.aims import aim, is_transformers_4, roles_of
+from converter.diagnoses.causes import one_per_cause, with_steps
 from converter.diagnoses.faults import NOT_READ_HERE, undocumented
 from converter.diagnoses.model import SEVERITIES, Case, Diagnosis, Finding, Kind, Near, Severity
 from converter.diagnoses.script import read_launch
@@ -99,8 +100,8 @@ def examine(asked: Asked) -> Report:
             findings += each(case, context)
     findings += [f for f in undocumented(case, known) if f.code not in asked.ignore]
     sparse.expect_all_read()
-    unique = dict.fromkeys(findings)
-    return Report(case, tuple(sorted(unique, key=lambda f: SEVERITIES.index(f.severity))))
+    told = with_steps(one_per_cause(dict.fromkeys(findings)), case)
+    return Report(case, tuple(sorted(told, key=lambda f: SEVERITIES.index(f.severity))))
 
 
 def case_of(asked: Asked) -> Case:

@@ -139,9 +139,12 @@ def test_a_save_that_is_not_finished_is_recognised(causal: Path, tmp_path: Path)
 def test_a_file_cut_short_a_moment_ago_may_be_under_way_and_one_of_long_ago_is_not(causal: Path) -> None:
     file = causal / "model.safetensors"
     os.truncate(file, file.stat().st_size - 100)
-    assert codes(causal) == {"file-truncated": "error", "being-written": "cosmetic"}
-    os.utime(file, (1, 1))
     assert codes(causal) == {"file-truncated": "error"}
+    found = finding(causal, "file-truncated")
+    assert "perhaps the save is under way" in found.message
+    assert found.next.startswith("wait and look again; ")
+    os.utime(file, (1, 1))
+    assert "under way" not in finding(causal, "file-truncated").message
 
 
 def test_a_run_s_folder_lists_its_checkpoints_and_the_next_command_looks_at_the_last(

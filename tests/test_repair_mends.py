@@ -155,8 +155,8 @@ def test_rows_that_are_not_the_vocabulary_need_consent_and_then_the_config_follo
     causal: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(causal, vocab_size=15)
-    assert main(["repair", str(causal), str(causal.parent / "out")]) == 0
-    assert "vocabulary-rows" in capsys.readouterr().out
+    assert main(["repair", str(causal), str(causal.parent / "out")]) == 3
+    assert "--allow vocabulary-rows" in capsys.readouterr().err
     assert not (causal.parent / "out").exists()
     assert AutoModelForCausalLM.from_pretrained(repaired(causal, "--allow", "vocabulary-rows")).config.vocab_size == 16
 
@@ -209,13 +209,25 @@ def test_lora_layers_left_in_a_full_model_are_merged_with_the_alpha_that_is_give
     broken.mkdir()
     (broken / "config.json").write_bytes((causal / "config.json").read_bytes())
     save_file(state, broken / FILE, metadata={"format": "pt"})
-    assert main(["repair", str(broken), str(causal.parent / "out")]) == 0
-    assert "--lora-alpha" in capsys.readouterr().out
+    assert main(["repair", str(broken), str(causal.parent / "out")]) == 3
+    assert "--lora-alpha" in capsys.readouterr().err
     out = repaired(broken, "--lora-alpha", "6")
     expected = model.merge_and_unload().state_dict()
     made = load_file(out / FILE)
     assert made.keys() == expected.keys()
     assert all(torch.allclose(made[n], expected[n], atol=1e-6) for n in made)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_no_mend_reaches_is_refused_with_the_step_that_does_and_nothing_is_written(
+    causal: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(causal, quantization_config={"quant_method": "gptq"}, architectures=["FSDPLlamaForCausalLM"])
+    assert main(["repair", str(causal), str(causal.parent / "out")]) == 3
+    said = capsys.readouterr().err
+    assert "quantisation-left" in said
+    assert "take quantization_config out" in said
+    assert not (causal.parent / "out").exists()
 
 
 def test_a_sound_folder_is_called_so(causal: Path, capsys: pytest.CaptureFixture[str]) -> None:

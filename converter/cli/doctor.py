@@ -79,10 +79,11 @@ def to_json(report: Report) -> dict[str, Any]:
 def screen(report: Report, *, verbose: bool = False) -> list[str]:
     """The findings as lines, and the commands that they lead to."""
     lines = [*_title(report.case), *_near(report)]
+    from converter.diagnoses.causes import commands_of
+
     for finding in report.findings:
         lines += _finding(finding, verbose=verbose)
-    commands = list(dict.fromkeys(f.next for f in report.findings if f.next and f.next.startswith("rlhf-convert ")))
-    return [*lines, *next_lines(commands)]
+    return [*lines, *next_lines(commands_of(report.findings))]
 
 
 def _title(case: Case) -> list[str]:
@@ -103,6 +104,8 @@ def _near(report: Report) -> list[str]:
 
 
 def _finding(finding: Finding, *, verbose: bool) -> list[str]:
+    from converter.diagnoses.causes import is_command
+
     head = f"{WORDS[finding.severity]} {finding.code}"
     if finding.recoverability:
         head = (
@@ -112,14 +115,20 @@ def _finding(finding: Finding, *, verbose: bool) -> list[str]:
         )
     lines = [head]
     lines += textwrap.wrap(finding.message, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
-    lines += [f"    {each}" for each in finding.evidence]
+    for each in finding.evidence:
+        is_prose = each.startswith(("expected ", "got ", "base: "))
+        lines += _wrapped(each, "    ") if is_prose else [f"    {each}"]
     if verbose:
         lines += [f"      {show(name)}" for name in finding.tensors]
-    if finding.next and not finding.next.startswith("rlhf-convert "):
+    if finding.next and not is_command(finding.next):
         lines += textwrap.wrap(
             finding.next, WIDTH, initial_indent="  -> ", subsequent_indent="     ", break_long_words=False
         )
     return lines
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ", break_long_words=False)
 
 
 def _verdict(report: Report, code: int) -> str:

@@ -91,8 +91,13 @@ def _with_vocabulary(mends: Mends, to: str) -> Mends:
     steps = [s for s in mends.steps if s.name != "mend-vocabulary"]
     at = max((n for n, s in enumerate(steps, 1) if s.name in _NAMES_FIRST), default=0)
     left = tuple(each for each in mends.left if each[0] != "vocabulary-rows")
+    unmended = tuple(f for f in mends.unmended if f.code != "vocabulary-rows")
     return dataclasses.replace(
-        mends, steps=(*steps[:at], wanted, *steps[at:]), codes=(*mends.codes, "vocabulary"), left=left
+        mends,
+        steps=(*steps[:at], wanted, *steps[at:]),
+        codes=(*mends.codes, "vocabulary"),
+        left=left,
+        unmended=unmended,
     )
 
 
@@ -114,6 +119,8 @@ def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, 
     """Nothing is lost: mend what else doctor found, or say that the folder is sound."""
     sink = options.sink
     left = [f"left     {show(code)}: {show(needed)}" for code, needed in mends.left]
+    if mends.unmended:
+        _refuse_unmended(asked, mends)
     if mends.codes:
         recipe = mend_recipe(asked, mends, options)
         found = report.line("mends", ", ".join(mends.codes))
@@ -121,6 +128,20 @@ def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, 
     sink.screen([f"{show(asked.src)}: {healthy.what}", *left, str(healthy.next)])
     sink.json({"healthy": not mends.left, "what": healthy.what, "advice": healthy.next, "left": list(mends.left)})
     return 0
+
+
+def _refuse_unmended(asked: Repairing, mends: Mends) -> None:
+    """Say what no mend reaches: an output with an error in it is no repaired folder.
+
+    Raises:
+        Refused: always, under the first error's code.
+    """
+    first = mends.unmended[0]
+    others = [f.code for f in mends.unmended[1:]]
+    more = f" (and {', '.join(others)})" if others else ""
+    needed = dict(mends.left).get(first.code)
+    expected = None if needed is None else needed if needed.startswith("--") else f"--allow {needed}"
+    raise Refused(first.code, first.message + more, where=show(asked.src), expected=expected, next=first.next)
 
 
 def mend_recipe(asked: Repairing, mends: Mends, options: Conversion) -> Recipe:

@@ -29,6 +29,9 @@ _ORDER = (
     "mend-architecture",
     "mend-for-transformers-4",
 )
+_OF_THE_BASE = frozenset({"base-quantised", "tied-copies-differ"})
+"""Errors of another folder than the one that is mended."""
+
 _CONSENTS = {"mend-vocabulary": "vocabulary-rows", "mend-ties": "untie"}
 
 
@@ -39,11 +42,13 @@ class Mends:
     Attributes:
         codes: findings that the steps, or writing the files anew, mend.
         left: findings that a step would mend with consent, and the code to consent to.
+        unmended: errors that would be in the output as well.
     """
 
     steps: tuple[Step, ...]
     codes: tuple[str, ...]
     left: tuple[tuple[str, str], ...]
+    unmended: tuple[Finding, ...] = ()
 
 
 def find_mends(
@@ -91,7 +96,8 @@ def find_mends(
     if weights is not None:
         given[CHOOSE] = {"file": weights}
     steps = tuple(Step(n, given.get(n, {})) for n in _ORDER if n in names)
-    return Mends(steps, tuple(codes), tuple(left))
+    unmended = [f for f in findings if f.severity == "error" and f.code not in codes and f.code not in _OF_THE_BASE]
+    return Mends(steps, tuple(codes), tuple(left), tuple(unmended))
 
 
 def _needed(finding: Finding, known: Sequence[str], lora_alpha: float | None) -> str | None:

@@ -8,15 +8,17 @@ from typing import ClassVar
 
 from converter.checkpoint import Checkpoint
 from converter.context import Context
-from converter.converters.head_detect import HEADLESS, Detected, detect
+from converter.converters.head_detect import HEADLESS, Detected, detect, head_like
 from converter.converters.head_fit import BiasWish, Init, NormaliserWish, Wishes, fit, fresh
 from converter.converters.head_model import Reading, main_dtype
 from converter.converters.head_read import read
 from converter.converters.head_write import write
 from converter.dialects.known import Target, dialects, spoken, target
 from converter.dialects.model import Dialect, HeadSpec, Role
-from converter.errors import Refused, UsageError, show
+from converter.errors import Refused, UsageError, fold, show
 from converter.inputs import Input
+
+_TRL = "pretrained_model."
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,11 @@ class RemapHead:
             checkpoint = with_adapter(checkpoint, adapter, wishes, context)
         else:
             checkpoint = self._filled(checkpoint, self.base, context)
+        checkpoint = _unwrapped(checkpoint, context)
         found = self._dialect(checkpoint)
         reading = read(checkpoint, found.dialect, context)
+        if self.read_as is not None:
+            reading = _without_others(reading, context)
         _say(found, aim, context)
         if self.role == "actor":
             return write(reading, None, aim, spec, self.base, context)
@@ -132,6 +137,36 @@ class RemapHead:
         context.consents["init-head"] = text
         context.note("changes-numbers", "init-head", text)
         return dataclasses.replace(reading, head=fresh(hidden, dtype, wishes))
+
+
+def _unwrapped(checkpoint: Checkpoint, context: Context) -> Checkpoint:
+    """TRL's wrapper with a value head, taken off: saved as a plain state dict, it names all but the head after itself.
+
+    Raises:
+        Refused: some tensors have its prefix and some of the model's have not (`backbone-name`).
+    """
+    names = {n: n.removeprefix(_TRL) for n in checkpoint.tensors if n.startswith(_TRL)}
+    if not names:
+        return checkpoint
+    others = [n for n in checkpoint.tensors if n not in names and not n.startswith("v_head.")]
+    if others:
+        what = f"some names begin with {_TRL} and some do not: {fold(others)}"
+        raise Refused("backbone-name", what, where=show(checkpoint.origin.asked))
+    context.note("info", "renamed", f"{len(names)} names lose {_TRL}: TRL's wrapper with a value head")
+    return checkpoint.rename(names)
+
+
+def _without_others(reading: Reading, context: Context) -> Reading:
+    """The reading without other heads: the user said which one is meant, and the output has one."""
+    found = reading.checkpoint
+    others = {n: t for n, t in found.tensors.items() if n in head_like(found.tensors)}
+    if not others:
+        return reading
+    context.note("changes-numbers", "head-dropped", f"{fold(others)}: another head than the one that is meant")
+    kept = {n: t for n, t in found.tensors.items() if n not in others}
+    shards = {n: f for n, f in found.shards.items() if n in kept}
+    dropped = {**found.dropped, **dict.fromkeys(others, "another head than the one that --from names")}
+    return dataclasses.replace(reading, checkpoint=found.replace(tensors=kept, shards=shards, dropped=dropped))
 
 
 def _say(found: Detected, aim: Target, context: Context) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from converter.context import Context
 from converter.converters.head_model import family
+from converter.diagnoses.heads import filling_command
 from converter.diagnoses.model import HERE, LOST, Case, Diagnosis, Finding, Severity, diagnosis, folded
 from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.sources.survey import StoredTensor
@@ -43,6 +44,7 @@ REFUSALS: dict[str, str] = {
     "refuses). Save such a run with path_initial_model_for_weight_conversion.",
     "adapter-bias": "lora_B has a bias (lora_bias=True), and the base's layer has none to add it to: PEFT loads such "
     "an adapter, and nobody can merge it. Or the config's `bias` and the tensors disagree.",
+    "adapter-config": "adapter_config.json can't be read, or lacks what PEFT needs.",
     "adapter-tokens": "The trained token rows do not fit the embedding.",
     "adapter-pattern": "rank_pattern or alpha_pattern has a pattern that is not read.",
     "adapter-field-unknown": "A field of adapter_config.json is set that is not known: it may change the arithmetic, "
@@ -108,7 +110,8 @@ def _of(error: ConvertError, case: Case) -> Finding:
     base = f"base: {show(case.base.asked)}" if case.base is not None else ""
     severity = _severity(error, case)
     what = error.what if severity != "cosmetic" else f"sound, and not merged here: {error.what}"
-    return Finding(error.code, severity, what, (), (*details, base)[:3], "", next=error.next)
+    lost = LOST if error.code == "no-op" else ""
+    return Finding(error.code, severity, what, (), (*details, base)[:3], lost, next=error.next)
 
 
 def _severity(error: ConvertError, case: Case) -> Severity:
@@ -184,7 +187,9 @@ def adapter_half(case: Case, context: Context) -> Iterable[Finding]:
     alone, count = _halves(case)
     if alone:
         text = f"{len(alone)} of {count} modules have one LoRA factor only: {fold(alone)}"
-        yield Finding("adapter-half", "error", text, alone, alone[:3], "")
+        places = case.training_near()
+        found = f"from {places[0].asked}" if places else LOST
+        yield Finding("adapter-half", "error", text, alone, alone[:3], found, ("fill",), next=filling_command(case))
 
 
 @diagnosis("adapter-targets-missing", "adapter")

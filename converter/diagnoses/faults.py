@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,8 @@ _WRITTEN_ANEW = frozenset(
     {"index-missing", "index-unlisted", "index-total-size", "stale-shards", "stray-weights", "adapter-empty-twin"}
 )
 """Faults that no output has: its index is made from its headers, and only what is read is written."""
+
+_COMMAND = re.compile(r"rlhf-convert (?P<verb>[\w-]+) (?P<path>.+) OUT(?P<more>(?: --.*)?)", re.DOTALL)
 
 _WORSE: dict[str, Severity] = {
     "index-missing": "error",
@@ -176,10 +180,6 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
         "",
         "There is no adapter_config.json: rank and names can be told from the tensors, lora_alpha can't.",
     ),
-    "adapter-config": (
-        "",
-        "adapter_config.json can't be read, or lacks what PEFT needs.",
-    ),
     "zero3-empty-tensors": (
         "",
         (
@@ -315,7 +315,8 @@ def finding_of(fault: Fault, case: Case) -> Finding:
     )
     places = case.training_near() if fault.code == "weights-missing" else []
     if places:
-        command = f"rlhf-convert gather {places[0].quoted} {case.out('gathered')}"
+        above = places[0] if case.root.is_relative_to(places[0].path) else None
+        command = f"rlhf-convert gather {places[0].quoted} {case.out('gathered', above)}"
         recoverability = f"from {places[0].asked}"
     is_foreign = fault.code in NOT_READ_HERE
     return Finding(
@@ -325,8 +326,20 @@ def finding_of(fault: Fault, case: Case) -> Finding:
         evidence=(file,) if file else (),
         recoverability=recoverability if fault.severity == "error" else "",
         applicability="safe" if is_mended else "display-only",
-        next=command or fault.next,
+        next=command or _typed(fault.next, case),
     )
+
+
+def _typed(step: str | None, case: Case) -> str | None:
+    """A source's command with the user's own path, and a place to write to: sources know a folder's name only."""
+    match = _COMMAND.fullmatch(step or "")
+    if match is None:
+        return step
+    name, rest = show(case.root.name), match["path"].removeprefix(show(case.root)).removeprefix(show(case.root.name))
+    if not match["path"].startswith((show(case.root), name)) or (rest and not rest.startswith("/")):
+        return step
+    path = case.path if not rest else shlex.quote(f"{case.folder.rstrip('/')}{rest}")
+    return f"rlhf-convert {match['verb']} {path} {case.out('gathered')}{match['more']}"
 
 
 def explanation(code: str) -> str:

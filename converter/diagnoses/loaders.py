@@ -48,6 +48,7 @@ class _Verdict:
     refuses: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     accepts: str = ""
+    drops_bias: bool = False
 
 
 def _verdicts(case: Case) -> list[_Verdict]:
@@ -181,6 +182,7 @@ def _head(case: Case, target: Target, reading: Reading, verdict: _Verdict) -> No
     keeps = spec is not None and (spec.bias == "always" or (spec.bias == "config" and bool(case.config.get("bias"))))
     if isinstance(head, Linear) and head.bias is not None and not keeps:
         verdict.changes.append(f"{target.words} has no bias and ignores this head's: every score shifts by it")
+        verdict.drops_bias = True
     if reading.normaliser is not None and not target.serves.keeps_mean and target.dialect.normaliser == "mean-std":
         text = f"{target.words} reads {reading.normaliser.keys} from uninitialised memory under transformers 5"
         verdict.changes.append(f"{text}: leave normalisation off, or fold it into the head with `convert`")
@@ -210,6 +212,8 @@ def _command(case: Case, verdict: _Verdict) -> str:
     """What makes a folder that this loader accepts; from shards at hand, where the head is nowhere else."""
     places = [] if case.kind != "model" or heads_here(case) else case.training_near()
     more = (f"--weights-from {places[0].quoted}",) if places else ()
+    if verdict.drops_bias:
+        more = (*more, "--bias drop")
     return convert_command(case, verdict.role, None, *more)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ HERE, LOST = "here", "lost"
 """Recoverability, where it is not `from SOURCE`: from the folder itself, or from nothing."""
 
 MAX_EVIDENCE = 3
+_MOST_OUTPUTS = 100
 _TOKENIZER_BYTES = 200_000_000
 
 
@@ -209,11 +211,28 @@ class Case:
     @property
     def path(self) -> str:
         """The user's own path, quoted for a command."""
-        return shlex.quote(self.asked)
+        return shlex.quote(self.folder)
 
-    def out(self, word: str) -> str:
-        """A path for a command to write to, beside this folder: `./rm-fixed`."""
-        return shlex.quote(f"{self.asked.rstrip('/')}-{word}")
+    @cached_property
+    def folder(self) -> str:
+        """The folder as the user typed it: the one that a named file is in, and `./-rm`, which is no option."""
+        typed = self.asked
+        if self.kind != "weights" and Path(typed).expanduser().is_file():
+            typed = os.path.dirname(typed) or "."
+        return f"./{typed}" if typed.startswith("-") else typed
+
+    def out(self, word: str, beside: Near | None = None) -> str:
+        """A path for a command to write to, beside this folder or another, and not there yet: `./rm-fixed`."""
+        typed, root = (self.folder, self.root) if beside is None else (beside.asked, beside.path)
+        if not Path(typed).expanduser().exists():  # a model on the Hub: `owner/name@revision`
+            typed = f"./{typed.removeprefix('hf://').partition('@')[0].rpartition('/')[2]}"
+        elif Path(typed).expanduser().is_file():
+            typed = os.path.splitext(typed)[0]
+        elif os.path.basename(typed.rstrip("/")) in ("", ".", ".."):
+            typed = os.path.normpath(os.path.join(typed, "..", root.resolve().name))
+        first = f"{typed.rstrip('/')}-{word}"
+        paths = (first if n == 1 else f"{first}-{n}" for n in range(1, _MOST_OUTPUTS))
+        return shlex.quote(next((p for p in paths if not os.path.lexists(os.path.expanduser(p))), first))
 
     def training_near(self) -> list[Near]:
         """Trainers' shards at hand, those that the user named first."""

@@ -20,7 +20,8 @@ _TEMPORARY = re.compile(
     r"tmp\w{8}|[\w.-]+\.(?:tmp|temp|partial)|\.[\w.-]+\.(?:safetensors|bin|pt)\.\w{6}",  # the last: rsync's
     re.ASCII,
 )
-_CUT = frozenset({"file-truncated", "safetensors-header", "torch-zip", "torch-not", "shard-missing", "index-malformed"})
+_CUT = frozenset({"file-truncated", "torch-zip", "torch-not", "shard-missing"})
+_NEVER_CUT = ("git-lfs pointer", "web page")
 _RECENT = 300.0
 """Seconds: a file that is cut short and this young is likely being written."""
 
@@ -79,7 +80,8 @@ def being_written(case: Case, context: Context) -> Iterable[Finding]:
         text = f"temporary files of a save lie here: {fold(temporary)}"
         yield Finding("being-written", "cosmetic", text, (), tuple(show(n) for n in temporary[:3]))
         return
-    if any(f.code in _CUT for f in case.survey.faults) and (age := _youngest(case.root)) is not None and age < _RECENT:
+    cut = [f for f in case.survey.faults if f.code in _CUT and not any(w in f.text for w in _NEVER_CUT)]
+    if cut and (age := _youngest(case.root)) is not None and age < _RECENT:
         text = f"a weight file is cut short and was written {age:.0f} seconds ago: perhaps the save is under way"
         yield Finding("being-written", "cosmetic", text, next="wait and look again")
 

@@ -1,0 +1,219 @@
+"""One cause, one finding; and of each finding what to do next, where the diagnosis itself has no command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from converter.diagnoses.heads import convert_command, role_word
+from converter.diagnoses.model import SEVERITIES, Case, Finding
+
+_ECHOES: Mapping[str, frozenset[str]] = {
+    "fsdp-flat": frozenset({"names-wrapped"}),
+    "head-reshaped": frozenset({"labels-mismatch"}),
+    "names-of-a-trainer": frozenset({"head-named-otherwise", "head-dialect"}),
+    "head-named-otherwise": frozenset({"head-dialect"}),
+    "loader-random": frozenset({"head-named-otherwise", "head-dialect"}),
+    "loader-changes": frozenset({"head-bias"}),
+    "task-type-wrong": frozenset({"adapter-unmatched"}),
+    "pickled-weights": frozenset({"stray-weights"}),
+    "adapter-and-model": frozenset({"stray-weights"}),
+    "tensor-twice": frozenset({"index-conflict"}),
+    "launch-same-path": frozenset({"pair-same-path"}),
+}
+"""By the code that names a cause: codes that the same cause shows itself under as well."""
+
+_UNDER_WAY = frozenset({"file-truncated", "shard-missing", "torch-zip", "torch-not"})
+"""What a save that is under way looks like."""
+
+_MODULES = re.compile(r"(\d+) of its \d+ modules")
+
+
+def one_per_cause(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings without those that say the same again; a cause is as bad as the worst of what it shows itself as."""
+    every = list(findings)
+    kept: dict[Finding, Finding] = {f: f for f in every}
+    for echo in every:
+        causes = [c for c in every if echo.code in _ECHOES.get(c.code, ()) and _explains(c, echo)]
+        if causes:
+            kept.pop(echo)
+            worst = min(causes[0].severity, echo.severity, key=SEVERITIES.index)
+            if causes[0] in kept:
+                kept[causes[0]] = replace(kept[causes[0]], severity=worst)
+    return _said_once(list(kept.values()))
+
+
+def _explains(cause: Finding, echo: Finding) -> bool:
+    if echo.code in ("names-wrapped", "labels-mismatch"):
+        return set(echo.tensors) <= set(cause.tensors)
+    if echo.code == "adapter-unmatched":
+        count = _MODULES.search(echo.message)
+        return count is not None and int(count[1]) == len(cause.tensors)
+    return True
+
+
+def _said_once(findings: list[Finding]) -> list[Finding]:
+    """A file that is cut short and a save that is perhaps under way are one fault: the file's."""
+    hint = next((f for f in findings if f.code == "being-written" and f.next == "wait and look again"), None)
+    cut = next((f for f in findings if f.code in _UNDER_WAY), None)
+    if hint is None or cut is None:
+        return findings
+    words = hint.message.partition("cut short and ")[2]
+    then = f"wait and look again; if nothing writes there any more, {cut.next or 'copy it again'}"
+    joined = replace(cut, message=f"{cut.message}. It {words}", next=then)
+    return [joined if f is cut else f for f in findings if f is not hint]
+
+
+def with_steps(findings: Iterable[Finding], case: Case) -> list[Finding]:
+    """Every finding that is no trifle with a step: its own, the command that runs its fix, or what a person does."""
+    return [replace(f, next=_step(f, case)) if _lacks_step(f) else f for f in findings]
+
+
+def _lacks_step(finding: Finding) -> bool:
+    return finding.code in ("index-conflict", "pickled-weights") or (
+        finding.next is None and finding.severity != "cosmetic"
+    )
+
+
+def _step(finding: Finding, case: Case) -> str | None:
+    if finding.fix and finding.applicability == "safe" and finding.recoverability != "lost":
+        return f"rlhf-convert repair {case.path} {case.out('fixed')}"
+    known = _STEPS.get(finding.code)
+    return known(finding, case) if callable(known) else known
+
+
+def _again(finding: Finding, case: Case) -> str:
+    return f"copy or download {finding.evidence[0] if finding.evidence else 'the file'} again"
+
+
+def _restored(finding: Finding, case: Case) -> str:
+    file = finding.evidence[0] if finding.evidence else "the file"
+    return f"copy {file} from the base model or from another checkpoint of the run"
+
+
+def _index_moved(finding: Finding, case: Case) -> str:
+    """The command that puts a wrong index aside, after which a new one is made from the headers."""
+    name = finding.evidence[0] if finding.evidence else "model.safetensors.index.json"
+    index = f"{case.folder.rstrip('/')}/{name}"
+    repair = f"rlhf-convert repair {case.path} {case.out('fixed')}"
+    return f"mv {shlex.quote(index)} {shlex.quote(index + '.old')} && {repair}"
+
+
+def _named_rightly(finding: Finding, case: Case) -> str | None:
+    """The command that gives the only weight file the name that transformers reads."""
+    found = re.search(r"weights are in ([\w.-]+\.(?:pth|pt|bin)), which", finding.message)
+    if found is None:
+        return finding.next
+    files = [f"{case.folder.rstrip('/')}/{name}" for name in (found[1], "pytorch_model.bin")]
+    return f"mv {shlex.quote(files[0])} {shlex.quote(files[1])}"
+
+
+def _config_aside(finding: Finding, case: Case) -> str:
+    file = f"{case.folder.rstrip('/')}/adapter_config.json"
+    return f"mv {shlex.quote(file)} {shlex.quote(file + '.merged')}"
+
+
+def _ends_copied(finding: Finding, case: Case) -> str | None:
+    if case.base is None:
+        return None
+    name = "generation_config.json"
+    source, out = f"{case.base.folder.rstrip('/')}/{name}", f"{case.folder.rstrip('/')}/{name}"
+    return f"cp {shlex.quote(source)} {shlex.quote(out)}"
+
+
+def _which_head(finding: Finding, case: Case) -> str:
+    if not finding.tensors:
+        return "move the file that is not meant out of the folder"
+    return convert_command(case, role_word(case), None, "--from DIALECT")
+
+
+def _merged_again(finding: Finding, case: Case) -> str:
+    near = next((n.quoted for n in case.near if n.source == "peft"), "ADAPTER")
+    base = f" --base {case.base.path}" if case.base is not None else ""
+    return f"rlhf-convert merge-lora {near} {case.out('merged')}{base}"
+
+
+def _of_base(what: str) -> Callable[[Finding, Case], str]:
+    def step(finding: Finding, case: Case) -> str:
+        return f"copy {what} from {case.base.asked if case.base is not None else 'the base model'}"
+
+    return step
+
+
+def _of_source(finding: Finding, case: Case) -> str:
+    return f"copy mean and std {finding.recoverability}/config.json into this config.json"
+
+
+_ANOTHER = "take another checkpoint of the run; nothing in this folder brings the values back"
+_SHARDS = "look for the run's shards (global_step*), which `rlhf-convert gather` reads, or train it again"
+_SAVED_AGAIN = "save the adapter again with PEFT, from the run that trained it"
+_OF_ONE_SAVE = "take the files of one save: copy the folder again from where it was written"
+_WITH_TRAINER = "convert it with the trainer that wrote it"
+
+_STEPS: Mapping[str, str | Callable[[Finding, Case], str | None]] = {
+    **dict.fromkeys(
+        ("safetensors-header", "safetensors-not", "torch-zip", "torch-not", "pickle-malformed", "zero-malformed",
+         "dcp-malformed", "dcp-record", "verl-malformed"), _again,
+    ),
+    **dict.fromkeys(("config-unreadable", "json-malformed"), _restored),
+    **dict.fromkeys(("zero-mixed", "zero-sizes", "verl-mixed", "verl-sizes", "dcp-chunks"), _OF_ONE_SAVE),
+    **dict.fromkeys(("no-tensors", "adapter-empty", "weights-missing", "shards-deleted", "head-missing",
+                     "head-base-lost", "fsdp-flat", "adapter-half"), _SHARDS),
+    **dict.fromkeys(("no-op", "zero-tensors", "zero-latest", "verl-latest"), _ANOTHER),
+    **dict.fromkeys(("adapter-incomplete", "adapter-unexpected", "adapter-tokens", "adapter-bias"), _SAVED_AGAIN),
+    **dict.fromkeys(("verl-placement", "dcp-no-model", "dcp-several-models", "dcp-transformed", "megatron",
+                     "dcp-adapter-names", "adapter-fused", "verl-megatron"), _WITH_TRAINER),
+    **dict.fromkeys(("index-malformed", "index-conflict"), _index_moved),
+    "pickled-weights": _named_rightly,
+    "tensor-twice": "keep the file that is of this save, and move the other out of the folder",
+    "adapter-config-stray": _config_aside,
+    "input-unreadable": "ask whoever owns the file for the right to read it",
+    "input-not-a-file": "copy the file itself into the folder",
+    "remote-code-missing": _of_base("those files, once you have read them,"),
+    "quantisation-left": "take quantization_config out of config.json",
+    "rope-lost": _of_base("rope_scaling (rope_parameters in transformers 5) of config.json"),
+    "end-tokens-lost": _ends_copied,
+    "output-embedding-missing":
+        "set tie_word_embeddings to true in config.json if the base model ties them; else save or merge it again",
+    "heads-several": _which_head,
+    "normaliser-broken": "set mean and std in config.json to one number each, or take both out",
+    "normaliser-lost": _of_source,
+    "nonfinite": "take an earlier checkpoint; if a merge overflowed, merge again with --dtype bf16",
+    "head-unmoved": "train the head: it has to be in modules_to_save or require gradients, and be gathered on saving",
+    "merged-equals-base": _merged_again,
+    "adapter-config": "set what it names in adapter_config.json to what training used",
+    "adapter-rank": "copy adapter_config.json from the run that wrote these tensors",
+    "adapter-targets-missing": _SAVED_AGAIN,
+    "adapter-pattern": "write the pattern in adapter_config.json as a plain regular expression",
+    "adapter-field-unsupported": "merge it with PEFT itself: PeftModel.from_pretrained(...).merge_and_unload()",
+    "adapter-merge-refused": "merge it with PEFT itself: PeftModel.from_pretrained(...).merge_and_unload()",
+    "adapter-ambiguous": _SAVED_AGAIN,
+    "peft-type-unmergeable": "load it beside its base with PEFT: PeftModel.from_pretrained(base, adapter)",
+    "head-class": "name the base whose class has that head: --base DIR",
+    "head-incomplete": _SHARDS,
+    "tied-copies-differ": "mend the base first: rlhf-convert doctor BASE --deep",
+    "experts-twice": "move the files of one save out of the folder",
+    "pair-tokenizer": "train the critic from a model with the actor's tokenizer; a reward model may get texts instead",
+    "pair-vocabulary": "start both from models with one vocabulary",
+    "pair-special-tokens": "set it in config.json to what the actor has, if training used that",
+    "launch-path-missing": "mend the path in the script, or run it where the folder is",
+    "launch-role": "name a folder with a reward head in the script, and a language model as the actor",
+    "launch-lora": "set it in the script to what adapter_config.json says",
+    "loader-changes": "compare rewards: rlhf-convert verify",
+}  # fmt: skip
+"""What follows a finding that has no command of its own: words, or what makes them."""
+
+
+def commands_of(findings: Sequence[Finding]) -> list[str]:
+    """Commands to type next; those of trifles only where there is nothing worse, since they write to the same place."""
+    worst = min((SEVERITIES.index(f.severity) for f in findings), default=0)
+    limit = max(worst, SEVERITIES.index("changes-numbers"))
+    found = [f for f in findings if SEVERITIES.index(f.severity) <= limit]
+    return list(dict.fromkeys(f.next for f in found if f.next and is_command(f.next)))
+
+
+def is_command(text: str) -> bool:
+    """True for what a shell runs as it stands."""
+    return text.startswith(("rlhf-convert ", "mv ", "cp "))
