@@ -6,9 +6,11 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from converter.checkpoint import SideFile
 from converter.files import Identity, identity, open_input
+from converter.strict_json import load_json, parse_json
 
 _TOKENIZER = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt|bpe)"
@@ -21,6 +23,7 @@ _OTHER = re.compile(
     r"|(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY|Notice)([.-][\w.-]{0,40})?"
 )
 _CODE = re.compile(r"[A-Za-z_][\w.-]*\.py", re.ASCII)
+MAX_TOKENIZER_BYTES = 200_000_000
 _FOLDERS = ("additional_chat_templates", "chat_templates")
 
 
@@ -32,6 +35,22 @@ def is_tokenizer_file(name: str) -> bool:
 def travels(name: str, *, keep_code: bool) -> bool:
     """True for files that travel with the weights."""
     return any(p.fullmatch(name) for p in (_TOKENIZER, _OTHER)) or (keep_code and _CODE.fullmatch(name) is not None)
+
+
+def side_json(files: Mapping[str, SideFile], name: str) -> dict[str, Any]:
+    """A JSON object among the files that travel with the weights; empty where there is none of that name.
+
+    Raises:
+        Refused: it is no JSON, or too large (see `converter.strict_json`).
+    """
+    file = files.get(name)
+    if file is None or (file.source is None and file.content is None):
+        return {}
+    if file.content is not None:
+        value = parse_json(file.content, where=name, allow_nan=True)
+    else:
+        value = load_json(Path(file.source or ""), limit=MAX_TOKENIZER_BYTES, allow_nan=True)
+    return value if isinstance(value, dict) else {}
 
 
 def find_side_files(root: Path, *, keep_code: bool) -> tuple[dict[str, SideFile], dict[str, Identity]]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import Checkpoint, SideFile
 from converter.context import Context
-from converter.strict_json import load_json
+from converter.side_files import side_json
 
 CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
 
@@ -25,7 +24,7 @@ Source: `update_post_processor`, https://github.com/huggingface/transformers/blo
 
 def with_old_tokenizer(checkpoint: Checkpoint, context: Context) -> Checkpoint:
     """The checkpoint with a tokenizer_config.json that transformers 4 reads, and reads alike."""
-    value = _json(checkpoint.side_files, CONFIG)
+    value = side_json(checkpoint.side_files, CONFIG)
     new = dict(value)
     if new.get("tokenizer_class") == "TokenizersBackend":
         new["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -35,7 +34,7 @@ def with_old_tokenizer(checkpoint: Checkpoint, context: Context) -> Checkpoint:
         have = new.get("additional_special_tokens")
         new["additional_special_tokens"] = [*(have if isinstance(have, list) else []), *extra]
     if "backend" in new and str(new.get("tokenizer_class")).removesuffix("Fast") in _ADD_UNASKED:
-        new = _added(_json(checkpoint.side_files, TOKENIZER)) | new
+        new = _added(side_json(checkpoint.side_files, TOKENIZER)) | new
     if new == value:
         return checkpoint
     context.note("info", "mended", f"{CONFIG}: class and special tokens as transformers 4 reads them")
@@ -63,11 +62,3 @@ def _template(processor: object) -> Iterator[Mapping[str, Any]]:
     single = processor.get("single")
     if processor.get("type") == "TemplateProcessing" and isinstance(single, list):
         yield from (piece for piece in single if isinstance(piece, dict))
-
-
-def _json(files: Mapping[str, SideFile], name: str) -> dict[str, Any]:
-    file = files.get(name)
-    if file is None or file.source is None:
-        return {}
-    value = load_json(Path(file.source), allow_nan=True)
-    return value if isinstance(value, dict) else {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from converter import tensors
@@ -20,14 +19,13 @@ from converter.converters.layer_merge import Layer, merged_weight
 from converter.converters.memory_names import Classifier, without_numbers
 from converter.dtypes import DType
 from converter.errors import Refused, fold, show
-from converter.strict_json import load_json
+from converter.side_files import side_json
 from converter.tensors import LazyTensor
 
 TASK_SUFFIX = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 _BASE_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForTokenClassification", "Model")
 _OUTPUT_MODULES = frozenset({"lm_head", "embed_out"})
 _HEAD_MODULES = frozenset({"score", "classifier"})
-MAX_TOKENIZER_BYTES = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -256,28 +254,20 @@ def pad_token_of(files: Mapping[str, SideFile]) -> int | None:
     """The id of a tokenizer's pad token, read from its files; None where it has none."""
     token = None
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        value = _json(files, name).get("pad_token")
+        value = side_json(files, name).get("pad_token")
         token = token or (value.get("content") if isinstance(value, dict) else value)
     if not isinstance(token, str):
         return None
-    for identifier, entry in (_json(files, "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
+    for identifier, entry in (side_json(files, "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
         if isinstance(entry, dict) and entry.get("content") == token and str(identifier).isdigit():
             return int(identifier)
-    tokenizer = _json(files, "tokenizer.json")
+    tokenizer = side_json(files, "tokenizer.json")
     for entry in tokenizer.get("added_tokens") or []:
         if isinstance(entry, dict) and entry.get("content") == token and isinstance(entry.get("id"), int):
             return int(entry["id"])
     model = tokenizer.get("model")
-    vocabularies = [_json(files, "added_tokens.json"), model.get("vocab") if isinstance(model, dict) else None]
-    for vocabulary in (*vocabularies, _json(files, "vocab.json")):
+    vocabularies = [side_json(files, "added_tokens.json"), model.get("vocab") if isinstance(model, dict) else None]
+    for vocabulary in (*vocabularies, side_json(files, "vocab.json")):
         if isinstance(vocabulary, dict) and isinstance(vocabulary.get(token), int):
             return int(vocabulary[token])
     return None
-
-
-def _json(files: Mapping[str, SideFile], name: str) -> dict[str, Any]:
-    file = files.get(name)
-    if file is None or file.source is None:
-        return {}
-    value = load_json(Path(file.source), limit=MAX_TOKENIZER_BYTES)
-    return value if isinstance(value, dict) else {}

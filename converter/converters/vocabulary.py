@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from converter import tensors
@@ -17,10 +16,9 @@ from converter.checkpoint import Checkpoint, SideFile
 from converter.context import Context
 from converter.dtypes import TensorInfo
 from converter.errors import Refused, UsageError, fold, show
-from converter.strict_json import load_json
+from converter.side_files import side_json
 from converter.tensors import LazyTensor
 
-MAX_TOKENIZER_BYTES = 64_000_000
 MOST_ROWS = 100_000_000
 
 _INPUTS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "shared"})
@@ -237,9 +235,9 @@ def _special_tokens(config: Mapping[str, Any]) -> Iterable[tuple[str, int]]:
 
 def tokens_of(files: Mapping[str, SideFile]) -> int | None:
     """How many rows a tokenizer needs: one more than its largest number; None where no file says that."""
-    whole = _json(files, "tokenizer.json")
+    whole = side_json(files, "tokenizer.json")
     model = whole.get("model")
-    table = model.get("vocab") if isinstance(model, Mapping) else _json(files, "vocab.json")
+    table = model.get("vocab") if isinstance(model, Mapping) else side_json(files, "vocab.json")
     numbers = [len(table) - 1] if isinstance(table, list) and table else []
     if isinstance(table, Mapping):
         numbers += [i for i in table.values() if isinstance(i, int)]
@@ -251,15 +249,7 @@ def tokens_of(files: Mapping[str, SideFile]) -> int | None:
         if isinstance(added, list)
         else []
     )
-    numbers += [i for i in _json(files, "added_tokens.json").values() if isinstance(i, int)]
-    listed = _json(files, "tokenizer_config.json").get("added_tokens_decoder")
+    numbers += [i for i in side_json(files, "added_tokens.json").values() if isinstance(i, int)]
+    listed = side_json(files, "tokenizer_config.json").get("added_tokens_decoder")
     numbers += [int(i) for i in listed if str(i).isdecimal() and len(i) < 10] if isinstance(listed, dict) else []
     return max(numbers) + 1
-
-
-def _json(files: Mapping[str, SideFile], name: str) -> dict[str, Any]:
-    file = files.get(name)
-    if file is None or file.source is None:
-        return {}
-    value = load_json(Path(file.source), limit=MAX_TOKENIZER_BYTES)
-    return value if isinstance(value, dict) else {}
