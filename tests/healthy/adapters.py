@@ -168,6 +168,15 @@ BASES: dict[str, tuple[str, str, str | None, Any]] = {
     "gemma3": ("multimodal", "gemma3", None, ["q_proj", "v_proj"]),
 }
 
+RARE = {
+    "BoneConfig", "C3AConfig", "CPTConfig", "DeloraConfig", "FourierFTConfig", "HRAConfig", "MissConfig",
+    "MultitaskPromptTuningConfig", "PolyConfig", "RandLoraConfig", "RoadConfig", "ShiraConfig", "VBLoRAConfig",
+    "WaveFTConfig", "over-gemma3", "over-funnel-classifier", "over-mixtral", "over-deepseek_v3", "over-whisper",
+    "lora-excluded", "lora-one-module", "lora-part-of-name", "lora-bias-lora", "lora-gaussian",
+    "over-roberta-classifier",
+}  # fmt: skip
+"""Adapters of the slow run."""
+
 HEAD_IN_BASE_ALONE = ("over-bart-classifier", "over-t5-classifier", "over-xlnet-classifier")
 """PEFT saves `score` and `classifier` by itself; these heads have other names, and are in the base or lost."""
 

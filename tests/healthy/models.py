@@ -21,7 +21,7 @@ TYPES: dict[str, str] = {
         ibert bigbird_pegasus
     """,
     "tokcls": "llama qwen2 mistral gpt2 gpt_neox bert layoutlmv3 openai_privacy_filter",
-    "multimodal": "llava qwen2_vl qwen2_5_vl gemma3 paligemma mllama pix2struct",
+    "multimodal": "llava qwen2_vl qwen2_5_vl gemma3 mllama pix2struct",
     "seq2seq": "t5 bart led",
     "images": "vit",
     "bare": "bert whisper gemma4_audio sam",
@@ -70,13 +70,13 @@ class Saved:
         return folder
 
 
-_VARIED = ("llama", "qwen2", "gpt2", "gpt_neox", "opt")
+_VARIED = ("llama", "qwen2", "gpt2", "opt")
 
 MODELS = [
     *(Saved(task, kind) for task, kinds in TYPES.items() for kind in kinds.split()),
     *(Saved("causal", kind, how) for kind in _VARIED for how in (_half, _sharded, _served)),
     *(Saved("causal", kind, _plain, (("tie_word_embeddings", tied),)) for kind in _VARIED for tied in (True, False)),
-    *(Saved("seqcls", kind, how) for kind in ("llama", "gpt2") for how in (_half, _sharded, _served)),
+    *(Saved("seqcls", kind, how) for kind in ("llama",) for how in (_half, _sharded, _served)),
     *(Saved("seqcls", kind, _plain, (("num_labels", 2),)) for kind in ("llama", "bert")),
     *(Saved("tokcls", kind, _plain, (("pad_token_id", None),)) for kind in ("llama", "qwen2", "gpt2")),
     Saved("seqcls", "bert", _plain, (("pad_token_id", None),)),
