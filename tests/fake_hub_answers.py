@@ -76,7 +76,10 @@ class Answers:
             return _error(404, "RevisionNotFound")
         siblings = [{"rfilename": n, "size": len(f.content)} for n, f in commit.files.items()]
         body = {"id": match["repo"], "modelId": match["repo"], "sha": commit.oid, "private": repo.private}
-        return 200, body | {"siblings": siblings, "tags": []}, {}
+        card = commit.files.get("README.md")
+        front = re.match(rb"---\n(.*?)\n---\n", card.content, re.DOTALL) if card else None
+        lines = [x.split(": ", 1) for x in front[1].decode().splitlines() if ": " in x] if front else []
+        return 200, body | {"siblings": siblings, "tags": [], "cardData": dict(lines)}, {}
 
     def _tree(self, repo: Repo, match: re.Match[str]) -> tuple[int, Any, dict[str, str]]:
         commit = repo.commit(match["revision"])

@@ -83,6 +83,22 @@ def test_the_snippet_of_a_converted_model_loads_its_head(hub: FakeHub, out: str,
     assert torch.equal(space["model"].score.weight.float(), head.float())
 
 
+@pytest.mark.parametrize("out", ["out", f"hf://{REPO}"])
+def test_the_licence_and_the_commit_of_the_base_are_on_the_card(hub: FakeHub, out: str) -> None:
+    base = {p.name: p.read_bytes() for p in (FIXTURES / "tiny-qwen2-base").iterdir()}
+    commit = hub.add("org/tiny-qwen2-base", base | {"README.md": b"---\nlicense: apache-2.0\n---\n# Base\n"})
+    ran = run("merge-lora", FIXTURES / "tiny-reward-adapter", out, "--base", "org/tiny-qwen2-base")
+    assert ran.returncode == 0, ran.stderr
+    if out == "out":
+        assert run("push", "out", REPO).returncode == 0
+    card = card_of(hub)
+    assert front(card)["license"] == "apache-2.0"
+    assert front(card)["base_model"] == "org/tiny-qwen2-base"
+    assert front(card)["base_model_relation"] == "finetune"
+    assert commit in card
+    assert "# Base" not in card
+
+
 def test_a_class_that_transformers_would_load_without_its_head_gets_no_python_line(hub: FakeHub) -> None:
     assert run(*converted("llamafactory", "reward", "out")).returncode in (0, 3)
     facts = CardFacts(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from converter.errors import UsageError
+from converter.sources import hub_mirror
 from converter.sources.hub_names import as_reference, below, hub_name
 from fake_hub import FakeHub, Fault, running
 from hub_here import client_of, commits, on_disk, published, run
@@ -40,6 +41,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     (tmp_path / "home").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(hub_mirror, "SMALL", 100)  # the shards here are small, and shall be read in parts
     with running(FakeHub()) as server, client_of(server, tmp_path / "home"):
         server.add(RUN, tree(FIXTURES / "tiny-reward-run"))
         server.add(BASE, tree(FIXTURES / "tiny-qwen2-base"))

@@ -272,6 +272,25 @@ def test_progress_is_told_in_bytes_on_stderr(hub: FakeHub, model: Path) -> None:
     assert quiet.stdout + quiet.stderr == ""
 
 
+def test_on_a_terminal_a_bar_shows_bytes_and_there_is_none_of_the_client_s(hub: FakeHub, model: Path) -> None:
+    terminal, child_s = os.openpty()
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | hub.environment() | {"TERM": "xterm"}
+    line = [sys.executable, "-m", "converter", "push", str(model), REPO]
+    child = subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=child_s)
+    os.close(child_s)
+    said = b""
+    while True:
+        try:
+            said += os.read(terminal, 4096)
+        except OSError:  # the other end is closed
+            break
+    os.close(terminal)
+    assert child.wait() == 0, said
+    assert b"kB" in said
+    assert b"%|" not in said
+    expect_whole(hub, model)
+
+
 # The token
 
 SLOW = pytest.mark.slow

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ from converter.sizes import format_size
 
 if TYPE_CHECKING:
     from converter.cli.sink import Sink
+    from converter.execute import Reporter
     from converter.hub import Destination
     from converter.hub_files import LocalFile, Manifest
 
@@ -80,8 +84,7 @@ def push(asked: Pushing, options: Reading) -> int:
         sink.screen(["dry run: nothing sent"])
         sink.json(_json(wanted, None, ()))
         return 0
-    quiet_client(sink)
-    with progress(sink) as reporter:
+    with _sending(sink) as reporter:
         pushed = send(wanted, where, reporter=reporter)
     sent = f"{len(pushed.sent)} of {len(wanted.files)} files sent" if pushed.sent else "all was there already"
     sink.screen(
@@ -95,16 +98,25 @@ def push(asked: Pushing, options: Reading) -> int:
     return 0
 
 
-def quiet_client(sink: Sink) -> None:
-    """Let the client show no bars of its own: ours say how far it is.
+@contextmanager
+def _sending(sink: Sink) -> Iterator[Reporter]:
+    """What tells how far it is: our bar or lines, and not the client's.
 
-    Where a file goes by chunks (xet) it is not read through us: on a terminal the client's bar then moves within it.
+    Where files go by chunks (xet) they are not read through us: on a terminal the client's bars then say how far each
+    is, and our lines which are there.
     """
     import huggingface_hub
 
-    client: Any = huggingface_hub.utils
-    if sink.quiet or sink.as_json or not sys.stderr.isatty() or not client.is_xet_available():
+    from converter.cli.progress import Lines, progress
+
+    client: Any = import_module("huggingface_hub.utils")
+    by_chunks = find_spec("hf_xet") is not None and not huggingface_hub.constants.HF_HUB_DISABLE_XET
+    if sink.quiet or sink.as_json or not sys.stderr.isatty() or not by_chunks:
         client.disable_progress_bars()
+        with progress(sink) as reporter:
+            yield reporter
+    else:
+        yield Lines(sink)
 
 
 def _read_the_right_way(asked: Pushing) -> Pushing:
