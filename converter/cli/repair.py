@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,11 @@ class Repairing:
     target: str | None = None
     lora_alpha: float | None = None
     weights: str | None = None
+    emit: str | None = None
 
 
 def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     """Fill what is lost, or say that nothing is; shards without any weight file are gathered."""
-    from converter.cli.repair_mends import find_mends
     from converter.cli.repair_places import search
     from converter.converters.fill_refusals import NothingToRepair
 
@@ -47,14 +48,9 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     found = search(asked.src, asked.weights_from)
     if (shards := _shards_alone(root, asked, found)) is not None:
         return _gather(shards, asked, out, options)
-    mends = find_mends(
-        asked.src,
-        base=asked.base,
-        target=asked.target,
-        lora_alpha=asked.lora_alpha,
-        allow=options.allow or (),
-        weights=asked.weights,
-    )
+    if asked.emit == "both":
+        return _both(asked, found, out, options)
+    mends = mends_of(asked, options)
     recipe = repair_recipe(asked, found, options, mends=mends.steps)
     if options.print_recipe and mends.codes and _is_whole(recipe, options):
         recipe = mend_recipe(asked, mends, options)  # `fill` would stop a run that has nothing to fill
@@ -66,6 +62,33 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
         if found.looked and error.code in ("tensors-lost", "head-base-lost", "repair-mismatch", "older-weights"):
             error.got = (error.got or "nothing:") + "".join(f"\n    {each}" for each in found.looked)
         raise
+
+
+def mends_of(asked: Repairing, options: Conversion) -> Mends:
+    """What is mended beside lost tensors."""
+    from converter.cli.repair_mends import find_mends
+
+    return find_mends(
+        asked.src,
+        base=asked.base,
+        target=asked.target,
+        lora_alpha=asked.lora_alpha,
+        allow=options.allow or (),
+        weights=asked.weights,
+        emit=asked.emit,
+    )
+
+
+def _both(asked: Repairing, found: Search, out: str | None, options: Conversion) -> int:
+    """LoRA layers left in a full model: the merged model in OUT, the adapter in OUT-adapter."""
+    from converter.cli.gather_both import Split, write_both
+
+    def recipe(emit: str) -> tuple[Recipe, str]:
+        mends = mends_of(dataclasses.replace(asked, emit=emit), options)
+        filling = repair_recipe(asked, found, options, mends=mends.steps)
+        return (mend_recipe(asked, mends, options) if _is_whole(filling, options) else filling), ""
+
+    return write_both(Split(recipe, lambda prepared, _: _source(prepared), _next), out, options)
 
 
 def _is_whole(recipe: Recipe, options: Conversion) -> bool:
