@@ -27,8 +27,8 @@ MOST_TENSORS = 1_000_000
 """More than any model has: a config may claim any number of layers."""
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_OUTER = ("module.", "_forward_module.")
-_WRAPPED_CLASS = re.compile(r"^(?:FSDP\d?|DDP|Peft|DistributedDataParallel)(?=[A-Z])")
+_OUTER = re.compile(r"^(?:(?:module|_forward_module)\.)+")
+_WRAPPED_CLASS = re.compile(r"^(?:FSDP\d?|DDP|Peft|DistributedDataParallel)+(?=[A-Z])")
 _LAYER = re.compile(r"^(?P<list>(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?))\.(?P<number>\d+)\.(?P<rest>.+)$", re.ASCII)
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
@@ -135,17 +135,14 @@ def _numbered(name: str, numbers: tuple[int, ...]) -> str:
     return re.sub(r"(?<=\.)N(?=\.)", lambda _: str(next(parts)), name)
 
 
-def plain_names(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Shapes by names without what compilers and data-parallel wrappers put into them."""
-    found = {WRAPPERS.sub("", n): s for n, s in shapes.items()}
-    while found and (outer := next((o for o in _OUTER if all(n.startswith(o) for n in found)), None)):
-        found = {n.removeprefix(outer): s for n, s in found.items()}
-    return found
+def without_wrappers(name: str) -> str:
+    """A name without what compilers and data-parallel wrappers put into it."""
+    return _OUTER.sub("", WRAPPERS.sub("", name))
 
 
 def lacks(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> list[str]:
     """What keeps these tensors from being the config's model, in words; nothing where they are all of it."""
-    stored = plain_names(shapes)
+    stored = {without_wrappers(n): s for n, s in shapes.items()}
     wanted = implied(config)
     if wanted is None:
         return list(_by_counts(stored, config))

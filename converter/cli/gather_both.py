@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from converter.sizes import parse_size
 if TYPE_CHECKING:
     from converter.cli.gather import Gathering
     from converter.plan import Plan
+    from converter.recipe import Recipe
     from converter.recipe_run import Prepared
 
 MERGED, ADAPTER = "merged", "adapter"
@@ -59,7 +61,34 @@ class _Half:
         return Path(self.out).expanduser()
 
 
+@dataclass(frozen=True)
+class Split:
+    """What is split in two.
+
+    Attributes:
+        recipe: of `merged` or of `adapter`, and how the source was chosen, in words.
+        head: the screen's lines about the source.
+        next_commands: what to type after the adapter is written.
+    """
+
+    recipe: Callable[[str], tuple[Recipe, str]]
+    head: Callable[[Prepared, str], list[str]]
+    next_commands: Callable[[Written], Sequence[str]]
+
+
 def gather_both(asked: Gathering, out: str | None, options: Conversion) -> int:
+    """Gather the model and the adapter."""
+    from converter.cli.gather import gather_recipe, head, next_commands
+
+    split = Split(
+        lambda emit: gather_recipe(dataclasses.replace(asked, emit=emit), options),
+        head,
+        lambda written: next_commands(written, asked),
+    )
+    return write_both(split, out, options)
+
+
+def write_both(split: Split, out: str | None, options: Conversion) -> int:
     """Plan both, show both, then write the model and the adapter."""
     if options.print_recipe:
         what = "two outputs are two recipes"
@@ -71,8 +100,8 @@ def gather_both(asked: Gathering, out: str | None, options: Conversion) -> int:
         raise UsageError("usage", what, expected="--emit merged or --emit adapter, once for each repository")
     memory = None if options.memory is None else parse_size(options.memory, what="--memory")
     begun = time.monotonic()
-    model, adapter, said = _halves(asked, out, options)
-    _show_plans(model, adapter, said, options)
+    model, adapter, said = _halves(split, out, options)
+    _show_plans(model, adapter, split.head(model.prepared, said), options)
     if out is not None:
         _preflight((model, adapter), memory, options)
     if options.dry_run:
@@ -85,17 +114,16 @@ def gather_both(asked: Gathering, out: str | None, options: Conversion) -> int:
         receipts.append(_written(adapter, memory, options))
     except ConvertError as error:
         raise _HalfWritten(error, str(model.out)) from error
-    _finish((model, adapter), receipts, asked, time.monotonic() - begun, options)
+    _finish((model, adapter), receipts, split, time.monotonic() - begun, options)
     return 0
 
 
-def _halves(asked: Gathering, out: str | None, options: Conversion) -> tuple[_Half, _Half, str]:
+def _halves(split: Split, out: str | None, options: Conversion) -> tuple[_Half, _Half, str]:
     """Both outputs, planned, and how the tag was chosen; nothing is written.
 
     Raises:
         Refused: either can't be made, or its place is taken.
     """
-    from converter.cli.gather import gather_recipe
     from converter.preflight import check_target
     from converter.recipe_run import prepare
 
@@ -105,7 +133,7 @@ def _halves(asked: Gathering, out: str | None, options: Conversion) -> tuple[_Ha
         check_target(Path(out).expanduser(), (), overwrite=options.overwrite)
     halves, said = [], ""
     for emit, target in zip((MERGED, ADAPTER), outs, strict=True):
-        recipe, said = gather_recipe(dataclasses.replace(asked, emit=emit), options)
+        recipe, said = split.recipe(emit)
         allow = frozenset(options.allow or ())
         prepared = prepare(recipe, allow=allow, token=options.token, keep_code=options.keep_code)
         halves.append(_Half(prepared, target))
@@ -140,12 +168,11 @@ def _is_made_of(plan: Plan, folder: Path) -> bool:
     return True
 
 
-def _show_plans(model: _Half, adapter: _Half, said: str, options: Conversion) -> None:
+def _show_plans(model: _Half, adapter: _Half, head: list[str], options: Conversion) -> None:
     from converter import preflight, report
-    from converter.cli.gather import head
 
     sink = options.sink
-    sink.screen(head(model.prepared, said))
+    sink.screen(head)
     notes = [*model.prepared.context.notes, *adapter.prepared.context.notes]
     sink.screen(report.note_lines(dict.fromkeys(notes), verbose=options.verbose))
     for word, half in (("model", model), ("adapter", adapter)):
@@ -194,13 +221,12 @@ def _written(half: _Half, memory: int | None, options: Conversion) -> Written | 
 def _finish(
     halves: tuple[_Half, _Half],
     written: list[Written | None],
-    asked: Gathering,
+    split: Split,
     seconds: float,
     options: Conversion,
 ) -> None:
     """The screen's last lines for both, and what to type next."""
     from converter import report
-    from converter.cli.gather import next_commands
     from converter.links import RECEIPT_FILE
 
     commands: list[str] = []
@@ -213,7 +239,7 @@ def _finish(
             content = json.loads((half.target / RECEIPT_FILE).read_bytes())
         else:
             options.sink.screen(each.screen(verbose=options.verbose))
-            commands += load_commands(each) if half is halves[0] else next_commands(each, asked)[:1]
+            commands += load_commands(each) if half is halves[0] else split.next_commands(each)[:1]
             content = dict(each.receipt.content)
         values.append({"out": half.out, "receipt": content, "earlier": each is None})
     options.sink.screen(report.next_lines(commands))

@@ -35,11 +35,11 @@ class Repairing:
     lora_alpha: float | None = None
     vocab: str | None = None
     weights: str | None = None
+    emit: str | None = None
 
 
 def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     """Fill what is lost, or say that nothing is; shards without any weight file are gathered."""
-    from converter.cli.repair_mends import find_mends
     from converter.cli.repair_places import search
     from converter.converters.fill_refusals import NothingToRepair
     from converter.sources.hub_names import as_reference
@@ -51,16 +51,9 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     found = search(asked.src, asked.weights_from, token=options.token)
     if (shards := _shards_alone(root, asked, found)) is not None:
         return _gather(shards, asked, out, options)
-    mends = find_mends(
-        asked.src,
-        base=asked.base,
-        target=asked.target,
-        lora_alpha=asked.lora_alpha,
-        allow=options.allow or (),
-        weights=asked.weights,
-    )
-    if asked.vocab is not None:
-        mends = _with_vocabulary(mends, asked.vocab)
+    if asked.emit == "both":
+        return _both(asked, found, out, options)
+    mends = mends_of(asked, options)
     recipe = repair_recipe(asked, found, options, mends=mends.steps)
     if options.print_recipe and mends.codes and _is_whole(recipe, options):
         recipe = mend_recipe(asked, mends, options)  # `fill` would stop a run that has nothing to fill
@@ -74,7 +67,7 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
         raise
 
 
-_NAMES_FIRST = ("split-lora", "mend-names", "mend-adapter-names", "mend-ties")
+_NAMES_FIRST = ("choose-weights", "split-lora", "mend-names", "mend-disk-names", "mend-adapter-names", "mend-ties")
 
 
 def _with_vocabulary(mends: Mends, to: str) -> Mends:
@@ -99,6 +92,34 @@ def _with_vocabulary(mends: Mends, to: str) -> Mends:
         left=left,
         unmended=unmended,
     )
+
+
+def mends_of(asked: Repairing, options: Conversion) -> Mends:
+    """What is mended beside lost tensors."""
+    from converter.cli.repair_mends import find_mends
+
+    mends = find_mends(
+        asked.src,
+        base=asked.base,
+        target=asked.target,
+        lora_alpha=asked.lora_alpha,
+        allow=options.allow or (),
+        weights=asked.weights,
+        emit=asked.emit,
+    )
+    return mends if asked.vocab is None else _with_vocabulary(mends, asked.vocab)
+
+
+def _both(asked: Repairing, found: Search, out: str | None, options: Conversion) -> int:
+    """LoRA layers left in a full model: the merged model in OUT, the adapter in OUT-adapter."""
+    from converter.cli.gather_both import Split, write_both
+
+    def recipe(emit: str) -> tuple[Recipe, str]:
+        mends = mends_of(dataclasses.replace(asked, emit=emit), options)
+        filling = repair_recipe(asked, found, options, mends=mends.steps)
+        return (mend_recipe(asked, mends, options) if _is_whole(filling, options) else filling), ""
+
+    return write_both(Split(recipe, lambda prepared, _: _source(prepared), _next), out, options)
 
 
 def _is_whole(recipe: Recipe, options: Conversion) -> bool:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converter.context import Context
+from converter.converters.gather_disk_names import memory_form
+from converter.converters.plain_names import plain_names
 from converter.diagnoses.aims import is_transformers_4
-from converter.diagnoses.model import Finding
-from converter.doctor import Asked, examine
+from converter.diagnoses.model import Case, Finding
+from converter.doctor import Asked, diagnoses, examine
+from converter.errors import UsageError, show
+from converter.implied import class_of
 from converter.recipe import Step
 from converter.sources.set_files import OF_THE_INDEX, find_sets
+from converter.sources.survey import MODEL_CONFIG, StoredTensor
 
 CHOOSE = "choose-weights"
 """It runs before anything is filled: what is lost depends on the set of weight files that is taken."""
@@ -32,6 +40,10 @@ _ORDER = (
 _OF_THE_BASE = frozenset({"base-quantised", "tied-copies-differ"})
 """Errors of another folder than the one that is mended."""
 
+_CLEARING = frozenset({"mend-names", "mend-disk-names", "mend-architecture", "split-lora"})
+_LORA = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b")
+_PEFT = re.compile(r"^base_model\.model\.")
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
 _CONSENTS = {"mend-vocabulary": "vocabulary-rows", "mend-ties": "untie"}
 
 
@@ -59,6 +71,7 @@ def find_mends(
     lora_alpha: float | None,
     allow: Sequence[str],
     weights: str | None = None,
+    emit: str | None = None,
 ) -> Mends:
     """The steps for what doctor finds.
 
@@ -66,22 +79,28 @@ def find_mends(
         target: what `--for` says; `transformers@4` adds the old spellings.
         allow: codes that the user consented to.
         weights: a file of the set of weight files to take, as `--set` says.
+        emit: what to make of LoRA layers left in a full model: `merged` or `adapter`.
+
+    Raises:
+        UsageError: `emit` of a model without LoRA layers (`no-adapter`), or without alpha (`lora-alpha-unknown`).
     """
     report = examine(Asked(src, base=base, target=target))
     findings = report.findings
     names: dict[str, None] = {}
     codes: dict[str, None] = {}
-    left: list[tuple[str, str]] = []
-    for finding in findings:
+    left: dict[str, str] = {}
+    for finding in (*findings, *_behind_the_names(report.case, findings)):
         known = [n for n in finding.fix if n in _ORDER]
         if finding.applicability == "display-only" or (finding.fix and not known):
             continue
         needed = _needed(finding, known, lora_alpha)
         if needed is not None and needed not in allow:
-            left.append((finding.code, needed))
+            left[finding.code] = needed
             continue
         names.update(dict.fromkeys(known))
         codes[finding.code] = None
+    if "mend-names" in names:
+        names["mend-ties"] = None  # by the names that are stored no tie is seen
     if is_transformers_4(target):
         names["mend-for-transformers-4"] = None
         # Where nothing says how the old version writes it, the step says so: it was asked for.
@@ -92,12 +111,50 @@ def find_mends(
         codes.update(dict.fromkeys(sorted(stale)))
     if report.case.kind == "model" and (weights is not None or len(find_sets(root, report.case.names)) > 1):
         names[CHOOSE] = None
+    if emit is not None:
+        _expect_lora(names, left, show(src))
+        if emit == "adapter":  # the other mends are of a model
+            names = {n: None for n in names if n in (CHOOSE, "split-lora")}
     given: dict[str, dict[str, Any]] = {"split-lora": {"lora-alpha": lora_alpha} | ({"base": "base"} if base else {})}
+    given["split-lora"] |= {} if emit is None else {"emit": emit}
     if weights is not None:
         given[CHOOSE] = {"file": weights}
     steps = tuple(Step(n, given.get(n, {})) for n in _ORDER if n in names)
     unmended = [f for f in findings if f.severity == "error" and f.code not in codes and f.code not in _OF_THE_BASE]
-    return Mends(steps, tuple(codes), tuple(left), tuple(unmended))
+    return Mends(steps, tuple(codes), tuple(left.items()), tuple(unmended))
+
+
+def _expect_lora(names: Mapping[str, None], left: Mapping[str, str], where: str) -> None:
+    if "lora-unmerged" in left:
+        what = "no tensor records lora_alpha, and the scale of the update depends on it"
+        raise UsageError("lora-alpha-unknown", what, where=where, next="--lora-alpha N, as in the training script")
+    if "split-lora" not in names:
+        raise UsageError("no-adapter", "there are no LoRA layers in this model to split off", where=where)
+
+
+def _behind_the_names(case: Case, findings: Sequence[Finding]) -> list[Finding]:
+    """Faults that only show once names and the class are mended: a head behind a wrapper is no head to doctor."""
+    if case.kind != "model" or not any(_CLEARING.intersection(f.fix) for f in findings):
+        return []
+    entries = {n: e for n, e in _mended(case).items() if _LORA.search(n) is None}
+    named = case.config.get("architectures")
+    bare = class_of(case.config)
+    listed = {"architectures": [bare, *named[1:]]} if isinstance(named, list) and bare is not None else {}
+    config = {**case.config, **listed}
+    mended = dataclasses.replace(
+        case, survey=dataclasses.replace(case.survey, entries=entries), _json={**case._json, MODEL_CONFIG: config}
+    )
+    known = {f.code for f in findings}
+    found = [f for each in diagnoses().values() for f in each(mended, Context())]
+    return [f for f in found if f.code not in known]
+
+
+def _mended(case: Case) -> dict[str, StoredTensor]:
+    names = plain_names(case.shapes, case.config).names
+    form = memory_form({n: case.survey.entries[raw].tensor for raw, n in names.items()}, case.config)
+    renamed = {} if form is None else form.renamed
+    plain = {raw: _PEFT.sub("", renamed.get(n, n)).replace(".base_layer.", ".") for raw, n in names.items()}
+    return {_SAVED.sub(".", n): case.survey.entries[raw] for raw, n in plain.items() if ".original_module." not in raw}
 
 
 def _needed(finding: Finding, known: Sequence[str], lora_alpha: float | None) -> str | None:

@@ -172,11 +172,20 @@ def repair(
         str | None,
         typer.Option("--set", metavar="FILE", help="Of several sets of weight files, FILE's.", show_default=False),
     ] = None,
+    emit: Annotated[
+        EmitChoice | None,
+        typer.Option(
+            help="Of LoRA layers left in a full model: the merged model (default), the adapter, or both: the model in "
+            "OUT, the adapter in OUT-adapter.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
     """`rlhf-convert repair`."""
     from converter.cli.repair import Repairing, repair
 
-    asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha, vocab, weights)
+    chosen = None if emit is None else emit.value
+    asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha, vocab, weights, chosen)
     return repair(asked, options.target(out), options)
 
 

@@ -27,6 +27,7 @@ _MATRIX = re.compile(
 )
 _FACTOR = re.compile(rf"^(?P<module>.+?)\.(?P<kind>{'|'.join(FACTOR_KINDS)})(?:\.|$)")
 _OUTPUTS = frozenset({"lm_head"})
+_IN_PEFT = frozenset({"modules_to_save", "base_layer"})
 _HEAD_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModeling")
 
 
@@ -148,6 +149,8 @@ def missing_heads(model: Checkpoint) -> list[str]:
         return []
     if any(not HEADS.isdisjoint(n.split(".")[1:]) for n in model.tensors):
         return []
+    if any(n.split(".")[0] in HEADS and n.split(".")[1] in _IN_PEFT for n in model.tensors if n.count(".") > 1):
+        return []  # trained whole beside LoRA, or under it, in a model that was neither merged nor split
     if any("head" in n.partition(".")[0] and n.partition(".")[0] not in _OUTPUTS for n in model.tensors):
         return []
     built = classifier(model.config, {"auto_mapping": {"base_model_class": named[0]}})

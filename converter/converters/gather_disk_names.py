@@ -130,7 +130,8 @@ def _on_disk(checkpoint: Checkpoint, form: MemoryForm, context: Context) -> Chec
     names = {n: d for n, d in form.renamed.items() if n not in dropped}
     less = {n: t for n, t in checkpoint.tensors.items() if n not in dropped or n in form.apart}
     renamed = checkpoint.replace(tensors=less, dropped={**checkpoint.dropped, **dropped}).rename(names)
-    return renamed.replace(tensors=found, shards=shards)
+    left = (*checkpoint.left, *(checkpoint.tensors[n] for n in dropped))
+    return renamed.replace(tensors=found, shards=shards, left=left)
 
 
 def _differ(name: str, disk: str, checkpoint: Checkpoint) -> Refused:

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from converter.context import Context
 from converter.converters.gather_disk_names import MemoryForm, memory_form
-from converter.converters.gather_names import without_wrappers
+from converter.converters.plain_names import plain_names
 from converter.diagnoses.aims import is_transformers_4
 from converter.diagnoses.model import HERE, LOST, Case, Finding, Severity, diagnosis, folded
-from converter.errors import ConvertError, show
+from converter.errors import show
 
 WRAPPER = re.compile(
     r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module|_forward_module)\."
@@ -93,13 +93,19 @@ def names_of_a_trainer(case: Case, context: Context) -> Iterable[Finding]:
 
 @diagnosis("names-doubled", "model")
 def names_doubled(case: Case, context: Context) -> Iterable[Finding]:
-    """A prefix stands in the names twice or three times (model.model.model.): a save of a wrapped model by a function
-    that put its own prefix before them again. Loaders find nothing.
+    """A prefix stands in the names twice or three times (model.model.model.), or one that is not theirs before them
+    (model.lm_head, PEFT's base_model.model.): a save of a wrapped model by a function that put its own prefix before
+    them again. Loaders find nothing of it.
     """
-    prefix = re.compile(r"^((?:\w+\.)+?)\1")
-    found = tuple(n for n in case.shapes if (m := prefix.match(n)) and m[1] not in ("decoder.", "encoder."))
-    if found and len(found) >= len(case.shapes) - 2:
-        text = f"{len(found)} of {len(case.shapes)} names have their prefix more than once"
+    if any(_UNMERGED.search(n) for n in case.shapes):
+        return
+    plain = plain_names(case.shapes, case.config)
+    found = tuple(n for n in plain.changed if not WRAPPER.search(n))
+    if found:
+        text = (
+            f"{len(found)} of {len(case.shapes)} names have a prefix that is not theirs: "
+            f"{show(found[0])} is {show(plain.names[found[0]])}"
+        )
         shown, command = folded(case, found), repair_command(case)
         yield Finding("names-doubled", "error", text, found, shown, HERE, ("mend-names",), "safe", command)
 
@@ -143,7 +149,7 @@ def experts_twice(case: Case, context: Context) -> Iterable[Finding]:
     single = {m["layer"]: n for n in case.shapes if (m := _ONE.match(n))}
     fused = {m["layer"]: n for n in case.shapes if (m := _FUSED.match(n))}
     both = {fused[layer]: single[layer] for layer in sorted(single.keys() & fused.keys())}
-    form = _form(case)
+    form = _form(case) if fused else None
     if form is not None:
         both |= _stacks_twice(case, form)
     if both:
@@ -157,11 +163,8 @@ def experts_twice(case: Case, context: Context) -> Iterable[Finding]:
 
 def _form(case: Case) -> MemoryForm | None:
     """What is named as in memory, wrappers taken off; None where that can't be told."""
-    try:
-        plain, _ = without_wrappers(case.shapes)
-    except ConvertError:
-        return None
-    return memory_form({n: case.survey.entries[raw].tensor for raw, n in plain.items()}, case.config)
+    names = plain_names(case.shapes, case.config).names
+    return memory_form({n: case.survey.entries[raw].tensor for raw, n in names.items()}, case.config)
 
 
 def _twice(case: Case, form: MemoryForm) -> list[str]:

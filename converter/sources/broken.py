@@ -20,7 +20,6 @@ from converter.sources import hf, peft, set_files
 from converter.sources import survey as folder
 from converter.sources.sidecars import checks_beside, identities_beside, tensors_beside
 from converter.sources.survey import Survey, file_names
-from converter.sources.ties import find_ties
 from converter.sources.weight_file import WeightFile, read_weights
 from converter.strict_json import MAX_JSON_BYTES
 from converter.tensors import Filled, LazyTensor
@@ -55,7 +54,7 @@ def open_broken(root: Path, *, asked: str, revision: str | None = None, keep_cod
     config = hf.parse_config(config_bytes, root / config_file)
     side_files, identities = find_side_files(root, keep_code=keep_code)
     tensors = hf.lazy(survey) | _promised(root, names, survey)
-    ties = () if is_adapter else find_ties(tensors, config)
+    ties = () if is_adapter else hf.ties_of(tensors, config)
     kept, shared = hf.without_shared(tensors, ties)
     spare, spare_inputs, spare_checks = _spare(root, names, {*headers, *survey.beside}, is_adapter=is_adapter)
     files = {hf.stored_path(root, n): h.identity for n, h in headers.items()}

@@ -14,6 +14,7 @@ from typing import Any
 from converter.checkpoint import Checkpoint, Origin
 from converter.errors import Refused, fold, show
 from converter.files import Identity, identity, read_limited
+from converter.implied import without_wrappers
 from converter.safetensors_io import Index, read_index
 from converter.side_files import find_side_files
 from converter.sources import set_files
@@ -28,6 +29,7 @@ from converter.tensors import LazyTensor
 WEIGHTS = folder.MODEL_WEIGHTS
 INDEX = folder.MODEL_INDEX
 CONFIG = folder.MODEL_CONFIG
+_PEFT = re.compile(r"^base_model\.model\.(?=.*\.\w+\.)")
 _AGAIN = "download or copy the folder again"
 
 
@@ -65,7 +67,7 @@ class HfSource:
         config = parse_config(config_bytes, root / CONFIG)
         _refuse_other_weights(config, root)
         side_files, identities = find_side_files(root, keep_code=keep_code)
-        ties = find_ties(survey.entries, config)
+        ties = ties_of(survey.entries, config)
         kept, shared = without_shared(lazy(survey), ties)
         return Checkpoint(
             tensors=kept,
@@ -89,6 +91,12 @@ class HfSource:
 def _holds_checkpoints(root: Path) -> bool:
     """True for a run's folder: it has a config of its own, and the weights are in folders below."""
     return any(folder_kind(file_names(p)) for p in root.iterdir() if p.is_dir())
+
+
+def ties_of(names: Iterable[str], config: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """Tied names, which wrappers and LoRA may have changed: as they are stored."""
+    plain = {_PEFT.sub("", without_wrappers(n)).replace(".base_layer.", "."): n for n in names}
+    return tuple(tuple(plain.get(n, n) for n in group) for group in find_ties(plain, config))
 
 
 def stored_path(root: Path, name: str) -> str:
