@@ -37,3 +37,9 @@ class Message:
     def regex(self) -> re.Pattern[str]:
         """The pattern, compiled; it is ours, never an input's."""
         return re.compile(self.pattern)
+
+    @cached_property
+    def general(self) -> str:
+        """What it means, without the names of a case."""
+        text = re.sub(r" \(\{\w+\}(?:, \.\.\.)?\)", "", self.text)
+        return re.sub(r"\{(\w+)\}", lambda m: {"name": "NAME"}.get(m[1], "..."), text)
