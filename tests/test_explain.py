@@ -66,9 +66,9 @@ def error_of_torch(saved: torch.Tensor, into: nn.Module) -> str:
 def test_an_empty_tensor_in_the_file_and_an_empty_model_are_told_apart() -> None:
     layer, empty = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
     empty.weight = nn.Parameter(torch.empty(0))
-    assert named(error_of_torch(torch.empty(0), layer)) == ["size-mismatch-empty-file"]
-    assert named(error_of_torch(torch.ones(3, 4), empty)) == ["size-mismatch-empty-model"]
-    assert named(error_of_torch(torch.ones(2, 4), layer)) == ["size-mismatch"]
+    assert named(error_of_torch(torch.empty(0), layer))[1:] == ["size-mismatch-empty-file"]
+    assert named(error_of_torch(torch.ones(3, 4), empty))[1:] == ["size-mismatch-empty-model"]
+    assert named(error_of_torch(torch.ones(2, 4), layer))[1:] == ["size-mismatch"]
 
 
 OLD_TEXTS = {
@@ -135,13 +135,13 @@ def test_colours_carriage_returns_and_prefixes_of_ranks_do_not_hide_a_message() 
 def test_a_line_of_megabytes_and_bytes_that_are_no_text_are_read_without_harm() -> None:
     blocks = [b"x" * (1 << 20)] * 4 + [b"\n\xff\xfe\x00unknown zero stage 1\n"]
     assert [s.message.name for s, _ in read(lines_of(blocks))] == ["zero-stage-unknown"]
-    assert max(map(len, lines_of([b"y" * 100] * 10_000))) <= MAX_LINE + 100
+    assert max(len(line) for _, line in lines_of([b"y" * 100] * 10_000)) <= MAX_LINE + 100
 
 
 def test_a_hostile_line_is_shown_escaped() -> None:
     found = match("unknown zero stage 1 \x1b]0;owned\x07")
     assert found is not None
-    seen = next(read([b"unknown zero stage 1 \x1b]0;owned\x07"]))[0]
+    seen = next(read([(1, b"unknown zero stage 1 \x1b]0;owned\x07")]))[0]
     assert "\x1b" not in seen.example
     assert "\x07" not in seen.example
 

@@ -9,17 +9,18 @@ import stat
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.doctor import WIDTH, explain_code
+from converter.cli.doctor import WIDTH
 from converter.cli.options import Display
 from converter.errors import UsageError, show
 
 if TYPE_CHECKING:
     from converter.explain import Seen
 
-_CODE = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)+", re.ASCII)
+_CODE = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*", re.ASCII)
 _BLOCK = 1 << 20
 _WORDS = {"error": "ERROR", "changes-numbers": "NUMBERS", "cosmetic": "harmless"}
 _ORDER = ("error", "changes-numbers", "cosmetic")
@@ -31,6 +32,8 @@ def explain(subject: str | None, fail_on: str | None, options: Display) -> int:
     Raises:
         UsageError: no text (`usage`), an unknown code (`unknown-code`), or a path that is no file (`path-not-a-file`).
     """
+    from converter.explain import match
+
     if subject is None:
         return _list_codes(options)
     if subject == "-":
@@ -38,13 +41,14 @@ def explain(subject: str | None, fail_on: str | None, options: Display) -> int:
     if not subject.strip():
         raise UsageError("usage", "the text is empty", next="rlhf-convert explain --help")
     path = Path(subject).expanduser()
-    if _names_a_file(path):
+    code = subject.strip()
+    if _names_a_file(path) and not (path.is_dir() and explained(code) is not None):
         if path.is_dir():
             look = f"rlhf-convert doctor {shlex.quote(subject)}"
             raise UsageError("path-not-a-file", "this is a folder", where=show(subject), next=look)
         return _explain(_file(path), fail_on, options, live=False)
-    if _CODE.fullmatch(subject):
-        return explain_code(subject, options)
+    if _CODE.fullmatch(code) and match(code) is None:
+        return _explain_code(code, options)
     return _explain(iter([subject.encode("utf-8", "replace")]), fail_on, options, live=False, pasted=True)
 
 
@@ -55,10 +59,71 @@ def _names_a_file(path: Path) -> bool:
         return False  # a pasted text may be longer than a path can be
 
 
-def _list_codes(options: Display) -> int:
+def explained(code: str) -> tuple[str, tuple[str, ...]] | None:
+    """What a code means and what to do: a diagnosis's, a refusal's, a check's, a note's, or a message's name."""
     from converter.doctor import diagnoses
+    from converter.explain import MESSAGES
+    from converter.explanations.codes import codes
 
-    codes = sorted(diagnoses())
+    if code in diagnoses():
+        return " ".join(diagnoses()[code].doc.split()), ()
+    if code in codes():
+        found = codes()[code]
+        return found.means, (found.do,) if found.do else ()
+    for message in MESSAGES:
+        if message.name == code:
+            return message.general, (*message.next, *(f"rlhf-convert explain {c}" for c in message.codes))
+    return None
+
+
+def known_codes() -> list[str]:
+    """Every code that can be explained."""
+    from converter.doctor import diagnoses
+    from converter.explain import MESSAGES
+    from converter.explanations.codes import codes
+
+    return sorted({*diagnoses(), *codes(), *(m.name for m in MESSAGES)})
+
+
+def _explain_code(code: str, options: Display) -> int:
+    found = explained(code)
+    if found is None:
+        known = known_codes()
+        near = get_close_matches(code, known, n=3, cutoff=0.7) or [c for c in known if f"-{code}-" in f"-{c}-"][:3]
+        pasted = f"rlhf-convert explain {shlex.quote('the pasted error')}"
+        raise UsageError(
+            "unknown-code",
+            f"nothing here has the code {show(code)}, and there is no file of that name",
+            expected=", ".join(near) if near else None,
+            next=f"rlhf-convert explain {near[0]}" if near else pasted,
+        )
+    text, next_ = found
+    options.sink.screen([code, *textwrap.wrap(text, WIDTH), *_advice(next_)])
+    options.sink.json({"code": code, "text": text, "next": list(next_)})
+    return 0
+
+
+def _advice(lines: Sequence[str], indent: str = "") -> list[str]:
+    """What to do, one arrow each; commands stay whole, so that they can be copied."""
+    out: list[str] = []
+    for each in lines:
+        if each.startswith("rlhf-convert ") and len(each) <= WIDTH + 40:
+            out.append(f"{indent}-> {each}")
+            continue
+        wrapped = textwrap.wrap(
+            each,
+            WIDTH,
+            initial_indent=f"{indent}-> ",
+            subsequent_indent=f"{indent}   ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        out += wrapped
+    return out
+
+
+def _list_codes(options: Display) -> int:
+    codes = known_codes()
     options.sink.screen([*codes, "", "rlhf-convert explain CODE, a log file, `-`, or a pasted error"])
     options.sink.json({"codes": codes})
     return 0
@@ -126,8 +191,7 @@ def _screen(seen: Seen, *, numbered: bool) -> list[str]:
     if numbered:
         lines.append(f"  > {seen.example}")
     lines += textwrap.wrap(seen.text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
-    lines += [f"  -> {each}" for each in seen.message.next]
-    lines += [f"  -> rlhf-convert explain {code}" for code in seen.message.codes]
+    lines += _advice([*seen.message.next, *(f"rlhf-convert explain {code}" for code in seen.message.codes)], "  ")
     return lines
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
+
+_FIELD = re.compile(r"\{(\w+)\}")
+_OPTIONAL = re.compile(r" \(\{(\w+)\}(?:, \.\.\.)?\)")
 
 Severity = Literal["error", "changes-numbers", "cosmetic"]
 
@@ -37,3 +41,13 @@ class Message:
     def regex(self) -> re.Pattern[str]:
         """The pattern, compiled; it is ours, never an input's."""
         return re.compile(self.pattern)
+
+    @property
+    def general(self) -> str:
+        """What it means, without the names of a case."""
+        return self.filled({})
+
+    def filled(self, groups: Mapping[str, str]) -> str:
+        """What it means, with the names of a case; what the line does not name is left out or called NAME."""
+        text = _OPTIONAL.sub(lambda m: m[0] if m[1] in groups else "", self.text)
+        return _FIELD.sub(lambda m: groups.get(m[1], {"name": "NAME"}.get(m[1], "...")), text)

@@ -8,7 +8,8 @@ MESSAGES = (
         "error",
         ("optim_states.pt",),
         r"Expected (?P<want>\d+) of '\*_optim_states\.pt' under .* but found (?P<have>\d+) files",
-        "{have} shard files lie where {want} belong: a run of another size saved into the same folder, or files are "
+        "{have} shard files lie where {want} belong: a run of another size saved into the same folder, or "
+        "files are "
         "missing.",
         ("rlhf-convert doctor DIR", "rlhf-convert gather DIR OUT"),
         ("zero-mixed", "zero-rank-missing"),
@@ -17,8 +18,8 @@ MESSAGES = (
         "zero-stage-unknown",
         "error",
         ("unknown zero stage",),
-        r"unknown zero stage (?P<stage>\d)",
-        "zero_to_fp32 reads stages 2 and 3; stage {stage} is gathered by rlhf-convert.",
+        r"unknown zero stage(?: (?P<stage>\d))?",
+        "zero_to_fp32 reads stages 2 and 3; other stages ({stage}) are gathered by rlhf-convert.",
         ("rlhf-convert gather DIR OUT",),
     ),
     Message(
@@ -34,7 +35,8 @@ MESSAGES = (
         "error",
         ("numels out of",),
         r"consumed (?P<have>\d+) numels out of (?P<want>\d+)",
-        "The shards do not add up to the parameters: alignment padding, or files of two runs. rlhf-convert knows the "
+        "The shards do not add up to the parameters: alignment padding, or files of two runs. rlhf-convert "
+        "knows the "
         "paddings, and names the parameter where sizes part otherwise.",
         ("rlhf-convert gather DIR OUT",),
         ("zero-sizes",),
@@ -53,8 +55,9 @@ MESSAGES = (
         "flat-parameters",
         "error",
         ("_flat_param",),
-        r"_flat_param",
-        "An FSDP save of flat local shards: shapes are not in it. With the sharded or the full state-dict type they "
+        r"[.'\"]_flat_param\b",
+        "An FSDP save of flat local shards: shapes are not in it. With the sharded or the full state-dict type "
+        "they "
         "are.",
         ("rlhf-convert doctor DIR",),
     ),
@@ -78,13 +81,15 @@ MESSAGES = (
         "header-incomplete",
         "error",
         (
+            "deserializing header",
             "MetadataIncompleteBuffer",
             "InvalidHeader",
             "HeaderTooLarge",
             "HeaderTooSmall",
             "InvalidHeaderDeserialization",
         ),
-        r"MetadataIncompleteBuffer|InvalidHeaderDeserialization|HeaderToo(?:Large|Small)|InvalidHeaderLength",
+        r"MetadataIncompleteBuffer|InvalidHeaderDeserialization|HeaderToo(?:Large|Small)|InvalidHeader|"
+        r"deserializing header: ",
         "A safetensors file is cut short, empty, or is something else: a git-lfs pointer, an error page, a pickle.",
         ("rlhf-convert doctor DIR",),
         ("file-truncated", "safetensors-not"),
@@ -103,7 +108,8 @@ MESSAGES = (
         "error",
         ("'NoneType' object has no attribute 'get'",),
         r"'NoneType' object has no attribute 'get'",
-        "Older transformers need `format: pt` in the header of a safetensors file, and this one has no metadata.",
+        "Where the traceback ends in a loader of weights: older transformers need `format: pt` in the header of a "
+        "safetensors file, and this one has no metadata. Elsewhere it is a bug of the script's own.",
         ("rlhf-convert repair DIR OUT",),
     ),
     Message(
@@ -111,7 +117,8 @@ MESSAGES = (
         "error",
         ("share memory",),
         r"Some tensors share memory|shared tensors .* are mismatching",
-        "The model has tied weights, and the save function wants each tensor once. Nothing on disk is wrong; a save "
+        "The model has tied weights, and the save function wants each tensor once. Nothing on disk is wrong; a "
+        "save "
         "that "
         "stopped here wrote nothing, or an unfinished folder.",
         ("rlhf-convert doctor DIR",),
@@ -138,16 +145,17 @@ MESSAGES = (
         "remote-code-missing",
         "error",
         ("does not appear to have a file named",),
-        r"does not appear to have a file named (?P<name>[\w.]+\.py)",
+        r"does not appear to have a file named (?P<name>[\w.*]+\.py)",
         "config.json names code ({name}) that was not copied with the weights. Copy it from the base model.",
         ("rlhf-convert doctor DIR",),
     ),
     Message(
         "tokenizer-class",
         "error",
-        ("TokenizersBackend", "has no attribute 'keys'"),
+        ("TokenizersBackend does not exist", "has no attribute 'keys'"),
         r"Tokenizer class TokenizersBackend does not exist|'list' object has no attribute 'keys'",
-        "The tokenizer was saved by transformers 5 and is read by transformers 4: a matter of tokenizer_config.json "
+        "The tokenizer was saved by transformers 5 and is read by transformers 4: a matter of "
+        "tokenizer_config.json "
         "alone.",
         ("rlhf-convert repair DIR OUT --for transformers@4",),
     ),
@@ -157,23 +165,6 @@ MESSAGES = (
         ("org_vocab_size", "has wrong shape"),
         r"loaded_weight\.shape\[output_dim\] == self\.org_vocab_size|token_embd\.weight.* has wrong shape",
         "The embedding has other rows than config.json's vocab_size: padded in training, or cut.",
-        ("rlhf-convert doctor DIR",),
-    ),
-    Message(
-        "gradient-checkpointing",
-        "cosmetic",
-        ("use_cache=True", "use_reentrant"),
-        r"`?use_cache=True`? is incompatible with gradient checkpointing|None of the inputs have "
-        r"requires_grad|use_reentrant",
-        "Harmless for weights: gradient checkpointing changes memory, never what is saved or loaded. Switching it off "
-        "cures no checkpoint.",
-    ),
-    Message(
-        "mismatched-sizes-ignored",
-        "error",
-        ("ignore_mismatched_sizes", "did not match"),
-        r"ignore_mismatched_sizes|newly initialized because the shapes did not match",
-        "ignore_mismatched_sizes=True is no cure: every tensor whose shape differs is filled with random values.",
         ("rlhf-convert doctor DIR",),
     ),
     Message(
@@ -188,8 +179,9 @@ MESSAGES = (
     Message(
         "out-of-memory",
         "error",
-        ("OutOfMemoryError", "out of memory", "Killed"),
-        r"CUDA out of memory|OutOfMemoryError|^Killed$|oom-kill",
+        ("OutOfMemoryError", "out of memory", "Killed", "oom-kill", "oom_kill", "SIGKILL"),
+        r"CUDA out of memory|OutOfMemoryError|^\s*Killed\s*$|\d+ Killed {2}|oom[-_]kill|Out of memory: Killed|"
+        r"exitcode +: -9|Signal 9 \(SIGKILL\)",
         "Memory ran out. Merging and gathering need neither a GPU nor the whole model in memory: rlhf-convert streams.",
         ("rlhf-convert merge-lora ADAPTER OUT --memory 2GB", "rlhf-convert gather DIR OUT --memory 2GB"),
     ),
