@@ -93,8 +93,10 @@ def examined(asked: str, options: tuple[str, ...], capsys: pytest.CaptureFixture
     return findings
 
 
-FIXES = {"fill", "gather", "cast", "remap-head", "split-lora", "mend-names", "mend-adapter-names", "mend-ties",
-         "mend-vocabulary", "mend-labels", "mend-pad-token", "mend-architecture", "mend-for-transformers-4"}  # fmt: skip
+FIXES = {
+    "fill", "gather", "cast", "remap-head", "split-lora", "mend-names", "mend-adapter-names", "mend-ties",
+    "mend-vocabulary", "mend-labels", "mend-pad-token", "mend-architecture", "mend-for-transformers-4",
+}  # fmt: skip
 
 
 def type_it(command: str) -> str | None:
