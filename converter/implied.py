@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -115,10 +116,10 @@ def implied(config: Mapping[str, Any]) -> Implied | None:
         for name, counts, dims in entry["tensors"]:
             shape = tuple(evaluate(d, known) for d in dims)
             into = optional if name in entry["tied"] and _is_tied(config, entry) else shapes
-            numbers = [range(evaluate(c, known)) for c in counts]
-            if len(shapes) > MOST_TENSORS or any(len(n) > MOST_TENSORS for n in numbers):
+            numbers = [max(evaluate(c, known), 0) for c in counts]
+            if len(shapes) + math.prod(numbers) > MOST_TENSORS:
                 return None
-            for each in itertools.product(*numbers):
+            for each in itertools.product(*map(range, numbers)):
                 into[_numbered(name, each)] = shape
     except KeyError:
         return None

@@ -101,7 +101,7 @@ def test_the_recipe_of_a_repair_that_fills_nothing_runs_and_writes_the_same(
 
 def test_two_names_that_become_one_are_refused(causal: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = load_file(causal / FILE)
-    save_file(tensors | {"_orig_mod.model.norm.weight": torch.ones(8)}, causal / FILE)
+    save_file(tensors | {"_orig_mod.model.norm.weight": torch.zeros(8)}, causal / FILE)
     assert main(["repair", str(causal), str(causal.parent / "out")]) == 3
     assert "rename-collision" in capsys.readouterr().err
     assert not (causal.parent / "out").exists()

@@ -89,16 +89,23 @@ def find_mends(
     names: dict[str, None] = {}
     codes: dict[str, None] = {}
     left: dict[str, str] = {}
-    for finding in (*findings, *_behind_the_names(report.case, findings)):
+
+    def note(finding: Finding) -> None:
         known = [n for n in finding.fix if n in _ORDER]
         if finding.applicability == "display-only" or (finding.fix and not known):
-            continue
+            return
         needed = _needed(finding, known, lora_alpha)
         if needed is not None and needed not in allow:
             left[finding.code] = needed
-            continue
+            return
         names.update(dict.fromkeys(known))
         codes[finding.code] = None
+
+    for finding in findings:
+        note(finding)
+    if report.case.kind == "model" and not _CLEARING.isdisjoint(names):
+        for finding in _behind_the_names(report.case, findings, lora="split-lora" in names):
+            note(finding)
     if "mend-names" in names:
         names["mend-ties"] = None  # by the names that are stored no tie is seen
     if is_transformers_4(target):
@@ -132,11 +139,9 @@ def _expect_lora(names: Mapping[str, None], left: Mapping[str, str], where: str)
         raise UsageError("no-adapter", "there are no LoRA layers in this model to split off", where=where)
 
 
-def _behind_the_names(case: Case, findings: Sequence[Finding]) -> list[Finding]:
+def _behind_the_names(case: Case, findings: Sequence[Finding], *, lora: bool) -> list[Finding]:
     """Faults that only show once names and the class are mended: a head behind a wrapper is no head to doctor."""
-    if case.kind != "model" or not any(_CLEARING.intersection(f.fix) for f in findings):
-        return []
-    entries = {n: e for n, e in _mended(case).items() if _LORA.search(n) is None}
+    entries = _mended(case, lora=lora)
     named = case.config.get("architectures")
     bare = class_of(case.config)
     listed = {"architectures": [bare, *named[1:]]} if isinstance(named, list) and bare is not None else {}
@@ -149,12 +154,16 @@ def _behind_the_names(case: Case, findings: Sequence[Finding]) -> list[Finding]:
     return [f for f in found if f.code not in known]
 
 
-def _mended(case: Case) -> dict[str, StoredTensor]:
+def _mended(case: Case, *, lora: bool) -> dict[str, StoredTensor]:
+    """The tensors by the names that they will have; without LoRA's, where those are merged."""
     names = plain_names(case.shapes, case.config).names
     form = memory_form({n: case.survey.entries[raw].tensor for raw, n in names.items()}, case.config)
     renamed = {} if form is None else form.renamed
-    plain = {raw: _PEFT.sub("", renamed.get(n, n)).replace(".base_layer.", ".") for raw, n in names.items()}
-    return {_SAVED.sub(".", n): case.survey.entries[raw] for raw, n in plain.items() if ".original_module." not in raw}
+    found = {renamed.get(n, n): case.survey.entries[raw] for raw, n in names.items()}
+    if not lora:
+        return found
+    merged = {n: e for n, e in found.items() if _LORA.search(n) is None and ".original_module." not in n}
+    return {_SAVED.sub(".", _PEFT.sub("", n).replace(".base_layer.", ".")): e for n, e in merged.items()}
 
 
 def _needed(finding: Finding, known: Sequence[str], lora_alpha: float | None) -> str | None:

@@ -22,13 +22,12 @@ def weight_sets(case: Case, context: Context) -> Iterable[Finding]:
             continue
         sets = judged(case.survey.sets, case.config)
         whole = [s for s in sets if not s.lacks]
-        text = fault.text.partition(". ")[0]
-        lines = tuple(s.words for s in sets)[:MAX_EVIDENCE]
+        lines = tuple(s.words for s in whole)[:MAX_EVIDENCE]
         if not whole:
-            yield Finding(CODE, "error", text, evidence=lines, recoverability="from another copy of the files")
+            yield Finding(CODE, "error", fault.text, evidence=lines, recoverability="from another copy of the files")
             continue
         command = f"rlhf-convert repair {case.path} {case.out('fixed')}"
-        yield Finding(CODE, "error", text, (), lines, HERE, ("choose-weights",), "safe", command)
+        yield Finding(CODE, "error", fault.text, (), lines, HERE, ("choose-weights",), "safe", command)
 
 
 DIAGNOSES = (weight_sets,)

@@ -174,7 +174,7 @@ INDEXES: dict[str, tuple[int, Callable[[dict[str, Any]], Any], str]] = {
         "index-phantom",
     ),
     "swapped": (20, _swapped, "index-conflict"),
-    "shard-not-there": (20, pointing_to("model-00009-of-00002.safetensors"), "shard-missing"),
+    "shard-not-there": (20, pointing_to("model-00009-of-00002.safetensors"), "weight-sets"),
 }
 
 
@@ -233,8 +233,9 @@ CASES: list[Case] = [
             row,
             partial(indexed, change),
             ON_MODEL,
-            INDEX if says != "shard-missing" else "model-00009",
+            INDEX if n != "shard-not-there" else "model-00009",
             says,
+            {"repair": (0,)},  # the headers say all that an index would, and the new one is made of them
         )
         for n, (row, change, says) in INDEXES.items()
     ),
