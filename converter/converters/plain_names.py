@@ -79,6 +79,8 @@ def _lead(name: str, known: frozenset[str]) -> str:
     """What may stand before a name: `model.` only of classes that have it, since bare backbones load with it too."""
     if (match := _LEAD.match(name)) is not None:
         return match[0]
+    if (twice := _TWICE.match(name)) is not None:
+        return twice[1]
     return "model." if name.startswith("model.") and "model.embed_tokens.weight" in known else ""
 
 

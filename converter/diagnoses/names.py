@@ -91,13 +91,17 @@ def names_of_a_trainer(case: Case, context: Context) -> Iterable[Finding]:
             )
 
 
+_TWICE_BY_DESIGN = frozenset({"shieldgemma2"})
+"""Model types whose names begin with `model.model.`: a class around a whole model."""
+
+
 @diagnosis("names-doubled", "model")
 def names_doubled(case: Case, context: Context) -> Iterable[Finding]:
     """A prefix stands in the names twice or three times (model.model.model.), or one that is not theirs before them
     (model.lm_head, PEFT's base_model.model.): a save of a wrapped model by a function that put its own prefix before
     them again. Loaders find nothing of it.
     """
-    if any(_UNMERGED.search(n) for n in case.shapes):
+    if any(_UNMERGED.search(n) for n in case.shapes) or case.config.get("model_type") in _TWICE_BY_DESIGN:
         return
     plain = plain_names(case.shapes, case.config)
     found = tuple(n for n in plain.changed if not WRAPPER.search(n))

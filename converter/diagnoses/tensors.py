@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from converter.context import Context
+from converter.converters.plain_names import plain_names
 from converter.diagnoses.faults import explanation, finding_of
 from converter.diagnoses.heads import filling_command
 from converter.diagnoses.model import LOST, Case, Diagnosis, Finding, diagnosis, folded
@@ -49,7 +50,7 @@ def layers_missing(case: Case, context: Context) -> Iterable[Finding]:
     if said is None or not case.shapes or case.text_config.get("model_type") in _COUNTS_PASSES:
         return
     stacks: dict[str, set[int]] = {}
-    for name in case.shapes:
+    for name in plain_names(case.shapes, case.config).names.values():
         if match := _LAYER.match(name):
             stacks.setdefault(match["stack"], set()).add(int(match["number"]))
     if not stacks and any(map(_NUMBERED.search, case.shapes)):
