@@ -99,6 +99,12 @@ def _difference(a: WeightSet, b: WeightSet, context: Context) -> str | None:
 
 def _note(chosen: Judged, sets: Sequence[Judged], context: Context) -> None:
     if len(sets) == 1:
+        if not chosen.set.twice:
+            index = "model.safetensors.index.json"
+            if not all(f.endswith(".safetensors") for f in chosen.set.files):
+                index = "pytorch_model.bin.index.json"
+            text = f"{index} is not believed: {show(chosen.set.name)} has all {chosen.total} tensors by its headers"
+            context.note("info", "weight-sets", text)
         return
     words = f"{show(chosen.set.name)} is taken: {chosen.total} tensors, all that config.json implies"
     context.note("info", "weight-sets", words)
