@@ -22,8 +22,19 @@ _ORDER = (
     "mend-architecture",
     "mend-for-transformers-4",
 )
-_OF_THE_BASE = frozenset({"base-quantised", "tied-copies-differ"})
-"""Errors of another folder than the one that is mended."""
+_OF_THE_MERGE = frozenset(
+    {"base-quantised", "tied-copies-differ", "vocab-mismatch", "adapter-field-unknown", "adapter-field-unsupported",
+     "adapter-base-moved", "peft-type-unsupported", "peft-type-unmergeable"}
+)  # fmt: skip
+"""Errors of another folder, or of a merge: PEFT loads the adapter all the same."""
+
+NEVER_FILLED = frozenset(
+    {"quantisation-left", "remote-code-missing", "normaliser-broken", "output-embedding-missing", "head-reshaped",
+     "head-named-otherwise", "names-of-a-trainer", "lora-alpha-zero", "lora-unmerged", "vocabulary-rows", "fsdp-flat",
+     "config-unreadable", "adapter-config", "adapter-unmatched", "adapter-shape", "adapter-rank", "adapter-unexpected",
+     "adapter-incomplete", "adapter-tokens", "adapter-bias", "adapter-pattern"}
+)  # fmt: skip
+"""Errors that are in the output too, whatever tensors are filled."""
 
 _CONSENTS = {"mend-vocabulary": "vocabulary-rows", "mend-ties": "untie"}
 
@@ -70,7 +81,7 @@ def find_mends(
     if target == "transformers@4":
         names["mend-for-transformers-4"] = None
     steps = tuple(Step(n, _fields(n, lora_alpha, base)) for n in _ORDER if n in names)
-    unmended = [f for f in findings if f.severity == "error" and f.code not in codes and f.code not in _OF_THE_BASE]
+    unmended = [f for f in findings if f.severity == "error" and f.code not in codes and f.code not in _OF_THE_MERGE]
     return Mends(steps, tuple(codes), tuple(left), tuple(unmended))
 
 
