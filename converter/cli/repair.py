@@ -40,6 +40,7 @@ class Repairing:
 
 def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     """Fill what is lost, or say that nothing is; shards without any weight file are gathered."""
+    from converter.cli.repair_mends import NEVER_FILLED
     from converter.cli.repair_places import search
     from converter.converters.fill_refusals import NothingToRepair
     from converter.sources.hub_names import as_reference
@@ -54,6 +55,7 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     if asked.emit == "both":
         return _both(asked, found, out, options)
     mends = mends_of(asked, options)
+    _expect_sound(asked, mends, only=NEVER_FILLED)
     recipe = repair_recipe(asked, found, options, mends=mends.steps)
     if options.print_recipe and mends.codes and _is_whole(recipe, options):
         recipe = mend_recipe(asked, mends, options)  # `fill` would stop a run that has nothing to fill
@@ -140,8 +142,7 @@ def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, 
     """Nothing is lost: mend what else doctor found, or say that the folder is sound."""
     sink = options.sink
     left = [f"left     {show(code)}: {show(needed)}" for code, needed in mends.left]
-    if mends.unmended:
-        _refuse_unmended(asked, mends)
+    _expect_sound(asked, mends)
     if mends.codes:
         recipe = mend_recipe(asked, mends, options)
         found = report.line("mends", ", ".join(mends.codes))
@@ -151,18 +152,20 @@ def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, 
     return 0
 
 
-def _refuse_unmended(asked: Repairing, mends: Mends) -> None:
-    """Say what no mend reaches: an output with an error in it is no repaired folder.
+def _expect_sound(asked: Repairing, mends: Mends, only: frozenset[str] | None = None) -> None:
+    """Say what neither mends nor filling reach: an output with an error in it is no repaired folder.
 
     Raises:
-        Refused: always, under the first error's code.
+        Refused: there is an error, of the codes in `only` if given, that would be in the output; under its code.
     """
-    first = mends.unmended[0]
-    others = [f.code for f in mends.unmended[1:]]
+    left = [f for f in mends.unmended if only is None or f.code in only]
+    if not left:
+        return
+    others = [f.code for f in left[1:]]
     more = f" (and {', '.join(others)})" if others else ""
-    needed = dict(mends.left).get(first.code)
+    needed = dict(mends.left).get(left[0].code)
     expected = None if needed is None else needed if needed.startswith("--") else f"--allow {needed}"
-    raise Refused(first.code, first.message + more, where=show(asked.src), expected=expected, next=first.next)
+    raise Refused(left[0].code, left[0].message + more, where=show(asked.src), expected=expected, next=left[0].next)
 
 
 def mend_recipe(asked: Repairing, mends: Mends, options: Conversion) -> Recipe:

@@ -37,8 +37,19 @@ _ORDER = (
     "mend-architecture",
     "mend-for-transformers-4",
 )
-_OF_THE_BASE = frozenset({"base-quantised", "tied-copies-differ"})
-"""Errors of another folder than the one that is mended."""
+_OF_THE_MERGE = frozenset(
+    {"base-quantised", "tied-copies-differ", "vocab-mismatch", "adapter-field-unknown", "adapter-field-unsupported",
+     "adapter-base-moved", "peft-type-unsupported", "peft-type-unmergeable"}
+)  # fmt: skip
+"""Errors of another folder, or of a merge: PEFT loads the adapter all the same."""
+
+NEVER_FILLED = frozenset(
+    {"quantisation-left", "remote-code-missing", "normaliser-broken", "output-embedding-missing", "head-reshaped",
+     "head-named-otherwise", "names-of-a-trainer", "lora-alpha-zero", "lora-unmerged", "vocabulary-rows", "fsdp-flat",
+     "config-unreadable", "adapter-config", "adapter-unmatched", "adapter-shape", "adapter-rank", "adapter-unexpected",
+     "adapter-incomplete", "adapter-tokens", "adapter-bias", "adapter-pattern"}
+)  # fmt: skip
+"""Errors that are in the output too, whatever tensors are filled."""
 
 _CLEARING = frozenset({"mend-names", "mend-disk-names", "mend-architecture", "split-lora"})
 _LORA = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b")
@@ -127,7 +138,7 @@ def find_mends(
     if weights is not None:
         given[CHOOSE] = {"file": weights}
     steps = tuple(Step(n, given.get(n, {})) for n in _ORDER if n in names)
-    unmended = [f for f in findings if f.severity == "error" and f.code not in codes and f.code not in _OF_THE_BASE]
+    unmended = [f for f in findings if f.severity == "error" and f.code not in codes and f.code not in _OF_THE_MERGE]
     return Mends(steps, tuple(codes), tuple(left.items()), tuple(unmended))
 
 

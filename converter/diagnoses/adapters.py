@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from converter.context import Context
 from converter.converters.head_model import family
@@ -71,16 +71,32 @@ NOT_MERGED_HERE = frozenset(
 """Refusals of a merge that say what is not implemented here; PEFT loads these adapters, and some it can merge."""
 
 
-def _refusal(case: Case) -> ConvertError | None:
-    """Why this adapter does not merge into the base at hand; asked once, from headers."""
+_FIELD = re.compile(r"`(\w+)`|^(init_lora_weights) is ")
+_MOST_REFUSALS = 8
+
+
+def _refusals(case: Case) -> list[ConvertError]:
+    """Why this adapter does not merge into the base at hand; asked once, from headers.
+
+    A field of the config that stops a merge is left out, and the merge is tried again: there may be more.
+    """
     key = "\0merge"
     if key not in case._json:
-        case._json[key] = _try_merge(case)
-    value = case._json[key]
-    return value if isinstance(value, ConvertError) else None
+        found: list[ConvertError] = []
+        without: frozenset[str] = frozenset()
+        while len(found) < _MOST_REFUSALS and (error := _try_merge(case, without)) is not None:
+            found.append(error)
+            field = _FIELD.search(error.what)
+            name = (field[1] or field[2]) if field is not None else None
+            if name is None or name in without or not error.code.startswith("adapter-"):
+                break
+            without |= {name}
+        case._json[key] = found
+    errors: list[ConvertError] = case._json[key]
+    return errors
 
 
-def _try_merge(case: Case) -> ConvertError | None:
+def _try_merge(case: Case, without: frozenset[str]) -> ConvertError | None:
     from converter.converters.merge_lora import MergeLora
     from converter.sources import hf, peft
 
@@ -88,6 +104,8 @@ def _try_merge(case: Case) -> ConvertError | None:
         return None
     try:
         adapter = peft.SOURCE.open(case.root, asked=case.asked)
+        if without:
+            adapter = adapter.replace(config={k: v for k, v in adapter.config.items() if k not in without})
         base = hf.SOURCE.open(case.base.root, asked=case.base.asked)
         MergeLora(adapters=(adapter,))(base, Context())
     except ConvertError as error:
@@ -97,21 +115,21 @@ def _try_merge(case: Case) -> ConvertError | None:
 
 def _merge_refused(code: str) -> Diagnosis:
     def find(case: Case, context: Context) -> Iterable[Finding]:
-        error = _refusal(case)
-        if error is not None and error.code == code and not (code == "adapter-incomplete" and _halves(case)[0]):
-            yield _of(error, case)
+        mine = [e for e in _refusals(case) if e.code == code]
+        if mine and not (code == "adapter-incomplete" and _halves(case)[0]):
+            yield _of(mine[0], case, [e.what for e in mine[1:]])
 
     return Diagnosis(code, find, frozenset({"adapter"}), False, REFUSALS[code])
 
 
-def _of(error: ConvertError, case: Case) -> Finding:
+def _of(error: ConvertError, case: Case, more: Sequence[str] = ()) -> Finding:
     details = [f"expected {error.expected}"] if error.expected else []
     details += [f"got {error.got}"] if error.got else []
     base = f"base: {show(case.base.asked)}" if case.base is not None else ""
     severity = _severity(error, case)
     what = error.what if severity != "cosmetic" else f"sound, and not merged here: {error.what}"
     lost = LOST if error.code == "no-op" else ""
-    return Finding(error.code, severity, what, (), (*details, base)[:3], lost, next=error.next)
+    return Finding(error.code, severity, "; ".join((what, *more)), (), (*details, base)[:3], lost, next=error.next)
 
 
 def _severity(error: ConvertError, case: Case) -> Severity:
@@ -129,9 +147,9 @@ def _severity(error: ConvertError, case: Case) -> Severity:
 @diagnosis("adapter-merge-refused", "adapter")
 def adapter_merge_refused(case: Case, context: Context) -> Iterable[Finding]:
     """The adapter does not merge into its base; the message says why."""
-    error = _refusal(case)
     known = {*REFUSALS, "head-base-lost", "head-missing", "no-op", *(f.code for f in case.survey.faults)}
-    if isinstance(error, Refused | UsageError) and error.code not in known:
+    others = [e for e in _refusals(case) if isinstance(e, Refused | UsageError) and e.code not in known]
+    for error in others[:1]:
         yield Finding("adapter-merge-refused", "error", f"{error.code}: {error.what}", next=error.next)
 
 
@@ -153,10 +171,10 @@ def no_op(case: Case, context: Context) -> Iterable[Finding]:
     """
     if case.adapter_config.get("lora_alpha") == 0:
         return
-    error = _refusal(case)
-    if error is not None and error.code == "no-op":
-        yield _of(error, case)
-        return
+    for error in _refusals(case):
+        if error.code == "no-op":
+            yield _of(error, case)
+            return
     if not case.deep:
         return
     second = {n: e for n, e in case.survey.entries.items() if (m := _LORA.match(n)) and m["kind"].endswith("B")}

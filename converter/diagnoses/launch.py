@@ -31,7 +31,8 @@ def launch_path_missing(case: Case, context: Context) -> Iterable[Finding]:
     if case.launch is None:
         return
     for option, role, value in case.launch.models():
-        if _is_local(value) and case.launch.find(value) is None:
+        is_made = os.path.normpath(value) in case.launch.made
+        if _is_local(value) and case.launch.find(value) is None and not is_made:
             text = f"{option} ({role}) is {show(value)}, and there is no such folder"
             yield Finding("launch-path-missing", "error", text, (), (show(value),))
 

@@ -122,6 +122,8 @@ def names_in_memory(case: Case, context: Context) -> Iterable[Finding]:
     engines that look for the names on disk, stop with a KeyError or make the whole text model, the image tower or the
     experts RANDOM. Where both forms lie in one folder no older version finds all, and what is there twice may differ.
     """
+    if case.config.get("model_type") in _TWICE_BY_DESIGN:
+        return
     form = _form(case)
     if form is None or not (form.renamed or form.apart):
         yield from _both_spellings(case)

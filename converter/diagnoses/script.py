@@ -29,6 +29,10 @@ _TRAINERS: tuple[tuple[str, re.Pattern[str]], ...] = (
 _DSCHAT = frozenset({"actor_model_name_or_path", "critic_model_name_or_path"})
 _LLAMAFACTORY = frozenset({"stage", "finetuning_type", "template"})
 
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?:\[[@*]\])?(?::?[-=]([^{}]*))?\})", re.ASCII)
+_MOST_NESTED = 4
+_OUTPUTS = frozenset({"save_path", "output_dir", "ckpt_path", "default_local_dir", "ckpt.output_dir"})
+
 ROLES: Mapping[str, Mapping[str, Role]] = {
     "openrlhf": {
         "reward_pretrain": "reward", "critic_pretrain": "critic", "pretrain": "actor",
@@ -55,12 +59,14 @@ class Launch:
         trainer: as `--for` names it; None where no known one is started.
         options: by name without dashes; the last one of a name counts, as for the trainers' own parsers.
         computed: options whose value a shell would compute.
+        made: folders that commands of the script write.
     """
 
     path: str
     trainer: str | None
     options: Mapping[str, str] = field(default_factory=dict)
     computed: frozenset[str] = frozenset()
+    made: frozenset[str] = frozenset()
 
     def models(self) -> Iterator[tuple[str, Role, str]]:
         """Option, role and value for every model that the script names."""
@@ -111,46 +117,94 @@ def read_launch(path: str) -> Launch:
 
 
 def _shell(path: str, text: str) -> Launch:
-    variables: dict[str, str] = {}
-    trainer, options = None, dict[str, str]()
-    for words in _commands(text):
-        filled = [_with_variables(w, variables) for w in words]
+    """The last command that names a reward model or critic, else the last one that starts a trainer."""
+    variables: dict[str, str] = {"HOME": "~"}
+    found: list[tuple[str, dict[str, str]]] = []
+    for words in _commands(_with_arrays(text)):
+        filled = list(_filled(words, variables))
         for word in filled:
             name, equals, value = word.removeprefix("export ").partition("=")
             if equals and name.isidentifier() and "." not in name:
                 variables[name] = value
         started = next((t for t, mark in _TRAINERS if any(mark.fullmatch(w) for w in filled)), None)
-        found = dict(_options(filled))
-        if started is None and set(found) >= _DSCHAT:
+        options = dict(_options(filled))
+        if started is None and set(options) >= _DSCHAT:
             started = "deepspeed-chat"
-        if started is None:
-            continue
         if started == "llamafactory":
             for word in filled:
                 if word.endswith((".yaml", ".yml")):
-                    found = _yaml_file(path, word) | found
-        trainer, options = started, {**options, **found}
+                    options = _yaml_file(path, word) | options
+        if started is not None:
+            found.append((started, options))
+    if not found:
+        return Launch(path, None)
+    trainer, options = next((f for f in reversed(found) if _names_a_scorer(*f)), found[-1])
     computed = frozenset(n for n, v in options.items() if "$" in v or "`" in v)
-    return Launch(path, trainer, options, computed)
+    made = frozenset(os.path.normpath(v) for _, o in found for n, v in o.items() if n.rpartition(".")[2] in _OUTPUTS)
+    return Launch(path, trainer, options, computed, made)
+
+
+def _names_a_scorer(trainer: str, options: Mapping[str, str]) -> bool:
+    return any(role != "actor" and name in options for name, role in ROLES.get(trainer, {}).items())
+
+
+def _with_arrays(text: str) -> str:
+    """Arrays of arguments as variables of plain words: `ARGS=(--a b ...)` on one line or many."""
+    return re.sub(r"^(\w+\+?)=\(\s*([^()]*?)\s*\)\s*$", _array, text, flags=re.MULTILINE)
+
+
+def _array(match: re.Match[str]) -> str:
+    lines = [re.sub(r"(?:^|\s)#.*", "", line).rstrip("\\ ") for line in match[2].splitlines()]
+    return f"{match[1]}={shlex.quote(' '.join(lines))}"
 
 
 def _commands(text: str) -> Iterator[list[str]]:
-    """Logical lines as words; a line whose quotes do not close is taken word by word, as in a here-document."""
+    """Commands as words; a line whose quotes do not close is taken word by word, as in a here-document."""
     tokens = 0
     for line in re.sub(r"\\\r?\n", " ", text).splitlines():
         try:
-            words = shlex.split(line, comments=True)
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
+            lexer.whitespace_split = True
+            words = list(lexer)
         except ValueError:
             words = line.split()
         tokens += len(words)
         if tokens > MAX_TOKENS:
             return
-        if words:
-            yield words
+        command: list[str] = []
+        for word in (*words, ";"):
+            if word.strip(";&|"):
+                command.append(word)
+            elif command:
+                yield command
+                command = []
 
 
-def _with_variables(word: str, variables: Mapping[str, str]) -> str:
-    return re.sub(r"\$(?:(\w+)|\{(\w+)\})", lambda m: variables.get(m[1] or m[2], m[0]), word)
+def _filled(words: list[str], variables: Mapping[str, str]) -> Iterator[str]:
+    """Words with the script's own variables put in; one that is a list of arguments becomes as many words."""
+    for word in words:
+        whole = _VARIABLE.fullmatch(word)
+        value = _with_variables(word, variables)
+        if whole is not None and " " in value and value.lstrip().startswith("-"):
+            try:
+                yield from (_with_variables(w, variables) for w in shlex.split(value))
+            except ValueError:
+                yield from value.split()
+        else:
+            yield value
+
+
+def _with_variables(word: str, variables: Mapping[str, str], depth: int = 0) -> str:
+    """A word with variables and their defaults (`${NAME:-value}`) put in; what the script does not set stays."""
+
+    def value(match: re.Match[str]) -> str:
+        bare, braced, default = match.groups()
+        known: str | None = variables.get(braced if bare is None else bare, default)
+        if known is None or depth >= _MOST_NESTED:
+            return match[0]
+        return known if "$" not in known else _with_variables(known, variables, depth + 1)
+
+    return _VARIABLE.sub(value, word)
 
 
 def _options(words: list[str]) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from breakages.sound import HIDDEN, PT, Breakage, Tensors, beside, edit, store
 
@@ -39,14 +47,33 @@ def both(*changes: Change) -> Change:
     return lambda f: [change(f) for change in changes]
 
 
-def tied_to(folder: Path) -> None:
-    """A base whose embeddings are one, and an adapter with a copy of each that differ."""
-    beside(folder, "tied", "whole")
-    edit(folder, "adapter_config.json", modules_to_save=["embed_tokens", "lm_head"])
-    shape = (32, HIDDEN)
-    own = {"base_model.model.model.embed_tokens.weight": torch.ones(shape),
-           "base_model.model.lm_head.weight": torch.zeros(shape)}  # fmt: skip
-    store(folder, lambda t: {**t, **own}, FILE)
+def over_bert(folder: Path, extra: str = "") -> None:
+    """A reward adapter over a masked language model, whose pooler was random and frozen."""
+    config = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    BertForMaskedLM(config).save_pretrained(folder.parent / "bert")
+    model = BertForSequenceClassification.from_pretrained(folder.parent / "bert", num_labels=1)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    wrapped.save_pretrained(folder)
+    edit(folder, "adapter_config.json", base_model_name_or_path="./bert")
+    if extra:
+        more = {f"base_model.model.{extra}.lora_A.weight": torch.ones(2, HIDDEN),
+                f"base_model.model.{extra}.lora_B.weight": torch.ones(HIDDEN, 2)}  # fmt: skip
+        store(folder, lambda t: {**t, **more}, FILE)
+
+
+def over_experts(folder: Path) -> None:
+    """LoRA on experts that transformers fuses when it loads them."""
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=32, num_local_experts=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(folder.parent / "moe")
+    stem = "base_model.model.model.layers.0.mlp.experts.base_layer"
+    own = {f"{stem}.lora_A.weight": torch.ones(4, 16), f"{stem}.lora_B.weight": torch.ones(64, 4)}
+    save_file(own, folder / FILE, metadata=PT)
 
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -112,7 +139,6 @@ ADAPTERS: dict[str, Breakage] = {
         "advice",
         ("--base", "{here}/whole"),
     ),
-    "tied-copies-differ": Breakage("adapter", tied_to, "advice", ("--base", "{here}/whole")),
     "head-base-lost": Breakage("reward-adapter", having(head_with_lora), "lost"),
     "head-missing-adapter": Breakage(
         "reward-adapter", having(lambda t: {n: v for n, v in t.items() if "score" not in n}), "lost"
@@ -124,4 +150,13 @@ ADAPTERS: dict[str, Breakage] = {
         "told",
         ("--with-actor", "{here}/actor"),
     ),
+    "head-incomplete": Breakage("reward-adapter", over_bert, "advice", ("--base", "{here}/bert")),
+    "head-class": Breakage(
+        "reward-adapter",
+        lambda f: over_bert(f, "cls.predictions.transform.dense"),
+        "advice",
+        ("--base", "{here}/bert"),
+    ),
+    "adapter-fused": Breakage("adapter", over_experts, "advice", ("--base", "{here}/moe")),
+    "config-unreadable-adapter": Breakage("adapter", lambda f: (f / "adapter_config.json").write_text("{"), "advice"),
 }

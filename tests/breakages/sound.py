@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +70,11 @@ def make_sound(root: Path) -> None:
     shutil.copytree(root / "reward", root / "plain-reward")
     tokenizer(root / "reward")
     tokenizer(root / "whole")
-    _adapter(causal, root / "adapter", root / "whole", "CAUSAL_LM")
-    model = LlamaForSequenceClassification.from_pretrained(root / "whole", num_labels=1)
-    _adapter(model, root / "reward-adapter", root / "whole", "SEQ_CLS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _adapter(causal, root / "adapter", root / "whole", "CAUSAL_LM")
+        model = LlamaForSequenceClassification.from_pretrained(root / "whole", num_labels=1)
+        _adapter(model, root / "reward-adapter", root / "whole", "SEQ_CLS")
 
 
 def _adapter(model: Any, out: Path, base: Path, task: str) -> None:
