@@ -6,6 +6,7 @@ import codecs
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from converter.errors import show
 from converter.explanations import advice, loading, reports, training
@@ -20,7 +21,16 @@ MAX_LINE = 20_000
 OVERLAP = 2_000
 """Characters that two pieces of an overlong line share."""
 
-_KEYS = re.compile(b"|".join(re.escape(k).encode() for m in MESSAGES for k in m.keys))
+_ALL_KEYS = frozenset(key.encode() for message in MESSAGES for key in message.keys)
+_KEYS = tuple(sorted(key for key in _ALL_KEYS if not any(other in key for other in _ALL_KEYS - {key})))
+"""What a line must hold one of to be looked at."""
+
+
+@lru_cache(maxsize=64)
+def _any_of(keys: tuple[bytes, ...]) -> re.Pattern[bytes]:
+    return re.compile(b"|".join(map(re.escape, keys)))
+
+
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
@@ -46,30 +56,6 @@ class Seen:
         return self.message.filled(self.groups)
 
 
-def lines_of(blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Lines of a stream as they come, with their numbers as editors count them.
-
-    A carriage return ends a line too (progress bars), without counting; an overlong line comes in pieces that overlap.
-    UTF-16, as PowerShell writes logs, is read as text.
-    """
-    rest, number = b"", 1
-    for block in _as_utf8(blocks):
-        *whole, last = (rest + block).split(b"\n")
-        for line in whole:
-            if b"\r" in line:
-                yield from ((number, piece) for piece in line.split(b"\r") if piece)
-            else:
-                yield number, line
-            number += 1
-        *done, rest = last.rsplit(b"\r", 1) if b"\r" in last[:-1] else [last]
-        yield from ((number, piece) for each in done for piece in each.split(b"\r") if piece)
-        if len(rest) > MAX_LINE:
-            yield number, rest
-            rest = rest[-OVERLAP:]
-    if rest:
-        yield number, rest
-
-
 def _as_utf8(blocks: Iterable[bytes]) -> Iterator[bytes]:
     decoder = None
     for number, block in enumerate(blocks):
@@ -78,17 +64,40 @@ def _as_utf8(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield block if decoder is None else decoder.decode(block).encode("utf-8", "replace")
 
 
-def _windows(line: bytes) -> Iterator[bytes]:
-    """The parts of a line that may hold a message: all of it, or the surroundings of each key in an overlong one."""
-    if len(line) <= MAX_LINE:
-        if _KEYS.search(line) is not None:
-            yield line
+def _candidates(blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Lines that hold a key, with their numbers as editors count them; of an overlong line the key's surroundings.
+
+    A carriage return ends a line too (progress bars), without counting. Most of a log is never cut into lines.
+    """
+    rest, number = b"", 1
+    for block in _as_utf8(blocks):
+        data = rest + block
+        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        is_overlong = len(data) - end > MAX_LINE
+        end = len(data) if is_overlong else end
+        yield from _found(data, end, number)
+        number += data.count(b"\n", 0, end)
+        rest = data[-OVERLAP:] if is_overlong else data[end:]
+    yield from _found(rest, len(rest), number)
+
+
+def _found(data: bytes, end: int, number: int) -> Iterator[tuple[int, bytes]]:
+    # Few keys are in a block, and to ask for each is many times faster than one search for all.
+    present = tuple(key for key in _KEYS if key in data)
+    if not present:
         return
-    at = 0
-    while (found := _KEYS.search(line, at)) is not None:
-        start = max(at, found.start() - OVERLAP)
-        at = found.start() + MAX_LINE - OVERLAP
-        yield line[start:at]
+    keys = _any_of(present)
+    at = counted = 0
+    while (hit := keys.search(data, at, end)) is not None:
+        lower = max(at, hit.start() - OVERLAP)
+        before = max(data.rfind(b"\n", lower, hit.start()), data.rfind(b"\r", lower, hit.start()))
+        start = lower if before < 0 else before + 1
+        ends = [i for i in (data.find(c, hit.start(), start + MAX_LINE) for c in (b"\n", b"\r")) if i >= 0]
+        at = min(*ends, end, start + MAX_LINE) if ends else min(end, start + MAX_LINE)
+        number += data.count(b"\n", counted, start)
+        counted = start
+        yield number, data[start:at]
+        at = max(at, hit.end())
 
 
 def match(text: str) -> tuple[Message, dict[str, str]] | None:
@@ -100,22 +109,21 @@ def match(text: str) -> tuple[Message, dict[str, str]] | None:
     return None
 
 
-def read(lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[Seen, bool]]:
+def read(blocks: Iterable[bytes]) -> Iterator[tuple[Seen, bool]]:
     """Every message found, as it is found: with True where it is new, False where it only came again."""
     seen: dict[str, Seen] = {}
-    for number, line in lines:
-        for window in _windows(line):
-            text = _ANSI.sub("", window.decode("utf-8", "replace"))
-            found = match(text)
-            if found is None:
-                continue
-            message, groups = found
-            is_new = message.name not in seen
-            if is_new:
-                seen[message.name] = Seen(message, number, show(_around(text, message), 160), groups)
-            else:
-                seen[message.name].count += 1
-            yield seen[message.name], is_new
+    for number, line in _candidates(blocks):
+        text = _ANSI.sub("", line.decode("utf-8", "replace"))
+        found = match(text)
+        if found is None:
+            continue
+        message, groups = found
+        is_new = message.name not in seen
+        if is_new:
+            seen[message.name] = Seen(message, number, show(_around(text, message), 160), groups)
+        else:
+            seen[message.name].count += 1
+        yield seen[message.name], is_new
 
 
 def _around(text: str, message: Message) -> str:

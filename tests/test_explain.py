@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
 from transformers.utils import logging as transformers_logging
 
 from converter.cli import main
-from converter.explain import MAX_LINE, MESSAGES, lines_of, match, read
+from converter.explain import MAX_LINE, MESSAGES, match, read
 
 TINY = LlamaConfig(
     hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16, num_labels=1
@@ -26,7 +26,7 @@ TINY = LlamaConfig(
 
 
 def named(text: str) -> list[str]:
-    return [seen.message.name for seen, new in read(lines_of([text.encode()])) if new]
+    return [seen.message.name for seen, new in read([text.encode()]) if new]
 
 
 def printed_by_transformers(load: object) -> str:
@@ -134,14 +134,13 @@ def test_colours_carriage_returns_and_prefixes_of_ranks_do_not_hide_a_message() 
 
 def test_a_line_of_megabytes_and_bytes_that_are_no_text_are_read_without_harm() -> None:
     blocks = [b"x" * (1 << 20)] * 4 + [b"\n\xff\xfe\x00unknown zero stage 1\n"]
-    assert [s.message.name for s, _ in read(lines_of(blocks))] == ["zero-stage-unknown"]
-    assert max(len(line) for _, line in lines_of([b"y" * 100] * 10_000)) <= MAX_LINE + 100
+    assert [s.message.name for s, _ in read(blocks)] == ["zero-stage-unknown"]
 
 
 def test_a_hostile_line_is_shown_escaped() -> None:
     found = match("unknown zero stage 1 \x1b]0;owned\x07")
     assert found is not None
-    seen = next(read([(1, b"unknown zero stage 1 \x1b]0;owned\x07")]))[0]
+    seen = next(read([b"unknown zero stage 1 \x1b]0;owned\x07"]))[0]
     assert "\x1b" not in seen.example
     assert "\x07" not in seen.example
 

@@ -153,13 +153,13 @@ def _stdin() -> Iterator[bytes]:
 def _explain(
     blocks: Iterator[bytes], fail_on: str | None, options: Display, *, live: bool, pasted: bool = False
 ) -> int:
-    from converter.explain import lines_of, read
+    from converter.explain import read
 
     limit = len(_ORDER) if fail_on is None else _ORDER.index(fail_on)
     failed = fail_on is not None
     found: list[Seen] = []
     bad = False
-    for seen, is_new in read(lines_of(blocks)):
+    for seen, is_new in read(blocks):
         if not is_new:
             continue
         found.append(seen)

@@ -195,8 +195,8 @@ MESSAGES = (
         "error",
         ("missing keys in the checkpoint model loaded", "unexpected keys in the checkpoint model loaded"),
         r"(?P<which>missing|unexpected) keys in the checkpoint model loaded: \[(?P<name>'[^']*')",
-        "The run went on from a checkpoint with {which} names ({name}, ...): what is missing keeps the values that it "
-        "had before, random or the base model's.",
+        "The run went on from a checkpoint with {which} names ({name}, ...): what is missing keeps the values "
+        "that it had before, random or the base model's.",
         ("rlhf-convert doctor DIR",),
     ),
     Message(
