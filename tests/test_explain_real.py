@@ -269,3 +269,11 @@ def test_a_line_is_answered_at_once_through_a_pipe_and_an_interrupt_exits_130() 
         assert run.stdout.readline() == b"ERROR zero-stage-unknown (line 2)\n"
         run.send_signal(signal.SIGINT)
         assert run.wait(timeout=60) == 130
+
+
+def test_transformers_4s_list_of_shapes_is_told_apart_too() -> None:
+    first = "Some weights were newly initialized because the shapes did not match:\n- score.weight: found shape "
+    empty = first + "torch.Size([0]) in the checkpoint and torch.Size([1, 8]) in the model instantiated"
+    assert named(empty) == ["mismatched-sizes-ignored", "shapes-reported-empty-file"]
+    other = first + "torch.Size([2, 8]) in the checkpoint and torch.Size([1, 8]) in the model instantiated"
+    assert named(other) == ["mismatched-sizes-ignored", "shapes-reported"]
