@@ -147,10 +147,14 @@ def test_a_hostile_line_is_shown_escaped() -> None:
 
 def test_no_pattern_backtracks_without_end_on_a_line_made_for_it() -> None:
     for message in MESSAGES:
-        for filler in ("a", "a.", "'", "['", " | ", "(", "1, "):
+        for filler in ("a", "a.", "'", "['", " | ", "(", "1, ", "{0, ", "a.{0}.", " ", "KeyError "):
             # A pattern that backtracks exponentially would never return here.
-            found = message.regex.search((message.keys[0] + filler * MAX_LINE)[:MAX_LINE])
-            assert found is None or found.end() <= MAX_LINE
+            for text in (
+                message.keys[0] + filler * MAX_LINE,
+                filler * (MAX_LINE // len(filler) - 99) + message.keys[0],
+            ):
+                found = message.regex.search(text[:MAX_LINE])
+                assert found is None or found.end() <= MAX_LINE
 
 
 def test_the_exit_code_is_0_unless_fail_on_asks_for_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

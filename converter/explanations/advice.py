@@ -104,7 +104,7 @@ MESSAGES = (
         "lora-weight-unsupported",
         "error",
         ("is unsupported LoRA weight", "unsupported LoRA weight"),
-        r"(?P<name>[\w.]+) is unsupported LoRA weight",
+        r"(?<![\w.])(?P<name>[\w.]{1,300}+) is unsupported LoRA weight",
         "{name} is a whole tensor in the adapter (modules_to_save), which engines can't serve as LoRA. Merged, "
         "it is "
         "served as a model.",

@@ -167,7 +167,7 @@ MESSAGES = (
         "shapes-reported-empty-file",
         "error",
         ("found shape",),
-        r"(?P<name>[\w.]{1,300}): found shape torch\.Size\(\[0\]\) in the checkpoint",
+        r"(?<![\w.])(?P<name>[\w.]{1,300}+): found shape torch\.Size\(\[0\]\) in the checkpoint",
         "The file holds an empty tensor for {name}: it was saved under ZeRO-3 without gathering. "
         "ignore_mismatched_sizes=True fills it with random values.",
         ("rlhf-convert doctor DIR", "rlhf-convert repair DIR OUT --weights-from THE_RUNS_global_step_FOLDER"),
@@ -177,7 +177,7 @@ MESSAGES = (
         "shapes-reported",
         "error",
         ("found shape",),
-        r"(?P<name>[\w.]{1,300}): found shape torch\.Size\((?P<have>\[[\d, ]*\])\) in the checkpoint and "
+        r"(?<![\w.])(?P<name>[\w.]{1,300}+): found shape torch\.Size\((?P<have>\[[\d, ]*\])\) in the checkpoint and "
         r"torch\.Size\((?P<want>\[[\d, ]*\])\)",
         "{name} is {have} in the file and {want} in the model, and is RANDOM now: another number of labels, "
         "vocabulary or size. ignore_mismatched_sizes=True is what lets this pass.",
