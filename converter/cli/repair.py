@@ -55,12 +55,16 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     if asked.emit == "both":
         return _both(asked, found, out, options)
     mends = mends_of(asked, options)
-    _expect_sound(asked, mends, only=NEVER_FILLED)
     recipe = repair_recipe(asked, found, options, mends=mends.steps)
+
+    def checked_head(prepared: Prepared) -> list[str]:
+        _expect_sound(asked, mends, only=NEVER_FILLED)
+        return [*head(prepared), *_left(mends)]
+
     if options.print_recipe and mends.codes and _is_whole(recipe, options):
         recipe = mend_recipe(asked, mends, options)  # `fill` would stop a run that has nothing to fill
     try:
-        return convert(recipe, out, options, head=head, next_commands=_next)
+        return convert(recipe, out, options, head=checked_head, next_commands=_next)
     except NothingToRepair as healthy:
         return _mend(asked, out, mends, options, healthy)
     except Refused as error:
@@ -124,6 +128,11 @@ def _both(asked: Repairing, found: Search, out: str | None, options: Conversion)
     return write_both(Split(recipe, lambda prepared, _: _source(prepared), _next), out, options)
 
 
+def _left(mends: Mends) -> list[str]:
+    """What is not mended without consent, and what to consent to."""
+    return [report.line("left", f"{show(code)}: {show(needed)}") for code, needed in mends.left]
+
+
 def _is_whole(recipe: Recipe, options: Conversion) -> bool:
     """True where nothing is lost, as far as headers tell."""
     from converter.converters.fill_refusals import NothingToRepair
@@ -141,7 +150,7 @@ def _is_whole(recipe: Recipe, options: Conversion) -> bool:
 def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, healthy: NothingToRepair) -> int:
     """Nothing is lost: mend what else doctor found, or say that the folder is sound."""
     sink = options.sink
-    left = [f"left     {show(code)}: {show(needed)}" for code, needed in mends.left]
+    left = _left(mends)
     _expect_sound(asked, mends)
     if mends.codes:
         recipe = mend_recipe(asked, mends, options)

@@ -45,7 +45,7 @@ _OF_THE_MERGE = frozenset(
 
 NEVER_FILLED = frozenset(
     {"quantisation-left", "remote-code-missing", "normaliser-broken", "output-embedding-missing", "head-reshaped",
-     "head-named-otherwise", "names-of-a-trainer", "lora-alpha-zero", "lora-unmerged", "vocabulary-rows", "fsdp-flat",
+     "head-named-otherwise", "names-of-a-trainer", "lora-alpha-zero", "vocabulary-rows", "fsdp-flat",
      "config-unreadable", "adapter-config", "adapter-unmatched", "adapter-shape", "adapter-rank", "adapter-unexpected",
      "adapter-incomplete", "adapter-tokens", "adapter-bias", "adapter-pattern"}
 )  # fmt: skip

@@ -46,6 +46,8 @@ def layers_missing(case: Case, context: Context) -> Iterable[Finding]:
     """
     if any(f.code in ("shard-missing", "index-phantom", "weights-missing") for f in case.survey.faults):
         return
+    if any("_flat_param" in name for name in case.shapes):
+        return  # they are inside of it
     said = next((n for k in _COUNTS if isinstance(n := case.text_config.get(k), int) and n > 0), None)
     if said is None or not case.shapes or case.text_config.get("model_type") in _COUNTS_PASSES:
         return
