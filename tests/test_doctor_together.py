@@ -27,7 +27,7 @@ COVERS = {
     "peft-type-unmergeable", "adapter-empty-twin",
     "index-malformed", "git-lfs-pointer", "names-wrapped", "names-doubled", "lora-unmerged", "shard-missing",
     "safetensors-header", "safetensors-not", "file-truncated", "input-outside", "format-missing", "adapter-keys-named",
-    "no-op", "lora-alpha-zero", "adapter-half", "head-named-otherwise",
+    "no-op", "lora-alpha-zero", "adapter-half", "head-named-otherwise", "layers-missing",
 }  # fmt: skip
 """Breakages that take away what others would be seen by."""
 
@@ -35,7 +35,7 @@ TOUCHED = {
     "the head": ("head", "labels", "normaliser", "architecture-openrlhf", "names-of"),
     "the pad token": ("pad-", "normaliser", "architecture-openrlhf"),
     "the class": ("architecture", "normaliser", "output-embedding", "vocabulary", "head-dialect", "heads", "labels"),
-    "the index": ("index", "tensor-twice", "shard-missing"),
+    "the index": ("index", "weight-sets", "shard-missing"),
     "the adapter's tensors": (
         "adapter-shape", "adapter-rank", "adapter-targets", "adapter-incomplete", "adapter-unexpected",
         "adapter-unmatched", "adapter-bias", "adapter-tokens", "vocab-mismatch",

@@ -1,6 +1,6 @@
 """`repair --for transformers@4` writes the old keys beside the new ones, and refuses where it knows none.
 
-That transformers 4 computes the same with them is shown by `trainers/test_old_spellings.py`.
+That transformers 4 computes the same with them is shown by `trainers/test_transformers_4.py`.
 """
 
 from __future__ import annotations

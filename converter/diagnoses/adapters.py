@@ -85,6 +85,8 @@ def _refusals(case: Case) -> list[ConvertError]:
         found: list[ConvertError] = []
         without: frozenset[str] = frozenset()
         while len(found) < _MOST_REFUSALS and (error := _try_merge(case, without)) is not None:
+            if found and not error.code.startswith("adapter-field-"):
+                break  # perhaps of the field that was left out: with it the layers would be others
             found.append(error)
             field = _FIELD.search(error.what)
             name = (field[1] or field[2]) if field is not None else None

@@ -160,7 +160,7 @@ _STEPS: Mapping[str, str | Callable[[Finding, Case], str | None]] = {
     **dict.fromkeys(("config-unreadable", "json-malformed"), _restored),
     **dict.fromkeys(("zero-mixed", "zero-sizes", "verl-mixed", "verl-sizes", "dcp-chunks"), _OF_ONE_SAVE),
     **dict.fromkeys(("no-tensors", "adapter-empty", "weights-missing", "shards-deleted", "head-missing",
-                     "head-base-lost", "fsdp-flat", "adapter-half"), _SHARDS),
+                     "head-base-lost", "fsdp-flat", "adapter-half", "layers-missing"), _SHARDS),
     **dict.fromkeys(("no-op", "zero-tensors", "zero-latest", "verl-latest"), _ANOTHER),
     **dict.fromkeys(("adapter-incomplete", "adapter-unexpected", "adapter-tokens", "adapter-bias"), _SAVED_AGAIN),
     **dict.fromkeys(("verl-placement", "dcp-no-model", "dcp-several-models", "dcp-transformed", "megatron",

@@ -101,7 +101,7 @@ def names_doubled(case: Case, context: Context) -> Iterable[Finding]:
     (model.lm_head, PEFT's base_model.model.): a save of a wrapped model by a function that put its own prefix before
     them again. Loaders find nothing of it.
     """
-    if any(_UNMERGED.search(n) for n in case.shapes) or case.config.get("model_type") in _TWICE_BY_DESIGN:
+    if any(_UNMERGED.search(n) for n in case.shapes) or str(case.config.get("model_type")) in _TWICE_BY_DESIGN:
         return
     plain = plain_names(case.shapes, case.config)
     found = tuple(n for n in plain.changed if not WRAPPER.search(n))
@@ -122,7 +122,7 @@ def names_in_memory(case: Case, context: Context) -> Iterable[Finding]:
     engines that look for the names on disk, stop with a KeyError or make the whole text model, the image tower or the
     experts RANDOM. Where both forms lie in one folder no older version finds all, and what is there twice may differ.
     """
-    if case.config.get("model_type") in _TWICE_BY_DESIGN:
+    if str(case.config.get("model_type")) in _TWICE_BY_DESIGN:
         return
     form = _form(case)
     if form is None or not (form.renamed or form.apart):

@@ -49,7 +49,7 @@ def layers_missing(case: Case, context: Context) -> Iterable[Finding]:
     if any("_flat_param" in name for name in case.shapes):
         return  # they are inside of it
     said = next((n for k in _COUNTS if isinstance(n := case.text_config.get(k), int) and n > 0), None)
-    if said is None or not case.shapes or case.text_config.get("model_type") in _COUNTS_PASSES:
+    if said is None or not case.shapes or str(case.text_config.get("model_type")) in _COUNTS_PASSES:
         return
     stacks: dict[str, set[int]] = {}
     for name in plain_names(case.shapes, case.config).names.values():

@@ -111,7 +111,7 @@ MESSAGES = (
         "weights-not-used",
         "cosmetic",
         ("were not used when initializing", "not used: ["),
-        r"(?:were )?not used(?: when initializing .*)?: \[(?P<name>'(?:lm_head|embed_out)\.(?:weight|bias)'"
+        r"(?:were )?not used(?: when initializing [^\[]{0,300})?: \[(?P<name>'(?:lm_head|embed_out)\.(?:weight|bias)'"
         r"(?:[,/ ]*'(?:lm_head|embed_out)\.(?:weight|bias)')*)\]",
         "Harmless: the output embedding ({name}) of the language model has no place in a reward model or critic.",
     ),

@@ -136,7 +136,7 @@ MESSAGES = (
         "state-dict-lora",
         "error",
         ("Unexpected key(s) in state_dict", "Missing key(s) in state_dict"),
-        r"(?:Unexpected|Missing) key\(s\) in state_dict: .{0,4000}?(?P<name>[\w.]{1,200}(?:base_layer|lora_[AB])"
+        r"(?:Unexpected|Missing) key\(s\) in state_dict: .{0,1200}?(?P<name>[\w.]{1,120}(?:base_layer|lora_[AB])"
         r"[\w.]{0,80})",
         "LoRA's wrappers are on one side only ({name}): a full model was saved with its adapter inside, or an "
         "adapter is "

@@ -109,7 +109,7 @@ ADAPTERS: dict[str, Breakage] = {
     ),
     "adapter-field-unknown": Breakage("adapter", config(use_something_new=True), "advice"),
     "adapter-pattern": Breakage("adapter", config(rank_pattern={"(?P<x": 4}), "advice"),
-    "adapter-field-unsupported": Breakage("adapter", config(layer_replication=[[0, 1], [0, 1]]), "advice"),
+    "adapter-field-unsupported": Breakage("adapter", config(layer_replication=[[0, 1], [0, 1]]), "told"),
     "adapter-base-moved": Breakage("adapter", config(init_lora_weights="corda"), "advice"),
     "adapter-bias": Breakage(
         "adapter",
@@ -117,14 +117,14 @@ ADAPTERS: dict[str, Breakage] = {
             config(lora_bias=True),
             having(lambda t: {**t, **{n.replace("weight", "bias"): torch.ones(16) for n in t if "lora_B" in n}}),
         ),
-        "advice",
+        "told",
     ),
     "adapter-tokens": Breakage("adapter", config(trainable_token_indices=[1, 99]), "advice"),
     "vocab-mismatch": Breakage(
         "adapter", having(lambda t: {**t, "base_model.model.model.embed_tokens.weight": torch.ones(40, 16)}), "advice"
     ),
-    "peft-type-unsupported": Breakage("adapter", config(peft_type="LOHA"), "advice"),
-    "peft-type-unmergeable": Breakage("adapter", config(peft_type="PROMPT_TUNING"), "advice"),
+    "peft-type-unsupported": Breakage("adapter", config(peft_type="LOHA"), "told"),
+    "peft-type-unmergeable": Breakage("adapter", config(peft_type="PROMPT_TUNING"), "told"),
     "lora-alpha-zero": Breakage("adapter", config(lora_alpha=0), "advice"),
     "no-op": Breakage(
         "adapter", having(lambda t: {n: torch.zeros_like(v) if "lora_B" in n else v for n, v in t.items()}), "lost"
@@ -136,7 +136,7 @@ ADAPTERS: dict[str, Breakage] = {
     "base-quantised": Breakage(
         "adapter",
         lambda f: edit(beside(f, "whole", "whole"), quantization_config={"quant_method": "fp8"}),
-        "advice",
+        "told",
         ("--base", "{here}/whole"),
     ),
     "head-base-lost": Breakage("reward-adapter", having(head_with_lora), "lost"),
@@ -157,6 +157,6 @@ ADAPTERS: dict[str, Breakage] = {
         "advice",
         ("--base", "{here}/bert"),
     ),
-    "adapter-fused": Breakage("adapter", over_experts, "advice", ("--base", "{here}/moe")),
+    "adapter-fused": Breakage("adapter", over_experts, "told", ("--base", "{here}/moe")),
     "config-unreadable-adapter": Breakage("adapter", lambda f: (f / "adapter_config.json").write_text("{"), "advice"),
 }

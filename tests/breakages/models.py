@@ -159,7 +159,10 @@ FILES: dict[str, Breakage] = {
     ),
     "index-unlisted": Breakage("model", lambda f: index_of(f, lambda m: m.pop("model.norm.weight")), "mended"),
     "index-total-size": Breakage("model", lambda f: index_of(f, lambda m: None, total_size=12), "mended"),
-    "tensor-twice": Breakage("model", twice, "advice"),
+    "weight-sets": Breakage("model", twice, "mended"),
+    "layers-missing": Breakage(
+        "whole", lambda f: store(f, lambda t: {n: v for n, v in t.items() if ".1." not in n}), "lost"
+    ),
     "config-missing": Breakage("model", lambda f: (f / "config.json").unlink(), "advice"),
     "adapter-config-stray": Breakage(
         "model", lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "mended"

@@ -119,6 +119,7 @@ def without_weights(folder: Path) -> Path:
     root = model(folder)
     for each in (*root.glob("*.safetensors"), root / "model.safetensors.index.json"):
         each.unlink()
+    with_config(root / "config.json", num_hidden_layers=0)  # what comes next may be one tensor
     return root
 
 
