@@ -1,4 +1,4 @@
-"""`rlhf-convert doctor` and `explain CODE`: the screens of a report, and its data.
+"""`rlhf-convert doctor`: the screen of a report, and its data.
 
 `doctor --json` prints one object:
 
@@ -23,7 +23,6 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -136,30 +135,3 @@ def _verdict(report: Report, code: int) -> str:
     words = {"error": "error", "changes-numbers": "that changes numbers", "cosmetic": "cosmetic"}
     listed = ", ".join(f"{n} {words[s]}{'s' if s == 'error' and n > 1 else ''}" for s, n in counts.items() if n)
     return f"{listed or 'no finding'}, exit {code}"
-
-
-def explain_code(code: str, options: Display) -> int:
-    """Print what a code means.
-
-    Raises:
-        UsageError: no diagnosis has it (`unknown-code`).
-    """
-    from difflib import get_close_matches
-
-    from converter.doctor import diagnoses
-    from converter.errors import UsageError
-
-    known = diagnoses()
-    if code not in known:
-        near = get_close_matches(code, known, n=1)
-        raise UsageError(
-            "unknown-code",
-            f"no diagnosis has the code {show(code)}",
-            next=f"rlhf-convert explain {near[0]}"
-            if near
-            else f"rlhf-convert explain {shlex.quote('the pasted error')}",
-        )
-    wrapped = textwrap.wrap(" ".join(known[code].doc.split()), WIDTH)
-    options.sink.screen([code, *wrapped])
-    options.sink.json({"code": code, "text": known[code].doc})
-    return 0

@@ -18,7 +18,7 @@ from converter.converters.task_head import pad_token_of
 from converter.converters.vocabulary import with_rows_in_config
 from converter.errors import Refused, show
 
-_WRAPPER = re.compile(r"^(?:FSDP\d?|DDP|Peft|DistributedDataParallel)(?=[A-Z])")
+_WRAPPER = re.compile(r"^(?:FSDP\d?|DDP|Peft|DistributedDataParallel)+(?=[A-Z])")
 _HEAD = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
 TOKENIZER = "tokenizer_config.json"
 

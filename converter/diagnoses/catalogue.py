@@ -89,7 +89,7 @@ ROWS: dict[str, Row] = {
     "D8": _row("tied, and stored twice, different", "tied-copies"),
     "D9": _row("tensors share memory on save", unseen="raised by the save; what reaches the disk is `tied-copies`"),
     "D10": _row("the index and the shards disagree", "index-phantom", "index-conflict", "index-unlisted",
-                "index-missing", "stale-shards", "shard-missing"),
+                "index-missing", "stale-shards", "weight-sets", "shard-missing", "layers-missing"),
     "D11": _row("a file that is cut short", "file-truncated", "git-lfs-pointer", "being-written"),
     "D12": _row("no format in the metadata", "format-missing"),
     "D13": _row("pickles refused", "pickle-names", "pickled-weights"),
@@ -107,7 +107,7 @@ ROWS: dict[str, Row] = {
     "F1": _row("out of memory", unseen="of the machine, not of files; plans say their memory beforehand"),
     "F2": _row("slow, without progress", unseen="of the tool, not of files"),
     "F3": _row("half-written output that looks whole", "file-truncated", "shard-missing", "being-written"),
-    "F4": _row("a push that loses files", "index-missing", "head-missing", "download-unfinished"),
+    "F4": _row("a push that loses files", "index-missing", "layers-missing", "head-missing", "download-unfinished"),
     "F5": _row("the source was removed after a success", "shards-deleted"),
 }  # fmt: skip
 """By their codes, A1 to F5."""
