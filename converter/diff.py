@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,8 @@ class Pair:
         status: `rounded`: B is A cast to B's dtype, bit by bit.
         relative: Frobenius norm of the difference over that of A, in fp64; infinity where A is zero.
         largest: the largest absolute difference.
-        nonfinite: values that are NaN or infinite on one side only.
+        nonfinite: values that are NaN or infinite on one side only, or infinities of both signs.
+        differing: elements that differ, in their bits where both have one dtype.
     """
 
     a: str
@@ -51,6 +53,7 @@ class Pair:
     relative: float = 0.0
     largest: float = 0.0
     nonfinite: int = 0
+    differing: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Difference:
         side_files: names of files that differ, or that one side alone has.
         prefixes: what was taken off the names of A and of B to pair them.
         said: how the names of A and of B were read, where they are not paired as they are stored.
+        lost: tensors of A and of B that are empty, cut or in a file that is gone: what they were is not known.
         tied: tensors that one side stores, and the other under a name to which its config ties them.
     """
 
@@ -75,12 +79,18 @@ class Difference:
     dtypes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     said: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     tied: tuple[str, ...] = ()
+    lost: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     @property
     def is_empty(self) -> bool:
         """True where all is equal: names, values, dtypes, config and side files."""
         return not (
-            self.missing or self.extra or self.config or self.side_files or any(p.status != "equal" for p in self.pairs)
+            self.missing
+            or self.extra
+            or self.config
+            or self.side_files
+            or any(self.lost)
+            or any(p.status != "equal" for p in self.pairs)
         )
 
 
@@ -161,7 +171,7 @@ def _partners(
 
 def _kinds_differ(a: Checkpoint, b: Checkpoint) -> UsageError:
     adapter, model = (a, b) if a.origin.kind == "adapter" else (b, a)
-    name, merged = show(adapter.origin.asked), show(model.origin.asked)
+    name, merged = (show(shlex.quote(c.origin.asked)) for c in (adapter, model))
     return UsageError(
         "kinds-differ",
         f"{name} is an adapter and {merged} a model: they share no tensor",
@@ -213,30 +223,52 @@ def _by_value(name: str, other: str, a: LazyTensor, b: LazyTensor, left: Evaluat
     import torch
 
     difference = total = largest = 0.0
-    odd = 0
-    same = rounded = True
+    odd = differing = 0
+    rounded = True
     for start, stop in _chunks(a.info.shape):
         x = left.evaluate(tensors.rows(a, start, stop) if a.info.shape else a, {})
         y = right.evaluate(tensors.rows(b, start, stop) if b.info.shape else b, {})
-        same = same and x.dtype == y.dtype and _same_bits(x, y)
         rounded = rounded and x.is_floating_point() and y.is_floating_point() and _same_bits(x.to(y.dtype), y)
+        differing += _differing(x, y)
         wide, other_wide = _wide(x), _wide(y)
         finite = torch.isfinite(wide) & torch.isfinite(other_wide)
-        odd += int((torch.isfinite(wide) != torch.isfinite(other_wide)).sum())
-        delta = torch.where(finite, other_wide - wide, 0.0)
+        odd += int((~finite & (wide != other_wide) & ~(torch.isnan(wide) & torch.isnan(other_wide))).sum())
+        delta = torch.where(finite, _difference(x, y), 0.0)
         difference += float((delta * delta).sum())
-        total += float(torch.where(torch.isfinite(wide), wide * wide, 0.0).sum())
-        largest = max(largest, float(delta.abs().max()) if delta.numel() else 0.0)
-    if same:
+        size = wide.abs()
+        total += float(torch.where(torch.isfinite(size), size * size, 0.0).sum())
+        largest = max(largest, float(delta.max()) if delta.numel() else 0.0)
+    if x.dtype == y.dtype and not differing:
         return Pair(name, other, "equal")
     relative = math.sqrt(difference / total) if total else (math.inf if difference else 0.0)
-    return Pair(name, other, "rounded" if rounded else "changed", relative, largest, odd)
+    return Pair(name, other, "rounded" if rounded else "changed", relative, largest, odd, differing)
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return value.abs().double() if value.is_complex() else value.to(torch.float64)
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
+
+
+def _difference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Absolute differences in fp64; of integers exact, as fp64 can't tell neighbours past 2**53."""
+    import torch
+
+    if not (x.is_floating_point() or x.is_complex() or y.is_floating_point() or y.is_complex()):
+        return (x.to(torch.int64) - y.to(torch.int64)).abs().double()
+    return (_wide(x) - _wide(y)).abs()
+
+
+def _differing(x: torch.Tensor, y: torch.Tensor) -> int:
+    """Elements that differ: in their bits, or in value where the dtypes are two."""
+    import torch
+
+    if x.dtype == y.dtype:
+        size = x.element_size()
+        left, right = (v.contiguous().reshape(-1).view(torch.uint8).reshape(-1, size) for v in (x, y))
+        return int((left != right).any(dim=1).sum())
+    one, two = _wide(x), _wide(y)
+    return int(((one != two) & ~(torch.isnan(one) & torch.isnan(two))).sum())
 
 
 def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -262,7 +294,7 @@ def _paired_names(
 ) -> tuple[dict[str, str], dict[str, str], tuple[str, str]]:
     """Names of both sides by what they are paired under, and the prefixes that were found."""
     if given:
-        return {_without(n, given): n for n in a}, {_without(n, given): n for n in b}, ("", "")
+        return _shortened(a, given), _shortened(b, given), ("", "")
     best = ("", "")
     met = len(set(a) & set(b))
     if met < min(len(a), len(b)):
@@ -276,6 +308,21 @@ def _paired_names(
     if len(names_a) < len(a) or len(names_b) < len(b):  # a prefix that makes two names one pairs nothing
         return {n: n for n in a}, {n: n for n in b}, ("", "")
     return names_a, names_b, best
+
+
+def _shortened(names: Sequence[str], prefixes: Sequence[str]) -> dict[str, str]:
+    """Names by what is left of them without the prefixes that were given.
+
+    Raises:
+        UsageError: two names become one (`rename-collision`).
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        first = found.setdefault(_without(name, prefixes), name)
+        if first != name:
+            what = f"without these prefixes {show(first)} and {show(name)} are one name, and one would not be compared"
+            raise UsageError("rename-collision", what, next="a longer --ignore-prefix, or none")
+    return found
 
 
 def _without(name: str, prefixes: Sequence[str]) -> str:

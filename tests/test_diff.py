@@ -126,3 +126,72 @@ def test_an_input_that_is_broken_is_refused(model: Path, capsys: pytest.CaptureF
     (other / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes()[:-1])
     assert main(["diff", str(model), str(other)]) == 3
     assert "REFUSED" in capsys.readouterr().err
+
+
+ODD = {
+    "infinities of both signs": (
+        [float("inf"), 1.0],
+        [float("-inf"), 1.0],
+        torch.float32,
+        {"nonfinite": 1, "differing": 1},
+    ),
+    "zeros of both signs": ([0.0, 1.0], [-0.0, 1.0], torch.float32, {"largest": 0.0, "differing": 1}),
+    "integers past fp64": ([2**60, 1], [2**60 + 1, 1], torch.int64, {"largest": 1.0, "differing": 1}),
+    "complex numbers": ([1 + 1j, 1], [1 - 1j, 1], torch.complex64, {"largest": 2.0, "differing": 1}),
+    "fp8": ([1.0, 2.0], [1.0, 4.0], torch.float8_e4m3fn, {"largest": 2.0, "differing": 1}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_change_that_an_fp64_norm_does_not_show_is_counted(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, dtype, expected = ODD[name]
+    for file, values in (("a", one), ("b", two)):
+        save_file({"w": torch.tensor(values).to(dtype)}, tmp_path / f"{file}.safetensors")
+    code, found = compared(tmp_path / "a.safetensors", tmp_path / "b.safetensors", capsys)
+    (entry,) = found["tensors"]
+    assert (code, {k: entry[k] for k in expected}) == (1, expected)
+
+
+def test_a_zero_of_another_sign_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file, value in (("a", 0.0), ("b", -0.0)):
+        save_file({"w": torch.tensor([value, 2.0])}, tmp_path / f"{file}.safetensors")
+    assert main(["diff", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]) == 1
+    assert "1 equal in value and not in their bits" in capsys.readouterr().out
+
+
+def test_a_prefix_that_makes_two_names_one_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file, value in (("a", 1.0), ("b", 2.0)):
+        save_file({"x.w": torch.ones(2), "w": torch.full((2,), value)}, tmp_path / f"{file}.safetensors")
+    files = [str(tmp_path / f"{f}.safetensors") for f in "ab"]
+    assert main(["diff", *files, "--ignore-prefix", "x."]) == 2
+    assert "rename-collision" in capsys.readouterr().err
+
+
+def test_a_file_that_holds_no_weights_is_not_taken_for_its_folder(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["diff", str(model / "config.json"), str(model)]) == 2
+    assert "path-not-a-folder" in capsys.readouterr().err
+
+
+def test_tensors_that_one_side_has_lost_are_listed_and_the_others_compared(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = "model.layers.0.mlp.up_proj.weight"
+    other = copy(model, lambda t: {**t, lost: torch.empty(0), "model.norm.weight": t["model.norm.weight"] * 2})
+    code, found = compared(model, other, capsys)
+    assert (code, found["lost"], found["missing"]) == (1, [[], [lost]], [lost])
+    assert [e["a"] for e in found["tensors"]] == ["model.norm.weight"]
+    assert compared(other, other, capsys)[0] == 1  # two that lost the same may have been different
+
+
+def test_the_json_of_a_comparison_has_these_keys(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = compared(model, copy(model, lambda t: {n: v * 2 for n, v in t.items()}), capsys)
+    assert set(found) == {
+        "version", "equal", "prefixes", "read", "tied", "lost", "tensors", "equal_tensors", "dtypes", "missing",
+        "extra", "config", "side_files",
+    }  # fmt: skip
+    keys = {"a", "b", "status", "relative", "largest", "nonfinite", "differing"}
+    assert all(set(entry) == keys for entry in found["tensors"])

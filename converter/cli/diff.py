@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sized
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Display
 from converter.cli.progress import progress
-from converter.errors import ConvertError, fold, show
+from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.report import line
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ def diff(a: str, b: str, ignore_prefix: tuple[str, ...], options: Display) -> in
     """Compare; exit code 0 where all is equal, else 1."""
     from converter.diff import compare
 
-    one, two = _open(a), _open(b)
+    (one, lost), (two, others) = _open(a), _open(b)
     with progress(options.sink) as reporter:
         reporter.start(one.total_bytes, 0)
         found = compare(one, two, ignore_prefixes=ignore_prefix, told=lambda name, size: reporter.advance(size, name))
+    found = dataclasses.replace(found, lost=(lost, others))
     options.sink.screen(
         [
             line("a", f"{show(a)}  {one.origin.kind}, {len(one.tensors)} tensors"),
@@ -41,7 +43,34 @@ def diff(a: str, b: str, ignore_prefix: tuple[str, ...], options: Display) -> in
     return 0 if found.is_empty else 1
 
 
-def _open(text: str) -> Checkpoint:
+def _open(text: str) -> tuple[Checkpoint, tuple[str, ...]]:
+    """A checkpoint as `_opened` finds it, and its tensors that are empty or in files that are gone.
+
+    Raises:
+        UsageError, Refused: see `_opened`; faults other than lost tensors.
+    """
+    from converter.cli.recipes import input_spec
+    from converter.recipe_run import open_checkpoint
+    from converter.sources.broken import LOST
+
+    try:
+        return _opened(text), ()
+    except Refused as error:
+        if error.code not in LOST:
+            raise
+        refusal = error
+    try:
+        spec = dataclasses.replace(input_spec(text), broken=True)
+        found = open_checkpoint(spec, token=None, keep_code=False)
+    except ConvertError:
+        raise refusal from None
+    lost = tuple(n for n, t in found.tensors.items() if t.info.shape == (0,))
+    if len(lost) == len(found.tensors):
+        raise refusal
+    return found.replace(tensors={n: t for n, t in found.tensors.items() if n not in lost}, ties=(), beside={}), lost
+
+
+def _opened(text: str) -> Checkpoint:
     """A checkpoint in a folder or on the Hub; one weight file; or the shards of a trainer in or below a folder.
 
     Raises:
@@ -57,6 +86,8 @@ def _open(text: str) -> Checkpoint:
     path = Path(text).expanduser()
     if is_weight_file(path.name) and path.is_file():
         return open_file(path, text)
+    if path.is_file():
+        raise UsageError("path-not-a-folder", "this is no weight file; name the folder it is in", where=show(text))
     try:
         return open_checkpoint(input_spec(text), token=None, keep_code=False)
     except ConvertError as error:
@@ -74,6 +105,9 @@ def screen(found: Difference, *, verbose: bool = False) -> list[str]:
     lines = []
     for side, said in zip("ab", found.said, strict=True):
         lines += [line("read", f"{side} {'; '.join(said)}")] if said else []
+    for side, lost in zip("ab", found.lost, strict=True):
+        if lost:
+            lines.append(line("lost", f"{len(lost)} tensors of {side} are empty or gone: {fold(lost)}"))
     if found.tied:
         lines.append(line("tied", f"{fold(found.tied)}: stored on one side, and tied to a stored tensor on the other"))
     if any(found.prefixes):
@@ -116,6 +150,8 @@ def _more(found: Sized, verbose: bool) -> str:
 
 def _change(pair: Pair) -> str:
     odd = f", {pair.nonfinite} not finite on one side" if pair.nonfinite else ""
+    if not (pair.largest or pair.nonfinite):
+        odd = f", {pair.differing} equal in value and not in their bits (-0.0, or payloads of NaN)"
     name = show(pair.a) if pair.a == pair.b else f"{show(pair.a)} = {show(pair.b)}"
     return f"{pair.relative:9.2e} {pair.largest:9.2e}  {name}{odd}"
 
@@ -131,9 +167,10 @@ def to_json(found: Difference) -> dict[str, Any]:
         "prefixes": list(found.prefixes),
         "read": [list(said) for said in found.said],
         "tied": list(found.tied),
+        "lost": [list(lost) for lost in found.lost],
         "tensors": [
             {"a": p.a, "b": p.b, "status": p.status, "relative": _finite(p.relative), "largest": p.largest,
-             "nonfinite": p.nonfinite}
+             "nonfinite": p.nonfinite, "differing": p.differing}
             for p in found.pairs
             if p.status != "equal"
         ],
