@@ -209,3 +209,8 @@ def test_a_folder_is_sent_to_doctor_and_an_unknown_text_says_so(
     assert f"rlhf-convert doctor {shlex.quote(str(spaced))}" in capsys.readouterr().err
     assert main(["explain", "a sentence that nobody prints"]) == 0
     assert "not a message that is known here" in capsys.readouterr().out
+
+
+def test_a_number_in_a_table_is_no_tensor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "kl 0.02 | MISSING nothing here", "--json"]) == 0
+    assert "0.02 is not in the checkpoint" not in capsys.readouterr().out

@@ -3,10 +3,11 @@
 from converter.explanations.model import Message
 
 _ROW = (
-    r"(?P<name>(?<![\w.])(?:[\w-]{1,80}+|\{[\d, .]{1,80}\})(?:\.(?:[\w-]{1,80}+|\{[\d, .]{1,80}\})){1,40}+)"
+    r"(?P<name>(?<![\w.])(?![\d.]{1,80}+[\s|])"
+    r"(?:[\w-]{1,80}+|\{[\d, .]{1,80}\})(?:\.(?:[\w-]{1,80}+|\{[\d, .]{1,80}\})){1,40}+)"
     r"\s{0,200}+\|\s{0,20}"
 )
-"""A row's first cell; numbers of layers are folded, as `layers.{0, 1}.mlp`."""
+"""A row's first cell, no number; numbers of layers are folded, as `layers.{0, 1}.mlp`."""
 
 _HEADS = r"(?:score|value_head|v_head|classifier|reward_head|score_head|regression_head|rm_head|summary)"
 _PREFIX = (
