@@ -28,6 +28,7 @@ COVERS = {
     "index-malformed", "git-lfs-pointer", "names-wrapped", "names-doubled", "lora-unmerged", "shard-missing",
     "safetensors-header", "safetensors-not", "file-truncated", "input-outside", "format-missing", "adapter-keys-named",
     "no-op", "lora-alpha-zero", "adapter-half", "head-named-otherwise", "layers-missing",
+    "adapter-field-unsupported",
 }  # fmt: skip
 """Breakages that take away what others would be seen by."""
 

@@ -73,6 +73,8 @@ NOT_MERGED_HERE = frozenset(
 
 _FIELD = re.compile(r"`(\w+)`|^(init_lora_weights) is ")
 _MOST_REFUSALS = 8
+_OF_THE_LAYERS = ("layer_replication", "target_parameters", "megatron_config")
+"""Fields without which the adapter would be over other layers: what refuses then says nothing."""
 
 
 def _refusals(case: Case) -> list[ConvertError]:
@@ -85,12 +87,10 @@ def _refusals(case: Case) -> list[ConvertError]:
         found: list[ConvertError] = []
         without: frozenset[str] = frozenset()
         while len(found) < _MOST_REFUSALS and (error := _try_merge(case, without)) is not None:
-            if found and not error.code.startswith("adapter-field-"):
-                break  # perhaps of the field that was left out: with it the layers would be others
             found.append(error)
             field = _FIELD.search(error.what)
             name = (field[1] or field[2]) if field is not None else None
-            if name is None or name in without or not error.code.startswith("adapter-"):
+            if name is None or name in {*without, *_OF_THE_LAYERS} or not error.code.startswith("adapter-"):
                 break
             without |= {name}
         case._json[key] = found
