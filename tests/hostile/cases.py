@@ -18,7 +18,7 @@ ZERO = TESTS / "zero" / "runs" / "reward-z2-n2"
 DCP = TESTS / "dcp" / "runs" / "nested-n4"
 VERL = TESTS / "verl_saves" / "runs" / "critic-fsdp2-n4"
 
-REFUSED = {"inspect": (1,), "doctor": (1,), "verify": (3, 4)}
+REFUSED = {"diff": (1, 3), "inspect": (1,), "doctor": (1,), "verify": (3, 4)}
 """Exit codes of verbs for what is broken; 3 for all others."""
 
 ON_MODEL = ("inspect m", "reshard m out")
