@@ -67,6 +67,7 @@ class Difference:
         prefixes: what was taken off the names of A and of B to pair them.
         said: how the names of A and of B were read, where they are not paired as they are stored.
         lost: tensors of A and of B that are empty, cut or in a file that is gone: what they were is not known.
+        broken: what is wrong with A and with B, in words; two that are broken alike may have been different.
         tied: tensors that one side stores, and the other under a name to which its config ties them.
     """
 
@@ -80,6 +81,7 @@ class Difference:
     said: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     tied: tuple[str, ...] = ()
     lost: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    broken: tuple[str, str] = ("", "")
 
     @property
     def is_empty(self) -> bool:
@@ -89,7 +91,7 @@ class Difference:
             or self.extra
             or self.config
             or self.side_files
-            or any(self.lost)
+            or any(self.broken)
             or any(p.status != "equal" for p in self.pairs)
         )
 

@@ -184,14 +184,15 @@ def test_tensors_that_one_side_has_lost_are_listed_and_the_others_compared(
     code, found = compared(model, other, capsys)
     assert (code, found["lost"], found["missing"]) == (1, [[], [lost]], [lost])
     assert [e["a"] for e in found["tensors"]] == ["model.norm.weight"]
+    assert str(found["broken"][1]).startswith("zero3-empty-tensors: 1 of 21 tensors")
     assert compared(other, other, capsys)[0] == 1  # two that lost the same may have been different
 
 
 def test_the_json_of_a_comparison_has_these_keys(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, found = compared(model, copy(model, lambda t: {n: v * 2 for n, v in t.items()}), capsys)
     assert set(found) == {
-        "version", "equal", "prefixes", "read", "tied", "lost", "tensors", "equal_tensors", "dtypes", "missing",
-        "extra", "config", "side_files",
+        "version", "equal", "prefixes", "read", "tied", "lost", "broken", "tensors", "equal_tensors", "dtypes",
+        "missing", "extra", "config", "side_files",
     }  # fmt: skip
     keys = {"a", "b", "status", "relative", "largest", "nonfinite", "differing"}
     assert all(set(entry) == keys for entry in found["tensors"])

@@ -27,11 +27,11 @@ def diff(a: str, b: str, ignore_prefix: tuple[str, ...], options: Display) -> in
     """Compare; exit code 0 where all is equal, else 1."""
     from converter.diff import compare
 
-    (one, lost), (two, others) = _open(a), _open(b)
+    (one, lost, fault), (two, others, other_fault) = _open(a), _open(b)
     with progress(options.sink) as reporter:
         reporter.start(one.total_bytes, 0)
         found = compare(one, two, ignore_prefixes=ignore_prefix, told=lambda name, size: reporter.advance(size, name))
-    found = dataclasses.replace(found, lost=(lost, others))
+    found = dataclasses.replace(found, lost=(lost, others), broken=(fault, other_fault))
     options.sink.screen(
         [
             line("a", f"{show(a)}  {one.origin.kind}, {len(one.tensors)} tensors"),
@@ -43,8 +43,8 @@ def diff(a: str, b: str, ignore_prefix: tuple[str, ...], options: Display) -> in
     return 0 if found.is_empty else 1
 
 
-def _open(text: str) -> tuple[Checkpoint, tuple[str, ...]]:
-    """A checkpoint as `_opened` finds it, and its tensors that are empty or in files that are gone.
+def _open(text: str) -> tuple[Checkpoint, tuple[str, ...], str]:
+    """A checkpoint as `_opened` finds it, its tensors that are empty or in files that are gone, and why they are.
 
     Raises:
         UsageError, Refused: see `_opened`; faults other than lost tensors.
@@ -54,7 +54,7 @@ def _open(text: str) -> tuple[Checkpoint, tuple[str, ...]]:
     from converter.sources.broken import LOST
 
     try:
-        return _opened(text), ()
+        return _opened(text), (), ""
     except Refused as error:
         if error.code not in LOST:
             raise
@@ -67,7 +67,8 @@ def _open(text: str) -> tuple[Checkpoint, tuple[str, ...]]:
     lost = tuple(n for n, t in found.tensors.items() if t.info.shape == (0,))
     if len(lost) == len(found.tensors):
         raise refusal
-    return found.replace(tensors={n: t for n, t in found.tensors.items() if n not in lost}, ties=(), beside={}), lost
+    kept = {n: t for n, t in found.tensors.items() if n not in lost}
+    return found.replace(tensors=kept, ties=(), beside={}), lost, f"{refusal.code}: {refusal.what}"
 
 
 def _opened(text: str) -> Checkpoint:
@@ -105,7 +106,9 @@ def screen(found: Difference, *, verbose: bool = False) -> list[str]:
     lines = []
     for side, said in zip("ab", found.said, strict=True):
         lines += [line("read", f"{side} {'; '.join(said)}")] if said else []
-    for side, lost in zip("ab", found.lost, strict=True):
+    for side, fault, lost in zip("ab", found.broken, found.lost, strict=True):
+        if fault:
+            lines.append(line("broken", f"{side} {fault}"))
         if lost:
             lines.append(line("lost", f"{len(lost)} tensors of {side} are empty or gone: {fold(lost)}"))
     if found.tied:
@@ -168,6 +171,7 @@ def to_json(found: Difference) -> dict[str, Any]:
         "read": [list(said) for said in found.said],
         "tied": list(found.tied),
         "lost": [list(lost) for lost in found.lost],
+        "broken": [fault or None for fault in found.broken],
         "tensors": [
             {"a": p.a, "b": p.b, "status": p.status, "relative": _finite(p.relative), "largest": p.largest,
              "nonfinite": p.nonfinite, "differing": p.differing}
