@@ -45,8 +45,12 @@ def marked(known: dict[tuple[str, str], str], tasks: Container[str]) -> list[Any
     return [pytest.param(t, k, marks=pytest.mark.xfail(reason=why) if why else ()) for t, k, why in found]
 
 
+_WHY = "names-in-memory: a load takes two names on disk to one"
+TWO_NAMES = {("causal", "hy_v4"): _WHY, ("bare", "hy_v4"): _WHY, ("bare", "aria"): _WHY}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "kind"), marked({}, TASKS))
+@pytest.mark.parametrize(("task", "kind"), marked(TWO_NAMES, TASKS))
 def test_every_architecture_of_transformers_is_healthy(task: str, kind: str, tmp_path: Path) -> None:
     try:
         folder = Saved(task, kind).write(tmp_path / "model")

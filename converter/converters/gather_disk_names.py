@@ -197,7 +197,14 @@ def disk_names(names: Iterable[str], built: Architecture) -> dict[str, str]:
     guessed = {n: _backwards(n, built) for n in memory}
     met: set[int] = set()
     loaded = {d: built.in_memory(d, met) for d in sorted(set(guessed.values()))}
-    return {n: d for n, d in guessed.items() if n != d and loaded[d] == (n, None)}
+    found = {n: d for n, d in guessed.items() if n != d and loaded[d] == (n, None)}
+    return {n: d for n, d in found.items() if not _is_in_memory(d, built)}
+
+
+def _is_in_memory(name: str, built: Architecture) -> bool:
+    """True where a load makes this name of another: then undoing renames has no end, and tells no name on disk."""
+    before = _backwards(name, built)
+    return before != name and built.in_memory(before) == (name, None)
 
 
 def _backwards(name: str, built: Architecture) -> str:

@@ -13,6 +13,7 @@ from converter.diagnoses.model import SEVERITIES, Case, Finding
 _ECHOES: Mapping[str, frozenset[str]] = {
     "fsdp-flat": frozenset({"names-wrapped"}),
     "head-reshaped": frozenset({"labels-mismatch"}),
+    "names-in-memory": frozenset({"layers-missing"}),
     "names-of-a-trainer": frozenset({"head-named-otherwise", "head-dialect"}),
     "head-named-otherwise": frozenset({"head-dialect"}),
     "loader-random": frozenset({"head-named-otherwise", "head-dialect"}),
@@ -48,6 +49,8 @@ def one_per_cause(findings: Iterable[Finding]) -> list[Finding]:
 def _explains(cause: Finding, echo: Finding) -> bool:
     if echo.code in ("names-wrapped", "labels-mismatch"):
         return set(echo.tensors) <= set(cause.tensors)
+    if echo.code == "layers-missing":
+        return cause.severity == "error"  # both forms lie in the folder: layers are under either
     if echo.code == "adapter-unmatched":
         count = _MODULES.search(echo.message)
         return count is not None and int(count[1]) == len(cause.tensors)
