@@ -88,9 +88,12 @@ def _check_side_file(path: Path, file: SideFile) -> None:
 
 
 def _samples(plan: Plan) -> list[tuple[ShardPlan, Entry, int]]:
-    """Tensors spread by a hash of their names, with that hash: the same ones for the same plan."""
+    """Tensors spread by a hash of their names, with that hash: the same ones for the same plan.
+
+    None of files that are links: a comparison with their source would be one of a file with itself.
+    """
     pieces = []
-    for shard in plan.shards:
+    for shard in plan.written:
         for entry in shard.entries:
             if entry.length:
                 digest = hashlib.sha256(entry.name.encode(errors="surrogatepass")).digest()
