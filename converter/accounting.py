@@ -6,9 +6,9 @@ import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from converter.checkpoint import Checkpoint, RecordCheck
+from converter.core.tensors.byte_runs import ByteRun, reads
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import fold
-from converter.tensor_bytes import ByteRun, reads
-from converter.tensors import LazyTensor
 
 
 def checks_of(tensors: Iterable[LazyTensor], checks: Sequence[RecordCheck]) -> tuple[RecordCheck, ...]:

@@ -19,10 +19,10 @@ from converter.converters.head_detect import detect
 from converter.converters.head_model import Head, Linear
 from converter.converters.head_read import read
 from converter.converters.mend_names import peft_name
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import ConvertError, UsageError, show
 from converter.files import Identity
 from converter.sources.ties import find_ties
-from converter.tensors import LazyTensor
 
 HEAD = "head"
 _MODULES = frozenset(

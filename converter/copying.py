@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable
 
 from converter import sparse
+from converter.core.tensors.byte_runs import ByteRun
 from converter.reading import InputFiles
-from converter.tensor_bytes import ByteRun
 
 COPY_BLOCK = 64 * 1024 * 1024
 """Bytes asked of the kernel in one call, so that progress moves and a signal is answered soon."""

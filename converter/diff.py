@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from converter import sparse, tensors
+from converter import sparse
 from converter.checkpoint import Checkpoint, SideFile
 from converter.comparable import Comparable, as_stored, by_meaning
 from converter.context import Context
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.byte_runs import byte_runs
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import UsageError, show
 from converter.files import Identity, read_limited
-from converter.tensor_bytes import byte_runs
-from converter.tensors import LazyTensor
 
 if TYPE_CHECKING:
     import torch

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.dtypes import DType
-from converter.kernel_specs import accumulates_wide
+from converter.core.tensors.dtypes import DType
+from converter.core.tensors.kernel_specs import accumulates_wide
 from converter.measures import Measures
 
 
@@ -58,7 +58,7 @@ def _adapters(inputs: list[Tensor], params: Mapping[str, Any], dtype: torch.dtyp
 
 
 def lora_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor, Measures]:
-    """W plus every adapter's update; see `converter.kernel_specs.LORA_MERGE`."""
+    """W plus every adapter's update; see `converter.core.tensors.kernel_specs.LORA_MERGE`."""
     transposed = bool(params["transposed"])
 
     def delta(f: _Factors) -> Tensor:
@@ -76,7 +76,7 @@ def lora_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor,
 
 
 def lora_conv_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor, Measures]:
-    """The same for convolutions; see `converter.kernel_specs.LORA_CONV_MERGE`."""
+    """The same for convolutions; see `converter.core.tensors.kernel_specs.LORA_CONV_MERGE`."""
     weight = inputs[0]
     spatial = weight.dim() - 2
     convolve = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[spatial]
@@ -198,7 +198,7 @@ def _count_nonfinite(weight: Tensor, merged: Tensor, inputs: list[Tensor]) -> Me
 
 
 def bias_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor, Measures]:
-    """A bias plus every `lora_B.bias * scale`; see `converter.kernel_specs.BIAS_MERGE`."""
+    """A bias plus every `lora_B.bias * scale`; see `converter.core.tensors.kernel_specs.BIAS_MERGE`."""
     accumulate = _accumulation(inputs[0], params)
     out_dtype = _out_dtype(params)
     exact = inputs[0].to(accumulate if params["numerics"] == "best" else out_dtype)
@@ -243,7 +243,7 @@ def _residual(weight: Tensor, params: Mapping[str, Any]) -> Tensor:
 
 
 def head_rows(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
-    """Sums of a head's rows; see `converter.kernel_specs.HEAD_ROWS`. In fp32, or in fp64 where 32 bits are written."""
+    """Sums of a head's rows; see `converter.core.tensors.kernel_specs.HEAD_ROWS`. In fp32, or in fp64 where 32 bits are written."""
     weight = inputs[0]
     out_dtype = _out_dtype(params)
     dtype = torch.float64 if out_dtype in (torch.float32, torch.float64) else torch.float32

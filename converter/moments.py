@@ -13,7 +13,7 @@ from converter.registry import KeepsMoments, find_place, kind_of, sources
 if TYPE_CHECKING:
     from os import PathLike
 
-    from converter.tensors import LazyTensor
+    from converter.core.tensors.nodes import LazyTensor
 
 
 def adam_moments(

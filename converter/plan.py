@@ -18,13 +18,13 @@ from converter import shard_plan
 from converter.accounting import checks_of
 from converter.checkpoint import Checkpoint, RecordCheck, SideFile
 from converter.context import Context
+from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused, fold, show
 from converter.files import Identity
 from converter.links import RECEIPT_FILE
 from converter.safetensors_io import Header, build_index
 from converter.shard_plan import Entry, ShardPlan, as_link, lay_out
 from converter.sizes import format_size
-from converter.tensors import Filled, LazyTensor
 
 PLAN_VERSION = 2
 """Raised whenever the same inputs may give another plan or other bytes; part of the fingerprint."""

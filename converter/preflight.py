@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from converter.core.tensors.nodes import is_separable, rows
 from converter.errors import Refused, show
 from converter.links import RECEIPT_FILE
 from converter.plan import Plan
 from converter.shard_plan import chunk_cost
 from converter.sizes import format_size
-from converter.tensors import is_separable, rows
 
 TORCH_MEMORY = 300_000_000
 """Resident bytes of the process once torch is imported and warm, about (measured: 0.22 GB after the import)."""

@@ -18,10 +18,10 @@ from converter.errors import UsageError, show
 if TYPE_CHECKING:
     from converter.checkpoint import Checkpoint
     from converter.context import Context
+    from converter.core.tensors.nodes import LazyTensor
     from converter.dialects.model import Dialect
     from converter.sources.places import Place
     from converter.sources.survey import Survey
-    from converter.tensors import LazyTensor
 
 SOURCES = "rlhf_convert.sources"
 CONVERTERS = "rlhf_convert.converters"

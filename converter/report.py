@@ -14,7 +14,7 @@ from converter.sizes import format_duration, format_size
 if TYPE_CHECKING:
     from converter.checkpoint import Checkpoint
     from converter.context import Note
-    from converter.dtypes import DType
+    from converter.core.tensors.dtypes import DType
     from converter.plan import Plan
     from converter.shard_plan import Entry
 
@@ -158,7 +158,7 @@ def plan_line(plan: Plan, checkpoint: Checkpoint, adapters: Sequence[Checkpoint]
 
 def _work(entry: Entry, adapter_folders: set[str]) -> str:
     """The word for what happens to one tensor."""
-    from converter.tensors import Apply, Cast, Filled
+    from converter.core.tensors.nodes import Apply, Cast, Filled
 
     if entry.runs is not None:
         from_adapter = any(run.file.rpartition("/")[0] in adapter_folders for run in entry.runs)

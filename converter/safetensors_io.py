@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import Refused, show
 from converter.files import Identity, open_input, read_exact
 from converter.strict_json import load_json, parse_json

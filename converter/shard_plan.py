@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from converter import kernel_specs, tensor_json, torch_zip
+from converter import torch_zip
+from converter.core.tensors import as_json as tensor_json
+from converter.core.tensors import kernel_specs
+from converter.core.tensors.byte_runs import ByteRun, byte_runs, leaves, reads
+from converter.core.tensors.nodes import Apply, Cast, LazyTensor, Narrow, Strided, is_separable
 from converter.safetensors_io import Header, build_header
-from converter.tensor_bytes import ByteRun, byte_runs, leaves, reads
-from converter.tensors import Apply, Cast, LazyTensor, Narrow, Strided, is_separable
 
 CHUNK_ELEMENTS = 1 << 19
 """Elements of a row chunk, about: 2 MiB in fp32. Smaller ones fit the L2 cache better, but what Python does for each

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from converter.checksums import crc32
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import Refused, show
 
 ALIGNMENT = 64

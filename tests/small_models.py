@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from converter import tensors
 from converter.checkpoint import Checkpoint
 from converter.context import Context
-from converter.dtypes import DType
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType
 from converter.execute import Receipt, write
 from converter.plan import Plan, make_plan
 from converter.sources.hf import SOURCE

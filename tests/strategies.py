@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors.dtypes import DType, TensorInfo
 
 PACKED = (DType.F4, DType.F6_E2M3, DType.F6_E3M2)
 """Narrower than a byte: a header holds them only in whole bytes, and torch has no such type."""

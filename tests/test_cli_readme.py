@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import oracle
-from converter import kernel_specs, registry
+from converter import registry
 from converter.cli import VERBS
+from converter.core.tensors import kernel_specs
 from converter.recipe import InputSpec, parse_recipe
 from converter.recipe_fields import check
 from oracle.command import run

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from converter import tensors
 from converter.accounting import unaccounted
 from converter.checkpoint import Checkpoint
-from converter.dtypes import DType
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType
 from converter.errors import Refused, VerificationFailed
 from converter.plan import Plan
 from durability import FIXTURES, Quiet, tree

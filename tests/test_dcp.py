@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import converter
+from converter.core.tensors.byte_runs import byte_runs
 from converter.errors import Refused, UsageError
 from converter.registry import find_place, kind_of, sources
 from converter.sources.dcp import SOURCE, adam_moments
 from converter.sources.dcp_adapter import names_in_memory
 from converter.sources.hf import SOURCE as HF
-from converter.tensor_bytes import byte_runs
 from dcp.broken import copied, refused
 from dcp.compare import RUNS, facts, faults, live, run_names
 from zero.compare import differences, evaluated

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from converter.core.tensors.byte_runs import byte_runs
 from converter.errors import ConvertError, Refused, UsageError
 from converter.registry import kind_of
 from converter.sources.deepspeed import SOURCE, adam_moments, open_tag
-from converter.tensor_bytes import byte_runs
 from zero.compare import RUNS, differences, evaluated, facts, faults, live, run_names
 
 

@@ -15,9 +15,9 @@ import pytest
 from converter.checkpoint import Checkpoint, Origin
 from converter.context import Context
 from converter.converters.gather_disk_names import with_disk_names
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.nodes import Filled, Stored
 from converter.errors import Refused
-from converter.tensors import Filled, Stored
 from oracle.bases import _randomise, quiet, read_tensors, write_tensors
 from oracle.families import CASES, EXPERTS, RENAMED
 from small_models import open_model

@@ -18,9 +18,9 @@ import heads_zoo as zoo
 from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.converters import head_matrix
+from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import dialects
 from converter.errors import Refused
-from converter.tensors import LazyTensor
 from heads_run import base_of, opened, remapped, same_bits, stored, written
 
 FAMILIES = list(zoo.CONFIGS)

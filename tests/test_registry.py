@@ -9,7 +9,8 @@ from textwrap import dedent
 
 import pytest
 
-from converter import kernel_specs, registry
+from converter import registry
+from converter.core.tensors import kernel_specs
 from converter.errors import UsageError
 from oracle.command import run
 

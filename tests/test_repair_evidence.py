@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from converter import tensors
 from converter.context import Context
 from converter.converters.fill_evidence import same, step_of
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType, TensorInfo
 from oracle.command import run
 from repair.live import PREFIX, as_adapter, copied, live, receipt, rewrite, saved
 from zero.compare import RUNS as ZERO_RUNS

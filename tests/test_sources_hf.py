@@ -12,13 +12,13 @@ import pytest
 
 import oracle
 from converter.checkpoint import Checkpoint
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.nodes import Stored
 from converter.errors import ConvertError
 from converter.files import identity
 from converter.safetensors_io import build_header
 from converter.sources import hf, peft
 from converter.sources.survey import Survey
-from converter.tensors import Stored
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from converter.checkpoint import Checkpoint
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import ConvertError, Refused, UsageError
 from converter.files import identity
 from converter.safetensors_io import build_header

@@ -9,15 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converter import kernel_specs, tensor_bytes, tensors
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors import byte_runs as tensor_bytes
+from converter.core.tensors import kernel_specs
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.as_json import from_json, to_json
+from converter.core.tensors.byte_runs import ByteRun
+from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.nodes import Cast, Concat, Filled, Narrow, Reshape, Stored, Strided
 from converter.errors import Refused, fold, show
 from converter.evaluate import Evaluator
 from converter.files import Identity
 from converter.reading import InputFiles
-from converter.tensor_bytes import ByteRun
-from converter.tensor_json import from_json, to_json
-from converter.tensors import Cast, Concat, Filled, Narrow, Reshape, Stored, Strided
 
 
 def f32(*shape: int, offset: int = 0, file: str = "/a") -> Stored:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from converter import torch_zip
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import Refused
 from small_models import Tensors, numbers
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from converter.core.tensors.byte_runs import byte_runs
 from converter.errors import ConvertError, UsageError
 from converter.registry import find_place, kind_of
 from converter.sources.verl import SOURCE
-from converter.tensor_bytes import byte_runs
 from verl_saves.compare import RUNS, facts, live, moment_faults, run_names, weight_faults
 from zero.compare import differences, evaluated
 

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from converter import kernel_specs, tensors
 from converter.checkpoint import Checkpoint
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors import kernel_specs
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, VerificationFailed
 from converter.plan import Plan
 from converter.shard_plan import Entry
-from converter.tensors import LazyTensor
 from durability import Quiet, tree
 from small_models import load, numbers, open_model, plan_of, same, save_model, written
 

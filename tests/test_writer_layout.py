@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from converter import tensors
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import Refused
 from converter.plan import Plan
 from small_models import (

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from converter import tensors
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import Refused
 from converter.files import Identity
 from converter.plan import Plan

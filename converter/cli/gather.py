@@ -11,7 +11,7 @@ from converter.cli.conversion import convert
 from converter.cli.options import Conversion
 from converter.cli.recipes import cast_steps, input_spec, output
 from converter.cli.run_state import corrected, place_of, with_recorded_base
-from converter.dtypes import DType
+from converter.core.tensors.dtypes import DType
 from converter.errors import ConvertError, UsageError, show
 from converter.recipe import SOURCE, InputSpec, Recipe, Step
 

@@ -17,8 +17,8 @@ from converter.report import adapter_kind, dtype_word, label_count, line, next_l
 from converter.sizes import format_size
 
 if TYPE_CHECKING:
+    from converter.core.tensors.dtypes import TensorInfo
     from converter.doctor import Report
-    from converter.dtypes import TensorInfo
     from converter.sources.survey import Survey
 
 HEADS = ("score", "classifier", "v_head", "value_head", "lm_head", "embed_out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from converter.cli.options import Conversion
-from converter.dtypes import DType
+from converter.core.tensors.dtypes import DType
 from converter.errors import UsageError
 from converter.recipe import InputSpec, Output, Recipe, Step
 from converter.sizes import parse_size

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from converter import tensors
 from converter.checkpoint import Checkpoint
 from converter.context import Context
-from converter.dtypes import DType
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show
-from converter.tensors import LazyTensor
 
 TARGETS = (DType.BF16, DType.F16, DType.F32, DType.F64)
 

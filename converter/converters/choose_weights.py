@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from converter.checkpoint import Checkpoint, WeightSet
 from converter.context import Context
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show
-from converter.tensors import LazyTensor
 from converter.weight_sets import Judged, judged
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from converter import tensors
 from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.converters.fill_adapter import Heads, lost_heads, refuse_untrained, weight_of, with_heads
@@ -49,10 +48,11 @@ from converter.converters.fill_refusals import (
     why_lost,
 )
 from converter.converters.gather_names import PEFT_PREFIX
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import UsageError, show
 from converter.files import Identity
 from converter.inputs import Input
-from converter.tensors import LazyTensor
 
 
 @dataclass(frozen=True)

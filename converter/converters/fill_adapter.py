@@ -14,8 +14,8 @@ from converter.converters.fill_offers import Offer
 from converter.converters.gather import Gather
 from converter.converters.gather_config import ADAPTER_CONFIG, HEADS, with_folded_heads
 from converter.converters.gather_names import PEFT_PREFIX
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold
-from converter.tensors import LazyTensor
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from converter.converters.fill_evidence import is_empty
 from converter.converters.gather_config import HEADS
 from converter.converters.gather_names import PEFT_PREFIX
 from converter.converters.memory_names import classifier
-from converter.tensors import Filled
+from converter.core.tensors.nodes import Filled
 
 Shape = tuple[int, ...]
 

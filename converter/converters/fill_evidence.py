@@ -13,14 +13,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from converter import tensors
 from converter.checkpoint import Checkpoint
 from converter.context import Context
-from converter.dtypes import DType
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.byte_runs import byte_runs
+from converter.core.tensors.dtypes import DType
+from converter.core.tensors.nodes import Cast, LazyTensor
 from converter.errors import Refused
 from converter.strict_json import load_json
-from converter.tensor_bytes import byte_runs
-from converter.tensors import Cast, LazyTensor
 
 Relation = Literal["same", "other", "unknown"]
 

@@ -15,9 +15,9 @@ from converter.converters.fill_evidence import differing, is_empty, step_of, ste
 from converter.converters.gather_config import HEADS
 from converter.converters.gather_names import PEFT_PREFIX, PeftNames, has_factors, peft_names, without_wrappers
 from converter.converters.memory_names import Architecture, architecture
-from converter.dtypes import DType
+from converter.core.tensors.dtypes import DType
+from converter.core.tensors.nodes import Cast, LazyTensor
 from converter.errors import fold, show
-from converter.tensors import Cast, LazyTensor
 
 TRAINING, ADAPTER = "training", "adapter"
 VALUE_HEAD = "v_head."

@@ -24,10 +24,10 @@ from converter.converters.gather_ties import without_tied_copies
 from converter.converters.gather_wrappers import Part, Unwrapped, for_value_model, unwrap
 from converter.converters.layer_merge import Layer, merged_weight
 from converter.converters.merge_lora import MergeLora
-from converter.dtypes import DType
+from converter.core.tensors.dtypes import DType
+from converter.core.tensors.nodes import Cast, LazyTensor, Stored
 from converter.errors import Refused, UsageError, fold, show
 from converter.inputs import Input
-from converter.tensors import Cast, LazyTensor, Stored
 
 TRAINING = "training"
 

@@ -7,8 +7,8 @@ from typing import Any
 from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.converters.head_model import is_tied
+from converter.core.tensors.nodes import Cast, LazyTensor
 from converter.errors import show
-from converter.tensors import Cast, LazyTensor
 
 _TIED_HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")

@@ -19,8 +19,8 @@ from typing import Literal
 from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.converters.memory_names import auto_class
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show
-from converter.tensors import LazyTensor
 
 Part = Literal["policy", "value", "actor", "critic", "reward"]
 Layout = Literal["plain", "trl", "llamafactory", "dschat", "trlx", "coati"]

@@ -11,8 +11,8 @@ from converter.converters.head_fit import Wishes
 from converter.converters.layer_merge import Layer, merged_weight
 from converter.converters.merge_lora import MergeLora
 from converter.converters.task_head import TASK_SUFFIX
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold, show
-from converter.tensors import LazyTensor
 
 NO_CURE = "ignore_mismatched_sizes and zero-filling give another model"
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from converter.checkpoint import Checkpoint
 from converter.converters.head_model import Family, family, resolve
+from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import dialects
 from converter.dialects.model import Dialect, Marks
 from converter.errors import Refused, UsageError, fold, show
-from converter.tensors import LazyTensor
 
 SPARE_FILE = "pytorch_model.bin"
 """Where TRL saves the head beside an adapter; its names count as if they were among the weights."""

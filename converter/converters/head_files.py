@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from converter.checkpoint import Checkpoint
 from converter.context import Context
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold, show
-from converter.tensors import LazyTensor
 
 TRL_FILE = "pytorch_model.bin"
 """Where TRL's wrapper saves the head beside an adapter; beside a whole model no loader looks there."""

@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from converter import tensors
 from converter.context import Context
 from converter.converters.head_model import Head, Linear, Mlp, Normaliser, Reading
 from converter.converters.head_read import values
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.kernel_specs import HEAD_NORMAL, HEAD_ROWS, Param
+from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.dialects.known import Target
 from converter.dialects.model import HeadSpec
-from converter.dtypes import DType, TensorInfo
 from converter.errors import Refused, UsageError
-from converter.kernel_specs import HEAD_NORMAL, HEAD_ROWS, Param
-from converter.tensors import Filled, LazyTensor
 
 BiasWish = Literal["refuse", "drop", "into-mean"]
 NormaliserWish = Literal["fold", "drop"]

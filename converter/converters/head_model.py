@@ -13,10 +13,10 @@ from typing import Any
 
 from converter.checkpoint import Checkpoint
 from converter.converters import memory_names
+from converter.core.tensors.dtypes import DType
+from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.model import Dialect
-from converter.dtypes import DType
 from converter.errors import Refused, show
-from converter.tensors import LazyTensor
 
 # Model types that only a dialect has, and what they are to transformers.
 _MODEL_TYPES = {"gpt_neox_reward_model": "gpt_neox"}

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter import tensors
 from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.converters.head_detect import SPARE_FILE
 from converter.converters.head_model import Family, Head, Linear, Mlp, Normaliser, Reading, family, hidden_size, resolve
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType
+from converter.core.tensors.nodes import Cast, Concat, Filled, LazyTensor
 from converter.dialects.model import Dialect
-from converter.dtypes import DType
 from converter.errors import Refused, fold, show
-from converter.tensors import Cast, Concat, Filled, LazyTensor
 
 OUTPUT_EMBEDDINGS = ("lm_head.", "embed_out.")
 _FIRST_BLOCKS = ("layers.0.", "h.0.", "blocks.0.", "decoder.layers.0.")

@@ -11,11 +11,11 @@ from converter.converters.head_config import config_for
 from converter.converters.head_fit import Fitted
 from converter.converters.head_model import Reading, is_tied, resolve
 from converter.converters.head_read import OUTPUT_EMBEDDINGS
+from converter.core.tensors.byte_runs import reads
+from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import Target
 from converter.dialects.model import HeadSpec
 from converter.errors import Refused, fold, show
-from converter.tensor_bytes import reads
-from converter.tensors import LazyTensor
 
 _EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tokens_embed.weight",

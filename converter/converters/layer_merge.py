@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from converter import kernel_specs, tensors
 from converter.converters.adapter_config import AdapterConfig
 from converter.converters.adapter_keys import Module
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors import kernel_specs
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, show
-from converter.tensors import LazyTensor
 
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
 CONV1D_MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})

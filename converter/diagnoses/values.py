@@ -10,6 +10,7 @@ from pathlib import Path
 from converter.context import MAX_READ, Context
 from converter.converters.head_model import hidden_size
 from converter.converters.head_read import values
+from converter.core.tensors.nodes import LazyTensor
 from converter.diagnoses.heads import heads_here
 from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.diagnoses.places import heads_in
@@ -17,7 +18,6 @@ from converter.errors import ConvertError, fold, show
 from converter.sources import hf, peft
 from converter.sources.places import by_number
 from converter.sources.survey import Survey
-from converter.tensors import LazyTensor
 
 _CHECKPOINT = re.compile(r"(?:checkpoint|step|epoch|iter)[-_]?\d+", re.ASCII)
 _MASKS = re.compile(r"(?:mask|masked_bias|attn\.bias)$")

@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from converter.checkpoint import Checkpoint, RecordCheck
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused
 from converter.files import Identity, read_limited
 from converter.safetensors_io import read_index
@@ -22,7 +23,6 @@ from converter.sources.sidecars import checks_beside, identities_beside, tensors
 from converter.sources.survey import Survey, file_names
 from converter.sources.weight_file import WeightFile, read_weights
 from converter.strict_json import MAX_JSON_BYTES
-from converter.tensors import Filled, LazyTensor
 
 LOST = frozenset(
     {"zero3-empty-tensors", "shard-missing", "index-phantom", "no-tensors", "weights-missing", "adapter-empty"}

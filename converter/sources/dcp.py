@@ -20,8 +20,8 @@ from converter.sources.places import Place
 from converter.sources.survey import Fault, Survey
 
 if TYPE_CHECKING:
+    from converter.core.tensors.nodes import LazyTensor
     from converter.sources.dcp_layout import Moment
-    from converter.tensors import LazyTensor
 
 _WORDS: dict[Kind, str] = {
     "dcp": "a torch distributed checkpoint is there",

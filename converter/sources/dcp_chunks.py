@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from converter import tensors
 from converter.checkpoint import RecordCheck
-from converter.dtypes import TensorInfo
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import TensorInfo
+from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused, fold, show
 from converter.files import Identity, open_input
 from converter.sources.dcp_metadata import METADATA, Chunk, Entry, Metadata, Place
 from converter.sources.torch_file import read_torch_member
-from converter.tensors import Filled, LazyTensor
 
 MAX_CUTS = 64
 

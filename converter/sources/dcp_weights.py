@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import Checkpoint, Origin, RecordCheck
+from converter.core.tensors.byte_runs import leaves
+from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused, fold, show
 from converter.files import Identity, identity
 from converter.sources.beside import find_beside
@@ -20,8 +22,6 @@ from converter.sources.deepspeed_files import run_folders
 from converter.sources.places import Place
 from converter.sources.survey import StoredTensor, Survey, file_names, snapshot_of
 from converter.sources.torch_file import read_torch_file, state_dict
-from converter.tensor_bytes import leaves
-from converter.tensors import LazyTensor, Stored
 
 KIND = "training"
 OPTIMIZER_FILE = "optimizer.bin"

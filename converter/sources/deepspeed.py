@@ -21,7 +21,7 @@ from converter.sources.survey import Fault, StoredTensor, Survey, file_names, fo
 
 if TYPE_CHECKING:
     from converter.checkpoint import Checkpoint
-    from converter.tensors import LazyTensor
+    from converter.core.tensors.nodes import LazyTensor
 
 
 class DeepSpeedSource:
@@ -70,9 +70,9 @@ class DeepSpeedSource:
 
     def survey(self, root: Path) -> Survey:
         """Files, tensors and faults; content never raises."""
+        from converter.core.tensors.byte_runs import leaves
         from converter.sources.deepspeed_state import read_shards
         from converter.sources.deepspeed_weights import read_weights
-        from converter.tensor_bytes import leaves
 
         survey = Survey(root)
         try:

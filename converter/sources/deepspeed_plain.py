@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import fold
 from converter.sources.deepspeed_state import Shards
-from converter.tensors import LazyTensor
 
 MOMENTS_ORDER = "moments-order"
 

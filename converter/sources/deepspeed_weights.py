@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter import tensors
 from converter.checkpoint import Checkpoint, Origin
-from converter.dtypes import DType
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import show
 from converter.sources.beside import find_beside
 from converter.sources.deepspeed_files import run_folders
@@ -19,7 +20,6 @@ from converter.sources.deepspeed_layout import frozen_tensors, trained_shapes, t
 from converter.sources.deepspeed_state import Shards, expect_one_step, read_shards
 from converter.sources.places import Place
 from converter.sources.survey import name_of
-from converter.tensors import LazyTensor
 
 KIND = "training"
 WRAPPED = "pretrained_model."

@@ -17,12 +17,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from converter import tensors
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import fold, show
 from converter.sources.deepspeed_files import UNIVERSAL
 from converter.sources.deepspeed_state import BF16_OPTIMIZER, Shards, common_state
 from converter.sources.survey import file_names
-from converter.tensors import LazyTensor
 
 State = Literal["master", "exp_avg", "exp_avg_sq"]
 Shapes = dict[str, tuple[int, ...]]

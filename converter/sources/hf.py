@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import Checkpoint, Origin
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold, show
 from converter.files import Identity, identity, read_limited
 from converter.implied import without_wrappers
@@ -24,7 +25,6 @@ from converter.sources.survey import Fault, StoredTensor, Survey, file_names, fo
 from converter.sources.ties import find_ties
 from converter.sources.weight_file import WeightFile, read_weights
 from converter.strict_json import MAX_JSON_BYTES, parse_json
-from converter.tensors import LazyTensor
 
 WEIGHTS = folder.MODEL_WEIGHTS
 INDEX = folder.MODEL_INDEX

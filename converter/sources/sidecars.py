@@ -13,11 +13,11 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from converter.checkpoint import RecordCheck
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, show
 from converter.files import Identity
 from converter.sources.survey import MODEL_PICKLED, Fault, StoredTensor, Survey, empty_tensors
 from converter.sources.weight_file import WeightFile, read_weights
-from converter.tensors import LazyTensor
 
 VALUE_HEADS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
 OTHER_LAYERS = ("regression_layer.pt", "gating_layer.pt")

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter import sparse, tensors
+from converter import sparse
 from converter.checkpoint import RecordCheck
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, show
 from converter.files import Identity
 from converter.sources.pickle_machine import Built, Global, Persistent, check_names
@@ -26,7 +28,6 @@ from converter.sources.torch_container import (
     read_member,
     storage_type,
 )
-from converter.tensors import LazyTensor
 
 MAX_DEPTH = 64
 MAX_ELEMENTS = 2**62

@@ -20,7 +20,7 @@ from converter.sources.verl_files import find_part, holds_ranks, parts_in, rank_
 
 if TYPE_CHECKING:
     from converter.checkpoint import Checkpoint
-    from converter.tensors import LazyTensor
+    from converter.core.tensors.nodes import LazyTensor
 
 
 class VerlSource:
@@ -58,9 +58,9 @@ class VerlSource:
 
     def survey(self, root: Path) -> Survey:
         """Files, tensors and faults; content never raises."""
+        from converter.core.tensors.byte_runs import leaves
         from converter.sources.verl_shards import Ranks
         from converter.sources.verl_weights import read_weights
-        from converter.tensor_bytes import leaves
 
         survey = Survey(root)
         try:

@@ -15,11 +15,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from converter import tensors
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, show
 from converter.sources.verl_shards import Piece, Ranks, Value
 from converter.sources.verl_weights import Weights
-from converter.tensors import LazyTensor
 
 State = Literal["exp_avg", "exp_avg_sq"]
 _LAYER = re.compile(r"(?:^|.*?\.)\d+(?=\.)")

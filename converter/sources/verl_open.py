@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converter.checkpoint import Checkpoint, Origin, SideFile
-from converter.dtypes import DType
+from converter.core.tensors.dtypes import DType
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import show
 from converter.files import identity
 from converter.sources.beside import Beside, find_beside
@@ -17,7 +18,6 @@ from converter.sources.verl_files import FSDP_CONFIG, HUGGINGFACE, LORA_ADAPTER,
 from converter.sources.verl_moments import moments, trained_names
 from converter.sources.verl_shards import Ranks
 from converter.sources.verl_weights import Weights, read_weights
-from converter.tensors import LazyTensor
 
 KIND = "training"
 LORA_META = "lora_train_meta.json"

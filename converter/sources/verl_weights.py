@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import fold, show
 from converter.sources.verl_shards import Piece, Ranks, Value
-from converter.tensors import LazyTensor, Stored
 
 
 @dataclass(frozen=True)

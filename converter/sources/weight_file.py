@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter import sparse, tensors
+from converter import sparse
 from converter.checkpoint import RecordCheck
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, show
 from converter.files import Identity
 from converter.safetensors_io import read_header
-from converter.tensors import LazyTensor
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 

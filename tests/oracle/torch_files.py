@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from converter.core.tensors.nodes import LazyTensor
 from converter.evaluate import Evaluator
 from converter.reading import InputFiles
-from converter.tensors import LazyTensor
 
 SAVES: dict[str, dict[str, Any]] = {
     "zip": {},

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from converter.checkpoint import Checkpoint
+from converter.core.tensors.nodes import LazyTensor
 from converter.evaluate import Evaluator
 from converter.reading import InputFiles
 from converter.sources import deepspeed, deepspeed_universal
 from converter.sources.deepspeed import DeepSpeedSource
-from converter.tensors import LazyTensor
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 RUNS = Path(__file__).parent / "runs"

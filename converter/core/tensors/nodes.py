@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from converter import kernel_specs
-from converter.dtypes import DType, TensorInfo
+from converter.core.tensors import kernel_specs
+from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.kernel_specs import KernelSpec, Param
 from converter.errors import Refused
-from converter.kernel_specs import KernelSpec, Param
 
 
 @dataclass(frozen=True, slots=True)

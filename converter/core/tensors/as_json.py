@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, assert_never
 
-from converter import kernel_specs
-from converter.dtypes import DType, TensorInfo
-from converter.errors import Refused, show
-from converter.tensors import (
+from converter.core.tensors import kernel_specs
+from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.nodes import (
     Apply,
     Cast,
     Concat,
@@ -29,6 +28,7 @@ from converter.tensors import (
     stored,
     strided,
 )
+from converter.errors import Refused, show
 
 
 def info_to_json(info: TensorInfo) -> dict[str, Any]:
