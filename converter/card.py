@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from converter.card_head import head_notes, launch_lines, made_for
+from converter.core.files.strict_yaml import read_values
 from converter.errors import ConvertError, Refused, fold, show
-from converter.recipe_text import read_values
 from converter.sizes import format_size
 
 BEGIN, END = "<!-- rlhf-convert: begin -->", "<!-- rlhf-convert: end -->"

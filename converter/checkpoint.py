@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from converter.core.files.opening import Identity
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold, show
-from converter.files import Identity
 
 Container = Literal["safetensors", "torch"]
 """What weights are written in: safetensors, or torch's zip format (`pytorch_model.bin`), all that some loaders read."""

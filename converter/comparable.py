@@ -19,9 +19,9 @@ from converter.converters.head_detect import detect
 from converter.converters.head_model import Head, Linear
 from converter.converters.head_read import read
 from converter.converters.mend_names import peft_name
+from converter.core.files.opening import Identity
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import ConvertError, UsageError, show
-from converter.files import Identity
 from converter.sources.ties import find_ties
 
 HEAD = "head"

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from converter import sparse
+from converter.core.files import sparse
+from converter.core.files.opening import open_input, read_exact
 from converter.core.tensors.byte_runs import ByteRun, byte_runs, describe
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, LazyTensor
 from converter.errors import Refused, fold
-from converter.files import open_input, read_exact
 
 MAX_READ = 1 << 20
 """Bytes that a converter may read of one tensor; more is refused, so that planning stays a matter of headers."""

@@ -6,9 +6,9 @@ import errno
 import os
 from collections.abc import Callable
 
-from converter import sparse
+from converter.core.files import sparse
+from converter.core.files.reading import InputFiles
 from converter.core.tensors.byte_runs import ByteRun
-from converter.reading import InputFiles
 
 COPY_BLOCK = 64 * 1024 * 1024
 """Bytes asked of the kernel in one call, so that progress moves and a signal is answered soon."""

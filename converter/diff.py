@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from converter import sparse
 from converter.checkpoint import Checkpoint, SideFile
 from converter.comparable import Comparable, as_stored, by_meaning
 from converter.context import Context
+from converter.core.files import sparse
+from converter.core.files.opening import Identity, read_limited
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.byte_runs import byte_runs
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import UsageError, show
-from converter.files import Identity, read_limited
 
 if TYPE_CHECKING:
     import torch
@@ -186,7 +186,7 @@ class _evaluators:  # noqa: N801 - a context manager that reads as a function
     """Evaluators over the files of both sides, which are closed at the end."""
 
     def __init__(self, a: Mapping[str, Identity], b: Mapping[str, Identity]) -> None:
-        from converter.reading import InputFiles
+        from converter.core.files.reading import InputFiles
 
         self._files = (InputFiles(a), InputFiles(b))
 

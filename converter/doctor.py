@@ -12,8 +12,8 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from converter import sparse
 from converter.context import Context
+from converter.core.files import sparse
 from converter.diagnoses.adapters import NOT_MERGED_HERE
 from converter.diagnoses.aims import aim, is_transformers_4, roles_of
 from converter.diagnoses.causes import one_per_cause, with_steps

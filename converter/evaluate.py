@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, assert_never
 
+from converter.core.files.reading import InputFiles
 from converter.core.tensors import kernel_specs
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Apply, Cast, Concat, Filled, LazyTensor, Narrow, Reshape, Stored, Strided
 from converter.errors import Refused, show
 from converter.measures import Measures
-from converter.reading import InputFiles
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from converter.core.files.opening import open_input
 from converter.errors import Refused, show
-from converter.files import open_input
 from converter.side_files import travels
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter import sparse
 from converter.check import check_written
+from converter.core.files import sparse
+from converter.core.files.opening import open_input, read_exact
+from converter.core.files.reading import InputFiles
 from converter.errors import Interrupted, Refused, show
 from converter.execute import (
     Accept,
@@ -32,14 +34,12 @@ from converter.execute import (
     refuse_new_nonfinite,
     system_refused,
 )
-from converter.files import open_input, read_exact
 from converter.hub import Destination, Pushed, card_there, expect_no_stale, make_repository, upload
 from converter.hub import push as commit
 from converter.hub_ask import call
 from converter.hub_files import CARD, MAX_FILE, RECEIPT, LocalFile, Manifest
 from converter.plan import Plan
 from converter.preflight import check_space, memory_limit
-from converter.reading import InputFiles
 from converter.record_checks import compare_records
 from converter.shard_files import is_still_there
 from converter.shard_plan import ShardPlan

@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from converter.core.files.links import RECEIPT_FILE
 from converter.core.tensors.nodes import is_separable, rows
 from converter.errors import Refused, show
-from converter.links import RECEIPT_FILE
 from converter.plan import Plan
 from converter.shard_plan import chunk_cost
 from converter.sizes import format_size

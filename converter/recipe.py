@@ -23,8 +23,8 @@ from converter.sizes import parse_size
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
-    from converter.recipe_text import Path as Keys
-    from converter.recipe_text import RecipeText
+    from converter.core.files.strict_yaml import Path as Keys
+    from converter.core.files.strict_yaml import RecipeText
 
 VERSION = 1
 SOURCE = "source"
@@ -158,8 +158,8 @@ def shipped_recipes() -> dict[str, str]:
 
 
 def _read(path: Path, asked: str) -> bytes:
-    from converter.files import read_limited
-    from converter.recipe_text import MAX_BYTES
+    from converter.core.files.opening import read_limited
+    from converter.core.files.strict_yaml import MAX_BYTES
 
     if not path.exists():
         raise UsageError("no-such-recipe", "there is no such recipe", where=show(asked), next="rlhf-convert list")
@@ -174,7 +174,7 @@ def parse_recipe(text: bytes, *, file: str) -> Recipe:
     """
     from pydantic import ValidationError
 
-    from converter.recipe_text import read_values
+    from converter.core.files.strict_yaml import read_values
 
     read = read_values(text, file=file)
     try:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter import __version__, sparse
+from converter import __version__
 from converter.accounting import unaccounted
 from converter.checkpoint import Checkpoint
 from converter.context import Context
+from converter.core.files import sparse
 from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.plan import Plan, make_plan
 from converter.recipe import SOURCE, InputSpec, Recipe

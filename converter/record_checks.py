@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from converter.checkpoint import RecordCheck
-from converter.checksums import crc32
+from converter.core.files.checksums import crc32
+from converter.core.files.reading import InputFiles
 from converter.errors import Refused, show
-from converter.reading import InputFiles
 
 BLOCK = 1 << 22
 """Bytes that each thread holds."""

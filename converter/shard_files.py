@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from converter import torch_zip
-from converter.checksums import crc32
 from converter.copying import write_all
+from converter.core.files.checksums import crc32
 from converter.shard_plan import ShardPlan
 
 CHECKSUM_BLOCK = 1 << 20

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import SideFile
-from converter.files import Identity, identity, open_input
-from converter.strict_json import load_json, parse_json
+from converter.core.files.opening import Identity, identity, open_input
+from converter.core.files.strict_json import load_json, parse_json
 
 _TOKENIZER = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt|bpe)"
@@ -41,7 +41,7 @@ def side_json(files: Mapping[str, SideFile], name: str) -> dict[str, Any]:
     """A JSON object among the files that travel with the weights; empty where there is none of that name.
 
     Raises:
-        Refused: it is no JSON, or too large (see `converter.strict_json`).
+        Refused: it is no JSON, or too large (see `converter.core.files.strict_json`).
     """
     file = files.get(name)
     if file is None or (file.source is None and file.content is None):

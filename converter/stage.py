@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from converter.copying import write_all
+from converter.core.files.links import RECEIPT_FILE
 from converter.errors import Refused, show
-from converter.links import RECEIPT_FILE
 
 JOURNAL = "journal.jsonl"
 FILE_MODE = 0o666

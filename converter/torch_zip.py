@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from converter.checksums import crc32
+from converter.core.files.checksums import crc32
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import Refused, show
 

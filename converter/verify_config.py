@@ -10,9 +10,9 @@ from converter.checkpoint import Checkpoint
 from converter.context import MAX_READ
 from converter.converters.head_config import class_name
 from converter.converters.head_model import Reading, family
+from converter.core.files.strict_json import load_json
 from converter.dialects.known import Target, numbers
 from converter.errors import ConvertError, show
-from converter.strict_json import load_json
 from converter.verify import Check, fails, holds, note
 
 _DECIDES_BY_CLASS = ("ms-swift", "verl", "areal", "roll", "vllm", "transformers")

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from converter.core.files.links import RECEIPT_FILE
+from converter.core.files.strict_json import load_json
 from converter.errors import ConvertError, fold, show
-from converter.links import RECEIPT_FILE
-from converter.strict_json import load_json
 from converter.verify import Check, fails, holds, note
 
 

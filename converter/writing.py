@@ -18,12 +18,12 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
-from converter.checksums import crc32
 from converter.copying import copy_run, write_all
+from converter.core.files.checksums import crc32
+from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor, rows
 from converter.evaluate import Evaluator, as_bytes, shared_nodes
 from converter.measures import Measures
-from converter.reading import InputFiles
 from converter.shard_files import checksum, close_archive, reserve
 from converter.shard_plan import Entry, ShardPlan, chunk_cost
 from converter.stage import FILE_MODE, Stage, fsync_folder, make_folders

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
+from converter.core.files.opening import Identity, identity, open_input, read_exact, read_limited
+from converter.core.files.strict_json import is_deeper, load_json, parse_json
 from converter.errors import Refused
-from converter.files import Identity, identity, open_input, read_exact, read_limited
-from converter.strict_json import is_deeper, load_json, parse_json
 from strategies import json_values
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

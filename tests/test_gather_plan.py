@@ -15,13 +15,13 @@ from converter.accounting import unaccounted
 from converter.checkpoint import Checkpoint, Origin, RecordCheck
 from converter.context import Context
 from converter.converters.gather_names import PeftNames, peft_names, without_wrappers
+from converter.core.files.reading import InputFiles
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.byte_runs import reads
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.plan import Plan, make_plan
-from converter.reading import InputFiles
 from converter.record_checks import compare_records
 
 

@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from big_headers import llama_70b
-from converter import sparse
+from converter.core.files import sparse
+from converter.core.files.opening import read_exact
 from converter.errors import Refused, UsageError
-from converter.files import read_exact
 from converter.sources import hub_download, hub_mirror
 from converter.sources.locate import hub_name, resolve
 from fake_hub import FakeHub, Fault, Stored, running
@@ -339,7 +339,7 @@ def test_a_file_that_is_read_in_order_is_hashed_and_one_that_is_not_is_not(tmp_p
 
 @pytest.mark.usefixtures("clean")
 def test_the_identity_of_such_a_file_is_its_content_s(tmp_path: Path) -> None:
-    from converter.files import identity
+    from converter.core.files.opening import identity
 
     file = made(tmp_path, b"x" * 100_000, [])
     before = identity(file.path)

@@ -7,10 +7,10 @@ from textwrap import dedent
 
 import pytest
 
+from converter.core.files.strict_yaml import read_values
 from converter.errors import UsageError
 from converter.recipe import InputSpec, Output, Recipe, load_recipe, parse_recipe, shipped_recipes
 from converter.recipe_fields import check
-from converter.recipe_text import read_values
 
 GOOD = """\
 version: 1

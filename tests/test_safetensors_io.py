@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save, save_file
 
+from converter.core.files.opening import identity
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import Refused
-from converter.files import identity
 from converter.safetensors_io import MAX_HEADER_SIZE, build_header, read_header
 from strategies import PACKED, metadata, tensor_lists
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from converter.core.files.opening import identity
 from converter.errors import Refused
-from converter.files import identity
 from converter.side_files import find_side_files
 
 CARRIED = [

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converter.checkpoint import Checkpoint
+from converter.core.files.opening import identity
 from converter.errors import Refused
-from converter.files import identity
 from converter.sources import hf, locate, peft
 from converter.sources.survey import Survey
 from durability import FIXTURES, copy_inputs

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from converter.checkpoint import Checkpoint
+from converter.core.files.opening import identity
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import ConvertError, Refused, UsageError
-from converter.files import identity
 from converter.safetensors_io import build_header
 from converter.sources import peft
 

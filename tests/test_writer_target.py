@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from converter.core.files.opening import Identity
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import Refused
-from converter.files import Identity
 from converter.plan import Plan
 from converter.stage import Stage
 from durability import Quiet, tree

@@ -22,9 +22,9 @@ from converter.cli.hub_output import (
 from converter.cli.options import Conversion
 from converter.cli.progress import progress
 from converter.cli.sink import Sink
+from converter.core.files.strict_json import load_json
 from converter.errors import ConvertError, Interrupted, Refused, UsageError
 from converter.sizes import parse_size
-from converter.strict_json import load_json
 
 if TYPE_CHECKING:
     from converter.execute import Receipt

@@ -130,7 +130,7 @@ def _list_codes(options: Display) -> int:
 
 
 def _file(path: Path) -> Iterator[bytes]:
-    from converter.files import open_input
+    from converter.core.files.opening import open_input
 
     fd = open_input(path)
     try:

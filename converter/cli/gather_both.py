@@ -148,8 +148,8 @@ def _halves(split: Split, out: str | None, options: Conversion) -> tuple[_Half, 
 def _is_made_of(plan: Plan, folder: Path) -> bool:
     """True where a folder is what this plan would write: the receipt's words, every header, and sampled values."""
     from converter.check import check_written
-    from converter.links import RECEIPT_FILE
-    from converter.reading import InputFiles
+    from converter.core.files.links import RECEIPT_FILE
+    from converter.core.files.reading import InputFiles
 
     if folder.is_symlink() or not folder.is_dir():
         return False
@@ -227,7 +227,7 @@ def _finish(
 ) -> None:
     """The screen's last lines for both, and what to type next."""
     from converter import report
-    from converter.links import RECEIPT_FILE
+    from converter.core.files.links import RECEIPT_FILE
 
     commands: list[str] = []
     values: list[dict[str, Any]] = []

@@ -144,7 +144,7 @@ def _card(prepared: Prepared, where: Destination, receipt: Mapping[str, Any], ex
 
 def source_lines() -> list[str]:
     """What was read of the Hub, and which files' digests are known."""
-    from converter import sparse
+    from converter.core.files import sparse
 
     read = [f for f in sparse.known() if f.fetched]
     if not read:

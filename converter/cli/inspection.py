@@ -131,7 +131,7 @@ def _around(found: Found) -> list[str]:
 
 def _read(found: Found) -> list[str]:
     """How little of a model on the Hub was transferred."""
-    from converter import sparse
+    from converter.core.files import sparse
 
     read = [f for f in sparse.known() if f.path.is_relative_to(found.path)]
     if not read:

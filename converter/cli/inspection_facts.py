@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from converter.converters.head_detect import detect
+from converter.core.files.links import RECEIPT_FILE
 from converter.errors import ConvertError, fold, show
-from converter.links import RECEIPT_FILE
 from converter.side_files import is_tokenizer_file, travels
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _makers(case: Case) -> Iterator[tuple[str, str]]:
 
 def _tags(case: Case) -> list[str]:
     """Trainers among the tags of a model card's front matter."""
-    from converter.files import open_input, pread
+    from converter.core.files.opening import open_input, pread
 
     if "README.md" not in case.names:
         return []

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Reading
+from converter.core.files.opening import read_limited
 from converter.errors import ConvertError, Refused, UsageError, fold, show
-from converter.files import read_limited
 from converter.report import line, next_lines
 from converter.sizes import format_size
 
@@ -237,7 +237,7 @@ def _checks(asked: Pushing, receipt: Mapping[str, Any]) -> tuple[str, tuple[tupl
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    from converter.strict_json import load_json
+    from converter.core.files.strict_json import load_json
 
     if not path.is_file():
         return {}

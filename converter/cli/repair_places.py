@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converter import sparse
 from converter.converters.fill_evidence import step_of
+from converter.core.files import sparse
+from converter.core.files.opening import read_limited
 from converter.errors import ConvertError, show
-from converter.files import read_limited
 from converter.registry import FindsPlaces, find_place, kind_of, sources
 from converter.sources.hub_names import SCHEME, as_reference, below
 from converter.sources.locate import resolve

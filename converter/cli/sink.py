@@ -51,7 +51,7 @@ def as_typed(text: str) -> str:
 
     Nor is there a token in it.
     """
-    from converter import sparse
+    from converter.core.files import sparse
 
     return without_secrets(sparse.as_typed(text))
 

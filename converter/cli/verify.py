@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter import sparse
 from converter.checkpoint import Checkpoint
 from converter.cli.options import Display
 from converter.context import Context
+from converter.core.files import sparse
 from converter.dialects.known import Target, target
 from converter.dialects.model import Role
 from converter.errors import ConvertError, Refused, UsageError, VerificationFailed, show

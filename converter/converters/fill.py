@@ -48,10 +48,10 @@ from converter.converters.fill_refusals import (
     why_lost,
 )
 from converter.converters.gather_names import PEFT_PREFIX
+from converter.core.files.opening import Identity
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import UsageError, show
-from converter.files import Identity
 from converter.inputs import Input
 
 

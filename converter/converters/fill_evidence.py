@@ -15,12 +15,12 @@ from typing import Literal
 
 from converter.checkpoint import Checkpoint
 from converter.context import Context
+from converter.core.files.strict_json import load_json
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.byte_runs import byte_runs
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, LazyTensor
 from converter.errors import Refused
-from converter.strict_json import load_json
 
 Relation = Literal["same", "other", "unknown"]
 

@@ -10,9 +10,9 @@ from converter.checkpoint import Checkpoint, SideFile
 from converter.context import Context
 from converter.converters.gather_lora_meta import LORA_META, recorded_alpha
 from converter.converters.gather_names import PeftNames
+from converter.core.files.strict_json import load_json
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show
-from converter.strict_json import load_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 HEADS = frozenset({"score", "classifier"})

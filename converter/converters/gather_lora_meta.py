@@ -14,8 +14,8 @@ from pathlib import Path
 
 from converter.checkpoint import SideFile
 from converter.context import Context
+from converter.core.files.strict_json import load_json
 from converter.errors import Refused, show
-from converter.strict_json import load_json
 
 LORA_META = "lora_train_meta.json"
 

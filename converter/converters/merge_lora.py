@@ -24,10 +24,10 @@ from converter.converters.layer_merge import Layer, Update, merged_bias, merged_
 from converter.converters.memory_names import architectures, classifier
 from converter.converters.name_rules import AS_IN_BASE, NameRule, find_rule
 from converter.converters.task_head import NewHead, add_task_head, expect_head, is_head, is_new_head
+from converter.core.files.opening import Identity
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show
-from converter.files import Identity
 from converter.inputs import Input
 from converter.side_files import adapter_first
 

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from converter.checkpoint import Checkpoint, Origin
 from converter.context import Context
+from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
 from converter.core.tensors.dtypes import TensorInfo
 from converter.diagnoses.script import Launch
 from converter.errors import ConvertError, Refused, fold, show
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, Survey, file_names
-from converter.strict_json import MAX_JSON_BYTES, load_json
 
 Severity = Literal["error", "changes-numbers", "cosmetic"]
 Applicability = Literal["safe", "unsafe", "display-only"]

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.context import Context
+from converter.core.files.opening import read_limited
 from converter.diagnoses.config import is_part_of_vision
 from converter.diagnoses.model import HERE, Case, Finding, diagnosis
 from converter.errors import Refused, fold, show
-from converter.files import read_limited
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _TEMPLATE_BYTES = 1 << 20

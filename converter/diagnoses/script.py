@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from converter.core.files.opening import read_limited
 from converter.dialects.model import Role
 from converter.errors import ConvertError, UsageError, show
-from converter.files import read_limited
 
 MAX_SCRIPT = 1 << 20
 MAX_TOKENS = 20_000

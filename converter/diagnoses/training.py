@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 
 from converter.context import Context
+from converter.core.files.opening import read_limited
 from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis
 from converter.errors import ConvertError, fold, show
-from converter.files import read_limited
 from converter.sources.survey import ADAPTER_PICKLED, ADAPTER_WEIGHTS, file_names, is_weights_of_model
 
 _UNFINISHED = re.compile(r"(?:tmp-checkpoint-\d+|.*\.(?:partial|tmp))", re.ASCII)

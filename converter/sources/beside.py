@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import SideFile
+from converter.core.files.opening import Identity, identity, read_limited
+from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.errors import show
-from converter.files import Identity, identity, read_limited
 from converter.side_files import find_side_files, is_tokenizer_file
 from converter.sources.hf import parse_config
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, file_names
-from converter.strict_json import MAX_JSON_BYTES
 
 
 @dataclass

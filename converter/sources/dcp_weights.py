@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import Checkpoint, Origin, RecordCheck
+from converter.core.files.opening import Identity, identity
 from converter.core.tensors.byte_runs import leaves
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused, fold, show
-from converter.files import Identity, identity
 from converter.sources.beside import find_beside
 from converter.sources.dcp_adapter import names_in_memory
 from converter.sources.dcp_chunks import Pieces

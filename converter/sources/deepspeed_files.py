@@ -12,8 +12,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from converter.core.files.opening import read_limited
 from converter.errors import Refused, UsageError, fold, show
-from converter.files import read_limited
 from converter.sources.places import Place, by_number
 from converter.sources.survey import file_names
 from converter.sources.unread import other_layout

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import RecordCheck
+from converter.core.files.opening import Identity, open_input, read_exact
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused, fold, show
-from converter.files import Identity, open_input, read_exact
 from converter.sources.deepspeed_files import UNIVERSAL, RankFiles, is_universal, rank_files
 from converter.sources.torch_file import Opaque, read_torch_file
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from converter import sparse
+from converter.core.files import sparse
+from converter.core.files.opening import open_input
 from converter.errors import fold, show
-from converter.files import open_input
 from converter.sources.hub_client import ListedFile, expect_safe_endpoint, list_files, refuse
 
 _BLOCK = 1 << 22

@@ -15,7 +15,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from converter import sparse
+from converter.core.files import sparse
 from converter.errors import Refused, show
 from converter.sources.hub_client import ListedFile, Repository, open_repository
 from converter.sources.survey import is_weight_file

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from converter.core.files.opening import read_limited
 from converter.errors import Refused, UsageError, show
-from converter.files import read_limited
 from converter.sources.hub_names import REPO_ID as _REPO_ID
 from converter.sources.hub_names import SCHEME, hub_name
 from converter.sources.survey import (

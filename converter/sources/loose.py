@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from converter.checkpoint import Checkpoint, Origin
+from converter.core.files.opening import identity
 from converter.errors import Refused, show
-from converter.files import identity
 from converter.sources.survey import Fault, StoredTensor, Survey, empty_tensors, file_names, is_weight_file
 from converter.sources.weight_file import PICKLED_SUFFIXES, read_weights
 

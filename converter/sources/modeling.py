@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from converter.checkpoint import Checkpoint
-from converter.files import read_limited
+from converter.core.files.opening import read_limited
+from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.side_files import find_side_files
 from converter.sources.hf import (
     CONFIG,
@@ -23,7 +24,6 @@ from converter.sources.hf import (
     stored_path,
 )
 from converter.sources.survey import Survey, file_names, is_weights_of_model
-from converter.strict_json import MAX_JSON_BYTES
 
 FOLDER = "modeling"
 

@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from converter.checkpoint import RecordCheck
+from converter.core.files.opening import Identity
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, show
-from converter.files import Identity
 from converter.sources.survey import MODEL_PICKLED, Fault, StoredTensor, Survey, empty_tensors
 from converter.sources.weight_file import WeightFile, read_weights
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter import sparse
-from converter.checksums import crc32
+from converter.core.files import sparse
+from converter.core.files.checksums import crc32
+from converter.core.files.opening import Identity, open_input, pread, read_exact
 from converter.errors import Refused, show
-from converter.files import Identity, open_input, pread, read_exact
 from converter.sources.pickle_machine import Built, Persistent, PickleValue, read_pickle
 
 MAX_DIRECTORY = 256_000_000

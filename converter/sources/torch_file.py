@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter import sparse
 from converter.checkpoint import RecordCheck
+from converter.core.files import sparse
+from converter.core.files.opening import Identity
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, show
-from converter.files import Identity
 from converter.sources.pickle_machine import Built, Global, Persistent, check_names
 from converter.sources.torch_container import (
     Container,

@@ -8,8 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from converter.checkpoint import Checkpoint
+from converter.core.files.opening import open_input, pread
 from converter.errors import Refused, UsageError, fold, show
-from converter.files import open_input, pread
 from converter.sources.survey import Fault, Survey, file_names
 from converter.sources.verl_files import is_megatron, megatron_refusal
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converter.checkpoint import Checkpoint, Origin, SideFile
+from converter.core.files.opening import identity
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import show
-from converter.files import identity
 from converter.sources.beside import Beside, find_beside
 from converter.sources.places import Place
 from converter.sources.survey import MODEL_CONFIG, file_names, is_weights_of_model, name_of

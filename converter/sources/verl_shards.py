@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import RecordCheck
+from converter.core.files.opening import Identity
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor, Stored
 from converter.errors import Refused, show
-from converter.files import Identity
 from converter.sources.torch_file import Opaque, read_torch_file
 from converter.sources.verl_files import RankFiles
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter import sparse
 from converter.checkpoint import RecordCheck
+from converter.core.files import sparse
+from converter.core.files.opening import Identity
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, show
-from converter.files import Identity
 from converter.safetensors_io import read_header
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")

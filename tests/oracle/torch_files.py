@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor
 from converter.evaluate import Evaluator
-from converter.reading import InputFiles
 
 SAVES: dict[str, dict[str, Any]] = {
     "zip": {},

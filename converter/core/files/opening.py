@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from converter import links, sparse
+from converter.core.files import links, sparse
 from converter.errors import Refused, show
 
 

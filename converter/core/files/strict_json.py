@@ -8,8 +8,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
+from converter.core.files.opening import read_limited
 from converter.errors import Refused, show
-from converter.files import read_limited
 
 MAX_JSON_BYTES = 64_000_000
 MAX_DEPTH = 64
@@ -27,7 +27,7 @@ def load_json(path: Path, *, limit: int = MAX_JSON_BYTES, root: Path | None = No
     """The value in a JSON file.
 
     Raises:
-        Refused: see `parse_json`, and `converter.files.open_input`.
+        Refused: see `parse_json`, and `converter.core.files.opening.open_input`.
     """
     return parse_json(read_limited(path, limit=limit, root=root), where=str(path), allow_nan=allow_nan)
 

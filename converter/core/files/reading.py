@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from converter import sparse
+from converter.core.files import sparse
+from converter.core.files.opening import Identity, open_input
 from converter.errors import Refused, show
-from converter.files import Identity, open_input
 
 
 class InputFiles:

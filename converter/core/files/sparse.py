@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from converter import holes
+from converter.core.files import holes
 from converter.errors import Refused, show
 
 UNIT = 16 * 1024

@@ -1,0 +1,1 @@
+"""Input files: opened safely, read exactly, parsed strictly."""
