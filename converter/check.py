@@ -11,11 +11,11 @@ from typing import BinaryIO
 
 from converter.checkpoint import SideFile
 from converter.core.files.reading import InputFiles
+from converter.core.formats.safetensors_io import read_header
 from converter.core.tensors.nodes import rows
 from converter.errors import VerificationFailed, show
 from converter.evaluate import Evaluator, as_bytes
 from converter.plan import Plan
-from converter.safetensors_io import read_header
 from converter.shard_plan import Entry, ShardPlan
 
 SAMPLES = 24

@@ -20,9 +20,9 @@ from converter.checkpoint import Checkpoint, RecordCheck, SideFile
 from converter.context import Context
 from converter.core.files.links import RECEIPT_FILE
 from converter.core.files.opening import Identity
+from converter.core.formats.safetensors_io import Header, build_index
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused, fold, show
-from converter.safetensors_io import Header, build_index
 from converter.shard_plan import Entry, ShardPlan, as_link, lay_out
 from converter.sizes import format_size
 

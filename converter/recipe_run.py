@@ -14,15 +14,15 @@ from converter.accounting import unaccounted
 from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.core.files import sparse
+from converter.core.formats.pickle_names import CODE as NAMES
+from converter.core.formats.pickle_names import allowed_names
+from converter.core.formats.safetensors_io import Header, read_header
 from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.plan import Plan, make_plan
 from converter.recipe import SOURCE, InputSpec, Recipe
 from converter.recipe_fields import check, instantiate
 from converter.registry import KeepsMasters, Source, kind_of, nothing_in, sources
-from converter.safetensors_io import Header, read_header
 from converter.sources.hub_names import as_base
-from converter.sources.pickle_names import CODE as NAMES
-from converter.sources.pickle_names import allowed_names
 
 MODEL, ADAPTER, TRAINING = "model", "adapter", "training"
 _SNAPSHOT = re.compile(

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converter import torch_zip
 from converter.copying import write_all
 from converter.core.files.checksums import crc32
+from converter.core.formats import torch_zip_writer as torch_zip
 from converter.shard_plan import ShardPlan
 
 CHECKSUM_BLOCK = 1 << 20

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from converter import torch_zip
+from converter.core.formats import torch_zip_writer as torch_zip
+from converter.core.formats.safetensors_io import Header, build_header
 from converter.core.tensors import as_json as tensor_json
 from converter.core.tensors import kernel_specs
 from converter.core.tensors.byte_runs import ByteRun, byte_runs, leaves, reads
 from converter.core.tensors.nodes import Apply, Cast, LazyTensor, Narrow, Strided, is_separable
-from converter.safetensors_io import Header, build_header
 
 CHUNK_ELEMENTS = 1 << 19
 """Elements of a row chunk, about: 2 MiB in fp32. Smaller ones fit the L2 cache better, but what Python does for each
@@ -65,7 +65,7 @@ class ShardPlan:
     """One output file: `head`, then entries at their offsets, then `tail`; `size` bytes in all.
 
     A torch file has more between and after its entries, which depends on their checksums and is written last
-    (`converter.torch_zip`).
+    (`converter.core.formats.torch_zip_writer`).
 
     Attributes:
         link: a file of the source that is this one, byte by byte; the output gets a symbolic link to it.

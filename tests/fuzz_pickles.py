@@ -27,11 +27,11 @@ from typing import Any
 
 from converter.context import Context
 from converter.converters.gather import Gather
+from converter.core.formats.torch_file import read_torch_file
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import ConvertError
 from converter.plan import make_plan
 from converter.registry import find_place, sources
-from converter.sources.torch_file import read_torch_file
 
 ADDRESS_SPACE = 1_000_000_000
 HANG = 20

@@ -50,7 +50,7 @@ def test_the_quick_survey_of_many_ranks_sees_what_the_whole_one_sees() -> None:
 
 
 def test_of_many_ranks_only_the_first_one_s_pickles_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    from converter.sources import torch_container
+    from converter.core.formats import torch_container
 
     read: list[str] = []
     real = torch_container.read_container
@@ -59,7 +59,7 @@ def test_of_many_ranks_only_the_first_one_s_pickles_are_read(monkeypatch: pytest
         read.append(path.name)
         return real(path, **more)
 
-    monkeypatch.setattr("converter.sources.torch_file.read_container", counted)
+    monkeypatch.setattr("converter.core.formats.torch_file.read_container", counted)
     case_of(Asked(str(ODD)))
     assert len(read) == 2
     assert all("rank_0_" in name for name in read)

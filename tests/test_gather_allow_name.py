@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from converter.core.formats.pickle_names import allowed_names, allowing_names
+from converter.core.formats.torch_file import Opaque, read_torch_file
 from converter.errors import Refused, UsageError
-from converter.sources.pickle_names import allowed_names, allowing_names
-from converter.sources.torch_file import Opaque, read_torch_file
 from oracle.command import run
 from zero.compare import RUNS, differences, live
 

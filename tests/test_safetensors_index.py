@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from converter.core.formats.safetensors_io import build_index, read_index
 from converter.errors import Refused
-from converter.safetensors_io import build_index, read_index
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

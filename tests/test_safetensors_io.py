@@ -15,9 +15,9 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save, save_file
 
 from converter.core.files.opening import identity
+from converter.core.formats.safetensors_io import MAX_HEADER_SIZE, build_header, read_header
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import Refused
-from converter.safetensors_io import MAX_HEADER_SIZE, build_header, read_header
 from strategies import PACKED, metadata, tensor_lists
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -13,10 +13,10 @@ import pytest
 import oracle
 from converter.checkpoint import Checkpoint
 from converter.core.files.opening import identity
+from converter.core.formats.safetensors_io import build_header
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Stored
 from converter.errors import ConvertError
-from converter.safetensors_io import build_header
 from converter.sources import hf, peft
 from converter.sources.survey import Survey
 

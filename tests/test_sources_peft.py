@@ -10,9 +10,9 @@ import pytest
 
 from converter.checkpoint import Checkpoint
 from converter.core.files.opening import identity
+from converter.core.formats.safetensors_io import build_header
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import ConvertError, Refused, UsageError
-from converter.safetensors_io import build_header
 from converter.sources import peft
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

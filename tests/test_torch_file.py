@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from converter.core.formats.torch_file import Opaque, read_torch_file
 from converter.core.tensors.nodes import Stored, Strided
 from converter.errors import Refused
-from converter.sources.torch_file import Opaque, read_torch_file
 from oracle.torch_files import SAVES, loaded, save, values
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
+from converter.core.formats.pickle_machine import MAX_PICKLE_BYTES, read_pickle
+from converter.core.formats.torch_file import read_torch_file
 from converter.errors import ConvertError, Refused
-from converter.sources.pickle_machine import MAX_PICKLE_BYTES, read_pickle
-from converter.sources.torch_file import read_torch_file
 from oracle.torch_files import loaded, save, values
 
 
@@ -383,7 +383,7 @@ def test_mutated_files_give_a_value_or_a_clean_refusal(tmp_path: Path) -> None:
 
 def test_the_opcodes_that_are_handled_are_all_that_pickletools_knows() -> None:
     """A new opcode of a later Python is refused by name; this test then says so."""
-    from converter.sources import pickle_machine as machine
+    from converter.core.formats import pickle_machine as machine
 
     handled = machine._LITERALS | set(machine._CONSTANTS) | set(machine._ACTIONS) | machine._IGNORED | {"STOP"}
     left = {o.name for o in pickletools.opcodes} - handled

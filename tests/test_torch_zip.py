@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from converter import torch_zip
+from converter.core.formats import torch_zip_writer as torch_zip
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import Refused
 from small_models import Tensors, numbers

@@ -195,7 +195,7 @@ def _with_names(command: Callable[[], int], options: Display) -> int:
     """Run a command with the names that `--allow-name` gives allowed, in whatever it opens."""
     if not isinstance(options, Reading) or not options.allow_name:
         return command()
-    from converter.sources.pickle_names import allowing_names
+    from converter.core.formats.pickle_names import allowing_names
 
     with allowing_names(options.allow_name):
         return command()

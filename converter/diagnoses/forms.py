@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.context import Context
+from converter.core.formats.safetensors_io import read_header
 from converter.diagnoses.model import HERE, Case, Finding, diagnosis
 from converter.errors import ConvertError, show
-from converter.safetensors_io import read_header
 
 
 @diagnosis("format-missing", "model", "adapter")

@@ -10,12 +10,12 @@ from itertools import pairwise
 
 from converter.checkpoint import RecordCheck
 from converter.core.files.opening import Identity, open_input
+from converter.core.formats.torch_file import read_torch_member
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused, fold, show
 from converter.sources.dcp_metadata import METADATA, Chunk, Entry, Metadata, Place
-from converter.sources.torch_file import read_torch_member
 
 MAX_CUTS = 64
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from converter.checkpoint import Checkpoint, Origin, RecordCheck
 from converter.core.files.opening import Identity, identity
+from converter.core.formats.torch_file import read_torch_file, state_dict
 from converter.core.tensors.byte_runs import leaves
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused, fold, show
@@ -21,7 +22,6 @@ from converter.sources.dcp_metadata import METADATA, Metadata, read_metadata
 from converter.sources.deepspeed_files import run_folders
 from converter.sources.places import Place
 from converter.sources.survey import StoredTensor, Survey, file_names, snapshot_of
-from converter.sources.torch_file import read_torch_file, state_dict
 
 KIND = "training"
 OPTIMIZER_FILE = "optimizer.bin"

@@ -12,11 +12,11 @@ from typing import Any
 
 from converter.checkpoint import RecordCheck
 from converter.core.files.opening import Identity, open_input, read_exact
+from converter.core.formats.torch_file import Opaque, read_torch_file
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused, fold, show
 from converter.sources.deepspeed_files import UNIVERSAL, RankFiles, is_universal, rank_files
-from converter.sources.torch_file import Opaque, read_torch_file
 
 BF16_OPTIMIZER = "BF16_Optimizer"
 

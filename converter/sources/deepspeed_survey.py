@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from converter.core.formats.torch_container import record_sizes
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused, show
@@ -15,7 +16,6 @@ from converter.sources.deepspeed_layout import trained_shapes
 from converter.sources.deepspeed_state import Shards, shapes
 from converter.sources.deepspeed_weights import shared_names, training_dtype
 from converter.sources.survey import StoredTensor, Survey
-from converter.sources.torch_container import record_sizes
 
 FEW_RANKS = 4
 """So many ranks are read whole: it takes no longer than a screen."""

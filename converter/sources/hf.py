@@ -14,17 +14,17 @@ from typing import Any
 from converter.checkpoint import Checkpoint, Origin
 from converter.core.files.opening import Identity, identity, read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES, parse_json
+from converter.core.formats.safetensors_io import Index, read_index
+from converter.core.formats.weight_file import WeightFile, read_weights
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold, show
 from converter.implied import without_wrappers
-from converter.safetensors_io import Index, read_index
 from converter.side_files import find_side_files
 from converter.sources import set_files
 from converter.sources import survey as folder
 from converter.sources.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers, snapshot_of
 from converter.sources.ties import find_ties
-from converter.sources.weight_file import WeightFile, read_weights
 
 WEIGHTS = folder.MODEL_WEIGHTS
 INDEX = folder.MODEL_INDEX

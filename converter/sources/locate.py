@@ -284,7 +284,7 @@ def _commit(folder: Path, revision: str) -> str | None:
 
 def missing_files(folder: Path) -> list[str]:
     """Files that a checkpoint's folder should have and lacks: an interrupted download leaves such a snapshot."""
-    from converter.safetensors_io import read_index
+    from converter.core.formats.safetensors_io import read_index
 
     names = frozenset(n for n in file_names(folder) if (folder / n).exists())
     if folder_kind(names) == "adapter":

@@ -7,6 +7,7 @@ from pathlib import Path
 from converter.checkpoint import Checkpoint
 from converter.core.files.opening import read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES
+from converter.core.formats.weight_file import WeightFile, read_weights
 from converter.errors import Refused, UsageError, show
 from converter.side_files import find_side_files
 from converter.sources import survey as folder
@@ -14,7 +15,6 @@ from converter.sources.hf import identities_of, lazy, origin, parse_config, stor
 from converter.sources.hub_names import as_reference
 from converter.sources.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers
-from converter.sources.weight_file import WeightFile, read_weights
 
 WEIGHTS = folder.ADAPTER_WEIGHTS
 PICKLED = folder.ADAPTER_PICKLED

@@ -11,11 +11,11 @@ from typing import Any
 
 from converter.checkpoint import WeightSet
 from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
+from converter.core.formats.safetensors_io import read_index
+from converter.core.formats.weight_file import WeightFile
 from converter.errors import Refused, fold, show
-from converter.safetensors_io import read_index
 from converter.sources import survey as folder
 from converter.sources.survey import Fault, Survey
-from converter.sources.weight_file import WeightFile
 from converter.weight_sets import Judged, judged
 
 CODE = "weight-sets"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from converter.checkpoint import WeightSet
+from converter.core.formats.weight_file import WeightFile
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold, show
-from converter.sources.weight_file import WeightFile
 
 FaultSeverity = Literal["error", "changes-numbers", "cosmetic"]
 FolderKind = Literal["model", "adapter"]

@@ -17,11 +17,11 @@ from typing import Any
 
 from converter.checkpoint import RecordCheck
 from converter.core.files.opening import Identity
+from converter.core.formats.torch_file import Opaque, read_torch_file
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor, Stored
 from converter.errors import Refused, show
-from converter.sources.torch_file import Opaque, read_torch_file
 from converter.sources.verl_files import RankFiles
 
 _WRAPPER = "torch._utils._rebuild_wrapper_subclass"

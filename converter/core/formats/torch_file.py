@@ -15,12 +15,8 @@ from typing import Any
 from converter.checkpoint import RecordCheck
 from converter.core.files import sparse
 from converter.core.files.opening import Identity
-from converter.core.tensors import nodes as tensors
-from converter.core.tensors.dtypes import DType, TensorInfo
-from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, show
-from converter.sources.pickle_machine import Built, Global, Persistent, check_names
-from converter.sources.torch_container import (
+from converter.core.formats.pickle_machine import Built, Global, Persistent, check_names
+from converter.core.formats.torch_container import (
     Container,
     Record,
     item_bytes,
@@ -28,6 +24,10 @@ from converter.sources.torch_container import (
     read_member,
     storage_type,
 )
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.nodes import LazyTensor
+from converter.errors import Refused, show
 
 MAX_DEPTH = 64
 MAX_ELEMENTS = 2**62

@@ -9,10 +9,10 @@ from pathlib import Path
 from converter.checkpoint import RecordCheck
 from converter.core.files import sparse
 from converter.core.files.opening import Identity
+from converter.core.formats.safetensors_io import read_header
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, show
-from converter.safetensors_io import read_header
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 
@@ -55,7 +55,7 @@ def read_weights(path: Path, *, root: Path, named: str) -> WeightFile:
 
 def _read_pickled(path: Path, root: Path, named: str) -> WeightFile:
     # Imported here: headers of safetensors are inspected without it, in a fraction of a second.
-    from converter.sources.torch_file import read_torch_file, state_dict
+    from converter.core.formats.torch_file import read_torch_file, state_dict
 
     file = read_torch_file(path, root=root)
     found = state_dict(file.value)

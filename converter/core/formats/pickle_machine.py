@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn, cast
 
+from converter.core.formats.pickle_names import MAX_NAMES, AllowedNames, allowed_names, runs_code
 from converter.errors import Refused, fold, show
-from converter.sources.pickle_names import MAX_NAMES, AllowedNames, allowed_names, runs_code
 
 MAX_PICKLE_BYTES = 256_000_000
 MAX_OPCODES = 10_000_000

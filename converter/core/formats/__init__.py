@@ -1,0 +1,1 @@
+"""Containers of tensors, read and written: safetensors, and torch.save's zip without unpickling."""
