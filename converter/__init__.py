@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from converter.checkpoint import Checkpoint, Origin, SideFile
     from converter.context import Context, Note
+    from converter.core.compute.evaluate import to_torch
     from converter.core.tensors.dtypes import DType, TensorInfo
     from converter.core.tensors.kernel_specs import KernelSpec
     from converter.errors import ConvertError, Refused, UsageError, VerificationFailed
-    from converter.evaluate import to_torch
     from converter.execute import write
     from converter.inputs import Input
     from converter.moments import adam_moments

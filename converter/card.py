@@ -241,7 +241,7 @@ def _numbers(receipt: Mapping[str, Any]) -> list[str]:
 
 def surviving(receipt: Mapping[str, Any]) -> str | None:
     """The share of a merge's update that rounding left, over all tensors, as the screen says it."""
-    from converter.measures import has_update, surviving_share
+    from converter.core.compute.measures import has_update, surviving_share
 
     tensors = receipt.get("tensors")
     measured = [m for m in tensors.values() if isinstance(m, dict)] if isinstance(tensors, dict) else []

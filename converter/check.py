@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from converter.checkpoint import SideFile
+from converter.core.compute.evaluate import Evaluator, as_bytes
 from converter.core.files.reading import InputFiles
 from converter.core.formats.safetensors_io import read_header
 from converter.core.tensors.nodes import rows
 from converter.errors import VerificationFailed, show
-from converter.evaluate import Evaluator, as_bytes
 from converter.plan import Plan
 from converter.shard_plan import Entry, ShardPlan
 

@@ -26,7 +26,7 @@ from converter.errors import UsageError, show
 if TYPE_CHECKING:
     import torch
 
-    from converter.evaluate import Evaluator
+    from converter.core.compute.evaluate import Evaluator
 
 Status = Literal["equal", "rounded", "changed", "shape"]
 
@@ -193,7 +193,7 @@ class _evaluators:  # noqa: N801 - a context manager that reads as a function
     def __enter__(self) -> tuple[Callable[[], Evaluator], Callable[[], Evaluator]]:
         def make(index: int) -> Callable[[], Evaluator]:
             def evaluator() -> Evaluator:
-                from converter.evaluate import Evaluator
+                from converter.core.compute.evaluate import Evaluator
 
                 return Evaluator(self._files[index])
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from converter.allocator import keep_freed_memory
 from converter.check import check_written
+from converter.core.compute.allocator import keep_freed_memory
+from converter.core.compute.measures import Measures, with_ratios
 from converter.core.files import sparse
 from converter.core.files.links import LINKED, RECEIPT_FILE, header_digest
 from converter.core.files.reading import InputFiles
 from converter.errors import Interrupted, Refused, VerificationFailed, show
-from converter.measures import Measures, with_ratios
 from converter.plan import Plan
 from converter.preflight import check_space, check_target, memory_limit
 from converter.record_checks import compare_records

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.core.compute.measures import has_update, relative_size, surviving_share
 from converter.errors import ConvertError, Refused, fold, show
-from converter.measures import has_update, relative_size, surviving_share
 from converter.sizes import format_duration, format_size
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from typing import Any
 from converter.context import Context
 from converter.converters.head_model import Reading, hidden_size
 from converter.converters.head_read import OUTPUT_EMBEDDINGS
+from converter.core.compute.evaluate import Evaluator, torch_dtype
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.byte_runs import byte_runs
 from converter.core.tensors.nodes import LazyTensor, narrow
 from converter.dialects.known import Target
 from converter.errors import ConvertError, fold
-from converter.evaluate import Evaluator, torch_dtype
 from converter.verify import Check, fails, holds, note, spread
 from converter.verify_values import Reference, apply_head, fp64, is_small, probe_batches, reading_inputs
 

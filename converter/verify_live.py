@@ -19,12 +19,12 @@ from typing import Any
 from converter.checkpoint import Checkpoint
 from converter.converters.head_model import Reading, main_dtype
 from converter.converters.head_read import OUTPUT_EMBEDDINGS
+from converter.core.compute.evaluate import Evaluator, as_bytes
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, recast
 from converter.dialects.known import Target
 from converter.errors import ConvertError, Refused, UsageError, fold, show
-from converter.evaluate import Evaluator, as_bytes
 from converter.verify import Check, fails, holds, note
 from converter.verify_against import blocks
 from converter.verify_values import Batches, Reference, is_small, lazy_head, pooled, probe_batches, reading_inputs

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from converter.converters.head_model import Head, Linear, Normaliser, Reading
 from converter.converters.head_read import OUTPUT_EMBEDDINGS
+from converter.core.compute.evaluate import Evaluator
 from converter.core.files.opening import Identity
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.model import Pooling
 from converter.errors import Refused, show
-from converter.evaluate import Evaluator
 
 if TYPE_CHECKING:
     import torch

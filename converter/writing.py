@@ -19,11 +19,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 from converter.copying import copy_run, write_all
+from converter.core.compute.evaluate import Evaluator, as_bytes, shared_nodes
+from converter.core.compute.measures import Measures
 from converter.core.files.checksums import crc32
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor, rows
-from converter.evaluate import Evaluator, as_bytes, shared_nodes
-from converter.measures import Measures
 from converter.shard_files import checksum, close_archive, reserve
 from converter.shard_plan import Entry, ShardPlan, chunk_cost
 from converter.stage import FILE_MODE, Stage, fsync_folder, make_folders

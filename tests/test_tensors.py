@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converter.core.compute.evaluate import Evaluator
 from converter.core.files.opening import Identity
 from converter.core.files.reading import InputFiles
 from converter.core.tensors import byte_runs as tensor_bytes
@@ -19,7 +20,6 @@ from converter.core.tensors.byte_runs import ByteRun
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Cast, Concat, Filled, Narrow, Reshape, Stored, Strided
 from converter.errors import Refused, fold, show
-from converter.evaluate import Evaluator
 
 
 def f32(*shape: int, offset: int = 0, file: str = "/a") -> Stored:

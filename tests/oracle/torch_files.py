@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from converter.core.compute.evaluate import Evaluator
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor
-from converter.evaluate import Evaluator
 
 SAVES: dict[str, dict[str, Any]] = {
     "zip": {},

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from converter.checkpoint import Checkpoint
+from converter.core.compute.evaluate import Evaluator
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor
-from converter.evaluate import Evaluator
 from converter.sources import deepspeed, deepspeed_universal
 from converter.sources.deepspeed import DeepSpeedSource
 

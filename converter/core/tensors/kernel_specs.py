@@ -39,7 +39,7 @@ class KernelSpec:
     Attributes:
         name: as written in plans.
         body: `package.module:function`, imported when values are computed. The function takes a list of contiguous
-            tensors and the params, and returns a tensor, or a tensor and additive measures (see `converter.kernels`).
+            tensors and the params, and returns a tensor, or a tensor and additive measures (see `converter.core.compute.kernels`).
         info: dtype and shape of the result, from those of the inputs.
         needs: for rows `[start, stop)` of the result, the slice of each input (None: all of it); None instead of a
             tuple says that only the whole result can be computed. The kernel, run on those slices, gives those rows.
@@ -116,7 +116,7 @@ def _merge_workspace(inputs: Infos, params: Params) -> int:
 
 
 LORA_MERGE = KernelSpec(
-    "lora-merge", "converter.kernels:lora_merge", _merge_info, _lora_needs, _merge_workspace, rounds=True
+    "lora-merge", "converter.core.compute.kernels:lora_merge", _merge_info, _lora_needs, _merge_workspace, rounds=True
 )
 """`W + sum(scale_i * B_i @ A_i)`, DoRA included. Inputs: W `[out, in]` (or `[in, out]` with `transposed`), then for
 each adapter A `[r, in]`, B `[out, r]` and, with DoRA, the magnitudes `[out]`. Params: `scales`, `dora` (one per
@@ -125,7 +125,7 @@ adapter), `transposed`, `delta_rounded` (PEFT's embeddings), `numerics`
 
 LORA_CONV_MERGE = KernelSpec(
     "lora-conv-merge",
-    "converter.kernels:lora_conv_merge",
+    "converter.core.compute.kernels:lora_conv_merge",
     _merge_info,
     lambda start, stop, inputs, params: None,
     _merge_workspace,
@@ -135,7 +135,7 @@ LORA_CONV_MERGE = KernelSpec(
 
 BIAS_MERGE = KernelSpec(
     "bias-merge",
-    "converter.kernels:bias_merge",
+    "converter.core.compute.kernels:bias_merge",
     _merge_info,
     lambda start, stop, inputs, params: tuple(Slice(0, start, stop - start) for _ in inputs),
     _merge_workspace,
@@ -153,7 +153,7 @@ def _residual_workspace(inputs: Infos, params: Params) -> int:
 
 RESIDUAL_BASE = KernelSpec(
     "residual-base",
-    "converter.kernels:residual_base",
+    "converter.core.compute.kernels:residual_base",
     lambda inputs, params: inputs[0],
     lambda start, stop, inputs, params: None,
     _residual_workspace,
@@ -168,7 +168,7 @@ def _rows_of(params: Params) -> int:
 
 HEAD_ROWS = KernelSpec(
     "head-rows",
-    "converter.kernels:head_rows",
+    "converter.core.compute.kernels:head_rows",
     lambda inputs, params: TensorInfo(_out(params), (_rows_of(params), *inputs[0].shape[1:])),
     lambda start, stop, inputs, params: None,
     lambda inputs, params: 8 * inputs[0].numel + 16 * _rows_of(params) * inputs[0].numel // max(inputs[0].shape[0], 1),
@@ -179,7 +179,7 @@ HEAD_ROWS = KernelSpec(
 
 HEAD_NORMAL = KernelSpec(
     "head-normal",
-    "converter.kernels:head_normal",
+    "converter.core.compute.kernels:head_normal",
     lambda inputs, params: TensorInfo(_out(params), _shape(params)),
     lambda start, stop, inputs, params: None,
     lambda inputs, params: 40 * math.prod(_shape(params)),

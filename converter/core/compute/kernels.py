@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converter.core.compute.measures import Measures
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.kernel_specs import accumulates_wide
-from converter.measures import Measures
 
 
 @dataclass(frozen=True)

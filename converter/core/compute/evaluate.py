@@ -1,4 +1,4 @@
-"""Lazy tensors to torch tensors: the only place, with `converter.kernels`, where values are computed."""
+"""Lazy tensors to torch tensors: the only place, with `converter.core.compute.kernels`, where values are computed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, assert_never
 
+from converter.core.compute.measures import Measures
 from converter.core.files.reading import InputFiles
 from converter.core.tensors import kernel_specs
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Apply, Cast, Concat, Filled, LazyTensor, Narrow, Reshape, Stored, Strided
 from converter.errors import Refused, show
-from converter.measures import Measures
 
 if TYPE_CHECKING:
     import torch
