@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from converter.core.compute.evaluate import to_torch
     from converter.core.tensors.dtypes import DType, TensorInfo
     from converter.core.tensors.kernel_specs import KernelSpec
+    from converter.core.writer.plan import Plan, make_plan
+    from converter.core.writer.write import write
     from converter.errors import ConvertError, Refused, UsageError, VerificationFailed
-    from converter.execute import write
     from converter.inputs import Input
     from converter.moments import adam_moments
-    from converter.plan import Plan, make_plan
     from converter.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"

@@ -20,7 +20,7 @@ from converter.hub_files import CARD, LocalFile, Manifest
 from converter.sources.hub_client import expect_safe_endpoint
 
 if TYPE_CHECKING:
-    from converter.execute import Reporter
+    from converter.core.writer.write import Reporter
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _MODEL_WEIGHTS = re.compile(

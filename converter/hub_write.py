@@ -15,12 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.check import check_written
 from converter.core.files import sparse
 from converter.core.files.opening import open_input, read_exact
 from converter.core.files.reading import InputFiles
-from converter.errors import Interrupted, Refused, show
-from converter.execute import (
+from converter.core.writer.plan import Plan
+from converter.core.writer.preflight import check_space, memory_limit
+from converter.core.writer.proof import check_written
+from converter.core.writer.record_checks import compare_records
+from converter.core.writer.shard_files import is_still_there
+from converter.core.writer.shard_plan import ShardPlan
+from converter.core.writer.shard_writer import ShardWriter
+from converter.core.writer.stage import Stage
+from converter.core.writer.write import (
     Accept,
     Receipt,
     Reporter,
@@ -34,17 +40,11 @@ from converter.execute import (
     refuse_new_nonfinite,
     system_refused,
 )
+from converter.errors import Interrupted, Refused, show
 from converter.hub import Destination, Pushed, card_there, expect_no_stale, make_repository, upload
 from converter.hub import push as commit
 from converter.hub_ask import call
 from converter.hub_files import CARD, MAX_FILE, RECEIPT, LocalFile, Manifest
-from converter.plan import Plan
-from converter.preflight import check_space, memory_limit
-from converter.record_checks import compare_records
-from converter.shard_files import is_still_there
-from converter.shard_plan import ShardPlan
-from converter.stage import Stage
-from converter.writing import ShardWriter
 
 Card = Callable[[Mapping[str, Any], str], str]
 """Makes the model card of the receipt's content and the card that the repository has."""

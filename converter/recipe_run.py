@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from converter import __version__
-from converter.accounting import unaccounted
 from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.core.files import sparse
 from converter.core.formats.pickle_names import CODE as NAMES
 from converter.core.formats.pickle_names import allowed_names
 from converter.core.formats.safetensors_io import Header, read_header
+from converter.core.writer.accounting import unaccounted
+from converter.core.writer.plan import Plan, make_plan
 from converter.errors import ConvertError, Refused, UsageError, fold, show
-from converter.plan import Plan, make_plan
 from converter.recipe import SOURCE, InputSpec, Recipe
 from converter.recipe_fields import check, instantiate
 from converter.registry import KeepsMasters, Source, kind_of, nothing_in, sources

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from converter.checkpoint import Checkpoint
     from converter.context import Note
     from converter.core.tensors.dtypes import DType
-    from converter.plan import Plan
-    from converter.shard_plan import Entry
+    from converter.core.writer.plan import Plan
+    from converter.core.writer.shard_plan import Entry
 
 LABEL_WIDTH = 9
 """Column at which the text of a screen's lines begins."""

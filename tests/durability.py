@@ -82,7 +82,7 @@ def merge_plan(
     """
     from converter.context import Context
     from converter.converters.merge_lora import MergeLora
-    from converter.plan import make_plan
+    from converter.core.writer.plan import make_plan
     from converter.sources.hf import SOURCE as HF
     from converter.sources.peft import SOURCE as PEFT
 

@@ -29,8 +29,8 @@ from converter.context import Context
 from converter.converters.gather import Gather
 from converter.core.formats.torch_file import read_torch_file
 from converter.core.tensors.nodes import LazyTensor
+from converter.core.writer.plan import make_plan
 from converter.errors import ConvertError
-from converter.plan import make_plan
 from converter.registry import find_place, sources
 
 ADDRESS_SPACE = 1_000_000_000

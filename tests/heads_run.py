@@ -13,8 +13,8 @@ import heads_zoo as zoo
 from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.converters.remap_head import RemapHead
-from converter.execute import write
-from converter.plan import make_plan
+from converter.core.writer.plan import make_plan
+from converter.core.writer.write import write
 from converter.registry import kind_of, sources
 from durability import Quiet
 from oracle.command import Ran, run

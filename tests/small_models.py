@@ -16,8 +16,8 @@ from converter.checkpoint import Checkpoint
 from converter.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
-from converter.execute import Receipt, write
-from converter.plan import Plan, make_plan
+from converter.core.writer.plan import Plan, make_plan
+from converter.core.writer.write import Receipt, write
 from converter.sources.hf import SOURCE
 from durability import Quiet, tree
 

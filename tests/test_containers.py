@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from converter.accounting import unaccounted
 from converter.checkpoint import Checkpoint
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
+from converter.core.writer.accounting import unaccounted
+from converter.core.writer.plan import Plan
 from converter.errors import Refused, VerificationFailed
-from converter.plan import Plan
 from durability import FIXTURES, Quiet, tree
 from small_models import Tensors, load, numbers, open_model, plan_of, same, save_model, written
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from converter.core.writer.plan import Plan
+from converter.core.writer.write import write
 from converter.errors import ConvertError, Interrupted, Refused
-from converter.execute import write
-from converter.plan import Plan
 from durability import Fault, Quiet, copy_inputs, fast_folder, merge_plan, tree
 from power_cuts import Recorder, State
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from converter.core.writer.write import write
 from converter.errors import Refused
-from converter.execute import write
 from durability import Quiet, copy_inputs, fast_folder, merge_plan, tree
 from forked import Ended, Server
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from converter.accounting import unaccounted
 from converter.checkpoint import Checkpoint, Origin, RecordCheck
 from converter.context import Context
 from converter.converters.gather_names import PeftNames, peft_names, without_wrappers
@@ -20,9 +19,10 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.byte_runs import reads
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import LazyTensor
+from converter.core.writer.accounting import unaccounted
+from converter.core.writer.plan import Plan, make_plan
+from converter.core.writer.record_checks import compare_records
 from converter.errors import Refused
-from converter.plan import Plan, make_plan
-from converter.record_checks import compare_records
 
 
 def _stored(count: int, offset: int = 0, file: str = "/a") -> LazyTensor:
@@ -149,7 +149,7 @@ def test_inspecting_a_model_imports_no_reader_of_trainers_files(tmp_path: Path) 
     command = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     readers = ("pickle_machine", "torch_file", "torch_container", "deepspeed_state", "deepspeed_layout")
-    slow = {f"converter.sources.{name}" for name in readers} | {"pickletools", "converter.plan"}
+    slow = {f"converter.sources.{name}" for name in readers} | {"pickletools", "converter.core.writer.plan"}
     loaded = set(done.stderr.split())
     assert "converter.sources.deepspeed" in loaded
     assert slow & loaded == set()

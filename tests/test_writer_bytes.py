@@ -19,9 +19,9 @@ from converter.core.tensors import kernel_specs
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import LazyTensor
+from converter.core.writer.plan import Plan
+from converter.core.writer.shard_plan import Entry
 from converter.errors import Refused, VerificationFailed
-from converter.plan import Plan
-from converter.shard_plan import Entry
 from durability import Quiet, tree
 from small_models import load, numbers, open_model, plan_of, same, save_model, written
 
@@ -122,7 +122,7 @@ def test_the_bytes_do_not_depend_on_how_many_threads_torch_has(model: Path, tmp_
 def test_files_that_are_flushed_while_they_are_written_are_the_same(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush: int
 ) -> None:
-    monkeypatch.setattr("converter.writing.FLUSH_BYTES", flush)
+    monkeypatch.setattr("converter.core.writer.shard_writer.FLUSH_BYTES", flush)
     for attempt in range(3):
         reporter = Quiet()
         written(changed(model), tmp_path / str(attempt), jobs=3, reporter=reporter)

@@ -11,8 +11,8 @@ import torch
 
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.writer.plan import Plan
 from converter.errors import Refused
-from converter.plan import Plan
 from small_models import (
     contents,
     data_of,

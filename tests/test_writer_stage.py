@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from converter.core.writer.plan import Plan
 from converter.errors import Refused
-from converter.plan import Plan
 from durability import Quiet, tree
 from small_models import finish, half_cast, load, open_model, plan_of, written
 

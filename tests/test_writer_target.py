@@ -15,9 +15,9 @@ import pytest
 from converter.core.files.opening import Identity
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.writer.plan import Plan
+from converter.core.writer.stage import Stage
 from converter.errors import Refused
-from converter.plan import Plan
-from converter.stage import Stage
 from durability import Quiet, tree
 from small_models import finish, half_cast, numbers, open_model, plan_of, save_model, written
 

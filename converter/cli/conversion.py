@@ -27,7 +27,7 @@ from converter.errors import ConvertError, Interrupted, Refused, UsageError
 from converter.sizes import parse_size
 
 if TYPE_CHECKING:
-    from converter.execute import Receipt
+    from converter.core.writer.write import Receipt
     from converter.recipe import Recipe
     from converter.recipe_run import Prepared
 
@@ -128,7 +128,8 @@ def plan_recipe(
     recipe: Recipe, target: Path | None, options: Conversion, *, head: Callable[[Prepared], list[str]]
 ) -> Planned:
     """Plan, and show the plan; `target` is None where nothing will be written, or on the Hub."""
-    from converter import preflight, report
+    from converter import report
+    from converter.core.writer import preflight
     from converter.recipe_run import prepare
 
     sink = options.sink
@@ -150,7 +151,8 @@ def plan_recipe(
 
 def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, options: Conversion) -> None:
     """The refusals that a real run would make before its first byte, then the plan as data."""
-    from converter import preflight, report
+    from converter import report
+    from converter.core.writer import preflight
 
     plan = prepared.plan
     preflight.memory_limit(plan, memory)
@@ -183,7 +185,7 @@ def write_prepared(prepared: Prepared, out: Path, jobs: int, memory: int | None,
     Raises:
         Interrupted: a signal came; nothing is published.
     """
-    from converter.execute import write
+    from converter.core.writer.write import write
     from converter.recipe_run import refuse_no_op
 
     try:

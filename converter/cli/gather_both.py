@@ -23,7 +23,7 @@ from converter.sizes import parse_size
 
 if TYPE_CHECKING:
     from converter.cli.gather import Gathering
-    from converter.plan import Plan
+    from converter.core.writer.plan import Plan
     from converter.recipe import Recipe
     from converter.recipe_run import Prepared
 
@@ -124,7 +124,7 @@ def _halves(split: Split, out: str | None, options: Conversion) -> tuple[_Half, 
     Raises:
         Refused: either can't be made, or its place is taken.
     """
-    from converter.preflight import check_target
+    from converter.core.writer.preflight import check_target
     from converter.recipe_run import prepare
 
     outs = (None, None) if out is None else (out, out.rstrip("/") + SUFFIX)
@@ -147,9 +147,9 @@ def _halves(split: Split, out: str | None, options: Conversion) -> tuple[_Half, 
 
 def _is_made_of(plan: Plan, folder: Path) -> bool:
     """True where a folder is what this plan would write: the receipt's words, every header, and sampled values."""
-    from converter.check import check_written
     from converter.core.files.links import RECEIPT_FILE
     from converter.core.files.reading import InputFiles
+    from converter.core.writer.proof import check_written
 
     if folder.is_symlink() or not folder.is_dir():
         return False
@@ -169,7 +169,8 @@ def _is_made_of(plan: Plan, folder: Path) -> bool:
 
 
 def _show_plans(model: _Half, adapter: _Half, head: list[str], options: Conversion) -> None:
-    from converter import preflight, report
+    from converter import report
+    from converter.core.writer import preflight
 
     sink = options.sink
     sink.screen(head)
@@ -194,8 +195,8 @@ def _preflight(halves: tuple[_Half, _Half], memory: int | None, options: Convers
     Raises:
         Refused: see `check_target`, `check_space` and `memory_limit`.
     """
-    from converter.preflight import check_space, check_target, memory_limit
-    from converter.stage import Stage
+    from converter.core.writer.preflight import check_space, check_target, memory_limit
+    from converter.core.writer.stage import Stage
 
     beside = 0
     for half in reversed(halves):

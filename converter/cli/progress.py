@@ -16,7 +16,7 @@ from converter.sizes import format_duration, format_size
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from converter.execute import Reporter
+    from converter.core.writer.write import Reporter
 
 
 class Lines:

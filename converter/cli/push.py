@@ -21,7 +21,7 @@ from converter.sizes import format_size
 
 if TYPE_CHECKING:
     from converter.cli.sink import Sink
-    from converter.execute import Reporter
+    from converter.core.writer.write import Reporter
     from converter.hub import Destination
     from converter.hub_files import LocalFile, Manifest
 

@@ -3,7 +3,7 @@
 Numerics. `peft` repeats, operation by operation, what `PeftModel.from_pretrained(...).merge_and_unload()` does on the
 CPU; the order of operations is therefore not ours to change. `best` adds all adapters in the accumulation dtype (fp32,
 or fp64 over an fp32 base) and rounds once. Both take row chunks: the bits do not depend on the chunking as long as
-heights are multiples of 64 (`converter.plan.ROW_MULTIPLE`).
+heights are multiples of 64 (`converter.core.writer.plan.ROW_MULTIPLE`).
 
 Measures are sums over elements, so that those of chunks add up:
 `base` = ||W||^2, `update` = ||D||^2 with D the exact update, `effective` = <W' - W, D> with W' as stored,

@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from converter.check import check_written
 from converter.core.compute.allocator import keep_freed_memory
 from converter.core.compute.measures import Measures, with_ratios
 from converter.core.files import sparse
 from converter.core.files.links import LINKED, RECEIPT_FILE, header_digest
 from converter.core.files.reading import InputFiles
+from converter.core.writer.plan import Plan
+from converter.core.writer.preflight import check_space, check_target, memory_limit
+from converter.core.writer.proof import check_written
+from converter.core.writer.record_checks import compare_records
+from converter.core.writer.shard_files import is_still_there
+from converter.core.writer.shard_plan import ShardPlan
+from converter.core.writer.shard_writer import ShardWriter
+from converter.core.writer.stage import Stage, fsync_folder, make_folders, write_durably
 from converter.errors import Interrupted, Refused, VerificationFailed, show
-from converter.plan import Plan
-from converter.preflight import check_space, check_target, memory_limit
-from converter.record_checks import compare_records
-from converter.shard_files import is_still_there
-from converter.shard_plan import ShardPlan
-from converter.stage import Stage, fsync_folder, make_folders, write_durably
-from converter.writing import ShardWriter
 
 Accept = Callable[[Mapping[str, Measures]], None]
 """Called with every computed tensor's measures before the output is published; raises to stop it."""

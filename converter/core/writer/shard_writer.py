@@ -18,18 +18,18 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
-from converter.copying import copy_run, write_all
 from converter.core.compute.evaluate import Evaluator, as_bytes, shared_nodes
 from converter.core.compute.measures import Measures
 from converter.core.files.checksums import crc32
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor, rows
-from converter.shard_files import checksum, close_archive, reserve
-from converter.shard_plan import Entry, ShardPlan, chunk_cost
-from converter.stage import FILE_MODE, Stage, fsync_folder, make_folders
+from converter.core.writer.copying import copy_run, write_all
+from converter.core.writer.shard_files import checksum, close_archive, reserve
+from converter.core.writer.shard_plan import Entry, ShardPlan, chunk_cost
+from converter.core.writer.stage import FILE_MODE, Stage, fsync_folder, make_folders
 
 if TYPE_CHECKING:
-    from converter.execute import Reporter
+    from converter.core.writer.write import Reporter
 
 FLUSH_BYTES = 256_000_000
 """Bytes of a file that may wait in the page cache before they are sent to the disk, beside the work on the rest."""

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converter.copying import write_all
 from converter.core.files.checksums import crc32
 from converter.core.formats import torch_zip_writer as torch_zip
-from converter.shard_plan import ShardPlan
+from converter.core.writer.copying import write_all
+from converter.core.writer.shard_plan import ShardPlan
 
 CHECKSUM_BLOCK = 1 << 20
 """Bytes held while checksums of a file on disk are taken."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from converter.core.files.links import RECEIPT_FILE
 from converter.core.tensors.nodes import is_separable, rows
+from converter.core.writer.plan import Plan
+from converter.core.writer.shard_plan import chunk_cost
 from converter.errors import Refused, show
-from converter.plan import Plan
-from converter.shard_plan import chunk_cost
 from converter.sizes import format_size
 
 TORCH_MEMORY = 300_000_000

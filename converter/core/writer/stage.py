@@ -21,8 +21,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.copying import write_all
 from converter.core.files.links import RECEIPT_FILE
+from converter.core.writer.copying import write_all
 from converter.errors import Refused, show
 
 JOURNAL = "journal.jsonl"

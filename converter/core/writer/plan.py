@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from converter import shard_plan
-from converter.accounting import checks_of
 from converter.checkpoint import Checkpoint, RecordCheck, SideFile
 from converter.context import Context
 from converter.core.files.links import RECEIPT_FILE
 from converter.core.files.opening import Identity
 from converter.core.formats.safetensors_io import Header, build_index
 from converter.core.tensors.nodes import Filled, LazyTensor
+from converter.core.writer import shard_plan
+from converter.core.writer.accounting import checks_of
+from converter.core.writer.shard_plan import Entry, ShardPlan, as_link, lay_out
 from converter.errors import Refused, fold, show
-from converter.shard_plan import Entry, ShardPlan, as_link, lay_out
 from converter.sizes import format_size
 
 PLAN_VERSION = 2

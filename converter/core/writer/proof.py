@@ -14,9 +14,9 @@ from converter.core.compute.evaluate import Evaluator, as_bytes
 from converter.core.files.reading import InputFiles
 from converter.core.formats.safetensors_io import read_header
 from converter.core.tensors.nodes import rows
+from converter.core.writer.plan import Plan
+from converter.core.writer.shard_plan import Entry, ShardPlan
 from converter.errors import VerificationFailed, show
-from converter.plan import Plan
-from converter.shard_plan import Entry, ShardPlan
 
 SAMPLES = 24
 """Pieces of the output that are compared with what they should be."""

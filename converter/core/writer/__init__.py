@@ -1,0 +1,1 @@
+"""Plans, and the writer that turns a plan into a folder: whole and proved, or absent."""
