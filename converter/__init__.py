@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from converter.checkpoint import Checkpoint, Origin, SideFile
-    from converter.context import Context, Note
+    from converter.core.checkpoint import Checkpoint, Origin, SideFile
     from converter.core.compute.evaluate import to_torch
+    from converter.core.context import Context, Note
     from converter.core.tensors.dtypes import DType, TensorInfo
     from converter.core.tensors.kernel_specs import KernelSpec
     from converter.core.writer.plan import Plan, make_plan

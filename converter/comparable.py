@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from converter.checkpoint import Checkpoint, SideFile
-from converter.context import Context
 from converter.converters.gather import Gather
 from converter.converters.gather_disk_names import with_disk_names
 from converter.converters.gather_names import without_wrappers
@@ -19,6 +17,8 @@ from converter.converters.head_detect import detect
 from converter.converters.head_model import Head, Linear
 from converter.converters.head_read import read
 from converter.converters.mend_names import peft_name
+from converter.core.checkpoint import Checkpoint, SideFile
+from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import ConvertError, UsageError, show

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from converter.checkpoint import Checkpoint, SideFile
 from converter.comparable import Comparable, as_stored, by_meaning
-from converter.context import Context
+from converter.core.checkpoint import Checkpoint, SideFile
+from converter.core.context import Context
 from converter.core.files import sparse
 from converter.core.files.opening import Identity, read_limited
 from converter.core.tensors import nodes as tensors

@@ -12,7 +12,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from converter.context import Context
+from converter.core.context import Context
 from converter.core.files import sparse
 from converter.diagnoses.adapters import NOT_MERGED_HERE
 from converter.diagnoses.aims import aim, is_transformers_4, roles_of

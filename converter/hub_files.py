@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.core.files.opening import open_input
+from converter.core.side_files import travels
 from converter.errors import Refused, show
-from converter.side_files import travels
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG
 
 RECEIPT, CARD = "rlhf-convert.json", "README.md"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 
 
 class InputMarker:

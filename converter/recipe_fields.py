@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 from converter.errors import ConvertError, UsageError, show
 from converter.inputs import INPUT
 from converter.recipe import SOURCE, Recipe, invalid, place, wrong

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from converter import __version__
-from converter.checkpoint import Checkpoint
-from converter.context import Context
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.files import sparse
 from converter.core.formats.pickle_names import CODE as NAMES
 from converter.core.formats.pickle_names import allowed_names

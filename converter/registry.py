@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast, runtim
 from converter.errors import UsageError, show
 
 if TYPE_CHECKING:
-    from converter.checkpoint import Checkpoint
-    from converter.context import Context
+    from converter.core.checkpoint import Checkpoint
+    from converter.core.context import Context
     from converter.core.tensors.nodes import LazyTensor
     from converter.dialects.model import Dialect
     from converter.sources.places import Place

@@ -12,8 +12,8 @@ from converter.errors import ConvertError, Refused, fold, show
 from converter.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
-    from converter.checkpoint import Checkpoint
-    from converter.context import Note
+    from converter.core.checkpoint import Checkpoint
+    from converter.core.context import Note
     from converter.core.tensors.dtypes import DType
     from converter.core.writer.plan import Plan
     from converter.core.writer.shard_plan import Entry

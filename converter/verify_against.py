@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.context import Context
 from converter.converters.head_model import Reading, hidden_size
 from converter.converters.head_read import OUTPUT_EMBEDDINGS
 from converter.core.compute.evaluate import Evaluator, torch_dtype
+from converter.core.context import Context
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.byte_runs import byte_runs
 from converter.core.tensors.nodes import LazyTensor, narrow

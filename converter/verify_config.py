@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import Checkpoint
-from converter.context import MAX_READ
 from converter.converters.head_config import class_name
 from converter.converters.head_model import Reading, family
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import MAX_READ
 from converter.core.files.strict_json import load_json
 from converter.dialects.known import Target, numbers
 from converter.errors import ConvertError, show

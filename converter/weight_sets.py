@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter import implied
-from converter.checkpoint import WeightSet
+from converter.core.checkpoint import WeightSet
 from converter.errors import fold, show
 
 _EMPTY = (0,)

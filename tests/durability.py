@@ -80,8 +80,8 @@ def merge_plan(
 
     `change` is applied to the merged checkpoint.
     """
-    from converter.context import Context
     from converter.converters.merge_lora import MergeLora
+    from converter.core.context import Context
     from converter.core.writer.plan import make_plan
     from converter.sources.hf import SOURCE as HF
     from converter.sources.peft import SOURCE as PEFT

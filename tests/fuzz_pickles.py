@@ -25,8 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from converter.context import Context
 from converter.converters.gather import Gather
+from converter.core.context import Context
 from converter.core.formats.torch_file import read_torch_file
 from converter.core.tensors.nodes import LazyTensor
 from converter.core.writer.plan import make_plan

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 import heads_zoo as zoo
-from converter.checkpoint import Checkpoint
-from converter.context import Context
 from converter.converters.remap_head import RemapHead
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.writer.plan import make_plan
 from converter.core.writer.write import write
 from converter.registry import kind_of, sources

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from converter.checkpoint import Checkpoint
-from converter.context import Context
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.writer.plan import Plan, make_plan

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from converter.context import Context
 from converter.converters.gather import Gather
+from converter.core.context import Context
 from converter.errors import ConvertError
 from converter.sources.dcp import SOURCE, adam_moments
 from dcp.compare import RUNS

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from converter.context import Context
 from converter.converters.gather import Gather
+from converter.core.context import Context
 from converter.errors import ConvertError
 from converter.sources.deepspeed import SOURCE, adam_moments, open_tag
 from fuzz_pickles import PICKLED, changed_inside

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from converter.context import Context
+from converter.core.context import Context
 from converter.sources.hf import SOURCE
 from test_doctor_heads import SIZES, codes, finding, reward, serious, store, value_head
 

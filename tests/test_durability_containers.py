@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 from converter.core.writer.write import write
 from durability import Fault, Quiet, copy_inputs, fast_folder, merge_plan, tree
 from test_durability import Merge, fresh, overwriting, place, replay, resumed, run_with_fault

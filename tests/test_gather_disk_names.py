@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from converter.checkpoint import Checkpoint, Origin
-from converter.context import Context
 from converter.converters.gather_disk_names import with_disk_names
+from converter.core.checkpoint import Checkpoint, Origin
+from converter.core.context import Context
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Filled, Stored
 from converter.errors import Refused

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from converter.checkpoint import Checkpoint, Origin, RecordCheck
-from converter.context import Context
 from converter.converters.gather_names import PeftNames, peft_names, without_wrappers
+from converter.core.checkpoint import Checkpoint, Origin, RecordCheck
+from converter.core.context import Context
 from converter.core.files.reading import InputFiles
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.byte_runs import reads

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import heads_zoo as zoo
-from converter.checkpoint import Checkpoint
-from converter.context import Context
 from converter.converters import head_matrix
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import dialects
 from converter.errors import Refused

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import heads_zoo as zoo
-from converter.checkpoint import Checkpoint
-from converter.context import Context
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.errors import Refused, UsageError
 from heads_run import base_of, opened, remapped, stored, written
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from converter.core.files.opening import identity
+from converter.core.side_files import find_side_files
 from converter.errors import Refused
-from converter.side_files import find_side_files
 
 CARRIED = [
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

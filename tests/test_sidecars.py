@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 from converter.core.files.opening import identity
 from converter.errors import Refused
 from converter.sources import hf, locate, peft

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import oracle
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 from converter.core.files.opening import identity
 from converter.core.formats.safetensors_io import build_header
 from converter.core.tensors.dtypes import DType, TensorInfo

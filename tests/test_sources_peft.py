@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 from converter.core.files.opening import identity
 from converter.core.formats.safetensors_io import build_header
 from converter.core.tensors.dtypes import DType, TensorInfo

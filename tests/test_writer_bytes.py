@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 from converter.core.tensors import kernel_specs
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo

@@ -14,7 +14,7 @@ from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.report import line
 
 if TYPE_CHECKING:
-    from converter.checkpoint import Checkpoint
+    from converter.core.checkpoint import Checkpoint
     from converter.diff import Difference, Pair
 
 MOST = 8

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from converter.converters.head_detect import detect
 from converter.core.files.links import RECEIPT_FILE
+from converter.core.side_files import is_tokenizer_file, travels
 from converter.errors import ConvertError, fold, show
-from converter.side_files import is_tokenizer_file, travels
 
 if TYPE_CHECKING:
     from converter.diagnoses.model import Case

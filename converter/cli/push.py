@@ -148,7 +148,7 @@ def _card_there(asked: Pushing, where: Destination, own: LocalFile | None, conse
         Refused: both have one, of different texts (`hub-card-differs`).
     """
     from converter.card import own_text
-    from converter.context import Context
+    from converter.core.context import Context
     from converter.hub import card_there
 
     there = card_there(where)
@@ -176,7 +176,7 @@ def _preflight(asked: Pushing, folder: Path) -> dict[str, str]:
     Raises:
         Refused: an error without consent, under the finding's own code.
     """
-    from converter.context import Context
+    from converter.core.context import Context
     from converter.doctor import Asked, examine, file_of
     from converter.verify_receipt import check_receipt
 

@@ -16,11 +16,11 @@ from converter.errors import ConvertError, Refused, UsageError, show
 from converter.recipe import SOURCE, InputSpec, Recipe, Step
 
 if TYPE_CHECKING:
-    from converter.checkpoint import Checkpoint
     from converter.cli.conversion import Written
     from converter.cli.repair_mends import Mends
     from converter.cli.repair_places import Search
     from converter.converters.fill_refusals import NothingToRepair
+    from converter.core.checkpoint import Checkpoint
     from converter.recipe_run import Prepared
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from converter.context import Context
 from converter.converters.gather_disk_names import memory_form
 from converter.converters.plain_names import plain_names
+from converter.core.context import Context
 from converter.diagnoses.aims import is_transformers_4
 from converter.diagnoses.model import Case, Finding
 from converter.doctor import Asked, diagnoses, examine

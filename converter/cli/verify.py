@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint import Checkpoint
 from converter.cli.options import Display
-from converter.context import Context
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.files import sparse
 from converter.dialects.known import Target, target
 from converter.dialects.model import Role

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 from converter.errors import Refused, show
 
 _NEUTRAL = frozenset(

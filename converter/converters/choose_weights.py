@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from converter.checkpoint import Checkpoint, WeightSet
-from converter.context import Context
+from converter.core.checkpoint import Checkpoint, WeightSet
+from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show
 from converter.weight_sets import Judged, judged

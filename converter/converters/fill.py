@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from converter.checkpoint import Checkpoint
-from converter.context import Context
 from converter.converters.fill_adapter import Heads, lost_heads, refuse_untrained, weight_of, with_heads
 from converter.converters.fill_base import Base, Proved
 from converter.converters.fill_copies import is_proved_copy
@@ -48,6 +46,8 @@ from converter.converters.fill_refusals import (
     why_lost,
 )
 from converter.converters.gather_names import PEFT_PREFIX
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor

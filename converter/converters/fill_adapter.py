@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import Checkpoint, SideFile
-from converter.context import Context
 from converter.converters.fill_damage import has_headless_class, heads_without_weight
 from converter.converters.fill_evidence import is_comparable, is_empty
 from converter.converters.fill_offers import Offer
 from converter.converters.gather import Gather
 from converter.converters.gather_config import ADAPTER_CONFIG, HEADS, with_folded_heads
 from converter.converters.gather_names import PEFT_PREFIX
+from converter.core.checkpoint import Checkpoint, SideFile
+from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from converter.checkpoint import Checkpoint
-from converter.context import Context
 from converter.converters.fill_evidence import same, whole_in_both
 from converter.converters.fill_offers import ADAPTER, Offer, is_telling
 from converter.converters.gather_config import HEADS
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 
 
 def is_proved_copy(broken: Checkpoint, offer: Offer, base: Checkpoint | None, context: Context) -> str | None:

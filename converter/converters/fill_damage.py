@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converter.checkpoint import Checkpoint
 from converter.converters.adapter_keys import FACTOR_KINDS
 from converter.converters.fill_evidence import is_empty
 from converter.converters.gather_config import HEADS
 from converter.converters.gather_names import PEFT_PREFIX
 from converter.converters.memory_names import classifier
+from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import Filled
 
 Shape = tuple[int, ...]

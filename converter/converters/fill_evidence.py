@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from converter.checkpoint import Checkpoint
-from converter.context import Context
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.files.strict_json import load_json
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.byte_runs import byte_runs

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from converter.checkpoint import Checkpoint
 from converter.converters.fill_damage import Damage, is_trained_whole
 from converter.converters.fill_offers import ADAPTER, TRAINING, Offer
 from converter.converters.gather_config import HEADS
 from converter.converters.gather_names import PEFT_PREFIX
+from converter.core.checkpoint import Checkpoint
 from converter.errors import ConvertError, Refused, fold, show
 
 HEAD = "the head's frozen weight was random and never saved: no base model has it"

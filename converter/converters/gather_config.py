@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import Checkpoint, SideFile
-from converter.context import Context
 from converter.converters.gather_lora_meta import LORA_META, recorded_alpha
 from converter.converters.gather_names import PeftNames
+from converter.core.checkpoint import Checkpoint, SideFile
+from converter.core.context import Context
 from converter.core.files.strict_json import load_json
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from converter.checkpoint import Checkpoint
-from converter.context import Context
 from converter.converters.memory_names import Architecture, architecture
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold, show

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from converter.checkpoint import SideFile
-from converter.context import Context
+from converter.core.checkpoint import SideFile
+from converter.core.context import Context
 from converter.core.files.strict_json import load_json
 from converter.errors import Refused, show
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter.checkpoint import Checkpoint
-from converter.context import Context
 from converter.converters.head_model import is_tied
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.tensors.nodes import Cast, LazyTensor
 from converter.errors import show
 

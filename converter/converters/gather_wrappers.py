@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from converter.checkpoint import Checkpoint
-from converter.context import Context
 from converter.converters.memory_names import auto_class
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter.context import Context
 from converter.converters.head_fit import Fitted
 from converter.converters.head_model import Family, Reading, no_class
+from converter.core.context import Context
 from converter.dialects.known import Target
 from converter.dialects.model import ConfigRules
 from converter.errors import Refused, show

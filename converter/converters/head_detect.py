@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from converter.checkpoint import Checkpoint
 from converter.converters.head_model import Family, family, resolve
+from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import dialects
 from converter.dialects.model import Dialect, Marks

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from converter.checkpoint import Checkpoint
-from converter.context import Context
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold, show
 

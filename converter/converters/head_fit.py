@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from converter.context import Context
 from converter.converters.head_model import Head, Linear, Mlp, Normaliser, Reading
 from converter.converters.head_read import values
+from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.kernel_specs import HEAD_NORMAL, HEAD_ROWS, Param

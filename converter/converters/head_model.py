@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.checkpoint import Checkpoint
 from converter.converters import memory_names
+from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.model import Dialect

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.checkpoint import Checkpoint
-from converter.context import Context
 from converter.converters.head_detect import SPARE_FILE
 from converter.converters.head_model import Family, Head, Linear, Mlp, Normaliser, Reading, family, hidden_size, resolve
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, Concat, Filled, LazyTensor

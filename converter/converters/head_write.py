@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.checkpoint import Checkpoint
-from converter.context import Context
 from converter.converters.head_config import config_for
 from converter.converters.head_fit import Fitted
 from converter.converters.head_model import Reading, is_tied, resolve
 from converter.converters.head_read import OUTPUT_EMBEDDINGS
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.tensors.byte_runs import reads
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import Target

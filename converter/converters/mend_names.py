@@ -7,11 +7,11 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from converter.checkpoint import Checkpoint
-from converter.context import Context
 from converter.converters.gather import Gather
 from converter.converters.gather_names import PEFT_PREFIX, without_wrappers
 from converter.converters.plain_names import plain_names
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.errors import Refused, fold, show
 from converter.inputs import Input
 

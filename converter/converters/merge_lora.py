@@ -14,8 +14,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from converter.checkpoint import Checkpoint, SideFile
-from converter.context import Context
 from converter.converters.adapter_config import AdapterConfig, read_adapter_config
 from converter.converters.adapter_keys import Module, read_modules
 from converter.converters.embeddings import is_vocabulary, untie, with_prefix, with_vocabulary
@@ -24,12 +22,14 @@ from converter.converters.layer_merge import Layer, Update, merged_bias, merged_
 from converter.converters.memory_names import architectures, classifier
 from converter.converters.name_rules import AS_IN_BASE, NameRule, find_rule
 from converter.converters.task_head import NewHead, add_task_head, expect_head, is_head, is_new_head
+from converter.core.checkpoint import Checkpoint, SideFile
+from converter.core.context import Context
 from converter.core.files.opening import Identity
+from converter.core.side_files import adapter_first
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show
 from converter.inputs import Input
-from converter.side_files import adapter_first
 
 Numerics = Literal["best", "peft"]
 

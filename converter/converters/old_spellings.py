@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from converter.context import Context
+from converter.core.context import Context
 from converter.errors import Refused, show
 
 _ROPE_KEYS: Mapping[str, tuple[str, str]] = {

@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from converter.checkpoint import Checkpoint, SideFile
-from converter.context import Context
-from converter.side_files import side_json
+from converter.core.checkpoint import Checkpoint, SideFile
+from converter.core.context import Context
+from converter.core.side_files import side_json
 
 CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
 

@@ -6,13 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from converter.checkpoint import Checkpoint
-from converter.context import Context
 from converter.converters.head_detect import HEADLESS, Detected, detect, head_like
 from converter.converters.head_fit import BiasWish, Init, NormaliserWish, Wishes, fit, fresh
 from converter.converters.head_model import Reading, main_dtype
 from converter.converters.head_read import read
 from converter.converters.head_write import write
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.dialects.known import Target, dialects, spoken, target
 from converter.dialects.model import Dialect, HeadSpec, Role
 from converter.errors import Refused, UsageError, fold, show

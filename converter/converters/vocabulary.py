@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from converter.checkpoint import Checkpoint, SideFile
-from converter.context import Context
+from converter.core.checkpoint import Checkpoint, SideFile
+from converter.core.context import Context
+from converter.core.side_files import side_json
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show
-from converter.side_files import side_json
 
 MOST_ROWS = 100_000_000
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from converter.context import Context
 from converter.converters.head_model import family
+from converter.core.context import Context
 from converter.diagnoses.heads import filling_command
 from converter.diagnoses.model import HERE, LOST, Case, Diagnosis, Finding, Severity, diagnosis, folded
 from converter.errors import ConvertError, Refused, UsageError, fold, show

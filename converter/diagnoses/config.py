@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from converter.context import Context
 from converter.converters.head_model import family
 from converter.converters.old_spellings import missing_spellings
+from converter.core.context import Context
 from converter.diagnoses.aims import is_transformers_4
 from converter.diagnoses.model import HERE, LOST, Case, Finding, Severity, diagnosis, folded
 from converter.errors import Refused, fold, show
@@ -138,7 +138,7 @@ def pad_token_missing(case: Case, context: Context) -> Iterable[Finding]:
     if family(case.config).is_encoder:
         return
     from converter.converters.task_head import pad_token_of
-    from converter.side_files import find_side_files
+    from converter.core.side_files import find_side_files
 
     known = pad_token_of(find_side_files(case.root, keep_code=False)[0])
     text = "config.json has no pad_token_id: batches of more than one row fail or are scored at the wrong place"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from converter.context import Context
+from converter.core.context import Context
 from converter.diagnoses.model import ALL_KINDS, HERE, LOST, Case, Diagnosis, Finding, Severity
 from converter.diagnoses.shard_faults import DOCUMENTED
 from converter.errors import show

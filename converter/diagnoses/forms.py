@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from converter.context import Context
+from converter.core.context import Context
 from converter.core.formats.safetensors_io import read_header
 from converter.diagnoses.model import HERE, Case, Finding, diagnosis
 from converter.errors import ConvertError, show

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from converter.context import Context
 from converter.converters.head_detect import Detected, detect
 from converter.converters.head_model import family, hidden_size
+from converter.core.context import Context
 from converter.diagnoses.config import architecture, label_count
 from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.diagnoses.names import WRAPPER, repair_command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from converter.context import Context
+from converter.core.context import Context
 from converter.diagnoses.config import architecture
 from converter.diagnoses.heads import dialect_of, heads_here
 from converter.diagnoses.model import Case, Finding, diagnosis

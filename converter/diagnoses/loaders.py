@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from converter.context import Context
 from converter.converters.head_config import class_name
 from converter.converters.head_model import Linear, Reading, family
 from converter.converters.head_read import read
+from converter.core.context import Context
 from converter.diagnoses.aims import aim, is_transformers_4, roles_of
 from converter.diagnoses.config import architecture, label_count
 from converter.diagnoses.heads import convert_command, dialect_of, heads_here, role_word, wanted_head

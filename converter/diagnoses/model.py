@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from converter.checkpoint import Checkpoint, Origin
-from converter.context import Context
+from converter.core.checkpoint import Checkpoint, Origin
+from converter.core.context import Context
 from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
 from converter.core.tensors.dtypes import TensorInfo
 from converter.diagnoses.script import Launch

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from converter.context import Context
 from converter.converters.gather_disk_names import MemoryForm, memory_form
 from converter.converters.plain_names import plain_names
+from converter.core.context import Context
 from converter.diagnoses.aims import is_transformers_4
 from converter.diagnoses.model import HERE, LOST, Case, Finding, Severity, diagnosis, folded
 from converter.errors import show

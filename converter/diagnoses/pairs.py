@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from converter.context import Context
+from converter.core.context import Context
 from converter.core.files.opening import read_limited
 from converter.diagnoses.config import is_part_of_vision
 from converter.diagnoses.model import HERE, Case, Finding, diagnosis

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from converter.context import Context
 from converter.converters.plain_names import plain_names
+from converter.core.context import Context
 from converter.diagnoses.faults import explanation, finding_of
 from converter.diagnoses.heads import filling_command
 from converter.diagnoses.model import LOST, Case, Diagnosis, Finding, diagnosis, folded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from converter.context import Context
+from converter.core.context import Context
 from converter.diagnoses.config import architecture, is_classifier
 from converter.diagnoses.model import HERE, Case, Finding, diagnosis, folded
 from converter.diagnoses.places import heads_among

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from converter.context import Context
+from converter.core.context import Context
 from converter.core.files.opening import read_limited
 from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis
 from converter.errors import ConvertError, fold, show

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from converter.context import MAX_READ, Context
 from converter.converters.head_model import hidden_size
 from converter.converters.head_read import values
+from converter.core.context import MAX_READ, Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnoses.heads import heads_here
 from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded

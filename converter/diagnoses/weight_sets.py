@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from converter.context import Context
+from converter.core.context import Context
 from converter.diagnoses.model import HERE, MAX_EVIDENCE, Case, Finding, diagnosis
 from converter.sources.set_files import CODE
 from converter.weight_sets import judged

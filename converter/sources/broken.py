@@ -10,15 +10,15 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from converter.checkpoint import Checkpoint, RecordCheck
+from converter.core.checkpoint import Checkpoint, RecordCheck
 from converter.core.files.opening import Identity, read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.core.formats.safetensors_io import read_index
 from converter.core.formats.weight_file import WeightFile, read_weights
+from converter.core.side_files import find_side_files
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused
-from converter.side_files import find_side_files
 from converter.sources import hf, peft, set_files
 from converter.sources import survey as folder
 from converter.sources.sidecars import checks_beside, identities_beside, tensors_beside

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 from converter.errors import Refused, UsageError, show
 from converter.sources.dcp_files import Kind, folders_in, kind_here, search
 from converter.sources.places import Place

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from converter.checkpoint import RecordCheck
+from converter.core.checkpoint import RecordCheck
 from converter.core.files.opening import Identity, open_input
 from converter.core.formats.torch_file import read_torch_member
 from converter.core.tensors import nodes as tensors

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import Checkpoint, Origin, RecordCheck
+from converter.core.checkpoint import Checkpoint, Origin, RecordCheck
 from converter.core.files.opening import Identity, identity
 from converter.core.formats.torch_file import read_torch_file, state_dict
 from converter.core.tensors.byte_runs import leaves

@@ -20,7 +20,7 @@ from converter.sources.places import Place
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind
 
 if TYPE_CHECKING:
-    from converter.checkpoint import Checkpoint
+    from converter.core.checkpoint import Checkpoint
     from converter.core.tensors.nodes import LazyTensor
 
 

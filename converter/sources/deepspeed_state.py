@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import RecordCheck
+from converter.core.checkpoint import RecordCheck
 from converter.core.files.opening import Identity, open_input, read_exact
 from converter.core.formats.torch_file import Opaque, read_torch_file
 from converter.core.tensors.dtypes import DType

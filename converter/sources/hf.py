@@ -11,15 +11,15 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import Checkpoint, Origin
+from converter.core.checkpoint import Checkpoint, Origin
 from converter.core.files.opening import Identity, identity, read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES, parse_json
 from converter.core.formats.safetensors_io import Index, read_index
 from converter.core.formats.weight_file import WeightFile, read_weights
+from converter.core.side_files import find_side_files
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold, show
 from converter.implied import without_wrappers
-from converter.side_files import find_side_files
 from converter.sources import set_files
 from converter.sources import survey as folder
 from converter.sources.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converter.checkpoint import Checkpoint, Origin
+from converter.core.checkpoint import Checkpoint, Origin
 from converter.core.files.opening import identity
 from converter.core.formats.weight_file import PICKLED_SUFFIXES, read_weights
 from converter.errors import Refused, show

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 from converter.core.files.opening import read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES
-from converter.side_files import find_side_files
+from converter.core.side_files import find_side_files
 from converter.sources.hf import (
     CONFIG,
     identities_of,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 from converter.core.files.opening import read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.core.formats.weight_file import WeightFile, read_weights
+from converter.core.side_files import find_side_files
 from converter.errors import Refused, UsageError, show
-from converter.side_files import find_side_files
 from converter.sources import survey as folder
 from converter.sources.hf import identities_of, lazy, origin, parse_config, stored_path
 from converter.sources.hub_names import as_reference

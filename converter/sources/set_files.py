@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import WeightSet
+from converter.core.checkpoint import WeightSet
 from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
 from converter.core.formats.safetensors_io import read_index
 from converter.core.formats.weight_file import WeightFile

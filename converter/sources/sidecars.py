@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from converter.checkpoint import RecordCheck
+from converter.core.checkpoint import RecordCheck
 from converter.core.files.opening import Identity
 from converter.core.formats.weight_file import WeightFile, read_weights
 from converter.core.tensors.nodes import LazyTensor

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from converter.checkpoint import WeightSet
+from converter.core.checkpoint import WeightSet
 from converter.core.formats.weight_file import WeightFile
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 from converter.core.files.opening import open_input, pread
 from converter.errors import Refused, UsageError, fold, show
 from converter.sources.survey import Fault, Survey, file_names

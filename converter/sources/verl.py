@@ -19,7 +19,7 @@ from converter.sources.survey import Fault, StoredTensor, Survey, file_names, fo
 from converter.sources.verl_files import find_part, holds_ranks, parts_in, rank_files, steps_in
 
 if TYPE_CHECKING:
-    from converter.checkpoint import Checkpoint
+    from converter.core.checkpoint import Checkpoint
     from converter.core.tensors.nodes import LazyTensor
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from converter.checkpoint import Checkpoint, Origin, SideFile
+from converter.core.checkpoint import Checkpoint, Origin, SideFile
 from converter.core.files.opening import identity
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import RecordCheck
+from converter.core.checkpoint import RecordCheck
 from converter.core.files.opening import Identity
 from converter.core.formats.torch_file import Opaque, read_torch_file
 from converter.core.tensors import nodes as tensors

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from converter.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint
 from converter.core.compute.evaluate import Evaluator
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import RecordCheck
+from converter.core.checkpoint import RecordCheck
 from converter.core.files import sparse
 from converter.core.files.opening import Identity
 from converter.core.formats.pickle_machine import Built, Global, Persistent, check_names

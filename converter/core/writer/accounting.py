@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from converter.checkpoint import Checkpoint, RecordCheck
+from converter.core.checkpoint import Checkpoint, RecordCheck
 from converter.core.tensors.byte_runs import ByteRun, reads
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import fold

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from converter.checkpoint import Checkpoint, RecordCheck, SideFile
-from converter.context import Context
+from converter.core.checkpoint import Checkpoint, RecordCheck, SideFile
+from converter.core.context import Context
 from converter.core.files.links import RECEIPT_FILE
 from converter.core.files.opening import Identity
 from converter.core.formats.safetensors_io import Header, build_index

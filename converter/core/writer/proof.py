@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from converter.checkpoint import SideFile
+from converter.core.checkpoint import SideFile
 from converter.core.compute.evaluate import Evaluator, as_bytes
 from converter.core.files.reading import InputFiles
 from converter.core.formats.safetensors_io import read_header

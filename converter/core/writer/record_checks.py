@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from converter.checkpoint import RecordCheck
+from converter.core.checkpoint import RecordCheck
 from converter.core.files.checksums import crc32
 from converter.core.files.reading import InputFiles
 from converter.errors import Refused, show

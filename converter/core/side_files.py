@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import SideFile
+from converter.core.checkpoint import SideFile
 from converter.core.files.opening import Identity, identity, open_input
 from converter.core.files.strict_json import load_json, parse_json
 
