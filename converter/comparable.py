@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from converter.converters.gather import Gather
-from converter.converters.gather_disk_names import with_disk_names
 from converter.converters.gather_names import without_wrappers
 from converter.converters.head_detect import detect
 from converter.converters.head_model import Head, Linear
@@ -22,7 +21,8 @@ from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import ConvertError, UsageError, show
-from converter.sources.ties import find_ties
+from converter.families.disk_names import with_disk_names
+from converter.families.ties import find_ties
 
 HEAD = "head"
 _MODULES = frozenset(

@@ -1,4 +1,4 @@
-"""Writes `converter/converters/memory_names.json`: by which names transformers knows a checkpoint's tensors.
+"""Writes `converter/families/memory_names.json`: by which names transformers knows a checkpoint's tensors.
 
 Run by hand for a release, in an environment with the pinned transformers (timm, pillow and scipy add a few classes):
 
@@ -134,7 +134,7 @@ def _transform(transform: Any) -> list[Any]:
         case "WeightRenaming" | "PrefixChange":
             return ["rename", pattern, targets[0]]
         case other:
-            raise NotImplementedError(f"converter/converters/memory_names.py does not know {other}")
+            raise NotImplementedError(f"converter/families/memory_names.py does not know {other}")
 
 
 def parts(model: PreTrainedModel) -> list[list[str]]:

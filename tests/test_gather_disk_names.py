@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from converter.converters.gather_disk_names import with_disk_names
 from converter.core.checkpoint import Checkpoint, Origin
 from converter.core.context import Context
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Filled, Stored
 from converter.errors import Refused
+from converter.families.disk_names import with_disk_names
 from oracle.bases import _randomise, quiet, read_tensors, write_tensors
 from oracle.families import CASES, EXPERTS, RENAMED
 from small_models import open_model

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from converter import implied
+from converter.families import implied
 from oracle.bases import quiet, read_tensors
 from oracle.families import CASES
 

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from converter.cli import main
-from converter.converters.plain_names import plain_names
 from converter.doctor import Asked, examine
+from converter.families.plain_names import plain_names
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import oracle
+from converter.families.ties import OUTER_FOLLOWS_TEXT, TIED_BY_DEFAULT, find_ties
 from converter.sources import hf
-from converter.sources.ties import OUTER_FOLLOWS_TEXT, TIED_BY_DEFAULT, find_ties
 from oracle.bases import FAMILIES, quiet
 
 LLAMA = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"]

@@ -175,7 +175,7 @@ def _model(found: Found) -> list[str]:
     known, norm = facts.dialect(found.report.case), facts.normaliser(found.config)
     lines += [line("", f"read as {known}")] if known else []
     lines += [line("", f"rewards are normalised: {norm}")] if known and norm else []
-    from converter.sources.ties import find_ties
+    from converter.families.ties import find_ties
 
     for group in find_ties(found.survey.entries, found.config):
         stored = [n for n in group if n in found.survey.entries]

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from converter.converters.gather_disk_names import memory_form
-from converter.converters.plain_names import plain_names
 from converter.core.context import Context
 from converter.diagnoses.aims import is_transformers_4
 from converter.diagnoses.model import Case, Finding
 from converter.doctor import Asked, diagnoses, examine
 from converter.errors import UsageError, show
-from converter.implied import class_of
+from converter.families.disk_names import memory_form
+from converter.families.implied import class_of
+from converter.families.plain_names import plain_names
 from converter.recipe import Step
 from converter.sources.set_files import OF_THE_INDEX, find_sets
 from converter.sources.survey import MODEL_CONFIG, StoredTensor

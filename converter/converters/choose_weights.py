@@ -11,7 +11,7 @@ from converter.core.checkpoint import Checkpoint, WeightSet
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show
-from converter.weight_sets import Judged, judged
+from converter.families.coverage import Judged, judged
 
 
 @dataclass(frozen=True)

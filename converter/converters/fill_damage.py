@@ -11,9 +11,9 @@ from converter.converters.adapter_keys import FACTOR_KINDS
 from converter.converters.fill_evidence import is_empty
 from converter.converters.gather_config import HEADS
 from converter.converters.gather_names import PEFT_PREFIX
-from converter.converters.memory_names import classifier
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import Filled
+from converter.families.memory_names import classifier
 
 Shape = tuple[int, ...]
 

@@ -12,12 +12,12 @@ from converter.converters.fill_damage import beside_name, is_spare
 from converter.converters.fill_evidence import differing, is_empty, step_of, step_relation, whole_in_both
 from converter.converters.gather_config import HEADS
 from converter.converters.gather_names import PEFT_PREFIX, PeftNames, has_factors, peft_names, without_wrappers
-from converter.converters.memory_names import Architecture, architecture
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, LazyTensor
 from converter.errors import fold, show
+from converter.families.memory_names import Architecture, architecture
 
 TRAINING, ADAPTER = "training", "adapter"
 VALUE_HEAD = "v_head."

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 from converter.converters.adapter_config import read_adapter_config
 from converter.converters.adapter_keys import Module
 from converter.converters.gather_config import HEADS, LORA_FILES, adapter_config, head_task, recorded, with_folded_heads
-from converter.converters.gather_disk_names import with_disk_names
 from converter.converters.gather_names import (
     PEFT_PREFIX,
     PeftNames,
@@ -27,6 +26,7 @@ from converter.core.context import Context
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, LazyTensor, Stored
 from converter.errors import Refused, UsageError, fold, show
+from converter.families.disk_names import with_disk_names
 from converter.inputs import Input
 
 TRAINING = "training"

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from converter.converters.memory_names import auto_class
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show
+from converter.families.memory_names import auto_class
 
 Part = Literal["policy", "value", "actor", "critic", "reward"]
 Layout = Literal["plain", "trl", "llamafactory", "dschat", "trlx", "coati"]

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.converters import memory_names
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.model import Dialect
 from converter.errors import Refused, show
+from converter.families import memory_names
 
 # Model types that only a dialect has, and what they are to transformers.
 _MODEL_TYPES = {"gpt_neox_reward_model": "gpt_neox"}

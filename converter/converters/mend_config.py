@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from converter.converters.old_spellings import with_old_spellings
-from converter.converters.old_tokenizers import with_old_tokenizer
 from converter.converters.task_head import pad_token_of
 from converter.converters.vocabulary import with_rows_in_config
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.errors import Refused, show
+from converter.families.old_spellings import with_old_spellings
+from converter.families.old_tokenizers import with_old_tokenizer
 
 _WRAPPER = re.compile(r"^(?:FSDP\d?|DDP|Peft|DistributedDataParallel)+(?=[A-Z])")
 _HEAD = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")

@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 
 from converter.converters.gather import Gather
 from converter.converters.gather_names import PEFT_PREFIX, without_wrappers
-from converter.converters.plain_names import plain_names
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.errors import Refused, fold, show
+from converter.families.plain_names import plain_names
 from converter.inputs import Input
 
 _ADAPTER_NAME = re.compile(

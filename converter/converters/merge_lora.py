@@ -19,7 +19,6 @@ from converter.converters.adapter_keys import Module, read_modules
 from converter.converters.embeddings import is_vocabulary, untie, with_prefix, with_vocabulary
 from converter.converters.head_files import carried_files
 from converter.converters.layer_merge import Layer, Update, merged_bias, merged_weight, with_token_rows
-from converter.converters.memory_names import architectures, classifier
 from converter.converters.name_rules import AS_IN_BASE, NameRule, find_rule
 from converter.converters.task_head import NewHead, add_task_head, expect_head, is_head, is_new_head
 from converter.core.checkpoint import Checkpoint, SideFile
@@ -29,6 +28,7 @@ from converter.core.side_files import adapter_first
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError, fold, show
+from converter.families.memory_names import architectures, classifier
 from converter.inputs import Input
 
 Numerics = Literal["best", "peft"]

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from converter.converters.memory_names import Architecture, MemoryNames, version
 from converter.errors import Refused, fold
+from converter.families.memory_names import Architecture, MemoryNames, version
 
 AS_IN_BASE = "names as in the base"
 

@@ -13,7 +13,6 @@ from typing import Any
 from converter.converters.adapter_config import AdapterConfig
 from converter.converters.adapter_keys import Module
 from converter.converters.layer_merge import Layer, merged_weight
-from converter.converters.memory_names import Classifier, without_numbers
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
 from converter.core.side_files import side_json
@@ -21,6 +20,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold, show
+from converter.families.memory_names import Classifier, without_numbers
 
 TASK_SUFFIX = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 _BASE_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForTokenClassification", "Model")

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.converters.head_model import family
-from converter.converters.old_spellings import missing_spellings
 from converter.core.context import Context
 from converter.diagnoses.aims import is_transformers_4
 from converter.diagnoses.model import HERE, LOST, Case, Finding, Severity, diagnosis, folded
 from converter.errors import Refused, fold, show
+from converter.families.old_spellings import missing_spellings
 
 _CLASSIFIER = re.compile(r"For(?:Sequence|Token)Classification$")
 _WRAPPERS = re.compile(r"^(?:FSDP|DDP|Peft|DistributedDataParallel)\w+")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from converter.converters.gather_disk_names import MemoryForm, memory_form
-from converter.converters.plain_names import plain_names
 from converter.core.context import Context
 from converter.diagnoses.aims import is_transformers_4
 from converter.diagnoses.model import HERE, LOST, Case, Finding, Severity, diagnosis, folded
 from converter.errors import show
+from converter.families.disk_names import MemoryForm, memory_form
+from converter.families.plain_names import plain_names
 
 WRAPPER = re.compile(
     r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module|_forward_module)\."

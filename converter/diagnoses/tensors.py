@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from converter.converters.plain_names import plain_names
 from converter.core.context import Context
 from converter.diagnoses.faults import explanation, finding_of
 from converter.diagnoses.heads import filling_command
 from converter.diagnoses.model import LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.errors import fold, show
+from converter.families.plain_names import plain_names
 
 _LAYER = re.compile(r"(?P<stack>(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?))\.(?P<number>\d{1,6})\.", re.ASCII)
 _NUMBERED = re.compile(r"\.\d+\.", re.ASCII)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converter.implied import WRAPPERS, implied
+from converter.families.implied import WRAPPERS, implied
 
 _OUTER = re.compile(r"^(?:(?:module|_forward_module)\.)+")
 _LEAD = re.compile(r"^(?:module\.|_forward_module\.|base_model\.model\.)")

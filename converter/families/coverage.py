@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from converter import implied
 from converter.core.checkpoint import WeightSet
 from converter.errors import fold, show
+from converter.families import implied
 
 _EMPTY = (0,)
 

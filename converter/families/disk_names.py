@@ -16,13 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from converter.converters.memory_names import Architecture, architecture
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold, show
-from converter.implied import class_of
+from converter.families.implied import class_of
+from converter.families.memory_names import Architecture, architecture
 
 _GROUP = re.compile(r"\((?!\?).+?\)")
 _LOOK_AROUND = re.compile(r"\(\?[=!<].*?\)+(?=[^)]|$)")
