@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint
     from converter.core.context import Context
     from converter.core.tensors.nodes import LazyTensor
-    from converter.dialects.model import Dialect
+    from converter.dialects.spec import Dialect
     from converter.sources.places import Place
     from converter.sources.survey import Survey
 

@@ -17,7 +17,7 @@ from converter.converters.head_read import OUTPUT_EMBEDDINGS, read, values
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ, Context
 from converter.dialects.known import Target
-from converter.dialects.model import HeadSpec, Role
+from converter.dialects.spec import HeadSpec, Role
 from converter.errors import ConvertError, fold, show
 from converter.verify import Check, fails, holds, note
 from converter.verify_config import check_config, check_normaliser, check_tokens

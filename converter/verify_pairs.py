@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.converters.head_model import Reading
-from converter.dialects.model import Pooling
+from converter.dialects.spec import Pooling
 from converter.errors import UsageError, show
 from converter.verify import Check, holds, note, spread
 from converter.verify_values import Batch, Reference, padded, pooled

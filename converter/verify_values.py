@@ -16,7 +16,7 @@ from converter.core.compute.evaluate import Evaluator
 from converter.core.files.opening import Identity
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor
-from converter.dialects.model import Pooling
+from converter.dialects.spec import Pooling
 from converter.errors import Refused, show
 
 if TYPE_CHECKING:

@@ -175,7 +175,7 @@ def test_the_matrix_is_a_table_with_a_legend() -> None:
 
 
 STRANGER = """
-from converter.dialects.model import ConfigRules, Dialect, Evidence, HeadSpec, Marks, Serves
+from converter.dialects.spec import ConfigRules, Dialect, Evidence, HeadSpec, Marks, Serves
 
 DIALECT = Dialect(
     "acme",

@@ -15,7 +15,7 @@ from converter.cli.recipes import cast_steps, input_spec, output
 from converter.cli.run_state import corrected, place_of, with_recorded_base
 from converter.converters.head_detect import head_like
 from converter.dialects.known import Target, target
-from converter.dialects.model import Role
+from converter.dialects.spec import Role
 from converter.errors import ConvertError, UsageError, show
 from converter.recipe import SOURCE, InputSpec, Output, Recipe, Step
 

@@ -12,7 +12,7 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.files import sparse
 from converter.dialects.known import Target, target
-from converter.dialects.model import Role
+from converter.dialects.spec import Role
 from converter.errors import ConvertError, Refused, UsageError, VerificationFailed, show
 from converter.verify import Check, failed, fails
 

@@ -8,7 +8,7 @@ from converter.converters.head_fit import Fitted
 from converter.converters.head_model import Family, Reading, no_class
 from converter.core.context import Context
 from converter.dialects.known import Target
-from converter.dialects.model import ConfigRules
+from converter.dialects.spec import ConfigRules
 from converter.errors import Refused, show
 
 _LABEL_KEYS = ("num_labels", "id2label", "label2id", "problem_type")

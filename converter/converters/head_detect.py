@@ -10,7 +10,7 @@ from converter.converters.head_model import Family, family, resolve
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import dialects
-from converter.dialects.model import Dialect, Marks
+from converter.dialects.spec import Dialect, Marks
 from converter.errors import Refused, UsageError, fold, show
 
 SPARE_FILE = "pytorch_model.bin"

@@ -20,7 +20,7 @@ from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.kernel_specs import HEAD_NORMAL, HEAD_ROWS, Param
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.dialects.known import Target
-from converter.dialects.model import HeadSpec
+from converter.dialects.spec import HeadSpec
 from converter.errors import Refused, UsageError
 
 BiasWish = Literal["refuse", "drop", "into-mean"]

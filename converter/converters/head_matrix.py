@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from converter.dialects.known import dialects, numbers
-from converter.dialects.model import Dialect
+from converter.dialects.spec import Dialect
 
 Kind = Literal["=", "L", "B", "S", "E", "X"]
 LEGEND: dict[Kind, str] = {

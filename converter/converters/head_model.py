@@ -14,7 +14,7 @@ from typing import Any
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
-from converter.dialects.model import Dialect
+from converter.dialects.spec import Dialect
 from converter.errors import Refused, show
 from converter.families import memory_names
 

@@ -15,7 +15,7 @@ from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, Concat, Filled, LazyTensor
-from converter.dialects.model import Dialect
+from converter.dialects.spec import Dialect
 from converter.errors import Refused, fold, show
 
 OUTPUT_EMBEDDINGS = ("lm_head.", "embed_out.")

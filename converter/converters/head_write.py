@@ -14,7 +14,7 @@ from converter.core.context import Context
 from converter.core.tensors.byte_runs import reads
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import Target
-from converter.dialects.model import HeadSpec
+from converter.dialects.spec import HeadSpec
 from converter.errors import Refused, fold, show
 
 _EMBEDDINGS = (

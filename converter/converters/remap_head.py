@@ -14,7 +14,7 @@ from converter.converters.head_write import write
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.dialects.known import Target, dialects, spoken, target
-from converter.dialects.model import Dialect, HeadSpec, Role
+from converter.dialects.spec import Dialect, HeadSpec, Role
 from converter.errors import Refused, UsageError, fold, show
 from converter.inputs import Input
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from converter.dialects.known import Target, dialects, target
-from converter.dialects.model import Role
+from converter.dialects.spec import Role
 
 _ROLES: tuple[Role, ...] = ("reward", "critic", "actor")
 

@@ -14,7 +14,7 @@ from converter.diagnoses.config import architecture, label_count
 from converter.diagnoses.heads import convert_command, dialect_of, heads_here, role_word, wanted_head
 from converter.diagnoses.model import HERE, Case, Finding, Severity, diagnosis
 from converter.dialects.known import Target
-from converter.dialects.model import Role
+from converter.dialects.spec import Role
 from converter.errors import ConvertError, Refused, UsageError, fold, show
 
 _GOES_BY_CLASS = {

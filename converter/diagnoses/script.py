@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converter.core.files.opening import read_limited
-from converter.dialects.model import Role
+from converter.dialects.spec import Role
 from converter.errors import ConvertError, UsageError, show
 
 MAX_SCRIPT = 1 << 20

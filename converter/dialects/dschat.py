@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converter.dialects.model import ConfigRules, Dialect, Evidence, HeadSpec, Marks, Serves
+from converter.dialects.spec import ConfigRules, Dialect, Evidence, HeadSpec, Marks, Serves
 
 DIALECT = Dialect(
     "dschat",

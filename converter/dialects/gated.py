@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converter.dialects.model import Dialect, Evidence, HeadSpec, Marks
+from converter.dialects.spec import Dialect, Evidence, HeadSpec, Marks
 
 DIALECT = Dialect(
     "gated-multi-objective",

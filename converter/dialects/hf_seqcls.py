@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converter.dialects.model import ConfigRules, Dialect, Evidence, HeadSpec, Marks, Serves
+from converter.dialects.spec import ConfigRules, Dialect, Evidence, HeadSpec, Marks, Serves
 
 _TRL = (
     "TRL's PPO saves only the policy: the trained value model is never on disk",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converter.dialects.model import ConfigRules, Dialect, Evidence, HeadSpec, Marks, Serves
+from converter.dialects.spec import ConfigRules, Dialect, Evidence, HeadSpec, Marks, Serves
 
 _VERL = (
     "verl loads it with flash_attention_2; without flash-attn it falls to TRL's wrapper, whose head is random",

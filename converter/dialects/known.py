@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 
-from converter.dialects.model import Dialect, Role, Serves
+from converter.dialects.spec import Dialect, Role, Serves
 from converter.errors import Refused, UsageError, show
 
 GROUP = "rlhf_convert.dialects"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converter.dialects.model import Dialect, Evidence, HeadSpec
+from converter.dialects.spec import Dialect, Evidence, HeadSpec
 
 DIALECT = Dialect(
     "lm-head-row0",
