@@ -83,8 +83,8 @@ def merge_plan(
     from converter.converters.merge_lora import MergeLora
     from converter.core.context import Context
     from converter.core.writer.plan import make_plan
-    from converter.sources.hf import SOURCE as HF
-    from converter.sources.peft import SOURCE as PEFT
+    from converter.sources.hf.peft import SOURCE as PEFT
+    from converter.sources.hf.source import SOURCE as HF
 
     context = Context()
     opened = PEFT.open(adapter, asked="adapter")

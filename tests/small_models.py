@@ -18,7 +18,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.writer.plan import Plan, make_plan
 from converter.core.writer.write import Receipt, write
-from converter.sources.hf import SOURCE
+from converter.sources.hf.source import SOURCE
 from durability import Quiet, tree
 
 Tensors = dict[str, torch.Tensor]

@@ -13,7 +13,7 @@ from converter.errors import Refused, UsageError
 from converter.registry import find_place, kind_of, sources
 from converter.sources.dcp import SOURCE, adam_moments
 from converter.sources.dcp_adapter import names_in_memory
-from converter.sources.hf import SOURCE as HF
+from converter.sources.hf.source import SOURCE as HF
 from dcp.broken import copied, refused
 from dcp.compare import RUNS, facts, faults, live, run_names
 from zero.compare import differences, evaluated

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from converter.core.context import Context
-from converter.sources.hf import SOURCE
+from converter.sources.hf.source import SOURCE
 from test_doctor_heads import SIZES, codes, finding, reward, serious, store, value_head
 
 __all__ = ["reward"]

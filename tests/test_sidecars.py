@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from converter.core.checkpoint import Checkpoint
 from converter.core.files.opening import identity
 from converter.errors import Refused
-from converter.sources import hf, locate, peft
+from converter.sources import locate
+from converter.sources.hf import peft
+from converter.sources.hf import source as hf
 from converter.sources.survey import Survey
 from durability import FIXTURES, copy_inputs
 from oracle.command import run

@@ -17,7 +17,8 @@ from converter.core.formats.safetensors_io import build_header
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Stored
 from converter.errors import ConvertError
-from converter.sources import hf, peft
+from converter.sources.hf import peft
+from converter.sources.hf import source as hf
 from converter.sources.survey import Survey
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

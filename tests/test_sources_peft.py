@@ -13,7 +13,7 @@ from converter.core.files.opening import identity
 from converter.core.formats.safetensors_io import build_header
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import ConvertError, Refused, UsageError
-from converter.sources import peft
+from converter.sources.hf import peft
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.model.layers.{}.mlp.up_proj.lora_{}.weight"

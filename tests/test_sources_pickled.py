@@ -14,7 +14,8 @@ import torch
 
 import oracle
 from converter.errors import ConvertError
-from converter.sources import hf, peft
+from converter.sources.hf import peft
+from converter.sources.hf import source as hf
 from oracle.command import run
 
 

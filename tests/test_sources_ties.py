@@ -10,7 +10,7 @@ import pytest
 
 import oracle
 from converter.families.ties import OUTER_FOLLOWS_TEXT, TIED_BY_DEFAULT, find_ties
-from converter.sources import hf
+from converter.sources.hf import source as hf
 from oracle.bases import FAMILIES, quiet
 
 LLAMA = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"]

@@ -127,7 +127,7 @@ def _refuse_run_options(src: str, options: Remapping) -> None:
 
 def _has_weights(root: Path) -> bool:
     """True where weights lie in the folder itself, or in ColossalChat's `modeling/`; those are then what is meant."""
-    from converter.sources.modeling import FOLDER
+    from converter.sources.hf.colossalchat import FOLDER
     from converter.sources.survey import ADAPTER_PICKLED, ADAPTER_WEIGHTS, file_names, is_weights_of_model
 
     names = file_names(root)
@@ -138,7 +138,7 @@ def _has_weights(root: Path) -> bool:
 def _is_damaged(root: Path, kind: str) -> bool:
     """True where tensors are empty or missing, or a head has a LoRA and perhaps no weight below it."""
     from converter.registry import sources
-    from converter.sources.broken import LOST
+    from converter.sources.hf.broken import LOST
 
     survey = sources()[kind].survey(root)
     lora = [n.partition(".lora_")[0] for n in survey.entries if ".lora_" in n]

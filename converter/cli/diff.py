@@ -51,7 +51,7 @@ def _open(text: str) -> tuple[Checkpoint, tuple[str, ...], str]:
     """
     from converter.cli.recipes import input_spec
     from converter.recipe_run import open_checkpoint
-    from converter.sources.broken import LOST
+    from converter.sources.hf.broken import LOST
 
     try:
         return _opened(text), (), ""
@@ -81,7 +81,7 @@ def _opened(text: str) -> Checkpoint:
     from converter.cli.recipes import input_spec
     from converter.recipe_run import open_checkpoint
     from converter.registry import find_place
-    from converter.sources.loose import open_file
+    from converter.sources.hf.loose import open_file
     from converter.sources.survey import is_weight_file
 
     path = Path(text).expanduser()

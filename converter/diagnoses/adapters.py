@@ -100,7 +100,8 @@ def _refusals(case: Case) -> list[ConvertError]:
 
 def _try_merge(case: Case, without: frozenset[str]) -> ConvertError | None:
     from converter.converters.merge_lora import MergeLora
-    from converter.sources import hf, peft
+    from converter.sources.hf import peft
+    from converter.sources.hf import source as hf
 
     if case.base is None or case.base.source != "hf" or case.survey.error() or case.base.survey.error():
         return None

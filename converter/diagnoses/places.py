@@ -10,7 +10,8 @@ from typing import Literal
 
 from converter.converters.head_detect import head_like
 from converter.diagnoses.model import Case, Near
-from converter.sources import hf, peft
+from converter.sources.hf import peft
+from converter.sources.hf import source as hf
 from converter.sources.survey import Survey
 
 MOST_READ = 8

@@ -15,7 +15,8 @@ from converter.diagnoses.heads import heads_here
 from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.diagnoses.places import heads_in
 from converter.errors import ConvertError, fold, show
-from converter.sources import hf, peft
+from converter.sources.hf import peft
+from converter.sources.hf import source as hf
 from converter.sources.places import by_number
 from converter.sources.survey import Survey
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from converter.core.context import Context
 from converter.diagnoses.model import HERE, MAX_EVIDENCE, Case, Finding, diagnosis
 from converter.families.coverage import judged
-from converter.sources.set_files import CODE
+from converter.sources.hf.set_files import CODE
 
 
 @diagnosis(CODE, "model")

@@ -12,7 +12,7 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.files.opening import read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.core.side_files import find_side_files
-from converter.sources.hf import (
+from converter.sources.hf.source import (
     CONFIG,
     identities_of,
     is_safetensors,

@@ -19,9 +19,10 @@ from converter.core.side_files import find_side_files
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused
-from converter.sources import hf, peft, set_files
 from converter.sources import survey as folder
-from converter.sources.sidecars import checks_beside, identities_beside, tensors_beside
+from converter.sources.hf import peft, set_files
+from converter.sources.hf import source as hf
+from converter.sources.hf.sidecars import checks_beside, identities_beside, tensors_beside
 from converter.sources.survey import Survey, file_names
 
 LOST = frozenset(

@@ -21,9 +21,9 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, fold, show
 from converter.families.implied import without_wrappers
 from converter.families.ties import find_ties
-from converter.sources import set_files
 from converter.sources import survey as folder
-from converter.sources.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
+from converter.sources.hf import set_files
+from converter.sources.hf.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers, snapshot_of
 
 WEIGHTS = folder.MODEL_WEIGHTS

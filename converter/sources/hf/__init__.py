@@ -1,0 +1,1 @@
+"""Hugging Face folders: models, PEFT adapters, and what is left of broken ones."""
