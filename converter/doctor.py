@@ -24,7 +24,7 @@ from converter.dialects.known import trainers
 from converter.errors import ConvertError, Refused, UsageError, show
 from converter.registry import DIAGNOSES, FindsPlaces, Source, kind_of, loaded, nothing_in, sources
 from converter.sources.hf.loose import survey_files
-from converter.sources.hub_names import SCHEME, as_reference, below
+from converter.sources.hub.names import SCHEME, as_reference, below
 from converter.sources.locate import resolve
 from converter.sources.places import by_number
 from converter.sources.survey import ADAPTER_CONFIG, Survey, file_names, is_weight_file

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from converter.errors import Refused, UsageError, fold, show
 from converter.hub_ask import ATTEMPTS, FIRST_WAIT, call, is_passing, refuse
 from converter.hub_files import CARD, LocalFile, Manifest
-from converter.sources.hub_client import expect_safe_endpoint
+from converter.sources.hub.client import expect_safe_endpoint
 
 if TYPE_CHECKING:
     from converter.core.writer.write import Reporter
@@ -275,7 +275,7 @@ def upload(api: Any, where: Destination, operation: Any) -> None:
 
 def card_there(where: Destination) -> str:
     """The card that the repository has; empty where it has none, or is not there yet."""
-    from converter.sources.hub_client import open_repository
+    from converter.sources.hub.client import open_repository
 
     repository = open_repository(where.repo_id, where.revision, where.token)
     found = next((f for f in repository.files if f.name == CARD), None)

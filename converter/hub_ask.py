@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from converter.errors import Refused, show
-from converter.sources.hub_client import blotted
+from converter.sources.hub.client import blotted
 
 if TYPE_CHECKING:
     from converter.hub import Destination

@@ -22,7 +22,7 @@ from converter.errors import ConvertError, Refused, UsageError, fold, show
 from converter.recipe import SOURCE, InputSpec, Recipe
 from converter.recipe_fields import check, instantiate
 from converter.registry import KeepsMasters, Source, kind_of, nothing_in, sources
-from converter.sources.hub_names import as_base
+from converter.sources.hub.names import as_base
 
 MODEL, ADAPTER, TRAINING = "model", "adapter", "training"
 _SNAPSHOT = re.compile(

@@ -174,7 +174,7 @@ def kind_of(path: Path) -> str | None:
 
 def nothing_in(path: Path, asked: str) -> UsageError:
     """The error for a folder that no source takes: the checkpoints below it, else what is there."""
-    from converter.sources.hub_names import as_reference
+    from converter.sources.hub.names import as_reference
 
     asked = as_reference(asked)
     inside = sorted(p for p in path.iterdir() if p.is_dir() and kind_of(p)) if path.is_dir() else []

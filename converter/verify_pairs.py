@@ -82,7 +82,7 @@ def scored(reading: Reading, pooling: Pooling) -> Scored:
     """A side, ready to score: the model in fp64 and the tokenizer in its folder."""
     from transformers import AutoTokenizer
 
-    from converter.sources.hub_mirror import bring_texts
+    from converter.sources.hub.mirror import bring_texts
 
     bring_texts(Path(reading.checkpoint.origin.path))
     tokenizer = AutoTokenizer.from_pretrained(reading.checkpoint.origin.path, local_files_only=True)

@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import constants
 
 from converter.cli import main
-from converter.sources import hub_mirror
+from converter.sources.hub import mirror as hub_mirror
 from fake_hub import TOKEN, FakeHub
 
 

@@ -20,7 +20,8 @@ from big_headers import llama_70b
 from converter.core.files import sparse
 from converter.core.files.opening import read_exact
 from converter.errors import Refused, UsageError
-from converter.sources import hub_download, hub_mirror
+from converter.sources.hub import download as hub_download
+from converter.sources.hub import mirror as hub_mirror
 from converter.sources.locate import hub_name, resolve
 from fake_hub import FakeHub, Fault, Stored, running
 from hub_here import client_of, on_disk, run

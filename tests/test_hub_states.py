@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from converter.errors import UsageError
-from converter.sources import hub_mirror
-from converter.sources.hub_names import as_reference, below, hub_name
+from converter.sources.hub import mirror as hub_mirror
+from converter.sources.hub.names import as_reference, below, hub_name
 from fake_hub import FakeHub, Fault, running
 from hub_here import client_of, commits, on_disk, published, run
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.sources import hub_mirror
+from converter.sources.hub import mirror as hub_mirror
 from fake_hub import FakeHub, Fault, running
 from hub_here import client_of, on_disk, run
 

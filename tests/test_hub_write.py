@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from converter.sources import hub_mirror
+from converter.sources.hub import mirror as hub_mirror
 from fake_hub import FakeHub, Fault, running
 from hub_here import client_of, commits, on_disk, published, run
 

@@ -96,7 +96,7 @@ def find(src: str, options: Remapping) -> Found:
         UsageError: nothing that is read, or several checkpoints to choose from.
     """
     from converter.registry import kind_of, sources
-    from converter.sources.hub_names import as_reference, below
+    from converter.sources.hub.names import as_reference, below
     from converter.sources.locate import resolve
 
     spec = input_spec(src, options.revision)
@@ -208,7 +208,7 @@ def lost_and_found(found: Found, options: Remapping) -> tuple[dict[str, InputSpe
     if not given and not found.damaged:
         return {}, []
     from converter.cli.repair_places import search
-    from converter.sources.hub_names import as_reference
+    from converter.sources.hub.names import as_reference
 
     result = search(as_reference(found.path, options.revision), given, token=options.token)
     places = {f"weights-{n}": InputSpec(p.path, broken=p.is_copy) for n, p in enumerate(result.places, 1)}

@@ -118,7 +118,7 @@ def gather_recipe(asked: Gathering, options: Conversion) -> tuple[Recipe, str]:
 
 def _tag_path(asked: Gathering, options: Conversion) -> tuple[str, str, str | None]:
     """The folder with the shards, as the user would write it, why it is the one, and the part inside of it."""
-    from converter.sources.hub_names import as_reference, below
+    from converter.sources.hub.names import as_reference, below
     from converter.sources.locate import resolve
 
     root = resolve(asked.src, revision=options.revision, token=options.token, in_parts=True, whole=True).path

@@ -12,8 +12,8 @@ from converter.cli.options import Conversion
 from converter.cli.progress import progress
 from converter.errors import Refused, UsageError, fold, show
 from converter.report import checked_line, line, next_lines, update_lines
-from converter.secrets import words_without_token
 from converter.sizes import format_size
+from converter.sources.hub.secrets import words_without_token
 
 if TYPE_CHECKING:
     from converter.cli.conversion import Written
@@ -163,7 +163,7 @@ def repository(text: str, revision: str) -> tuple[str, str]:
     Raises:
         UsageError: a folder in a repository (`hub-repo-id`), or two branches (`usage`).
     """
-    from converter.sources.hub_names import hub_name
+    from converter.sources.hub.names import hub_name
 
     named = hub_name(text) if text.startswith(SCHEME) or "@" in text else None
     if named is None:

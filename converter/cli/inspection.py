@@ -150,7 +150,7 @@ def _inside(found: Found) -> list[str]:
 
 
 def _below(found: Found, folder: Path) -> str:
-    from converter.sources.hub_names import as_reference
+    from converter.sources.hub.names import as_reference
 
     return f"{as_reference(found.asked).rstrip('/')}/{folder.name}"
 
@@ -337,7 +337,7 @@ def _next(found: Found) -> list[str]:
     # A head that only its own trainer finds: no other command moves it to where others look.
     commands = [f.next for f in found.report.findings if f.code == "head-dialect" and f.next]
     if found.is_adapter:
-        from converter.sources.hub_names import as_base
+        from converter.sources.hub.names import as_base
 
         named = as_base(found.config.get("base_model_name_or_path"), found.config.get("revision"))
         base = "" if _base_at_hand(found.config) else f" --base {shlex.quote(named)}"

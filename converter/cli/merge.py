@@ -13,7 +13,7 @@ from converter.cli.recipes import cast_steps, input_spec, output
 from converter.cli.run_state import base_in
 from converter.errors import ConvertError, UsageError
 from converter.recipe import SOURCE, InputSpec, Recipe, Step
-from converter.sources.hub_names import is_on_hub
+from converter.sources.hub.names import is_on_hub
 from converter.sources.locate import resolve
 
 if TYPE_CHECKING:

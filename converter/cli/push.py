@@ -132,7 +132,7 @@ def _read_the_right_way(asked: Pushing) -> Pushing:
         what = f"{show(asked.repo_id)} is the folder and {show(asked.folder)} the repository"
         command = shlex.join(["rlhf-convert", "push", asked.repo_id, asked.folder])
         raise UsageError("arguments-swapped", what, next=command)
-    from converter.sources.hub_names import is_on_hub
+    from converter.sources.hub.names import is_on_hub
 
     there = None
     if is_on_hub(asked.folder):

@@ -43,7 +43,7 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     from converter.cli.repair_mends import NEVER_FILLED
     from converter.cli.repair_places import search
     from converter.converters.fill_refusals import NothingToRepair
-    from converter.sources.hub_names import as_reference
+    from converter.sources.hub.names import as_reference
     from converter.sources.locate import resolve
 
     if options.revision is not None:

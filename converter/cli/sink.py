@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.errors import ConvertError
-from converter.secrets import without_secrets
+from converter.sources.hub.secrets import without_secrets
 
 JSON_VERSION = 1
 """Version of every JSON object that is printed; raised when a key changes its meaning."""

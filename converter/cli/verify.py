@@ -128,7 +128,7 @@ def _expect_here(folder: str, root: Path) -> None:
     Raises:
         Refused: the folder is read from the Hub in parts (`live-needs-folder`).
     """
-    from converter.sources.hub_names import as_reference, hub_name
+    from converter.sources.hub.names import as_reference, hub_name
     from converter.sources.survey import snapshot_of
 
     if not any(root.is_relative_to(each) for each in sparse.folders):
@@ -252,7 +252,7 @@ def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
 def _shards(src: str) -> str:
     """The folder that is meant by a run's: where the shards are."""
     from converter.registry import find_place, kind_of
-    from converter.sources.hub_names import as_reference, below
+    from converter.sources.hub.names import as_reference, below
     from converter.sources.locate import resolve
 
     root = resolve(src, in_parts=True).path
@@ -282,7 +282,7 @@ def _next(asked: Asked, aim: Target, broken: list[Check]) -> list[str]:
     """What mends it; or the trainer's launch line and its traps."""
     if broken:
         return list(dict.fromkeys(c.next for c in broken if c.next))
-    from converter.sources.hub_names import as_reference, hub_name
+    from converter.sources.hub.names import as_reference, hub_name
 
     path = asked.folder if asked.folder.startswith(("/", ".", "~")) else f"./{asked.folder}"
     if (named := hub_name(as_reference(asked.folder))) is not None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from converter.core.files.opening import read_limited
 from converter.errors import Refused, UsageError, show
-from converter.sources.hub_names import REPO_ID as _REPO_ID
-from converter.sources.hub_names import SCHEME, hub_name
+from converter.sources.hub.names import REPO_ID as _REPO_ID
+from converter.sources.hub.names import SCHEME, hub_name
 from converter.sources.survey import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -149,7 +149,7 @@ def _folder_on_hub(repo_id: str, folder: str, revision: str | None, token: str |
 
 def _every_file(repo_id: str, folder: str, cached: Located | None, revision: str | None, token: str | None) -> Located:
     """The snapshot in the cache, if it has every file that the Hub lists below a folder; else the Hub's, in parts."""
-    from converter.sources.hub_mirror import mirror
+    from converter.sources.hub.mirror import mirror
 
     pinned = cached.revision if cached is not None else revision
     path, commit = mirror(repo_id, pinned, token)
@@ -347,7 +347,7 @@ def _offline() -> bool:
 
 def _fetch(repo_id: str, revision: str | None, token: str | None, patterns: list[str]) -> Located:
     """Some files of a repository, into the Hub's cache."""
-    from converter.sources.hub_download import download
+    from converter.sources.hub.download import download
 
     path = download(repo_id, revision, token, patterns)
     return Located(path, repo_id, path.name if _COMMIT.fullmatch(path.name) else None)
@@ -357,9 +357,9 @@ def _in_parts(repo_id: str, revision: str | None, token: str | None) -> Located:
     """The repository as a folder whose bytes come when they are read.
 
     Raises:
-        Refused: see `converter.sources.hub_mirror.mirror`.
+        Refused: see `converter.sources.hub.mirror.mirror`.
     """
-    from converter.sources.hub_mirror import mirror
+    from converter.sources.hub.mirror import mirror
 
     path, commit = mirror(repo_id, revision, token)
     return Located(path, repo_id, commit)

@@ -13,7 +13,7 @@ from converter.errors import Refused, UsageError, show
 from converter.sources import survey as folder
 from converter.sources.hf.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.hf.source import identities_of, lazy, origin, parse_config, stored_path
-from converter.sources.hub_names import as_reference
+from converter.sources.hub.names import as_reference
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers
 
 WEIGHTS = folder.ADAPTER_WEIGHTS

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from converter.core.files import sparse
 from converter.errors import Refused, show
-from converter.sources.hub_client import ListedFile, Repository, open_repository
+from converter.sources.hub.client import ListedFile, Repository, open_repository
 from converter.sources.survey import is_weight_file
 
 SMALL = 65_536

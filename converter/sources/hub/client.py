@@ -208,7 +208,7 @@ _ADVICE = {
 
 def blotted(text: str, token: str | None = None) -> str:
     """A text without the token that was given, the one that the client finds, and whatever else looks like one."""
-    from converter.secrets import without_secrets
+    from converter.sources.hub.secrets import without_secrets
 
     return without_secrets(text, *([token] if token else []))
 

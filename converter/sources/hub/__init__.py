@@ -1,0 +1,1 @@
+"""Models on the Hub: names, files at a commit, bytes by range."""
