@@ -22,7 +22,7 @@ import torch
 from converter.converters.gather import Gather
 from converter.core.context import Context
 from converter.errors import ConvertError
-from converter.sources.deepspeed import SOURCE, adam_moments, open_tag
+from converter.sources.deepspeed.source import SOURCE, adam_moments, open_tag
 from fuzz_pickles import PICKLED, changed_inside
 from zero.compare import RUNS, evaluated, run_names
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from converter.doctor import MOST_NEAR, Asked, case_of, examine
-from converter.sources.deepspeed import SOURCE
+from converter.sources.deepspeed.source import SOURCE
 from test_doctor_heads import RUN, SIZES, causal, codes, finding, serious
 
 __all__ = ["causal"]

@@ -202,7 +202,7 @@ def test_frozen_weights_in_no_file_are_named(tmp_path: Path) -> None:
 def test_a_damaged_storage_is_found_before_anything_is_published(tmp_path: Path) -> None:
     folder, out = _copy(tmp_path, "reward-z2-n2"), tmp_path / "out"
     path = folder / "global_step2" / "mp_rank_00_model_states.pt"
-    from converter.sources.deepspeed import open_tag
+    from converter.sources.deepspeed.source import open_tag
 
     weight = open_tag(folder, asked="x").tensors["score.weight"]
     raw = bytearray(path.read_bytes())

@@ -151,5 +151,5 @@ def test_inspecting_a_model_imports_no_reader_of_trainers_files(tmp_path: Path) 
     readers = ("pickle_machine", "torch_file", "torch_container", "deepspeed_state", "deepspeed_layout")
     slow = {f"converter.sources.{name}" for name in readers} | {"pickletools", "converter.core.writer.plan"}
     loaded = set(done.stderr.split())
-    assert "converter.sources.deepspeed" in loaded
+    assert "converter.sources.deepspeed.source" in loaded
     assert slow & loaded == set()

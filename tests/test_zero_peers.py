@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from converter.errors import Refused
-from converter.sources.deepspeed import SOURCE
-from converter.sources.deepspeed_universal import SOURCE as UNIVERSAL
+from converter.sources.deepspeed.source import SOURCE
+from converter.sources.deepspeed.universal import SOURCE as UNIVERSAL
 from zero.compare import RUNS, differences, evaluated, facts, faults, live, run_names
 
 pytestmark = pytest.mark.trainer

@@ -19,7 +19,7 @@ from converter.sources.dcp_chunks import Pieces
 from converter.sources.dcp_files import full_file, kind_here, optimizer_folder, refusal
 from converter.sources.dcp_layout import Moment, optimizer_states, reasons, sort_entries
 from converter.sources.dcp_metadata import METADATA, Metadata, read_metadata
-from converter.sources.deepspeed_files import run_folders
+from converter.sources.deepspeed.files import run_folders
 from converter.sources.places import Place
 from converter.sources.survey import StoredTensor, Survey, file_names, snapshot_of
 

@@ -14,8 +14,9 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.compute.evaluate import Evaluator
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor
-from converter.sources import deepspeed, deepspeed_universal
-from converter.sources.deepspeed import DeepSpeedSource
+from converter.sources.deepspeed import source as deepspeed
+from converter.sources.deepspeed import universal as deepspeed_universal
+from converter.sources.deepspeed.source import DeepSpeedSource
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 RUNS = Path(__file__).parent / "runs"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import fold
-from converter.sources.deepspeed_state import Shards
+from converter.sources.deepspeed.state import Shards
 
 MOMENTS_ORDER = "moments-order"
 

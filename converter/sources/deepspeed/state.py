@@ -16,7 +16,7 @@ from converter.core.formats.torch_file import Opaque, read_torch_file
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused, fold, show
-from converter.sources.deepspeed_files import UNIVERSAL, RankFiles, is_universal, rank_files
+from converter.sources.deepspeed.files import UNIVERSAL, RankFiles, is_universal, rank_files
 
 BF16_OPTIMIZER = "BF16_Optimizer"
 

@@ -18,8 +18,8 @@ from typing import Any
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
-from converter.sources.deepspeed_state import BF16_OPTIMIZER, Shards, all_optimizers, shapes, tensor_list
-from converter.sources.deepspeed_zero_folder import Shapes, State, universal_tensors
+from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, all_optimizers, shapes, tensor_list
+from converter.sources.deepspeed.zero_folder import Shapes, State, universal_tensors
 
 
 def trained_shapes(shards: Shards) -> list[Shapes]:

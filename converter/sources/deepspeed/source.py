@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter.errors import Refused, UsageError, show
-from converter.sources.deepspeed_files import find_tag, holds_ranks, search_tag, tags_in
+from converter.sources.deepspeed.files import find_tag, holds_ranks, search_tag, tags_in
 from converter.sources.places import Place
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind
 
@@ -55,8 +55,8 @@ class DeepSpeedSource:
 
     def survey_quickly(self, root: Path) -> Survey:
         """The same of many ranks by reading the first one's files, and of the others their directories and sizes."""
-        from converter.sources.deepspeed_state import read_shards
-        from converter.sources.deepspeed_survey import survey_of_first
+        from converter.sources.deepspeed.quick_survey import survey_of_first
+        from converter.sources.deepspeed.state import read_shards
 
         try:
             shards = read_shards(self.place(root, show(root)).folder)
@@ -71,8 +71,8 @@ class DeepSpeedSource:
     def survey(self, root: Path) -> Survey:
         """Files, tensors and faults; content never raises."""
         from converter.core.tensors.byte_runs import leaves
-        from converter.sources.deepspeed_state import read_shards
-        from converter.sources.deepspeed_weights import read_weights
+        from converter.sources.deepspeed.state import read_shards
+        from converter.sources.deepspeed.weights import read_weights
 
         survey = Survey(root)
         try:
@@ -122,7 +122,7 @@ class DeepSpeedSource:
             tag: the folder's name; None: what `latest` says, or the only one.
             master: trained parameters as fp32 masters.
         """
-        from converter.sources.deepspeed_weights import open_chosen
+        from converter.sources.deepspeed.weights import open_chosen
 
         chosen = self.place(root, asked, tag)
         return open_chosen(chosen, root, asked=asked, revision=revision, keep_code=keep_code, master=master)
@@ -144,9 +144,9 @@ class DeepSpeedSource:
             UsageError: no such tag.
             Refused: another optimizer; files missing, mixed or malformed; stage 0 with an order that nothing proves.
         """
-        from converter.sources.deepspeed_layout import trained_tensors
-        from converter.sources.deepspeed_plain import plain_moments
-        from converter.sources.deepspeed_state import read_shards
+        from converter.sources.deepspeed.layout import trained_tensors
+        from converter.sources.deepspeed.moments_without_zero import plain_moments
+        from converter.sources.deepspeed.state import read_shards
 
         shards = read_shards(self.place(root, show(root), tag).folder)
         return trained_tensors(shards, which) if shards.stage else plain_moments(shards, which, allow)

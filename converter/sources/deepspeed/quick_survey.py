@@ -12,9 +12,9 @@ from converter.core.formats.torch_container import record_sizes
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused, show
-from converter.sources.deepspeed_layout import trained_shapes
-from converter.sources.deepspeed_state import Shards, shapes
-from converter.sources.deepspeed_weights import shared_names, training_dtype
+from converter.sources.deepspeed.layout import trained_shapes
+from converter.sources.deepspeed.state import Shards, shapes
+from converter.sources.deepspeed.weights import shared_names, training_dtype
 from converter.sources.survey import StoredTensor, Survey
 
 FEW_RANKS = 4

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from converter.errors import UsageError, show
-from converter.sources.deepspeed import DeepSpeedSource
-from converter.sources.deepspeed_files import UNIVERSAL, is_universal, search_universal, tags_in, universal_in
+from converter.sources.deepspeed.files import UNIVERSAL, is_universal, search_universal, tags_in, universal_in
+from converter.sources.deepspeed.source import DeepSpeedSource
 from converter.sources.places import Place
 from converter.sources.survey import file_names, folder_kind
 

@@ -1,0 +1,1 @@
+"""DeepSpeed checkpoints: ZeRO 0 to 3, BF16_Optimizer and the universal format."""
