@@ -14,7 +14,7 @@ import pytest
 from converter.converters.gather import Gather
 from converter.core.context import Context
 from converter.errors import ConvertError
-from converter.sources.dcp import SOURCE, adam_moments
+from converter.sources.dcp.source import SOURCE, adam_moments
 from dcp.compare import RUNS
 from zero.compare import evaluated
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from converter.errors import Refused
-from converter.sources.dcp import SOURCE
+from converter.sources.dcp.source import SOURCE
 from dcp.compare import facts, faults, run_names
 
 TRAIN = Path(__file__).parent / "dcp" / "train.py"

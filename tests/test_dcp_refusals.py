@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from converter.errors import Refused
 from converter.registry import find_place, kind_of
-from converter.sources.dcp import SOURCE, adam_moments
+from converter.sources.dcp.source import SOURCE, adam_moments
 from dcp.broken import copied, edit, refused
 from dcp.compare import RUNS, faults, live
 from zero.compare import differences, evaluated

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from converter.errors import ConvertError
-from converter.sources.dcp import SOURCE
+from converter.sources.dcp.source import SOURCE
 from dcp.compare import RUNS
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 
-from converter.sources.dcp import SOURCE, adam_moments
+from converter.sources.dcp.source import SOURCE, adam_moments
 from zero.compare import differences, evaluated
 
 RUNS = Path(__file__).parent / "runs"

@@ -15,7 +15,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused, fold, show
-from converter.sources.dcp_metadata import METADATA, Chunk, Entry, Metadata, Place
+from converter.sources.dcp.metadata import METADATA, Chunk, Entry, Metadata, Place
 
 MAX_CUTS = 64
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from converter.errors import fold, show
-from converter.sources.dcp_metadata import Metadata
+from converter.sources.dcp.metadata import Metadata
 
 Moment = Literal["exp_avg", "exp_avg_sq"]
 

@@ -14,11 +14,11 @@ from converter.core.tensors.byte_runs import leaves
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused, fold, show
 from converter.sources.beside import find_beside
-from converter.sources.dcp_adapter import names_in_memory
-from converter.sources.dcp_chunks import Pieces
-from converter.sources.dcp_files import full_file, kind_here, optimizer_folder, refusal
-from converter.sources.dcp_layout import Moment, optimizer_states, reasons, sort_entries
-from converter.sources.dcp_metadata import METADATA, Metadata, read_metadata
+from converter.sources.dcp.adapter_names import names_in_memory
+from converter.sources.dcp.chunks import Pieces
+from converter.sources.dcp.files import full_file, kind_here, optimizer_folder, refusal
+from converter.sources.dcp.layout import Moment, optimizer_states, reasons, sort_entries
+from converter.sources.dcp.metadata import METADATA, Metadata, read_metadata
 from converter.sources.deepspeed.files import run_folders
 from converter.sources.places import Place
 from converter.sources.survey import StoredTensor, Survey, file_names, snapshot_of

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 from converter.core.checkpoint import Checkpoint
 from converter.errors import Refused, UsageError, show
-from converter.sources.dcp_files import Kind, folders_in, kind_here, search
+from converter.sources.dcp.files import Kind, folders_in, kind_here, search
 from converter.sources.places import Place
 from converter.sources.survey import Fault, Survey
 
 if TYPE_CHECKING:
     from converter.core.tensors.nodes import LazyTensor
-    from converter.sources.dcp_layout import Moment
+    from converter.sources.dcp.layout import Moment
 
 _WORDS: dict[Kind, str] = {
     "dcp": "a torch distributed checkpoint is there",
@@ -54,7 +54,7 @@ class DcpSource:
 
     def survey(self, root: Path) -> Survey:
         """Files, tensors and faults; content never raises."""
-        from converter.sources.dcp_weights import survey_chosen
+        from converter.sources.dcp.weights import survey_chosen
 
         survey = Survey(root)
         try:
@@ -70,7 +70,7 @@ class DcpSource:
             UsageError: several checkpoints to choose from (`several-checkpoints`).
             Refused: files missing, cut short or malformed, each named; a layout that is not read.
         """
-        from converter.sources.dcp_weights import open_chosen
+        from converter.sources.dcp.weights import open_chosen
 
         return open_chosen(_chosen(root, asked), root, asked=asked, revision=revision, keep_code=keep_code)
 
@@ -82,7 +82,7 @@ class DcpSource:
         Raises:
             Refused: they were not (`dcp-no-masters`), and see `open`.
         """
-        from converter.sources.dcp_weights import expect_masters
+        from converter.sources.dcp.weights import expect_masters
 
         return expect_masters(self.open(root, asked=asked, revision=revision, keep_code=keep_code))
 
@@ -121,7 +121,7 @@ def adam_moments(
         UsageError: no such checkpoint.
         Refused: no optimizer was saved with the model, or not by names (`dcp-no-moments`); files missing or malformed.
     """
-    from converter.sources.dcp_weights import moments_of
+    from converter.sources.dcp.weights import moments_of
 
     return moments_of(_chosen(root, show(root), tag, part).folder, which)
 

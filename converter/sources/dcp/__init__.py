@@ -1,0 +1,1 @@
+"""torch's distributed checkpoints, and what accelerate saves under FSDP."""
