@@ -196,7 +196,7 @@ def test_a_critics_frozen_random_head_is_in_the_adapter_and_in_the_merged_model(
 
 def test_a_damaged_shard_is_found_before_anything_is_published(tmp_path: Path) -> None:
     from converter.core.tensors.byte_runs import leaves
-    from converter.sources.verl import SOURCE
+    from converter.sources.verl.source import SOURCE
 
     folder, out = _copy(tmp_path, "critic-fsdp1-n3"), tmp_path / "out"
     last: Any = list(leaves(SOURCE.open(folder, asked="x").tensors["model.norm.weight"]))[-1]

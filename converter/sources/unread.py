@@ -11,7 +11,7 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.files.opening import open_input, pread
 from converter.errors import Refused, UsageError, fold, show
 from converter.sources.survey import Fault, Survey, file_names
-from converter.sources.verl_files import is_megatron, megatron_refusal
+from converter.sources.verl.files import is_megatron, megatron_refusal
 
 _OTHER_FILES = (
     (

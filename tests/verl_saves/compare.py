@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from converter.sources.verl import SOURCE
+from converter.sources.verl.source import SOURCE
 from zero.compare import differences, evaluated
 
 RUNS = Path(__file__).parent / "runs"

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, show
-from converter.sources.verl_shards import Piece, Ranks, Value
-from converter.sources.verl_weights import Weights
+from converter.sources.verl.shards import Piece, Ranks, Value
+from converter.sources.verl.weights import Weights
 
 State = Literal["exp_avg", "exp_avg_sq"]
 _LAYER = re.compile(r"(?:^|.*?\.)\d+(?=\.)")

@@ -22,7 +22,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor, Stored
 from converter.errors import Refused, show
-from converter.sources.verl_files import RankFiles
+from converter.sources.verl.files import RankFiles
 
 _WRAPPER = "torch._utils._rebuild_wrapper_subclass"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import fold, show
-from converter.sources.verl_shards import Piece, Ranks, Value
+from converter.sources.verl.shards import Piece, Ranks, Value
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from converter.errors import Refused, UsageError, show
 from converter.sources.places import Place
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind
-from converter.sources.verl_files import find_part, holds_ranks, parts_in, rank_files, steps_in
+from converter.sources.verl.files import find_part, holds_ranks, parts_in, rank_files, steps_in
 
 if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint
@@ -59,8 +59,8 @@ class VerlSource:
     def survey(self, root: Path) -> Survey:
         """Files, tensors and faults; content never raises."""
         from converter.core.tensors.byte_runs import leaves
-        from converter.sources.verl_shards import Ranks
-        from converter.sources.verl_weights import read_weights
+        from converter.sources.verl.shards import Ranks
+        from converter.sources.verl.weights import read_weights
 
         survey = Survey(root)
         try:
@@ -113,7 +113,7 @@ class VerlSource:
             part: `actor`, `critic`, ...; None: the only one.
             master: say where no weight is kept in fp32.
         """
-        from converter.sources.verl_open import open_chosen
+        from converter.sources.verl.opening import open_chosen
 
         chosen = self.place(root, asked, tag=tag, part=part)
         return open_chosen(chosen, root, asked=asked, revision=revision, keep_code=keep_code, master=master)
@@ -136,7 +136,7 @@ class VerlSource:
             UsageError: no such step or part.
             Refused: files missing, of several runs or malformed; an optimizer whose parameters can't be told apart.
         """
-        from converter.sources.verl_open import moments_of
+        from converter.sources.verl.opening import moments_of
 
         return moments_of(self.place(root, show(root), tag=tag, part=part).folder, which)
 

@@ -14,10 +14,10 @@ from converter.errors import show
 from converter.sources.beside import Beside, find_beside
 from converter.sources.places import Place
 from converter.sources.survey import MODEL_CONFIG, file_names, is_weights_of_model, name_of
-from converter.sources.verl_files import FSDP_CONFIG, HUGGINGFACE, LORA_ADAPTER, rank_files
-from converter.sources.verl_moments import moments, trained_names
-from converter.sources.verl_shards import Ranks
-from converter.sources.verl_weights import Weights, read_weights
+from converter.sources.verl.files import FSDP_CONFIG, HUGGINGFACE, LORA_ADAPTER, rank_files
+from converter.sources.verl.moments import moments, trained_names
+from converter.sources.verl.shards import Ranks
+from converter.sources.verl.weights import Weights, read_weights
 
 KIND = "training"
 LORA_META = "lora_train_meta.json"

@@ -1,0 +1,1 @@
+"""verl's FSDP checkpoints: one file a rank."""
