@@ -80,7 +80,7 @@ def merge_plan(
 
     `change` is applied to the merged checkpoint.
     """
-    from converter.converters.merge_lora import MergeLora
+    from converter.converters.merge.merge_lora import MergeLora
     from converter.core.context import Context
     from converter.core.writer.plan import make_plan
     from converter.sources.hf.peft import SOURCE as PEFT

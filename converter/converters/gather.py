@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from converter.converters.adapter_config import read_adapter_config
-from converter.converters.adapter_keys import Module
 from converter.converters.gather_config import HEADS, LORA_FILES, adapter_config, head_task, recorded, with_folded_heads
 from converter.converters.gather_names import (
     PEFT_PREFIX,
@@ -19,8 +17,10 @@ from converter.converters.gather_names import (
 )
 from converter.converters.gather_ties import without_tied_copies
 from converter.converters.gather_wrappers import Part, Unwrapped, for_value_model, unwrap
-from converter.converters.layer_merge import Layer, merged_weight
-from converter.converters.merge_lora import MergeLora
+from converter.converters.merge.adapter_config import read_adapter_config
+from converter.converters.merge.adapter_keys import Module
+from converter.converters.merge.layer import Layer, merged_weight
+from converter.converters.merge.merge_lora import MergeLora
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.dtypes import DType

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from converter.converters.adapter_keys import FACTOR_KINDS
+from converter.converters.merge.adapter_keys import FACTOR_KINDS
 from converter.errors import Refused, fold, show
 
 PEFT_PREFIX = "base_model.model."

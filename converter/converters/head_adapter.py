@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from converter.converters.adapter_config import AdapterConfig, read_adapter_config
-from converter.converters.adapter_keys import Module, read_modules
 from converter.converters.head_detect import head_like
 from converter.converters.head_fit import Wishes
-from converter.converters.layer_merge import Layer, merged_weight
-from converter.converters.merge_lora import MergeLora
-from converter.converters.task_head import TASK_SUFFIX
+from converter.converters.merge.adapter_config import AdapterConfig, read_adapter_config
+from converter.converters.merge.adapter_keys import Module, read_modules
+from converter.converters.merge.layer import Layer, merged_weight
+from converter.converters.merge.merge_lora import MergeLora
+from converter.converters.merge.task_head import TASK_SUFFIX
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor

@@ -99,7 +99,7 @@ def _set_labels(config: dict[str, Any], rows: int) -> None:
 def _set_pad(config: dict[str, Any], reading: Reading, context: Context) -> None:
     if config.get("pad_token_id") is not None:
         return
-    from converter.converters.task_head import pad_token_of
+    from converter.converters.merge.task_head import pad_token_of
 
     pad = pad_token_of(reading.checkpoint.side_files)
     if pad is None:

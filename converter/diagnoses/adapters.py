@@ -99,7 +99,7 @@ def _refusals(case: Case) -> list[ConvertError]:
 
 
 def _try_merge(case: Case, without: frozenset[str]) -> ConvertError | None:
-    from converter.converters.merge_lora import MergeLora
+    from converter.converters.merge.merge_lora import MergeLora
     from converter.sources.hf import peft
     from converter.sources.hf import source as hf
 

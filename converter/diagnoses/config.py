@@ -137,7 +137,7 @@ def pad_token_missing(case: Case, context: Context) -> Iterable[Finding]:
         return
     if family(case.config).is_encoder:
         return
-    from converter.converters.task_head import pad_token_of
+    from converter.converters.merge.task_head import pad_token_of
     from converter.core.side_files import find_side_files
 
     known = pad_token_of(find_side_files(case.root, keep_code=False)[0])

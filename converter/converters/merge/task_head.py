@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from converter.converters.adapter_config import AdapterConfig
-from converter.converters.adapter_keys import Module
-from converter.converters.layer_merge import Layer, merged_weight
+from converter.converters.merge.adapter_config import AdapterConfig
+from converter.converters.merge.adapter_keys import Module
+from converter.converters.merge.layer import Layer, merged_weight
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
 from converter.core.side_files import side_json

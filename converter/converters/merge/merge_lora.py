@@ -14,13 +14,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from converter.converters.adapter_config import AdapterConfig, read_adapter_config
-from converter.converters.adapter_keys import Module, read_modules
-from converter.converters.embeddings import is_vocabulary, untie, with_prefix, with_vocabulary
-from converter.converters.head_files import carried_files
-from converter.converters.layer_merge import Layer, Update, merged_bias, merged_weight, with_token_rows
-from converter.converters.name_rules import AS_IN_BASE, NameRule, find_rule
-from converter.converters.task_head import NewHead, add_task_head, expect_head, is_head, is_new_head
+from converter.converters.merge.adapter_config import AdapterConfig, read_adapter_config
+from converter.converters.merge.adapter_keys import Module, read_modules
+from converter.converters.merge.carried_heads import carried_files
+from converter.converters.merge.embeddings import is_vocabulary, untie, with_prefix, with_vocabulary
+from converter.converters.merge.layer import Layer, Update, merged_bias, merged_weight, with_token_rows
+from converter.converters.merge.name_rules import AS_IN_BASE, NameRule, find_rule
+from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_head, is_new_head
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
 from converter.core.files.opening import Identity

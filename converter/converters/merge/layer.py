@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from converter.converters.adapter_config import AdapterConfig
-from converter.converters.adapter_keys import Module
+from converter.converters.merge.adapter_config import AdapterConfig
+from converter.converters.merge.adapter_keys import Module
 from converter.core.tensors import kernel_specs
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo

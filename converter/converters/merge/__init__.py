@@ -1,0 +1,1 @@
+"""`merge-lora`: adapters folded into the weights of their base."""
