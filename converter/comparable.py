@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from converter.converters.gather import Gather
-from converter.converters.gather_names import without_wrappers
+from converter.converters.gather.gather import Gather
+from converter.converters.gather.peft_names import without_wrappers
 from converter.converters.head_detect import detect
 from converter.converters.head_model import Head, Linear
 from converter.converters.head_read import read

@@ -225,7 +225,7 @@ def recorded_base(adapter: Checkpoint) -> InputSpec:
     asked = show(adapter.origin.asked)
     config = adapter.config
     if adapter.origin.kind == TRAINING:
-        from converter.converters.gather_config import recorded
+        from converter.converters.gather.adapter_config import recorded
 
         config = recorded(adapter.side_files) or {}
     name = config.get("base_model_name_or_path")

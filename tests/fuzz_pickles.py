@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from converter.converters.gather import Gather
+from converter.converters.gather.gather import Gather
 from converter.core.context import Context
 from converter.core.formats.torch_file import read_torch_file
 from converter.core.tensors.nodes import LazyTensor

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.converters.gather import Gather
+from converter.converters.gather.gather import Gather
 from converter.core.context import Context
 from converter.errors import ConvertError
 from converter.sources.dcp.source import SOURCE, adam_moments

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from converter.converters.gather import Gather
+from converter.converters.gather.gather import Gather
 from converter.core.context import Context
 from converter.errors import ConvertError
 from converter.sources.deepspeed.source import SOURCE, adam_moments, open_tag

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from converter.converters.gather_names import PeftNames, peft_names, without_wrappers
+from converter.converters.gather.peft_names import PeftNames, peft_names, without_wrappers
 from converter.core.checkpoint import Checkpoint, Origin, RecordCheck
 from converter.core.context import Context
 from converter.core.files.reading import InputFiles

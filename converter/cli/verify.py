@@ -226,7 +226,7 @@ def _remedy(asked: Asked, aim: Target) -> str:
 def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
     """The source, read in its own dialect, and the digest of its headers: a model, an adapter or a trainer's state."""
     from converter.cli.recipes import input_spec
-    from converter.converters.gather import Gather
+    from converter.converters.gather.gather import Gather
     from converter.converters.head_adapter import with_adapter
     from converter.converters.head_detect import HEADLESS, Detected, detect
     from converter.converters.head_fit import Wishes

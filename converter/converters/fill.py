@@ -45,7 +45,7 @@ from converter.converters.fill_refusals import (
     refuse_several,
     why_lost,
 )
-from converter.converters.gather_names import PEFT_PREFIX
+from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.files.opening import Identity

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from converter.converters.fill_evidence import same, whole_in_both
 from converter.converters.fill_offers import ADAPTER, Offer, is_telling
-from converter.converters.gather_config import HEADS
+from converter.converters.gather.adapter_config import HEADS
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.converters.fill_evidence import is_empty
-from converter.converters.gather_config import HEADS
-from converter.converters.gather_names import PEFT_PREFIX
+from converter.converters.gather.adapter_config import HEADS
+from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.converters.merge.adapter_keys import FACTOR_KINDS
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import Filled

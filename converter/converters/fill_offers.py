@@ -10,8 +10,8 @@ from typing import Literal
 
 from converter.converters.fill_damage import beside_name, is_spare
 from converter.converters.fill_evidence import differing, is_empty, step_of, step_relation, whole_in_both
-from converter.converters.gather_config import HEADS
-from converter.converters.gather_names import PEFT_PREFIX, PeftNames, has_factors, peft_names, without_wrappers
+from converter.converters.gather.adapter_config import HEADS
+from converter.converters.gather.peft_names import PEFT_PREFIX, PeftNames, has_factors, peft_names, without_wrappers
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.dtypes import DType

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from converter.converters.fill_damage import Damage, is_trained_whole
 from converter.converters.fill_offers import ADAPTER, TRAINING, Offer
-from converter.converters.gather_config import HEADS
-from converter.converters.gather_names import PEFT_PREFIX
+from converter.converters.gather.adapter_config import HEADS
+from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint
 from converter.errors import ConvertError, Refused, fold, show
 

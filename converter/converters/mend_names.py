@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from converter.converters.gather import Gather
-from converter.converters.gather_names import PEFT_PREFIX, without_wrappers
+from converter.converters.gather.gather import Gather
+from converter.converters.gather.peft_names import PEFT_PREFIX, without_wrappers
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.errors import Refused, fold, show

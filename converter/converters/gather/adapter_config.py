@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from converter.converters.gather.peft_names import PeftNames
 from converter.converters.gather_lora_meta import LORA_META, recorded_alpha
-from converter.converters.gather_names import PeftNames
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
 from converter.core.files.strict_json import load_json

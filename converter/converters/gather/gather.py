@@ -7,16 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from converter.converters.gather_config import HEADS, LORA_FILES, adapter_config, head_task, recorded, with_folded_heads
-from converter.converters.gather_names import (
+from converter.converters.gather.adapter_config import (
+    HEADS,
+    LORA_FILES,
+    adapter_config,
+    head_task,
+    recorded,
+    with_folded_heads,
+)
+from converter.converters.gather.peft_names import (
     PEFT_PREFIX,
     PeftNames,
     has_factors,
     peft_names,
     without_wrappers,
 )
-from converter.converters.gather_ties import without_tied_copies
-from converter.converters.gather_wrappers import Part, Unwrapped, for_value_model, unwrap
+from converter.converters.gather.ties import without_tied_copies
+from converter.converters.gather.wrappers import Part, Unwrapped, for_value_model, unwrap
 from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import Module
 from converter.converters.merge.layer import Layer, merged_weight

@@ -1,0 +1,1 @@
+"""`gather`: a trainer's state becomes a model, an adapter, or both merged."""
