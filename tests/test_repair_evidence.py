@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from converter.converters.fill_evidence import same, step_of
+from converter.converters.fill.evidence import same, step_of
 from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo

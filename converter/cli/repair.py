@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from converter.cli.conversion import Written
     from converter.cli.repair_mends import Mends
     from converter.cli.repair_places import Search
-    from converter.converters.fill_refusals import NothingToRepair
+    from converter.converters.fill.refusals import NothingToRepair
     from converter.core.checkpoint import Checkpoint
     from converter.recipe_run import Prepared
 
@@ -42,7 +42,7 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     """Fill what is lost, or say that nothing is; shards without any weight file are gathered."""
     from converter.cli.repair_mends import NEVER_FILLED
     from converter.cli.repair_places import search
-    from converter.converters.fill_refusals import NothingToRepair
+    from converter.converters.fill.refusals import NothingToRepair
     from converter.sources.hub.names import as_reference
     from converter.sources.locate import resolve
 
@@ -135,7 +135,7 @@ def _left(mends: Mends) -> list[str]:
 
 def _is_whole(recipe: Recipe, options: Conversion) -> bool:
     """True where nothing is lost, as far as headers tell."""
-    from converter.converters.fill_refusals import NothingToRepair
+    from converter.converters.fill.refusals import NothingToRepair
     from converter.recipe_run import prepare
 
     try:

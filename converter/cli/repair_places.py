@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converter.converters.fill_evidence import step_of
+from converter.converters.fill.evidence import step_of
 from converter.core.files import sparse
 from converter.core.files.opening import read_limited
 from converter.errors import ConvertError, show

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from converter.converters.fill_evidence import same, whole_in_both
-from converter.converters.fill_offers import ADAPTER, Offer, is_telling
+from converter.converters.fill.evidence import same, whole_in_both
+from converter.converters.fill.offers import ADAPTER, Offer, is_telling
 from converter.converters.gather.adapter_config import HEADS
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context

@@ -88,8 +88,8 @@ class RemapHead:
         if not self.weights:
             return checkpoint
         # Merging and filling are much code, which most conversions do without.
-        from converter.converters.fill import Fill
-        from converter.converters.fill_refusals import NothingToRepair
+        from converter.converters.fill.fill import Fill
+        from converter.converters.fill.refusals import NothingToRepair
 
         try:
             return Fill(weights=self.weights, base=base)(checkpoint, context)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from converter.converters.fill_damage import Damage, is_trained_whole
-from converter.converters.fill_offers import ADAPTER, TRAINING, Offer
+from converter.converters.fill.damage import Damage, is_trained_whole
+from converter.converters.fill.offers import ADAPTER, TRAINING, Offer
 from converter.converters.gather.adapter_config import HEADS
 from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converter.converters.fill_evidence import is_empty
+from converter.converters.fill.evidence import is_empty
 from converter.converters.gather.adapter_config import HEADS
 from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.converters.merge.adapter_keys import FACTOR_KINDS

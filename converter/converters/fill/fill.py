@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from converter.converters.fill_adapter import Heads, lost_heads, refuse_untrained, weight_of, with_heads
-from converter.converters.fill_base import Base, Proved
-from converter.converters.fill_copies import is_proved_copy
-from converter.converters.fill_damage import (
+from converter.converters.fill.adapter import Heads, lost_heads, refuse_untrained, weight_of, with_heads
+from converter.converters.fill.base import Base, Proved
+from converter.converters.fill.damage import (
     EMPTY,
     MISSING,
     Damage,
@@ -26,8 +25,8 @@ from converter.converters.fill_damage import (
     missing_heads,
     pairs_missing,
 )
-from converter.converters.fill_evidence import is_empty
-from converter.converters.fill_offers import (
+from converter.converters.fill.evidence import is_empty
+from converter.converters.fill.offers import (
     ADAPTER,
     TRAINING,
     Offer,
@@ -37,7 +36,7 @@ from converter.converters.fill_offers import (
     offer_of,
     spare_offers,
 )
-from converter.converters.fill_refusals import (
+from converter.converters.fill.refusals import (
     HEAD,
     NothingToRepair,
     older_weights,
@@ -45,6 +44,7 @@ from converter.converters.fill_refusals import (
     refuse_several,
     why_lost,
 )
+from converter.converters.fill_copies import is_proved_copy
 from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context

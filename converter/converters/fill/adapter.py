@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.converters.fill_damage import has_headless_class, heads_without_weight
-from converter.converters.fill_evidence import is_comparable, is_empty
-from converter.converters.fill_offers import Offer
+from converter.converters.fill.damage import has_headless_class, heads_without_weight
+from converter.converters.fill.evidence import is_comparable, is_empty
+from converter.converters.fill.offers import Offer
 from converter.converters.gather.adapter_config import ADAPTER_CONFIG, HEADS, with_folded_heads
 from converter.converters.gather.gather import Gather
 from converter.converters.gather.peft_names import PEFT_PREFIX

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from converter.converters.fill_damage import beside_name, is_spare
-from converter.converters.fill_evidence import differing, is_empty, step_of, step_relation, whole_in_both
+from converter.converters.fill.damage import beside_name, is_spare
+from converter.converters.fill.evidence import differing, is_empty, step_of, step_relation, whole_in_both
 from converter.converters.gather.adapter_config import HEADS
 from converter.converters.gather.peft_names import PEFT_PREFIX, PeftNames, has_factors, peft_names, without_wrappers
 from converter.core.checkpoint import Checkpoint

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.converters.fill_damage import Damage, is_trained_whole
-from converter.converters.fill_evidence import is_comparable, is_empty, same, step_of
-from converter.converters.fill_offers import ADAPTER, TRAINING, Offer, is_of_run, label_of
+from converter.converters.fill.damage import Damage, is_trained_whole
+from converter.converters.fill.evidence import is_comparable, is_empty, same, step_of
+from converter.converters.fill.offers import ADAPTER, TRAINING, Offer, is_of_run, label_of
 from converter.converters.gather.peft_names import PEFT_PREFIX, has_factors
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context

@@ -1,0 +1,1 @@
+"""`fill`: lost tensors, each from the first place that holds exactly its values."""
