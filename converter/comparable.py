@@ -12,9 +12,9 @@ from typing import Any
 
 from converter.converters.gather.gather import Gather
 from converter.converters.gather.peft_names import without_wrappers
-from converter.converters.head_detect import detect
-from converter.converters.head_model import Head, Linear
-from converter.converters.head_read import read
+from converter.converters.heads.detect import detect
+from converter.converters.heads.model import Head, Linear
+from converter.converters.heads.read import read
 from converter.converters.mend_names import peft_name
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context

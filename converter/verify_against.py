@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.converters.head_model import Reading, hidden_size
-from converter.converters.head_read import OUTPUT_EMBEDDINGS
+from converter.converters.heads.model import Reading, hidden_size
+from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.compute.evaluate import Evaluator, torch_dtype
 from converter.core.context import Context
 from converter.core.files.reading import InputFiles

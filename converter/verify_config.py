@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.converters.head_config import class_name
-from converter.converters.head_model import Reading, family
+from converter.converters.heads.config import class_name
+from converter.converters.heads.model import Reading, family
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ
 from converter.core.files.strict_json import load_json

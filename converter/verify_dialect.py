@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.converters.head_detect import detect
-from converter.converters.head_model import Linear, Mlp, Reading, family, hidden_size
-from converter.converters.head_read import OUTPUT_EMBEDDINGS, read, values
+from converter.converters.heads.detect import detect
+from converter.converters.heads.model import Linear, Mlp, Reading, family, hidden_size
+from converter.converters.heads.read import OUTPUT_EMBEDDINGS, read, values
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ, Context
 from converter.dialects.known import Target

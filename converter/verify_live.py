@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.converters.head_model import Reading, main_dtype
-from converter.converters.head_read import OUTPUT_EMBEDDINGS
+from converter.converters.heads.model import Reading, main_dtype
+from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.checkpoint import Checkpoint
 from converter.core.compute.evaluate import Evaluator, as_bytes
 from converter.core.files.reading import InputFiles

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.converters.head_model import Reading
+from converter.converters.heads.model import Reading
 from converter.dialects.spec import Pooling
 from converter.errors import UsageError, show
 from converter.verify import Check, holds, note, spread

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.converters.head_model import Head, Linear, Normaliser, Reading
-from converter.converters.head_read import OUTPUT_EMBEDDINGS
+from converter.converters.heads.model import Head, Linear, Normaliser, Reading
+from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.compute.evaluate import Evaluator
 from converter.core.files.opening import Identity
 from converter.core.files.reading import InputFiles

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import heads_zoo as zoo
-from converter.converters.remap_head import RemapHead
+from converter.converters.heads.remap import RemapHead
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.writer.plan import make_plan

@@ -279,7 +279,7 @@ def test_lora_of_deepspeed_chat_s_own_is_refused_and_not_taken_for_weights(tmp_p
 
 def test_numbers_of_a_head_are_rounded_as_torch_rounds_them() -> None:
     """ZeRO-3 keeps masters: what a head's bias is in the dtype of training is computed while planning."""
-    from converter.converters.head_read import _rounded
+    from converter.converters.heads.read import _rounded
     from converter.core.tensors.dtypes import DType
 
     torch.manual_seed(0)

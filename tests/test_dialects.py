@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import heads_zoo as zoo
 from converter import registry
-from converter.converters import head_matrix
+from converter.converters.heads import matrix as head_matrix
 from converter.dialects import known
 from converter.dialects.known import dialects, target
 from converter.errors import Refused, UsageError

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import heads_zoo as zoo
-from converter.converters import head_matrix
+from converter.converters.heads import matrix as head_matrix
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor

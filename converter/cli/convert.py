@@ -13,7 +13,7 @@ from converter.cli import conversion
 from converter.cli.hub_output import as_loaders_take_it, is_on_hub
 from converter.cli.recipes import cast_steps, input_spec, output
 from converter.cli.run_state import corrected, place_of, with_recorded_base
-from converter.converters.head_detect import head_like
+from converter.converters.heads.detect import head_like
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, UsageError, show

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from converter.converters.head_detect import detect
+from converter.converters.heads.detect import detect
 from converter.core.files.links import RECEIPT_FILE
 from converter.core.side_files import is_tokenizer_file, travels
 from converter.errors import ConvertError, fold, show

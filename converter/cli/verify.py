@@ -17,7 +17,7 @@ from converter.errors import ConvertError, Refused, UsageError, VerificationFail
 from converter.verify import Check, failed, fails
 
 if TYPE_CHECKING:
-    from converter.converters.head_model import Reading
+    from converter.converters.heads.model import Reading
 
 MARKS = {"holds": "ok  ", "note": "note", "fails": "FAIL"}
 
@@ -149,7 +149,7 @@ def _expect_here(folder: str, root: Path) -> None:
 
 def _aim(asked: Asked, checkpoint: Checkpoint | None) -> Target:
     """The trainer and role: as asked, else what the folder itself says."""
-    from converter.converters.head_detect import detect
+    from converter.converters.heads.detect import detect
     from converter.verify_dialect import role_of
 
     trainer = asked.trainer
@@ -168,7 +168,7 @@ def _aim(asked: Asked, checkpoint: Checkpoint | None) -> Target:
 
 def _is_headless(checkpoint: Checkpoint) -> bool:
     """True for a plain language model: it was never meant to have a head, so none is missing."""
-    from converter.converters.head_detect import detect
+    from converter.converters.heads.detect import detect
 
     listed = checkpoint.config.get("architectures")
     first = str(listed[0]) if isinstance(listed, list) and listed else ""
@@ -227,10 +227,10 @@ def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
     """The source, read in its own dialect, and the digest of its headers: a model, an adapter or a trainer's state."""
     from converter.cli.recipes import input_spec
     from converter.converters.gather.gather import Gather
-    from converter.converters.head_adapter import with_adapter
-    from converter.converters.head_detect import HEADLESS, Detected, detect
-    from converter.converters.head_fit import Wishes
-    from converter.converters.head_read import read
+    from converter.converters.heads.detect import HEADLESS, Detected, detect
+    from converter.converters.heads.fit import Wishes
+    from converter.converters.heads.from_adapter import with_adapter
+    from converter.converters.heads.read import read
     from converter.dialects.known import dialects, spoken
     from converter.recipe_run import open_checkpoint, open_recorded_base
 

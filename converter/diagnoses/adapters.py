@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from converter.converters.head_model import family
+from converter.converters.heads.model import family
 from converter.core.context import Context
 from converter.diagnoses.heads import filling_command
 from converter.diagnoses.model import HERE, LOST, Case, Diagnosis, Finding, Severity, diagnosis, folded

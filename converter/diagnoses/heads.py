@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from converter.converters.head_detect import Detected, detect
-from converter.converters.head_model import family, hidden_size
+from converter.converters.heads.detect import Detected, detect
+from converter.converters.heads.model import family, hidden_size
 from converter.core.context import Context
 from converter.diagnoses.config import architecture, label_count
 from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from converter.converters.head_config import class_name
-from converter.converters.head_model import Linear, Reading, family
-from converter.converters.head_read import read
+from converter.converters.heads.config import class_name
+from converter.converters.heads.model import Linear, Reading, family
+from converter.converters.heads.read import read
 from converter.core.context import Context
 from converter.diagnoses.aims import aim, is_transformers_4, roles_of
 from converter.diagnoses.config import architecture, label_count

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from converter.converters.head_detect import head_like
+from converter.converters.heads.detect import head_like
 from converter.diagnoses.model import Case, Near
 from converter.sources.hf import peft
 from converter.sources.hf import source as hf

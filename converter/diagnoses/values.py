@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from converter.converters.head_model import hidden_size
-from converter.converters.head_read import values
+from converter.converters.heads.model import hidden_size
+from converter.converters.heads.read import values
 from converter.core.context import MAX_READ, Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnoses.heads import heads_here

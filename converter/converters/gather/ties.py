@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter.converters.head_model import is_tied
+from converter.converters.heads.model import is_tied
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import Cast, LazyTensor

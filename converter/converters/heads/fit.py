@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from converter.converters.head_model import Head, Linear, Mlp, Normaliser, Reading
-from converter.converters.head_read import values
+from converter.converters.heads.model import Head, Linear, Mlp, Normaliser, Reading
+from converter.converters.heads.read import values
 from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from converter.converters.head_model import Family, family, resolve
+from converter.converters.heads.model import Family, family, resolve
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import dialects

@@ -8,8 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.converters.head_detect import SPARE_FILE
-from converter.converters.head_model import Family, Head, Linear, Mlp, Normaliser, Reading, family, hidden_size, resolve
+from converter.converters.heads.detect import SPARE_FILE
+from converter.converters.heads.model import (
+    Family,
+    Head,
+    Linear,
+    Mlp,
+    Normaliser,
+    Reading,
+    family,
+    hidden_size,
+    resolve,
+)
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors import nodes as tensors

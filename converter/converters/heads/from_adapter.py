@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from converter.converters.head_detect import head_like
-from converter.converters.head_fit import Wishes
+from converter.converters.heads.detect import head_like
+from converter.converters.heads.fit import Wishes
 from converter.converters.merge.adapter_config import AdapterConfig, read_adapter_config
 from converter.converters.merge.adapter_keys import Module, read_modules
 from converter.converters.merge.layer import Layer, merged_weight

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter.converters.head_fit import Fitted
-from converter.converters.head_model import Family, Reading, no_class
+from converter.converters.heads.fit import Fitted
+from converter.converters.heads.model import Family, Reading, no_class
 from converter.core.context import Context
 from converter.dialects.known import Target
 from converter.dialects.spec import ConfigRules

@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from converter.converters.head_detect import HEADLESS, Detected, detect, head_like
-from converter.converters.head_fit import BiasWish, Init, NormaliserWish, Wishes, fit, fresh
-from converter.converters.head_model import Reading, main_dtype
-from converter.converters.head_read import read
-from converter.converters.head_write import write
+from converter.converters.heads.detect import HEADLESS, Detected, detect, head_like
+from converter.converters.heads.fit import BiasWish, Init, NormaliserWish, Wishes, fit, fresh
+from converter.converters.heads.model import Reading, main_dtype
+from converter.converters.heads.read import read
+from converter.converters.heads.write import write
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.dialects.known import Target, dialects, spoken, target
@@ -65,7 +65,7 @@ class RemapHead:
         spec = aim.dialect.head_of(self.role)
         assert spec is not None
         if self.adapter is not None:
-            from converter.converters.head_adapter import with_adapter
+            from converter.converters.heads.from_adapter import with_adapter
 
             adapter = self._filled(self.adapter, checkpoint, context)
             checkpoint = with_adapter(checkpoint, adapter, wishes, context)
@@ -125,7 +125,7 @@ class RemapHead:
             what = "the source has a head, and --init-head would throw it away"
             raise UsageError("usage", what, where=show(reading.checkpoint.origin.asked))
         if wishes.init == "none":
-            from converter.converters.head_adapter import no_head
+            from converter.converters.heads.from_adapter import no_head
 
             raise no_head(reading.checkpoint, self.adapter)
         hidden = reading.family.hidden

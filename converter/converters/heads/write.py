@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.converters.head_config import config_for
-from converter.converters.head_fit import Fitted
-from converter.converters.head_model import Reading, is_tied, resolve
-from converter.converters.head_read import OUTPUT_EMBEDDINGS
+from converter.converters.heads.config import config_for
+from converter.converters.heads.fit import Fitted
+from converter.converters.heads.model import Reading, is_tied, resolve
+from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.byte_runs import reads
