@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from converter.converters.mend.vocabulary import with_rows_in_config
 from converter.converters.merge.task_head import pad_token_of
-from converter.converters.vocabulary import with_rows_in_config
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.errors import Refused, show

@@ -1,0 +1,1 @@
+"""Fixes of names, configs, ties, vocabularies and sets of weight files."""
