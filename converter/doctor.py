@@ -14,14 +14,14 @@ from pathlib import Path
 
 from converter.core.context import Context
 from converter.core.files import sparse
-from converter.diagnoses.adapters import NOT_MERGED_HERE
-from converter.diagnoses.aims import aim, is_transformers_4, roles_of
-from converter.diagnoses.causes import one_per_cause, with_steps
-from converter.diagnoses.faults import NOT_READ_HERE, undocumented
-from converter.diagnoses.model import SEVERITIES, Case, Diagnosis, Finding, Kind, Near, Severity
-from converter.diagnoses.script import read_launch
 from converter.dialects.known import trainers
 from converter.errors import ConvertError, Refused, UsageError, show
+from converter.examine.diagnoses.adapters import NOT_MERGED_HERE
+from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
+from converter.examine.diagnoses.case import SEVERITIES, Case, Diagnosis, Finding, Kind, Near, Severity
+from converter.examine.diagnoses.causes import one_per_cause, with_steps
+from converter.examine.diagnoses.faults import NOT_READ_HERE, undocumented
+from converter.examine.diagnoses.script import read_launch
 from converter.registry import DIAGNOSES, FindsPlaces, Source, kind_of, loaded, nothing_in, sources
 from converter.sources.hf.loose import survey_files
 from converter.sources.hub.names import SCHEME, as_reference, below

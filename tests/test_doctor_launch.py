@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.diagnoses.script import read_launch
+from converter.examine.diagnoses.script import read_launch
 from test_doctor_heads import causal, codes, reward, serious
 
 __all__ = ["causal", "reward"]

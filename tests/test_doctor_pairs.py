@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
-from converter.diagnoses.script import read_launch
 from converter.errors import UsageError
+from converter.examine.diagnoses.script import read_launch
 from test_doctor_heads import SIZES, adapter, causal, codes, edit, finding, reward, serious, store
 
 __all__ = ["causal", "reward"]

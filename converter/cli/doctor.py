@@ -31,8 +31,8 @@ from converter.errors import show
 from converter.report import line, next_lines
 
 if TYPE_CHECKING:
-    from converter.diagnoses.model import Case, Finding
     from converter.doctor import Asked, Report
+    from converter.examine.diagnoses.case import Case, Finding
 
 WIDTH = 79
 """Columns that every line of a report fits into, but for names and commands, which are never cut."""
@@ -78,7 +78,7 @@ def to_json(report: Report) -> dict[str, Any]:
 def screen(report: Report, *, verbose: bool = False) -> list[str]:
     """The findings as lines, and the commands that they lead to."""
     lines = [*_title(report.case), *_near(report)]
-    from converter.diagnoses.causes import commands_of
+    from converter.examine.diagnoses.causes import commands_of
 
     for finding in report.findings:
         lines += _finding(finding, verbose=verbose)
@@ -103,7 +103,7 @@ def _near(report: Report) -> list[str]:
 
 
 def _finding(finding: Finding, *, verbose: bool) -> list[str]:
-    from converter.diagnoses.causes import is_command
+    from converter.examine.diagnoses.causes import is_command
 
     head = f"{WORDS[finding.severity]} {finding.code}"
     if finding.recoverability:

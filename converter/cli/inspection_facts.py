@@ -13,7 +13,7 @@ from converter.core.side_files import is_tokenizer_file, travels
 from converter.errors import ConvertError, fold, show
 
 if TYPE_CHECKING:
-    from converter.diagnoses.model import Case
+    from converter.examine.diagnoses.case import Case
 
 _PLAIN = frozenset({"hf-seqcls", "hf-tokcls", "hf-causal"})
 """Dialects of transformers' own classes, which several trainers save: they name none."""

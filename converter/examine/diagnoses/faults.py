@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from converter.core.context import Context
-from converter.diagnoses.model import ALL_KINDS, HERE, LOST, Case, Diagnosis, Finding, Severity
-from converter.diagnoses.shard_faults import DOCUMENTED
 from converter.errors import show
+from converter.examine.diagnoses.case import ALL_KINDS, HERE, LOST, Case, Diagnosis, Finding, Severity
+from converter.examine.diagnoses.shard_faults import DOCUMENTED
 from converter.sources.survey import Fault
 
 _COPY = "from another copy of the file"

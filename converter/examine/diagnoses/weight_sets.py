@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from converter.core.context import Context
-from converter.diagnoses.model import HERE, MAX_EVIDENCE, Case, Finding, diagnosis
+from converter.examine.diagnoses.case import HERE, MAX_EVIDENCE, Case, Finding, diagnosis
 from converter.families.coverage import judged
 from converter.sources.hf.set_files import CODE
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from converter.core.context import Context
 from converter.core.files.opening import read_limited
-from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis
 from converter.errors import ConvertError, fold, show
+from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis
 from converter.sources.survey import ADAPTER_PICKLED, ADAPTER_WEIGHTS, file_names, is_weights_of_model
 
 _UNFINISHED = re.compile(r"(?:tmp-checkpoint-\d+|.*\.(?:partial|tmp))", re.ASCII)

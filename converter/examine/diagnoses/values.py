@@ -11,10 +11,10 @@ from converter.converters.heads.model import hidden_size
 from converter.converters.heads.read import values
 from converter.core.context import MAX_READ, Context
 from converter.core.tensors.nodes import LazyTensor
-from converter.diagnoses.heads import heads_here
-from converter.diagnoses.model import HERE, LOST, Case, Finding, diagnosis, folded
-from converter.diagnoses.places import heads_in
 from converter.errors import ConvertError, fold, show
+from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
+from converter.examine.diagnoses.heads import heads_here
+from converter.examine.diagnoses.places import heads_in
 from converter.sources.hf import peft
 from converter.sources.hf import source as hf
 from converter.sources.places import by_number

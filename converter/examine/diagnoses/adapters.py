@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from converter.converters.heads.model import family
 from converter.core.context import Context
-from converter.diagnoses.heads import filling_command
-from converter.diagnoses.model import HERE, LOST, Case, Diagnosis, Finding, Severity, diagnosis, folded
 from converter.errors import ConvertError, Refused, UsageError, fold, show
+from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, Severity, diagnosis, folded
+from converter.examine.diagnoses.heads import filling_command
 from converter.sources.survey import StoredTensor
 
 _LORA = re.compile(r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.|$)")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from converter.converters.heads.detect import head_like
-from converter.diagnoses.model import Case, Near
+from converter.examine.diagnoses.case import Case, Near
 from converter.sources.hf import peft
 from converter.sources.hf import source as hf
 from converter.sources.survey import Survey

@@ -7,8 +7,8 @@ from typing import Any
 
 from converter.core.context import Context
 from converter.core.formats.safetensors_io import read_header
-from converter.diagnoses.model import HERE, Case, Finding, diagnosis
 from converter.errors import ConvertError, show
+from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
 
 
 @diagnosis("format-missing", "model", "adapter")

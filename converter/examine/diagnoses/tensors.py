@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 
 from converter.core.context import Context
-from converter.diagnoses.faults import explanation, finding_of
-from converter.diagnoses.heads import filling_command
-from converter.diagnoses.model import LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.errors import fold, show
+from converter.examine.diagnoses.case import LOST, Case, Diagnosis, Finding, diagnosis, folded
+from converter.examine.diagnoses.faults import explanation, finding_of
+from converter.examine.diagnoses.heads import filling_command
 from converter.families.plain_names import plain_names
 
 _LAYER = re.compile(r"(?P<stack>(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?))\.(?P<number>\d{1,6})\.", re.ASCII)

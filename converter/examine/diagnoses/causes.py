@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from converter.diagnoses.heads import convert_command, role_word
-from converter.diagnoses.model import SEVERITIES, Case, Finding
+from converter.examine.diagnoses.case import SEVERITIES, Case, Finding
+from converter.examine.diagnoses.heads import convert_command, role_word
 
 _ECHOES: Mapping[str, frozenset[str]] = {
     "fsdp-flat": frozenset({"names-wrapped"}),

@@ -8,9 +8,9 @@ from typing import Any
 
 from converter.converters.heads.model import family
 from converter.core.context import Context
-from converter.diagnoses.aims import is_transformers_4
-from converter.diagnoses.model import HERE, LOST, Case, Finding, Severity, diagnosis, folded
 from converter.errors import Refused, fold, show
+from converter.examine.diagnoses.aims import is_transformers_4
+from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Severity, diagnosis, folded
 from converter.families.old_spellings import missing_spellings
 
 _CLASSIFIER = re.compile(r"For(?:Sequence|Token)Classification$")

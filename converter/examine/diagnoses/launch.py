@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable
 
 from converter.core.context import Context
-from converter.diagnoses.config import architecture
-from converter.diagnoses.heads import dialect_of, heads_here
-from converter.diagnoses.model import Case, Finding, diagnosis
 from converter.errors import fold, show
+from converter.examine.diagnoses.case import Case, Finding, diagnosis
+from converter.examine.diagnoses.config import architecture
+from converter.examine.diagnoses.heads import dialect_of, heads_here
 from converter.sources.survey import file_names
 
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable
 
 from converter.core.context import Context
-from converter.diagnoses.aims import is_transformers_4
-from converter.diagnoses.model import HERE, LOST, Case, Finding, Severity, diagnosis, folded
 from converter.errors import show
+from converter.examine.diagnoses.aims import is_transformers_4
+from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Severity, diagnosis, folded
 from converter.families.disk_names import MemoryForm, memory_form
 from converter.families.plain_names import plain_names
 

@@ -9,13 +9,13 @@ from converter.converters.heads.config import class_name
 from converter.converters.heads.model import Linear, Reading, family
 from converter.converters.heads.read import read
 from converter.core.context import Context
-from converter.diagnoses.aims import aim, is_transformers_4, roles_of
-from converter.diagnoses.config import architecture, label_count
-from converter.diagnoses.heads import convert_command, dialect_of, heads_here, role_word, wanted_head
-from converter.diagnoses.model import HERE, Case, Finding, Severity, diagnosis
 from converter.dialects.known import Target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, Refused, UsageError, fold, show
+from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
+from converter.examine.diagnoses.case import HERE, Case, Finding, Severity, diagnosis
+from converter.examine.diagnoses.config import architecture, label_count
+from converter.examine.diagnoses.heads import convert_command, dialect_of, heads_here, role_word, wanted_head
 
 _GOES_BY_CLASS = {
     "ms-swift": "takes it for another kind of model",

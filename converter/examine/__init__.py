@@ -1,0 +1,1 @@
+"""Reads and reports, writes nothing: doctor, verify, diff, explain."""
