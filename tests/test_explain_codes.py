@@ -15,8 +15,8 @@ import converter
 from converter.cli import VERBS, main
 from converter.cli.explain import explained
 from converter.doctor import diagnoses
-from converter.explain import MESSAGES
-from converter.explanations.codes import codes
+from converter.examine.explanations.codes import codes
+from converter.examine.explanations.log import MESSAGES
 
 PACKAGE = Path(converter.__file__).parent
 TYPES = (

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from converter.explain import read
+from converter.examine.explanations.log import read
 
 TINY = LlamaConfig(
     hidden_size=8,

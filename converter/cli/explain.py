@@ -18,7 +18,7 @@ from converter.cli.options import Display
 from converter.errors import UsageError, show
 
 if TYPE_CHECKING:
-    from converter.explain import Seen
+    from converter.examine.explanations.log import Seen
 
 _CODE = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*", re.ASCII)
 _BLOCK = 1 << 20
@@ -32,7 +32,7 @@ def explain(subject: str | None, fail_on: str | None, options: Display) -> int:
     Raises:
         UsageError: no text (`usage`), an unknown code (`unknown-code`), or a path that is no file (`path-not-a-file`).
     """
-    from converter.explain import match
+    from converter.examine.explanations.log import match
 
     if subject is None:
         return _list_codes(options)
@@ -62,8 +62,8 @@ def _names_a_file(path: Path) -> bool:
 def explained(code: str) -> tuple[str, tuple[str, ...]] | None:
     """What a code means and what to do: a diagnosis's, a refusal's, a check's, a note's, or a message's name."""
     from converter.doctor import diagnoses
-    from converter.explain import MESSAGES
-    from converter.explanations.codes import codes
+    from converter.examine.explanations.codes import codes
+    from converter.examine.explanations.log import MESSAGES
 
     if code in diagnoses():
         return " ".join(diagnoses()[code].doc.split()), ()
@@ -79,8 +79,8 @@ def explained(code: str) -> tuple[str, tuple[str, ...]] | None:
 def known_codes() -> list[str]:
     """Every code that can be explained."""
     from converter.doctor import diagnoses
-    from converter.explain import MESSAGES
-    from converter.explanations.codes import codes
+    from converter.examine.explanations.codes import codes
+    from converter.examine.explanations.log import MESSAGES
 
     return sorted({*diagnoses(), *codes(), *(m.name for m in MESSAGES)})
 
@@ -153,7 +153,7 @@ def _stdin() -> Iterator[bytes]:
 def _explain(
     blocks: Iterator[bytes], fail_on: str | None, options: Display, *, live: bool, pasted: bool = False
 ) -> int:
-    from converter.explain import read
+    from converter.examine.explanations.log import read
 
     limit = len(_ORDER) if fail_on is None else _ORDER.index(fail_on)
     failed = fail_on is not None

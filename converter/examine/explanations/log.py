@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from converter.errors import show
-from converter.explanations import advice, loading, reports, training
-from converter.explanations.model import Message
+from converter.examine.explanations import advice, loading, reports, training
+from converter.examine.explanations.message import Message
 
 MESSAGES: tuple[Message, ...] = (*reports.MESSAGES, *loading.MESSAGES, *training.MESSAGES, *advice.MESSAGES)
 """In the order in which they are tried: the first that matches a line explains it."""

@@ -1,6 +1,6 @@
 """Messages of trainers, shards, containers and the Hub."""
 
-from converter.explanations.model import Message
+from converter.examine.explanations.message import Message
 
 MESSAGES = (
     Message(

@@ -1,6 +1,6 @@
 """Advice that circulates and what it can't cure, engines that serve, and messages of scripts around training."""
 
-from converter.explanations.model import Message
+from converter.examine.explanations.message import Message
 
 MESSAGES = (
     Message(

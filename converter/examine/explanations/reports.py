@@ -1,6 +1,6 @@
 """Messages: the table that transformers 5 prints of what it loaded, and the lists of torch's load_state_dict."""
 
-from converter.explanations.model import Message
+from converter.examine.explanations.message import Message
 
 _ROW = (
     r"(?P<name>(?<![\w.])(?![\d.]{1,80}+[\s|])"

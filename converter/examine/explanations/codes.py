@@ -26,7 +26,7 @@ class Explained:
 def codes() -> Mapping[str, Explained]:
     """Every code that is explained here, in the package's TOML files."""
     found: dict[str, Explained] = {}
-    for file in resources.files("converter.explanations").iterdir():
+    for file in resources.files("converter.examine.explanations").iterdir():
         if file.name.endswith(".toml"):
             found |= {code: Explained(**fields) for code, fields in tomllib.loads(file.read_text("utf-8")).items()}
     return found

@@ -1,6 +1,6 @@
 """Messages of loaders: missing, unexpected and empty weights, heads, shapes."""
 
-from converter.explanations.model import Message
+from converter.examine.explanations.message import Message
 
 _NO_CURE = (
     "ignore_mismatched_sizes=True is no cure: it fills the tensor with random values. "
