@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from converter.cli import main
-from converter.verify_live import PROBED, PROBES, scrubbed
+from converter.examine.verify.live import PROBED, PROBES, scrubbed
 from verify_folders import codes, copy, make_rm, rewrite, text_of, verify
 
 

@@ -178,7 +178,7 @@ def _preflight(asked: Pushing, folder: Path) -> dict[str, str]:
     """
     from converter.core.context import Context
     from converter.doctor import Asked, examine, file_of
-    from converter.verify_receipt import check_receipt
+    from converter.examine.verify.receipt import check_receipt
 
     context = Context(frozenset(asked.allow))
     report = examine(Asked(asked.folder))

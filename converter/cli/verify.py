@@ -14,7 +14,7 @@ from converter.core.files import sparse
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, Refused, UsageError, VerificationFailed, show
-from converter.verify import Check, failed, fails
+from converter.examine.verify.check import Check, failed, fails
 
 if TYPE_CHECKING:
     from converter.converters.heads.model import Reading
@@ -57,7 +57,7 @@ def verify(asked: Asked, options: Display) -> int:
     sink.screen([f"{show(asked.folder)}: for {found.aim.words} as {found.aim.role}"])
     sink.screen(f"{MARKS[c.outcome]} {c.label:<8} {c.text}" for c in found.checks)
     if found.table:
-        from converter.verify_pairs import table_lines
+        from converter.examine.verify.pairs import table_lines
 
         sink.screen(table_lines(found.table))
     commands = _next(asked, found.aim, broken)
@@ -150,7 +150,7 @@ def _expect_here(folder: str, root: Path) -> None:
 def _aim(asked: Asked, checkpoint: Checkpoint | None) -> Target:
     """The trainer and role: as asked, else what the folder itself says."""
     from converter.converters.heads.detect import detect
-    from converter.verify_dialect import role_of
+    from converter.examine.verify.dialect import role_of
 
     trainer = asked.trainer
     if trainer is None:
@@ -184,8 +184,8 @@ def _roles_of(trainer: str) -> frozenset[Role]:
 
 
 def _all_checks(asked: Asked, aim: Target, checkpoint: Checkpoint, root: Path) -> Verified:
-    from converter.verify_dialect import check_for
-    from converter.verify_receipt import check_receipt, check_source
+    from converter.examine.verify.dialect import check_for
+    from converter.examine.verify.receipt import check_receipt, check_source
 
     context = Context(frozenset(asked.allow))
     if checkpoint.origin.kind != "model":
@@ -201,13 +201,13 @@ def _all_checks(asked: Asked, aim: Target, checkpoint: Checkpoint, root: Path) -
     reading, there = verdict.reading, None
     table: list[dict[str, Any]] = []
     if asked.against is not None and reading is not None:
-        from converter.verify_against import check_against
+        from converter.examine.verify.against import check_against
 
         there, digest = _source(asked, context)
         checks += check_source(root, digest, asked.against)
         checks += check_against(reading, there, aim, context)
     if asked.live:
-        from converter.verify_live import check_live
+        from converter.examine.verify.live import check_live
 
         assert asked.python is not None
         checks += check_live(root, checkpoint, reading, aim, asked.python, allow=frozenset(asked.allow))
@@ -264,9 +264,9 @@ def _shards(src: str) -> str:
 def _pairs(
     asked: Asked, aim: Target, reading: Reading, there: Reading | None
 ) -> tuple[list[Check], list[dict[str, Any]]]:
-    from converter.verify import note
-    from converter.verify_pairs import check_pairs, read_pairs, scored
-    from converter.verify_values import is_small
+    from converter.examine.verify.check import note
+    from converter.examine.verify.pairs import check_pairs, read_pairs, scored
+    from converter.examine.verify.values import is_small
 
     assert asked.probe is not None
     pairs = read_pairs(Path(asked.probe).expanduser())

@@ -14,8 +14,8 @@ from typing import Any
 from converter.converters.heads.model import Reading
 from converter.dialects.spec import Pooling
 from converter.errors import UsageError, show
-from converter.verify import Check, holds, note, spread
-from converter.verify_values import Batch, Reference, padded, pooled
+from converter.examine.verify.check import Check, holds, note, spread
+from converter.examine.verify.values import Batch, Reference, padded, pooled
 
 MOST_PAIRS = 200
 """Pairs that are scored; a table of more says no more."""
@@ -172,7 +172,7 @@ def _parts(pairs: Sequence[Pair], here: Scored, there: Scored) -> Mapping[str, f
 
 def _steps(here: Scored, there: Scored, prompt: Any, answer: str) -> list[float]:
     """A score as one thing after the other is exchanged: ids, hidden states, head, normalisation, scored token."""
-    from converter.verify_values import apply_head
+    from converter.examine.verify.values import apply_head
 
     first = _single(tokens(there, prompt, answer), there.pad)
     second = _single(tokens(here, prompt, answer), here.pad)

@@ -25,9 +25,17 @@ from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, recast
 from converter.dialects.known import Target
 from converter.errors import ConvertError, Refused, UsageError, fold, show
-from converter.verify import Check, fails, holds, note
-from converter.verify_against import blocks
-from converter.verify_values import Batches, Reference, is_small, lazy_head, pooled, probe_batches, reading_inputs
+from converter.examine.verify.against import blocks
+from converter.examine.verify.check import Check, fails, holds, note
+from converter.examine.verify.values import (
+    Batches,
+    Reference,
+    is_small,
+    lazy_head,
+    pooled,
+    probe_batches,
+    reading_inputs,
+)
 
 PROBES = Path(__file__).parent / "probes"
 TIMEOUT = 600

@@ -19,8 +19,8 @@ from converter.core.context import MAX_READ, Context
 from converter.dialects.known import Target
 from converter.dialects.spec import HeadSpec, Role
 from converter.errors import ConvertError, fold, show
-from converter.verify import Check, fails, holds, note
-from converter.verify_config import check_config, check_normaliser, check_tokens
+from converter.examine.verify.check import Check, fails, holds, note
+from converter.examine.verify.config import check_config, check_normaliser, check_tokens
 
 _ROLES: tuple[Role, ...] = ("critic", "reward", "actor")
 
