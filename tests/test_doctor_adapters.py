@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from converter.doctor import Asked, diagnoses, examine
+from converter.examine.doctor import Asked, diagnoses, examine
 from converter.registry import sources
 
 SIZES = LlamaConfig(

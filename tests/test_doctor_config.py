@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from converter.cli import main
-from converter.doctor import Asked, examine
+from converter.examine.doctor import Asked, examine
 
 SIZES = {
     "hidden_size": 8,

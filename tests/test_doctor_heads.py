@@ -25,7 +25,7 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
-from converter.doctor import Asked, examine
+from converter.examine.doctor import Asked, examine
 
 HIDDEN = 16
 SIZES: dict[str, Any] = {

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import heads_zoo as zoo
-from converter.doctor import Asked, examine
 from converter.errors import UsageError
+from converter.examine.doctor import Asked, examine
 from test_doctor_heads import RUN, adapter, causal, codes, edit, finding, reward, serious, value_head
 
 __all__ = ["causal", "reward"]

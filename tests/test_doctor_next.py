@@ -23,8 +23,8 @@ from breakages.runs import RUNS
 from breakages.scripts import SCRIPTS
 from breakages.sound import TESTS, Breakage, Tensors, make_sound, whole
 from converter.cli import main
-from converter.doctor import diagnoses
 from converter.examine.diagnoses.causes import is_command
+from converter.examine.doctor import diagnoses
 
 ALL: dict[str, Breakage] = {**FILES, **CONFIGS, **ADAPTERS, **RUNS, **SCRIPTS}
 WRITE = ("repair", "convert", "gather", "merge-lora", "reshard", "rm-to-critic", "critic-to-rm")

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from big_headers import llama_70b
 from converter.cli import main
-from converter.doctor import Asked, diagnoses, examine
 from converter.examine.diagnoses.case import SEVERITIES
 from converter.examine.diagnoses.catalogue import FROM_USAGE, ROWS, covered, table
+from converter.examine.doctor import Asked, diagnoses, examine
 from test_doctor_heads import RUN, causal, codes, edit, finding, serious, store
 
 __all__ = ["causal"]

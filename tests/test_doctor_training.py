@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from converter.doctor import MOST_NEAR, Asked, case_of, examine
+from converter.examine.doctor import MOST_NEAR, Asked, case_of, examine
 from converter.sources.deepspeed.source import SOURCE
 from test_doctor_heads import RUN, SIZES, causal, codes, finding, serious
 

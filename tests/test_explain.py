@@ -114,7 +114,7 @@ def test_messages_that_users_report_are_known(name: str) -> None:
 
 
 def test_every_message_has_a_key_that_its_pattern_needs_and_points_to_codes_that_exist() -> None:
-    from converter.doctor import diagnoses
+    from converter.examine.doctor import diagnoses
 
     for name, text in OLD_TEXTS.items():
         message = next(m for m in MESSAGES if m.name == name)

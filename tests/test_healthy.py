@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from converter.doctor import Asked, examine
+from converter.examine.doctor import Asked, examine
 from healthy.adapters import ADAPTERS, HEAD_IN_BASE_ALONE, RARE, Adapter, base, quantised, records
 from healthy.models import MODELS, Saved
 from healthy.shrink import TASKS, NotTinyError, everything

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from converter.cli import main
-from converter.doctor import Asked, examine
+from converter.examine.doctor import Asked, examine
 from fake_hub import FakeHub, running
 from hub_here import client_of, on_disk, published, run
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from converter.cli import main
-from converter.doctor import Asked, examine
+from converter.examine.doctor import Asked, examine
 from hub_here import run
 from rope_models import load, save
 

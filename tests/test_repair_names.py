@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from converter.cli import main
-from converter.doctor import Asked, examine
+from converter.examine.doctor import Asked, examine
 from converter.families.disk_names import memory_form
 from oracle.bases import _randomise, quiet, read_tensors, write_tensors
 from oracle.families import CASES, EXPERTS, RENAMED

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from converter.cli import main
-from converter.doctor import Asked, examine
+from converter.examine.doctor import Asked, examine
 
 SIZES = {
     "hidden_size": 8,

@@ -15,7 +15,7 @@ from converter.report import line
 
 if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint
-    from converter.diff import Difference, Pair
+    from converter.examine.diff import Difference, Pair
 
 MOST = 8
 """Lines of changed tensors that the screen shows without `-v`."""
@@ -25,7 +25,7 @@ MAX_VALUE = 60
 
 def diff(a: str, b: str, ignore_prefix: tuple[str, ...], options: Display) -> int:
     """Compare; exit code 0 where all is equal, else 1."""
-    from converter.diff import compare
+    from converter.examine.diff import compare
 
     (one, lost, fault), (two, others, other_fault) = _open(a), _open(b)
     with progress(options.sink) as reporter:

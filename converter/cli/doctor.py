@@ -31,8 +31,8 @@ from converter.errors import show
 from converter.report import line, next_lines
 
 if TYPE_CHECKING:
-    from converter.doctor import Asked, Report
     from converter.examine.diagnoses.case import Case, Finding
+    from converter.examine.doctor import Asked, Report
 
 WIDTH = 79
 """Columns that every line of a report fits into, but for names and commands, which are never cut."""
@@ -51,7 +51,7 @@ _KINDS = {
 
 def doctor(asked: Asked, fail_on: str, options: Display) -> int:
     """Examine a folder; exit code 1 where a finding is as bad as `fail_on` or worse."""
-    from converter.doctor import at_or_above, examine
+    from converter.examine.doctor import at_or_above, examine
 
     report = examine(asked)
     code = 1 if at_or_above(fail_on, report.findings) else 0

@@ -61,7 +61,7 @@ def _names_a_file(path: Path) -> bool:
 
 def explained(code: str) -> tuple[str, tuple[str, ...]] | None:
     """What a code means and what to do: a diagnosis's, a refusal's, a check's, a note's, or a message's name."""
-    from converter.doctor import diagnoses
+    from converter.examine.doctor import diagnoses
     from converter.examine.explanations.codes import codes
     from converter.examine.explanations.log import MESSAGES
 
@@ -78,7 +78,7 @@ def explained(code: str) -> tuple[str, tuple[str, ...]] | None:
 
 def known_codes() -> list[str]:
     """Every code that can be explained."""
-    from converter.doctor import diagnoses
+    from converter.examine.doctor import diagnoses
     from converter.examine.explanations.codes import codes
     from converter.examine.explanations.log import MESSAGES
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli import inspection_facts as facts
 from converter.cli.options import Display
 from converter.errors import ConvertError, fold, show
+from converter.examine import facts
 from converter.report import adapter_kind, dtype_word, label_count, line, next_lines, short_revision
 from converter.sizes import format_size
 
 if TYPE_CHECKING:
     from converter.core.tensors.dtypes import TensorInfo
-    from converter.doctor import Report
+    from converter.examine.doctor import Report
     from converter.sources.survey import Survey
 
 HEADS = ("score", "classifier", "v_head", "value_head", "lm_head", "embed_out")
@@ -88,7 +88,7 @@ def look(asked: str, revision: str | None) -> Found:
         UsageError: nothing that can be inspected has that name.
         Refused: a Hub id that is not in the cache and can't be read from the Hub (`hub-download`).
     """
-    from converter.doctor import Asked, examine
+    from converter.examine.doctor import Asked, examine
     from converter.sources.locate import resolve
 
     located = resolve(asked, revision=revision, in_parts=True)
@@ -142,7 +142,7 @@ def _read(found: Found) -> list[str]:
 
 def _inside(found: Found) -> list[str]:
     """The checkpoints that lie in a run's folder, by the numbers in their names."""
-    from converter.doctor import checkpoints_in
+    from converter.examine.doctor import checkpoints_in
     from converter.registry import kind_of
 
     below = checkpoints_in(found.path)
@@ -305,7 +305,7 @@ def _tensors(survey: Survey) -> list[str]:
 def _verdict(found: Found) -> list[str]:
     """Doctor's findings, a line or two each."""
     from converter.cli.doctor import WIDTH, WORDS
-    from converter.doctor import file_of
+    from converter.examine.doctor import file_of
 
     lines = []
     for finding in found.report.findings:
@@ -323,7 +323,7 @@ def _verdict(found: Found) -> list[str]:
 def _next(found: Found) -> list[str]:
     path = shlex.quote(found.asked)
     if found.kind == "run":
-        from converter.doctor import checkpoints_in
+        from converter.examine.doctor import checkpoints_in
 
         return [f"rlhf-convert inspect {shlex.quote(_below(found, checkpoints_in(found.path)[-1]))}"]
     if found.has_errors:

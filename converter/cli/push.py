@@ -177,7 +177,7 @@ def _preflight(asked: Pushing, folder: Path) -> dict[str, str]:
         Refused: an error without consent, under the finding's own code.
     """
     from converter.core.context import Context
-    from converter.doctor import Asked, examine, file_of
+    from converter.examine.doctor import Asked, examine, file_of
     from converter.examine.verify.receipt import check_receipt
 
     context = Context(frozenset(asked.allow))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.core.context import Context
-from converter.doctor import Asked, diagnoses, examine
 from converter.errors import UsageError, show
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import Case, Finding
+from converter.examine.doctor import Asked, diagnoses, examine
 from converter.families.disk_names import memory_form
 from converter.families.implied import class_of
 from converter.families.plain_names import plain_names

@@ -85,7 +85,7 @@ def doctor(
 ) -> int:
     """`rlhf-convert doctor`."""
     from converter.cli.doctor import doctor
-    from converter.doctor import Asked
+    from converter.examine.doctor import Asked
 
     asked = Asked(path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep, launch=launch)
     return doctor(asked, fail_on.value, options)

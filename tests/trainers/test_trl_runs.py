@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matrix import environment, python_of
 
-from converter.doctor import Asked, examine
+from converter.examine.doctor import Asked, examine
 
 pytestmark = pytest.mark.trainer
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from converter.comparable import Comparable, as_stored, by_meaning
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
 from converter.core.files import sparse
@@ -22,6 +21,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.byte_runs import byte_runs
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import UsageError, show
+from converter.examine.meaning import Comparable, as_stored, by_meaning
 
 if TYPE_CHECKING:
     import torch
