@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from converter.card import BEGIN, END, CardFacts, model_card, own_text
+from converter.publish.card import BEGIN, END, CardFacts, model_card, own_text
 from fake_hub import FakeHub, running
 from hub_here import client_of, published, run
 

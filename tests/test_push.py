@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from converter.card import BEGIN, END, CardFacts, model_card
+from converter.publish.card import BEGIN, END, CardFacts, model_card
 from fake_hub import TOKEN, FakeHub, Fault, running
 from hub_here import client_of, commits, on_disk, run
 from hub_here import published as published_in

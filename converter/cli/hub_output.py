@@ -17,8 +17,8 @@ from converter.sources.hub.secrets import words_without_token
 
 if TYPE_CHECKING:
     from converter.cli.conversion import Written
-    from converter.hub import Destination
-    from converter.hub_write import Published
+    from converter.publish.push import Destination
+    from converter.publish.write import Published
     from converter.recipe import Recipe
     from converter.recipe_run import Prepared
 
@@ -37,7 +37,7 @@ def destination(out: str, options: Conversion) -> Destination:
     Raises:
         UsageError: no repository of that form (`hub-repo-id`), or `--push-to-hub` beside it (`usage`).
     """
-    from converter.hub import Destination
+    from converter.publish.push import Destination
     from converter.sources.locate import hub_name
 
     named = hub_name(out)
@@ -70,8 +70,8 @@ def convert_to_hub(
 ) -> int:
     """Run a recipe whose output goes to the Hub file by file, with room for one of them."""
     from converter.cli.conversion import Written, notes_json, plan_recipe
-    from converter.hub import check_destination
-    from converter.hub_write import write_to_hub
+    from converter.publish.push import check_destination
+    from converter.publish.write import write_to_hub
     from converter.recipe_run import refuse_no_op
 
     where = destination(out, options)
@@ -131,8 +131,8 @@ def _checked(done: Published, *, verified: bool) -> list[str]:
 
 
 def _card(prepared: Prepared, where: Destination, receipt: Mapping[str, Any], existing: str) -> str:
-    from converter.card import CardFacts, base_models, model_card
-    from converter.hub import licence_of
+    from converter.publish.card import CardFacts, base_models, model_card
+    from converter.publish.push import licence_of
 
     checkpoint = prepared.checkpoint
     is_adapter = checkpoint.origin.kind == "adapter"
@@ -179,11 +179,11 @@ def check_push(options: Conversion) -> None:
     """Ask the Hub whether `--push-to-hub` will succeed, before the work is done.
 
     Raises:
-        UsageError, Refused: see `converter.hub.check_destination`.
+        UsageError, Refused: see `converter.publish.push.check_destination`.
     """
     if options.push_to_hub is None or options.dry_run:
         return
-    from converter.hub import Destination, check_destination
+    from converter.publish.push import Destination, check_destination
 
     repo_id, branch = repository(options.push_to_hub, "main")
     check_destination(Destination(repo_id, options.token, revision=branch))

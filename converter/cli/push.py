@@ -22,8 +22,8 @@ from converter.sizes import format_size
 if TYPE_CHECKING:
     from converter.cli.sink import Sink
     from converter.core.writer.write import Reporter
-    from converter.hub import Destination
-    from converter.hub_files import LocalFile, Manifest
+    from converter.publish.manifest import LocalFile, Manifest
+    from converter.publish.push import Destination
 
 CARD = "README.md"
 
@@ -56,9 +56,9 @@ def push(asked: Pushing, options: Reading) -> int:
     """
     from converter.cli.hub_output import STALE, repository
     from converter.cli.progress import progress
-    from converter.hub import Destination, check_destination, expect_no_stale, make_repository
-    from converter.hub import push as send
-    from converter.hub_files import files_to_push, manifest
+    from converter.publish.manifest import files_to_push, manifest
+    from converter.publish.push import Destination, check_destination, expect_no_stale, make_repository
+    from converter.publish.push import push as send
 
     asked, folder = _read_the_right_way(asked), Path(asked.folder).expanduser()
     repo_id, branch = repository(asked.repo_id, asked.revision)
@@ -147,9 +147,9 @@ def _card_there(asked: Pushing, where: Destination, own: LocalFile | None, conse
     Raises:
         Refused: both have one, of different texts (`hub-card-differs`).
     """
-    from converter.card import own_text
     from converter.core.context import Context
-    from converter.hub import card_there
+    from converter.publish.card import own_text
+    from converter.publish.push import card_there
 
     there = card_there(where)
     if own is None or not own_text(there):
@@ -196,10 +196,10 @@ def _with_card(
     files: list[LocalFile], asked: Pushing, folder: Path, consents: Mapping[str, str], there: str
 ) -> list[LocalFile]:
     """The files with the card: made from the receipt, or the folder's own with our section in it."""
-    from converter.card import CardFacts, base_models, model_card
     from converter.cli.hub_output import repository
-    from converter.hub import licence_of
-    from converter.hub_files import LocalFile
+    from converter.publish.card import CardFacts, base_models, model_card
+    from converter.publish.manifest import LocalFile
+    from converter.publish.push import licence_of
 
     receipt = _read_json(folder / "rlhf-convert.json")
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import Refused, UsageError, fold, show
-from converter.hub_ask import ATTEMPTS, FIRST_WAIT, call, is_passing, refuse
-from converter.hub_files import CARD, LocalFile, Manifest
+from converter.publish.manifest import CARD, LocalFile, Manifest
+from converter.publish.requests import ATTEMPTS, FIRST_WAIT, call, is_passing, refuse
 from converter.sources.hub.client import expect_safe_endpoint
 
 if TYPE_CHECKING:

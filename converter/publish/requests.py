@@ -10,7 +10,7 @@ from converter.errors import Refused, show
 from converter.sources.hub.client import blotted
 
 if TYPE_CHECKING:
-    from converter.hub import Destination
+    from converter.publish.push import Destination
 
 ATTEMPTS = 5
 FIRST_WAIT = 1.0

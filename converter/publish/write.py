@@ -41,10 +41,10 @@ from converter.core.writer.write import (
     system_refused,
 )
 from converter.errors import Interrupted, Refused, show
-from converter.hub import Destination, Pushed, card_there, expect_no_stale, make_repository, upload
-from converter.hub import push as commit
-from converter.hub_ask import call
-from converter.hub_files import CARD, MAX_FILE, RECEIPT, LocalFile, Manifest
+from converter.publish.manifest import CARD, MAX_FILE, RECEIPT, LocalFile, Manifest
+from converter.publish.push import Destination, Pushed, card_there, expect_no_stale, make_repository, upload
+from converter.publish.push import push as commit
+from converter.publish.requests import call
 
 Card = Callable[[Mapping[str, Any], str], str]
 """Makes the model card of the receipt's content and the card that the repository has."""

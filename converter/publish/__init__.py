@@ -1,0 +1,1 @@
+"""Folders and plans that become repositories on the Hub."""
