@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from converter.core.writer.write import write
     from converter.errors import ConvertError, Refused, UsageError, VerificationFailed
     from converter.inputs import Input
-    from converter.recipe import Recipe, load_recipe
+    from converter.recipe.recipe import Recipe, load_recipe
     from converter.sources.moments import adam_moments
 
 __version__ = "0.1.0"

@@ -335,7 +335,7 @@ def test_a_file_that_can_t_grow_fails_in_one_line_and_the_same_command_resumes(h
 
 def test_a_signal_while_planning_leaves_nothing(here: Path) -> None:
     interrupted = (
-        "import os, signal, sys, converter.recipe_run as r\n"
+        "import os, signal, sys, converter.recipe.run as r\n"
         "def stop(*a, **k): os.kill(os.getpid(), signal.SIGTERM)\n"
         "r.make_plan = stop\n"
         "from converter.cli import main\n"

@@ -14,8 +14,8 @@ import oracle
 from converter import registry
 from converter.cli import VERBS
 from converter.core.tensors import kernel_specs
-from converter.recipe import InputSpec, parse_recipe
-from converter.recipe_fields import check
+from converter.recipe.fields import check
+from converter.recipe.recipe import InputSpec, parse_recipe
 from oracle.command import run
 
 FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))

@@ -9,8 +9,8 @@ import pytest
 
 from converter.core.files.strict_yaml import read_values
 from converter.errors import UsageError
-from converter.recipe import InputSpec, Output, Recipe, load_recipe, parse_recipe, shipped_recipes
-from converter.recipe_fields import check
+from converter.recipe.fields import check
+from converter.recipe.recipe import InputSpec, Output, Recipe, load_recipe, parse_recipe, shipped_recipes
 
 GOOD = """\
 version: 1

@@ -28,8 +28,8 @@ from converter.sizes import parse_size
 
 if TYPE_CHECKING:
     from converter.core.writer.write import Receipt
-    from converter.recipe import Recipe
-    from converter.recipe_run import Prepared
+    from converter.recipe.recipe import Recipe
+    from converter.recipe.run import Prepared
 
 SMALL_FILE = 4_000_000
 """Bytes of a tokenizer_config.json that are read for the name of the pad token."""
@@ -46,7 +46,7 @@ class Written:
     def screen(self, *, verbose: bool = False) -> list[str]:
         """What was written, what was checked and what rounding cost."""
         from converter import report
-        from converter.recipe import SOURCE
+        from converter.recipe.recipe import SOURCE
 
         receipt, plan = self.receipt, self.prepared.plan
         count = len(plan.written)
@@ -130,7 +130,7 @@ def plan_recipe(
     """Plan, and show the plan; `target` is None where nothing will be written, or on the Hub."""
     from converter import report
     from converter.core.writer import preflight
-    from converter.recipe_run import prepare
+    from converter.recipe.run import prepare
 
     sink = options.sink
     memory = None if options.memory is None else parse_size(options.memory, what="--memory")
@@ -186,7 +186,7 @@ def write_prepared(prepared: Prepared, out: Path, jobs: int, memory: int | None,
         Interrupted: a signal came; nothing is published.
     """
     from converter.core.writer.write import write
-    from converter.recipe_run import refuse_no_op
+    from converter.recipe.run import refuse_no_op
 
     try:
         with progress(options.sink) as reporter:

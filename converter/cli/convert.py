@@ -17,12 +17,12 @@ from converter.converters.heads.detect import head_like
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, UsageError, show
-from converter.recipe import SOURCE, InputSpec, Output, Recipe, Step
+from converter.recipe.recipe import SOURCE, InputSpec, Output, Recipe, Step
 
 if TYPE_CHECKING:
     from converter.cli.conversion import Written
     from converter.cli.verbs_heads import Remapping
-    from converter.recipe_run import Prepared
+    from converter.recipe.run import Prepared
 
 Kind = Literal["model", "adapter", "training"]
 

@@ -50,7 +50,7 @@ def _open(text: str) -> tuple[Checkpoint, tuple[str, ...], str]:
         UsageError, Refused: see `_opened`; faults other than lost tensors.
     """
     from converter.cli.recipes import input_spec
-    from converter.recipe_run import open_checkpoint
+    from converter.recipe.run import open_checkpoint
     from converter.sources.hf.broken import LOST
 
     try:
@@ -79,7 +79,7 @@ def _opened(text: str) -> Checkpoint:
         Refused: broken content.
     """
     from converter.cli.recipes import input_spec
-    from converter.recipe_run import open_checkpoint
+    from converter.recipe.run import open_checkpoint
     from converter.registry import find_place
     from converter.sources.hf.loose import open_file
     from converter.sources.survey import is_weight_file

@@ -17,7 +17,7 @@ PACKAGES = (
 
 def list_plug_ins(options: Display) -> int:
     """Everything that is registered, and the shipped recipes; exit code 1 where a plug-in is broken."""
-    from converter.recipe import shipped_recipes
+    from converter.recipe.recipe import shipped_recipes
     from converter.registry import plug_ins
 
     found = plug_ins()

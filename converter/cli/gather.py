@@ -13,11 +13,11 @@ from converter.cli.recipes import cast_steps, input_spec, output
 from converter.cli.run_state import corrected, place_of, with_recorded_base
 from converter.core.tensors.dtypes import DType
 from converter.errors import ConvertError, UsageError, show
-from converter.recipe import SOURCE, InputSpec, Recipe, Step
+from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
 
 if TYPE_CHECKING:
     from converter.cli.conversion import Written
-    from converter.recipe_run import Prepared
+    from converter.recipe.run import Prepared
 
 
 @dataclass(frozen=True)

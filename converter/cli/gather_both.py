@@ -24,8 +24,8 @@ from converter.sizes import parse_size
 if TYPE_CHECKING:
     from converter.cli.gather import Gathering
     from converter.core.writer.plan import Plan
-    from converter.recipe import Recipe
-    from converter.recipe_run import Prepared
+    from converter.recipe.recipe import Recipe
+    from converter.recipe.run import Prepared
 
 MERGED, ADAPTER = "merged", "adapter"
 SUFFIX = "-adapter"
@@ -125,7 +125,7 @@ def _halves(split: Split, out: str | None, options: Conversion) -> tuple[_Half, 
         Refused: either can't be made, or its place is taken.
     """
     from converter.core.writer.preflight import check_target
-    from converter.recipe_run import prepare
+    from converter.recipe.run import prepare
 
     outs = (None, None) if out is None else (out, out.rstrip("/") + SUFFIX)
     if out is not None and all(os.path.lexists(Path(o).expanduser()) for o in outs if o):

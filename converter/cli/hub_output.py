@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from converter.cli.conversion import Written
     from converter.publish.push import Destination
     from converter.publish.write import Published
-    from converter.recipe import Recipe
-    from converter.recipe_run import Prepared
+    from converter.recipe.recipe import Recipe
+    from converter.recipe.run import Prepared
 
 SCHEME = "hf://"
 STALE = "hub-stale-weights"
@@ -72,7 +72,7 @@ def convert_to_hub(
     from converter.cli.conversion import Written, notes_json, plan_recipe
     from converter.publish.push import check_destination
     from converter.publish.write import write_to_hub
-    from converter.recipe_run import refuse_no_op
+    from converter.recipe.run import refuse_no_op
 
     where = destination(out, options)
     if recipe.output.link_unchanged:

@@ -12,12 +12,12 @@ from converter.cli.options import Conversion
 from converter.cli.recipes import cast_steps, input_spec, output
 from converter.cli.run_state import base_in
 from converter.errors import ConvertError, UsageError
-from converter.recipe import SOURCE, InputSpec, Recipe, Step
+from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
 from converter.sources.hub.names import is_on_hub
 from converter.sources.locate import resolve
 
 if TYPE_CHECKING:
-    from converter.recipe_run import Prepared
+    from converter.recipe.run import Prepared
 
 
 RECEIPT = "rlhf-convert.json"

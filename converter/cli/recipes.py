@@ -7,7 +7,7 @@ import os
 from converter.cli.options import Conversion
 from converter.core.tensors.dtypes import DType
 from converter.errors import UsageError
-from converter.recipe import InputSpec, Output, Recipe, Step
+from converter.recipe.recipe import InputSpec, Output, Recipe, Step
 from converter.sizes import parse_size
 
 

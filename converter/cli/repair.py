@@ -13,7 +13,7 @@ from converter.cli.conversion import convert, load_commands
 from converter.cli.options import Conversion
 from converter.cli.recipes import cast_steps, input_spec, output
 from converter.errors import ConvertError, Refused, UsageError, show
-from converter.recipe import SOURCE, InputSpec, Recipe, Step
+from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
 
 if TYPE_CHECKING:
     from converter.cli.conversion import Written
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from converter.cli.repair_places import Search
     from converter.converters.fill.refusals import NothingToRepair
     from converter.core.checkpoint import Checkpoint
-    from converter.recipe_run import Prepared
+    from converter.recipe.run import Prepared
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _left(mends: Mends) -> list[str]:
 def _is_whole(recipe: Recipe, options: Conversion) -> bool:
     """True where nothing is lost, as far as headers tell."""
     from converter.converters.fill.refusals import NothingToRepair
-    from converter.recipe_run import prepare
+    from converter.recipe.run import prepare
 
     try:
         prepare(recipe, allow=frozenset(options.allow or ()), token=options.token, keep_code=options.keep_code)
@@ -235,7 +235,7 @@ def _base(asked: Repairing, source: InputSpec) -> InputSpec | None:
     """The base model: given, or recorded and at hand; nothing is downloaded on a file's word."""
     if asked.base is not None:
         return input_spec(asked.base)
-    from converter.recipe_run import open_checkpoint, open_recorded_base
+    from converter.recipe.run import open_checkpoint, open_recorded_base
 
     broken = open_checkpoint(source, token=None, keep_code=False)
     try:

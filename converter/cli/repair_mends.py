@@ -16,7 +16,7 @@ from converter.examine.doctor import Asked, diagnoses, examine
 from converter.families.disk_names import memory_form
 from converter.families.implied import class_of
 from converter.families.plain_names import plain_names
-from converter.recipe import Step
+from converter.recipe.recipe import Step
 from converter.sources.hf.set_files import OF_THE_INDEX, find_sets
 from converter.sources.survey import MODEL_CONFIG, StoredTensor
 

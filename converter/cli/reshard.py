@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from converter.cli.conversion import convert
 from converter.cli.options import Conversion
 from converter.cli.recipes import cast_steps, input_spec, output
-from converter.recipe import SOURCE, Recipe
+from converter.recipe.recipe import SOURCE, Recipe
 
 if TYPE_CHECKING:
-    from converter.recipe_run import Prepared
+    from converter.recipe.run import Prepared
 
 
 def reshard(src: str, out: str | None, options: Conversion) -> int:

@@ -9,10 +9,10 @@ from converter.cli.conversion import convert
 from converter.cli.options import Conversion
 from converter.cli.recipes import cast_steps, input_spec, output
 from converter.errors import UsageError, show
-from converter.recipe import SOURCE, InputSpec, load_recipe
+from converter.recipe.recipe import SOURCE, InputSpec, load_recipe
 
 if TYPE_CHECKING:
-    from converter.recipe_run import Prepared
+    from converter.recipe.run import Prepared
 
 
 def run(name: str, given: tuple[str, ...], out: str | None, options: Conversion) -> int:

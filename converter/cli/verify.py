@@ -102,7 +102,7 @@ def examine(asked: Asked) -> Verified:
         UsageError: the folder is not there, or no trainer is known for it.
     """
     from converter.cli.recipes import input_spec
-    from converter.recipe_run import open_checkpoint
+    from converter.recipe.run import open_checkpoint
     from converter.sources.locate import resolve
 
     try:
@@ -232,7 +232,7 @@ def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
     from converter.converters.heads.from_adapter import with_adapter
     from converter.converters.heads.read import read
     from converter.dialects.known import dialects, spoken
-    from converter.recipe_run import open_checkpoint, open_recorded_base
+    from converter.recipe.run import open_checkpoint, open_recorded_base
 
     assert asked.against is not None
     source = open_checkpoint(input_spec(_shards(asked.against)), token=None, keep_code=False)

@@ -1,0 +1,1 @@
+"""Recipes: inputs, steps, output; what every verb builds and runs."""
