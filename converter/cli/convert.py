@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from converter.cli import conversion
 from converter.cli.hub_output import as_loaders_take_it, is_on_hub
-from converter.cli.recipes import cast_steps, input_spec, output
-from converter.cli.run_state import corrected, place_of, with_recorded_base
 from converter.converters.heads.detect import head_like
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, UsageError, show
 from converter.recipe.recipe import SOURCE, InputSpec, Output, Recipe, Step
+from converter.recipe.verbs.pieces import cast_steps, input_spec, output
+from converter.recipe.verbs.run_state import corrected, place_of, with_recorded_base
 
 if TYPE_CHECKING:
     from converter.cli.conversion import Written
@@ -207,7 +207,7 @@ def lost_and_found(found: Found, options: Remapping) -> tuple[dict[str, InputSpe
         raise UsageError("usage", what, where=show(found.path))
     if not given and not found.damaged:
         return {}, []
-    from converter.cli.repair_places import search
+    from converter.recipe.verbs.repair_places import search
     from converter.sources.hub.names import as_reference
 
     result = search(as_reference(found.path, options.revision), given, token=options.token)

@@ -133,7 +133,7 @@ def demo(out: str, options: Display) -> int:
 
 def _repaired(broken: str, repaired: str, writing: Conversion) -> Written:
     """The adapter with its empty tensors filled from the shards, as `repair` fills them."""
-    from converter.cli.repair_places import search
+    from converter.recipe.verbs.repair_places import search
 
     writing.sink.screen([f"$ {shlex.join(['rlhf-convert', 'repair', broken, repaired])}"])
     asked = Repairing(broken)

@@ -49,8 +49,8 @@ def _open(text: str) -> tuple[Checkpoint, tuple[str, ...], str]:
     Raises:
         UsageError, Refused: see `_opened`; faults other than lost tensors.
     """
-    from converter.cli.recipes import input_spec
     from converter.recipe.run import open_checkpoint
+    from converter.recipe.verbs.pieces import input_spec
     from converter.sources.hf.broken import LOST
 
     try:
@@ -78,8 +78,8 @@ def _opened(text: str) -> Checkpoint:
         UsageError: nothing that can be compared has that name.
         Refused: broken content.
     """
-    from converter.cli.recipes import input_spec
     from converter.recipe.run import open_checkpoint
+    from converter.recipe.verbs.pieces import input_spec
     from converter.registry import find_place
     from converter.sources.hf.loose import open_file
     from converter.sources.survey import is_weight_file

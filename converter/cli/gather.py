@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.conversion import convert
 from converter.cli.options import Conversion
-from converter.cli.recipes import cast_steps, input_spec, output
-from converter.cli.run_state import corrected, place_of, with_recorded_base
 from converter.core.tensors.dtypes import DType
 from converter.errors import ConvertError, UsageError, show
 from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
+from converter.recipe.verbs.pieces import cast_steps, input_spec, output
+from converter.recipe.verbs.run_state import corrected, place_of, with_recorded_base
 
 if TYPE_CHECKING:
     from converter.cli.conversion import Written

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.conversion import convert
 from converter.cli.options import Conversion
-from converter.cli.recipes import cast_steps, input_spec, output
-from converter.cli.run_state import base_in
 from converter.errors import ConvertError, UsageError
 from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
+from converter.recipe.verbs.pieces import cast_steps, input_spec, output
+from converter.recipe.verbs.run_state import base_in
 from converter.sources.hub.names import is_on_hub
 from converter.sources.locate import resolve
 

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from converter import report
 from converter.cli.conversion import convert, load_commands
 from converter.cli.options import Conversion
-from converter.cli.recipes import cast_steps, input_spec, output
 from converter.errors import ConvertError, Refused, UsageError, show
 from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
+from converter.recipe.verbs.pieces import cast_steps, input_spec, output
 
 if TYPE_CHECKING:
     from converter.cli.conversion import Written
-    from converter.cli.repair_mends import Mends
-    from converter.cli.repair_places import Search
     from converter.converters.fill.refusals import NothingToRepair
     from converter.core.checkpoint import Checkpoint
     from converter.recipe.run import Prepared
+    from converter.recipe.verbs.repair_mends import Mends
+    from converter.recipe.verbs.repair_places import Search
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Repairing:
 
 def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     """Fill what is lost, or say that nothing is; shards without any weight file are gathered."""
-    from converter.cli.repair_mends import NEVER_FILLED
-    from converter.cli.repair_places import search
     from converter.converters.fill.refusals import NothingToRepair
+    from converter.recipe.verbs.repair_mends import NEVER_FILLED
+    from converter.recipe.verbs.repair_places import search
     from converter.sources.hub.names import as_reference
     from converter.sources.locate import resolve
 
@@ -102,7 +102,7 @@ def _with_vocabulary(mends: Mends, to: str) -> Mends:
 
 def mends_of(asked: Repairing, options: Conversion) -> Mends:
     """What is mended beside lost tensors."""
-    from converter.cli.repair_mends import find_mends
+    from converter.recipe.verbs.repair_mends import find_mends
 
     mends = find_mends(
         asked.src,
@@ -179,7 +179,7 @@ def _expect_sound(asked: Repairing, mends: Mends, only: frozenset[str] | None = 
 
 def mend_recipe(asked: Repairing, mends: Mends, options: Conversion) -> Recipe:
     """The recipe of the mends alone: every tensor is there."""
-    from converter.cli.repair_mends import CHOOSE
+    from converter.recipe.verbs.repair_mends import CHOOSE
 
     choosing = any(s.name == CHOOSE for s in mends.steps)
     inputs = {SOURCE: InputSpec(asked.src, revision=options.revision, broken=choosing)}
@@ -217,7 +217,7 @@ def _gather(shards: str, asked: Repairing, out: str | None, options: Conversion)
 
 def repair_recipe(asked: Repairing, found: Search, options: Conversion, *, mends: tuple[Step, ...] = ()) -> Recipe:
     """The recipe that the arguments mean: the broken folder, every place that may help, and the base if at hand."""
-    from converter.cli.repair_mends import CHOOSE
+    from converter.recipe.verbs.repair_mends import CHOOSE
 
     inputs = {SOURCE: InputSpec(asked.src, revision=options.revision, broken=True)}
     places = {f"weights-{n}": InputSpec(p.path, broken=p.is_copy) for n, p in enumerate(found.places, 1)}

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from converter.cli.conversion import convert
 from converter.cli.options import Conversion
-from converter.cli.recipes import cast_steps, input_spec, output
 from converter.recipe.recipe import SOURCE, Recipe
+from converter.recipe.verbs.pieces import cast_steps, input_spec, output
 
 if TYPE_CHECKING:
     from converter.recipe.run import Prepared

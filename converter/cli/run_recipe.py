@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from converter.cli.conversion import convert
 from converter.cli.options import Conversion
-from converter.cli.recipes import cast_steps, input_spec, output
 from converter.errors import UsageError, show
 from converter.recipe.recipe import SOURCE, InputSpec, load_recipe
+from converter.recipe.verbs.pieces import cast_steps, input_spec, output
 
 if TYPE_CHECKING:
     from converter.recipe.run import Prepared

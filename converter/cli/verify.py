@@ -101,8 +101,8 @@ def examine(asked: Asked) -> Verified:
     Raises:
         UsageError: the folder is not there, or no trainer is known for it.
     """
-    from converter.cli.recipes import input_spec
     from converter.recipe.run import open_checkpoint
+    from converter.recipe.verbs.pieces import input_spec
     from converter.sources.locate import resolve
 
     try:
@@ -225,7 +225,6 @@ def _remedy(asked: Asked, aim: Target) -> str:
 
 def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
     """The source, read in its own dialect, and the digest of its headers: a model, an adapter or a trainer's state."""
-    from converter.cli.recipes import input_spec
     from converter.converters.gather.gather import Gather
     from converter.converters.heads.detect import HEADLESS, Detected, detect
     from converter.converters.heads.fit import Wishes
@@ -233,6 +232,7 @@ def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
     from converter.converters.heads.read import read
     from converter.dialects.known import dialects, spoken
     from converter.recipe.run import open_checkpoint, open_recorded_base
+    from converter.recipe.verbs.pieces import input_spec
 
     assert asked.against is not None
     source = open_checkpoint(input_spec(_shards(asked.against)), token=None, keep_code=False)
