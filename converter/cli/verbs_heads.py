@@ -127,7 +127,7 @@ def convert(
     role: Annotated[RoleChoice, typer.Option(help="What the trainer uses it as.")] = RoleChoice.critic,
 ) -> int:
     """`rlhf-convert convert`."""
-    from converter.cli.convert import convert
+    from converter.cli.run.convert import convert
 
     return convert(src, options.target(out), to, role.value, options)
 
@@ -146,7 +146,7 @@ def convert(
 )
 def rm_to_critic(src: Src, options: Remapping, to: To, out: Out = None) -> int:
     """`rlhf-convert rm-to-critic`."""
-    from converter.cli.convert import convert
+    from converter.cli.run.convert import convert
 
     return convert(src, options.target(out), to, "critic", options, verb="rm-to-critic")
 
@@ -164,6 +164,6 @@ def rm_to_critic(src: Src, options: Remapping, to: To, out: Out = None) -> int:
 )
 def critic_to_rm(src: Src, options: Remapping, to: To, out: Out = None) -> int:
     """`rlhf-convert critic-to-rm`."""
-    from converter.cli.convert import convert
+    from converter.cli.run.convert import convert
 
     return convert(src, options.target(out), to, "reward", options, verb="critic-to-rm")

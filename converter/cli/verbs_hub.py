@@ -44,7 +44,7 @@ def push(
     ] = None,
 ) -> int:
     """`rlhf-convert push`."""
-    from converter.cli.push import Pushing, push
+    from converter.cli.run.push import Pushing, push
 
     codes = tuple(allow or ())
     return push(Pushing(folder, repo, token, public, revision, create_pr, message, keep_code, dry_run, codes), options)

@@ -46,7 +46,7 @@ def merge_lora(
     ] = False,
 ) -> int:
     """`rlhf-convert merge-lora`."""
-    from converter.cli.merge import Merge, merge
+    from converter.cli.run.merge import Merge, merge
 
     asked = Merge(adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual)
     return merge(asked, options.target(out), options)
@@ -109,7 +109,7 @@ def gather(
     ] = False,
 ) -> int:
     """`rlhf-convert gather`."""
-    from converter.cli.gather import Gathering, gather
+    from converter.cli.run.gather import Gathering, gather
 
     asked = Gathering(
         src,
@@ -182,7 +182,7 @@ def repair(
     ] = None,
 ) -> int:
     """`rlhf-convert repair`."""
-    from converter.cli.repair import Repairing, repair
+    from converter.cli.run.repair import Repairing, repair
 
     chosen = None if emit is None else emit.value
     asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha, vocab, weights, chosen)
@@ -206,7 +206,7 @@ def reshard(
     out: Out = None,
 ) -> int:
     """`rlhf-convert reshard`."""
-    from converter.cli.reshard import reshard
+    from converter.cli.run.reshard import reshard
 
     return reshard(src, options.target(out), options)
 
@@ -234,6 +234,6 @@ def run(
     ] = None,
 ) -> int:
     """`rlhf-convert run`."""
-    from converter.cli.run_recipe import run
+    from converter.cli.run.recipe import run
 
     return run(recipe, tuple(given or ()), options.target(out), options)

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.conversion import Written, load_commands, missing_output, notes_json, threads, write_prepared
-from converter.cli.hub_output import is_on_hub
 from converter.cli.options import Conversion
+from converter.cli.run.folder import Written, load_commands, missing_output, notes_json, threads, write_prepared
+from converter.cli.run.hub import is_on_hub
 from converter.errors import ConvertError, UsageError, VerificationFailed, show
 from converter.sizes import parse_size
 
 if TYPE_CHECKING:
-    from converter.cli.gather import Gathering
+    from converter.cli.run.gather import Gathering
     from converter.core.writer.plan import Plan
     from converter.recipe.recipe import Recipe
     from converter.recipe.run import Prepared
@@ -78,7 +78,7 @@ class Split:
 
 def gather_both(asked: Gathering, out: str | None, options: Conversion) -> int:
     """Gather the model and the adapter."""
-    from converter.cli.gather import gather_recipe, head, next_commands
+    from converter.cli.run.gather import gather_recipe, head, next_commands
 
     split = Split(
         lambda emit: gather_recipe(dataclasses.replace(asked, emit=emit), options),

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.hub_output import (
+from converter.cli.options import Conversion
+from converter.cli.progress import progress
+from converter.cli.run.hub import (
     as_loaders_take_it,
     check_push,
     convert_to_hub,
@@ -19,8 +21,6 @@ from converter.cli.hub_output import (
     source_lines,
     with_command,
 )
-from converter.cli.options import Conversion
-from converter.cli.progress import progress
 from converter.cli.sink import Sink
 from converter.core.files.strict_json import load_json
 from converter.errors import ConvertError, Interrupted, Refused, UsageError

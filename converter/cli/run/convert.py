@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from converter.cli import conversion
-from converter.cli.hub_output import as_loaders_take_it, is_on_hub
+from converter.cli.run import folder as conversion
+from converter.cli.run.hub import as_loaders_take_it, is_on_hub
 from converter.converters.heads.detect import head_like
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
@@ -20,7 +20,7 @@ from converter.recipe.verbs.pieces import cast_steps, input_spec, output
 from converter.recipe.verbs.run_state import corrected, place_of, with_recorded_base
 
 if TYPE_CHECKING:
-    from converter.cli.conversion import Written
+    from converter.cli.run.folder import Written
     from converter.cli.verbs_heads import Remapping
     from converter.recipe.run import Prepared
 

@@ -16,7 +16,7 @@ from converter.sizes import format_size
 from converter.sources.hub.secrets import words_without_token
 
 if TYPE_CHECKING:
-    from converter.cli.conversion import Written
+    from converter.cli.run.folder import Written
     from converter.publish.push import Destination
     from converter.publish.write import Published
     from converter.recipe.recipe import Recipe
@@ -69,7 +69,7 @@ def convert_to_hub(
     next_commands: Callable[[Written], Sequence[str]],
 ) -> int:
     """Run a recipe whose output goes to the Hub file by file, with room for one of them."""
-    from converter.cli.conversion import Written, notes_json, plan_recipe
+    from converter.cli.run.folder import Written, notes_json, plan_recipe
     from converter.publish.push import check_destination
     from converter.publish.write import write_to_hub
     from converter.recipe.run import refuse_no_op
@@ -194,7 +194,7 @@ def push_written(out: str, options: Conversion) -> None:
     if options.push_to_hub is None:
         return
     from converter.cli.options import Reading
-    from converter.cli.push import Pushing, push
+    from converter.cli.run.push import Pushing, push
 
     asked = Pushing(
         out,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from converter.cli.conversion import convert
 from converter.cli.options import Conversion
+from converter.cli.run.folder import convert
 from converter.recipe.recipe import SOURCE, Recipe
 from converter.recipe.verbs.pieces import cast_steps, input_spec, output
 

@@ -7,8 +7,8 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.conversion import convert
 from converter.cli.options import Conversion
+from converter.cli.run.folder import convert
 from converter.core.tensors.dtypes import DType
 from converter.errors import ConvertError, UsageError, show
 from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
@@ -16,7 +16,7 @@ from converter.recipe.verbs.pieces import cast_steps, input_spec, output
 from converter.recipe.verbs.run_state import corrected, place_of, with_recorded_base
 
 if TYPE_CHECKING:
-    from converter.cli.conversion import Written
+    from converter.cli.run.folder import Written
     from converter.recipe.run import Prepared
 
 
@@ -55,7 +55,7 @@ def gather(asked: Gathering, out: str | None, options: Conversion) -> int:
 
 def _gather(asked: Gathering, out: str | None, options: Conversion) -> int:
     if asked.emit == "both":
-        from converter.cli.gather_both import gather_both
+        from converter.cli.run.two_outputs import gather_both
 
         return gather_both(asked, out, options)
     recipe, said = gather_recipe(asked, options)
@@ -144,7 +144,7 @@ def head(prepared: Prepared, said: str) -> list[str]:
 
 def next_commands(written: Written, asked: Gathering) -> list[str]:
     """The check, then what loads the result."""
-    from converter.cli.conversion import load_commands
+    from converter.cli.run.folder import load_commands
 
     if written.prepared.checkpoint.origin.kind != "adapter":
         return load_commands(written)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.conversion import convert
 from converter.cli.options import Conversion
+from converter.cli.run.folder import convert
 from converter.errors import ConvertError, UsageError
 from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
 from converter.recipe.verbs.pieces import cast_steps, input_spec, output

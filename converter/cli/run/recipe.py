@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from converter.cli.conversion import convert
 from converter.cli.options import Conversion
+from converter.cli.run.folder import convert
 from converter.errors import UsageError, show
 from converter.recipe.recipe import SOURCE, InputSpec, load_recipe
 from converter.recipe.verbs.pieces import cast_steps, input_spec, output

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter import report
-from converter.cli.conversion import convert, load_commands
 from converter.cli.options import Conversion
+from converter.cli.run.folder import convert, load_commands
 from converter.errors import ConvertError, Refused, UsageError, show
 from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
 from converter.recipe.verbs.pieces import cast_steps, input_spec, output
 
 if TYPE_CHECKING:
-    from converter.cli.conversion import Written
+    from converter.cli.run.folder import Written
     from converter.converters.fill.refusals import NothingToRepair
     from converter.core.checkpoint import Checkpoint
     from converter.recipe.run import Prepared
@@ -118,7 +118,7 @@ def mends_of(asked: Repairing, options: Conversion) -> Mends:
 
 def _both(asked: Repairing, found: Search, out: str | None, options: Conversion) -> int:
     """LoRA layers left in a full model: the merged model in OUT, the adapter in OUT-adapter."""
-    from converter.cli.gather_both import Split, write_both
+    from converter.cli.run.two_outputs import Split, write_both
 
     def recipe(emit: str) -> tuple[Recipe, str]:
         mends = mends_of(dataclasses.replace(asked, emit=emit), options)
@@ -209,7 +209,7 @@ def _shards_alone(root: Path, asked: Repairing, found: Search) -> str | None:
 
 
 def _gather(shards: str, asked: Repairing, out: str | None, options: Conversion) -> int:
-    from converter.cli.gather import Gathering, gather
+    from converter.cli.run.gather import Gathering, gather
 
     options.sink.tell(f"{show(asked.src)} has no weight file: this is `rlhf-convert gather {show(shards)}`")
     return gather(Gathering(shards, base=asked.base), out, options)

@@ -54,8 +54,8 @@ def push(asked: Pushing, options: Reading) -> int:
         UsageError: the arguments are the wrong way round, or no folder is there.
         Refused: doctor finds errors, or the receipt is of other files, without consent; the Hub says no.
     """
-    from converter.cli.hub_output import STALE, repository
     from converter.cli.progress import progress
+    from converter.cli.run.hub import STALE, repository
     from converter.publish.manifest import files_to_push, manifest
     from converter.publish.push import Destination, check_destination, expect_no_stale, make_repository
     from converter.publish.push import push as send
@@ -196,7 +196,7 @@ def _with_card(
     files: list[LocalFile], asked: Pushing, folder: Path, consents: Mapping[str, str], there: str
 ) -> list[LocalFile]:
     """The files with the card: made from the receipt, or the folder's own with our section in it."""
-    from converter.cli.hub_output import repository
+    from converter.cli.run.hub import repository
     from converter.publish.card import CardFacts, base_models, model_card
     from converter.publish.manifest import LocalFile
     from converter.publish.push import licence_of
