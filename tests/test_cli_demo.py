@@ -128,7 +128,7 @@ def test_the_demo_can_be_repeated_and_keeps_out_of_other_folders(told: Told, her
 
 def test_a_tampered_demo_model_is_noticed(told: Told, here: Path) -> None:
     """What the demo claims, it checks: a merge of another adapter does not score as recorded."""
-    from converter.cli.demo import score
+    from converter.cli.tell.demo import score
     from converter.errors import VerificationFailed
 
     weights = Path(shutil.copytree(told.folder / "rm", here / "rm"))

@@ -132,7 +132,7 @@ def broken(*arguments: object) -> int:
 
 
 def test_a_bug_of_ours_exits_70_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converter.cli.environment.env", broken)
+    monkeypatch.setattr("converter.cli.tell.environment.env", broken)
     monkeypatch.delenv("RLHF_CONVERT_DEBUG", raising=False)
     ran = run("env")
     assert (ran.code, ran.out) == (70, "")
@@ -141,7 +141,7 @@ def test_a_bug_of_ours_exits_70_without_a_traceback(monkeypatch: pytest.MonkeyPa
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converter.cli.environment.env", broken)
+    monkeypatch.setattr("converter.cli.tell.environment.env", broken)
     monkeypatch.setenv("RLHF_CONVERT_DEBUG", "1")
     ran = run("env")
     assert ran.code == 70

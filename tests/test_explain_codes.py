@@ -13,7 +13,7 @@ import pytest
 
 import converter
 from converter.cli import VERBS, main
-from converter.cli.explain import explained
+from converter.cli.tell.explain import explained
 from converter.examine.doctor import diagnoses
 from converter.examine.explanations.codes import codes
 from converter.examine.explanations.log import MESSAGES

@@ -98,8 +98,8 @@ def _run(arguments: list[str], received: list[int]) -> int:
         return 0
     if arguments[0] == "inspect" and len(arguments) == 2 and not arguments[1].startswith("-"):
         # Nothing to parse; for parsing Typer would import pydantic, which takes longer than a 70B model's headers.
-        from converter.cli.inspection import inspect
         from converter.cli.options import Display
+        from converter.cli.tell.inspect import inspect
 
         return inspect(arguments[1], None, Display())
     hook = sys.excepthook

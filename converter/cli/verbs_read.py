@@ -31,7 +31,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> int:
     """`rlhf-convert inspect`."""
-    from converter.cli.inspection import inspect
+    from converter.cli.tell.inspect import inspect
 
     return inspect(path, revision, options, tensors=tensors)
 
@@ -84,7 +84,7 @@ def doctor(
     ] = None,
 ) -> int:
     """`rlhf-convert doctor`."""
-    from converter.cli.doctor import doctor
+    from converter.cli.tell.doctor import doctor
     from converter.examine.doctor import Asked
 
     asked = Asked(path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep, launch=launch)
@@ -139,7 +139,7 @@ def verify(
     ] = None,
 ) -> int:
     """`rlhf-convert verify`."""
-    from converter.cli.verify import Asked, verify
+    from converter.cli.tell.verify import Asked, verify
 
     asked = Asked(
         folder,
@@ -180,7 +180,7 @@ def explain(
     ] = None,
 ) -> int:
     """`rlhf-convert explain`."""
-    from converter.cli.explain import explain
+    from converter.cli.tell.explain import explain
 
     return explain(subject, None if fail_on is None else fail_on.value, options)
 
@@ -207,7 +207,7 @@ def diff(
     ] = None,
 ) -> int:
     """`rlhf-convert diff`."""
-    from converter.cli.diff import diff
+    from converter.cli.tell.diff import diff
 
     return diff(a, b, tuple(ignore_prefix or ()), options)
 
@@ -232,7 +232,7 @@ def demo(
     ] = None,
 ) -> int:
     """`rlhf-convert demo`."""
-    from converter.cli.demo import demo_and_push
+    from converter.cli.tell.demo import demo_and_push
 
     return demo_and_push(out, push, options)
 
@@ -250,7 +250,7 @@ def demo(
 )
 def list_plug_ins(options: Display) -> int:
     """`rlhf-convert list`."""
-    from converter.cli.environment import list_plug_ins
+    from converter.cli.tell.environment import list_plug_ins
 
     return list_plug_ins(options)
 
@@ -268,6 +268,6 @@ def list_plug_ins(options: Display) -> int:
 )
 def env(options: Display) -> int:
     """`rlhf-convert env`."""
-    from converter.cli.environment import env
+    from converter.cli.tell.environment import env
 
     return env(options)

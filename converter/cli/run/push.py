@@ -224,7 +224,7 @@ def _with_card(
 def _checks(asked: Pushing, receipt: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, bool], ...]] | None:
     """What `verify` says of the folder, for the trainer that it was made for, else for the one that its files name."""
     from converter.card_head import made_for
-    from converter.cli.verify import Asked, examine
+    from converter.cli.tell.verify import Asked, examine
 
     aim = made_for(receipt)
     name = None if aim is None else f"{aim.serves.trainer}@{aim.version}".rstrip("@")

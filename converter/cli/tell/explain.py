@@ -13,8 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.doctor import WIDTH
 from converter.cli.options import Display
+from converter.cli.tell.doctor import WIDTH
 from converter.errors import UsageError, show
 
 if TYPE_CHECKING:

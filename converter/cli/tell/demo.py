@@ -20,7 +20,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from converter.cli.inspection import screen
 from converter.cli.options import Conversion, Display
 from converter.cli.run.folder import Written, write_recipe
 from converter.cli.run.hub import check_push, push_written
@@ -28,6 +27,7 @@ from converter.cli.run.merge import Merge, merge_recipe
 from converter.cli.run.merge import head as merge_head
 from converter.cli.run.repair import Repairing, repair_recipe
 from converter.cli.run.repair import head as repair_head
+from converter.cli.tell.inspect import screen
 from converter.errors import Refused, VerificationFailed, show
 
 BASE, RUN, REPAIRED, MERGED = "tiny-qwen2-base", "tiny-reward-run", "repaired", "rm"

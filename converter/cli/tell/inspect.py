@@ -304,7 +304,7 @@ def _tensors(survey: Survey) -> list[str]:
 
 def _verdict(found: Found) -> list[str]:
     """Doctor's findings, a line or two each."""
-    from converter.cli.doctor import WIDTH, WORDS
+    from converter.cli.tell.doctor import WIDTH, WORDS
     from converter.examine.doctor import file_of
 
     lines = []

@@ -1,0 +1,1 @@
+"""Verbs that report: arguments in, screens out."""
