@@ -105,7 +105,7 @@ def _run(arguments: list[str], received: list[int]) -> int:
     hook = sys.excepthook
     import typer
 
-    from converter.cli.verbs import app, app_of
+    from converter.cli.verbs.all import app, app_of
 
     verb, rest = arguments[0], arguments[1:]
     name = f"{PROGRAM} {verb}" if verb in VERBS else PROGRAM

@@ -21,7 +21,7 @@ from converter.recipe.verbs.run_state import corrected, place_of, with_recorded_
 
 if TYPE_CHECKING:
     from converter.cli.run.folder import Written
-    from converter.cli.verbs_heads import Remapping
+    from converter.cli.verbs.heads import Remapping
     from converter.recipe.run import Prepared
 
 Kind = Literal["model", "adapter", "training"]

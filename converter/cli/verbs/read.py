@@ -8,7 +8,7 @@ import typer
 
 from converter.cli.app import verb
 from converter.cli.options import Display, FailOnChoice, Reading
-from converter.cli.verbs_heads import RoleChoice
+from converter.cli.verbs.heads import RoleChoice
 
 
 @verb(

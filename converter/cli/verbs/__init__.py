@@ -1,0 +1,1 @@
+"""Verbs as Typer sees them: names, arguments, help."""
