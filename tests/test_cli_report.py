@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from converter.cli.lines import adapter_kind, by_projection, checked_line, refusal, wrote_line
 from converter.errors import Refused, UsageError, VerificationFailed
-from converter.report import adapter_kind, by_projection, checked_line, refusal, wrote_line
 from converter.sizes import format_duration, format_size, parse_size
 
 

@@ -70,7 +70,7 @@ def error_to_user(error: ConvertError, *, as_json: bool, writes: bool) -> int:
     if as_json:
         Sink(as_json=True).json({"error": error.to_json()})
         return error.exit_code
-    from converter.report import refusal
+    from converter.cli.lines import refusal
 
     for each in refusal(error, writes=writes):
         print(as_typed(each), file=sys.stderr, flush=True)

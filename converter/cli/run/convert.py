@@ -257,7 +257,7 @@ def _output(aim: Target, options: Remapping) -> Output:
 
 def head(prepared: Prepared, found: Found) -> list[str]:
     """The screen's lines about the inputs."""
-    from converter import report
+    from converter.cli import lines as report
 
     lines = []
     for name, checkpoint in prepared.opened.items():

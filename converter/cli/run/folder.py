@@ -45,7 +45,7 @@ class Written:
 
     def screen(self, *, verbose: bool = False) -> list[str]:
         """What was written, what was checked and what rounding cost."""
-        from converter import report
+        from converter.cli import lines as report
         from converter.recipe.recipe import SOURCE
 
         receipt, plan = self.receipt, self.prepared.plan
@@ -128,7 +128,7 @@ def plan_recipe(
     recipe: Recipe, target: Path | None, options: Conversion, *, head: Callable[[Prepared], list[str]]
 ) -> Planned:
     """Plan, and show the plan; `target` is None where nothing will be written, or on the Hub."""
-    from converter import report
+    from converter.cli import lines as report
     from converter.core.writer import preflight
     from converter.recipe.run import prepare
 
@@ -151,7 +151,7 @@ def plan_recipe(
 
 def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, options: Conversion) -> None:
     """The refusals that a real run would make before its first byte, then the plan as data."""
-    from converter import report
+    from converter.cli import lines as report
     from converter.core.writer import preflight
 
     plan = prepared.plan
@@ -220,7 +220,7 @@ def threads() -> int:
 
 def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:
     """The screen's last lines, and what to type next."""
-    from converter import report
+    from converter.cli import lines as report
 
     receipt = written.receipt
     sink.screen(written.screen(verbose=sink.verbose))

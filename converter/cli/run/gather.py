@@ -130,7 +130,7 @@ def _tag_path(asked: Gathering, options: Conversion) -> tuple[str, str, str | No
 
 def head(prepared: Prepared, said: str) -> list[str]:
     """The screen's lines about the shards, the tag that was chosen, and the base."""
-    from converter import report
+    from converter.cli import lines as report
 
     source = prepared.opened[SOURCE]
     words = report.dtype_words(source)

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.cli.lines import checked_line, line, next_lines, update_lines
 from converter.cli.options import Conversion
 from converter.cli.progress import progress
 from converter.errors import Refused, UsageError, fold, show
-from converter.report import checked_line, line, next_lines, update_lines
 from converter.sizes import format_size
 from converter.sources.hub.secrets import words_without_token
 

@@ -73,7 +73,7 @@ def merge_recipe(asked: Merge, options: Conversion) -> Recipe:
 
 def head(prepared: Prepared) -> list[str]:
     """The screen's lines about adapters and base."""
-    from converter import report
+    from converter.cli import lines as report
 
     adapters = [report.adapter_line(c) for name, c in prepared.opened.items() if name != SOURCE]
     return [*adapters, report.base_line("base", prepared.opened[SOURCE], recorded=SOURCE in prepared.recorded)]

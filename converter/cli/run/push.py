@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.cli.lines import line, next_lines
 from converter.cli.options import Reading
 from converter.core.files.opening import read_limited
 from converter.errors import ConvertError, Refused, UsageError, fold, show
-from converter.report import line, next_lines
 from converter.sizes import format_size
 
 if TYPE_CHECKING:

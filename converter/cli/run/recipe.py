@@ -45,7 +45,7 @@ def _inputs(given: tuple[str, ...]) -> dict[str, InputSpec]:
 
 def head(prepared: Prepared) -> list[str]:
     """The screen's lines about the inputs, by their names in the recipe."""
-    from converter import report
+    from converter.cli import lines as report
 
     lines = []
     for name, checkpoint in prepared.opened.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter import report
+from converter.cli import lines as report
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert, load_commands
 from converter.errors import ConvertError, Refused, UsageError, show

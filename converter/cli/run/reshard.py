@@ -21,6 +21,6 @@ def reshard(src: str, out: str | None, options: Conversion) -> int:
 
 def head(prepared: Prepared) -> list[str]:
     """The screen's line about the source."""
-    from converter import report
+    from converter.cli import lines as report
 
     return [report.base_line("source", prepared.opened[SOURCE], recorded=False)]

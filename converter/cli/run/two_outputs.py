@@ -169,7 +169,7 @@ def _is_made_of(plan: Plan, folder: Path) -> bool:
 
 
 def _show_plans(model: _Half, adapter: _Half, head: list[str], options: Conversion) -> None:
-    from converter import report
+    from converter.cli import lines as report
     from converter.core.writer import preflight
 
     sink = options.sink
@@ -227,7 +227,7 @@ def _finish(
     options: Conversion,
 ) -> None:
     """The screen's last lines for both, and what to type next."""
-    from converter import report
+    from converter.cli import lines as report
     from converter.core.files.links import RECEIPT_FILE
 
     commands: list[str] = []
@@ -251,7 +251,7 @@ def _finish(
 
 def _counts(prepared: Prepared) -> dict[str, Any]:
     plan = prepared.plan
-    from converter.report import files_json
+    from converter.cli.lines import files_json
 
     files = files_json(plan)
     return {"counts": plan.counts, "total_bytes": plan.total_bytes, "fingerprint": plan.fingerprint, "files": files}

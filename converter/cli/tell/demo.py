@@ -278,7 +278,7 @@ def _scores(scored: list[Scored]) -> list[str]:
 
 
 def _changes(written: Written) -> list[str]:
-    from converter.report import by_projection, line
+    from converter.cli.lines import by_projection, line
 
     prepared = written.prepared
     base, after = prepared.opened["source"].config, prepared.checkpoint.config

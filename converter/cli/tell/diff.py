@@ -8,10 +8,10 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.cli.lines import line
 from converter.cli.options import Display
 from converter.cli.progress import progress
 from converter.errors import ConvertError, Refused, UsageError, fold, show
-from converter.report import line
 
 if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint

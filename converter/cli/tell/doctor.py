@@ -26,9 +26,9 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from converter.cli.lines import line, next_lines
 from converter.cli.options import Display
 from converter.errors import show
-from converter.report import line, next_lines
 
 if TYPE_CHECKING:
     from converter.examine.diagnoses.case import Case, Finding

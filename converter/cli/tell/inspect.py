@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.cli.lines import adapter_kind, dtype_word, label_count, line, next_lines, short_revision
 from converter.cli.options import Display
 from converter.errors import ConvertError, fold, show
 from converter.examine import facts
-from converter.report import adapter_kind, dtype_word, label_count, line, next_lines, short_revision
 from converter.sizes import format_size
 
 if TYPE_CHECKING:

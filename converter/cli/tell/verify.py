@@ -63,7 +63,7 @@ def verify(asked: Asked, options: Display) -> int:
     commands = _next(asked, found.aim, broken)
     verdict = "verified" if not broken else f"{len(broken)} of {len(found.checks)} checks fail"
     sink.screen([verdict])
-    from converter.report import next_lines
+    from converter.cli.lines import next_lines
 
     sink.screen(next_lines(commands))
     sink.json(
