@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import oracle
-from converter import registry
+from converter import plugins as registry
 from converter.cli import VERBS
 from converter.core.tensors import kernel_specs
 from converter.recipe.fields import check

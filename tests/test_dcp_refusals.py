@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from converter.errors import Refused
-from converter.registry import find_place, kind_of
+from converter.plugins import find_place, kind_of
 from converter.sources.dcp.source import SOURCE, adam_moments
 from dcp.broken import copied, edit, refused
 from dcp.compare import RUNS, faults, live

@@ -12,7 +12,7 @@ import torch
 
 from converter.core.tensors.byte_runs import byte_runs
 from converter.errors import ConvertError, Refused, UsageError
-from converter.registry import kind_of
+from converter.plugins import kind_of
 from converter.sources.deepspeed.source import SOURCE, adam_moments, open_tag
 from zero.compare import RUNS, differences, evaluated, facts, faults, live, run_names
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from converter.core.tensors.byte_runs import byte_runs
 from converter.errors import ConvertError, Refused, UsageError
-from converter.registry import find_place, kind_of
+from converter.plugins import find_place, kind_of
 from converter.sources.deepspeed.universal import SOURCE
 from oracle.command import run as run_command
 from zero.compare import RUNS, differences, evaluated, faults, live, run_names

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 import heads_zoo as zoo
-from converter import registry
+from converter import plugins as registry
 from converter.converters.heads import matrix as head_matrix
 from converter.dialects import known
 from converter.dialects.known import dialects, target

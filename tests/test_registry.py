@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from converter import registry
+from converter import plugins as registry
 from converter.core.tensors import kernel_specs
 from converter.errors import UsageError
 from oracle.command import run

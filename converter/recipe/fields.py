@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from converter.core.checkpoint import Checkpoint
 from converter.errors import ConvertError, UsageError, show
 from converter.inputs import INPUT
+from converter.plugins import Converter, find_converter
 from converter.recipe.recipe import SOURCE, Recipe, invalid, place, wrong
-from converter.registry import Converter, find_converter
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

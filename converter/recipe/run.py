@@ -19,9 +19,9 @@ from converter.core.formats.safetensors_io import Header, read_header
 from converter.core.writer.accounting import unaccounted
 from converter.core.writer.plan import Plan, make_plan
 from converter.errors import ConvertError, Refused, UsageError, fold, show
+from converter.plugins import KeepsMasters, Source, kind_of, nothing_in, sources
 from converter.recipe.fields import check, instantiate
 from converter.recipe.recipe import SOURCE, InputSpec, Recipe
-from converter.registry import KeepsMasters, Source, kind_of, nothing_in, sources
 from converter.sources.hub.names import as_base
 
 MODEL, ADAPTER, TRAINING = "model", "adapter", "training"

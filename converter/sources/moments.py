@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter.errors import Refused, UsageError, show
-from converter.registry import KeepsMoments, find_place, kind_of, sources
+from converter.plugins import KeepsMoments, find_place, kind_of, sources
 
 if TYPE_CHECKING:
     from os import PathLike

@@ -95,7 +95,7 @@ def find(src: str, options: Remapping) -> Found:
     Raises:
         UsageError: nothing that is read, or several checkpoints to choose from.
     """
-    from converter.registry import kind_of, sources
+    from converter.plugins import kind_of, sources
     from converter.sources.hub.names import as_reference, below
     from converter.sources.locate import resolve
 
@@ -137,7 +137,7 @@ def _has_weights(root: Path) -> bool:
 
 def _is_damaged(root: Path, kind: str) -> bool:
     """True where tensors are empty or missing, or a head has a LoRA and perhaps no weight below it."""
-    from converter.registry import sources
+    from converter.plugins import sources
     from converter.sources.hf.broken import LOST
 
     survey = sources()[kind].survey(root)
@@ -147,7 +147,7 @@ def _is_damaged(root: Path, kind: str) -> bool:
 
 def _has_shards(root: Path, src: str) -> bool:
     """True for a run's folder, whose config lies above a trainer's shards."""
-    from converter.registry import find_place
+    from converter.plugins import find_place
 
     try:
         find_place(root, src)

@@ -196,7 +196,7 @@ def _source(prepared: Prepared) -> list[str]:
 
 def _shards_alone(root: Path, asked: Repairing, found: Search) -> str | None:
     """The shards of a folder that has no weight file at all: then a repair is a gather."""
-    from converter.registry import kind_of, sources
+    from converter.plugins import kind_of, sources
     from converter.sources.survey import ADAPTER_CONFIG, file_names, is_weights_of_model
 
     kind = kind_of(root)

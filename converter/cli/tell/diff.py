@@ -78,9 +78,9 @@ def _opened(text: str) -> Checkpoint:
         UsageError: nothing that can be compared has that name.
         Refused: broken content.
     """
+    from converter.plugins import find_place
     from converter.recipe.run import open_checkpoint
     from converter.recipe.verbs.pieces import input_spec
-    from converter.registry import find_place
     from converter.sources.hf.loose import open_file
     from converter.sources.survey import is_weight_file
 

@@ -17,8 +17,8 @@ PACKAGES = (
 
 def list_plug_ins(options: Display) -> int:
     """Everything that is registered, and the shipped recipes; exit code 1 where a plug-in is broken."""
+    from converter.plugins import plug_ins
     from converter.recipe.recipe import shipped_recipes
-    from converter.registry import plug_ins
 
     found = plug_ins()
     recipes = {name: _first_comment(text) for name, text in shipped_recipes().items()}

@@ -251,7 +251,7 @@ def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
 
 def _shards(src: str) -> str:
     """The folder that is meant by a run's: where the shards are."""
-    from converter.registry import find_place, kind_of
+    from converter.plugins import find_place, kind_of
     from converter.sources.hub.names import as_reference, below
     from converter.sources.locate import resolve
 
