@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1] / "converter" / "probes"))
+sys.path.insert(0, str(HERE.parents[1] / "converter" / "examine" / "verify" / "probes"))
 
 from probe_common import stand_in_for  # noqa: E402
 

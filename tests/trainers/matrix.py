@@ -22,7 +22,7 @@ from judging import judge
 from converter.cli import main as command_line
 
 HERE = Path(__file__).resolve().parent
-PROBES = HERE.parents[1] / "converter" / "probes"
+PROBES = HERE.parents[1] / "converter" / "examine" / "verify" / "probes"
 
 
 def environment(home: Path) -> dict[str, str]:

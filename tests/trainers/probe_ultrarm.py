@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "converter" / "probes"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "converter" / "examine" / "verify" / "probes"))
 
 from probe_common import Loaded, positions, run, stand_in_for
 

@@ -75,7 +75,7 @@ def demo_and_push(out: str, repo_id: str | None, options: Display) -> int:
 
 def _without_account(repo_id: str | None) -> str:
     """The command that pushes to a Hub on this machine, which is a part of the tests."""
-    hub = Path(__file__).parents[2] / "tests" / "fake_hub.py"
+    hub = Path(__file__).parents[3] / "tests" / "fake_hub.py"
     command = ["rlhf-convert", "demo", "--push", repo_id or "me/demo"]
     if hub.is_file():
         return f"without an account, to a Hub on this machine: {shlex.join(['python', os.path.relpath(hub), *command])}"
