@@ -8,8 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from converter.version import __version__
+
 if TYPE_CHECKING:
-    from converter.core.checkpoint import Checkpoint, Origin, SideFile
+    from converter.core.checkpoint import Checkpoint, Input, Origin, SideFile
     from converter.core.compute.evaluate import to_torch
     from converter.core.context import Context, Note
     from converter.core.tensors.dtypes import DType, TensorInfo
@@ -17,11 +19,9 @@ if TYPE_CHECKING:
     from converter.core.writer.plan import Plan, make_plan
     from converter.core.writer.write import write
     from converter.errors import ConvertError, Refused, UsageError, VerificationFailed
-    from converter.inputs import Input
     from converter.recipe.recipe import Recipe, load_recipe
     from converter.sources.moments import adam_moments
 
-__version__ = "0.1.0"
 
 _HOME = {
     "Checkpoint": "core.checkpoint",

@@ -6,8 +6,6 @@ escapes is a bug of ours (exit code 70).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 EXIT_BUG = 70
@@ -98,44 +96,3 @@ class Interrupted(ConvertError):
     def __init__(self, signal_number: int, what: str, *, next: str | None = None) -> None:
         super().__init__("interrupted", what, next=next)
         self.exit_code = 128 + signal_number  # type: ignore[misc]
-
-
-def show(text: object, limit: int = 200) -> str:
-    """A string that came from an input, made safe for a terminal and a log: one line, control characters escaped.
-
-    Bidirectional overrides and unpaired surrogates are escaped too; text longer than `limit` is cut with `...`.
-    """
-    raw = str(text)
-    cut = raw if len(raw) <= limit else raw[: max(limit - 3, 0)] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
-
-
-_NUMBER = re.compile(r"\d+")
-
-
-def fold(names: Iterable[str], most: int = 3) -> str:
-    """Names that differ in a number only, shown as one: `layers.{0..27}.mlp.up_proj`; at most `most` patterns."""
-    patterns: dict[str, list[list[str]]] = {}
-    for name in names:
-        name = name.replace("\0", "\\x00")  # which stands for a number below
-        patterns.setdefault(_NUMBER.sub("\0", name), []).append(_NUMBER.findall(name))
-    shown = [_folded(pattern, numbers) for pattern, numbers in list(patterns.items())[:most]]
-    rest = len(patterns) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _folded(pattern: str, numbers: list[list[str]]) -> str:
-    """One pattern with its numbers: as they are written, a range where none is missing, else the first few."""
-    pieces = pattern.split("\0")
-    out = pieces[0]
-    for position, piece in enumerate(pieces[1:]):
-        values = sorted({n[position] for n in numbers}, key=lambda digits: (len(digits), digits))
-        whole = len(values) > 1 and len(values[-1]) < 10 and int(values[-1]) - int(values[0]) == len(values) - 1
-        if len(values) == 1:
-            out += values[0]
-        elif whole:
-            out += f"{{{values[0]}..{values[-1]}}}"
-        else:
-            out += f"{{{','.join(values[:4])}{',..' if len(values) > 4 else ''}}}"
-        out += piece
-    return show(out)

@@ -13,13 +13,13 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
-from converter.errors import UsageError, show
+from converter.errors import UsageError
+from converter.text import show
 
 if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint
     from converter.core.context import Context
     from converter.core.tensors.nodes import LazyTensor
-    from converter.dialects.spec import Dialect
     from converter.sources.places import Place
     from converter.sources.survey import Survey
 
@@ -120,8 +120,8 @@ def sources() -> Mapping[str, Source]:
     A source may have a `precedence`, an int: 0 if it has none, and higher ones are asked first.
     """
     found: dict[str, Source] = {}
-    for name, points in _named(SOURCES).items():
-        loaded = _load(points[0])
+    for name, points in named(SOURCES).items():
+        loaded = load(points[0])
         if isinstance(loaded, Source):
             found[name] = loaded
     return dict(
@@ -201,7 +201,7 @@ def find_converter(name: str) -> type[Converter]:
     Raises:
         UsageError: unknown, registered twice, or it can't be imported (`unknown-converter`, `plug-in`).
     """
-    known = _named(CONVERTERS)
+    known = named(CONVERTERS)
     if name not in known:
         near = get_close_matches(name, known, n=1)
         raise UsageError(
@@ -212,48 +212,41 @@ def find_converter(name: str) -> type[Converter]:
         )
     points = known[name]
     if len({p.value for p in points}) > 1:
-        owners = ", ".join(sorted(_package(p) for p in points))
+        owners = ", ".join(sorted(package(p) for p in points))
         raise UsageError("plug-in", f"several packages register the converter `{name}`", got=owners)
-    loaded = _load(points[0])
+    loaded = load(points[0])
     if isinstance(loaded, Exception):
         raise UsageError(
-            "plug-in", f"the converter `{name}` can't be imported: {show(loaded)}", where=_package(points[0])
+            "plug-in", f"the converter `{name}` can't be imported: {show(loaded)}", where=package(points[0])
         )
     if not (isinstance(loaded, type) and getattr(loaded, "name", None) == name):
         raise UsageError(
-            "plug-in", f"{show(points[0].value)} is not a converter named `{name}`", where=_package(points[0])
+            "plug-in", f"{show(points[0].value)} is not a converter named `{name}`", where=package(points[0])
         )
     return cast("type[Converter]", loaded)
-
-
-def dialects() -> Mapping[str, Dialect]:
-    """Every usable dialect by name, ours and strangers'."""
-    from converter.dialects import known
-
-    return known.dialects()
 
 
 def plug_ins(groups: Sequence[str] = GROUPS) -> list[PlugIn]:
     """Everything registered, ours and strangers', each imported to see whether it works."""
     found: list[PlugIn] = []
     for group in groups:
-        for name, points in sorted(_named(group).items()):
+        for name, points in sorted(named(group).items()):
             for point in points:
-                loaded = _load(point)
+                loaded = load(point)
                 fault = show(loaded) if isinstance(loaded, Exception) else None
                 if fault is None and len({p.value for p in points}) > 1:
                     fault = "registered twice"
-                found.append(PlugIn(group, name, point.value, _package(point), fault))
+                found.append(PlugIn(group, name, point.value, package(point), fault))
     return found
 
 
 def loaded(group: str) -> list[Any]:
     """What every entry point of a group names, those that can't be imported left out."""
-    values = [_load(points[0]) for _, points in sorted(_named(group).items())]
+    values = [load(points[0]) for _, points in sorted(named(group).items())]
     return [v for v in values if not isinstance(v, Exception)]
 
 
-def _named(group: str) -> dict[str, list[EntryPoint]]:
+def named(group: str) -> dict[str, list[EntryPoint]]:
     """Entry points by name. An editable install beside a wheel lists one point twice; that is one plug-in."""
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=group):
@@ -263,7 +256,7 @@ def _named(group: str) -> dict[str, list[EntryPoint]]:
     return found
 
 
-def _load(point: EntryPoint) -> Any:
+def load(point: EntryPoint) -> Any:
     """What the entry point names, or the exception that importing it raised: a broken stranger must not stop us."""
     try:
         return point.load()
@@ -271,5 +264,5 @@ def _load(point: EntryPoint) -> Any:
         return error
 
 
-def _package(point: EntryPoint) -> str:
+def package(point: EntryPoint) -> str:
     return "unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"

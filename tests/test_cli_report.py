@@ -8,7 +8,7 @@ import pytest
 
 from converter.cli.lines import adapter_kind, by_projection, checked_line, refusal, wrote_line
 from converter.errors import Refused, UsageError, VerificationFailed
-from converter.sizes import format_duration, format_size, parse_size
+from converter.text import format_duration, format_size, parse_size
 
 
 @pytest.mark.parametrize(

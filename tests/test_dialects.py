@@ -73,7 +73,7 @@ def test_every_literal_in_the_package_is_registered_under_its_own_name() -> None
     literals = {p.stem for p in folder.glob("*.py")} - {"__init__", "model", "known"}
     points = [p for p in registry.plug_ins([registry.DIALECTS]) if p.target.startswith("converter.")]
     assert {p.target.partition(":")[0].rpartition(".")[2] for p in points} == literals
-    assert {p.name for p in points} == set(registry.dialects())
+    assert {p.name for p in points} == set(known.dialects())
     assert not [p for p in points if p.fault]
 
 

@@ -19,7 +19,8 @@ from converter.core.tensors.as_json import from_json, to_json
 from converter.core.tensors.byte_runs import ByteRun
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Cast, Concat, Filled, Narrow, Reshape, Stored, Strided
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
+from converter.text import fold, show
 
 
 def f32(*shape: int, offset: int = 0, file: str = "/a") -> Stored:

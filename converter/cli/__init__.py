@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from converter.cli.sink import Failed, error_to_user
-from converter.errors import EXIT_BUG, ConvertError, Interrupted, Refused, UsageError, show
+from converter.errors import EXIT_BUG, ConvertError, Interrupted, Refused, UsageError
+from converter.text import show
 
 VERBS = (
     "convert",
@@ -92,7 +93,7 @@ def _run(arguments: list[str], received: list[int]) -> int:
     if sys.platform == "win32":
         raise Refused("windows", "Windows is not supported", next="run it in WSL 2 or on Linux")
     if arguments[0] == "--version":
-        from converter import __version__
+        from converter.version import __version__
 
         print(f"{PROGRAM} {__version__}")
         return 0

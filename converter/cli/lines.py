@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from converter.core.compute.measures import has_update, relative_size, surviving_share
-from converter.errors import ConvertError, Refused, fold, show
-from converter.sizes import format_duration, format_size
+from converter.errors import ConvertError, Refused
+from converter.text import fold, format_duration, format_size, show
 
 if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint

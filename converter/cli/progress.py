@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from converter.cli.sink import Sink
-from converter.errors import show
-from converter.sizes import format_duration, format_size
+from converter.text import format_duration, format_size, show
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from converter.core.writer.write import Reporter
+    from converter.core.writer.reporter import Reporter
 
 
 class Lines:

@@ -11,7 +11,8 @@ from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import Refused, UsageError
+from converter.text import fold, show
 
 TARGETS = (DType.BF16, DType.F16, DType.F32, DType.F64)
 

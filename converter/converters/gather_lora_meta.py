@@ -15,7 +15,8 @@ from pathlib import Path
 from converter.core.checkpoint import SideFile
 from converter.core.context import Context
 from converter.core.files.strict_json import load_json
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 LORA_META = "lora_train_meta.json"
 

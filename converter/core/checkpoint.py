@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from converter.core.files.opening import Identity
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
+from converter.text import fold, show
+
+MODEL, ADAPTER, TRAINING = "model", "adapter", "training"
+"""What a checkpoint is, as `Origin.kind` says."""
 
 Container = Literal["safetensors", "torch"]
 """What weights are written in: safetensors, or torch's zip format (`pytorch_model.bin`), all that some loaders read."""
@@ -180,3 +184,13 @@ class Checkpoint:
             trained=None if self.trained is None else frozenset(names.get(n, n) for n in self.trained),
             repaired={names.get(n, n): words for n, words in self.repaired.items()},
         )
+
+
+class InputMarker:
+    """In a recipe such a field is the name of an input; when the converter runs it holds the opened checkpoint."""
+
+
+INPUT: Final = InputMarker()
+
+Input = Annotated[Checkpoint, INPUT]
+"""A field of a converter that names one of the recipe's inputs. `tuple[Input, ...]` names several."""

@@ -18,7 +18,8 @@ from converter.core.files.opening import open_input, read_exact
 from converter.core.tensors.byte_runs import ByteRun, byte_runs, describe
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, LazyTensor
-from converter.errors import Refused, fold
+from converter.errors import Refused
+from converter.text import fold
 
 MAX_READ = 1 << 20
 """Bytes that a converter may read of one tensor; more is refused, so that planning stays a matter of headers."""

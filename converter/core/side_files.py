@@ -11,6 +11,8 @@ from typing import Any
 from converter.core.checkpoint import SideFile
 from converter.core.files.opening import Identity, identity, open_input
 from converter.core.files.strict_json import load_json, parse_json
+from converter.errors import Refused
+from converter.text import show
 
 _TOKENIZER = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt|bpe)"
@@ -86,3 +88,17 @@ def adapter_first(base: Mapping[str, SideFile], adapter: Mapping[str, SideFile])
     brings = any(is_tokenizer_file(n) and not n.startswith(("chat_template", *_FOLDERS)) for n in adapter)
     kept = {n: f for n, f in base.items() if not (brings and is_tokenizer_file(n))}
     return kept | {n: f for n, f in adapter.items() if is_tokenizer_file(n) or n not in kept}
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def recorded(files: Mapping[str, SideFile]) -> dict[str, Any] | None:
+    """The `adapter_config.json` that lies by the shards, if one does."""
+    file = files.get(ADAPTER_CONFIG)
+    if file is None or file.source is None:
+        return None
+    value = load_json(Path(file.source))
+    if not isinstance(value, dict):
+        raise Refused("json-malformed", "the adapter config is no JSON object", where=show(file.source))
+    return value

@@ -10,7 +10,8 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from converter.dialects.spec import Dialect, Role, Serves
-from converter.errors import Refused, UsageError, show
+from converter.errors import Refused, UsageError
+from converter.text import show
 
 GROUP = "rlhf_convert.dialects"
 _ROLES: tuple[Role, ...] = ("reward", "critic", "actor")

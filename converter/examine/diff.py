@@ -20,8 +20,9 @@ from converter.core.files.opening import Identity, read_limited
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.byte_runs import byte_runs
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import UsageError, show
+from converter.errors import UsageError
 from converter.examine.meaning import Comparable, as_stored, by_meaning
+from converter.text import show
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from pathlib import Path
 from converter.core.context import Context
 from converter.core.files import sparse
 from converter.dialects.known import trainers
-from converter.errors import ConvertError, Refused, UsageError, show
+from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.adapters import NOT_MERGED_HERE
 from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
 from converter.examine.diagnoses.case import SEVERITIES, Case, Diagnosis, Finding, Kind, Near, Severity
@@ -28,6 +28,7 @@ from converter.sources.hub.names import SCHEME, as_reference, below
 from converter.sources.locate import resolve
 from converter.sources.places import by_number
 from converter.sources.survey import ADAPTER_CONFIG, Survey, file_names, is_weight_file
+from converter.text import show
 
 MOST_NEAR = 64
 """Folders around one that are looked into."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from converter.converters.heads.detect import detect
 from converter.core.files.links import RECEIPT_FILE
 from converter.core.side_files import is_tokenizer_file, travels
-from converter.errors import ConvertError, fold, show
+from converter.errors import ConvertError
+from converter.text import fold, show
 
 if TYPE_CHECKING:
     from converter.examine.diagnoses.case import Case

@@ -20,9 +20,10 @@ from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import ConvertError, UsageError, show
+from converter.errors import ConvertError, UsageError
 from converter.families.disk_names import with_disk_names
 from converter.families.ties import find_ties
+from converter.text import show
 
 HEAD = "head"
 _MODULES = frozenset(

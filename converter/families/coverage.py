@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.core.checkpoint import WeightSet
-from converter.errors import fold, show
 from converter.families import implied
+from converter.text import fold, show
 
 _EMPTY = (0,)
 

@@ -20,9 +20,10 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
 from converter.families.implied import class_of
 from converter.families.memory_names import Architecture, architecture
+from converter.text import fold, show
 
 _GROUP = re.compile(r"\((?!\?).+?\)")
 _LOOK_AROUND = re.compile(r"\(\?[=!<].*?\)+(?=[^)]|$)")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.errors import fold, show
+from converter.text import fold, show
 
 Shape = tuple[int, ...]
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from converter.core.context import Context
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 _ROPE_KEYS: Mapping[str, tuple[str, str]] = {
     "gpt_neox": ("rotary_emb_base", "rotary_pct"),

@@ -14,8 +14,8 @@ import yaml
 
 from converter.card_head import head_notes, launch_lines, made_for
 from converter.core.files.strict_yaml import read_values
-from converter.errors import ConvertError, Refused, fold, show
-from converter.sizes import format_size
+from converter.errors import ConvertError, Refused
+from converter.text import fold, format_size, show
 
 BEGIN, END = "<!-- rlhf-convert: begin -->", "<!-- rlhf-convert: end -->"
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from converter.core.files.opening import open_input
 from converter.core.side_files import travels
-from converter.errors import Refused, show
+from converter.errors import Refused
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG
+from converter.text import show
 
 RECEIPT, CARD = "rlhf-convert.json", "README.md"
 MAX_FILE = 50_000_000_000

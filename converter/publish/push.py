@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import Refused, UsageError
 from converter.publish.manifest import CARD, LocalFile, Manifest
 from converter.publish.requests import ATTEMPTS, FIRST_WAIT, call, is_passing, refuse
 from converter.sources.hub.client import expect_safe_endpoint
+from converter.text import fold, show
 
 if TYPE_CHECKING:
-    from converter.core.writer.write import Reporter
+    from converter.core.writer.reporter import Reporter
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _MODEL_WEIGHTS = re.compile(

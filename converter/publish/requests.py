@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from converter.errors import Refused, show
+from converter.errors import Refused
 from converter.sources.hub.client import blotted
+from converter.text import show
 
 if TYPE_CHECKING:
     from converter.publish.push import Destination

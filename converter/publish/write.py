@@ -22,6 +22,7 @@ from converter.core.writer.plan import Plan
 from converter.core.writer.preflight import check_space, memory_limit
 from converter.core.writer.proof import check_written
 from converter.core.writer.record_checks import compare_records
+from converter.core.writer.reporter import Reporter
 from converter.core.writer.shard_files import is_still_there
 from converter.core.writer.shard_plan import ShardPlan
 from converter.core.writer.shard_writer import ShardWriter
@@ -29,7 +30,6 @@ from converter.core.writer.stage import Stage
 from converter.core.writer.write import (
     Accept,
     Receipt,
-    Reporter,
     is_worth_keeping,
     measures_of,
     one_thread_each,
@@ -40,11 +40,12 @@ from converter.core.writer.write import (
     refuse_new_nonfinite,
     system_refused,
 )
-from converter.errors import Interrupted, Refused, show
+from converter.errors import Interrupted, Refused
 from converter.publish.manifest import CARD, MAX_FILE, RECEIPT, LocalFile, Manifest
 from converter.publish.push import Destination, Pushed, card_there, expect_no_stale, make_repository, upload
 from converter.publish.push import push as commit
 from converter.publish.requests import call
+from converter.text import show
 
 Card = Callable[[Mapping[str, Any], str], str]
 """Makes the model card of the receipt's content and the card that the repository has."""

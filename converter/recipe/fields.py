@@ -10,11 +10,11 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from converter.core.checkpoint import Checkpoint
-from converter.errors import ConvertError, UsageError, show
-from converter.inputs import INPUT
+from converter.core.checkpoint import INPUT, Checkpoint
+from converter.errors import ConvertError, UsageError
 from converter.plugins import Converter, find_converter
 from converter.recipe.recipe import SOURCE, Recipe, invalid, place, wrong
+from converter.text import show
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

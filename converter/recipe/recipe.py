@@ -17,8 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from converter.errors import UsageError, show
-from converter.sizes import parse_size
+from converter.errors import UsageError
+from converter.text import parse_size, show
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter import __version__
-from converter.core.checkpoint import Checkpoint
+from converter.core.checkpoint import ADAPTER, TRAINING, Checkpoint
 from converter.core.context import Context
 from converter.core.files import sparse
 from converter.core.formats.pickle_names import CODE as NAMES
@@ -18,13 +17,14 @@ from converter.core.formats.pickle_names import allowed_names
 from converter.core.formats.safetensors_io import Header, read_header
 from converter.core.writer.accounting import unaccounted
 from converter.core.writer.plan import Plan, make_plan
-from converter.errors import ConvertError, Refused, UsageError, fold, show
+from converter.errors import ConvertError, Refused, UsageError
 from converter.plugins import KeepsMasters, Source, kind_of, nothing_in, sources
 from converter.recipe.fields import check, instantiate
 from converter.recipe.recipe import SOURCE, InputSpec, Recipe
 from converter.sources.hub.names import as_base
+from converter.text import fold, show
+from converter.version import __version__
 
-MODEL, ADAPTER, TRAINING = "model", "adapter", "training"
 _SNAPSHOT = re.compile(
     r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{7,64})/?$", re.ASCII
 )
@@ -225,7 +225,7 @@ def recorded_base(adapter: Checkpoint) -> InputSpec:
     asked = show(adapter.origin.asked)
     config = adapter.config
     if adapter.origin.kind == TRAINING:
-        from converter.converters.gather.adapter_config import recorded
+        from converter.core.side_files import recorded
 
         config = recorded(adapter.side_files) or {}
     name = config.get("base_model_name_or_path")

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from converter.core.files.opening import read_limited
-from converter.errors import Refused, UsageError, show
+from converter.errors import Refused, UsageError
 from converter.sources.hub.names import REPO_ID as _REPO_ID
 from converter.sources.hub.names import SCHEME, hub_name
 from converter.sources.survey import (
@@ -27,6 +27,7 @@ from converter.sources.survey import (
     repository_of,
     snapshot_of,
 )
+from converter.text import show
 
 _OLD_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)

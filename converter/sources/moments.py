@@ -7,8 +7,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from converter.errors import Refused, UsageError, show
+from converter.errors import Refused, UsageError
 from converter.plugins import KeepsMoments, find_place, kind_of, sources
+from converter.text import show
 
 if TYPE_CHECKING:
     from os import PathLike

@@ -13,7 +13,8 @@ from converter.core.checkpoint import WeightSet
 from converter.core.formats.weight_file import WeightFile
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
+from converter.text import fold, show
 
 FaultSeverity = Literal["error", "changes-numbers", "cosmetic"]
 FolderKind = Literal["model", "adapter"]

@@ -14,10 +14,11 @@ from converter.cli.run.hub import as_loaders_take_it, is_on_hub
 from converter.converters.heads.detect import head_like
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
-from converter.errors import ConvertError, UsageError, show
+from converter.errors import ConvertError, UsageError
 from converter.recipe.recipe import SOURCE, InputSpec, Output, Recipe, Step
 from converter.recipe.verbs.pieces import cast_steps, input_spec, output
 from converter.recipe.verbs.run_state import corrected, place_of, with_recorded_base
+from converter.text import show
 
 if TYPE_CHECKING:
     from converter.cli.run.folder import Written

@@ -24,7 +24,7 @@ from converter.cli.run.hub import (
 from converter.cli.sink import Sink
 from converter.core.files.strict_json import load_json
 from converter.errors import ConvertError, Interrupted, Refused, UsageError
-from converter.sizes import parse_size
+from converter.text import parse_size
 
 if TYPE_CHECKING:
     from converter.core.writer.write import Receipt

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
 from converter.core.tensors.dtypes import DType
-from converter.errors import ConvertError, UsageError, show
+from converter.errors import ConvertError, UsageError
 from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
 from converter.recipe.verbs.pieces import cast_steps, input_spec, output
 from converter.recipe.verbs.run_state import corrected, place_of, with_recorded_base
+from converter.text import show
 
 if TYPE_CHECKING:
     from converter.cli.run.folder import Written

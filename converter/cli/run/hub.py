@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.lines import checked_line, line, next_lines, update_lines
 from converter.cli.options import Conversion
 from converter.cli.progress import progress
-from converter.errors import Refused, UsageError, fold, show
-from converter.sizes import format_size
+from converter.errors import Refused, UsageError
 from converter.sources.hub.secrets import words_without_token
+from converter.text import fold, format_size, show
 
 if TYPE_CHECKING:
     from converter.cli.run.folder import Written

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.lines import line, next_lines
 from converter.cli.options import Reading
 from converter.core.files.opening import read_limited
-from converter.errors import ConvertError, Refused, UsageError, fold, show
-from converter.sizes import format_size
+from converter.errors import ConvertError, Refused, UsageError
+from converter.text import fold, format_size, show
 
 if TYPE_CHECKING:
     from converter.cli.sink import Sink
-    from converter.core.writer.write import Reporter
+    from converter.core.writer.reporter import Reporter
     from converter.publish.manifest import LocalFile, Manifest
     from converter.publish.push import Destination
 

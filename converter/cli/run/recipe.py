@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
-from converter.errors import UsageError, show
+from converter.errors import UsageError
 from converter.recipe.recipe import SOURCE, InputSpec, load_recipe
 from converter.recipe.verbs.pieces import cast_steps, input_spec, output
+from converter.text import show
 
 if TYPE_CHECKING:
     from converter.recipe.run import Prepared

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from converter.cli import lines as report
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert, load_commands
-from converter.errors import ConvertError, Refused, UsageError, show
+from converter.errors import ConvertError, Refused, UsageError
 from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
 from converter.recipe.verbs.pieces import cast_steps, input_spec, output
+from converter.text import show
 
 if TYPE_CHECKING:
     from converter.cli.run.folder import Written

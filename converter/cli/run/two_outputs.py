@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.options import Conversion
 from converter.cli.run.folder import Written, load_commands, missing_output, notes_json, threads, write_prepared
 from converter.cli.run.hub import is_on_hub
-from converter.errors import ConvertError, UsageError, VerificationFailed, show
-from converter.sizes import parse_size
+from converter.errors import ConvertError, UsageError, VerificationFailed
+from converter.text import parse_size, show
 
 if TYPE_CHECKING:
     from converter.cli.run.gather import Gathering

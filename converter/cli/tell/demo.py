@@ -28,7 +28,8 @@ from converter.cli.run.merge import head as merge_head
 from converter.cli.run.repair import Repairing, repair_recipe
 from converter.cli.run.repair import head as repair_head
 from converter.cli.tell.inspect import screen
-from converter.errors import Refused, VerificationFailed, show
+from converter.errors import Refused, VerificationFailed
+from converter.text import show
 
 BASE, RUN, REPAIRED, MERGED = "tiny-qwen2-base", "tiny-reward-run", "repaired", "rm"
 CHECKPOINT = f"{RUN}/checkpoint-4"

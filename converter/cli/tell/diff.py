@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.lines import line
 from converter.cli.options import Display
 from converter.cli.progress import progress
-from converter.errors import ConvertError, Refused, UsageError, fold, show
+from converter.errors import ConvertError, Refused, UsageError
+from converter.text import fold, show
 
 if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint

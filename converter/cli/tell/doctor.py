@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import line, next_lines
 from converter.cli.options import Display
-from converter.errors import show
+from converter.text import show
 
 if TYPE_CHECKING:
     from converter.examine.diagnoses.case import Case, Finding

@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from converter import __version__
 from converter.cli.options import Display
+from converter.version import __version__
 
 PACKAGES = (
     "torch", "safetensors", "peft", "transformers", "accelerate", "huggingface_hub",

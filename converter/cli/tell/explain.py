@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Display
 from converter.cli.tell.doctor import WIDTH
-from converter.errors import UsageError, show
+from converter.errors import UsageError
+from converter.text import show
 
 if TYPE_CHECKING:
     from converter.examine.explanations.log import Seen

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import adapter_kind, dtype_word, label_count, line, next_lines, short_revision
 from converter.cli.options import Display
-from converter.errors import ConvertError, fold, show
+from converter.errors import ConvertError
 from converter.examine import facts
-from converter.sizes import format_size
+from converter.text import fold, format_size, show
 
 if TYPE_CHECKING:
     from converter.core.tensors.dtypes import TensorInfo

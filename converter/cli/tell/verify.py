@@ -13,8 +13,9 @@ from converter.core.context import Context
 from converter.core.files import sparse
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
-from converter.errors import ConvertError, Refused, UsageError, VerificationFailed, show
+from converter.errors import ConvertError, Refused, UsageError, VerificationFailed
 from converter.examine.verify.check import Check, failed, fails
+from converter.text import show
 
 if TYPE_CHECKING:
     from converter.converters.heads.model import Reading

@@ -9,13 +9,15 @@ from typing import Any
 from converter.converters.fill.damage import has_headless_class, heads_without_weight
 from converter.converters.fill.evidence import is_comparable, is_empty
 from converter.converters.fill.offers import Offer
-from converter.converters.gather.adapter_config import ADAPTER_CONFIG, HEADS, with_folded_heads
+from converter.converters.gather.adapter_config import HEADS, with_folded_heads
 from converter.converters.gather.gather import Gather
 from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
+from converter.core.side_files import ADAPTER_CONFIG
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, fold
+from converter.errors import Refused
+from converter.text import fold
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import Cast, LazyTensor
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
+from converter.text import fold, show
 
 _BASE_LAYER = ".base_layer."
 _LOOKED_AT = 1 << 12

@@ -46,13 +46,13 @@ from converter.converters.fill.refusals import (
 )
 from converter.converters.fill_copies import is_proved_copy
 from converter.converters.gather.peft_names import PEFT_PREFIX
-from converter.core.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import UsageError, show
-from converter.inputs import Input
+from converter.errors import UsageError
+from converter.text import show
 
 
 @dataclass(frozen=True)

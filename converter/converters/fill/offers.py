@@ -16,8 +16,8 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, LazyTensor
-from converter.errors import fold, show
 from converter.families.memory_names import Architecture, architecture
+from converter.text import fold, show
 
 TRAINING, ADAPTER = "training", "adapter"
 VALUE_HEAD = "v_head."

@@ -10,7 +10,8 @@ from converter.converters.fill.offers import ADAPTER, TRAINING, Offer
 from converter.converters.gather.adapter_config import HEADS
 from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint
-from converter.errors import ConvertError, Refused, fold, show
+from converter.errors import ConvertError, Refused
+from converter.text import fold, show
 
 HEAD = "the head's frozen weight was random and never saved: no base model has it"
 _ADVICE = (

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from converter.converters.gather.peft_names import PeftNames
 from converter.converters.gather_lora_meta import LORA_META, recorded_alpha
-from converter.core.checkpoint import Checkpoint, SideFile
+from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
-from converter.core.files.strict_json import load_json
+from converter.core.side_files import ADAPTER_CONFIG, recorded
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import Refused, UsageError
+from converter.text import fold, show
 
-ADAPTER_CONFIG = "adapter_config.json"
 HEADS = frozenset({"score", "classifier"})
 LORA_FILES = frozenset({ADAPTER_CONFIG, LORA_META})
 """Read here; neither goes along with the tensors as it is."""
-
-
-def recorded(files: Mapping[str, SideFile]) -> dict[str, Any] | None:
-    """The `adapter_config.json` that lies by the shards, if one does."""
-    file = files.get(ADAPTER_CONFIG)
-    if file is None or file.source is None:
-        return None
-    value = load_json(Path(file.source))
-    if not isinstance(value, dict):
-        raise Refused("json-malformed", "the adapter config is no JSON object", where=show(file.source))
-    return value
 
 
 def adapter_config(

@@ -7,14 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from converter.converters.gather.adapter_config import (
-    HEADS,
-    LORA_FILES,
-    adapter_config,
-    head_task,
-    recorded,
-    with_folded_heads,
-)
+from converter.converters.gather.adapter_config import HEADS, LORA_FILES, adapter_config, head_task, with_folded_heads
 from converter.converters.gather.peft_names import (
     PEFT_PREFIX,
     PeftNames,
@@ -28,13 +21,14 @@ from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import Module
 from converter.converters.merge.layer import Layer, merged_weight
 from converter.converters.merge.merge_lora import MergeLora
-from converter.core.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context
+from converter.core.side_files import recorded
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, LazyTensor, Stored
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import Refused, UsageError
 from converter.families.disk_names import with_disk_names
-from converter.inputs import Input
+from converter.text import fold, show
 
 TRAINING = "training"
 

@@ -8,7 +8,7 @@ from converter.converters.heads.model import is_tied
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import Cast, LazyTensor
-from converter.errors import show
+from converter.text import show
 
 _TIED_HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")

@@ -19,8 +19,9 @@ from typing import Literal
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import Refused, UsageError
 from converter.families.memory_names import auto_class
+from converter.text import fold, show
 
 Part = Literal["policy", "value", "actor", "critic", "reward"]
 Layout = Literal["plain", "trl", "llamafactory", "dschat", "trlx", "coati"]

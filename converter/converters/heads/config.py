@@ -9,7 +9,8 @@ from converter.converters.heads.model import Family, Reading, no_class
 from converter.core.context import Context
 from converter.dialects.known import Target
 from converter.dialects.spec import ConfigRules
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 _LABEL_KEYS = ("num_labels", "id2label", "label2id", "problem_type")
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

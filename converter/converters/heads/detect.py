@@ -11,7 +11,8 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import dialects
 from converter.dialects.spec import Dialect, Marks
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import Refused, UsageError
+from converter.text import fold, show
 
 SPARE_FILE = "pytorch_model.bin"
 """Where TRL saves the head beside an adapter; its names count as if they were among the weights."""

@@ -12,7 +12,8 @@ from converter.converters.merge.task_head import TASK_SUFFIX
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
+from converter.text import fold, show
 
 NO_CURE = "ignore_mismatched_sizes and zero-filling give another model"
 

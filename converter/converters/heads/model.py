@@ -15,8 +15,9 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.spec import Dialect
-from converter.errors import Refused, show
+from converter.errors import Refused
 from converter.families import memory_names
+from converter.text import show
 
 # Model types that only a dialect has, and what they are to transformers.
 _MODEL_TYPES = {"gpt_neox_reward_model": "gpt_neox"}

@@ -26,7 +26,8 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, Concat, Filled, LazyTensor
 from converter.dialects.spec import Dialect
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
+from converter.text import fold, show
 
 OUTPUT_EMBEDDINGS = ("lm_head.", "embed_out.")
 _FIRST_BLOCKS = ("layers.0.", "h.0.", "blocks.0.", "decoder.layers.0.")

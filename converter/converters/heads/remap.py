@@ -11,12 +11,12 @@ from converter.converters.heads.fit import BiasWish, Init, NormaliserWish, Wishe
 from converter.converters.heads.model import Reading, main_dtype
 from converter.converters.heads.read import read
 from converter.converters.heads.write import write
-from converter.core.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context
 from converter.dialects.known import Target, dialects, spoken, target
 from converter.dialects.spec import Dialect, HeadSpec, Role
-from converter.errors import Refused, UsageError, fold, show
-from converter.inputs import Input
+from converter.errors import Refused, UsageError
+from converter.text import fold, show
 
 _TRL = "pretrained_model."
 

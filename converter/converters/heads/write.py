@@ -15,7 +15,8 @@ from converter.core.tensors.byte_runs import reads
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import Target
 from converter.dialects.spec import HeadSpec
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
+from converter.text import fold, show
 
 _EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tokens_embed.weight",

@@ -10,8 +10,9 @@ from typing import ClassVar
 from converter.core.checkpoint import Checkpoint, WeightSet
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import Refused, UsageError
 from converter.families.coverage import Judged, judged
+from converter.text import fold, show
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from converter.converters.mend.vocabulary import with_rows_in_config
 from converter.converters.merge.task_head import pad_token_of
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
-from converter.errors import Refused, show
+from converter.errors import Refused
 from converter.families.old_spellings import with_old_spellings
 from converter.families.old_tokenizers import with_old_tokenizer
+from converter.text import show
 
 _WRAPPER = re.compile(r"^(?:FSDP\d?|DDP|Peft|DistributedDataParallel)+(?=[A-Z])")
 _HEAD = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")

@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 
 from converter.converters.gather.gather import Gather
 from converter.converters.gather.peft_names import PEFT_PREFIX, without_wrappers
-from converter.core.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
 from converter.families.plain_names import plain_names
-from converter.inputs import Input
+from converter.text import fold, show
 
 _ADAPTER_NAME = re.compile(
     r"(?P<kind>\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?P<name>[^.]+)(?=\.|$)"

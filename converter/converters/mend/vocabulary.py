@@ -17,7 +17,8 @@ from converter.core.side_files import side_json
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import Refused, UsageError
+from converter.text import fold, show
 
 MOST_ROWS = 100_000_000
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.core.checkpoint import Checkpoint
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 _NEUTRAL = frozenset(
     {

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 FACTOR_KINDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _FACTOR = re.compile(rf"^(?P<module>.+?)\.(?P<kind>{'|'.join(FACTOR_KINDS)})(?P<tail>(?:\.[^.]+)*)$")

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
+from converter.text import fold, show
 
 TRL_FILE = "pytorch_model.bin"
 """Where TRL's wrapper saves the head beside an adapter; beside a whole model no loader looks there."""

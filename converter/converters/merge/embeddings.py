@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
+from converter.text import fold, show
 
 
 def with_prefix(checkpoint: Checkpoint, prefix: str, backbone: set[str]) -> Checkpoint:

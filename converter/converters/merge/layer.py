@@ -12,7 +12,8 @@ from converter.core.tensors import kernel_specs
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
 CONV1D_MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})

@@ -21,15 +21,15 @@ from converter.converters.merge.embeddings import is_vocabulary, untie, with_pre
 from converter.converters.merge.layer import Layer, Update, merged_bias, merged_weight, with_token_rows
 from converter.converters.merge.name_rules import AS_IN_BASE, NameRule, find_rule
 from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_head, is_new_head
-from converter.core.checkpoint import Checkpoint, SideFile
+from converter.core.checkpoint import Checkpoint, Input, SideFile
 from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.side_files import adapter_first
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import Refused, UsageError
 from converter.families.memory_names import architectures, classifier
-from converter.inputs import Input
+from converter.text import fold, show
 
 Numerics = Literal["best", "peft"]
 

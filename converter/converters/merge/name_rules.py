@@ -12,8 +12,9 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from converter.errors import Refused, fold
+from converter.errors import Refused
 from converter.families.memory_names import Architecture, MemoryNames, version
+from converter.text import fold
 
 AS_IN_BASE = "names as in the base"
 

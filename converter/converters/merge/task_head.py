@@ -19,8 +19,9 @@ from converter.core.side_files import side_json
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
 from converter.families.memory_names import Classifier, without_numbers
+from converter.text import fold, show
 
 TASK_SUFFIX = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 _BASE_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForTokenClassification", "Model")

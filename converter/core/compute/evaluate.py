@@ -13,7 +13,8 @@ from converter.core.files.reading import InputFiles
 from converter.core.tensors import kernel_specs
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Apply, Cast, Concat, Filled, LazyTensor, Narrow, Reshape, Stored, Strided
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from converter.core.files import links, sparse
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 
 @dataclass(frozen=True, slots=True)

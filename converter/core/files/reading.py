@@ -12,7 +12,8 @@ from typing import Self
 
 from converter.core.files import sparse
 from converter.core.files.opening import Identity, open_input
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 
 class InputFiles:

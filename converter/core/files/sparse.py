@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from converter.core.files import holes
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 UNIT = 16 * 1024
 """Bytes that are fetched or given back at once: a header of a shard of a 70B model has about 10 KB."""

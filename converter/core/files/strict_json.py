@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from converter.core.files.opening import read_limited
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 MAX_JSON_BYTES = 64_000_000
 MAX_DEPTH = 64

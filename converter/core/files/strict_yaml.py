@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from converter.errors import UsageError, show
+from converter.errors import UsageError
+from converter.text import show
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32

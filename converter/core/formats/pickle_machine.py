@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import IO, Any, NoReturn, cast
 
 from converter.core.formats.pickle_names import MAX_NAMES, AllowedNames, allowed_names, runs_code
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
+from converter.text import fold, show
 
 MAX_PICKLE_BYTES = 256_000_000
 MAX_OPCODES = 10_000_000

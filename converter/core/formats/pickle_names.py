@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from converter.errors import UsageError, show
+from converter.errors import UsageError
+from converter.text import show
 
 CODE = "pickle-names"
 MAX_PATTERN = 200

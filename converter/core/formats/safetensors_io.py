@@ -21,7 +21,8 @@ from typing import Any
 from converter.core.files.opening import Identity, open_input, read_exact
 from converter.core.files.strict_json import load_json, parse_json
 from converter.core.tensors.dtypes import DType, TensorInfo
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 MAX_HEADER_SIZE = 100_000_000
 """Source: `MAX_HEADER_SIZE`, https://github.com/huggingface/safetensors/blob/v0.8.0/safetensors/src/tensor.rs"""

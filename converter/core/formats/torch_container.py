@@ -22,7 +22,8 @@ from converter.core.files import sparse
 from converter.core.files.checksums import crc32
 from converter.core.files.opening import Identity, open_input, pread, read_exact
 from converter.core.formats.pickle_machine import Built, Persistent, PickleValue, read_pickle
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 MAX_DIRECTORY = 256_000_000
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

@@ -27,7 +27,8 @@ from converter.core.formats.torch_container import (
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 MAX_DEPTH = 64
 MAX_ELEMENTS = 2**62

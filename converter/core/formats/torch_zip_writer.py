@@ -19,7 +19,8 @@ from itertools import pairwise
 
 from converter.core.files.checksums import crc32
 from converter.core.tensors.dtypes import DType, TensorInfo
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 ALIGNMENT = 64
 """Storages begin at multiples of this, and so does every other record."""

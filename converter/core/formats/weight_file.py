@@ -12,7 +12,8 @@ from converter.core.files.opening import Identity
 from converter.core.formats.safetensors_io import read_header
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 

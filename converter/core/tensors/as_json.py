@@ -28,7 +28,8 @@ from converter.core.tensors.nodes import (
     stored,
     strided,
 )
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 
 def info_to_json(info: TensorInfo) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from converter.core.tensors.nodes import Apply, Cast, Concat, Filled, LazyTensor, Narrow, Reshape, Stored, Strided
-from converter.errors import show
+from converter.text import show
 
 MIN_COPY_RUN = 64 * 1024
 """A tensor that is cut into many pieces is copied by the operating system only where they average this many bytes."""

@@ -9,7 +9,8 @@ import enum
 import math
 from dataclasses import dataclass
 
-from converter.errors import UsageError, show
+from converter.errors import UsageError
+from converter.text import show
 
 
 class DType(enum.Enum):

@@ -13,7 +13,8 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from converter.core.tensors.dtypes import DType, TensorInfo
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 Scalar = bool | int | float | str
 Param = Scalar | tuple[Scalar, ...]

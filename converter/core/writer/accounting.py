@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from converter.core.checkpoint import Checkpoint, RecordCheck
 from converter.core.tensors.byte_runs import ByteRun, reads
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import fold
+from converter.text import fold
 
 
 def checks_of(tensors: Iterable[LazyTensor], checks: Sequence[RecordCheck]) -> tuple[RecordCheck, ...]:

@@ -23,8 +23,8 @@ from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.core.writer import shard_plan
 from converter.core.writer.accounting import checks_of
 from converter.core.writer.shard_plan import Entry, ShardPlan, as_link, lay_out
-from converter.errors import Refused, fold, show
-from converter.sizes import format_size
+from converter.errors import Refused
+from converter.text import fold, format_size, show
 
 PLAN_VERSION = 2
 """Raised whenever the same inputs may give another plan or other bytes; part of the fingerprint."""

@@ -11,8 +11,8 @@ from converter.core.files.links import RECEIPT_FILE
 from converter.core.tensors.nodes import is_separable, rows
 from converter.core.writer.plan import Plan
 from converter.core.writer.shard_plan import chunk_cost
-from converter.errors import Refused, show
-from converter.sizes import format_size
+from converter.errors import Refused
+from converter.text import format_size, show
 
 TORCH_MEMORY = 300_000_000
 """Resident bytes of the process once torch is imported and warm, about (measured: 0.22 GB after the import)."""

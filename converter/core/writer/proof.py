@@ -16,7 +16,8 @@ from converter.core.formats.safetensors_io import read_header
 from converter.core.tensors.nodes import rows
 from converter.core.writer.plan import Plan
 from converter.core.writer.shard_plan import Entry, ShardPlan
-from converter.errors import VerificationFailed, show
+from converter.errors import VerificationFailed
+from converter.text import show
 
 SAMPLES = 24
 """Pieces of the output that are compared with what they should be."""

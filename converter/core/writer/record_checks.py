@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from converter.core.checkpoint import RecordCheck
 from converter.core.files.checksums import crc32
 from converter.core.files.reading import InputFiles
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 BLOCK = 1 << 22
 """Bytes that each thread holds."""

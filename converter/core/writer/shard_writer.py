@@ -29,7 +29,7 @@ from converter.core.writer.shard_plan import Entry, ShardPlan, chunk_cost
 from converter.core.writer.stage import FILE_MODE, Stage, fsync_folder, make_folders
 
 if TYPE_CHECKING:
-    from converter.core.writer.write import Reporter
+    from converter.core.writer.reporter import Reporter
 
 FLUSH_BYTES = 256_000_000
 """Bytes of a file that may wait in the page cache before they are sent to the disk, beside the work on the rest."""

@@ -23,7 +23,8 @@ from typing import Any
 
 from converter.core.files.links import RECEIPT_FILE
 from converter.core.writer.copying import write_all
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 JOURNAL = "journal.jsonl"
 FILE_MODE = 0o666

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from converter.core.compute.allocator import keep_freed_memory
 from converter.core.compute.measures import Measures, with_ratios
@@ -22,30 +22,16 @@ from converter.core.writer.plan import Plan
 from converter.core.writer.preflight import check_space, check_target, memory_limit
 from converter.core.writer.proof import check_written
 from converter.core.writer.record_checks import compare_records
+from converter.core.writer.reporter import Reporter
 from converter.core.writer.shard_files import is_still_there
 from converter.core.writer.shard_plan import ShardPlan
 from converter.core.writer.shard_writer import ShardWriter
 from converter.core.writer.stage import Stage, fsync_folder, make_folders, write_durably
-from converter.errors import Interrupted, Refused, VerificationFailed, show
+from converter.errors import Interrupted, Refused, VerificationFailed
+from converter.text import show
 
 Accept = Callable[[Mapping[str, Measures]], None]
 """Called with every computed tensor's measures before the output is published; raises to stop it."""
-
-
-class Reporter(Protocol):
-    """Hears how a run goes on. Called from several threads."""
-
-    def start(self, total_bytes: int, shards: int) -> None:
-        """The run begins; `total_bytes` of weights in `shards` files are to be written."""
-
-    def advance(self, count: int, tensor: str) -> None:
-        """`count` more bytes are written; `tensor` is the one being worked on."""
-
-    def shard_done(self, file: str, size: int, resumed: bool) -> None:
-        """A file of `size` bytes is durable; `resumed`: an earlier run wrote it."""
-
-    def checking(self) -> None:
-        """All is written; the check begins."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from converter.converters.heads.model import family
 from converter.core.context import Context
-from converter.errors import ConvertError, Refused, UsageError, fold, show
+from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, Severity, diagnosis, folded
 from converter.examine.diagnoses.heads import filling_command
 from converter.sources.survey import StoredTensor
+from converter.text import fold, show
 
 _LORA = re.compile(r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.|$)")
 _COPY = re.compile(r"(?:base_model\.model\.)+")

@@ -15,9 +15,10 @@ from converter.core.checkpoint import Checkpoint, Origin
 from converter.core.context import Context
 from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
 from converter.core.tensors.dtypes import TensorInfo
-from converter.errors import ConvertError, Refused, fold, show
+from converter.errors import ConvertError, Refused
 from converter.examine.diagnoses.script import Launch
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, Survey, file_names
+from converter.text import fold, show
 
 Severity = Literal["error", "changes-numbers", "cosmetic"]
 Applicability = Literal["safe", "unsafe", "display-only"]

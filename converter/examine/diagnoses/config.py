@@ -8,10 +8,11 @@ from typing import Any
 
 from converter.converters.heads.model import family
 from converter.core.context import Context
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Severity, diagnosis, folded
 from converter.families.old_spellings import missing_spellings
+from converter.text import fold, show
 
 _CLASSIFIER = re.compile(r"For(?:Sequence|Token)Classification$")
 _WRAPPERS = re.compile(r"^(?:FSDP|DDP|Peft|DistributedDataParallel)\w+")

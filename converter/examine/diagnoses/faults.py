@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from converter.core.context import Context
-from converter.errors import show
 from converter.examine.diagnoses.case import ALL_KINDS, HERE, LOST, Case, Diagnosis, Finding, Severity
 from converter.examine.diagnoses.shard_faults import DOCUMENTED
 from converter.sources.survey import Fault
+from converter.text import show
 
 _COPY = "from another copy of the file"
 _WRITTEN_ANEW = frozenset(

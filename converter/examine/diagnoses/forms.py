@@ -7,8 +7,9 @@ from typing import Any
 
 from converter.core.context import Context
 from converter.core.formats.safetensors_io import read_header
-from converter.errors import ConvertError, show
+from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
+from converter.text import show
 
 
 @diagnosis("format-missing", "model", "adapter")

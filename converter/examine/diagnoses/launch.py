@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable
 
 from converter.core.context import Context
-from converter.errors import fold, show
 from converter.examine.diagnoses.case import Case, Finding, diagnosis
 from converter.examine.diagnoses.config import architecture
 from converter.examine.diagnoses.heads import dialect_of, heads_here
 from converter.sources.survey import file_names
+from converter.text import fold, show
 
 
 @diagnosis("launch-unknown")

@@ -11,11 +11,12 @@ from converter.converters.heads.read import read
 from converter.core.context import Context
 from converter.dialects.known import Target
 from converter.dialects.spec import Role
-from converter.errors import ConvertError, Refused, UsageError, fold, show
+from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
 from converter.examine.diagnoses.case import HERE, Case, Finding, Severity, diagnosis
 from converter.examine.diagnoses.config import architecture, label_count
 from converter.examine.diagnoses.heads import convert_command, dialect_of, heads_here, role_word, wanted_head
+from converter.text import fold, show
 
 _GOES_BY_CLASS = {
     "ms-swift": "takes it for another kind of model",

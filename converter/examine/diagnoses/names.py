@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable
 
 from converter.core.context import Context
-from converter.errors import show
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Severity, diagnosis, folded
 from converter.families.disk_names import MemoryForm, memory_form
 from converter.families.plain_names import plain_names
+from converter.text import show
 
 WRAPPER = re.compile(
     r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module|_forward_module)\."

@@ -8,9 +8,10 @@ from typing import Any
 
 from converter.core.context import Context
 from converter.core.files.opening import read_limited
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
 from converter.examine.diagnoses.config import is_part_of_vision
+from converter.text import fold, show
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _TEMPLATE_BYTES = 1 << 20

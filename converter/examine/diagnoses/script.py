@@ -15,7 +15,8 @@ from pathlib import Path
 
 from converter.core.files.opening import read_limited
 from converter.dialects.spec import Role
-from converter.errors import ConvertError, UsageError, show
+from converter.errors import ConvertError, UsageError
+from converter.text import show
 
 MAX_SCRIPT = 1 << 20
 MAX_TOKENS = 20_000

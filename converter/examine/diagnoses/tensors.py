@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable
 
 from converter.core.context import Context
-from converter.errors import fold, show
 from converter.examine.diagnoses.case import LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.examine.diagnoses.faults import explanation, finding_of
 from converter.examine.diagnoses.heads import filling_command
 from converter.families.plain_names import plain_names
+from converter.text import fold, show
 
 _LAYER = re.compile(r"(?P<stack>(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?))\.(?P<number>\d{1,6})\.", re.ASCII)
 _NUMBERED = re.compile(r"\.\d+\.", re.ASCII)

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 
 from converter.core.context import Context
-from converter.errors import show
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.config import architecture, is_classifier
 from converter.examine.diagnoses.places import heads_among
+from converter.text import show
 
 _OUTPUTS = ("lm_head.weight", "embed_out.weight")
 _INPUTS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight", "embed_tokens.weight")

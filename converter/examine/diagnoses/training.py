@@ -11,9 +11,10 @@ from pathlib import Path
 
 from converter.core.context import Context
 from converter.core.files.opening import read_limited
-from converter.errors import ConvertError, fold, show
+from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis
 from converter.sources.survey import ADAPTER_PICKLED, ADAPTER_WEIGHTS, file_names, is_weights_of_model
+from converter.text import fold, show
 
 _UNFINISHED = re.compile(r"(?:tmp-checkpoint-\d+|.*\.(?:partial|tmp))", re.ASCII)
 _TEMPORARY = re.compile(

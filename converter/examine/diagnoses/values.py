@@ -11,7 +11,7 @@ from converter.converters.heads.model import hidden_size
 from converter.converters.heads.read import values
 from converter.core.context import MAX_READ, Context
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import ConvertError, fold, show
+from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.heads import heads_here
 from converter.examine.diagnoses.places import heads_in
@@ -19,6 +19,7 @@ from converter.sources.hf import peft
 from converter.sources.hf import source as hf
 from converter.sources.places import by_number
 from converter.sources.survey import Survey
+from converter.text import fold, show
 
 _CHECKPOINT = re.compile(r"(?:checkpoint|step|epoch|iter)[-_]?\d+", re.ASCII)
 _MASKS = re.compile(r"(?:mask|masked_bias|attn\.bias)$")

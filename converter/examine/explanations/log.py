@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from converter.errors import show
 from converter.examine.explanations import advice, loading, reports, training
 from converter.examine.explanations.message import Message
+from converter.text import show
 
 MESSAGES: tuple[Message, ...] = (*reports.MESSAGES, *loading.MESSAGES, *training.MESSAGES, *advice.MESSAGES)
 """In the order in which they are tried: the first that matches a line explains it."""

@@ -19,9 +19,10 @@ from converter.core.files.reading import InputFiles
 from converter.core.tensors.byte_runs import byte_runs
 from converter.core.tensors.nodes import LazyTensor, narrow
 from converter.dialects.known import Target
-from converter.errors import ConvertError, fold
+from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note, spread
 from converter.examine.verify.values import Reference, apply_head, fp64, is_small, probe_batches, reading_inputs
+from converter.text import fold
 
 BLOCK = 1 << 22
 """Elements of a tensor that are held while it is compared: 32 MB a side in fp64."""

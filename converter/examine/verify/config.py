@@ -12,8 +12,9 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ
 from converter.core.files.strict_json import load_json
 from converter.dialects.known import Target, numbers
-from converter.errors import ConvertError, show
+from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note
+from converter.text import show
 
 _DECIDES_BY_CLASS = ("ms-swift", "verl", "areal", "roll", "vllm", "transformers")
 """Trainers that choose the class to load, or to save, by `architectures`."""

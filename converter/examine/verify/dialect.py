@@ -18,9 +18,10 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ, Context
 from converter.dialects.known import Target
 from converter.dialects.spec import HeadSpec, Role
-from converter.errors import ConvertError, fold, show
+from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note
 from converter.examine.verify.config import check_config, check_normaliser, check_tokens
+from converter.text import fold, show
 
 _ROLES: tuple[Role, ...] = ("critic", "reward", "actor")
 

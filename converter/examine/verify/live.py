@@ -24,7 +24,7 @@ from converter.core.files.reading import InputFiles
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, recast
 from converter.dialects.known import Target
-from converter.errors import ConvertError, Refused, UsageError, fold, show
+from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.verify.against import blocks
 from converter.examine.verify.check import Check, fails, holds, note
 from converter.examine.verify.values import (
@@ -36,6 +36,7 @@ from converter.examine.verify.values import (
     probe_batches,
     reading_inputs,
 )
+from converter.text import fold, show
 
 PROBES = Path(__file__).parent / "probes"
 TIMEOUT = 600

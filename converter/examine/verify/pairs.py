@@ -13,9 +13,10 @@ from typing import Any
 
 from converter.converters.heads.model import Reading
 from converter.dialects.spec import Pooling
-from converter.errors import UsageError, show
+from converter.errors import UsageError
 from converter.examine.verify.check import Check, holds, note, spread
 from converter.examine.verify.values import Batch, Reference, padded, pooled
+from converter.text import show
 
 MOST_PAIRS = 200
 """Pairs that are scored; a table of more says no more."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from converter.core.files.links import RECEIPT_FILE
 from converter.core.files.strict_json import load_json
-from converter.errors import ConvertError, fold, show
+from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note
+from converter.text import fold, show
 
 
 def check_receipt(root: Path, header_names: frozenset[str]) -> list[Check]:

@@ -17,7 +17,8 @@ from converter.core.files.opening import Identity
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.spec import Pooling
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 if TYPE_CHECKING:
     import torch

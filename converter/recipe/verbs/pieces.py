@@ -8,7 +8,7 @@ from converter.cli.options import Conversion
 from converter.core.tensors.dtypes import DType
 from converter.errors import UsageError
 from converter.recipe.recipe import InputSpec, Output, Recipe, Step
-from converter.sizes import parse_size
+from converter.text import parse_size
 
 
 def input_spec(text: str, revision: str | None = None) -> InputSpec:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.core.context import Context
-from converter.errors import UsageError, show
+from converter.errors import UsageError
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import Case, Finding
 from converter.examine.doctor import Asked, diagnoses, examine
@@ -19,6 +19,7 @@ from converter.families.plain_names import plain_names
 from converter.recipe.recipe import Step
 from converter.sources.hf.set_files import OF_THE_INDEX, find_sets
 from converter.sources.survey import MODEL_CONFIG, StoredTensor
+from converter.text import show
 
 CHOOSE = "choose-weights"
 """It runs before anything is filled: what is lost depends on the set of weight files that is taken."""

@@ -11,11 +11,12 @@ from pathlib import Path
 from converter.converters.fill.evidence import step_of
 from converter.core.files import sparse
 from converter.core.files.opening import read_limited
-from converter.errors import ConvertError, show
+from converter.errors import ConvertError
 from converter.plugins import FindsPlaces, find_place, kind_of, sources
 from converter.sources.hub.names import SCHEME, as_reference, below
 from converter.sources.locate import resolve
 from converter.sources.places import by_number
+from converter.text import show
 
 MOST_FOLDERS = 400
 """Folders that are looked into; a run keeps a few checkpoints, a home folder has thousands of others."""

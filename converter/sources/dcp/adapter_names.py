@@ -12,7 +12,8 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
+from converter.text import fold, show
 
 _KINDS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
 _SAVED = re.compile(rf"(?P<module>.+\.(?:{_KINDS}))(?P<leaf>\.weight|\.bias)?", re.ASCII)

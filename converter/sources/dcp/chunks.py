@@ -14,8 +14,9 @@ from converter.core.formats.torch_file import read_torch_member
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
 from converter.sources.dcp.metadata import METADATA, Chunk, Entry, Metadata, Place
+from converter.text import fold, show
 
 MAX_CUTS = 64
 

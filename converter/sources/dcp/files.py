@@ -12,10 +12,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import Refused, UsageError
 from converter.sources.places import Place, by_number
 from converter.sources.survey import file_names, folder_kind
 from converter.sources.unread import is_megatron_sharded
+from converter.text import fold, show
 
 Kind = Literal["dcp", "full", "ranks", "hf-shards", "rank-metadata", "no-metadata"]
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from converter.errors import fold, show
 from converter.sources.dcp.metadata import Metadata
+from converter.text import fold, show
 
 Moment = Literal["exp_avg", "exp_avg_sq"]
 

@@ -19,8 +19,9 @@ from converter.core.files.opening import Identity, identity, read_limited
 from converter.core.formats.pickle_machine import MAX_PICKLE_BYTES, Built, Global, check_names, read_pickle
 from converter.core.formats.torch_file import MAX_ELEMENTS, dtype_named
 from converter.core.tensors.dtypes import DType
-from converter.errors import Refused, show
+from converter.errors import Refused
 from converter.sources.unread import megatron
+from converter.text import show
 
 METADATA = ".metadata"
 MAX_DIMENSIONS = 64

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.core.checkpoint import Checkpoint
-from converter.errors import Refused, UsageError, show
+from converter.errors import Refused, UsageError
 from converter.sources.dcp.files import Kind, folders_in, kind_here, search
 from converter.sources.places import Place
 from converter.sources.survey import Fault, Survey
+from converter.text import show
 
 if TYPE_CHECKING:
     from converter.core.tensors.nodes import LazyTensor

@@ -12,7 +12,7 @@ from converter.core.files.opening import Identity, identity
 from converter.core.formats.torch_file import read_torch_file, state_dict
 from converter.core.tensors.byte_runs import leaves
 from converter.core.tensors.nodes import LazyTensor, Stored
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
 from converter.sources.beside import find_beside
 from converter.sources.dcp.adapter_names import names_in_memory
 from converter.sources.dcp.chunks import Pieces
@@ -22,6 +22,7 @@ from converter.sources.dcp.metadata import METADATA, Metadata, read_metadata
 from converter.sources.deepspeed.files import run_folders
 from converter.sources.places import Place
 from converter.sources.survey import StoredTensor, Survey, file_names, snapshot_of
+from converter.text import fold, show
 
 KIND = "training"
 OPTIMIZER_FILE = "optimizer.bin"

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.core.files.opening import read_limited
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import Refused, UsageError
 from converter.sources.places import Place, by_number
 from converter.sources.survey import file_names
 from converter.sources.unread import other_layout
+from converter.text import fold, show
 
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"

@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import fold
 from converter.sources.deepspeed.state import Shards
+from converter.text import fold
 
 MOMENTS_ORDER = "moments-order"
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from converter.core.formats.torch_container import record_sizes
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
-from converter.errors import Refused, show
+from converter.errors import Refused
 from converter.sources.deepspeed.layout import trained_shapes
 from converter.sources.deepspeed.state import Shards, shapes
 from converter.sources.deepspeed.weights import shared_names, training_dtype
 from converter.sources.survey import StoredTensor, Survey
+from converter.text import show
 
 FEW_RANKS = 4
 """So many ranks are read whole: it takes no longer than a screen."""

@@ -14,10 +14,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from converter.errors import Refused, UsageError, show
+from converter.errors import Refused, UsageError
 from converter.sources.deepspeed.files import find_tag, holds_ranks, search_tag, tags_in
 from converter.sources.places import Place
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind
+from converter.text import show
 
 if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint

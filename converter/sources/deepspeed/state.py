@@ -15,8 +15,9 @@ from converter.core.files.opening import Identity, open_input, read_exact
 from converter.core.formats.torch_file import Opaque, read_torch_file
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, Stored
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
 from converter.sources.deepspeed.files import UNIVERSAL, RankFiles, is_universal, rank_files
+from converter.text import fold, show
 
 BF16_OPTIMIZER = "BF16_Optimizer"
 

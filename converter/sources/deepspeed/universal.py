@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converter.errors import UsageError, show
+from converter.errors import UsageError
 from converter.sources.deepspeed.files import UNIVERSAL, is_universal, search_universal, tags_in, universal_in
 from converter.sources.deepspeed.source import DeepSpeedSource
 from converter.sources.places import Place
 from converter.sources.survey import file_names, folder_kind
+from converter.text import show
 
 
 class UniversalSource(DeepSpeedSource):

@@ -13,13 +13,13 @@ from converter.core.checkpoint import Checkpoint, Origin
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import show
 from converter.sources.beside import find_beside
 from converter.sources.deepspeed.files import run_folders
 from converter.sources.deepspeed.layout import frozen_tensors, trained_shapes, trained_tensors
 from converter.sources.deepspeed.state import Shards, expect_one_step, read_shards
 from converter.sources.places import Place
 from converter.sources.survey import name_of
+from converter.text import show
 
 KIND = "training"
 WRAPPED = "pretrained_model."

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import fold, show
 from converter.sources.deepspeed.files import UNIVERSAL
 from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, common_state
 from converter.sources.survey import file_names
+from converter.text import fold, show
 
 State = Literal["master", "exp_avg", "exp_avg_sq"]
 Shapes = dict[str, tuple[int, ...]]

@@ -7,8 +7,9 @@ from pathlib import Path
 from converter.core.checkpoint import Checkpoint, Origin
 from converter.core.files.opening import identity
 from converter.core.formats.weight_file import PICKLED_SUFFIXES, read_weights
-from converter.errors import Refused, show
+from converter.errors import Refused
 from converter.sources.survey import Fault, StoredTensor, Survey, empty_tensors, file_names, is_weight_file
+from converter.text import show
 
 MOST_FILES = 64
 

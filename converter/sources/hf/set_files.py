@@ -13,10 +13,11 @@ from converter.core.checkpoint import WeightSet
 from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
 from converter.core.formats.safetensors_io import read_index
 from converter.core.formats.weight_file import WeightFile
-from converter.errors import Refused, fold, show
+from converter.errors import Refused
 from converter.families.coverage import Judged, judged
 from converter.sources import survey as folder
 from converter.sources.survey import Fault, Survey
+from converter.text import fold, show
 
 CODE = "weight-sets"
 OF_THE_INDEX = frozenset({"index-malformed", "index-conflict", "index-phantom"})

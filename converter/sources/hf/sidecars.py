@@ -16,8 +16,9 @@ from converter.core.checkpoint import RecordCheck
 from converter.core.files.opening import Identity
 from converter.core.formats.weight_file import WeightFile, read_weights
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, show
+from converter.errors import Refused
 from converter.sources.survey import MODEL_PICKLED, Fault, StoredTensor, Survey, empty_tensors
+from converter.text import show
 
 VALUE_HEADS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
 OTHER_LAYERS = ("regression_layer.pt", "gating_layer.pt")

@@ -12,7 +12,8 @@ from pathlib import PurePosixPath
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-from converter.errors import Refused, show
+from converter.errors import Refused
+from converter.text import show
 
 ATTEMPTS = 4
 FIRST_WAIT = 0.5

@@ -10,8 +10,8 @@ from typing import Any
 
 from converter.core.files import sparse
 from converter.core.files.opening import open_input
-from converter.errors import fold, show
 from converter.sources.hub.client import ListedFile, expect_safe_endpoint, list_files, refuse
+from converter.text import fold, show
 
 _BLOCK = 1 << 22
 

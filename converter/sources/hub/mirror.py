@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 
 from converter.core.files import sparse
-from converter.errors import Refused, show
+from converter.errors import Refused
 from converter.sources.hub.client import ListedFile, Repository, open_repository
 from converter.sources.survey import is_weight_file
+from converter.text import show
 
 SMALL = 65_536
 """Bytes of a weight file that is fetched in one piece."""

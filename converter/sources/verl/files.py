@@ -16,9 +16,10 @@ from pathlib import Path
 
 from converter.core.files.opening import read_limited
 from converter.core.files.strict_json import load_json
-from converter.errors import Refused, UsageError, fold, show
+from converter.errors import Refused, UsageError
 from converter.sources.places import Place, by_number
 from converter.sources.survey import file_names, is_weights_of_model
+from converter.text import fold, show
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HUGGINGFACE = "huggingface"

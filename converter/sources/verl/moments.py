@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import Refused, show
+from converter.errors import Refused
 from converter.sources.verl.shards import Piece, Ranks, Value
 from converter.sources.verl.weights import Weights
+from converter.text import show
 
 State = Literal["exp_avg", "exp_avg_sq"]
 _LAYER = re.compile(r"(?:^|.*?\.)\d+(?=\.)")

@@ -10,7 +10,6 @@ from converter.core.checkpoint import Checkpoint, Origin, SideFile
 from converter.core.files.opening import identity
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
-from converter.errors import show
 from converter.sources.beside import Beside, find_beside
 from converter.sources.places import Place
 from converter.sources.survey import MODEL_CONFIG, file_names, is_weights_of_model, name_of
@@ -18,6 +17,7 @@ from converter.sources.verl.files import FSDP_CONFIG, HUGGINGFACE, LORA_ADAPTER,
 from converter.sources.verl.moments import moments, trained_names
 from converter.sources.verl.shards import Ranks
 from converter.sources.verl.weights import Weights, read_weights
+from converter.text import show
 
 KIND = "training"
 LORA_META = "lora_train_meta.json"

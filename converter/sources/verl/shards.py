@@ -21,8 +21,9 @@ from converter.core.formats.torch_file import Opaque, read_torch_file
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor, Stored
-from converter.errors import Refused, show
+from converter.errors import Refused
 from converter.sources.verl.files import RankFiles
+from converter.text import show
 
 _WRAPPER = "torch._utils._rebuild_wrapper_subclass"
 

@@ -13,10 +13,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from converter.errors import Refused, UsageError, show
+from converter.errors import Refused, UsageError
 from converter.sources.places import Place
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind
 from converter.sources.verl.files import find_part, holds_ranks, parts_in, rank_files, steps_in
+from converter.text import show
 
 if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from converter.core.tensors.nodes import LazyTensor, Stored
-from converter.errors import fold, show
 from converter.sources.verl.shards import Piece, Ranks, Value
+from converter.text import fold, show
 
 
 @dataclass(frozen=True)

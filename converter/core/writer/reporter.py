@@ -1,0 +1,21 @@
+"""What the writer tells of a run while it goes on."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Reporter(Protocol):
+    """Hears how a run goes on. Called from several threads."""
+
+    def start(self, total_bytes: int, shards: int) -> None:
+        """The run begins; `total_bytes` of weights in `shards` files are to be written."""
+
+    def advance(self, count: int, tensor: str) -> None:
+        """`count` more bytes are written; `tensor` is the one being worked on."""
+
+    def shard_done(self, file: str, size: int, resumed: bool) -> None:
+        """A file of `size` bytes is durable; `resumed`: an earlier run wrote it."""
+
+    def checking(self) -> None:
+        """All is written; the check begins."""
