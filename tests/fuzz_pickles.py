@@ -31,7 +31,7 @@ from converter.core.formats.torch_file import read_torch_file
 from converter.core.tensors.nodes import LazyTensor
 from converter.core.writer.plan import make_plan
 from converter.errors import ConvertError
-from converter.plugins import find_place, sources
+from converter.sources.finding import find_place, sources
 
 ADDRESS_SPACE = 1_000_000_000
 HANG = 20

@@ -15,7 +15,7 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.writer.plan import make_plan
 from converter.core.writer.write import write
-from converter.plugins import kind_of, sources
+from converter.sources.finding import kind_of, sources
 from durability import Quiet
 from oracle.command import Ran, run
 

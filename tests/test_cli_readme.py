@@ -13,9 +13,12 @@ import pytest
 import oracle
 from converter import plugins as registry
 from converter.cli import VERBS
+from converter.converters import finding as find_converters
 from converter.core.tensors import kernel_specs
 from converter.recipe.fields import check
-from converter.recipe.recipe import InputSpec, parse_recipe
+from converter.recipe.recipe import parse_recipe
+from converter.sources import finding as find_sources
+from converter.sources.opening import InputSpec
 from oracle.command import run
 
 FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
@@ -96,10 +99,10 @@ def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     points = blocks("toml")[0].replace('[project.entry-points."', "[").replace('"]', "]").replace('"', "")
     (info / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(str(site))
-    for cached in (registry.find_converter, registry.sources, kernel_specs.find):
+    for cached in (find_converters.find_converter, find_sources.sources, kernel_specs.find):
         cached.cache_clear()
     yield
-    registry.find_converter.cache_clear()
+    find_converters.find_converter.cache_clear()
 
 
 def test_the_plug_in_is_a_step_of_a_recipe(here: Path, plug_in: None) -> None:

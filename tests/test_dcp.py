@@ -10,9 +10,9 @@ import pytest
 import converter
 from converter.core.tensors.byte_runs import byte_runs
 from converter.errors import Refused, UsageError
-from converter.plugins import find_place, kind_of, sources
 from converter.sources.dcp.adapter_names import names_in_memory
 from converter.sources.dcp.source import SOURCE, adam_moments
+from converter.sources.finding import find_place, kind_of, sources
 from converter.sources.hf.source import SOURCE as HF
 from dcp.broken import copied, refused
 from dcp.compare import RUNS, facts, faults, live, run_names

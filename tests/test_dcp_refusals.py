@@ -13,8 +13,8 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from converter.errors import Refused
-from converter.plugins import find_place, kind_of
 from converter.sources.dcp.source import SOURCE, adam_moments
+from converter.sources.finding import find_place, kind_of
 from dcp.broken import copied, edit, refused
 from dcp.compare import RUNS, faults, live
 from zero.compare import differences, evaluated

@@ -12,8 +12,8 @@ import torch
 
 from converter.core.tensors.byte_runs import byte_runs
 from converter.errors import ConvertError, Refused, UsageError
-from converter.plugins import kind_of
 from converter.sources.deepspeed.source import SOURCE, adam_moments, open_tag
+from converter.sources.finding import kind_of
 from zero.compare import RUNS, differences, evaluated, facts, faults, live, run_names
 
 

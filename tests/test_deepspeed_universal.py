@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from converter.core.tensors.byte_runs import byte_runs
 from converter.errors import ConvertError, Refused, UsageError
-from converter.plugins import find_place, kind_of
 from converter.sources.deepspeed.universal import SOURCE
+from converter.sources.finding import find_place, kind_of
 from oracle.command import run as run_command
 from zero.compare import RUNS, differences, evaluated, faults, live, run_names
 

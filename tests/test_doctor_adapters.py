@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from converter.examine.doctor import Asked, diagnoses, examine
-from converter.plugins import sources
+from converter.sources.finding import sources
 
 SIZES = LlamaConfig(
     hidden_size=8,

@@ -190,7 +190,7 @@ def test_a_neighbour_s_run_is_not_recommended_as_a_source(tmp_path: Path) -> Non
 def test_links_that_lead_in_circles_and_thousands_of_neighbours_do_no_harm(
     causal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from converter.plugins import sources
+    from converter.sources.finding import sources
 
     (causal / "loop").symlink_to(causal)
     (tmp_path / "lm-loop").symlink_to(tmp_path)

@@ -10,7 +10,8 @@ import pytest
 from converter.core.files.strict_yaml import read_values
 from converter.errors import UsageError
 from converter.recipe.fields import check
-from converter.recipe.recipe import InputSpec, Output, Recipe, load_recipe, parse_recipe, shipped_recipes
+from converter.recipe.recipe import Output, Recipe, load_recipe, parse_recipe, shipped_recipes
+from converter.sources.opening import InputSpec
 
 GOOD = """\
 version: 1

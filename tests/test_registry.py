@@ -10,8 +10,10 @@ from textwrap import dedent
 import pytest
 
 from converter import plugins as registry
+from converter.converters import finding as find_converters
 from converter.core.tensors import kernel_specs
 from converter.errors import UsageError
+from converter.sources import finding as find_sources
 from oracle.command import run
 
 STRANGER = """
@@ -57,8 +59,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]
 
 
 def clear() -> None:
-    registry.sources.cache_clear()
-    registry.find_converter.cache_clear()
+    find_sources.sources.cache_clear()
+    find_converters.find_converter.cache_clear()
     kernel_specs.find.cache_clear()
 
 
@@ -78,12 +80,12 @@ def test_every_plug_in_of_ours_can_be_imported() -> None:
 
 def test_a_stranger_s_converter_is_found_by_name(install) -> None:
     install("stranger", STRANGER, {registry.CONVERTERS: {"drop-all": "stranger:DropAll"}})
-    assert registry.find_converter("drop-all").__module__ == "stranger"
+    assert find_converters.find_converter("drop-all").__module__ == "stranger"
 
 
 def test_an_unknown_converter_is_named_with_the_nearest_known_one() -> None:
     with pytest.raises(UsageError) as caught:
-        registry.find_converter("merge_lora")
+        find_converters.find_converter("merge_lora")
     assert caught.value.code == "unknown-converter"
     assert caught.value.next == "did you mean `merge-lora`?"
 
@@ -92,22 +94,22 @@ def test_a_converter_that_two_packages_register_is_refused_with_both_names(insta
     install("one", STRANGER, {registry.CONVERTERS: {"drop-all": "one:DropAll"}})
     install("two", STRANGER, {registry.CONVERTERS: {"drop-all": "two:DropAll"}})
     with pytest.raises(UsageError) as caught:
-        registry.find_converter("drop-all")
+        find_converters.find_converter("drop-all")
     assert caught.value.got == "one 1.0, two 1.0"
 
 
 def test_a_plug_in_that_can_t_be_imported_is_an_error_of_its_package_and_of_no_other(install) -> None:
     install("broken", "raise RuntimeError('no such luck')", {registry.CONVERTERS: {"broken": "broken:Thing"}})
     with pytest.raises(UsageError, match="no such luck") as caught:
-        registry.find_converter("broken")
+        find_converters.find_converter("broken")
     assert caught.value.where == "broken 1.0"
-    assert registry.find_converter("merge-lora").name == "merge-lora"
+    assert find_converters.find_converter("merge-lora").name == "merge-lora"
 
 
 def test_an_entry_point_that_names_no_converter_is_refused(install) -> None:
     install("stranger", STRANGER, {registry.CONVERTERS: {"odd": "stranger:NOT_A_CONVERTER"}})
     with pytest.raises(UsageError, match="is not a converter named `odd`"):
-        registry.find_converter("odd")
+        find_converters.find_converter("odd")
 
 
 def test_list_shows_a_stranger_s_plug_in_and_marks_a_broken_one(install) -> None:

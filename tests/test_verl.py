@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from converter.core.tensors.byte_runs import byte_runs
 from converter.errors import ConvertError, UsageError
-from converter.plugins import find_place, kind_of
+from converter.sources.finding import find_place, kind_of
 from converter.sources.verl.source import SOURCE
 from verl_saves.compare import RUNS, facts, live, moment_faults, run_names, weight_faults
 from zero.compare import differences, evaluated

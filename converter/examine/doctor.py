@@ -22,7 +22,8 @@ from converter.examine.diagnoses.case import SEVERITIES, Case, Diagnosis, Findin
 from converter.examine.diagnoses.causes import one_per_cause, with_steps
 from converter.examine.diagnoses.faults import NOT_READ_HERE, undocumented
 from converter.examine.diagnoses.script import read_launch
-from converter.plugins import DIAGNOSES, FindsPlaces, Source, kind_of, loaded, nothing_in, sources
+from converter.plugins import DIAGNOSES, loaded
+from converter.sources.finding import FindsPlaces, Source, kind_of, nothing_in, sources
 from converter.sources.hf.loose import survey_files
 from converter.sources.hub.names import SCHEME, as_reference, below
 from converter.sources.locate import resolve

@@ -10,9 +10,9 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from converter.converters.finding import Converter, find_converter
 from converter.core.checkpoint import INPUT, Checkpoint
 from converter.errors import ConvertError, UsageError
-from converter.plugins import Converter, find_converter
 from converter.recipe.recipe import SOURCE, Recipe, invalid, place, wrong
 from converter.text import show
 

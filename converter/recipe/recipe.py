@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from converter.errors import UsageError
+from converter.sources.opening import InputSpec
 from converter.text import parse_size, show
 
 if TYPE_CHECKING:
@@ -32,33 +33,6 @@ SOURCE = "source"
 
 Layout = Literal["auto", "preserve", "pack"]
 _INPUT_NAME = re.compile(r"[a-z][a-z0-9-]{0,40}", re.ASCII)
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """Where an input lies.
-
-    Attributes:
-        path: a folder or a Hub id; None where the user gives it with `--input NAME=PATH`.
-        base_of: name of an adapter input; this one is the base model that the adapter records.
-        revision: Hub commit, branch or tag.
-        master: of a trainer's state, trained tensors as their fp32 masters.
-        broken: keep tensors that are empty, cut or missing, for the step `fill`.
-    """
-
-    path: str | None = None
-    base_of: str | None = None
-    revision: str | None = None
-    master: bool = False
-    broken: bool = False
-
-    def to_value(self) -> Any:
-        """As it is written in YAML: the path alone where nothing else is said."""
-        if self.base_of is None and self.revision is None and not self.master and not self.broken:
-            return self.path
-        named = {"path": self.path, "base-of": self.base_of, "revision": self.revision, "master": self.master or None}
-        named["broken"] = self.broken or None
-        return {k: v for k, v in named.items() if v is not None}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter.errors import Refused, UsageError
-from converter.plugins import KeepsMoments, find_place, kind_of, sources
+from converter.sources.finding import KeepsMoments, find_place, kind_of, sources
 from converter.text import show
 
 if TYPE_CHECKING:

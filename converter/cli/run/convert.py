@@ -15,9 +15,10 @@ from converter.converters.heads.detect import head_like
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, UsageError
-from converter.recipe.recipe import SOURCE, InputSpec, Output, Recipe, Step
-from converter.recipe.verbs.pieces import cast_steps, input_spec, output
+from converter.recipe.recipe import SOURCE, Output, Recipe, Step
+from converter.recipe.verbs.pieces import cast_steps, output
 from converter.recipe.verbs.run_state import corrected, place_of, with_recorded_base
+from converter.sources.opening import InputSpec, input_spec
 from converter.text import show
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def find(src: str, options: Remapping) -> Found:
     Raises:
         UsageError: nothing that is read, or several checkpoints to choose from.
     """
-    from converter.plugins import kind_of, sources
+    from converter.sources.finding import kind_of, sources
     from converter.sources.hub.names import as_reference, below
     from converter.sources.locate import resolve
 
@@ -138,7 +139,7 @@ def _has_weights(root: Path) -> bool:
 
 def _is_damaged(root: Path, kind: str) -> bool:
     """True where tensors are empty or missing, or a head has a LoRA and perhaps no weight below it."""
-    from converter.plugins import sources
+    from converter.sources.finding import sources
     from converter.sources.hf.broken import LOST
 
     survey = sources()[kind].survey(root)
@@ -148,7 +149,7 @@ def _is_damaged(root: Path, kind: str) -> bool:
 
 def _has_shards(root: Path, src: str) -> bool:
     """True for a run's folder, whose config lies above a trainer's shards."""
-    from converter.plugins import find_place
+    from converter.sources.finding import find_place
 
     try:
         find_place(root, src)

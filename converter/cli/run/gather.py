@@ -11,9 +11,10 @@ from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
 from converter.core.tensors.dtypes import DType
 from converter.errors import ConvertError, UsageError
-from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
-from converter.recipe.verbs.pieces import cast_steps, input_spec, output
+from converter.recipe.recipe import SOURCE, Recipe, Step
+from converter.recipe.verbs.pieces import cast_steps, output
 from converter.recipe.verbs.run_state import corrected, place_of, with_recorded_base
+from converter.sources.opening import InputSpec, input_spec
 from converter.text import show
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
 from converter.errors import ConvertError, UsageError
-from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
-from converter.recipe.verbs.pieces import cast_steps, input_spec, output
+from converter.recipe.recipe import SOURCE, Recipe, Step
+from converter.recipe.verbs.pieces import cast_steps, output
 from converter.recipe.verbs.run_state import base_in
 from converter.sources.hub.names import is_on_hub
 from converter.sources.locate import resolve
+from converter.sources.opening import InputSpec, input_spec
 
 if TYPE_CHECKING:
     from converter.recipe.run import Prepared

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
 from converter.errors import UsageError
-from converter.recipe.recipe import SOURCE, InputSpec, load_recipe
-from converter.recipe.verbs.pieces import cast_steps, input_spec, output
+from converter.recipe.recipe import SOURCE, load_recipe
+from converter.recipe.verbs.pieces import cast_steps, output
+from converter.sources.opening import InputSpec, input_spec
 from converter.text import show
 
 if TYPE_CHECKING:

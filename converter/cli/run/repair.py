@@ -12,8 +12,9 @@ from converter.cli import lines as report
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert, load_commands
 from converter.errors import ConvertError, Refused, UsageError
-from converter.recipe.recipe import SOURCE, InputSpec, Recipe, Step
-from converter.recipe.verbs.pieces import cast_steps, input_spec, output
+from converter.recipe.recipe import SOURCE, Recipe, Step
+from converter.recipe.verbs.pieces import cast_steps, output
+from converter.sources.opening import InputSpec, input_spec
 from converter.text import show
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def _source(prepared: Prepared) -> list[str]:
 
 def _shards_alone(root: Path, asked: Repairing, found: Search) -> str | None:
     """The shards of a folder that has no weight file at all: then a repair is a gather."""
-    from converter.plugins import kind_of, sources
+    from converter.sources.finding import kind_of, sources
     from converter.sources.survey import ADAPTER_CONFIG, file_names, is_weights_of_model
 
     kind = kind_of(root)
@@ -236,7 +237,7 @@ def _base(asked: Repairing, source: InputSpec) -> InputSpec | None:
     """The base model: given, or recorded and at hand; nothing is downloaded on a file's word."""
     if asked.base is not None:
         return input_spec(asked.base)
-    from converter.recipe.run import open_checkpoint, open_recorded_base
+    from converter.sources.opening import open_checkpoint, open_recorded_base
 
     broken = open_checkpoint(source, token=None, keep_code=False)
     try:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
 from converter.recipe.recipe import SOURCE, Recipe
-from converter.recipe.verbs.pieces import cast_steps, input_spec, output
+from converter.recipe.verbs.pieces import cast_steps, output
+from converter.sources.opening import input_spec
 
 if TYPE_CHECKING:
     from converter.recipe.run import Prepared

@@ -50,9 +50,8 @@ def _open(text: str) -> tuple[Checkpoint, tuple[str, ...], str]:
     Raises:
         UsageError, Refused: see `_opened`; faults other than lost tensors.
     """
-    from converter.recipe.run import open_checkpoint
-    from converter.recipe.verbs.pieces import input_spec
     from converter.sources.hf.broken import LOST
+    from converter.sources.opening import input_spec, open_checkpoint
 
     try:
         return _opened(text), (), ""
@@ -79,10 +78,9 @@ def _opened(text: str) -> Checkpoint:
         UsageError: nothing that can be compared has that name.
         Refused: broken content.
     """
-    from converter.plugins import find_place
-    from converter.recipe.run import open_checkpoint
-    from converter.recipe.verbs.pieces import input_spec
+    from converter.sources.finding import find_place
     from converter.sources.hf.loose import open_file
+    from converter.sources.opening import input_spec, open_checkpoint
     from converter.sources.survey import is_weight_file
 
     path = Path(text).expanduser()

@@ -143,7 +143,7 @@ def _read(found: Found) -> list[str]:
 def _inside(found: Found) -> list[str]:
     """The checkpoints that lie in a run's folder, by the numbers in their names."""
     from converter.examine.doctor import checkpoints_in
-    from converter.plugins import kind_of
+    from converter.sources.finding import kind_of
 
     below = checkpoints_in(found.path)
     return [line("", f"{show(_below(found, p))} ({kind_of(p)})") for p in below[-20:]]

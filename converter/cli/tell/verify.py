@@ -102,9 +102,8 @@ def examine(asked: Asked) -> Verified:
     Raises:
         UsageError: the folder is not there, or no trainer is known for it.
     """
-    from converter.recipe.run import open_checkpoint
-    from converter.recipe.verbs.pieces import input_spec
     from converter.sources.locate import resolve
+    from converter.sources.opening import input_spec, open_checkpoint
 
     try:
         checkpoint = open_checkpoint(input_spec(asked.folder), token=None, keep_code=False)
@@ -232,8 +231,7 @@ def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
     from converter.converters.heads.from_adapter import with_adapter
     from converter.converters.heads.read import read
     from converter.dialects.known import dialects, spoken
-    from converter.recipe.run import open_checkpoint, open_recorded_base
-    from converter.recipe.verbs.pieces import input_spec
+    from converter.sources.opening import input_spec, open_checkpoint, open_recorded_base
 
     assert asked.against is not None
     source = open_checkpoint(input_spec(_shards(asked.against)), token=None, keep_code=False)
@@ -252,7 +250,7 @@ def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
 
 def _shards(src: str) -> str:
     """The folder that is meant by a run's: where the shards are."""
-    from converter.plugins import find_place, kind_of
+    from converter.sources.finding import find_place, kind_of
     from converter.sources.hub.names import as_reference, below
     from converter.sources.locate import resolve
 

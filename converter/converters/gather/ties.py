@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter.converters.heads.model import is_tied
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import Cast, LazyTensor
+from converter.families.family import is_tied
 from converter.text import show
 
 _TIED_HEADS = ("lm_head.weight", "embed_out.weight")

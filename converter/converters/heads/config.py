@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from converter.converters.heads.fit import Fitted
-from converter.converters.heads.model import Family, Reading, no_class
+from converter.converters.heads.model import Reading, no_class
 from converter.core.context import Context
 from converter.dialects.known import Target
 from converter.dialects.spec import ConfigRules
 from converter.errors import Refused
+from converter.families.family import Family
 from converter.text import show
 
 _LABEL_KEYS = ("num_labels", "id2label", "label2id", "problem_type")

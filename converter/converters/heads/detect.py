@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from converter.converters.heads.model import Family, family, resolve
+from converter.converters.heads.model import resolve
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import dialects
 from converter.dialects.spec import Dialect, Marks
 from converter.errors import Refused, UsageError
+from converter.families.family import Family, family
 from converter.text import fold, show
 
 SPARE_FILE = "pytorch_model.bin"

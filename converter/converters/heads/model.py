@@ -6,7 +6,6 @@ layer with ReLU. The backbone has transformers' own names: `{P}` and those of `A
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,19 +16,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.spec import Dialect
 from converter.errors import Refused
 from converter.families import memory_names
-from converter.text import show
-
-# Model types that only a dialect has, and what they are to transformers.
-_MODEL_TYPES = {"gpt_neox_reward_model": "gpt_neox"}
-_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-
-# Decoders whose output embedding is tied where config.json is silent.
-# Source: the config classes of transformers 5.23, built without arguments.
-_TIED = """
-    bloom cohere cohere2 ctrl falcon gemma gemma2 gemma3 gemma3_text gpt2 gpt_bigcode gpt_neo mpt opt smollm3
-    starcoder2 xglm
-"""
-_TIED_BY_DEFAULT = frozenset(_TIED.split())
+from converter.families.family import Family
 
 
 @dataclass(frozen=True)
@@ -68,112 +55,6 @@ class Normaliser:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     keys: str
-
-
-@dataclass(frozen=True)
-class Family:
-    """What transformers has for a model type.
-
-    Attributes:
-        prefix: `{P}`, or None where the type is unknown.
-        causal, seqcls, tokcls: names of its classes, or None.
-        head_names: tensors of the head of `seqcls` and of `tokcls`.
-        hidden: the hidden size, where the config says it.
-        tied: the output embedding is the input's.
-    """
-
-    kind: str
-    prefix: str | None
-    causal: str | None
-    seqcls: str | None
-    tokcls: str | None
-    head_names: Mapping[str, tuple[str, ...]]
-    hidden: int | None
-    tied: bool
-
-    @property
-    def tokcls_stem(self) -> str | None:
-        """`score` or `classifier`; None where there is no such class, or its head is not one linear layer."""
-        names = self.head_names.get("tokcls", ())
-        stem = names[0].removesuffix(".weight") if names else ""
-        return stem if stem and set(names) <= {f"{stem}.weight", f"{stem}.bias"} else None
-
-    @property
-    def is_encoder(self) -> bool:
-        """True where the sequence classification class pools by more than one linear layer on one token."""
-        names = self.head_names.get("seqcls", ())
-        return bool(names) and names != ("score.weight",)
-
-    def words(self) -> str:
-        """The model type, for messages."""
-        return show(self.kind or "an unknown model type")
-
-
-def family(config: Mapping[str, Any]) -> Family:
-    """What is known of a config's model type."""
-    kind = model_type(config)
-    named = {task: _auto(task, kind) for task in ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "base")}
-    heads = {}
-    for word, task in (("seqcls", "SEQ_CLS"), ("tokcls", "TOKEN_CLS")):
-        found = memory_names.classifier({**config, "model_type": kind}, {"task_type": task})
-        heads[word] = () if found is None else found.own
-    return Family(
-        kind,
-        _prefix(kind, config),
-        named["CAUSAL_LM"] or _conditional(config),
-        named["SEQ_CLS"],
-        named["TOKEN_CLS"],
-        heads,
-        hidden_size(config),
-        is_tied(config),
-    )
-
-
-def model_type(config: Mapping[str, Any]) -> str:
-    """`model_type`, as transformers calls it."""
-    kind = config.get("model_type")
-    kind = kind if isinstance(kind, str) else ""
-    return _MODEL_TYPES.get(kind, kind)
-
-
-@functools.cache
-def _auto(task: str, kind: str) -> str | None:
-    return memory_names.auto_class(task, kind)
-
-
-def _conditional(config: Mapping[str, Any]) -> str | None:
-    """A class with an output embedding that the config itself names, where no auto class does."""
-    names = config.get("architectures")
-    first = names[0] if isinstance(names, list) and names else None
-    return first if isinstance(first, str) and first.endswith(_SUFFIXES) else None
-
-
-def _prefix(kind: str, config: Mapping[str, Any]) -> str | None:
-    for task in ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"):
-        found = memory_names.architecture(_auto(task, kind), config)
-        if found is not None and found.prefix:
-            return f"{found.prefix}."
-    return None
-
-
-def hidden_size(config: Mapping[str, Any]) -> int | None:
-    """Width of the last hidden states: OPT's `word_embed_proj_dim` where it has one, else the hidden size."""
-    text = config.get("text_config")
-    for each in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model"):
-            value = each.get(key)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-    return None
-
-
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """True where the output embedding is the input's, by the config or by the default of its type."""
-    text = config.get("text_config")
-    for each in (config, text if isinstance(text, Mapping) else {}):
-        if isinstance(each.get("tie_word_embeddings"), bool):
-            return bool(each["tie_word_embeddings"])
-    return model_type(config) in _TIED_BY_DEFAULT
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from converter.converters.heads.detect import SPARE_FILE
-from converter.converters.heads.model import (
-    Family,
-    Head,
-    Linear,
-    Mlp,
-    Normaliser,
-    Reading,
-    family,
-    hidden_size,
-    resolve,
-)
+from converter.converters.heads.model import Head, Linear, Mlp, Normaliser, Reading, resolve
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
@@ -27,6 +17,7 @@ from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, Concat, Filled, LazyTensor
 from converter.dialects.spec import Dialect
 from converter.errors import Refused
+from converter.families.family import Family, family, hidden_size
 from converter.text import fold, show
 
 OUTPUT_EMBEDDINGS = ("lm_head.", "embed_out.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from converter.converters.heads.config import config_for
 from converter.converters.heads.fit import Fitted
-from converter.converters.heads.model import Reading, is_tied, resolve
+from converter.converters.heads.model import Reading, resolve
 from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
@@ -16,6 +16,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import Target
 from converter.dialects.spec import HeadSpec
 from converter.errors import Refused
+from converter.families.family import is_tied
 from converter.text import fold, show
 
 _EMBEDDINGS = (

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from converter.converters.heads.model import family
 from converter.core.context import Context
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, Severity, diagnosis, folded
 from converter.examine.diagnoses.heads import filling_command
+from converter.families.family import family
 from converter.sources.survey import StoredTensor
 from converter.text import fold, show
 

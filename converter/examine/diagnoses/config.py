@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from converter.converters.heads.model import family
 from converter.core.context import Context
 from converter.errors import Refused
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Severity, diagnosis, folded
+from converter.families.family import family
 from converter.families.old_spellings import missing_spellings
 from converter.text import fold, show
 

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 
 from converter.converters.heads.detect import Detected, detect
-from converter.converters.heads.model import family, hidden_size
 from converter.core.context import Context
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.config import architecture, label_count
 from converter.examine.diagnoses.names import WRAPPER, repair_command
 from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among
+from converter.families.family import family, hidden_size
 from converter.text import fold, show
 
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?:A|B|embedding_A|embedding_B)(?:\.|$)")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from converter.converters.heads.config import class_name
-from converter.converters.heads.model import Linear, Reading, family
+from converter.converters.heads.model import Linear, Reading
 from converter.converters.heads.read import read
 from converter.core.context import Context
 from converter.dialects.known import Target
@@ -16,6 +16,7 @@ from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
 from converter.examine.diagnoses.case import HERE, Case, Finding, Severity, diagnosis
 from converter.examine.diagnoses.config import architecture, label_count
 from converter.examine.diagnoses.heads import convert_command, dialect_of, heads_here, role_word, wanted_head
+from converter.families.family import family
 from converter.text import fold, show
 
 _GOES_BY_CLASS = {

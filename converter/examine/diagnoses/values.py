@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from converter.converters.heads.model import hidden_size
 from converter.converters.heads.read import values
 from converter.core.context import MAX_READ, Context
 from converter.core.tensors.nodes import LazyTensor
@@ -15,6 +14,7 @@ from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.heads import heads_here
 from converter.examine.diagnoses.places import heads_in
+from converter.families.family import hidden_size
 from converter.sources.hf import peft
 from converter.sources.hf import source as hf
 from converter.sources.places import by_number

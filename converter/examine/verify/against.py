@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.converters.heads.model import Reading, hidden_size
+from converter.converters.heads.model import Reading
 from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.compute.evaluate import Evaluator, torch_dtype
 from converter.core.context import Context
@@ -22,6 +22,7 @@ from converter.dialects.known import Target
 from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note, spread
 from converter.examine.verify.values import Reference, apply_head, fp64, is_small, probe_batches, reading_inputs
+from converter.families.family import hidden_size
 from converter.text import fold
 
 BLOCK = 1 << 22

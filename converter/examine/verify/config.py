@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from converter.converters.heads.config import class_name
-from converter.converters.heads.model import Reading, family
+from converter.converters.heads.model import Reading
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ
 from converter.core.files.strict_json import load_json
 from converter.dialects.known import Target, numbers
 from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note
+from converter.families.family import family
 from converter.text import show
 
 _DECIDES_BY_CLASS = ("ms-swift", "verl", "areal", "roll", "vllm", "transformers")

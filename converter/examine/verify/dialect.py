@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from converter.converters.heads.detect import detect
-from converter.converters.heads.model import Linear, Mlp, Reading, family, hidden_size
+from converter.converters.heads.model import Linear, Mlp, Reading
 from converter.converters.heads.read import OUTPUT_EMBEDDINGS, read, values
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ, Context
@@ -21,6 +21,7 @@ from converter.dialects.spec import HeadSpec, Role
 from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note
 from converter.examine.verify.config import check_config, check_normaliser, check_tokens
+from converter.families.family import family, hidden_size
 from converter.text import fold, show
 
 _ROLES: tuple[Role, ...] = ("critic", "reward", "actor")

@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from converter.cli.options import Conversion
 from converter.core.tensors.dtypes import DType
-from converter.errors import UsageError
-from converter.recipe.recipe import InputSpec, Output, Recipe, Step
+from converter.recipe.recipe import Output, Recipe, Step
 from converter.text import parse_size
-
-
-def input_spec(text: str, revision: str | None = None) -> InputSpec:
-    """The input that a user means by `./folder`, `owner/name` or `owner/name@revision`.
-
-    Raises:
-        UsageError: two revisions (`usage`).
-    """
-    name, at, suffix = text.rpartition("@")
-    is_hub_id = at and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.lexists(text)
-    if not is_hub_id:
-        return InputSpec(text, revision=revision)
-    if revision and revision != suffix:
-        raise UsageError("usage", f"two revisions: {text} and --revision {revision}; give one")
-    return InputSpec(name, revision=suffix)
 
 
 def cast_steps(options: Conversion) -> tuple[Step, ...]:

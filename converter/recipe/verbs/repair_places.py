@@ -12,7 +12,7 @@ from converter.converters.fill.evidence import step_of
 from converter.core.files import sparse
 from converter.core.files.opening import read_limited
 from converter.errors import ConvertError
-from converter.plugins import FindsPlaces, find_place, kind_of, sources
+from converter.sources.finding import FindsPlaces, find_place, kind_of, sources
 from converter.sources.hub.names import SCHEME, as_reference, below
 from converter.sources.locate import resolve
 from converter.sources.places import by_number

@@ -25,7 +25,7 @@ def place_of(root: Path, asked: str, *, tag: str | None, part: str | None) -> tu
     Raises:
         UsageError: see `find_place`.
     """
-    from converter.plugins import find_place
+    from converter.sources.finding import find_place
 
     try:
         return find_place(root, asked, tag=tag, part=part), None
