@@ -1,4 +1,5 @@
-"""Writes `converter/families/implied_shapes.json`: names and shapes of what transformers saves, as expressions of config fields.
+"""Writes `converter/families/implied_shapes.json`: names and shapes of what transformers saves,
+as expressions of config fields.
 
 Run by hand for a release, in an environment with the pinned transformers (about ten minutes on one core):
 
@@ -26,7 +27,7 @@ import transformers  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from transformers.models.auto import modeling_auto as auto  # noqa: E402
 
-from converter.families import implied
+from converter.families import implied  # noqa: E402
 
 OUT = Path(implied.__file__).with_name("implied_shapes.json")
 FAMILIES = """

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import oracle
-from converter import plugins as registry
 from converter.cli import VERBS
 from converter.converters import finding as find_converters
 from converter.core.tensors import kernel_specs

@@ -1,4 +1,4 @@
-"""The program as Typer sees it; the verbs register themselves from the modules `verbs_*`."""
+"""The program as Typer sees it; the verbs register themselves from `verbs/`."""
 
 from __future__ import annotations
 

@@ -14,39 +14,15 @@ import typer
 
 from converter.cli.sink import Sink
 from converter.errors import UsageError
-
-
-class LayoutChoice(StrEnum):
-    """How tensors are spread over files."""
-
-    auto = "auto"
-    preserve = "preserve"
-    pack = "pack"
-
-
-class NumericsChoice(StrEnum):
-    """How a merge rounds."""
-
-    best = "best"
-    peft = "peft"
-
-
-class EmitChoice(StrEnum):
-    """What `gather` writes of a run that trained LoRA."""
-
-    adapter = "adapter"
-    merged = "merged"
-    both = "both"
-
-
-class PartChoice(StrEnum):
-    """Which model of a trainer's state that holds several."""
-
-    policy = "policy"
-    value = "value"
-    actor = "actor"
-    critic = "critic"
-    reward = "reward"
+from converter.recipe.options import (
+    BiasChoice,
+    HeadOptions,
+    InitChoice,
+    LayoutChoice,
+    NormaliserChoice,
+    PartChoice,
+    WriteOptions,
+)
 
 
 class FailOnChoice(StrEnum):
@@ -151,6 +127,16 @@ class Conversion(Fetch, Reading):
     ] = None
     public: Annotated[bool, typer.Option("--public", help="Make a new repository on the Hub public.")] = False
 
+    @property
+    def plain(self) -> WriteOptions:
+        """What the verb itself takes, without the screen."""
+        return WriteOptions(**self._plain_values())
+
+    def _plain_values(self) -> dict[str, Any]:
+        """Values of the fields that `WriteOptions` has, under its names."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(WriteOptions) if hasattr(self, f.name)}
+        return values | {"allow": tuple(self.allow or ()), "resume": not self.no_resume, "verify": not self.no_verify}
+
     def target(self, argument: str | None) -> str | None:
         """The output folder, from the argument or from `--out`.
 
@@ -199,3 +185,68 @@ def _with_names(command: Callable[[], int], options: Display) -> int:
 
     with allowing_names(options.allow_name):
         return command()
+
+
+@dataclass(frozen=True)
+class Remapping(Conversion):
+    """Options of the verbs that write a head."""
+
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="NAME",
+            help="Trainer or dialect of SRC; default: told from its files.",
+            show_default=False,
+        ),
+    ] = None
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE",
+            help="Base of an adapter, or where a missing lm_head is; default: as recorded.",
+            show_default=False,
+        ),
+    ] = None
+    weights_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR", help="Where tensors that SRC has lost may still be. Repeatable.", show_default=False
+        ),
+    ] = None
+    part: Annotated[
+        PartChoice | None,
+        typer.Option(help="Which model, where SRC is a trainer's state that holds several.", show_default=False),
+    ] = None
+    tag: Annotated[
+        str | None, typer.Option(metavar="T", help="Which checkpoint of a run; default: `latest`.", show_default=False)
+    ] = None
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="lora_alpha of training, where no config records it.", show_default=False),
+    ] = None
+    bias: Annotated[BiasChoice, typer.Option(help="A constant of the head that the target has no place for.")] = (
+        BiasChoice.refuse
+    )
+    normaliser: Annotated[NormaliserChoice, typer.Option(help="mean and std: folded into the head, or left out.")] = (
+        NormaliserChoice.fold
+    )
+    label: Annotated[
+        int | None, typer.Option(metavar="N", help="Take this row of a head with several.", show_default=False)
+    ] = None
+    label_weights: Annotated[
+        str | None,
+        typer.Option(metavar="W,W,...", help="Sum the rows of a head with these weights, as -1,1.", show_default=False),
+    ] = None
+    init_head: Annotated[
+        InitChoice | None,
+        typer.Option(help="A fresh head where SRC has none; it has learnt nothing.", show_default=False),
+    ] = None
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of --init-head normal.")] = 0
+
+    @property
+    def plain(self) -> HeadOptions:
+        """What the verb itself takes, without the screen."""
+        own = {f.name for f in dataclasses.fields(HeadOptions)} - {f.name for f in dataclasses.fields(WriteOptions)}
+        values = self._plain_values() | {name: getattr(self, name) for name in own}
+        return HeadOptions(**values | {"weights_from": tuple(self.weights_from or ())})

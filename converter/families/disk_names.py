@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
@@ -143,24 +143,6 @@ def _differ(name: str, disk: str, checkpoint: Checkpoint) -> Refused:
         where=show(checkpoint.origin.asked),
         next="take one save alone: move the files of the other out of the folder",
     )
-
-
-@dataclass(frozen=True)
-class MendDiskNames:
-    """Give a model the names that transformers' save writes: renames undone, stacks of experts taken apart."""
-
-    name: ClassVar[str] = "mend-disk-names"
-
-    def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
-        """The checkpoint under its names on disk.
-
-        Raises:
-            Refused: see `with_disk_names`.
-        """
-        form = memory_form(checkpoint.tensors, checkpoint.config)
-        if form is None or not (form.renamed or form.apart):
-            return checkpoint
-        return with_disk_names(checkpoint, context)
 
 
 def taken_apart(name: str, tensor: LazyTensor, built: Architecture) -> Mapping[str, LazyTensor]:

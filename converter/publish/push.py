@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.errors import Refused, UsageError
 from converter.publish.manifest import CARD, LocalFile, Manifest
-from converter.publish.requests import ATTEMPTS, FIRST_WAIT, call, is_passing, refuse
+from converter.publish.requests import ATTEMPTS, FIRST_WAIT, Destination, call, is_passing, refuse
 from converter.sources.hub.client import expect_safe_endpoint
 from converter.text import fold, show
 
@@ -28,23 +28,6 @@ _MODEL_WEIGHTS = re.compile(
     r"(?:model|pytorch_model|adapter_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?", re.ASCII
 )
 """What transformers and PEFT look for."""
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where to push, and how; a branch that is not there is made, from main.
-
-    Attributes:
-        removes_stale: weight files of another model that the repository holds go with the same commit.
-    """
-
-    repo_id: str
-    token: str | None = None
-    public: bool = False
-    revision: str = "main"
-    create_pr: bool = False
-    message: str = "Upload with rlhf-convert"
-    removes_stale: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,8 +203,6 @@ def _operations(
     reporter: Reporter,
 ) -> list[Any]:
     """The commit's operations; what is large is sent on the way, and told byte by byte."""
-    from converter.hub_operation import addition
-
     operations = []
     for file in files:
         if ready is not None and file.name in ready:
@@ -333,3 +314,36 @@ def licence_of(repo_id: str, token: str | None) -> str | None:
         return None
     value = getattr(card, "license", None)
     return value if isinstance(value, str) else None
+
+
+def addition(name: str, source: str | bytes, told: Callable[[int], None]) -> Any:
+    """The client's operation for a file, from a path or from bytes; `told` is called with counts of bytes."""
+    from huggingface_hub import CommitOperationAdd
+
+    class Addition(CommitOperationAdd):
+        @contextmanager
+        def as_file(self, with_tqdm: bool = False) -> Iterator[Any]:
+            """The content to read; without the client's own bar."""
+            with super().as_file(with_tqdm=False) as file:
+                yield _Counted(file, told)
+
+    return Addition(path_in_repo=name, path_or_fileobj=source)
+
+
+class _Counted:
+    """A file whose reads are counted."""
+
+    def __init__(self, file: Any, told: Callable[[int], None]) -> None:
+        self._file, self._told = file, told
+
+    def read(self, size: int = -1) -> bytes:
+        block: bytes = self._file.read(size)
+        self._told(len(block))
+        return block
+
+    def __iter__(self) -> Iterator[bytes]:
+        while block := self.read(1 << 16):
+            yield block
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
 
 from converter.errors import Refused
 from converter.sources.hub.client import blotted
 from converter.text import show
-
-if TYPE_CHECKING:
-    from converter.publish.push import Destination
 
 ATTEMPTS = 5
 FIRST_WAIT = 1.0
@@ -86,3 +84,20 @@ def refuse(error: Exception, where: Destination, *, sent: bool = False) -> NoRet
             what = "the Hub did not answer when the commit was made: all of it is there, or nothing"
         raise Refused("hub-unreachable", what, where=place, got=show(text), next="run the same command again") from None
     raise Refused("hub-refused", "the Hub says no", where=place, got=show(text)) from None
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where to push, and how; a branch that is not there is made, from main.
+
+    Attributes:
+        removes_stale: weight files of another model that the repository holds go with the same commit.
+    """
+
+    repo_id: str
+    token: str | None = None
+    public: bool = False
+    revision: str = "main"
+    create_pr: bool = False
+    message: str = "Upload with rlhf-convert"
+    removes_stale: bool = False

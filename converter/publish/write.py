@@ -42,9 +42,9 @@ from converter.core.writer.write import (
 )
 from converter.errors import Interrupted, Refused
 from converter.publish.manifest import CARD, MAX_FILE, RECEIPT, LocalFile, Manifest
-from converter.publish.push import Destination, Pushed, card_there, expect_no_stale, make_repository, upload
+from converter.publish.push import Pushed, card_there, expect_no_stale, make_repository, upload
 from converter.publish.push import push as commit
-from converter.publish.requests import call
+from converter.publish.requests import Destination, call
 from converter.text import show
 
 Card = Callable[[Mapping[str, Any], str], str]

@@ -2,70 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import signal
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from converter.cli.options import Conversion
-from converter.cli.progress import progress
-from converter.cli.run.hub import (
-    as_loaders_take_it,
-    check_push,
-    convert_to_hub,
-    is_on_hub,
-    push_written,
-    source_lines,
-    with_command,
+from converter.cli.run.hub import check_push, convert_to_hub, push_written, with_command
+from converter.cli.run.planned import (
+    Written,
+    load_commands,
+    missing_output,
+    notes_json,
+    plan_recipe,
+    write_prepared,
 )
 from converter.cli.sink import Sink
-from converter.core.files.strict_json import load_json
-from converter.errors import ConvertError, Interrupted, Refused, UsageError
-from converter.text import parse_size
+from converter.errors import Refused
+from converter.publish.outputs import is_on_hub
 
 if TYPE_CHECKING:
-    from converter.core.writer.write import Receipt
     from converter.recipe.recipe import Recipe
     from converter.recipe.run import Prepared
-
-SMALL_FILE = 4_000_000
-"""Bytes of a tokenizer_config.json that are read for the name of the pad token."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """A finished conversion."""
-
-    prepared: Prepared
-    receipt: Receipt
-    out: str
-
-    def screen(self, *, verbose: bool = False) -> list[str]:
-        """What was written, what was checked and what rounding cost."""
-        from converter.cli import lines as report
-        from converter.recipe.recipe import SOURCE
-
-        receipt, plan = self.receipt, self.prepared.plan
-        count = len(plan.written)
-        pad = _pad_token(Path(self.out).expanduser())
-        return [
-            *([report.shards_line(count, count, plan.total_bytes, receipt.seconds)] if count else []),
-            *report.linked_lines(plan, self.prepared.opened[SOURCE].origin.asked),
-            report.checked_line(receipt.reread, receipt.recomputed, receipt.measures),
-            *report.update_lines(receipt.measures, plan),
-            *(report.by_projection(receipt.measures) if verbose else []),
-            *source_lines(),
-            report.wrote_line(self.out, self.prepared.checkpoint.config, pad),
-        ]
-
-
-def missing_output() -> UsageError:
-    """The error of a writing verb without OUT."""
-    what, expected = "the output is missing", "OUT as the last argument, or --out OUT"
-    return UsageError("usage", what, expected=expected, next="the same command with --out ./NEW_FOLDER, or --dry-run")
 
 
 def convert(
@@ -115,40 +72,6 @@ def write_recipe(
     return Written(planned.prepared, receipt, out)
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What is known before the first byte, and what the options allow for the rest."""
-
-    prepared: Prepared
-    jobs: int
-    memory: int | None
-
-
-def plan_recipe(
-    recipe: Recipe, target: Path | None, options: Conversion, *, head: Callable[[Prepared], list[str]]
-) -> Planned:
-    """Plan, and show the plan; `target` is None where nothing will be written, or on the Hub."""
-    from converter.cli import lines as report
-    from converter.core.writer import preflight
-    from converter.recipe.run import prepare
-
-    sink = options.sink
-    memory = None if options.memory is None else parse_size(options.memory, what="--memory")
-    if target is not None:
-        # Before any input is opened: a mistyped output shall not cost a download.
-        preflight.check_target(target, (), overwrite=options.overwrite)
-    prepared = prepare(recipe, allow=frozenset(options.allow or ()), token=options.token, keep_code=options.keep_code)
-    plan, jobs = prepared.plan, options.jobs or threads()
-    sink.screen(head(prepared))
-    sink.screen(report.note_lines(prepared.context.notes, verbose=options.verbose))
-    adapters = [c for c in prepared.opened.values() if c.origin.kind == "adapter"]
-    sink.screen([report.plan_line(plan, prepared.checkpoint, adapters)])
-    free = None if target is None else preflight.free_bytes(target)
-    needed = preflight.needed_memory(plan, jobs)
-    sink.screen([report.needs_line(plan.total_bytes, free, needed)])
-    return Planned(prepared, jobs, memory)
-
-
 def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, options: Conversion) -> None:
     """The refusals that a real run would make before its first byte, then the plan as data."""
     from converter.cli import lines as report
@@ -174,50 +97,6 @@ def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, option
     )
 
 
-def notes_json(prepared: Prepared) -> list[dict[str, str]]:
-    """A run's notes as JSON objects."""
-    return [{"severity": n.severity, "code": n.code, "text": n.text} for n in prepared.context.notes]
-
-
-def write_prepared(prepared: Prepared, out: Path, jobs: int, memory: int | None, options: Conversion) -> Receipt:
-    """Write what was prepared.
-
-    Raises:
-        Interrupted: a signal came; nothing is published.
-    """
-    from converter.core.writer.write import write
-    from converter.recipe.run import refuse_no_op
-
-    try:
-        with progress(options.sink) as reporter:
-            return write(
-                prepared.plan,
-                out,
-                jobs=jobs,
-                memory=memory,
-                overwrite=options.overwrite,
-                resume=not options.no_resume,
-                verify=not options.no_verify,
-                reporter=reporter,
-                accept=lambda measures: refuse_no_op(prepared, measures),
-            )
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        raise Interrupted(number, f"interrupted, nothing published: {_kept(out)}") from None
-
-
-def _kept(out: Path) -> str:
-    partial = out.with_name(out.name + ".partial")
-    if not partial.exists():
-        return "the same command begins anew"
-    return f"what is done is kept in {partial}; the same command again resumes it"
-
-
-def threads() -> int:
-    """One a core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:
     """The screen's last lines, and what to type next."""
     from converter.cli import lines as report
@@ -234,34 +113,3 @@ def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:
             "next": list(commands),
         }
     )
-
-
-def load_commands(written: Written) -> list[str]:
-    """The check, then a line that loads the model; a value head is no part of the class that config.json names, which
-    would load without it: there the line is the proof for the trainer that has it.
-    """
-    config: Mapping[str, Any] = written.prepared.checkpoint.config
-    architectures = config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else ""
-    out = f"./{written.out}" if written.out.startswith("-") else written.out
-    commands = [f"rlhf-convert inspect {shlex.quote(out)}"]
-    checkpoint = written.prepared.checkpoint
-    if any(n.startswith("v_head.") for n in (*checkpoint.tensors, *(n for f in checkpoint.beside.values() for n in f))):
-        commands.append(f"rlhf-convert verify {shlex.quote(out)}")
-    elif isinstance(name, str) and name.isidentifier():
-        path = as_loaders_take_it(written.out)
-        loads = f"from transformers import {name} as M; print(M.from_pretrained({path!r}))"
-        is_plain = shlex.quote(path) == path
-        commands.append(f'python -c "{loads}"' if is_plain else f"python -c {shlex.quote(loads)}")
-    return commands
-
-
-def _pad_token(out: Path) -> str | None:
-    """The pad token's text, from the tokenizer that was written; None where there is none."""
-    try:
-        config = load_json(out / "tokenizer_config.json", limit=SMALL_FILE)
-    except ConvertError:
-        return None
-    token = config.get("pad_token") if isinstance(config, dict) else None
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None

@@ -11,24 +11,18 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.lines import checked_line, line, next_lines, update_lines
 from converter.cli.options import Conversion
 from converter.cli.progress import progress
+from converter.cli.run.planned import source_lines
 from converter.errors import Refused, UsageError
+from converter.publish.outputs import SCHEME, STALE, repository
 from converter.sources.hub.secrets import words_without_token
-from converter.text import fold, format_size, show
+from converter.text import show
 
 if TYPE_CHECKING:
-    from converter.cli.run.folder import Written
-    from converter.publish.push import Destination
+    from converter.cli.run.planned import Written
+    from converter.publish.requests import Destination
     from converter.publish.write import Published
     from converter.recipe.recipe import Recipe
     from converter.recipe.run import Prepared
-
-SCHEME = "hf://"
-STALE = "hub-stale-weights"
-
-
-def is_on_hub(out: str | None) -> bool:
-    """True for `hf://owner/name`; `owner/name` alone is a folder."""
-    return out is not None and out.startswith(SCHEME)
 
 
 def destination(out: str, options: Conversion) -> Destination:
@@ -37,7 +31,7 @@ def destination(out: str, options: Conversion) -> Destination:
     Raises:
         UsageError: no repository of that form (`hub-repo-id`), or `--push-to-hub` beside it (`usage`).
     """
-    from converter.publish.push import Destination
+    from converter.publish.requests import Destination
     from converter.sources.locate import hub_name
 
     named = hub_name(out)
@@ -53,13 +47,6 @@ def destination(out: str, options: Conversion) -> Destination:
     return Destination(name, options.token, options.public, branch or "main", message=message, removes_stale=removes)
 
 
-def as_loaders_take_it(out: str) -> str:
-    """The output as transformers and trainers take it: `owner/name` of one on the Hub, a path that can't be one."""
-    if is_on_hub(out):
-        return out.removeprefix(SCHEME).partition("@")[0]
-    return out if out.startswith(("/", ".", "~")) else f"./{out}"
-
-
 def convert_to_hub(
     recipe: Recipe,
     out: str,
@@ -69,7 +56,7 @@ def convert_to_hub(
     next_commands: Callable[[Written], Sequence[str]],
 ) -> int:
     """Run a recipe whose output goes to the Hub file by file, with room for one of them."""
-    from converter.cli.run.folder import Written, notes_json, plan_recipe
+    from converter.cli.run.planned import Written, notes_json, plan_recipe
     from converter.publish.push import check_destination
     from converter.publish.write import write_to_hub
     from converter.recipe.run import refuse_no_op
@@ -142,39 +129,6 @@ def _card(prepared: Prepared, where: Destination, receipt: Mapping[str, Any], ex
     return model_card(facts, existing)
 
 
-def source_lines() -> list[str]:
-    """What was read of the Hub, and which files' digests are known."""
-    from converter.core.files import sparse
-
-    read = [f for f in sparse.known() if f.fetched]
-    if not read:
-        return []
-    whole = [f for f in read if f.is_checked]
-    part = [f.path.name for f in read if f.is_checked is None and not f.is_copied]
-    text = f"{format_size(sum(f.fetched for f in read))} of {len(read)} files; {len(whole)} whole, equal in digest"
-    if part:
-        text += f"; read in part, so without a digest of the file: {fold([show(n) for n in part])}"
-    return [line("from Hub", text)]
-
-
-def repository(text: str, revision: str) -> tuple[str, str]:
-    """Repository and branch of `owner/name`, `owner/name@branch` or `hf://owner/name`, for something to be sent there.
-
-    Raises:
-        UsageError: a folder in a repository (`hub-repo-id`), or two branches (`usage`).
-    """
-    from converter.sources.hub.names import hub_name
-
-    named = hub_name(text) if text.startswith(SCHEME) or "@" in text else None
-    if named is None:
-        return text, revision
-    if named.folder:
-        raise UsageError("hub-repo-id", f"{show(text)} is a folder in a repository", expected="owner/name")
-    if named.revision and revision not in ("main", named.revision):
-        raise UsageError("usage", f"two branches: {show(text)} and --revision {show(revision)}; give one")
-    return named.repo_id, named.revision or revision
-
-
 def check_push(options: Conversion) -> None:
     """Ask the Hub whether `--push-to-hub` will succeed, before the work is done.
 
@@ -183,7 +137,8 @@ def check_push(options: Conversion) -> None:
     """
     if options.push_to_hub is None or options.dry_run:
         return
-    from converter.publish.push import Destination, check_destination
+    from converter.publish.push import check_destination
+    from converter.publish.requests import Destination
 
     repo_id, branch = repository(options.push_to_hub, "main")
     check_destination(Destination(repo_id, options.token, revision=branch))

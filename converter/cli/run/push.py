@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from converter.cli.sink import Sink
     from converter.core.writer.reporter import Reporter
     from converter.publish.manifest import LocalFile, Manifest
-    from converter.publish.push import Destination
+    from converter.publish.requests import Destination
 
 CARD = "README.md"
 
@@ -55,10 +55,11 @@ def push(asked: Pushing, options: Reading) -> int:
         Refused: doctor finds errors, or the receipt is of other files, without consent; the Hub says no.
     """
     from converter.cli.progress import progress
-    from converter.cli.run.hub import STALE, repository
     from converter.publish.manifest import files_to_push, manifest
-    from converter.publish.push import Destination, check_destination, expect_no_stale, make_repository
+    from converter.publish.outputs import STALE, repository
+    from converter.publish.push import check_destination, expect_no_stale, make_repository
     from converter.publish.push import push as send
+    from converter.publish.requests import Destination
 
     asked, folder = _read_the_right_way(asked), Path(asked.folder).expanduser()
     repo_id, branch = repository(asked.repo_id, asked.revision)
@@ -196,9 +197,9 @@ def _with_card(
     files: list[LocalFile], asked: Pushing, folder: Path, consents: Mapping[str, str], there: str
 ) -> list[LocalFile]:
     """The files with the card: made from the receipt, or the folder's own with our section in it."""
-    from converter.cli.run.hub import repository
     from converter.publish.card import CardFacts, base_models, model_card
     from converter.publish.manifest import LocalFile
+    from converter.publish.outputs import repository
     from converter.publish.push import licence_of
 
     receipt = _read_json(folder / "rlhf-convert.json")
@@ -223,8 +224,8 @@ def _with_card(
 
 def _checks(asked: Pushing, receipt: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, bool], ...]] | None:
     """What `verify` says of the folder, for the trainer that it was made for, else for the one that its files name."""
-    from converter.card_head import made_for
-    from converter.cli.tell.verify import Asked, examine
+    from converter.examine.verify.verify import Asked, examine
+    from converter.publish.card import made_for
 
     aim = made_for(receipt)
     name = None if aim is None else f"{aim.serves.trainer}@{aim.version}".rstrip("@")

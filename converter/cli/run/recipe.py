@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def run(name: str, given: tuple[str, ...], out: str | None, options: Conversion) -> int:
     """Run a recipe, with the inputs and the output options that the command line adds."""
     recipe = load_recipe(name).with_inputs(_inputs(given))
-    steps = (*recipe.steps, *cast_steps(options))
-    recipe = dataclasses.replace(recipe, steps=steps, output=output(options, recipe))
+    steps = (*recipe.steps, *cast_steps(options.plain))
+    recipe = dataclasses.replace(recipe, steps=steps, output=output(options.plain, recipe))
     if options.revision is not None:
         source = dataclasses.replace(recipe.inputs.get(SOURCE, InputSpec()), revision=options.revision)
         recipe = dataclasses.replace(recipe, inputs={**recipe.inputs, SOURCE: source})

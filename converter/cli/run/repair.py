@@ -4,40 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from converter.cli import lines as report
 from converter.cli.options import Conversion
-from converter.cli.run.folder import convert, load_commands
-from converter.errors import ConvertError, Refused, UsageError
-from converter.recipe.recipe import SOURCE, Recipe, Step
-from converter.recipe.verbs.pieces import cast_steps, output
-from converter.sources.opening import InputSpec, input_spec
+from converter.cli.run.folder import convert
+from converter.cli.run.planned import load_commands
+from converter.errors import Refused
+from converter.recipe.recipe import SOURCE, Recipe
+from converter.recipe.verbs.repair import (
+    Repairing,
+    expect_sound,
+    is_whole,
+    shards_alone,
+    mend_recipe,
+    mends_of,
+    repair_recipe,
+)
 from converter.text import show
 
 if TYPE_CHECKING:
-    from converter.cli.run.folder import Written
+    from converter.cli.run.planned import Written
     from converter.converters.fill.refusals import NothingToRepair
     from converter.core.checkpoint import Checkpoint
     from converter.recipe.run import Prepared
     from converter.recipe.verbs.repair_mends import Mends
     from converter.recipe.verbs.repair_places import Search
-
-
-@dataclass(frozen=True)
-class Repairing:
-    """What the user asked for."""
-
-    src: str
-    weights_from: tuple[str, ...] = ()
-    base: str | None = None
-    target: str | None = None
-    lora_alpha: float | None = None
-    vocab: str | None = None
-    weights: str | None = None
-    emit: str | None = None
 
 
 def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
@@ -52,19 +44,19 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
         asked = dataclasses.replace(asked, src=as_reference(asked.src, options.revision))
     root = resolve(asked.src, revision=options.revision, token=options.token, in_parts=True, whole=True).path
     found = search(asked.src, asked.weights_from, token=options.token)
-    if (shards := _shards_alone(root, asked, found)) is not None:
+    if (shards := shards_alone(root, asked, found)) is not None:
         return _gather(shards, asked, out, options)
     if asked.emit == "both":
         return _both(asked, found, out, options)
-    mends = mends_of(asked, options)
-    recipe = repair_recipe(asked, found, options, mends=mends.steps)
+    mends = mends_of(asked, options.plain)
+    recipe = repair_recipe(asked, found, options.plain, mends=mends.steps)
 
     def checked_head(prepared: Prepared) -> list[str]:
-        _expect_sound(asked, mends, only=NEVER_FILLED)
+        expect_sound(asked, mends, only=NEVER_FILLED)
         return [*head(prepared), *_left(mends)]
 
-    if options.print_recipe and mends.codes and _is_whole(recipe, options):
-        recipe = mend_recipe(asked, mends, options)  # `fill` would stop a run that has nothing to fill
+    if options.print_recipe and mends.codes and is_whole(recipe, options.plain):
+        recipe = mend_recipe(asked, mends, options.plain)  # `fill` would stop a run that has nothing to fill
     try:
         return convert(recipe, out, options, head=checked_head, next_commands=_next)
     except NothingToRepair as healthy:
@@ -75,57 +67,14 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
         raise
 
 
-_NAMES_FIRST = ("choose-weights", "split-lora", "mend-names", "mend-disk-names", "mend-adapter-names", "mend-ties")
-
-
-def _with_vocabulary(mends: Mends, to: str) -> Mends:
-    """The mends with the step that `--vocab` asks for, in place of one that only changes the config.
-
-    Raises:
-        UsageError: neither `rows`, `tokenizer` nor a number (`usage`).
-    """
-    if to not in ("rows", "tokenizer") and not (to.isascii() and to.isdecimal()):
-        raise UsageError(
-            "usage", f"--vocab {show(to)} is no vocabulary", expected="rows, tokenizer or a number of rows"
-        )
-    wanted = Step("vocabulary", {"to": int(to) if to.isdecimal() else to})
-    steps = [s for s in mends.steps if s.name != "mend-vocabulary"]
-    at = max((n for n, s in enumerate(steps, 1) if s.name in _NAMES_FIRST), default=0)
-    left = tuple(each for each in mends.left if each[0] != "vocabulary-rows")
-    unmended = tuple(f for f in mends.unmended if f.code != "vocabulary-rows")
-    return dataclasses.replace(
-        mends,
-        steps=(*steps[:at], wanted, *steps[at:]),
-        codes=(*mends.codes, "vocabulary"),
-        left=left,
-        unmended=unmended,
-    )
-
-
-def mends_of(asked: Repairing, options: Conversion) -> Mends:
-    """What is mended beside lost tensors."""
-    from converter.recipe.verbs.repair_mends import find_mends
-
-    mends = find_mends(
-        asked.src,
-        base=asked.base,
-        target=asked.target,
-        lora_alpha=asked.lora_alpha,
-        allow=options.allow or (),
-        weights=asked.weights,
-        emit=asked.emit,
-    )
-    return mends if asked.vocab is None else _with_vocabulary(mends, asked.vocab)
-
-
 def _both(asked: Repairing, found: Search, out: str | None, options: Conversion) -> int:
     """LoRA layers left in a full model: the merged model in OUT, the adapter in OUT-adapter."""
     from converter.cli.run.two_outputs import Split, write_both
 
     def recipe(emit: str) -> tuple[Recipe, str]:
-        mends = mends_of(dataclasses.replace(asked, emit=emit), options)
-        filling = repair_recipe(asked, found, options, mends=mends.steps)
-        return (mend_recipe(asked, mends, options) if _is_whole(filling, options) else filling), ""
+        mends = mends_of(dataclasses.replace(asked, emit=emit), options.plain)
+        filling = repair_recipe(asked, found, options.plain, mends=mends.steps)
+        return (mend_recipe(asked, mends, options.plain) if is_whole(filling, options.plain) else filling), ""
 
     return write_both(Split(recipe, lambda prepared, _: _source(prepared), _next), out, options)
 
@@ -135,59 +84,18 @@ def _left(mends: Mends) -> list[str]:
     return [report.line("left", f"{show(code)}: {show(needed)}") for code, needed in mends.left]
 
 
-def _is_whole(recipe: Recipe, options: Conversion) -> bool:
-    """True where nothing is lost, as far as headers tell."""
-    from converter.converters.fill.refusals import NothingToRepair
-    from converter.recipe.run import prepare
-
-    try:
-        prepare(recipe, allow=frozenset(options.allow or ()), token=options.token, keep_code=options.keep_code)
-    except NothingToRepair:
-        return True
-    except ConvertError:
-        return False
-    return False
-
-
 def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, healthy: NothingToRepair) -> int:
     """Nothing is lost: mend what else doctor found, or say that the folder is sound."""
     sink = options.sink
     left = _left(mends)
-    _expect_sound(asked, mends)
+    expect_sound(asked, mends)
     if mends.codes:
-        recipe = mend_recipe(asked, mends, options)
+        recipe = mend_recipe(asked, mends, options.plain)
         found = report.line("mends", ", ".join(mends.codes))
         return convert(recipe, out, options, head=lambda p: [*_source(p), found, *left], next_commands=_next)
     sink.screen([f"{show(asked.src)}: {healthy.what}", *left, str(healthy.next)])
     sink.json({"healthy": not mends.left, "what": healthy.what, "advice": healthy.next, "left": list(mends.left)})
     return 0
-
-
-def _expect_sound(asked: Repairing, mends: Mends, only: frozenset[str] | None = None) -> None:
-    """Say what neither mends nor filling reach: an output with an error in it is no repaired folder.
-
-    Raises:
-        Refused: there is an error, of the codes in `only` if given, that would be in the output; under its code.
-    """
-    left = [f for f in mends.unmended if only is None or f.code in only]
-    if not left:
-        return
-    others = [f.code for f in left[1:]]
-    more = f" (and {', '.join(others)})" if others else ""
-    needed = dict(mends.left).get(left[0].code)
-    expected = None if needed is None else needed if needed.startswith("--") else f"--allow {needed}"
-    raise Refused(left[0].code, left[0].message + more, where=show(asked.src), expected=expected, next=left[0].next)
-
-
-def mend_recipe(asked: Repairing, mends: Mends, options: Conversion) -> Recipe:
-    """The recipe of the mends alone: every tensor is there."""
-    from converter.recipe.verbs.repair_mends import CHOOSE
-
-    choosing = any(s.name == CHOOSE for s in mends.steps)
-    inputs = {SOURCE: InputSpec(asked.src, revision=options.revision, broken=choosing)}
-    if asked.base is not None and any("base" in s.fields for s in mends.steps):
-        inputs["base"] = input_spec(asked.base)
-    return Recipe(inputs, (*mends.steps, *cast_steps(options)), output(options), file="repair")
 
 
 def _source(prepared: Prepared) -> list[str]:
@@ -196,62 +104,12 @@ def _source(prepared: Prepared) -> list[str]:
     return [report.line("source", f"{show(source.origin.asked)}  {kind}")]
 
 
-def _shards_alone(root: Path, asked: Repairing, found: Search) -> str | None:
-    """The shards of a folder that has no weight file at all: then a repair is a gather."""
-    from converter.sources.finding import kind_of, sources
-    from converter.sources.survey import ADAPTER_CONFIG, file_names, is_weights_of_model
-
-    kind = kind_of(root)
-    if kind is not None and getattr(sources()[kind], "precedence", 0) > 0:
-        return asked.src
-    names = file_names(root)
-    if ADAPTER_CONFIG in names or is_weights_of_model(names) or any(n.startswith("adapter_model.") for n in names):
-        return None  # an adapter's config is in the folder, and what belongs to it is filled
-    return next((p.path for p in found.places if not p.is_copy), None)
-
-
 def _gather(shards: str, asked: Repairing, out: str | None, options: Conversion) -> int:
-    from converter.cli.run.gather import Gathering, gather
+    from converter.cli.run.gather import gather
+    from converter.recipe.verbs.gather import Gathering
 
     options.sink.tell(f"{show(asked.src)} has no weight file: this is `rlhf-convert gather {show(shards)}`")
     return gather(Gathering(shards, base=asked.base), out, options)
-
-
-def repair_recipe(asked: Repairing, found: Search, options: Conversion, *, mends: tuple[Step, ...] = ()) -> Recipe:
-    """The recipe that the arguments mean: the broken folder, every place that may help, and the base if at hand."""
-    from converter.recipe.verbs.repair_mends import CHOOSE
-
-    inputs = {SOURCE: InputSpec(asked.src, revision=options.revision, broken=True)}
-    places = {f"weights-{n}": InputSpec(p.path, broken=p.is_copy) for n, p in enumerate(found.places, 1)}
-    fields: dict[str, Any] = {"weights": list(places)} if places else {}
-    base = _base(asked, inputs[SOURCE])
-    if base is not None:
-        fields["base"] = "base"
-        places["base"] = base
-    before = tuple(s for s in mends if s.name == CHOOSE)
-    steps = (*before, Step("fill", fields), *(s for s in mends if s not in before), *cast_steps(options))
-    return Recipe(inputs | places, steps, output(options), file="repair")
-
-
-def _base(asked: Repairing, source: InputSpec) -> InputSpec | None:
-    """The base model: given, or recorded and at hand; nothing is downloaded on a file's word."""
-    if asked.base is not None:
-        return input_spec(asked.base)
-    from converter.sources.opening import open_checkpoint, open_recorded_base
-
-    broken = open_checkpoint(source, token=None, keep_code=False)
-    try:
-        if broken.origin.kind == "adapter":
-            open_recorded_base(broken, keep_code=False)
-            return InputSpec(base_of=SOURCE)
-        name = broken.config.get("_name_or_path")
-        if not isinstance(name, str) or not name:
-            return None
-        spec = InputSpec(name)
-        found = open_checkpoint(spec, token=None, keep_code=False, download=False)
-    except ConvertError:
-        return None
-    return None if found.origin.path == broken.origin.path else spec
 
 
 def head(prepared: Prepared) -> list[str]:

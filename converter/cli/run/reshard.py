@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def reshard(src: str, out: str | None, options: Conversion) -> int:
     """Rewrite a model folder."""
-    recipe = Recipe({SOURCE: input_spec(src, options.revision)}, cast_steps(options), output(options), file="reshard")
+    recipe = Recipe(
+        {SOURCE: input_spec(src, options.revision)}, cast_steps(options.plain), output(options.plain), file="reshard"
+    )
     return convert(recipe, out, options, head=head)
 
 

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Conversion
-from converter.cli.run.folder import Written, load_commands, missing_output, notes_json, threads, write_prepared
-from converter.cli.run.hub import is_on_hub
+from converter.cli.run.planned import Written, load_commands, missing_output, notes_json, threads, write_prepared
 from converter.errors import ConvertError, UsageError, VerificationFailed
+from converter.publish.outputs import is_on_hub
 from converter.text import parse_size, show
 
 if TYPE_CHECKING:
-    from converter.cli.run.gather import Gathering
     from converter.core.writer.plan import Plan
     from converter.recipe.recipe import Recipe
     from converter.recipe.run import Prepared
@@ -74,18 +73,6 @@ class Split:
     recipe: Callable[[str], tuple[Recipe, str]]
     head: Callable[[Prepared, str], list[str]]
     next_commands: Callable[[Written], Sequence[str]]
-
-
-def gather_both(asked: Gathering, out: str | None, options: Conversion) -> int:
-    """Gather the model and the adapter."""
-    from converter.cli.run.gather import gather_recipe, head, next_commands
-
-    split = Split(
-        lambda emit: gather_recipe(dataclasses.replace(asked, emit=emit), options),
-        head,
-        lambda written: next_commands(written, asked),
-    )
-    return write_both(split, out, options)
 
 
 def write_both(split: Split, out: str | None, options: Conversion) -> int:

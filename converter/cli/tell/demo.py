@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from converter.cli.options import Conversion, Display
-from converter.cli.run.folder import Written, write_recipe
+from converter.cli.run.folder import write_recipe
 from converter.cli.run.hub import check_push, push_written
-from converter.cli.run.merge import Merge, merge_recipe
 from converter.cli.run.merge import head as merge_head
-from converter.cli.run.repair import Repairing, repair_recipe
+from converter.cli.run.planned import Written
 from converter.cli.run.repair import head as repair_head
 from converter.cli.tell.inspect import screen
 from converter.errors import Refused, VerificationFailed
+from converter.recipe.verbs.merge import Merge, merge_recipe
+from converter.recipe.verbs.repair import Repairing, repair_recipe
 from converter.text import show
 
 BASE, RUN, REPAIRED, MERGED = "tiny-qwen2-base", "tiny-reward-run", "repaired", "rm"
@@ -109,7 +110,7 @@ def demo(out: str, options: Display) -> int:
 
     command = ["rlhf-convert", "merge-lora", repaired, merged, "--base", base]
     sink.screen(["", "4. Merge", "", f"$ {shlex.join(command)}"])
-    written = write_recipe(merge_recipe(Merge(repaired, base), writing), merged, writing, head=merge_head)
+    written = write_recipe(merge_recipe(Merge(repaired, base), writing.plain), merged, writing, head=merge_head)
     assert written is not None
     sink.screen([*written.screen(), ""])
 
@@ -138,7 +139,7 @@ def _repaired(broken: str, repaired: str, writing: Conversion) -> Written:
 
     writing.sink.screen([f"$ {shlex.join(['rlhf-convert', 'repair', broken, repaired])}"])
     asked = Repairing(broken)
-    recipe = repair_recipe(asked, search(broken, ()), writing)
+    recipe = repair_recipe(asked, search(broken, ()), writing.plain)
     written = write_recipe(recipe, repaired, writing, head=repair_head)
     assert written is not None
     writing.sink.screen(written.screen())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from converter.cli.app import Out, verb
-from converter.cli.options import Conversion, PartChoice
+from converter.cli.options import Remapping
 
 
 class RoleChoice(StrEnum):
@@ -18,86 +17,6 @@ class RoleChoice(StrEnum):
     reward = "reward"
     critic = "critic"
     actor = "actor"
-
-
-class BiasChoice(StrEnum):
-    """What happens to a constant of the head that the target has no place for."""
-
-    refuse = "refuse"
-    drop = "drop"
-    into_mean = "into-mean"
-
-
-class NormaliserChoice(StrEnum):
-    """What happens to mean and std where the target can't keep them."""
-
-    fold = "fold"
-    drop = "drop"
-
-
-class InitChoice(StrEnum):
-    """How a fresh head begins."""
-
-    zeros = "zeros"
-    normal = "normal"
-
-
-@dataclass(frozen=True)
-class Remapping(Conversion):
-    """Options of the verbs that write a head."""
-
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="NAME",
-            help="Trainer or dialect of SRC; default: told from its files.",
-            show_default=False,
-        ),
-    ] = None
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BASE",
-            help="Base of an adapter, or where a missing lm_head is; default: as recorded.",
-            show_default=False,
-        ),
-    ] = None
-    weights_from: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DIR", help="Where tensors that SRC has lost may still be. Repeatable.", show_default=False
-        ),
-    ] = None
-    part: Annotated[
-        PartChoice | None,
-        typer.Option(help="Which model, where SRC is a trainer's state that holds several.", show_default=False),
-    ] = None
-    tag: Annotated[
-        str | None, typer.Option(metavar="T", help="Which checkpoint of a run; default: `latest`.", show_default=False)
-    ] = None
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option(metavar="N", help="lora_alpha of training, where no config records it.", show_default=False),
-    ] = None
-    bias: Annotated[BiasChoice, typer.Option(help="A constant of the head that the target has no place for.")] = (
-        BiasChoice.refuse
-    )
-    normaliser: Annotated[NormaliserChoice, typer.Option(help="mean and std: folded into the head, or left out.")] = (
-        NormaliserChoice.fold
-    )
-    label: Annotated[
-        int | None, typer.Option(metavar="N", help="Take this row of a head with several.", show_default=False)
-    ] = None
-    label_weights: Annotated[
-        str | None,
-        typer.Option(metavar="W,W,...", help="Sum the rows of a head with these weights, as -1,1.", show_default=False),
-    ] = None
-    init_head: Annotated[
-        InitChoice | None,
-        typer.Option(help="A fresh head where SRC has none; it has learnt nothing.", show_default=False),
-    ] = None
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of --init-head normal.")] = 0
 
 
 Src = Annotated[

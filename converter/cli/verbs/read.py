@@ -139,7 +139,8 @@ def verify(
     ] = None,
 ) -> int:
     """`rlhf-convert verify`."""
-    from converter.cli.tell.verify import Asked, verify
+    from converter.cli.tell.verify import verify
+    from converter.examine.verify.verify import Asked
 
     asked = Asked(
         folder,

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import Out, verb
-from converter.cli.options import Conversion, EmitChoice, NumericsChoice, PartChoice
+from converter.cli.options import Conversion
+from converter.recipe.options import EmitChoice, NumericsChoice, PartChoice
 
 
 @verb(
@@ -46,7 +47,8 @@ def merge_lora(
     ] = False,
 ) -> int:
     """`rlhf-convert merge-lora`."""
-    from converter.cli.run.merge import Merge, merge
+    from converter.cli.run.merge import merge
+    from converter.recipe.verbs.merge import Merge
 
     asked = Merge(adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual)
     return merge(asked, options.target(out), options)
@@ -109,7 +111,8 @@ def gather(
     ] = False,
 ) -> int:
     """`rlhf-convert gather`."""
-    from converter.cli.run.gather import Gathering, gather
+    from converter.cli.run.gather import gather
+    from converter.recipe.verbs.gather import Gathering
 
     asked = Gathering(
         src,
@@ -182,7 +185,8 @@ def repair(
     ] = None,
 ) -> int:
     """`rlhf-convert repair`."""
-    from converter.cli.run.repair import Repairing, repair
+    from converter.cli.run.repair import repair
+    from converter.recipe.verbs.repair import Repairing
 
     chosen = None if emit is None else emit.value
     asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha, vocab, weights, chosen)

@@ -31,6 +31,7 @@ from converter.converters.fill.offers import (
     TRAINING,
     Offer,
     is_of_run,
+    is_proved_copy,
     judged,
     label_of,
     offer_of,
@@ -44,7 +45,6 @@ from converter.converters.fill.refusals import (
     refuse_several,
     why_lost,
 )
-from converter.converters.fill_copies import is_proved_copy
 from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from converter.converters.fill.damage import beside_name, is_spare
-from converter.converters.fill.evidence import differing, is_empty, step_of, step_relation, whole_in_both
+from converter.converters.fill.evidence import differing, is_empty, same, step_of, step_relation, whole_in_both
 from converter.converters.gather.adapter_config import HEADS
 from converter.converters.gather.peft_names import PEFT_PREFIX, PeftNames, has_factors, peft_names, without_wrappers
 from converter.core.checkpoint import Checkpoint
@@ -266,3 +266,32 @@ def is_telling(name: str, tensor: LazyTensor) -> bool:
     """True for a trained tensor that another step has other values of: matrices and factors, not norms of bf16."""
     is_matrix = len(tensor.info.shape) > 1 and tensor.info.numel >= TELLING
     return is_matrix or any(part in HEADS for part in name.split("."))
+
+
+def is_proved_copy(broken: Checkpoint, offer: Offer, base: Checkpoint | None, context: Context) -> str | None:
+    """None for a copy; else why it isn't one, or may not be.
+
+    Norms that are equal prove nothing: they are equal in the base, and in every step of a bf16 run. A copy shows by an
+    equal tensor that training changed: a factor, a head, or a matrix that is not the base's.
+    """
+    if offer.verdict == "other":
+        return f"not a copy: {offer.why}"
+    both = whole_in_both(broken.tensors, offer.tensors)
+    if broken.origin.kind == ADAPTER:
+        if any(is_telling(n, offer.tensors[n]) and not context.is_zero(offer.tensors[n]) for n in both):
+            return None
+    elif _has_head(both) and (base is None or not _has_head(base.tensors)):
+        return None
+    if base is not None:
+        matrices = [n for n in both if is_telling(n, offer.tensors[n]) and n in base.tensors]
+        if any(not same(context, offer.tensors[n], base.tensors[n]) for n in matrices):
+            return None
+    if broken.origin.kind == ADAPTER:
+        return f"may be of another step: {offer.why}, and no trained one is among them"
+    return (
+        f"may be the base model: {offer.why}, and none of them is shown to have been trained; --base BASE may show it"
+    )
+
+
+def _has_head(names: Iterable[str]) -> bool:
+    return any(part in HEADS for name in names for part in name.split("."))

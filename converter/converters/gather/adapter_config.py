@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from converter.converters.gather.peft_names import PeftNames
-from converter.converters.gather_lora_meta import LORA_META, recorded_alpha
-from converter.core.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
+from converter.core.files.strict_json import load_json
 from converter.core.side_files import ADAPTER_CONFIG, recorded
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError
 from converter.text import fold, show
 
 HEADS = frozenset({"score", "classifier"})
+LORA_META = "lora_train_meta.json"
 LORA_FILES = frozenset({ADAPTER_CONFIG, LORA_META})
 """Read here; neither goes along with the tensors as it is."""
 
@@ -173,3 +175,29 @@ def with_folded_heads(
         targets = kept  # a pattern, or `all-linear`, would match the head again
     changed = {"target_modules": targets, "modules_to_save": list(dict.fromkeys([*saved, *sorted(last)]))}
     return {**config, **changed, "task_type": config.get("task_type") or task}
+
+
+def recorded_alpha(files: Mapping[str, SideFile], ranks: Collection[int], where: str, context: Context) -> float | None:
+    """The alpha that the file records; None where there is no file, or it says 0.
+
+    Raises:
+        Refused: it is of LoRA with another rank than the tensors (`adapter-rank`).
+    """
+    file = files.get(LORA_META)
+    value = None if file is None or file.source is None else load_json(Path(file.source))
+    if not isinstance(value, dict):
+        return None
+    rank, alpha = value.get("r"), value.get("lora_alpha")
+    if type(rank) is int and rank > 0 and rank not in ranks:
+        raise Refused(
+            "adapter-rank",
+            f"the {LORA_META} by the shards is not of this run",
+            where=where,
+            expected=f"r = {rank}",
+            got=f"r = {', '.join(map(str, sorted(set(ranks))))} in the tensors",
+            next="remove it, or put the right one there",
+        )
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
+        return None
+    context.note("info", "found", f"lora_alpha = {show(alpha)} as {LORA_META} records")
+    return float(alpha)

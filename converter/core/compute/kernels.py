@@ -243,7 +243,7 @@ def _residual(weight: Tensor, params: Mapping[str, Any]) -> Tensor:
 
 
 def head_rows(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
-    """Sums of a head's rows; see `converter.core.tensors.kernel_specs.HEAD_ROWS`. In fp32, or in fp64 where 32 bits are written."""
+    """Sums of a head's rows, in fp32, or in fp64 where 32 bits are written; see `kernel_specs.HEAD_ROWS`."""
     weight = inputs[0]
     out_dtype = _out_dtype(params)
     dtype = torch.float64 if out_dtype in (torch.float32, torch.float64) else torch.float32

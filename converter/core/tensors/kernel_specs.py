@@ -40,7 +40,7 @@ class KernelSpec:
     Attributes:
         name: as written in plans.
         body: `package.module:function`, imported when values are computed. The function takes a list of contiguous
-            tensors and the params, and returns a tensor, or a tensor and additive measures (see `converter.core.compute.kernels`).
+            tensors and the params, and returns a tensor, or a tensor and additive measures (see `compute.kernels`).
         info: dtype and shape of the result, from those of the inputs.
         needs: for rows `[start, stop)` of the result, the slice of each input (None: all of it); None instead of a
             tuple says that only the whole result can be computed. The kernel, run on those slices, gives those rows.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from converter.cli.options import Conversion
 from converter.core.tensors.dtypes import DType
+from converter.recipe.options import WriteOptions
 from converter.recipe.recipe import Output, Recipe, Step
 from converter.text import parse_size
 
 
-def cast_steps(options: Conversion) -> tuple[Step, ...]:
+def cast_steps(options: WriteOptions) -> tuple[Step, ...]:
     """The step that `--dtype` asks for."""
     return () if options.dtype is None else (Step("cast", {"dtype": DType.parse(options.dtype).torch_name}),)
 
 
-def output(options: Conversion, recipe: Recipe | None = None) -> Output:
+def output(options: WriteOptions, recipe: Recipe | None = None) -> Output:
     """The layout that the options ask for, else the recipe's."""
     given = recipe.output if recipe else Output()
     size = given.max_shard_size

@@ -1,0 +1,226 @@
+"""Every check of `verify`, in order: what is asked, and what was found."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
+from converter.core.files import sparse
+from converter.dialects.known import Target, target
+from converter.dialects.spec import Role
+from converter.errors import ConvertError, Refused, UsageError
+from converter.examine.verify.check import Check, fails
+from converter.text import show
+
+if TYPE_CHECKING:
+    from converter.converters.heads.model import Reading
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked to be verified."""
+
+    folder: str
+    trainer: str | None = None
+    role: Role | None = None
+    against: str | None = None
+    source: str | None = None
+    base: str | None = None
+    live: bool = False
+    python: str | None = None
+    probe: str | None = None
+    allow: tuple[str, ...] = ()
+
+
+@dataclass
+class Verified:
+    """What was found."""
+
+    aim: Target
+    checks: list[Check]
+    table: list[dict[str, Any]]
+
+
+def examine(asked: Asked) -> Verified:
+    """Every check that was asked for.
+
+    Raises:
+        UsageError: the folder is not there, or no trainer is known for it.
+    """
+    from converter.sources.locate import resolve
+    from converter.sources.opening import input_spec, open_checkpoint
+
+    try:
+        checkpoint = open_checkpoint(input_spec(asked.folder), token=None, keep_code=False)
+    except UsageError:
+        raise
+    except ConvertError as error:
+        if error.code == "path-missing" or error.code.startswith(("hub-", "download-", "cache-")):
+            raise  # it was not looked at
+        # What no tool can open, no trainer loads: the verdict is that it fails, and why.
+        text = f"{error.where}: {error.what}" if error.where else error.what
+        return Verified(_aim(asked, None), [fails("files", error.code, text, error.next or "")], [])
+    aim = _aim(asked, checkpoint)
+    root = resolve(asked.folder, in_parts=True).path
+    if asked.live:
+        _expect_here(asked.folder, root)
+    return _all_checks(asked, aim, checkpoint, root)
+
+
+def _expect_here(folder: str, root: Path) -> None:
+    """A trainer's loader opens files by itself: they have to be on the disk.
+
+    Raises:
+        Refused: the folder is read from the Hub in parts (`live-needs-folder`).
+    """
+    from converter.sources.hub.names import as_reference, hub_name
+    from converter.sources.survey import snapshot_of
+
+    if not any(root.is_relative_to(each) for each in sparse.folders):
+        return
+    named, found = hub_name(as_reference(folder)), snapshot_of(root)
+    assert named is not None
+    assert found is not None
+    here = f"./{named.repo_id.rpartition('/')[2]}"
+    download = ["hf", "download", named.repo_id, "--revision", found[1], "--local-dir", here]
+    inner = f"{here}/{named.folder}" if named.folder else here
+    raise Refused(
+        "live-needs-folder",
+        "--live loads files with the trainer's own code, and these are on the Hub",
+        where=show(folder),
+        next=f"{shlex.join(download)}, and then the same command with {shlex.quote(inner)}",
+    )
+
+
+def _aim(asked: Asked, checkpoint: Checkpoint | None) -> Target:
+    """The trainer and role: as asked, else what the folder itself says."""
+    from converter.converters.heads.detect import detect
+    from converter.examine.verify.dialect import role_of
+
+    trainer = asked.trainer
+    if trainer is None:
+        found = None if checkpoint is None or checkpoint.origin.kind != "model" else detect(checkpoint)
+        trainer = "transformers" if found is None else (found.dialect.serves[0].trainer if found.dialect.serves else "")
+        if not trainer:
+            what = "no trainer loads this as it is"
+            raise UsageError("trainer-unclear", what, where=show(asked.folder), expected="--for TRAINER")
+    if asked.role is not None:
+        return target(trainer, asked.role)
+    if asked.trainer is None and trainer == "transformers" and checkpoint is not None and _is_headless(checkpoint):
+        return target(trainer, "actor")
+    return target(trainer, "reward" if checkpoint is None else role_of(checkpoint, _roles_of(trainer)))
+
+
+def _is_headless(checkpoint: Checkpoint) -> bool:
+    """True for a plain language model: it was never meant to have a head, so none is missing."""
+    from converter.converters.heads.detect import detect
+
+    listed = checkpoint.config.get("architectures")
+    first = str(listed[0]) if isinstance(listed, list) and listed else ""
+    is_causal = first.endswith(("ForCausalLM", "LMHeadModel"))
+    return checkpoint.origin.kind == "model" and is_causal and detect(checkpoint) is None
+
+
+def _roles_of(trainer: str) -> frozenset[Role]:
+    from converter.dialects.known import dialects
+
+    name = trainer.partition("@")[0]
+    return frozenset(r for d in dialects().values() for s in d.serves if s.trainer == name for r in s.roles)
+
+
+def _all_checks(asked: Asked, aim: Target, checkpoint: Checkpoint, root: Path) -> Verified:
+    from converter.examine.verify.dialect import check_for
+    from converter.examine.verify.receipt import check_receipt, check_source
+
+    context = Context(frozenset(asked.allow))
+    if checkpoint.origin.kind != "model":
+        is_reward = checkpoint.config.get("task_type") == "SEQ_CLS" or asked.trainer is not None
+        merge = shlex.join(["rlhf-convert", "merge-lora", asked.folder, "OUT"])
+        is_plain = checkpoint.origin.kind == "adapter" and not is_reward
+        remedy = merge if is_plain else _remedy(asked, aim)
+        text = f"this is {'an adapter' if checkpoint.origin.kind == 'adapter' else 'a training state'}, not a model"
+        return Verified(aim, [fails("files", "not-a-model", text, remedy)], [])
+    verdict = check_for(checkpoint, aim, context, remedy=_remedy(asked, aim))
+    names = {*checkpoint.tensors, *(n for tensors in checkpoint.beside.values() for n in tensors)}
+    checks = [*verdict.checks, *check_receipt(root, frozenset(names))]
+    reading, there = verdict.reading, None
+    table: list[dict[str, Any]] = []
+    if asked.against is not None and reading is not None:
+        from converter.examine.verify.against import check_against
+
+        there, digest = _source(asked, context)
+        checks += check_source(root, digest, asked.against)
+        checks += check_against(reading, there, aim, context)
+    if asked.live:
+        from converter.examine.verify.live import check_live
+
+        assert asked.python is not None
+        checks += check_live(root, checkpoint, reading, aim, asked.python, allow=frozenset(asked.allow))
+    if asked.probe is not None and reading is not None:
+        more, table = _pairs(asked, aim, reading, there)
+        checks += more
+    return Verified(aim, checks, table)
+
+
+def _remedy(asked: Asked, aim: Target) -> str:
+    """The command that makes a folder which this trainer loads."""
+    to = asked.trainer or aim.serves.trainer
+    return shlex.join(["rlhf-convert", "convert", asked.against or asked.folder, "OUT", "--to", to, "--role", aim.role])
+
+
+def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
+    """The source, read in its own dialect, and the digest of its headers: a model, an adapter or a trainer's state."""
+    from converter.converters.gather.gather import Gather
+    from converter.converters.heads.detect import HEADLESS, Detected, detect
+    from converter.converters.heads.fit import Wishes
+    from converter.converters.heads.from_adapter import with_adapter
+    from converter.converters.heads.read import read
+    from converter.dialects.known import dialects, spoken
+    from converter.sources.opening import input_spec, open_checkpoint, open_recorded_base
+
+    assert asked.against is not None
+    source = open_checkpoint(input_spec(_shards(asked.against)), token=None, keep_code=False)
+    digest = source.origin.header_digest
+    base = None if asked.base is None else open_checkpoint(input_spec(asked.base), token=None, keep_code=False)
+    if source.origin.kind == "adapter":
+        wishes = Wishes("refuse", "fold", None, (), "none", 0)
+        source = with_adapter(base or open_recorded_base(source, keep_code=False), source, wishes, context)
+    elif source.origin.kind == "training":
+        source = Gather(emit="merged", base=base)(source, context)
+    if asked.source is not None:
+        return read(source, spoken(asked.source)[0], context), digest
+    found = detect(source) or Detected(dialects()[HEADLESS], "no head")
+    return read(source, found.dialect, context), digest
+
+
+def _shards(src: str) -> str:
+    """The folder that is meant by a run's: where the shards are."""
+    from converter.sources.finding import find_place, kind_of
+    from converter.sources.hub.names import as_reference, below
+    from converter.sources.locate import resolve
+
+    root = resolve(src, in_parts=True).path
+    if kind_of(root) in ("hf", "peft"):
+        return src
+    return below(src, root, find_place(root, as_reference(src)).folder)
+
+
+def _pairs(
+    asked: Asked, aim: Target, reading: Reading, there: Reading | None
+) -> tuple[list[Check], list[dict[str, Any]]]:
+    from converter.examine.verify.check import note
+    from converter.examine.verify.pairs import check_pairs, read_pairs, scored
+    from converter.examine.verify.values import is_small
+
+    assert asked.probe is not None
+    pairs = read_pairs(Path(asked.probe).expanduser())
+    if not is_small(reading):
+        return [note("pairs", "not-run", "the model is too large to be run here")], []
+
+    here = scored(reading, aim.dialect.pooling)
+    other = None if there is None or there.head is None else scored(there, there.dialect.pooling)
+    return check_pairs(pairs, here, other)

@@ -1,0 +1,216 @@
+"""What `convert` and its two presets do: find what SRC is, and build one recipe from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from converter.converters.heads.detect import head_like
+from converter.dialects.known import Target
+from converter.dialects.spec import Role
+from converter.errors import ConvertError, UsageError
+from converter.recipe.recipe import SOURCE, Output, Recipe, Step
+from converter.recipe.verbs.pieces import cast_steps, output
+from converter.recipe.verbs.run_state import place_of
+from converter.sources.opening import InputSpec, input_spec
+from converter.text import show
+
+if TYPE_CHECKING:
+    from converter.recipe.options import HeadOptions
+
+Kind = Literal["model", "adapter", "training"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the user means by SRC: its kind, the folder as they would write it, and how it was chosen.
+
+    Attributes:
+        part: which model, where the state's tensors are those of two.
+        recorded: the base of a state is the one that its run records.
+    """
+
+    kind: Kind
+    path: str
+    said: str = ""
+    damaged: bool = False
+    part: str | None = None
+    recorded: bool = False
+
+
+def convert_command(src: str, out: str | None, to: str, role: Role, verb: str, options: HeadOptions) -> list[str]:
+    """The command that was given, with what it says of SRC."""
+    words = ["rlhf-convert", verb, src, out or "OUT", "--to", to]
+    words += ["--role", role] if verb == "convert" else []
+    part = options.part
+    given = {"--from": options.source, "--tag": options.tag, "--part": part, "--base": options.base}
+    return [*words, *(w for name, value in given.items() if value is not None for w in (name, value))]
+
+
+def find(src: str, options: HeadOptions) -> Found:
+    """What lies at SRC.
+
+    Raises:
+        UsageError: nothing that is read, or several checkpoints to choose from.
+    """
+    from converter.sources.finding import kind_of, sources
+    from converter.sources.hub.names import as_reference, below
+    from converter.sources.locate import resolve
+
+    spec = input_spec(src, options.revision)
+    assert spec.path is not None
+    root = resolve(spec.path, revision=spec.revision, token=options.token, in_parts=True).path
+    kind = kind_of(root)
+    is_plain = kind is not None and getattr(sources()[kind], "precedence", 0) == 0
+    if is_plain and (_has_weights(root) or not _has_shards(root, src)):
+        assert kind is not None
+        _refuse_run_options(src, options)
+        return Found("adapter" if kind == "peft" else "model", src, damaged=_is_damaged(root, kind))
+    part = options.part
+    place, inner = place_of(root, as_reference(src), tag=options.tag, part=part)
+    if place.folder == root:
+        return Found("training", src, part=inner)
+    path = below(src, root, place.folder)
+    return Found("training", path, f"tag {show(place.folder.name)}: {place.why}", part=inner)
+
+
+def _refuse_run_options(src: str, options: HeadOptions) -> None:
+    """Options that choose inside a trainer's state say nothing of a model or an adapter."""
+    given = {"--part": options.part, "--tag": options.tag, "--lora-alpha": options.lora_alpha}
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        what = f"{' and '.join(named)} goes with a trainer's state, and this is a model or an adapter"
+        raise UsageError("usage", what, where=show(src))
+
+
+def _has_weights(root: Path) -> bool:
+    """True where weights lie in the folder itself, or in ColossalChat's `modeling/`; those are then what is meant."""
+    from converter.sources.hf.colossalchat import FOLDER
+    from converter.sources.survey import ADAPTER_PICKLED, ADAPTER_WEIGHTS, file_names, is_weights_of_model
+
+    names = file_names(root)
+    inside = file_names(root / FOLDER) if (root / FOLDER).is_dir() else ()
+    return is_weights_of_model(names) or bool({ADAPTER_WEIGHTS, ADAPTER_PICKLED} & names) or is_weights_of_model(inside)
+
+
+def _is_damaged(root: Path, kind: str) -> bool:
+    """True where tensors are empty or missing, or a head has a LoRA and perhaps no weight below it."""
+    from converter.sources.finding import sources
+    from converter.sources.hf.broken import LOST
+
+    survey = sources()[kind].survey(root)
+    lora = [n.partition(".lora_")[0] for n in survey.entries if ".lora_" in n]
+    return any(f.code in LOST for f in survey.faults) or bool(head_like(f"{n}.weight" for n in lora))
+
+
+def _has_shards(root: Path, src: str) -> bool:
+    """True for a run's folder, whose config lies above a trainer's shards."""
+    from converter.sources.finding import find_place
+
+    try:
+        find_place(root, src)
+    except ConvertError as error:
+        return error.code != "no-shards"
+    return True
+
+
+def remap_recipe(
+    found: Found,
+    to: str,
+    role: Role,
+    aim: Target,
+    options: HeadOptions,
+    places: Mapping[str, InputSpec],
+    verb: str,
+) -> Recipe:
+    """The recipe that the arguments mean: gather where there are shards, merge where there is an adapter, remap."""
+    inputs: dict[str, InputSpec] = {}
+    fields = head_fields(to, role, options)
+    steps: list[Step] = []
+    base = None if options.base is None else input_spec(options.base)
+    source = input_spec(found.path, options.revision)
+    if places:
+        fields["weights"] = list(places)
+        source = dataclasses.replace(source, broken=True)
+    if found.kind == "adapter":
+        inputs[SOURCE] = base or InputSpec(base_of="adapter")
+        inputs["adapter"] = source
+        fields["adapter"] = "adapter"
+    else:
+        inputs[SOURCE] = source
+        if base is not None:
+            inputs["base"] = base
+        elif found.recorded:
+            inputs["base"] = InputSpec(base_of=SOURCE)
+        if "base" in inputs:
+            fields["base"] = "base"
+    if found.kind == "training":
+        given = {"lora-alpha": options.lora_alpha, "base": fields.get("base"), "part": found.part}
+        steps.append(Step("gather", {"emit": "merged", **{k: v for k, v in given.items() if v is not None}}))
+    steps += [Step("remap-head", fields), *cast_steps(options)]
+    return Recipe({**inputs, **places}, tuple(steps), _output(aim, options), file=verb)
+
+
+def lost_and_found(found: Found, options: HeadOptions) -> tuple[dict[str, InputSpec], list[str]]:
+    """Where lost tensors may still be: where the user points, and for a damaged folder what lies around it.
+
+    The second list says, in words, where there was nothing.
+
+    Raises:
+        UsageError: places for a run's own shards (`usage`), or folders that are not there.
+    """
+    given = options.weights_from
+    if found.kind == "training" and given:
+        what = "a run's own shards are gathered; --weights-from is for folders that lost tensors"
+        raise UsageError("usage", what, where=show(found.path))
+    if not given and not found.damaged:
+        return {}, []
+    from converter.recipe.verbs.repair_places import search
+    from converter.sources.hub.names import as_reference
+
+    result = search(as_reference(found.path, options.revision), given, token=options.token)
+    places = {f"weights-{n}": InputSpec(p.path, broken=p.is_copy) for n, p in enumerate(result.places, 1)}
+    return places, result.looked
+
+
+def head_fields(to: str, role: Role, options: HeadOptions) -> dict[str, Any]:
+    """The fields of the step `remap-head`, those that say something.
+
+    Raises:
+        UsageError: weights that are no numbers (`usage`).
+    """
+    fields: dict[str, Any] = {"to": to, "role": role}
+    weights = None if options.label_weights is None else _weights(options.label_weights)
+    init = options.init_head
+    given = {"read-as": options.source, "label": options.label, "label-weights": weights, "init-head": init}
+    if options.bias != "refuse":
+        given["bias"] = options.bias
+    if options.normaliser != "fold":
+        given["normaliser"] = options.normaliser
+    if options.seed:
+        given["seed"] = options.seed
+    return fields | {k: v for k, v in given.items() if v is not None}
+
+
+def _weights(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        what = f"--label-weights takes numbers with commas between them, not {show(text)}"
+        raise UsageError("usage", what, expected="--label-weights=-1,1") from None
+
+
+def _output(aim: Target, options: HeadOptions) -> Output:
+    """The layout; a trainer that reads one file gets one.
+
+    Raises:
+        UsageError: a layout of several files for such a trainer (`usage`).
+    """
+    if aim.dialect.one_file and (options.max_shard_size is not None or options.layout is not None):
+        raise UsageError(
+            "usage", f"{aim.words} reads one weight file: --max-shard-size and --layout have no place here"
+        )
+    return output(options)

@@ -1,0 +1,100 @@
+"""What `merge-lora` does: a recipe from plain values, and arguments given the wrong way round."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converter.errors import ConvertError, UsageError
+from converter.recipe.options import WriteOptions
+from converter.recipe.recipe import SOURCE, Recipe, Step
+from converter.recipe.verbs.pieces import cast_steps, output
+from converter.sources.hub.names import is_on_hub
+from converter.sources.locate import resolve
+from converter.sources.opening import InputSpec, input_spec
+
+RECEIPT = "rlhf-convert.json"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What the user asked for."""
+
+    adapter: str
+    base: str | None = None
+    more: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    numerics: str = "best"
+    base_is_residual: bool = False
+
+
+def merge_recipe(asked: Merge, options: WriteOptions) -> Recipe:
+    """The recipe that the arguments mean.
+
+    Raises:
+        UsageError: not one weight for each adapter (`usage`).
+    """
+    adapters = {"adapter": input_spec(asked.adapter, options.revision)}
+    adapters |= {f"adapter-{n}": input_spec(path) for n, path in enumerate(asked.more, 2)}
+    if asked.weights and len(asked.weights) != len(adapters):
+        raise UsageError(
+            "usage",
+            "give one --weight for each adapter, in order",
+            expected=str(len(adapters)),
+            got=str(len(asked.weights)),
+        )
+    fields: dict[str, Any] = {"adapters": list(adapters), "numerics": asked.numerics}
+    if asked.weights:
+        fields["weights"] = list(asked.weights)
+    if asked.base_is_residual:
+        fields["base-is-residual"] = True
+    base = InputSpec(base_of="adapter") if asked.base is None else input_spec(asked.base)
+    steps = (Step("merge-lora", fields), *cast_steps(options))
+    return Recipe({SOURCE: base, **adapters}, steps, output(options), file="merge-lora")
+
+
+def refuse_swapped(asked: Merge, out: str | None) -> None:
+    """Recognise a base model given as the adapter, or an adapter given as the base, by what the folders hold.
+
+    Raises:
+        UsageError: with the corrected command (`arguments-swapped`).
+    """
+    first = _kind(asked.adapter)
+    given_base = None if asked.base is None else _kind(asked.base)
+    if first == "model":
+        what = f"{asked.adapter} is a model, not an adapter"
+        if given_base == "adapter" and asked.base is not None:
+            raise _swapped(what, merge_command(asked.base, out, asked.adapter))
+        if out is not None and _kind(out) == "adapter":
+            raise _swapped(f"{what}; {out} is the adapter", merge_command(out, None, asked.adapter))
+        raise _swapped(what, merge_command("ADAPTER", out, asked.adapter))
+    is_foreign_model = out is not None and _kind(out) == "model" and not (Path(out).expanduser() / RECEIPT).is_file()
+    if first == "adapter" and asked.base is None and out is not None and is_foreign_model:
+        raise _swapped(
+            f"{out} is a model that is there already, not an output", merge_command(asked.adapter, None, out)
+        )
+    if given_base == "adapter":
+        raise _swapped(f"{asked.base} is an adapter, not a base model", merge_command(asked.adapter, out, "BASE"))
+
+
+def _kind(text: str) -> str | None:
+    folder = Path(text).expanduser()
+    if is_on_hub(text):
+        try:
+            folder = resolve(text, in_parts=True).path
+        except ConvertError:
+            return None  # whoever opens it says why
+    if (folder / "adapter_config.json").is_file():
+        return "adapter"
+    return "model" if (folder / "config.json").is_file() else None
+
+
+def _swapped(what: str, command: str) -> UsageError:
+    return UsageError("arguments-swapped", what, expected="merge-lora ADAPTER OUT --base BASE", next=command)
+
+
+def merge_command(adapter: str, out: str | None, base: str) -> str:
+    words = ["rlhf-convert", "merge-lora", adapter, out or "OUT", "--base", base]
+    return shlex.join(words)
