@@ -28,7 +28,7 @@ _HOME = {
     "Context": "core.context",
     "ConvertError": "errors",
     "DType": "core.tensors.dtypes",
-    "Input": "inputs",
+    "Input": "core.checkpoint",
     "KernelSpec": "core.tensors.kernel_specs",
     "Note": "core.context",
     "Origin": "core.checkpoint",

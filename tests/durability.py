@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-FIXTURES = Path(__file__).resolve().parents[1] / "converter" / "fixtures"
+from converter.shipped import shipped
+
+FIXTURES = shipped("fixtures")
 
 WATCHED = (
     "open", "mkdir", "rename", "unlink", "rmdir", "listdir", "fsync", "fdatasync", "posix_fallocate", "ftruncate",

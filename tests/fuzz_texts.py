@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from converter.cli import main as command
+from converter.shipped import shipped
 from fuzz_pickles import HANG, changed
 
-FIXTURES = Path(__file__).resolve().parents[1] / "converter" / "fixtures"
+FIXTURES = shipped("fixtures")
 SPACE = 1_000_000_000
 VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1.5, 2**31, 2**63, 10**30, 10**400, float("nan"), float("inf"), "", "x", "../../x", "/etc/x",

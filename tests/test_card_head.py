@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ import yaml
 from safetensors.torch import load_file
 
 from converter.publish.card import BEGIN, END, CardFacts, model_card, own_text
+from converter.shipped import shipped
 from fake_hub import FakeHub, running
 from hub_here import client_of, published, run
 
-FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
+FIXTURES = shipped("fixtures")
 REPO = "me/rm"
 
 

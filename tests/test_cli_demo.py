@@ -11,7 +11,6 @@ import sys
 import time
 import zipfile
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 import oracle
+from converter.shipped import shipped
 from oracle.bases import quiet
 from oracle.command import listing, run
 
-FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
+FIXTURES = shipped("fixtures")
 BASE = FIXTURES / "tiny-qwen2-base"
 ADAPTER = FIXTURES / "tiny-reward-adapter"
 RUN = FIXTURES / "tiny-reward-run"

@@ -7,15 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from big_headers import llama_70b
+from converter.shipped import shipped
 from oracle.command import listing, run
 
-FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
+FIXTURES = shipped("fixtures")
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
+from converter.shipped import shipped
 from oracle.command import listing, run
 
-FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
+FIXTURES = shipped("fixtures")
 
 
 @pytest.fixture

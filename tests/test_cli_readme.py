@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,12 @@ from converter.converters import finding as find_converters
 from converter.core.tensors import kernel_specs
 from converter.recipe.fields import check
 from converter.recipe.recipe import parse_recipe
+from converter.shipped import shipped
 from converter.sources import finding as find_sources
 from converter.sources.opening import InputSpec
 from oracle.command import run
 
-FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
+FIXTURES = shipped("fixtures")
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
 
 VARIES = re.compile(r"[\d.]+ [KMGT]?B free|\d+:\d\d$|\d+ MB memory", re.MULTILINE)

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file
 
+from converter.shipped import shipped
 from dcp import compare as dcp_compare
 from heads_run import done, refused
 from verl_saves import compare as verl_compare
@@ -20,7 +21,7 @@ from zero import compare as zero_compare
 from zero.compare import differences
 
 TESTS = Path(__file__).parent
-SHIPPED = TESTS.parent / "converter" / "fixtures"
+SHIPPED = shipped("fixtures")
 UNIVERSAL = TESTS / "zero" / "universal_runs"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft's call

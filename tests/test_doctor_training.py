@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from converter.examine.doctor import MOST_NEAR, Asked, case_of, examine
+from converter.shipped import shipped
 from converter.sources.deepspeed.source import SOURCE
 from test_doctor_heads import RUN, SIZES, causal, codes, finding, serious
 
 __all__ = ["causal"]
 HERE = Path(__file__).parent
-FIXTURES = Path(__file__).parents[1] / "converter" / "fixtures"
+FIXTURES = shipped("fixtures")
 HEALTHY = sorted(
     p for place in ("zero/runs", "zero/universal_runs", "dcp/runs", "verl_saves/runs") for p in (HERE / place).iterdir()
     if p.is_dir() and p.name != "hf-shards-n2"

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import oracle
+from converter.shipped import shipped
 from oracle.bases import quiet
 from oracle.command import merged
 
-FIXTURES = Path(str(files("converter") / "fixtures"))
+FIXTURES = shipped("fixtures")
 BASE = FIXTURES / "tiny-qwen2-base"
 ADAPTER = FIXTURES / "tiny-reward-adapter"
 RUN = FIXTURES / "tiny-reward-run"
-FOLDERS = sorted(p for p in FIXTURES.iterdir() if p.is_dir() and p.name != "__pycache__")
+FOLDERS = sorted(p for p in FIXTURES.iterdir() if p.is_dir())
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
@@ -31,7 +31,7 @@ def test_fixture_holds_exactly_the_files_of_its_provenance(folder: Path) -> None
     assert record["versions"]["torch"]
     assert record["what"]
     assert Path(record["made_by"]).name == ("make_incident.py" if folder == RUN else "make_fixtures.py")
-    assert (FIXTURES / Path(record["made_by"]).name).is_file()
+    assert (FIXTURES.parent / record["made_by"]).is_file()
 
 
 def test_fixtures_are_small() -> None:

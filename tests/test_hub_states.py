@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from converter.errors import UsageError
+from converter.shipped import shipped
 from converter.sources.hub import mirror as hub_mirror
 from converter.sources.hub.names import as_reference, below, hub_name
 from fake_hub import FakeHub, Fault, running
 from hub_here import client_of, commits, on_disk, published, run
 
-FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
+FIXTURES = shipped("fixtures")
 TESTS = Path(__file__).parent
 RUN, BASE = "org/run", "org/tiny-qwen2-base"
 STATES = ["zero/runs/lora-z3-n2", "zero/runs/reward-z2-n2", "dcp/runs/accelerate-n2", "verl_saves/runs/critic-fsdp1-n3"]

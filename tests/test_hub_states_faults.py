@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
+from converter.shipped import shipped
 from converter.sources.hub import mirror as hub_mirror
 from fake_hub import FakeHub, Fault, running
 from hub_here import client_of, on_disk, run
 
-FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
+FIXTURES = shipped("fixtures")
 RUN, BASE = "org/tiny-reward-run", "org/tiny-qwen2-base"
 SOURCE = f"hf://{RUN}/checkpoint-4"
 COMMANDS = {

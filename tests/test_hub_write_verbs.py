@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from converter.dialects.known import trainers
+from converter.shipped import shipped
 from fake_hub import FakeHub, running
 from hub_here import client_of, commits, published, run
 
-FIXTURES = Path(str(resources.files("converter").joinpath("fixtures")))
+FIXTURES = shipped("fixtures")
 REPO = "me/out"
 BASE = ["--base", "{here}/tiny-qwen2-base"]
 VERBS = {

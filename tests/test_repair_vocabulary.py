@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from converter.cli import main
+from converter.shipped import shipped
 from hub_here import run
 
 WORDS = 20
@@ -222,9 +223,8 @@ def test_the_receipt_counts_the_rows(tmp_path: Path) -> None:
 
 
 def test_an_adapter_has_no_vocabulary_of_its_own(tmp_path: Path) -> None:
-    from importlib import resources
 
-    fixture = Path(str(resources.files("converter"))) / "fixtures" / "tiny-reward-adapter"
+    fixture = shipped("fixtures") / "tiny-reward-adapter"
     shutil.copytree(fixture, tmp_path / "adapter")
     refused = run("repair", tmp_path / "adapter", tmp_path / "out", "--vocab", "8")
     assert refused.returncode == 2, refused.stderr

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForSequenceClassification
 
+from converter.shipped import shipped
 from verify_folders import WEIGHT, codes, copy, make_rm, rewrite, text_of, verify
 
-TOKENIZER = Path(__file__).parents[1] / "converter" / "fixtures" / "tiny-qwen2-base"
+TOKENIZER = shipped("fixtures") / "tiny-qwen2-base"
 PAIRS = [
     {"prompt": "What is two and two?", "chosen": "Four.", "rejected": "I can't say."},
     {"prompt": "Name a colour", "chosen": "Blue", "rejected": "Blue is not what I would name here"},

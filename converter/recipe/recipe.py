@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from converter.errors import UsageError
+from converter.shipped import shipped
 from converter.sources.opening import InputSpec
 from converter.text import parse_size, show
 
@@ -112,23 +112,21 @@ def load_recipe(name: str) -> Recipe:
     path = Path(name)
     if "/" in name or path.suffix in (".yaml", ".yml") or path.exists():
         return parse_recipe(_read(path, name), file=show(name))
-    shipped = shipped_recipes()
-    if name not in shipped:
-        near = get_close_matches(name, shipped, n=1)
+    known = shipped_recipes()
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
         raise UsageError(
             "no-such-recipe",
             f"neither a file nor a shipped recipe: {show(name)}",
-            expected=", ".join(shipped),
+            expected=", ".join(known),
             next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
         )
-    return parse_recipe(shipped[name].encode(), file=f"{name}.yaml")
+    return parse_recipe(known[name].encode(), file=f"{name}.yaml")
 
 
 def shipped_recipes() -> dict[str, str]:
     """Names of the recipes in the package, with their text."""
-    folder = resources.files("converter").joinpath("recipes")
-    files = sorted(f.name for f in folder.iterdir() if f.name.endswith(".yaml"))
-    return {f.removesuffix(".yaml"): folder.joinpath(f).read_text("utf-8") for f in files}
+    return {f.stem: f.read_text("utf-8") for f in sorted(shipped("recipes").glob("*.yaml"))}
 
 
 def _read(path: Path, asked: str) -> bytes:

@@ -15,8 +15,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from converter.shipped import shipped
+
 TESTS = Path(__file__).parents[1]
-FIXTURES = TESTS.parent / "converter" / "fixtures"
+FIXTURES = shipped("fixtures")
 HIDDEN = 16
 SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -132,7 +132,8 @@ GADGETS = (
     "torch.load", "torch.hub.load", "torch.jit.load", "torch.utils.collect_env.run", "torch.package.PackageImporter",
     "torch._C._nn.gelu", "torch.utils.cpp_extension.load", "torch.fx._symbolic_trace.Tracer", "numpy.load",
     "numpy.testing._private.utils.runstring", "numpy.f2py.crackfortran.getlincoef", "transformers.AutoModel",
-    "huggingface_hub.snapshot_download", "planted_module.attack", "converter.core.writer.write.write", "yaml.unsafe_load",
+    "huggingface_hub.snapshot_download", "planted_module.attack", "converter.core.writer.write.write",
+    "yaml.unsafe_load",
 )  # fmt: skip
 
 CONTROL_NAMES = {

@@ -23,13 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from converter.shipped import shipped
+
 SPACE = 1_000_000_000
 """Bytes of address space that a child may take."""
 
 HANG = 20
 """Seconds for one command."""
 
-FIXTURES = Path(__file__).resolve().parents[2] / "converter" / "fixtures"
+FIXTURES = shipped("fixtures")
 
 FORBIDDEN = frozenset(
     {

@@ -2,7 +2,7 @@
 
 A trainer is installed without its dependencies; what loading a model needs follows, in versions that it allows. What
 plays no part in loading (flash attention, Ray, vLLM, DeepSpeed) is stood in for by the probe, see
-`converter/examine/verify/probes/probe_common.py`. Torch and packages whose version makes no difference are installed once, in `core`.
+its `probe_common.py`. Torch and packages whose version makes no difference are installed once, in `core`.
 """
 
 from __future__ import annotations

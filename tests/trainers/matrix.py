@@ -20,6 +20,7 @@ from cells import BIAS, MEAN, SOURCES, STD, TARGETS, Cell, Source, Target, input
 from judging import judge
 
 from converter.cli import main as command_line
+from converter.shipped import shipped
 
 HERE = Path(__file__).resolve().parent
 PROBES = HERE.parents[1] / "converter" / "examine" / "verify" / "probes"
@@ -59,7 +60,7 @@ def make_base(folder: Path) -> None:
     saved = json.loads(path.read_text())
     saved["rope_theta"] = 10000.0
     path.write_text(json.dumps(saved))
-    tokenizer = HERE.parents[1] / "converter" / "fixtures" / "tiny-qwen2-base"
+    tokenizer = shipped("fixtures") / "tiny-qwen2-base"
     for file in tokenizer.glob("*token*"):
         shutil.copy(file, folder)
     # transformers 5 names a class that transformers 4 lacks, and ms-swift's environment has 4.

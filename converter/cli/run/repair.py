@@ -16,10 +16,10 @@ from converter.recipe.verbs.repair import (
     Repairing,
     expect_sound,
     is_whole,
-    shards_alone,
     mend_recipe,
     mends_of,
     repair_recipe,
+    shards_alone,
 )
 from converter.text import show
 

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from converter.cli.tell.inspect import screen
 from converter.errors import Refused, VerificationFailed
 from converter.recipe.verbs.merge import Merge, merge_recipe
 from converter.recipe.verbs.repair import Repairing, repair_recipe
+from converter.shipped import shipped
 from converter.text import show
 
 BASE, RUN, REPAIRED, MERGED = "tiny-qwen2-base", "tiny-reward-run", "repaired", "rm"
@@ -164,12 +164,12 @@ def lay_out(folder: Path) -> None:
             next="rlhf-convert demo --out ./another",
         )
     for name in (BASE, RUN):
-        with resources.as_file(resources.files("converter").joinpath("fixtures", name)) as shipped:
-            for file in sorted(p for p in shipped.rglob("*") if p.is_file()):
-                target = folder / name / file.relative_to(shipped)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not (target.is_file() and filecmp.cmp(file, target, shallow=False)):
-                    shutil.copyfile(file, target)
+        source = shipped("fixtures") / name
+        for file in sorted(p for p in source.rglob("*") if p.is_file()):
+            target = folder / name / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not (target.is_file() and filecmp.cmp(file, target, shallow=False)):
+                shutil.copyfile(file, target)
 
 
 def load(base: Path, adapter: Path) -> Loading:

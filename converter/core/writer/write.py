@@ -153,15 +153,11 @@ def one_thread_each(plan: Plan) -> Iterator[None]:
     if plan.counts["computed"] + plan.counts["filled"] == 0:
         yield
         return
-    import torch
+    from converter.core.compute.evaluate import on_one_thread
 
     keep_freed_memory()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with on_one_thread():
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def reading_through(plan: Plan) -> contextlib.AbstractContextManager[None]:

@@ -96,5 +96,6 @@ def _swapped(what: str, command: str) -> UsageError:
 
 
 def merge_command(adapter: str, out: str | None, base: str) -> str:
+    """The command, quoted for a shell."""
     words = ["rlhf-convert", "merge-lora", adapter, out or "OUT", "--base", base]
     return shlex.join(words)

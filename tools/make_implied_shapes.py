@@ -3,7 +3,7 @@ as expressions of config fields.
 
 Run by hand for a release, in an environment with the pinned transformers (about ten minutes on one core):
 
-    python tests/make_implied_shapes.py
+    python tools/make_implied_shapes.py
 
 Each class is built small in three sizes of distinct numbers and saved; an expression is kept if it gives the dimension
 in all three. Then every field of the config is changed in turn: where the expressions no longer hold, the class is only
@@ -270,7 +270,7 @@ def main() -> None:
                 continue
             classes[name] = {**entry, "assumes": assumes}
         print(kind, [n for n in classes if n.lower().startswith(kind.replace("_", "")[:4])], assumes, file=sys.stderr)
-    about = "Names and shapes by config fields, from transformers; written by tests/make_implied_shapes.py"
+    about = "Names and shapes by config fields, from transformers; written by tools/make_implied_shapes.py"
     value = {"about": about, "transformers": transformers.__version__, "classes": classes}
     OUT.write_text(json.dumps(value, indent=None, separators=(", ", ": ")) + "\n")
 

@@ -2,7 +2,7 @@
 
 Run by hand for a release, in an environment with the pinned transformers (timm, pillow and scipy add a few classes):
 
-    python tests/make_memory_names.py
+    python tools/make_memory_names.py
 
 Everything is read off transformers itself: the renames of its conversion mapping, the prefix of each class's backbone,
 which sub-models a class is made of (each class is built on the meta device, without weights), which class an auto class
@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     from transformers import AutoConfig, PreTrainedModel, conversion_mapping
     from transformers.models.auto import modeling_auto as auto
 
-OUT = Path(__file__).parent.parent / "converter" / "converters" / "memory_names.json"
+OUT = Path(__file__).parent.parent / "converter" / "families" / "memory_names.json"
 TABLE = "src/transformers/conversion_mapping.py"
 AUTO = {
     "base": "MODEL_MAPPING_NAMES",
@@ -258,7 +258,7 @@ def main() -> None:
     for name, kind in types.items():
         families.setdefault(kind, {}).setdefault(classes[name].base_model_prefix, []).append(name)
     data = {
-        "about": "Names of tensors in memory, from transformers; written by tests/make_memory_names.py",
+        "about": "Names of tensors in memory, from transformers; written by tools/make_memory_names.py",
         "transformers": transformers.__version__,
         "source": f"https://github.com/huggingface/transformers/blob/v{transformers.__version__}/{TABLE}",
         "rules": table,
