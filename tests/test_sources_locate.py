@@ -98,7 +98,8 @@ def test_another_file_is_no_checkpoint(here: Path) -> None:
 
 def test_plain_folders_are_found_without_the_hubs_client(here: Path) -> None:
     code = (
-        "import sys; from converter.sources.locate import resolve; from converter.sources.hf import peft, source as hf\n"
+        "import sys; from converter.sources.hf import peft, source as hf\n"
+        "from converter.sources.locate import resolve\n"
         "path = resolve('my-adapter').path; assert peft.SOURCE.detect(path) and not hf.SOURCE.detect(path)\n"
         "sys.exit(bool({'huggingface_hub', 'torch', 'safetensors', 'transformers'} & set(sys.modules)))"
     )
