@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 from healthy.adapters import ADAPTERS, HEAD_IN_BASE_ALONE, RARE, Adapter, base, quantised, records
 from healthy.models import MODELS, Saved
 from healthy.shrink import TASKS, NotTinyError, everything
@@ -21,7 +21,7 @@ from healthy.states import EXPECTED, FORMS, HERE, RUNS, save
 
 def serious(folder: Path, **asked: object) -> list[str]:
     """What doctor says that is worse than cosmetic, with its reason."""
-    found = examine(Asked(str(folder), **asked)).findings  # type: ignore[arg-type]
+    found = examine(DoctorRequest(str(folder), **asked)).findings  # type: ignore[arg-type]
     return [f"{f.severity} {f.code}: {f.message}" for f in found if f.severity != "cosmetic"]
 
 

@@ -17,12 +17,12 @@ from converter.recipe.verbs.convert import Found, convert_command, find, lost_an
 from converter.recipe.verbs.run_state import corrected, with_recorded_base
 
 if TYPE_CHECKING:
-    from converter.cli.options import Remapping
+    from converter.cli.options import HeadFlags
     from converter.cli.run.planned import Written
     from converter.recipe.run import Prepared
 
 
-def convert(src: str, out: str | None, to: str, role: Role, options: Remapping, verb: str = "convert") -> int:
+def convert(src: str, out: str | None, to: str, role: Role, options: HeadFlags, verb: str = "convert") -> int:
     """Convert a model into the one that a trainer reads in a role."""
     aim = target(to, role)
     looked: list[str] = []
@@ -73,7 +73,7 @@ def head(prepared: Prepared, found: Found) -> list[str]:
     return lines + ([report.line("", found.said)] if found.said else [])
 
 
-def next_commands(written: Written, aim: Target, to: str, src: str, found: Found, options: Remapping) -> list[str]:
+def next_commands(written: Written, aim: Target, to: str, src: str, found: Found, options: HeadFlags) -> list[str]:
     """The proof, the trainer's launch line, and what goes wrong with it although the files are right."""
     path = written.out if Path(written.out).is_absolute() else f"./{Path(written.out)}"
     if is_on_hub(written.out):

@@ -149,9 +149,9 @@ def push_written(out: str, options: Conversion) -> None:
     if options.push_to_hub is None:
         return
     from converter.cli.options import Reading
-    from converter.cli.run.push import Pushing, push
+    from converter.cli.run.push import PushRequest, push
 
-    asked = Pushing(
+    asked = PushRequest(
         out,
         options.push_to_hub,
         token=options.token,

@@ -8,14 +8,14 @@ from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
 from converter.errors import ConvertError
 from converter.recipe.recipe import SOURCE
-from converter.recipe.verbs.merge import Merge, merge_command, merge_recipe, refuse_swapped
+from converter.recipe.verbs.merge import MergeRequest, merge_command, merge_recipe, refuse_swapped
 from converter.recipe.verbs.run_state import base_in
 
 if TYPE_CHECKING:
     from converter.recipe.run import Prepared
 
 
-def merge(asked: Merge, out: str | None, options: Conversion) -> int:
+def merge(asked: MergeRequest, out: str | None, options: Conversion) -> int:
     """Merge adapters into their base."""
     refuse_swapped(asked, out)
     try:

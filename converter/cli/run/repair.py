@@ -13,7 +13,7 @@ from converter.cli.run.planned import load_commands
 from converter.errors import Refused
 from converter.recipe.recipe import SOURCE, Recipe
 from converter.recipe.verbs.repair import (
-    Repairing,
+    RepairRequest,
     expect_sound,
     is_whole,
     mend_recipe,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from converter.recipe.verbs.repair_places import Search
 
 
-def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
+def repair(asked: RepairRequest, out: str | None, options: Conversion) -> int:
     """Fill what is lost, or say that nothing is; shards without any weight file are gathered."""
     from converter.converters.fill.refusals import NothingToRepair
     from converter.recipe.verbs.repair_mends import NEVER_FILLED
@@ -67,7 +67,7 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
         raise
 
 
-def _both(asked: Repairing, found: Search, out: str | None, options: Conversion) -> int:
+def _both(asked: RepairRequest, found: Search, out: str | None, options: Conversion) -> int:
     """LoRA layers left in a full model: the merged model in OUT, the adapter in OUT-adapter."""
     from converter.cli.run.two_outputs import Split, write_both
 
@@ -84,7 +84,7 @@ def _left(mends: Mends) -> list[str]:
     return [report.line("left", f"{show(code)}: {show(needed)}") for code, needed in mends.left]
 
 
-def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, healthy: NothingToRepair) -> int:
+def _mend(asked: RepairRequest, out: str | None, mends: Mends, options: Conversion, healthy: NothingToRepair) -> int:
     """Nothing is lost: mend what else doctor found, or say that the folder is sound."""
     sink = options.sink
     left = _left(mends)
@@ -104,12 +104,12 @@ def _source(prepared: Prepared) -> list[str]:
     return [report.line("source", f"{show(source.origin.asked)}  {kind}")]
 
 
-def _gather(shards: str, asked: Repairing, out: str | None, options: Conversion) -> int:
+def _gather(shards: str, asked: RepairRequest, out: str | None, options: Conversion) -> int:
     from converter.cli.run.gather import gather
-    from converter.recipe.verbs.gather import Gathering
+    from converter.recipe.verbs.gather import GatherRequest
 
     options.sink.tell(f"{show(asked.src)} has no weight file: this is `rlhf-convert gather {show(shards)}`")
-    return gather(Gathering(shards, base=asked.base), out, options)
+    return gather(GatherRequest(shards, base=asked.base), out, options)
 
 
 def head(prepared: Prepared) -> list[str]:

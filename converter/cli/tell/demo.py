@@ -27,8 +27,8 @@ from converter.cli.run.planned import Written
 from converter.cli.run.repair import head as repair_head
 from converter.cli.tell.inspect import screen
 from converter.errors import Refused, VerificationFailed
-from converter.recipe.verbs.merge import Merge, merge_recipe
-from converter.recipe.verbs.repair import Repairing, repair_recipe
+from converter.recipe.verbs.merge import MergeRequest, merge_recipe
+from converter.recipe.verbs.repair import RepairRequest, repair_recipe
 from converter.shipped import shipped
 from converter.text import show
 
@@ -110,7 +110,7 @@ def demo(out: str, options: Display) -> int:
 
     command = ["rlhf-convert", "merge-lora", repaired, merged, "--base", base]
     sink.screen(["", "4. Merge", "", f"$ {shlex.join(command)}"])
-    written = write_recipe(merge_recipe(Merge(repaired, base), writing.plain), merged, writing, head=merge_head)
+    written = write_recipe(merge_recipe(MergeRequest(repaired, base), writing.plain), merged, writing, head=merge_head)
     assert written is not None
     sink.screen([*written.screen(), ""])
 
@@ -138,7 +138,7 @@ def _repaired(broken: str, repaired: str, writing: Conversion) -> Written:
     from converter.recipe.verbs.repair_places import search
 
     writing.sink.screen([f"$ {shlex.join(['rlhf-convert', 'repair', broken, repaired])}"])
-    asked = Repairing(broken)
+    asked = RepairRequest(broken)
     recipe = repair_recipe(asked, search(broken, ()), writing.plain)
     written = write_recipe(recipe, repaired, writing, head=repair_head)
     assert written is not None
