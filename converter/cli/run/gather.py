@@ -42,12 +42,12 @@ def _gather(asked: GatherRequest, out: str | None, options: Conversion) -> int:
         recipe,
         out,
         options,
-        head=lambda prepared: head(prepared, said),
+        input_lines=lambda prepared: input_lines(prepared, said),
         next_commands=lambda w: next_commands(w, asked),
     )
 
 
-def head(prepared: Prepared, said: str) -> list[str]:
+def input_lines(prepared: Prepared, said: str) -> list[str]:
     """The screen's lines about the shards, the tag that was chosen, and the base."""
     from converter.cli import lines as report
 
@@ -78,7 +78,7 @@ def gather_both(asked: GatherRequest, out: str | None, options: Conversion) -> i
     """Gather the model and the adapter."""
     split = Split(
         lambda emit: gather_recipe(dataclasses.replace(asked, emit=emit), options.plain),
-        head,
+        input_lines,
         lambda written: next_commands(written, asked),
     )
     return write_both(split, out, options)

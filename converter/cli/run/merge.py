@@ -19,14 +19,14 @@ def merge(asked: MergeRequest, out: str | None, options: Conversion) -> int:
     """Merge adapters into their base."""
     refuse_swapped(asked, out)
     try:
-        return convert(merge_recipe(asked, options.plain), out, options, head=head)
+        return convert(merge_recipe(asked, options.plain), out, options, input_lines=input_lines)
     except ConvertError as error:
         if error.code in ("base-unknown", "base-not-found"):
             error.next = merge_command(asked.adapter, out, base_in(error))
         raise
 
 
-def head(prepared: Prepared) -> list[str]:
+def input_lines(prepared: Prepared) -> list[str]:
     """The screen's lines about adapters and base."""
     from converter.cli import lines as report
 

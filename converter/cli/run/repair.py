@@ -51,14 +51,14 @@ def repair(asked: RepairRequest, out: str | None, options: Conversion) -> int:
     mends = mends_of(asked, options.plain)
     recipe = repair_recipe(asked, found, options.plain, mends=mends.steps)
 
-    def checked_head(prepared: Prepared) -> list[str]:
+    def checked_lines(prepared: Prepared) -> list[str]:
         expect_sound(asked, mends, only=NEVER_FILLED)
-        return [*head(prepared), *_left(mends)]
+        return [*input_lines(prepared), *_left(mends)]
 
     if options.print_recipe and mends.codes and is_whole(recipe, options.plain):
         recipe = mend_recipe(asked, mends, options.plain)  # `fill` would stop a run that has nothing to fill
     try:
-        return convert(recipe, out, options, head=checked_head, next_commands=_next)
+        return convert(recipe, out, options, input_lines=checked_lines, next_commands=_next)
     except NothingToRepair as healthy:
         return _mend(asked, out, mends, options, healthy)
     except Refused as error:
@@ -92,7 +92,7 @@ def _mend(asked: RepairRequest, out: str | None, mends: Mends, options: Conversi
     if mends.codes:
         recipe = mend_recipe(asked, mends, options.plain)
         found = report.line("mends", ", ".join(mends.codes))
-        return convert(recipe, out, options, head=lambda p: [*_source(p), found, *left], next_commands=_next)
+        return convert(recipe, out, options, input_lines=lambda p: [*_source(p), found, *left], next_commands=_next)
     sink.screen([f"{show(asked.src)}: {healthy.what}", *left, str(healthy.next)])
     sink.json({"healthy": not mends.left, "what": healthy.what, "advice": healthy.next, "left": list(mends.left)})
     return 0
@@ -112,7 +112,7 @@ def _gather(shards: str, asked: RepairRequest, out: str | None, options: Convers
     return gather(GatherRequest(shards, base=asked.base), out, options)
 
 
-def head(prepared: Prepared) -> list[str]:
+def input_lines(prepared: Prepared) -> list[str]:
     """The screen's lines about the folder, and where each lost tensor comes from."""
     source, repaired = prepared.opened[SOURCE], prepared.checkpoint.repaired
     kind = report.adapter_kind(source.config) if source.origin.kind == "adapter" else report.dtype_words(source)
