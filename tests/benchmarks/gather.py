@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MAKER = Path(__file__).resolve().parents[1] / "zero" / "large.py"
+MAKER = Path(__file__).resolve().parents[1] / "runs" / "zero" / "large.py"
 SAMPLE_SECONDS = 0.004
 PEER = "import runpy; runpy.run_module('deepspeed.utils.zero_to_fp32', run_name='__main__')"
 COMPARE = """

@@ -1,4 +1,4 @@
-"""Where the trainers' environments are; see `tests/run_trainers.py`."""
+"""Where the trainers' environments are; see `tests/trainers/run_trainers.py`."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def envs() -> Path:
     given = os.environ.get("RLHF_CONVERT_TRAINERS", "~/.cache/rlhf-convert-trainers")
     folder = Path(given).expanduser()
     if not folder.is_dir():
-        pytest.skip("no trainer environments: python tests/run_trainers.py builds them")
+        pytest.skip("no trainer environments: python tests/trainers/run_trainers.py builds them")
     return folder

@@ -77,11 +77,11 @@ def demo_and_push(out: str, repo_id: str | None, options: Display) -> int:
 
 def _without_account(repo_id: str | None) -> str:
     """The command that pushes to a Hub on this machine, which is a part of the tests."""
-    hub = Path(__file__).parents[3] / "tests" / "fake_hub.py"
+    hub = Path(__file__).parents[3] / "tests" / "support" / "fake_hub.py"
     command = ["rlhf-convert", "demo", "--push", repo_id or "me/demo"]
     if hub.is_file():
         return f"without an account, to a Hub on this machine: {shlex.join(['python', os.path.relpath(hub), *command])}"
-    words = shlex.join(["python", "tests/fake_hub.py", *command])
+    words = shlex.join(["python", "tests/support/fake_hub.py", *command])
     return f"without an account, in a clone of the repository: {words}"
 
 
