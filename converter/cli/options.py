@@ -258,7 +258,7 @@ def _with_names(command: Callable[[], int], options: Display) -> int:
 
 
 @dataclass(frozen=True)
-class Remapping(Conversion):
+class HeadFlags(Conversion):
     """Options of the verbs that write a head."""
 
     source: Annotated[

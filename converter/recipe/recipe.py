@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
     from converter.core.files.strict_yaml import Path as Keys
     from converter.core.files.strict_yaml import RecipeText
+    from converter.core.writer.plan import Layout
 
 VERSION = 1
 SOURCE = "source"
 """Name of the input that flows through the steps."""
 
-Layout = Literal["auto", "preserve", "pack"]
 _INPUT_NAME = re.compile(r"[a-z][a-z0-9-]{0,40}", re.ASCII)
 
 

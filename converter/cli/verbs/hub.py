@@ -65,7 +65,9 @@ def push(
     ] = None,
 ) -> int:
     """`rlhf-convert push`."""
-    from converter.cli.run.push import Pushing, push
+    from converter.cli.run.push import PushRequest, push
 
     codes = tuple(allow or ())
-    return push(Pushing(folder, repo, token, public, revision, create_pr, message, keep_code, dry_run, codes), options)
+    return push(
+        PushRequest(folder, repo, token, public, revision, create_pr, message, keep_code, dry_run, codes), options
+    )

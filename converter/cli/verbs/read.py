@@ -103,9 +103,11 @@ def doctor(
 ) -> int:
     """`rlhf-convert doctor`."""
     from converter.cli.tell.doctor import doctor
-    from converter.examine.doctor import Asked
+    from converter.examine.doctor import DoctorRequest
 
-    asked = Asked(path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep, launch=launch)
+    asked = DoctorRequest(
+        path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep, launch=launch
+    )
     return doctor(asked, fail_on.value, options)
 
 
@@ -174,9 +176,9 @@ def verify(
 ) -> int:
     """`rlhf-convert verify`."""
     from converter.cli.tell.verify import verify
-    from converter.examine.verify.verify import Asked
+    from converter.examine.verify.verify import VerifyRequest
 
-    asked = Asked(
+    asked = VerifyRequest(
         folder,
         trainer,
         None if role is None else role.value,

@@ -60,9 +60,9 @@ def merge_lora(
 ) -> int:
     """`rlhf-convert merge-lora`."""
     from converter.cli.run.merge import merge
-    from converter.recipe.verbs.merge import Merge
+    from converter.recipe.verbs.merge import MergeRequest
 
-    asked = Merge(adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual)
+    asked = MergeRequest(adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual)
     return merge(asked, options.target(out), options)
 
 
@@ -140,9 +140,9 @@ def gather(
 ) -> int:
     """`rlhf-convert gather`."""
     from converter.cli.run.gather import gather
-    from converter.recipe.verbs.gather import Gathering
+    from converter.recipe.verbs.gather import GatherRequest
 
-    asked = Gathering(
+    asked = GatherRequest(
         src,
         tag=tag,
         base=base,
@@ -234,10 +234,10 @@ def repair(
 ) -> int:
     """`rlhf-convert repair`."""
     from converter.cli.run.repair import repair
-    from converter.recipe.verbs.repair import Repairing
+    from converter.recipe.verbs.repair import RepairRequest
 
     chosen = None if emit is None else emit.value
-    asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha, vocab, weights, chosen)
+    asked = RepairRequest(src, tuple(weights_from or ()), base, target, lora_alpha, vocab, weights, chosen)
     return repair(asked, options.target(out), options)
 
 
