@@ -48,7 +48,9 @@ def test_a_signal_that_the_caller_ignores_does_not_end_a_run(ignored: str, numbe
     ("ignored", "number", "code"),
     [("", signal.SIGINT, 130), ("", signal.SIGTERM, 143), ("INT", signal.SIGTERM, 143), ("TERM", signal.SIGINT, 130)],
 )
-def test_a_signal_that_is_not_ignored_ends_a_run_without_a_traceback(ignored: str, number: signal.Signals, code: int) -> None:
+def test_a_signal_that_is_not_ignored_ends_a_run_without_a_traceback(
+    ignored: str, number: signal.Signals, code: int
+) -> None:
     with reading(ignored) as child:
         child.send_signal(number)
         _, err = child.communicate(timeout=60)
