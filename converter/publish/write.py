@@ -272,7 +272,7 @@ def _source_of(shard: ShardPlan) -> sparse.SparseFile | None:
             offset += run.length
     fd = open_input(file.path)
     try:
-        return file if read_exact(fd, 0, len(shard.head), file=str(file.path)) == shard.head else None
+        return file if read_exact(fd, 0, len(shard.header), file=str(file.path)) == shard.header else None
     finally:
         os.close(fd)
 

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from converter.core.writer.plan import Layout
 from converter.errors import UsageError
 from converter.shipped import shipped
 from converter.sources.opening import InputSpec
@@ -31,7 +32,6 @@ VERSION = 1
 SOURCE = "source"
 """Name of the input that flows through the steps."""
 
-Layout = Literal["auto", "preserve", "pack"]
 _INPUT_NAME = re.compile(r"[a-z][a-z0-9-]{0,40}", re.ASCII)
 
 

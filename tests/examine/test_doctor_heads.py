@@ -20,7 +20,7 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 from doctored import HIDDEN, RUN, SIZES, adapter, codes, edit, finding, serious, store, value_head
 
 
@@ -160,10 +160,14 @@ def test_a_base_model_beside_a_reward_adapter_is_sound(causal: Path, tmp_path: P
 def test_a_head_with_lora_whose_weight_the_shards_still_hold_leads_to_one_command(tmp_path: Path) -> None:
     folder = shutil.copytree(RUN / "head" / "checkpoint-2", tmp_path / "rm")
     assert {"head-base-lost", "zero3-empty-tensors"} <= serious(codes(folder))
-    commands = {f.next for f in examine(Asked(str(folder), target="openrlhf")).findings if f.severity == "error"}
+    commands = {
+        f.next for f in examine(DoctorRequest(str(folder), target="openrlhf")).findings if f.severity == "error"
+    }
     assert commands == {f"rlhf-convert convert {folder} {folder}-converted --to openrlhf --role reward --base BASE"}
     given = {"base": str(RUN / "lora" / "base"), "target": "openrlhf"}
-    commands = {f.next for f in examine(Asked(str(folder), **given)).findings if f.severity == "error" and f.next}
+    commands = {
+        f.next for f in examine(DoctorRequest(str(folder), **given)).findings if f.severity == "error" and f.next
+    }
     assert (
         f"rlhf-convert convert {folder} {folder}-converted --to openrlhf --role reward --base {RUN}/lora/base"
         in commands

@@ -13,10 +13,8 @@ from transformers import LlamaForCausalLM
 
 import heads_zoo as zoo
 from converter.errors import UsageError
-from converter.examine.doctor import Asked, examine
-from doctored import RUN, adapter, causal, codes, edit, finding, reward, serious, value_head
-
-__all__ = ["causal", "reward"]
+from converter.examine.doctor import DoctorRequest, examine
+from doctored import RUN, adapter, codes, edit, finding, serious, value_head
 
 
 @pytest.mark.parametrize(
@@ -40,7 +38,7 @@ def test_a_reward_model_of_transformers_is_read_by_those_who_load_its_class(rewa
     ],
 )
 def test_trainers_that_look_elsewhere_for_the_head_are_told(reward: Path, trainer: str, code: str, word: str) -> None:
-    found = [f for f in examine(Asked(str(reward), target=trainer)).findings if f.code == code]
+    found = [f for f in examine(DoctorRequest(str(reward), target=trainer)).findings if f.code == code]
     assert any(word in f.message for f in found)
     assert found[0].next is not None
     assert f"--to {trainer} --role " in found[0].next
@@ -138,7 +136,9 @@ def test_shards_are_refused_by_every_loader_with_the_command_that_gathers_and_co
 
 
 def test_a_language_model_is_read_as_an_actor(causal: Path) -> None:
-    found = [f.message for f in examine(Asked(str(causal), target="openrlhf")).findings if f.code == "loader-accepts"]
+    found = [
+        f.message for f in examine(DoctorRequest(str(causal), target="openrlhf")).findings if f.code == "loader-accepts"
+    ]
     assert found == ["openrlhf 0.11.2 reads it as an actor"]
 
 
@@ -167,12 +167,12 @@ def test_every_dialect_is_sound_and_read_by_its_own_trainer(tmp_path: Path, form
 
 def test_an_unknown_trainer_or_version_is_told_with_those_that_are_known(causal: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        examine(Asked(str(causal), target="openrlfh"))
+        examine(DoctorRequest(str(causal), target="openrlfh"))
     assert caught.value.code == "unknown-trainer"
     assert "openrlhf, " in str(caught.value.expected)
     assert caught.value.next == "did you mean `openrlhf`?"
     with pytest.raises(UsageError) as caught:
-        examine(Asked(str(causal), target="openrlhf@99"))
+        examine(DoctorRequest(str(causal), target="openrlhf@99"))
     assert caught.value.code == "trainer-version"
 
 

@@ -11,18 +11,18 @@ from converter.cli.run import folder as conversion
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError
-from converter.publish.outputs import as_loaders_take_it, is_on_hub
+from converter.publish.outputs import as_loaders_take_it, goes_to_hub
 from converter.recipe.recipe import SOURCE
 from converter.recipe.verbs.convert import Found, convert_command, find, lost_and_found, remap_recipe
 from converter.recipe.verbs.run_state import corrected, with_recorded_base
 
 if TYPE_CHECKING:
-    from converter.cli.options import Remapping
+    from converter.cli.options import HeadFlags
     from converter.cli.run.planned import Written
     from converter.recipe.run import Prepared
 
 
-def convert(src: str, out: str | None, to: str, role: Role, options: Remapping, verb: str = "convert") -> int:
+def convert(src: str, out: str | None, to: str, role: Role, options: HeadFlags, verb: str = "convert") -> int:
     """Convert a model into the one that a trainer reads in a role."""
     aim = target(to, role)
     looked: list[str] = []
@@ -37,7 +37,7 @@ def convert(src: str, out: str | None, to: str, role: Role, options: Remapping, 
             remap_recipe(state, to, role, aim, options.plain, places, verb),
             out,
             options,
-            head=lambda prepared: head(prepared, state),
+            input_lines=lambda prepared: input_lines(prepared, state),
             next_commands=lambda written: next_commands(written, aim, to, src, state, options),
         )
 
@@ -58,7 +58,7 @@ def convert(src: str, out: str | None, to: str, role: Role, options: Remapping, 
         raise
 
 
-def head(prepared: Prepared, found: Found) -> list[str]:
+def input_lines(prepared: Prepared, found: Found) -> list[str]:
     """The screen's lines about the inputs."""
     from converter.cli import lines as report
 
@@ -73,10 +73,10 @@ def head(prepared: Prepared, found: Found) -> list[str]:
     return lines + ([report.line("", found.said)] if found.said else [])
 
 
-def next_commands(written: Written, aim: Target, to: str, src: str, found: Found, options: Remapping) -> list[str]:
+def next_commands(written: Written, aim: Target, to: str, src: str, found: Found, options: HeadFlags) -> list[str]:
     """The proof, the trainer's launch line, and what goes wrong with it although the files are right."""
     path = written.out if Path(written.out).is_absolute() else f"./{Path(written.out)}"
-    if is_on_hub(written.out):
+    if goes_to_hub(written.out):
         path = as_loaders_take_it(written.out)
     verify = ["rlhf-convert", "verify", written.out, "--for", to, "--role", aim.role]
     if found.part is None and not written.prepared.checkpoint.repaired:  # what was lost in SRC can't be compared with

@@ -11,7 +11,7 @@ from converter.cli.run.folder import convert
 from converter.cli.run.two_outputs import Split, write_both
 from converter.errors import ConvertError
 from converter.recipe.recipe import SOURCE
-from converter.recipe.verbs.gather import Gathering, gather_command, gather_recipe, with_masters
+from converter.recipe.verbs.gather import GatherRequest, gather_command, gather_recipe, with_masters
 from converter.recipe.verbs.run_state import corrected, with_recorded_base
 from converter.text import show
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from converter.recipe.run import Prepared
 
 
-def gather(asked: Gathering, out: str | None, options: Conversion) -> int:
+def gather(asked: GatherRequest, out: str | None, options: Conversion) -> int:
     """Gather a trainer's shards into a model or an adapter."""
     options = dataclasses.replace(options, dtype=with_masters(asked, options.dtype))
 
@@ -34,7 +34,7 @@ def gather(asked: Gathering, out: str | None, options: Conversion) -> int:
         raise
 
 
-def _gather(asked: Gathering, out: str | None, options: Conversion) -> int:
+def _gather(asked: GatherRequest, out: str | None, options: Conversion) -> int:
     if asked.emit == "both":
         return gather_both(asked, out, options)
     recipe, said = gather_recipe(asked, options.plain)
@@ -42,12 +42,12 @@ def _gather(asked: Gathering, out: str | None, options: Conversion) -> int:
         recipe,
         out,
         options,
-        head=lambda prepared: head(prepared, said),
+        input_lines=lambda prepared: input_lines(prepared, said),
         next_commands=lambda w: next_commands(w, asked),
     )
 
 
-def head(prepared: Prepared, said: str) -> list[str]:
+def input_lines(prepared: Prepared, said: str) -> list[str]:
     """The screen's lines about the shards, the tag that was chosen, and the base."""
     from converter.cli import lines as report
 
@@ -61,7 +61,7 @@ def head(prepared: Prepared, said: str) -> list[str]:
     return lines
 
 
-def next_commands(written: Written, asked: Gathering) -> list[str]:
+def next_commands(written: Written, asked: GatherRequest) -> list[str]:
     """The check, then what loads the result."""
     from converter.cli.run.planned import load_commands
 
@@ -74,11 +74,11 @@ def next_commands(written: Written, asked: Gathering) -> list[str]:
     return [f"rlhf-convert inspect {out}", merge]
 
 
-def gather_both(asked: Gathering, out: str | None, options: Conversion) -> int:
+def gather_both(asked: GatherRequest, out: str | None, options: Conversion) -> int:
     """Gather the model and the adapter."""
     split = Split(
         lambda emit: gather_recipe(dataclasses.replace(asked, emit=emit), options.plain),
-        head,
+        input_lines,
         lambda written: next_commands(written, asked),
     )
     return write_both(split, out, options)

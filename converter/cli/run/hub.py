@@ -52,7 +52,7 @@ def convert_to_hub(
     out: str,
     options: Conversion,
     *,
-    head: Callable[[Prepared], list[str]],
+    input_lines: Callable[[Prepared], list[str]],
     next_commands: Callable[[Written], Sequence[str]],
 ) -> int:
     """Run a recipe whose output goes to the Hub file by file, with room for one of them."""
@@ -67,7 +67,7 @@ def convert_to_hub(
     sink = options.sink
     # Before any input is opened: a token that can't write shall not cost a conversion.
     me = check_destination(where)
-    planned = plan_recipe(recipe, None, options, head=head)
+    planned = plan_recipe(recipe, None, options, input_lines=input_lines)
     prepared, plan = planned.prepared, planned.prepared.plan
     how = "public" if where.public else "private, if it is new"
     sink.screen([line("to", f"{show(where.repo_id)} ({how}), as {show(me)}; one file at a time on this disk")])
@@ -149,9 +149,9 @@ def push_written(out: str, options: Conversion) -> None:
     if options.push_to_hub is None:
         return
     from converter.cli.options import Reading
-    from converter.cli.run.push import Pushing, push
+    from converter.cli.run.push import PushRequest, push
 
-    asked = Pushing(
+    asked = PushRequest(
         out,
         options.push_to_hub,
         token=options.token,

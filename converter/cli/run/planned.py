@@ -70,7 +70,7 @@ class Planned:
 
 
 def plan_recipe(
-    recipe: Recipe, target: Path | None, options: Conversion, *, head: Callable[[Prepared], list[str]]
+    recipe: Recipe, target: Path | None, options: Conversion, *, input_lines: Callable[[Prepared], list[str]]
 ) -> Planned:
     """Plan, and show the plan; `target` is None where nothing will be written, or on the Hub."""
     from converter.cli import lines as report
@@ -84,7 +84,7 @@ def plan_recipe(
         preflight.check_target(target, (), overwrite=options.overwrite)
     prepared = prepare(recipe, allow=frozenset(options.allow or ()), token=options.token, keep_code=options.keep_code)
     plan, jobs = prepared.plan, options.jobs or threads()
-    sink.screen(head(prepared))
+    sink.screen(input_lines(prepared))
     sink.screen(report.note_lines(prepared.context.notes, verbose=options.verbose))
     adapters = [c for c in prepared.opened.values() if c.origin.kind == "adapter"]
     sink.screen([report.plan_line(plan, prepared.checkpoint, adapters)])

@@ -22,13 +22,13 @@ from typing import Any
 from converter.cli.options import Conversion, Display
 from converter.cli.run.folder import write_recipe
 from converter.cli.run.hub import check_push, push_written
-from converter.cli.run.merge import head as merge_head
+from converter.cli.run.merge import input_lines as merge_lines
 from converter.cli.run.planned import Written
-from converter.cli.run.repair import head as repair_head
+from converter.cli.run.repair import input_lines as repair_lines
 from converter.cli.tell.inspect import screen
 from converter.errors import Refused, VerificationFailed
-from converter.recipe.verbs.merge import Merge, merge_recipe
-from converter.recipe.verbs.repair import Repairing, repair_recipe
+from converter.recipe.verbs.merge import MergeRequest, merge_recipe
+from converter.recipe.verbs.repair import RepairRequest, repair_recipe
 from converter.shipped import shipped
 from converter.text import show
 
@@ -110,7 +110,9 @@ def demo(out: str, options: Display) -> int:
 
     command = ["rlhf-convert", "merge-lora", repaired, merged, "--base", base]
     sink.screen(["", "4. Merge", "", f"$ {shlex.join(command)}"])
-    written = write_recipe(merge_recipe(Merge(repaired, base), writing.plain), merged, writing, head=merge_head)
+    written = write_recipe(
+        merge_recipe(MergeRequest(repaired, base), writing.plain), merged, writing, input_lines=merge_lines
+    )
     assert written is not None
     sink.screen([*written.screen(), ""])
 
@@ -138,9 +140,9 @@ def _repaired(broken: str, repaired: str, writing: Conversion) -> Written:
     from converter.recipe.verbs.repair_places import search
 
     writing.sink.screen([f"$ {shlex.join(['rlhf-convert', 'repair', broken, repaired])}"])
-    asked = Repairing(broken)
+    asked = RepairRequest(broken)
     recipe = repair_recipe(asked, search(broken, ()), writing.plain)
-    written = write_recipe(recipe, repaired, writing, head=repair_head)
+    written = write_recipe(recipe, repaired, writing, input_lines=repair_lines)
     assert written is not None
     writing.sink.screen(written.screen())
     return written

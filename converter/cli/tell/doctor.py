@@ -32,7 +32,7 @@ from converter.text import show
 
 if TYPE_CHECKING:
     from converter.examine.diagnoses.case import Case, Finding
-    from converter.examine.doctor import Asked, Report
+    from converter.examine.doctor import DoctorRequest, Report
 
 WIDTH = 79
 """Columns that every line of a report fits into, but for names and commands, which are never cut."""
@@ -49,7 +49,7 @@ _KINDS = {
 }
 
 
-def doctor(asked: Asked, fail_on: str, options: Display) -> int:
+def doctor(asked: DoctorRequest, fail_on: str, options: Display) -> int:
     """Examine a folder; exit code 1 where a finding is as bad as `fail_on` or worse."""
     from converter.examine.doctor import at_or_above, examine
 

@@ -88,11 +88,11 @@ def look(asked: str, revision: str | None) -> Found:
         UsageError: nothing that can be inspected has that name.
         Refused: a Hub id that is not in the cache and can't be read from the Hub (`hub-download`).
     """
-    from converter.examine.doctor import Asked, examine
+    from converter.examine.doctor import DoctorRequest, examine
     from converter.sources.locate import resolve
 
     located = resolve(asked, revision=revision, in_parts=True)
-    return Found(asked, located.path, located.revision, examine(Asked(asked, revision=revision)))
+    return Found(asked, located.path, located.revision, examine(DoctorRequest(asked, revision=revision)))
 
 
 def _screen(found: Found, *, tensors: bool = False) -> list[str]:

@@ -9,13 +9,13 @@ from converter.core.files import sparse
 from converter.dialects.known import Target
 from converter.errors import UsageError, VerificationFailed
 from converter.examine.verify.check import Check, failed
-from converter.examine.verify.verify import Asked, examine
+from converter.examine.verify.verify import VerifyRequest, examine
 from converter.text import show
 
 MARKS = {"holds": "ok  ", "note": "note", "fails": "FAIL"}
 
 
-def verify(asked: Asked, options: Display) -> int:
+def verify(asked: VerifyRequest, options: Display) -> int:
     """Verify a folder; exit code 0, or 4 where a check fails."""
     _expect_sense(asked)
     found = examine(asked)
@@ -48,7 +48,7 @@ def verify(asked: Asked, options: Display) -> int:
     return VerificationFailed.exit_code if broken else 0
 
 
-def _expect_sense(asked: Asked) -> None:
+def _expect_sense(asked: VerifyRequest) -> None:
     """Flags that need each other.
 
     Raises:
@@ -63,7 +63,7 @@ def _expect_sense(asked: Asked) -> None:
         raise UsageError("usage", "--base and --from say how --against is read; there is no --against")
 
 
-def _next(asked: Asked, aim: Target, broken: list[Check]) -> list[str]:
+def _next(asked: VerifyRequest, aim: Target, broken: list[Check]) -> list[str]:
     """What mends it; or the trainer's launch line and its traps."""
     if broken:
         return list(dict.fromkeys(c.next for c in broken if c.next))

@@ -24,7 +24,7 @@ from converter.families.memory_names import auto_class
 from converter.text import fold, show
 
 Part = Literal["policy", "value", "actor", "critic", "reward"]
-Layout = Literal["plain", "trl", "llamafactory", "dschat", "trlx", "coati"]
+Wrapping = Literal["plain", "trl", "llamafactory", "dschat", "trlx", "coati"]
 
 SIDECAR = "value_head.safetensors"
 _INNER = "pretrained_model."
@@ -51,7 +51,7 @@ class Unwrapped:
 
     names: dict[str, str]
     head: dict[str, str] = field(default_factory=dict)
-    layout: Layout = "plain"
+    layout: Wrapping = "plain"
     part: str = ""
     dropped: dict[str, str] = field(default_factory=dict)
 
@@ -107,7 +107,7 @@ def unwrap(names: Mapping[str, str], checkpoint: Checkpoint, part: str | None, c
     return Unwrapped(dict(names))
 
 
-def _raw(names: Mapping[str, str], layout: Layout, text: str, context: Context) -> Unwrapped:
+def _raw(names: Mapping[str, str], layout: Wrapping, text: str, context: Context) -> Unwrapped:
     context.note("info", "layout", text)
     return Unwrapped(dict(names), layout=layout)
 

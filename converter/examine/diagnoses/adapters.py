@@ -79,24 +79,22 @@ _OF_THE_LAYERS = ("layer_replication", "target_parameters", "megatron_config")
 
 
 def _refusals(case: Case) -> list[ConvertError]:
-    """Why this adapter does not merge into the base at hand; asked once, from headers.
+    """Why this adapter does not merge into the base at hand; asked once, from headers."""
+    return case.once("merge", _refusals_of_merge)
 
-    A field of the config that stops a merge is left out, and the merge is tried again: there may be more.
-    """
-    key = "\0merge"
-    if key not in case._json:
-        found: list[ConvertError] = []
-        without: frozenset[str] = frozenset()
-        while len(found) < _MOST_REFUSALS and (error := _try_merge(case, without)) is not None:
-            found.append(error)
-            field = _FIELD.search(error.what)
-            name = (field[1] or field[2]) if field is not None else None
-            if name is None or name in {*without, *_OF_THE_LAYERS} or not error.code.startswith("adapter-"):
-                break
-            without |= {name}
-        case._json[key] = found
-    errors: list[ConvertError] = case._json[key]
-    return errors
+
+def _refusals_of_merge(case: Case) -> list[ConvertError]:
+    """A field of the config that stops a merge is left out, and the merge is tried again: there may be more."""
+    found: list[ConvertError] = []
+    without: frozenset[str] = frozenset()
+    while len(found) < _MOST_REFUSALS and (error := _try_merge(case, without)) is not None:
+        found.append(error)
+        field = _FIELD.search(error.what)
+        name = (field[1] or field[2]) if field is not None else None
+        if name is None or name in {*without, *_OF_THE_LAYERS} or not error.code.startswith("adapter-"):
+            break
+        without |= {name}
+    return found
 
 
 def _try_merge(case: Case, without: frozenset[str]) -> ConvertError | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from converter.core.checkpoint import Checkpoint, Origin
 from converter.core.context import Context
@@ -20,6 +20,7 @@ from converter.examine.diagnoses.script import Launch
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, Survey, file_names
 from converter.text import fold, show
 
+T = TypeVar("T")
 Severity = Literal["error", "changes-numbers", "cosmetic"]
 Applicability = Literal["safe", "unsafe", "display-only"]
 Kind = Literal["model", "adapter", "training", "weights", "run", "unread"]
@@ -138,6 +139,18 @@ class Case:
     deep: bool = False
     launch: Launch | None = None
     _json: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    _memos: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: str, compute: Callable[[Case], T]) -> T:
+        """The value of `compute(case)`, computed at the first call: several diagnoses may share it.
+
+        Args:
+            key: the name of the value; two functions never share one.
+        """
+        if key not in self._memos:
+            self._memos[key] = compute(self)
+        value: T = self._memos[key]
+        return value
 
     @cached_property
     def names(self) -> frozenset[str]:

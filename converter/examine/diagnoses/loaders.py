@@ -55,11 +55,7 @@ class _Verdict:
 
 def _verdicts(case: Case) -> list[_Verdict]:
     """One for each role that the folder may be used in; computed once."""
-    key = "\0loader"
-    if key not in case._json:
-        case._json[key] = list(_judge(case))
-    found: list[_Verdict] = case._json[key]
-    return found
+    return case.once("loader", lambda c: list(_judge(c)))
 
 
 def _judge(case: Case) -> Iterator[_Verdict]:

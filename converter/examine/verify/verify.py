@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class VerifyRequest:
     """What the user asked to be verified."""
 
     folder: str
@@ -45,7 +45,7 @@ class Verified:
     table: list[dict[str, Any]]
 
 
-def examine(asked: Asked) -> Verified:
+def examine(asked: VerifyRequest) -> Verified:
     """Every check that was asked for.
 
     Raises:
@@ -96,7 +96,7 @@ def _expect_here(folder: str, root: Path) -> None:
     )
 
 
-def _aim(asked: Asked, checkpoint: Checkpoint | None) -> Target:
+def _aim(asked: VerifyRequest, checkpoint: Checkpoint | None) -> Target:
     """The trainer and role: as asked, else what the folder itself says."""
     from converter.converters.heads.detect import detect
     from converter.examine.verify.dialect import role_of
@@ -132,7 +132,7 @@ def _roles_of(trainer: str) -> frozenset[Role]:
     return frozenset(r for d in dialects().values() for s in d.serves if s.trainer == name for r in s.roles)
 
 
-def _all_checks(asked: Asked, aim: Target, checkpoint: Checkpoint, root: Path) -> Verified:
+def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root: Path) -> Verified:
     from converter.examine.verify.dialect import check_for
     from converter.examine.verify.receipt import check_receipt, check_source
 
@@ -166,13 +166,13 @@ def _all_checks(asked: Asked, aim: Target, checkpoint: Checkpoint, root: Path) -
     return Verified(aim, checks, table)
 
 
-def _remedy(asked: Asked, aim: Target) -> str:
+def _remedy(asked: VerifyRequest, aim: Target) -> str:
     """The command that makes a folder which this trainer loads."""
     to = asked.trainer or aim.serves.trainer
     return shlex.join(["rlhf-convert", "convert", asked.against or asked.folder, "OUT", "--to", to, "--role", aim.role])
 
 
-def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
+def _source(asked: VerifyRequest, context: Context) -> tuple[Reading, str]:
     """The source, read in its own dialect, and the digest of its headers: a model, an adapter or a trainer's state."""
     from converter.converters.gather.gather import Gather
     from converter.converters.heads.detect import HEADLESS, Detected, detect
@@ -210,7 +210,7 @@ def _shards(src: str) -> str:
 
 
 def _pairs(
-    asked: Asked, aim: Target, reading: Reading, there: Reading | None
+    asked: VerifyRequest, aim: Target, reading: Reading, there: Reading | None
 ) -> tuple[list[Check], list[dict[str, Any]]]:
     from converter.examine.verify.check import note
     from converter.examine.verify.pairs import check_pairs, read_pairs, scored

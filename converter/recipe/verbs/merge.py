@@ -19,7 +19,7 @@ RECEIPT = "rlhf-convert.json"
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergeRequest:
     """What the user asked for."""
 
     adapter: str
@@ -30,7 +30,7 @@ class Merge:
     base_is_residual: bool = False
 
 
-def merge_recipe(asked: Merge, options: WriteOptions) -> Recipe:
+def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
     """The recipe that the arguments mean.
 
     Raises:
@@ -55,7 +55,7 @@ def merge_recipe(asked: Merge, options: WriteOptions) -> Recipe:
     return Recipe({SOURCE: base, **adapters}, steps, output(options), file="merge-lora")
 
 
-def refuse_swapped(asked: Merge, out: str | None) -> None:
+def refuse_swapped(asked: MergeRequest, out: str | None) -> None:
     """Recognise a base model given as the adapter, or an adapter given as the base, by what the folders hold.
 
     Raises:

@@ -63,12 +63,12 @@ def read_weights(folder: Path) -> Weights:
         assert kind is not None
         raise refusal(folder, kind)
     metadata = read_metadata(folder)
-    layout = sort_entries(metadata)
+    entries = sort_entries(metadata)
     pieces = Pieces(metadata)
-    read = pieces.read(layout.model.values())
-    found = {name: read[key] for name, key in layout.model.items()}
-    said = [f"the model is `{show(layout.where)}` in it"] if layout.where else []
-    aside = [k for k in layout.others if k in metadata.tensors]
+    read = pieces.read(entries.model.values())
+    found = {name: read[key] for name, key in entries.model.items()}
+    said = [f"the model is `{show(entries.where)}` in it"] if entries.where else []
+    aside = [k for k in entries.others if k in metadata.tensors]
     if aside:
         said.append(f"{len(aside)} tensors beside the model are not taken: {fold([show(k) for k in aside])}")
     held, inputs = _held(folder, metadata, said)
@@ -79,7 +79,7 @@ def read_weights(folder: Path) -> Weights:
         pieces.digest,
         held & found.keys() or None,
         (),
-        reasons(layout),
+        reasons(entries),
         tuple(pieces.checks),
         pieces.inputs | inputs,
         tuple(said),
