@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from converter.core.tensors import kernel_specs
-from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.dtypes import LOSSLESS, DType, TensorInfo
 from converter.core.tensors.kernel_specs import KernelSpec, Param
 from converter.errors import Refused
 
@@ -347,25 +347,12 @@ def _joined(a: LazyTensor, b: LazyTensor, dim: int) -> LazyTensor | None:
     return None
 
 
-_LOSSLESS = {
-    DType.BF16: {DType.F32, DType.F64},
-    DType.F16: {DType.F32, DType.F64},
-    DType.F32: {DType.F64},
-    DType.F8_E4M3: {DType.F16, DType.BF16, DType.F32, DType.F64},
-    DType.F8_E5M2: {DType.F16, DType.BF16, DType.F32, DType.F64},
-    DType.U8: {DType.I16, DType.I32, DType.I64},
-    DType.I8: {DType.I16, DType.I32, DType.I64},
-    DType.I16: {DType.I32, DType.I64},
-    DType.I32: {DType.I64},
-}
-
-
 def cast(x: LazyTensor, dtype: DType) -> LazyTensor:
     """The same values in `dtype`; a cast to the same dtype, and a lossless one on the way, vanish."""
     if x.info.dtype is dtype:
         return x
     match x:
-        case Cast() if x.dtype in _LOSSLESS.get(x.source.info.dtype, ()):
+        case Cast() if x.dtype in LOSSLESS.get(x.source.info.dtype, ()):
             return cast(x.source, dtype)
         case Filled() if x.value in (0, 1):
             return Filled(TensorInfo(dtype, x.info.shape), x.value)
