@@ -12,10 +12,10 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosi
 from converter.examine.diagnoses.config import architecture, label_count
 from converter.examine.diagnoses.names import WRAPPER, repair_command
 from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among
+from converter.families.factors import factor_in_name
 from converter.families.family import family, hidden_size
 from converter.text import fold, show
 
-_LORA = re.compile(r"^(?P<module>.+)\.lora_(?:A|B|embedding_A|embedding_B)(?:\.|$)")
 _HEAD = re.compile(r"(?:^|\.)(?:score|classifier|v_head|value_head|reward_head|score_head|rm_head)(?:\.|$)")
 _COPY = re.compile(r"(?:base_model\.model\.)+")
 _OPENRLHF = ("RewardModel", "CriticModel")
@@ -116,7 +116,7 @@ def head_missing(case: Case, context: Context) -> Iterable[Finding]:
         wanted = wanted_head(case)
         if not wanted or any(n in case.shapes for n in wanted) or heads_here(case):
             return
-        if any(_LORA.match(n) and _HEAD.search(n) for n in case.shapes):
+        if any(factor_in_name().match(n) and _HEAD.search(n) for n in case.shapes):
             return
         text = f"{show(architecture(case))} has its head in {fold(wanted)}, which is in no file: loaders make it RANDOM"
     found = head_elsewhere(case)
@@ -158,7 +158,7 @@ def head_base_lost(case: Case, context: Context) -> Iterable[Finding]:
     DeepSpeed checkpoint (frozen_param_fragments), if one was kept; it is in no other file. ignore_mismatched_sizes,
     filling with zeros and removing --gradient_checkpointing do not bring it back.
     """
-    heads = {m["module"] for n in case.shapes if (m := _LORA.match(n)) and _is_of_a_head(m["module"])}
+    heads = {m["module"] for n in case.shapes if (m := factor_in_name().match(n)) and _is_of_a_head(m["module"])}
     for module in sorted(heads):
         own = [n for n in case.shapes if n.startswith(f"{module}.base_layer.") or f"{module}.modules_to_save." in n]
         whole = f"{module}.weight" in case.shapes
