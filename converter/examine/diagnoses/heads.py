@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from converter.converters.heads.detect import Detected, detect
 from converter.core.context import Context
+from converter.dialects.known import own_classes
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.config import architecture, label_count
@@ -18,10 +19,7 @@ from converter.text import fold, show
 
 _HEAD = re.compile(r"(?:^|\.)(?:score|classifier|v_head|value_head|reward_head|score_head|rm_head)(?:\.|$)")
 _COPY = re.compile(r"(?:base_model\.model\.)+")
-_OPENRLHF = ("RewardModel", "CriticModel")
 _SIDECARS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
-_OWN_FORMS = frozenset({"hf-seqcls", "hf-tokcls", "openrlhf", "score-mlp", "hf-causal"})
-"""Dialects whose class `architectures` names itself: nothing to say."""
 _LINEAR_BELOW = {"layoutlmv3": 10}
 """Labels below which the head of a token classifier is one layer, where it is two else.
 
@@ -35,7 +33,7 @@ def wanted_head(case: Case) -> tuple[str, ...]:
     A bias is not among them: where one is missing it starts at zero, which is what training starts at.
     """
     name = architecture(case)
-    if name in _OPENRLHF:
+    if name in own_classes():
         prefix = case.config.get("value_head_prefix")
         return (f"{prefix if isinstance(prefix, str) and prefix else 'score'}.weight",)
     known = family(case.config)
@@ -180,7 +178,7 @@ def head_named_otherwise(case: Case, context: Context) -> Iterable[Finding]:
     """
     wanted = wanted_head(case)
     here = [n for n in heads_here(case) if n in case.shapes]
-    if not wanted or not here or any(n in case.shapes for n in wanted) or architecture(case) in _OPENRLHF:
+    if not wanted or not here or any(n in case.shapes for n in wanted) or architecture(case) in own_classes():
         return
     if any(n.startswith(f"{w.removesuffix('.weight')}.") for n in here for w in wanted):
         return  # another form of head under the same stem: an MLP of the model's own code
@@ -200,7 +198,7 @@ def head_dialect(case: Case, context: Context) -> Iterable[Finding]:
     RANDOM one with a warning at most. `convert` writes the form of another trainer.
     """
     found = dialect_of(case)
-    if found is None or found.dialect.name in _OWN_FORMS or case.trainer in _served(found):
+    if found is None or found.dialect.class_says or case.trainer in _served(found):
         return
     here = heads_here(case)
     where = fold(here) if here else "the head"
@@ -282,7 +280,7 @@ def head_bias(case: Case, context: Context) -> Iterable[Finding]:
     for name in wanted_head(case):
         stem = name.removesuffix(".weight")
         bias = f"{stem}.bias"
-        has_none = architecture(case).endswith(("ForSequenceClassification", *_OPENRLHF))
+        has_none = architecture(case).endswith(("ForSequenceClassification", *own_classes()))
         if bias not in case.shapes or not has_none or bias in family(case.config).head_names.get("seqcls", ()):
             continue
         if case.deep and context.is_zero(case.survey.entries[bias].tensor):
@@ -297,7 +295,7 @@ def normaliser_broken(case: Case, context: Context) -> Iterable[Finding]:
     """config.json of an OpenRLHF model has `mean` without `std`, or lists instead of numbers. OpenRLHF reads both as
     soon as there is a `mean` and stops: AttributeError, or TypeError.
     """
-    if architecture(case) not in _OPENRLHF:
+    if architecture(case) not in own_classes():
         return
     values = {k: case.config[k] for k in ("mean", "std") if k in case.config}
     odd = [k for k, v in values.items() if isinstance(v, bool) or not isinstance(v, int | float)]
