@@ -39,7 +39,6 @@ MOST_LISTED = 4000
 
 _RUN_FOLDER = re.compile(r"(?:tmp-)?(?:checkpoint|global_step|step|epoch|iter)[-_]?\d+(?:_hf)?", re.ASCII)
 _WORD = re.compile(r"[A-Za-z]{2,}", re.ASCII)
-_KINDS: Mapping[str, Kind] = {"hf": "model", "peft": "adapter", "unread": "unread"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def _what(root: Path, asked: str, *, deep: bool = False) -> tuple[str | None, Ki
         why = source.detect(root)
         if why:
             survey = _survey(source, root, deep=deep)
-            kind = _KINDS.get(name, "training")
+            kind: Kind = source.kind
             if kind in ("model", "adapter") and not survey.files and (shards := _shards_in(root, asked)) is not None:
                 held = sources()[shards]
                 found = held.detect(root) or f"{why}, and the weights are in a trainer's shards below it"
@@ -184,7 +183,7 @@ def _survey(source: Source, root: Path, *, deep: bool) -> Survey:
 def _shards_in(root: Path, asked: str) -> str | None:
     """The source of shards at or below a folder that has a config, and no weights of its own."""
     for name, source in sources().items():
-        if isinstance(source, FindsPlaces) and name not in _KINDS:
+        if isinstance(source, FindsPlaces) and source.kind == "training":
             try:
                 place = source.find(root, asked)
             except ConvertError:

@@ -11,6 +11,7 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Findin
 from converter.examine.diagnoses.heads import filling_command
 from converter.families.factors import alternatives, factor_in_name, factor_pairs, zero_factors
 from converter.families.family import family
+from converter.sources.finding import sources
 from converter.sources.survey import StoredTensor
 from converter.text import fold, show
 
@@ -100,15 +101,14 @@ def _refusals_of_merge(case: Case) -> list[ConvertError]:
 def _try_merge(case: Case, without: frozenset[str]) -> ConvertError | None:
     from converter.converters.merge.merge_lora import MergeLora
     from converter.sources.hf import peft
-    from converter.sources.hf import source as hf
 
-    if case.base is None or case.base.source != "hf" or case.survey.error() or case.base.survey.error():
+    if case.base is None or case.base.kind != "model" or case.survey.error() or case.base.survey.error():
         return None
     try:
         adapter = peft.SOURCE.open(case.root, asked=case.asked)
         if without:
             adapter = adapter.replace(config={k: v for k, v in adapter.config.items() if k not in without})
-        base = hf.SOURCE.open(case.base.root, asked=case.base.asked)
+        base = sources()[case.base.source or "hf"].open(case.base.root, asked=case.base.asked)
         MergeLora(adapters=(adapter,))(base, Context())
     except ConvertError as error:
         return error

@@ -133,7 +133,7 @@ def _which_head(finding: Finding, case: Case) -> str:
 
 
 def _merged_again(finding: Finding, case: Case) -> str:
-    near = next((n.quoted for n in case.near if n.source == "peft"), "ADAPTER")
+    near = next((n.quoted for n in case.near if n.kind == "adapter"), "ADAPTER")
     base = f" --base {case.base.path}" if case.base is not None else ""
     return f"rlhf-convert merge-lora {near} {case.out('merged')}{base}"
 

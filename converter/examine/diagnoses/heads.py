@@ -313,7 +313,7 @@ def normaliser_lost(case: Case, context: Context) -> Iterable[Finding]:
         return
     for near in case.near:
         config: Mapping[str, object] = near.config
-        if near.source in ("hf", "peft") and "mean" in config and "std" in config and near.given:
+        if near.kind in ("model", "adapter") and "mean" in config and "std" in config and near.given:
             text = f"{show(near.asked)} normalises its scores (mean, std in config.json), and this model does not"
             yield Finding("normaliser-lost", "changes-numbers", text, (), (), f"from {near.asked}")
             return

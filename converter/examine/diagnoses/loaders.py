@@ -79,9 +79,7 @@ def _roles(case: Case) -> list[Role]:
 
 def _of(case: Case, target: Target, *, is_meant: bool) -> _Verdict:
     verdict = _Verdict(target, target.role, is_meant)
-    if case.kind == "training" and case.source == target.dialect.subfolder:
-        _model(case, target, verdict)  # a whole model, in the folder where this trainer keeps it
-    elif case.kind in ("training", "run", "unread"):
+    if case.kind in ("training", "run", "unread"):
         verdict.refuses.append(f"{target.words} loads model folders, and these are a trainer's shards")
     elif case.kind == "weights":
         verdict.refuses.append(f"{target.words} needs a config.json beside the weights")
