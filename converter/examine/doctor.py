@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 from converter.core.context import Context
 from converter.core.files import sparse
@@ -77,10 +78,17 @@ def diagnoses() -> Mapping[str, Diagnosis]:
     """Every diagnosis by its code, ours and strangers'."""
     found: dict[str, Diagnosis] = {}
     for value in loaded(DIAGNOSES):
-        for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, Diagnosis):
-                found[each.code] = each
+        for each in _diagnoses_of(value):
+            found[each.code] = each
     return found
+
+
+def _diagnoses_of(value: object) -> list[Diagnosis]:
+    """What an entry point names: a module with all its diagnoses, in their order there, some of them, or one."""
+    if isinstance(value, ModuleType):
+        inside = [v for v in vars(value).values() if isinstance(v, Diagnosis)]
+        return [d for d in inside if d.find.__module__ == value.__name__]
+    return [d for d in (value if isinstance(value, tuple) else (value,)) if isinstance(d, Diagnosis)]
 
 
 def examine(asked: DoctorRequest) -> Report:

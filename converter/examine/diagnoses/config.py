@@ -340,21 +340,3 @@ def dtype_differs(case: Case, context: Context) -> Iterable[Finding]:
         text = f"config.json says {said}, and most of the weights are {main}"
         command = f"rlhf-convert reshard {case.path} {case.out(said)} --dtype {said}"
         yield Finding("dtype-differs", "cosmetic", text, (), (), HERE, ("cast",), "unsafe", command)
-
-
-DIAGNOSES = (
-    config_unreadable,
-    architecture_missing,
-    architecture_wrapper,
-    architecture_openrlhf,
-    labels_mismatch,
-    pad_token_missing,
-    pad_is_eos,
-    vocabulary_rows,
-    end_tokens_lost,
-    tokenizer_of_transformers_5,
-    rope_of_transformers_5,
-    remote_code_missing,
-    quantisation_left,
-    dtype_differs,
-)

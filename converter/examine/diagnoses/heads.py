@@ -345,19 +345,3 @@ def merged_without_head(case: Case, context: Context) -> Iterable[Finding]:
     text = f"{show(found.asked)} trains a reward head ({fold(found.names)}), and this merged model has none"
     command = f"rlhf-convert merge-lora {found.quoted} {case.out('rm')}"
     yield Finding("merged-without-head", "error", text, (), tuple(found.names[:3]), f"from {found.asked}", next=command)
-
-
-DIAGNOSES = (
-    head_missing,
-    head_base_lost,
-    head_named_otherwise,
-    head_dialect,
-    heads_several,
-    head_rows,
-    head_reshaped,
-    head_bias,
-    normaliser_broken,
-    normaliser_lost,
-    task_type_wrong,
-    merged_without_head,
-)

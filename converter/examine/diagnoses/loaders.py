@@ -245,6 +245,3 @@ def loader_accepts(case: Case, context: Context) -> Iterable[Finding]:
             launch = verdict.aim.serves.launch.replace("{out!r}", repr(case.asked)).replace("{out}", case.path)
             traps = verdict.aim.traps[:3]
             yield Finding("loader-accepts", "cosmetic", verdict.accepts, (), traps, next=launch or None)
-
-
-DIAGNOSES = (loader_random, loader_refuses, loader_changes, loader_accepts)

@@ -198,14 +198,3 @@ def _both_spellings(case: Case) -> Iterable[Finding]:
         text = f"{len(new)} names are as in transformers from 4.52 on, {len(old)} as before: no version 4 finds both"
         both = (*new, *old)
         yield Finding("names-in-memory", "error", text, both, folded(case, both), HERE)
-
-
-DIAGNOSES = (
-    names_wrapped,
-    lora_unmerged,
-    fsdp_flat,
-    names_of_a_trainer,
-    names_doubled,
-    names_in_memory,
-    experts_twice,
-)

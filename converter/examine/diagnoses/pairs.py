@@ -163,15 +163,3 @@ def adapter_left_beside(case: Case, context: Context) -> Iterable[Finding]:
         text = "verl's adapter lies in lora_adapter/: this model is the base, without what was trained"
         merge = f"rlhf-convert merge-lora {inside[0].quoted} {case.out('merged')} --base {shlex.quote(case.asked)}"
         yield Finding("adapter-left-beside", "changes-numbers", text, (), ("lora_adapter/",), HERE, next=merge)
-
-
-DIAGNOSES = (
-    pair_same_path,
-    pair_tokenizer,
-    pair_vocabulary,
-    pair_chat_template,
-    pair_special_tokens,
-    pair_lora,
-    pair_dtype,
-    adapter_left_beside,
-)

@@ -101,6 +101,3 @@ def output_embedding_in_classifier(case: Case, context: Context) -> Iterable[Fin
     if outputs is not None and is_classifier(case):
         text = f"{show(outputs)} has no place in {show(architecture(case))}; loaders say `weights not used`"
         yield Finding("output-embedding-in-classifier", "cosmetic", text, (outputs,), folded(case, [outputs]), HERE)
-
-
-DIAGNOSES = (output_embedding_missing, tied_copies, output_embedding_in_classifier)

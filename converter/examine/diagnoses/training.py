@@ -152,6 +152,3 @@ def weights_alone(case: Case, context: Context) -> Iterable[Finding]:
             "weights-alone", "error", text, (), tuple(show(n) for n in names[:3]), "from the base model",
             next="copy config.json and the tokenizer of the base model into the folder",
         )  # fmt: skip
-
-
-DIAGNOSES = (training_state, sole_copy, being_written, shards_deleted, run_folder, weights_alone)

@@ -180,6 +180,3 @@ def merged_equals_base(case: Case, context: Context) -> Iterable[Finding]:
             "; only the head differs" if has_head else ": the merge changed nothing"
         )
         yield Finding("merged-equals-base", "cosmetic" if has_head else "changes-numbers", text, (), (), HERE)
-
-
-DIAGNOSES = (nonfinite, zero_tensors, head_untrained, head_unmoved, merged_equals_base)

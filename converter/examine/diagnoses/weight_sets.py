@@ -28,6 +28,3 @@ def weight_sets(case: Case, context: Context) -> Iterable[Finding]:
             continue
         command = f"rlhf-convert repair {case.path} {case.out('fixed')}"
         yield Finding(CODE, "error", fault.text, (), lines, HERE, ("choose-weights",), "safe", command)
-
-
-DIAGNOSES = (weight_sets,)
