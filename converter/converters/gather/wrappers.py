@@ -20,6 +20,7 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
+from converter.dialects.known import dialect
 from converter.errors import Refused, UsageError
 from converter.families.memory_names import auto_class
 from converter.text import fold, show
@@ -104,7 +105,8 @@ def unwrap(names: Mapping[str, str], checkpoint: Checkpoint, part: str | None, c
         )
     if _SUMMARY in plain:
         return _value_head(names, checkpoint, context)
-    if any(n.startswith(("rwtransformer.", "rwtranrsformer.")) for n in plain):
+    chat = tuple(p for name in ("dschat", "dschat-old") for p, _ in dialect(name).wrapped)
+    if any(n.startswith(chat) for n in plain):
         return _raw(names, "dschat", "DeepSpeed-Chat's reward model: pytorch_model.bin, its only file", context)
     if "v_head.0.weight" in plain and any(n.startswith("base_model.") for n in plain):
         return _raw(names, "trlx", "trlX's critic: pytorch_model.bin, which is all that it reads", context)
@@ -175,7 +177,7 @@ def _sign_of_llamafactory(folder: Path) -> str:
     if _RUN_CHECKPOINT.fullmatch(folder.parent.name):
         folders.append(folder.parent.parent)
     for each in folders:
-        for name in (SIDECAR, "value_head.bin", "trainer_log.jsonl", "llamaboard_config.yaml"):
+        for name in dialect("llamafactory").files_of_its_own:
             if (each / name).is_file():
                 return f"{name} is there"
     return ""

@@ -17,6 +17,8 @@ from converter.core.tensors.dtypes import TensorInfo
 from converter.diagnostic import Command, Diagnostic, Severity, as_argument, spelled
 from converter.errors import ConvertError, Refused
 from converter.examine.diagnoses.script import Launch
+from converter.sources.base import SourceKind
+from converter.sources.finding import sources
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, Survey, file_names
 from converter.text import fold, show
 
@@ -84,7 +86,12 @@ class Near:
     @property
     def is_training(self) -> bool:
         """True for a trainer's own shards."""
-        return self.source not in ("hf", "peft", "unread")
+        return self.kind == "training"
+
+    @property
+    def kind(self) -> SourceKind:
+        """What the folder is: a model, an adapter, or a trainer's state."""
+        return sources()[self.source].kind
 
     @property
     def argument(self) -> str:

@@ -131,7 +131,7 @@ def _which_head(finding: Finding, case: Case) -> Next:
 
 
 def _merged_again(finding: Finding, case: Case) -> Next:
-    near = next((n.argument for n in case.near if n.source == "peft"), "ADAPTER")
+    near = next((n.argument for n in case.near if n.kind == "adapter"), "ADAPTER")
     base = ("--base", case.base.folder) if case.base is not None else ()
     return Command("merge-lora", (near, case.out("merged"), *base))
 

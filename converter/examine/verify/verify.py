@@ -199,12 +199,12 @@ def _source(asked: VerifyRequest, context: Context) -> tuple[Reading, str]:
 
 def _shards(src: str) -> str:
     """The folder that is meant by a run's: where the shards are."""
-    from converter.sources.finding import find_place, kind_of
+    from converter.sources.finding import find_place, source_kind
     from converter.sources.hub.names import as_reference, below
     from converter.sources.locate import resolve
 
     root = resolve(src, in_parts=True).path
-    if kind_of(root) in ("hf", "peft"):
+    if source_kind(root) in ("model", "adapter"):
         return src
     return below(src, root, find_place(root, as_reference(src)).folder)
 
