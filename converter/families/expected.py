@@ -195,8 +195,9 @@ class _Matching:
 
     def result(self) -> Comparison:
         saved = self.wanted.saved
-        for name in self.stored.keys() & saved.keys():
-            self._match(name, name)
+        for name in self.stored:
+            if name in saved:
+                self._match(name, name)
         rest = [n for n in self.stored if n not in saved]
         lacking = [n for n in saved if n not in self.stored]
         if rest or lacking:
