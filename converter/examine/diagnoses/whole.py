@@ -15,8 +15,6 @@ _NOT_ALL_READ = frozenset(
 """Faults of files that hide tensors: what is not read is not missing."""
 
 _OTHER_MATTERS = ("_flat_param", ".base_layer.", ".lora_", ".modules_to_save.", ".original_module.")
-_VOCABULARY = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "lm_head.weight",
-               "embed_out.weight", "tok_embeddings.weight", "output.weight")  # fmt: skip
 
 
 def judgement_of(case: Case) -> Judgement | None:
@@ -34,7 +32,8 @@ def is_vocabulary_alone(case: Case) -> bool:
     if found is None or found.unknown:
         return True
     wrong = found.comparison.misshapen
-    return rows_of_vocabulary(wrong, [n for n in wrong if n.endswith(_VOCABULARY)])
+    rows = case.text_config.get("vocab_size")
+    return rows_of_vocabulary(wrong, [n for n, (_, asked) in wrong.items() if asked[:1] == (rows,)])
 
 
 @diagnosis("tensors-missing", "model")
