@@ -11,6 +11,7 @@ from converter.converters.heads.detect import detect
 from converter.core.files.links import RECEIPT_FILE
 from converter.core.side_files import is_tokenizer_file, travels
 from converter.errors import ConvertError
+from converter.families.words import HEAD_FILES
 from converter.text import fold, show
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ _PLAIN = frozenset({"hf-seqcls", "hf-tokcls", "hf-causal"})
 
 _SIGNS = (
     ("args.json", "ms-swift"),
-    ("value_head.safetensors", "LLaMA-Factory"),
-    ("value_head.bin", "LLaMA-Factory"),
+    (HEAD_FILES[0], "LLaMA-Factory"),
+    (HEAD_FILES[1], "LLaMA-Factory"),
     ("llamaboard_config.yaml", "LLaMA-Factory"),
     ("zero_to_fp32.py", "DeepSpeed"),
     ("trainer_state.json", "transformers' Trainer"),

@@ -6,15 +6,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from converter.converters.merge.adapter_keys import FACTOR_KINDS
 from converter.errors import Refused
+from converter.families.words import INSIDE, LORA_FACTOR_WORD, LORA_FACTORS, LORA_MAGNITUDE, OUTER_WRAPPERS, PEFT_PREFIX
 from converter.text import fold, show
 
-PEFT_PREFIX = "base_model.model."
-_INNER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_OUTER = ("module.", "_forward_module.")
+_OUTER = tuple(f"{word}." for word in OUTER_WRAPPERS)
 _PART = re.compile(
-    rf"^(?P<module>.+?)\.(?P<kind>{'|'.join(FACTOR_KINDS)}|token_adapter\.trainable_tokens_delta|modules_to_save)"
+    rf"^(?P<module>.+?)\.(?P<kind>{LORA_FACTOR_WORD}|token_adapter\.trainable_tokens_delta|modules_to_save)"
     r"\.(?P<adapter>[^.]+)(?:\.(?P<leaf>.+))?$"
 )
 
@@ -27,8 +25,8 @@ def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, .
     Raises:
         Refused: two names become one (`rename-collision`).
     """
-    found = {name: _INNER.sub("", name) for name in names}
-    taken = {m[0] for name in found for m in _INNER.finditer(name)}
+    found = {name: INSIDE.sub("", name) for name in names}
+    taken = {m[0] for name in found for m in INSIDE.finditer(name)}
     while found:
         outer = next((o for o in _OUTER if all(n.startswith(o) for n in found.values())), None)
         if outer is None:
@@ -56,7 +54,7 @@ class Factor:
         if self.kind == "modules_to_save":
             return f"{PEFT_PREFIX}{self.module}.{self.leaf}"
         # PEFT saves a magnitude without `.weight`, and loads it so.
-        leaf = "" if self.leaf is None or self.kind == "lora_magnitude_vector" else f".{self.leaf}"
+        leaf = "" if self.leaf is None or self.kind == LORA_MAGNITUDE else f".{self.leaf}"
         return f"{PEFT_PREFIX}{self.module}.{self.kind}{leaf}"
 
 
@@ -77,12 +75,12 @@ class PeftNames:
     @property
     def targets(self) -> list[str]:
         """Modules that LoRA changes, in order."""
-        return list(dict.fromkeys(f.module for f in self.factors if f.kind in FACTOR_KINDS))
+        return list(dict.fromkeys(f.module for f in self.factors if f.kind in LORA_FACTORS))
 
 
 def has_factors(names: Collection[str]) -> bool:
     """True where LoRA was trained."""
-    return any((m := _PART.match(n)) is not None and m["kind"] in FACTOR_KINDS for n in names)
+    return any((m := _PART.match(n)) is not None and m["kind"] in LORA_FACTORS for n in names)
 
 
 def peft_names(names: Mapping[str, str], where: str) -> PeftNames:

@@ -21,12 +21,13 @@ from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError
 from converter.families.memory_names import auto_class
+from converter.families.words import HEAD_FILES
 from converter.text import fold, show
 
 Part = Literal["policy", "value", "actor", "critic", "reward"]
 Layout = Literal["plain", "trl", "llamafactory", "dschat", "trlx", "coati"]
 
-SIDECAR = "value_head.safetensors"
+SIDECAR = HEAD_FILES[0]
 _INNER = "pretrained_model."
 _HEAD = "v_head."
 _SUMMARY = "v_head.summary.weight"
@@ -168,7 +169,7 @@ def _sign_of_llamafactory(folder: Path) -> str:
     if _RUN_CHECKPOINT.fullmatch(folder.parent.name):
         folders.append(folder.parent.parent)
     for each in folders:
-        for name in (SIDECAR, "value_head.bin", "trainer_log.jsonl", "llamaboard_config.yaml"):
+        for name in (*HEAD_FILES, "trainer_log.jsonl", "llamaboard_config.yaml"):
             if (each / name).is_file():
                 return f"{name} is there"
     return ""

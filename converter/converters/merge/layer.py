@@ -13,6 +13,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
+from converter.families.words import LORA_EMBEDDING_PAIR, LORA_MAGNITUDE, LORA_PAIR
 from converter.text import show
 
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
@@ -59,10 +60,10 @@ class Layer:
         """
         parts = dict(self.module.factors)
         parts.pop("lora_B.bias", None)
-        embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        embedding = any(name in parts for name in LORA_EMBEDDING_PAIR)
+        names = LORA_EMBEDDING_PAIR if embedding else LORA_PAIR
         a, b = (self._take(parts, n) for n in names)
-        magnitude = parts.pop("lora_magnitude_vector", None)
+        magnitude = parts.pop(LORA_MAGNITUDE, None)
         if parts:
             raise self._incomplete(f"{show(next(iter(parts)))} has no place in a LoRA layer")
         if (magnitude is not None) != self.config.use_dora:

@@ -13,13 +13,14 @@ from converter.examine.diagnoses.config import architecture, label_count
 from converter.examine.diagnoses.names import WRAPPER, repair_command
 from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among
 from converter.families.family import family, hidden_size
+from converter.families.words import HEAD_FILES, PEFT_PREFIX
 from converter.text import fold, show
 
-_LORA = re.compile(r"^(?P<module>.+)\.lora_(?:A|B|embedding_A|embedding_B)(?:\.|$)")
-_HEAD = re.compile(r"(?:^|\.)(?:score|classifier|v_head|value_head|reward_head|score_head|rm_head)(?:\.|$)")
-_COPY = re.compile(r"(?:base_model\.model\.)+")
+_LORA = re.compile(r"^(?P<module>.+)\.(?:{LORA_MATRIX_WORD})(?:\.|$)")
+_HEAD = re.compile(r"(?:^|\.)(?:{'|'.join(HEAD_MODULES)})(?:\.|$)")
+_COPY = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})+")
 _OPENRLHF = ("RewardModel", "CriticModel")
-_SIDECARS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
+_SIDECARS = HEAD_FILES
 _OWN_FORMS = frozenset({"hf-seqcls", "hf-tokcls", "openrlhf", "score-mlp", "hf-causal"})
 """Dialects whose class `architectures` names itself: nothing to say."""
 _LINEAR_BELOW = {"layoutlmv3": 10}

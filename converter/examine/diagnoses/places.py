@@ -10,6 +10,7 @@ from typing import Literal
 
 from converter.converters.heads.detect import head_like
 from converter.examine.diagnoses.case import Case, Near
+from converter.families.words import HEAD_FILES
 from converter.sources.hf import peft
 from converter.sources.hf import source as hf
 from converter.sources.survey import Survey
@@ -17,7 +18,6 @@ from converter.sources.survey import Survey
 MOST_READ = 8
 """Folders around one whose headers are read for a head."""
 
-_SIDECARS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
 _LORA = re.compile(r"\.lora_", re.ASCII)
 _NUMBER = re.compile(r"\.\d+\.", re.ASCII)
 
@@ -63,7 +63,7 @@ def head_elsewhere(case: Case, only: Literal["adapter"] | None = None) -> Elsewh
 def heads_in(survey: Survey) -> tuple[str, ...]:
     """Whole heads in a folder; the factors of a LoRA on a head are none."""
     inside = [n for n in heads_among(survey.entries) if not _LORA.search(n) and survey.entries[n].info.numel]
-    beside = [f"{file}:{n}" for file, f in survey.beside.items() if file in _SIDECARS for n in f.tensors]
+    beside = [f"{file}:{n}" for file, f in survey.beside.items() if file in HEAD_FILES for n in f.tensors]
     return (*inside, *beside)
 
 

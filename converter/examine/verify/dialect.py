@@ -13,7 +13,7 @@ from typing import Any
 
 from converter.converters.heads.detect import detect
 from converter.converters.heads.model import Linear, Mlp, Reading
-from converter.converters.heads.read import OUTPUT_EMBEDDINGS, read, values
+from converter.converters.heads.read import read, values
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ, Context
 from converter.dialects.known import Target
@@ -22,6 +22,7 @@ from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note
 from converter.examine.verify.config import check_config, check_normaliser, check_tokens
 from converter.families.family import family, hidden_size
+from converter.families.words import BUFFERS, OUTPUT_PREFIXES, input_embedding
 from converter.text import fold, show
 
 _ROLES: tuple[Role, ...] = ("critic", "reward", "actor")
@@ -163,7 +164,7 @@ def _head_numbers(reading: Reading, context: Context) -> list[Check]:
 
 def _actor(checkpoint: Checkpoint, remedy: str) -> list[Check]:
     kind = family(checkpoint.config)
-    if any(n.startswith(OUTPUT_EMBEDDINGS) for n in checkpoint.tensors) or kind.tied:
+    if any(n.startswith(OUTPUT_PREFIXES) for n in checkpoint.tensors) or kind.tied:
         return [holds("head", "output embedding there" if not kind.tied else "output embedding tied to the input's")]
     text = "there is no output embedding (lm_head): the policy would start with a random one"
     return [fails("head", "lm-head-missing", text, f"{remedy} --base BASE")]
@@ -174,10 +175,10 @@ def _actor(checkpoint: Checkpoint, remedy: str) -> list[Check]:
 
 def _backbone(reading: Reading, target: Target, remedy: str) -> list[Check]:
     """Names and shapes against those of the model that transformers builds from this config."""
-    found: list[Check] = []
     prefix = reading.family.prefix
     stored = {n: t.info.shape for n, t in reading.checkpoint.tensors.items()}
-    embeddings = [n for n in stored if n.startswith(OUTPUT_EMBEDDINGS)]
+    found = _vocabulary(stored, target, remedy)
+    embeddings = [n for n in stored if n.startswith(OUTPUT_PREFIXES)]
     spec = target.dialect.head_of(target.role)
     if spec is not None and spec.lm_head and not embeddings and not reading.family.tied:
         text = f"there is no lm_head: {target.words} starts it at random; values don't depend on it, a policy does"
@@ -191,9 +192,7 @@ def _backbone(reading: Reading, target: Target, remedy: str) -> list[Check]:
         return [*found, note("backbone", "family-renamed", text)]
     own = {n.removeprefix(prefix): s for n, s in stored.items() if n not in embeddings}
     missing = [prefix + n for n in wanted if n not in own]
-    unknown = [
-        prefix + n for n in own if n not in wanted and not n.endswith((".inv_freq", ".masked_bias", ".attn.bias"))
-    ]
+    unknown = [prefix + n for n in own if n not in wanted and not n.endswith(BUFFERS)]
     other = [prefix + n for n, s in own.items() if n in wanted and wanted[n] != s]
     if missing:
         text = f"{len(missing)} of {len(wanted)} backbone tensors are missing: {fold(missing)}; {_silently(target)}"
@@ -208,11 +207,16 @@ def _backbone(reading: Reading, target: Target, remedy: str) -> list[Check]:
     if not (missing or unknown or other):
         named = target.dialect.backbone.replace("{P}", prefix)
         found.insert(0, holds("backbone", f"{len(own)} tensors, `{named}*`, names and shapes as the model's"))
-    rows = next((s[0] for n, s in own.items() if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
-    if target.dialect.vocab_multiple > 1 and rows is not None and rows % target.dialect.vocab_multiple:
-        text = f"{rows} embedding rows are no multiple of {target.dialect.vocab_multiple}, to which the loader resizes"
-        found.append(fails("backbone", "vocabulary", text, remedy))
     return found
+
+
+def _vocabulary(stored: Mapping[str, tuple[int, ...]], target: Target, remedy: str) -> list[Check]:
+    """The embedding's rows against the multiple to which a loader resizes before it reads the file."""
+    embedding, multiple = input_embedding(stored), target.dialect.vocab_multiple
+    if multiple <= 1 or embedding is None or stored[embedding][0] % multiple == 0:
+        return []
+    text = f"{stored[embedding][0]} embedding rows are not a multiple of {multiple}, to which the loader resizes"
+    return [fails("backbone", "vocabulary", text, remedy)]
 
 
 def _silently(target: Target) -> str:

@@ -13,11 +13,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from converter.errors import Refused
+from converter.families.words import LORA_FACTOR_WORD
 from converter.text import fold, show
 
-_KINDS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-_SAVED = re.compile(rf"(?P<module>.+\.(?:{_KINDS}))(?P<leaf>\.weight|\.bias)?", re.ASCII)
-_IN_MEMORY = re.compile(rf".+\.(?:{_KINDS})\.(?P<adapter>[^.]+)(?:\.(?:weight|bias))?", re.ASCII)
+_SAVED = re.compile(rf"(?P<module>.+\.(?:{LORA_FACTOR_WORD}))(?P<leaf>\.weight|\.bias)?", re.ASCII)
+_IN_MEMORY = re.compile(rf".+\.(?:{LORA_FACTOR_WORD})\.(?P<adapter>[^.]+)(?:\.(?:weight|bias))?", re.ASCII)
 
 
 def names_in_memory(names: Iterable[str], trained: Collection[str], folder: Path) -> dict[str, str] | None:
