@@ -12,11 +12,12 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Findin
 from converter.examine.diagnoses.commands import filling_command
 from converter.families.factors import alternatives, factor_in_name, factor_pairs, zero_factors
 from converter.families.family import family
+from converter.families.words import OUTPUT_MODULES, PEFT_PREFIX, without_wrappers
 from converter.sources.finding import sources
 from converter.sources.survey import StoredTensor
 from converter.text import fold, show
 
-_COPY = re.compile(r"(?:base_model\.model\.)+")
+_COPY = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})+")
 _EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.", re.ASCII)
 _NUMBER = re.compile(r"\.\d+", re.ASCII)
 
@@ -260,7 +261,7 @@ def adapter_targets_missing(case: Case, context: Context) -> Iterable[Finding]:
     if case.base is None or not isinstance(targets, list) or any(case.adapter_config.get(k) for k in limits):
         return
     have = {_COPY.sub("", m["module"]) for n in case.shapes if (m := factor_in_name().match(n))}
-    named = [t for t in targets if isinstance(t, str) and "." not in t and t not in ("lm_head", "embed_out")]
+    named = [t for t in targets if isinstance(t, str) and "." not in t and t not in OUTPUT_MODULES]
     missing = [f"{t}: {got} of {wanted}" for t in named for got, wanted in _lacking(t, have, case, case.base)]
     if missing and have:
         listed = ", ".join(map(show, missing))
@@ -319,9 +320,9 @@ def adapter_keys_named(case: Case, context: Context) -> Iterable[Finding]:
         n
         for n in case.shapes
         if re.search(rf"\.(?:{alternatives()})\.[^.]+\.weight$", n)
-        or re.search(r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.", n)
-        or n.count("base_model.model.") > 1
-        or not n.startswith("base_model.model.")
+        or without_wrappers(n) != n
+        or n.count(PEFT_PREFIX) > 1
+        or not n.startswith(PEFT_PREFIX)
     )
     if odd and any(factor_in_name().match(n) for n in odd):
         text = f"{len(odd)} of {len(case.shapes)} keys are not as PEFT writes them, and PEFT would ignore them silently"

@@ -17,6 +17,7 @@ from converter.examine.doctor import DoctorRequest, diagnoses, examine
 from converter.families.disk_names import memory_form
 from converter.families.implied import class_of
 from converter.families.plain_names import plain_names
+from converter.families.words import LORA_FACTOR_WORD, PEFT_PREFIX
 from converter.recipe.recipe import Step
 from converter.sources.hf.set_files import OF_THE_INDEX, find_sets
 from converter.sources.survey import MODEL_CONFIG, StoredTensor
@@ -54,8 +55,8 @@ NEVER_FILLED = frozenset(
 """Errors that are in the output too, whatever tensors are filled."""
 
 _CLEARING = frozenset({"mend-names", "mend-disk-names", "mend-architecture", "split-lora"})
-_LORA = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b")
-_PEFT = re.compile(r"^base_model\.model\.")
+_LORA = re.compile(rf"\.(?:{LORA_FACTOR_WORD})\b")
+_PEFT = re.compile(rf"^{re.escape(PEFT_PREFIX)}")
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
 _CONSENTS = {"mend-vocabulary": "vocabulary-rows", "mend-ties": "untie"}
 
