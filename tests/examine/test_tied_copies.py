@@ -11,14 +11,14 @@ import transformers
 
 from all_families import FAMILIES, input_of, output_of, save_twice, say
 from converter.cli import main
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 from oracle.bases import quiet
 
 EVERY = pytest.mark.parametrize(("task", "kind"), FAMILIES, ids=[kind for _, kind in FAMILIES])
 
 
 def copies(folder: Path) -> list[Any]:
-    return [f for f in examine(Asked(str(folder), deep=True)).findings if f.code == "tied-copies"]
+    return [f for f in examine(DoctorRequest(str(folder), deep=True)).findings if f.code == "tied-copies"]
 
 
 @EVERY
@@ -27,8 +27,8 @@ def test_copies_that_differ_change_numbers_and_both_are_named(task: str, kind: s
     (found,) = copies(tmp_path / "m")
     assert found.severity == "changes-numbers"
     assert found.tensors == (input_of(kind), output_of(kind))
-    assert "transformers 5 keeps both" in found.message
-    assert f"transformers 4 drops {output_of(kind)}" in found.message
+    assert "transformers 5 keeps both" in found.text
+    assert f"transformers 4 drops {output_of(kind)}" in found.text
 
 
 @EVERY

@@ -33,7 +33,6 @@ _MATRIX = re.compile(
     rf"(?:^|[._])(?:\w*proj|wpe|score|query_key_value|c_attn|c_fc|fc[12]|{_EMBEDDINGS})"
     r"\.(?:base_layer\.)?weight$"
 )
-_OUTPUTS = frozenset({"lm_head"})
 _IN_PEFT = frozenset(IN_PEFT)
 _HEAD_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModeling")
 

@@ -54,5 +54,5 @@ def _named_for_a_model(adapter: Checkpoint) -> Files:
                 where=show(adapter.origin.asked),
                 next="move the one away that is not this adapter's",
             )
-        files[HEAD_FILE] = adapter.beside[TRL_FILE]
+        files[HEAD_FILES[0]] = adapter.beside[TRL_FILE]
     return files

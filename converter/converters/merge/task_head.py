@@ -123,7 +123,7 @@ def add_task_head(
     dropped = dict(checkpoint.dropped)
     kept: dict[str, LazyTensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        if OUTPUT_MODULES & set(name.split(".")[:-1]):
+        if not set(OUTPUT_MODULES).isdisjoint(name.split(".")[:-1]):
             dropped[name] = "a reward model has no output embedding"
         elif trained is not None and not trained.has(names[name]):
             if name in touched:

@@ -7,6 +7,7 @@ what the class in config.json asks for (`converters.heads.whole`).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from converter.converters.heads.detect import detect
@@ -201,7 +202,6 @@ def _names(checkpoint: Checkpoint, target: Target, context: Context, remedy: Com
 
 def _backbone(reading: Reading, target: Target, remedy: Command) -> list[Check]:
     """What a trainer's loader does with the embeddings and without an output embedding."""
-    found = _vocabulary(stored, target, remedy)
     stored = {n: t.info.shape for n, t in reading.checkpoint.tensors.items()}
     found = _vocabulary(stored, target, remedy)
     embeddings = [n for n in stored if n.startswith(OUTPUT_PREFIXES)]
