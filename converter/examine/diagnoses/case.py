@@ -17,9 +17,8 @@ from converter.core.tensors.dtypes import TensorInfo
 from converter.diagnostic import Command, Diagnostic, Severity, as_argument, spelled
 from converter.errors import ConvertError, Refused
 from converter.examine.diagnoses.script import Launch
-from converter.sources.base import SourceKind
 from converter.sources.finding import sources
-from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, Survey, file_names
+from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, SourceKind, Survey, file_names
 from converter.text import fold, show
 
 T = TypeVar("T")
