@@ -19,9 +19,8 @@ from converter.diagnostic import Command, Diagnostic, Severity, as_argument, spe
 from converter.errors import ConvertError, Refused
 from converter.examine.diagnoses.script import Launch
 from converter.families.plain_names import plain_names
-from converter.sources.base import SourceKind
 from converter.sources.finding import sources
-from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, StoredTensor, Survey, file_names
+from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, SourceKind, StoredTensor, Survey, file_names
 from converter.text import fold, show
 
 T = TypeVar("T")

@@ -22,10 +22,18 @@ from converter.errors import Refused
 from converter.families.ties import find_ties
 from converter.families.words import PEFT_PREFIX, without_wrappers
 from converter.sources import survey as folder
-from converter.sources.base import SourceKind
 from converter.sources.hf import set_files
 from converter.sources.hf.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
-from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers, snapshot_of
+from converter.sources.survey import (
+    Fault,
+    SourceKind,
+    StoredTensor,
+    Survey,
+    file_names,
+    folder_kind,
+    leftovers,
+    snapshot_of,
+)
 from converter.text import fold, show
 
 WEIGHTS = folder.MODEL_WEIGHTS
