@@ -11,14 +11,16 @@ from difflib import get_close_matches
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 from converter.core.context import Context
 from converter.core.files import sparse
+from converter.diagnostic import Command, Severity
 from converter.dialects.known import trainers
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.adapters import NOT_MERGED_HERE
 from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
-from converter.examine.diagnoses.case import SEVERITIES, Case, Diagnosis, Finding, Kind, Near, Severity
+from converter.examine.diagnoses.case import SEVERITIES, Case, Diagnosis, Finding, Kind, Near
 from converter.examine.diagnoses.causes import one_per_cause, with_steps
 from converter.examine.diagnoses.faults import NOT_READ_HERE, undocumented
 from converter.examine.diagnoses.script import read_launch
@@ -39,7 +41,6 @@ MOST_LISTED = 4000
 
 _RUN_FOLDER = re.compile(r"(?:tmp-)?(?:checkpoint|global_step|step|epoch|iter)[-_]?\d+(?:_hf)?", re.ASCII)
 _WORD = re.compile(r"[A-Za-z]{2,}", re.ASCII)
-_KINDS: Mapping[str, Kind] = {"hf": "model", "peft": "adapter", "unread": "unread"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DoctorRequest:
     """What the user asked to be examined, and with what beside it."""
 
     path: str
@@ -78,13 +79,20 @@ def diagnoses() -> Mapping[str, Diagnosis]:
     """Every diagnosis by its code, ours and strangers'."""
     found: dict[str, Diagnosis] = {}
     for value in loaded(DIAGNOSES):
-        for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, Diagnosis):
-                found[each.code] = each
+        for each in _diagnoses_of(value):
+            found[each.code] = each
     return found
 
 
-def examine(asked: Asked) -> Report:
+def _diagnoses_of(value: object) -> list[Diagnosis]:
+    """What an entry point names: a module with all its diagnoses, in their order there, some of them, or one."""
+    if isinstance(value, ModuleType):
+        inside = [v for v in vars(value).values() if isinstance(v, Diagnosis)]
+        return [d for d in inside if d.find.__module__ == value.__name__]
+    return [d for d in (value if isinstance(value, tuple) else (value,)) if isinstance(d, Diagnosis)]
+
+
+def examine(asked: DoctorRequest) -> Report:
     """Run every diagnosis over a folder; none stops at the first fault, and content never raises.
 
     Raises:
@@ -93,7 +101,7 @@ def examine(asked: Asked) -> Report:
     known = diagnoses()
     unknown = [c for c in asked.ignore if c not in known]
     if unknown:
-        raise UsageError("unknown-code", f"no diagnosis has the code {show(unknown[0])}", next="rlhf-convert explain")
+        raise UsageError("unknown-code", f"no diagnosis has the code {show(unknown[0])}", next=Command("explain"))
     case = case_of(asked)
     context = Context()
     findings: list[Finding] = []
@@ -106,7 +114,7 @@ def examine(asked: Asked) -> Report:
     return Report(case, tuple(sorted(told, key=lambda f: SEVERITIES.index(f.severity))))
 
 
-def case_of(asked: Asked) -> Case:
+def case_of(asked: DoctorRequest) -> Case:
     """The folder with all that is known around it.
 
     Raises:
@@ -123,7 +131,7 @@ def case_of(asked: Asked) -> Case:
         source, kind, survey, why = _what(root, asked.path, deep=asked.deep)
     near = tuple(_near(root, asked))
     base = _base(asked, root, kind)
-    actor = None if asked.actor is None else case_of(Asked(asked.actor))
+    actor = None if asked.actor is None else case_of(DoctorRequest(asked.actor))
     launch = None if asked.launch is None else read_launch(asked.launch)
     target = asked.target or (launch.trainer if launch is not None else None)
     return Case(asked.path, root, kind, source, survey, why, near, base, actor, target, asked.deep, launch)
@@ -140,7 +148,7 @@ def _expect_known(target: str | None) -> None:
             "unknown-trainer",
             f"no trainer is named `{show(name)}`",
             expected=", ".join(trainers()),
-            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+            next=f"did you mean `{near[0]}`?" if near else Command("list"),
         )
     for role in roles_of(name):
         with suppress(Refused):
@@ -152,7 +160,7 @@ def _what(root: Path, asked: str, *, deep: bool = False) -> tuple[str | None, Ki
         why = source.detect(root)
         if why:
             survey = _survey(source, root, deep=deep)
-            kind = _KINDS.get(name, "training")
+            kind: Kind = source.kind
             if kind in ("model", "adapter") and not survey.files and (shards := _shards_in(root, asked)) is not None:
                 held = sources()[shards]
                 found = held.detect(root) or f"{why}, and the weights are in a trainer's shards below it"
@@ -184,7 +192,7 @@ def _survey(source: Source, root: Path, *, deep: bool) -> Survey:
 def _shards_in(root: Path, asked: str) -> str | None:
     """The source of shards at or below a folder that has a config, and no weights of its own."""
     for name, source in sources().items():
-        if isinstance(source, FindsPlaces) and name not in _KINDS:
+        if isinstance(source, FindsPlaces) and source.kind == "training":
             try:
                 place = source.find(root, asked)
             except ConvertError:
@@ -203,7 +211,7 @@ def checkpoints_in(root: Path) -> list[Path]:
     return sorted(found, key=by_number)
 
 
-def _near(root: Path, asked: Asked) -> Iterable[Near]:
+def _near(root: Path, asked: DoctorRequest) -> Iterable[Near]:
     """Folders in, beside and above `root` that some source reads, and those that were given."""
     seen: set[str] = {os.path.realpath(root)}
     for text in asked.weights_from:
@@ -272,7 +280,7 @@ def _typed(asked: str, root: Path, path: Path) -> str:
     return f"./{typed}" if asked.startswith("./") and not typed.startswith(".") else typed
 
 
-def _base(asked: Asked, root: Path, kind: Kind) -> Case | None:
+def _base(asked: DoctorRequest, root: Path, kind: Kind) -> Case | None:
     """The base model, where it is at hand; only its headers are read."""
     name = asked.base
     if name is None and kind == "adapter":

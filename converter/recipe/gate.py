@@ -5,11 +5,10 @@ Every verb that writes passes here, before the first byte.
 
 from __future__ import annotations
 
-import shlex
-
 from converter.converters.heads.whole import MISSHAPEN, MISSING, Judgement, judge
 from converter.core.checkpoint import MODEL, Checkpoint
 from converter.core.context import Context
+from converter.diagnostic import Command, as_argument
 from converter.errors import Refused
 from converter.text import show
 
@@ -35,8 +34,9 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
 
 def _refusal(code: str, found: Judgement, checkpoint: Checkpoint) -> Refused:
     asked = checkpoint.origin.asked
-    doctor = shlex.join(["rlhf-convert", "doctor", asked])
-    fill = f"{shlex.join(['rlhf-convert', 'repair', asked, 'OUT'])} --base BASE"
+    source = as_argument(asked)
+    doctor = Command("doctor", (source,))
+    fill = Command("repair", (source, "OUT", "--base", "BASE"))
     is_hole = code == MISSING and not found.prefix
     expected = None
     if code == MISSHAPEN and found.slices is not None:

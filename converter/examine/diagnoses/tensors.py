@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from converter.converters.heads.whole import MISSING
 from converter.core.context import Context
 from converter.examine.diagnoses.case import LOST, Case, Diagnosis, Finding, diagnosis, folded
+from converter.examine.diagnoses.commands import filling_command
 from converter.examine.diagnoses.faults import explanation, finding_of
-from converter.examine.diagnoses.heads import filling_command
 from converter.examine.diagnoses.whole import judgement_of
 from converter.families.plain_names import plain_names
 from converter.text import fold, show
@@ -31,11 +31,19 @@ def _zero3_empty_tensors(case: Case, context: Context) -> Iterable[Finding]:
     empty = tuple(n for n, info in case.shapes.items() if info.shape == (0,))
     places = case.training_near()
     recoverability = f"from {places[0].asked}" if places else LOST
-    elsewhere = f"rlhf-convert repair {case.path} {case.out('fixed')} --weights-from DIR"
+    elsewhere = case.repair("--weights-from", "DIR")
     command = filling_command(case) or elsewhere
-    message = finding_of(faults[0], case).message
+    message = finding_of(faults[0], case).text
     yield Finding(
-        "zero3-empty-tensors", "error", message, empty, folded(case, empty), recoverability, ("fill",), "safe", command
+        code="zero3-empty-tensors",
+        severity="error",
+        text=message,
+        tensors=empty,
+        evidence=folded(case, empty),
+        recoverability=recoverability,
+        fix=("fill",),
+        applicability="safe",
+        next=command,
     )
 
 
@@ -66,7 +74,9 @@ def layers_missing(case: Case, context: Context) -> Iterable[Finding]:
         shown = (f"{show(deepest)}: {fold(sorted(map(str, there)))}",) if there else ()
         lost = () if (found := judgement_of(case)) is None else found.names(MISSING)
         inside = tuple(n for n in lost if (m := _LAYER.match(n)) and int(m["number"]) not in there)
-        yield Finding("layers-missing", "error", text, inside, shown, LOST)
+        yield Finding(
+            code="layers-missing", severity="error", text=text, tensors=inside, evidence=shown, recoverability=LOST
+        )
 
 
 DIAGNOSES = (

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from converter.converters.heads.whole import MISSHAPEN, MISSING, UNEXPECTED, Judgement, rows_of_vocabulary
 from converter.core.context import Context
-from converter.examine.diagnoses.case import LOST, Case, Finding, Near, diagnosis, folded, quoted
+from converter.examine.diagnoses.case import LOST, Case, Finding, Near, diagnosis, folded
 
 _NOT_ALL_READ = frozenset(
     {"shard-missing", "index-phantom", "weights-missing", "file-truncated", "safetensors-header", "safetensors-not",
@@ -78,7 +78,7 @@ def family_unknown(case: Case, context: Context) -> Iterable[Finding]:
     """
     found = judgement_of(case)
     if found is not None and found.unknown:
-        yield Finding("family-unknown", "cosmetic", found.unknown)
+        yield Finding(code="family-unknown", severity="cosmetic", text=found.unknown)
 
 
 def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
@@ -88,18 +88,24 @@ def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
     near = _place(case)
     command = None
     if code != UNEXPECTED:
-        source = f" --weights-from {near.quoted}" if near is not None else ""
-        base = f" --base {quoted(case.base.asked)}" if case.base is not None else ""
-        command = f"rlhf-convert repair {case.path} {case.out('fixed')}{source}{base}"
+        source = ("--weights-from", near.argument) if near is not None else ()
+        base = ("--base", case.base.folder) if case.base is not None else ()
+        command = case.command("repair", *source, *base, out="fixed")
     recoverability = LOST if near is None else f"from {near.asked}"
     if found.prefix or code == UNEXPECTED:
         command, recoverability = None, ""
-    shown = folded(case, names)
-    yield Finding(code, "error", found.words(code), names, shown, recoverability, ("fill",), "display-only", command)
+    yield Finding(
+        code=code,
+        severity="error",
+        text=found.words(code),
+        tensors=names,
+        evidence=folded(case, names),
+        recoverability=recoverability,
+        fix=("fill",),
+        applicability="display-only",
+        next=command,
+    )
 
 
 def _place(case: Case) -> Near | None:
     return next(iter(case.training_near()), None)
-
-
-DIAGNOSES = (tensors_missing, tensors_misshapen, tensors_unexpected, family_unknown)
