@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import tempfile
 import warnings
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from converter.cli import main
-from converter.examine.doctor import Asked, examine
-from converter.examine.verify.verify import Asked as VerifyAsked
+from converter.examine.doctor import DoctorRequest, examine
+from converter.examine.verify.verify import VerifyRequest
 from converter.examine.verify.verify import examine as verify
 from healthy.adapters import Adapter
 from healthy.adapters import base as write_base
@@ -35,6 +36,7 @@ Tensors = dict[str, torch.Tensor]
 
 MODEL_HARMS = ("removed", "halved", "renamed", "swapped", "zeroed", "unlisted")
 ADAPTER_HARMS = ("removed", "halved", "renamed", "pair removed")
+LAYER = re.compile(r"\.(?:weight|\w*_proj)$")
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -72,8 +74,12 @@ def harmed(tensors: Tensors, kind: str, draw: random.Random) -> tuple[Tensors, H
         made[name], made[other] = tensors[other], tensors[name]
         return made, Harm(kind, (name, other))
     elif kind == "zeroed":
-        if tensors[name].dim() < 2 or not tensors[name].any():
-            return None  # a bias of zeros is how training begins
+        if (
+            not LAYER.search(name)
+            or min(tensors[name].shape[:2] if tensors[name].dim() > 1 else (0,)) < 2
+            or not tensors[name].any()
+        ):
+            return None  # biases, norms and relative positions of zeros are how training begins
         made[name] = torch.zeros_like(tensors[name])
     return made, Harm(kind, (name,))
 
@@ -121,13 +127,14 @@ def peft_notices(folder: Path, base: Path) -> bool:
 
 def is_named(folder: Path, harm: Harm, *, base: Path | None = None) -> bool:
     """Whether doctor, or verify, names a tensor of the harm in something worse than cosmetic."""
-    asked = Asked(str(folder), base=None if base is None else str(base), deep=harm.kind == "zeroed")
-    said = [f for f in examine(asked).findings if f.severity != "cosmetic"]
-    if any(_names(f"{f.message} {' '.join(f.evidence)}", f.tensors, harm) for f in said):
+    asked = DoctorRequest(str(folder), base=None if base is None else str(base), deep=harm.kind == "zeroed")
+    # A head of zeros is how some trainers begin: that it is zero is named, and is no more than a hint.
+    said = [f for f in examine(asked).findings if f.severity != "cosmetic" or harm.kind == "zeroed"]
+    if any(_names(f"{f.text} {' '.join(f.evidence)}", f.tensors, harm) for f in said):
         return True
     if base is not None:
         return False
-    checks = verify(VerifyAsked(str(folder))).checks
+    checks = verify(VerifyRequest(str(folder))).checks
     return any(c.outcome == "fails" and _names(c.text, (), harm) for c in checks)
 
 
@@ -198,7 +205,7 @@ def model_case(sound: Sound, saved: Saved, seed: int) -> Outcome | None:
             harm = None if made is None else made[1]
             if made is not None:
                 write_tensors(folder, made[0])
-        if harm is None or (kind not in ("zeroed", "unlisted") and not transformers_notices(folder)):
+        if harm is None or (kind != "zeroed" and not transformers_notices(folder)):
             return None
         return Outcome(str(saved), harm, _wrong(folder, harm, Path(scratch) / "out"))
 
@@ -221,12 +228,8 @@ def adapter_case(sound: Sound, adapter: Adapter, seed: int) -> Outcome | None:
         shutil.copytree(source, folder)
         if kind == "pair removed":
             name = draw.choice(sorted(n for n in tensors if ".lora_" in n))
-            stem = name.partition(".lora_")[0]
-            gone = tuple(n for n in tensors if n.startswith(f"{stem}.lora_"))
-            made: Any = (
-                {n: t for n, t in tensors.items() if n not in gone},
-                Harm(kind, (*gone, stem, stem.removeprefix("base_model.model."))),
-            )
+            gone = tuple(n for n in tensors if n.startswith(f"{_module(name)}.lora_"))
+            made: Any = ({n: t for n, t in tensors.items() if n not in gone}, Harm(kind, gone))
         else:
             made = harmed(tensors, kind, draw)
         if made is None:
@@ -234,7 +237,13 @@ def adapter_case(sound: Sound, adapter: Adapter, seed: int) -> Outcome | None:
         save_file(made[0], folder / WEIGHTS, {"format": "pt"})
         if not peft_notices(folder, base):
             return None
-        return Outcome(f"adapter {adapter}", made[1], _wrong(folder, made[1], Path(scratch) / "out", base))
+        modules = dict.fromkeys(_module(n).removeprefix("base_model.model.") for n in made[1].names)
+        harm = Harm(kind, (*made[1].names, *modules))  # a finding about an adapter names the module
+        return Outcome(f"adapter {adapter}", harm, _wrong(folder, harm, Path(scratch) / "out", base))
+
+
+def _module(key: str) -> str:
+    return key.partition(".lora_")[0].removesuffix(".weight")
 
 
 def model_cases(count: int, seed: int) -> Iterator[tuple[Saved, int]]:
