@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from converter.converters.merge.asked_modules import modules_missing
 from converter.core.context import Context
 from converter.diagnostic import Next, Severity, completed
 from converter.errors import ConvertError, Refused, UsageError
@@ -258,7 +259,21 @@ def adapter_targets_missing(case: Case, context: Context) -> Iterable[Finding]:
     """
     targets = case.adapter_config.get("target_modules")
     limits = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
-    if case.base is None or not isinstance(targets, list) or any(case.adapter_config.get(k) for k in limits):
+    if case.base is None:
+        return
+    dimensions = {n: len(i.shape) for n, i in case.base.shapes.items()}
+    lacks = tuple(modules_missing(case.shapes, case.adapter_config, dimensions, case.base.config))
+    if lacks:
+        yield Finding(
+            code="adapter-targets-missing",
+            severity="changes-numbers",
+            text=f"{len(lacks)} modules that adapter_config.json names are not in the adapter: {fold(lacks)}",
+            tensors=lacks,
+            evidence=(fold(lacks),),
+            recoverability="",
+        )
+        return
+    if not isinstance(targets, list) or any(case.adapter_config.get(k) for k in limits):
         return
     have = {_COPY.sub("", m["module"]) for n in case.shapes if (m := factor_in_name().match(n))}
     named = [t for t in targets if isinstance(t, str) and "." not in t and t not in OUTPUT_MODULES]
