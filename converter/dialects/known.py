@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 
-from converter.dialects.spec import Dialect, Role, Serves
+from converter.diagnostic import Again, Command
+from converter.dialects.spec import FAMILY_CLASSES, Dialect, Role, Serves
 from converter.errors import Refused, UsageError
 from converter.text import show
 
@@ -44,7 +45,7 @@ def dialect(name: str) -> Dialect:
             "unknown-dialect",
             f"no dialect is named `{show(name)}`",
             expected=", ".join(known),
-            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+            next=f"did you mean `{near[0]}`?" if near else Command("list"),
         )
     return known[name]
 
@@ -72,6 +73,28 @@ class Target:
 def trainers(role: Role | None = None) -> list[str]:
     """Names that `--to` takes, in alphabetical order."""
     return sorted({s.trainer for d in dialects().values() for s in d.serves if role is None or role in s.roles})
+
+
+def entries_of(trainer: str | None) -> list[Serves]:
+    """Everything that is known of a trainer: its entries in all dialects."""
+    return [s for d in dialects().values() for s in d.serves if s.trainer == trainer]
+
+
+def own_classes() -> frozenset[str]:
+    """Classes that trainers build on the fly and name in `architectures`; transformers has none of them."""
+    rules = [d.config for d in dialects().values()]
+    named = {name for each in rules for name in (each.reward, each.critic)}
+    return frozenset(n for n in named if n not in FAMILY_CLASSES and "{" not in n)
+
+
+def probe_of(trainer: str) -> str:
+    """The script that runs a trainer's own loader; empty where there is none."""
+    return next((s.probe for s in entries_of(trainer) if s.probe), "")
+
+
+def probed() -> list[str]:
+    """Trainers whose loader can be run, in alphabetical order."""
+    return sorted({s.trainer for d in dialects().values() for s in d.serves if s.probe})
 
 
 def target(text: str, role: Role) -> Target:
@@ -105,7 +128,7 @@ def _by_dialect(name: str, role: Role, version: str) -> Target:
             "unknown-trainer",
             f"no trainer is named `{show(name)}`",
             expected=", ".join(trainers(role)),
-            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+            next=f"did you mean `{near[0]}`?" if near else Command("list"),
         )
     found = known[name]
     if found.refused or not found.writable:
@@ -137,7 +160,7 @@ def spoken(text: str) -> list[Dialect]:
             "unknown-trainer",
             f"no trainer or dialect that is read is named `{show(text)}`",
             expected=", ".join(known),
-            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+            next=f"did you mean `{near[0]}`?" if near else Command("list"),
         )
     return list(found.values())
 
@@ -157,7 +180,7 @@ def _of_version(name: str, version: str, offered: Iterable[tuple[Dialect, Serves
         "trainer-version",
         f"{show(name)} {show(version)} is not a version that is known here",
         expected=known or f"{name} without a version",
-        next=f"--to {name}" + (f"@{ranges[-1][1].until}" if ranges[-1][1].until else ""),
+        next=Again(("--to", name + (f"@{ranges[-1][1].until}" if ranges[-1][1].until else ""))),
     )
 
 

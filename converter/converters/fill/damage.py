@@ -10,9 +10,9 @@ from typing import Any
 from converter.converters.fill.evidence import is_empty
 from converter.converters.gather.adapter_config import HEADS
 from converter.converters.gather.peft_names import PEFT_PREFIX
-from converter.converters.merge.adapter_keys import FACTOR_KINDS
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import Filled
+from converter.families.factors import factor_in_name, factor_pairs
 from converter.families.memory_names import classifier
 
 Shape = tuple[int, ...]
@@ -25,7 +25,6 @@ _MATRIX = re.compile(
     r"(?:^|[._])(?:\w*proj|embed_tokens|lm_head|embed_in|embed_out|wte|wpe|score|query_key_value|c_attn|c_fc|fc[12])"
     r"\.(?:base_layer\.)?weight$"
 )
-_FACTOR = re.compile(rf"^(?P<module>.+?)\.(?P<kind>{'|'.join(FACTOR_KINDS)})(?:\.|$)")
 _OUTPUTS = frozenset({"lm_head"})
 _IN_PEFT = frozenset({"modules_to_save", "base_layer"})
 _HEAD_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModeling")
@@ -88,7 +87,7 @@ def is_spare(broken: Checkpoint, file: str) -> bool:
 
 def _is_piece(name: str, loose: Mapping[str, Shape], siblings: Mapping[str, Shape]) -> bool:
     """True for a flat tensor whose name, base or siblings in other layers say that it has more dimensions."""
-    factor = _FACTOR.match(name)
+    factor = factor_in_name().match(name)
     if factor is not None and factor["kind"] != "lora_magnitude_vector" and not name.endswith(".bias"):
         return True
     return len(loose.get(name, ())) > 1 or len(siblings.get(_pattern(name), ())) > 1 or bool(_MATRIX.search(name))
@@ -106,7 +105,7 @@ def pairs_missing(names: Collection[str]) -> list[str]:
     """Factors whose partner is in the adapter and which are not: half of a LoRA is none."""
     lost = []
     for name in names:
-        for kind, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        for kind, other in factor_pairs():
             for a, b in ((kind, other), (other, kind)):
                 if f".{a}" in name and name.endswith((a, f"{a}.weight")):
                     head, _, tail = name.rpartition(f".{a}")
@@ -119,7 +118,7 @@ def heads_without_weight(checkpoint: Checkpoint) -> list[str]:
     """Heads that LoRA changes and whose own weight the adapter does not hold: W0 of W0 + BA."""
     found: dict[str, None] = {}
     for name in checkpoint.tensors:
-        match = _FACTOR.match(name.removeprefix(PEFT_PREFIX))
+        match = factor_in_name().match(name.removeprefix(PEFT_PREFIX))
         if match is not None and match["module"].rpartition(".")[2] in HEADS:
             own = (f"{PEFT_PREFIX}{match['module']}{mid}.weight" for mid in ("", ".base_layer"))
             if not any(n in checkpoint.tensors and not is_empty(checkpoint.tensors[n]) for n in own):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from converter.converters.heads.detect import head_like
 from converter.converters.heads.fit import Wishes
-from converter.converters.merge.adapter_config import AdapterConfig, read_adapter_config
+from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import Module, read_modules
-from converter.converters.merge.layer import Layer, merged_weight
+from converter.converters.merge.layer import merged_alone
 from converter.converters.merge.merge_lora import MergeLora
+from converter.converters.merge.methods.method import AdapterConfig
 from converter.converters.merge.task_head import TASK_SUFFIX
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
 from converter.text import fold, show
 
@@ -70,12 +72,10 @@ def _with_files(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
 
 def _tensors(module: Module, config: AdapterConfig, where: str) -> dict[str, LazyTensor]:
     """A head that the adapter holds whole; LoRA over it is folded in."""
-    found = {f"{module.name}.{leaf}": t for leaf, t in module.replaced.items()}
-    if module.factors:
-        weight = module.replaced["weight"]
-        update = Layer(module, f"{module.name}.weight", config, 1.0, where).update(weight.info, {})
-        found[f"{module.name}.weight"] = merged_weight(weight, [update], "best")
-    return found
+    return {f"{module.name}.{leaf}": t for leaf, t in merged_alone(module, module.replaced, config, where).items()}
+
+
+_OF_THE_RUN = Command("convert", ("RUN/global_stepN", "OUT"))
 
 
 def lost_base(module: str, adapter: Checkpoint) -> Refused:
@@ -87,8 +87,11 @@ def lost_base(module: str, adapter: Checkpoint) -> Refused:
         where=show(adapter.origin.asked),
         expected="W0, from a DeepSpeed checkpoint of the run (frozen_param_fragments: exact), or another checkpoint "
         f"that has the head whole. {NO_CURE}",
-        next="rlhf-convert convert RUN/global_stepN OUT, the run's DeepSpeed folder; or for a fresh critic, never a "
-        "reward model, --init-head zeros",
+        next=Steps(
+            _OF_THE_RUN,
+            ", the run's DeepSpeed folder; or for a fresh critic, never a reward model, ",
+            Again(("--init-head", "zeros")),
+        ),
     )
 
 
@@ -102,6 +105,10 @@ def no_head(checkpoint: Checkpoint, adapter: Checkpoint | None) -> Refused:
         where=show(source.origin.asked),
         expected="a score, value_head or v_head among the weights, or value_head.safetensors beside them; Nemotron's "
         "reward models have theirs in lm_head (--from lm-head-row0)",
-        next="rlhf-convert convert RUN/global_stepN OUT, the run's DeepSpeed folder, or another checkpoint of it; for "
-        "a fresh critic --init-head zeros, or --init-head normal --seed 0",
+        next=Steps(
+            _OF_THE_RUN,
+            ", the run's DeepSpeed folder, or another checkpoint of it; for a fresh critic ",
+            Again(("--init-head", "zeros")),
+            ", or --init-head normal --seed 0",
+        ),
     )

@@ -15,6 +15,7 @@ from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, Concat, Filled, LazyTensor
+from converter.diagnostic import Command, Steps
 from converter.dialects.spec import Dialect
 from converter.errors import Refused
 from converter.families.family import Family, family, hidden_size
@@ -78,7 +79,7 @@ class _Reader:
         if weight is None:
             raise self._missing(f"{stem}.weight")
         bias = self._take(stem, "bias")
-        if bias is None and self.dialect.head.bias == "always" and self.dialect.name != "hf-tokcls":
+        if bias is None and self.dialect.head.bias == "always" and not self.dialect.head.bias_from_zero:
             raise self._missing(f"{stem}.bias")
         return _checked(Linear(self._shaped(weight, stem), bias), stem, self.where)
 
@@ -136,7 +137,7 @@ class _Reader:
             "head-missing",
             f"as {self.dialect.name} the head is {show(name)}, which isn't there",
             where=self.where,
-            next="name another dialect with --from, or see `rlhf-convert list`",
+            next=Steps("name another dialect with --from, or see `", Command("list"), "`"),
         )
 
     # What is done to the score

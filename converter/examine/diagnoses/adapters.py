@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from converter.core.context import Context
+from converter.diagnostic import Next, Severity, completed
 from converter.errors import ConvertError, Refused, UsageError
-from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, Severity, diagnosis, folded
-from converter.examine.diagnoses.heads import filling_command
+from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, diagnosis, folded
+from converter.examine.diagnoses.commands import filling_command
+from converter.families.factors import alternatives, factor_in_name, factor_pairs, zero_factors
 from converter.families.family import family
+from converter.sources.finding import sources
 from converter.sources.survey import StoredTensor
 from converter.text import fold, show
 
-_LORA = re.compile(r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.|$)")
 _COPY = re.compile(r"(?:base_model\.model\.)+")
 _EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.", re.ASCII)
 _NUMBER = re.compile(r"\.\d+", re.ASCII)
@@ -72,7 +74,6 @@ NOT_MERGED_HERE = frozenset(
 """Refusals of a merge that say what is not implemented here; PEFT loads these adapters, and some it can merge."""
 
 
-_FIELD = re.compile(r"`(\w+)`|^(init_lora_weights) is ")
 _MOST_REFUSALS = 8
 _OF_THE_LAYERS = ("layer_replication", "target_parameters", "megatron_config")
 """Fields without which the adapter would be over other layers: what refuses then says nothing."""
@@ -89,9 +90,8 @@ def _refusals_of_merge(case: Case) -> list[ConvertError]:
     without: frozenset[str] = frozenset()
     while len(found) < _MOST_REFUSALS and (error := _try_merge(case, without)) is not None:
         found.append(error)
-        field = _FIELD.search(error.what)
-        name = (field[1] or field[2]) if field is not None else None
-        if name is None or name in {*without, *_OF_THE_LAYERS} or not error.code.startswith("adapter-"):
+        name = error.facts.get("field")
+        if not isinstance(name, str) or name in {*without, *_OF_THE_LAYERS} or not error.code.startswith("adapter-"):
             break
         without |= {name}
     return found
@@ -100,15 +100,14 @@ def _refusals_of_merge(case: Case) -> list[ConvertError]:
 def _try_merge(case: Case, without: frozenset[str]) -> ConvertError | None:
     from converter.converters.merge.merge_lora import MergeLora
     from converter.sources.hf import peft
-    from converter.sources.hf import source as hf
 
-    if case.base is None or case.base.source != "hf" or case.survey.error() or case.base.survey.error():
+    if case.base is None or case.base.kind != "model" or case.survey.error() or case.base.survey.error():
         return None
     try:
         adapter = peft.SOURCE.open(case.root, asked=case.asked)
         if without:
             adapter = adapter.replace(config={k: v for k, v in adapter.config.items() if k not in without})
-        base = hf.SOURCE.open(case.base.root, asked=case.base.asked)
+        base = sources()[case.base.source or "hf"].open(case.base.root, asked=case.base.asked)
         MergeLora(adapters=(adapter,))(base, Context())
     except ConvertError as error:
         return error
@@ -131,7 +130,20 @@ def _of(error: ConvertError, case: Case, more: Sequence[str] = ()) -> Finding:
     severity = _severity(error, case)
     what = error.what if severity != "cosmetic" else f"sound, and not merged here: {error.what}"
     lost = LOST if error.code == "no-op" else ""
-    return Finding(error.code, severity, "; ".join((what, *more)), (), (*details, base)[:3], lost, next=error.next)
+    return Finding(
+        code=error.code,
+        severity=severity,
+        text="; ".join((what, *more)),
+        evidence=(*details, base)[:3],
+        recoverability=lost,
+        next=_merging(error, case),
+        facts=tuple(error.facts.items()),
+    )
+
+
+def _merging(error: ConvertError, case: Case) -> Next | None:
+    """What to do about a refused merge: "the same command" is the merge."""
+    return completed(error.next, case.command("merge-lora", out="merged"))
 
 
 def _severity(error: ConvertError, case: Case) -> Severity:
@@ -141,7 +153,7 @@ def _severity(error: ConvertError, case: Case) -> Severity:
     start = case.adapter_config.get("init_lora_weights")
     if error.code == "adapter-base-moved" and start != "corda":
         return "changes-numbers"
-    if error.code == "adapter-field-unknown" and "init_lora_weights" not in error.what:
+    if error.code == "adapter-field-unknown" and error.facts.get("field") != "init_lora_weights":
         return "changes-numbers"
     return "error"
 
@@ -152,7 +164,12 @@ def adapter_merge_refused(case: Case, context: Context) -> Iterable[Finding]:
     known = {*REFUSALS, "head-base-lost", "head-missing", "no-op", *(f.code for f in case.survey.faults)}
     others = [e for e in _refusals(case) if isinstance(e, Refused | UsageError) and e.code not in known]
     for error in others[:1]:
-        yield Finding("adapter-merge-refused", "error", f"{error.code}: {error.what}", next=error.next)
+        yield Finding(
+            code="adapter-merge-refused",
+            severity="error",
+            text=f"{error.code}: {error.what}",
+            next=_merging(error, case),
+        )
 
 
 @diagnosis("lora-alpha-zero", "adapter")
@@ -163,7 +180,9 @@ def lora_alpha_zero(case: Case, context: Context) -> Iterable[Finding]:
     if case.adapter_config.get("lora_alpha") == 0:
         text = "lora_alpha is 0: a merge would give the base model back. Put the training script's value there"
         advice = "set lora_alpha in adapter_config.json"
-        yield Finding("lora-alpha-zero", "error", text, (), ("adapter_config.json",), next=advice)
+        yield Finding(
+            code="lora-alpha-zero", severity="error", text=text, evidence=("adapter_config.json",), next=advice
+        )
 
 
 @diagnosis("no-op", "adapter")
@@ -179,11 +198,19 @@ def no_op(case: Case, context: Context) -> Iterable[Finding]:
             return
     if not case.deep:
         return
-    second = {n: e for n, e in case.survey.entries.items() if (m := _LORA.match(n)) and m["kind"].endswith("B")}
+    factor, begun = factor_in_name(), zero_factors()
+    second = {n: e for n, e in case.survey.entries.items() if (m := factor.match(n)) and m["kind"] in begun}
     filled = {n: e for n, e in second.items() if e.info.numel}
     if filled and all(_is_zero(e, context) for e in filled.values()):
         text = f"all {len(filled)} lora_B are zero: the adapter does nothing"
-        yield Finding("no-op", "error", text, tuple(filled), folded(case, filled), LOST)
+        yield Finding(
+            code="no-op",
+            severity="error",
+            text=text,
+            tensors=tuple(filled),
+            evidence=folded(case, filled),
+            recoverability=LOST,
+        )
 
 
 def _is_zero(entry: StoredTensor, context: Context) -> bool:
@@ -192,11 +219,12 @@ def _is_zero(entry: StoredTensor, context: Context) -> bool:
 
 def _halves(case: Case) -> tuple[tuple[str, ...], int]:
     """Modules with one factor only, and how many there are."""
-    halves: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {}
     for name in case.shapes:
-        if match := _LORA.match(name):
-            halves.setdefault(match["module"], set()).add(match["kind"][-1])
-    return tuple(sorted(m for m, kinds in halves.items() if len(kinds) == 1)), len(halves)
+        if match := factor_in_name().match(name):
+            found.setdefault(match["module"], set()).add(match["kind"])
+    alone = [m for m, kinds in found.items() if any(len(kinds & set(pair)) == 1 for pair in factor_pairs())]
+    return tuple(sorted(alone)), len(found)
 
 
 @diagnosis("adapter-half", "adapter")
@@ -209,7 +237,16 @@ def adapter_half(case: Case, context: Context) -> Iterable[Finding]:
         text = f"{len(alone)} of {count} modules have one LoRA factor only: {fold(alone)}"
         places = case.training_near()
         found = f"from {places[0].asked}" if places else LOST
-        yield Finding("adapter-half", "error", text, alone, alone[:3], found, ("fill",), next=filling_command(case))
+        yield Finding(
+            code="adapter-half",
+            severity="error",
+            text=text,
+            tensors=alone,
+            evidence=alone[:3],
+            recoverability=found,
+            fix=("fill",),
+            next=filling_command(case),
+        )
 
 
 @diagnosis("adapter-targets-missing", "adapter")
@@ -222,13 +259,19 @@ def adapter_targets_missing(case: Case, context: Context) -> Iterable[Finding]:
     limits = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
     if case.base is None or not isinstance(targets, list) or any(case.adapter_config.get(k) for k in limits):
         return
-    have = {_COPY.sub("", m["module"]) for n in case.shapes if (m := _LORA.match(n))}
+    have = {_COPY.sub("", m["module"]) for n in case.shapes if (m := factor_in_name().match(n))}
     named = [t for t in targets if isinstance(t, str) and "." not in t and t not in ("lm_head", "embed_out")]
     missing = [f"{t}: {got} of {wanted}" for t in named for got, wanted in _lacking(t, have, case, case.base)]
     if missing and have:
         listed = ", ".join(map(show, missing))
         text = f"the base has more layers of these targets than the adapter has tensors for: {listed}"
-        yield Finding("adapter-targets-missing", "changes-numbers", text, (), tuple(map(show, missing[:3])), "")
+        yield Finding(
+            code="adapter-targets-missing",
+            severity="changes-numbers",
+            text=text,
+            evidence=tuple(map(show, missing[:3])),
+            recoverability="",
+        )
 
 
 def _lacking(target: str, have: set[str], case: Case, base: Case) -> Iterator[tuple[int, int]]:
@@ -275,16 +318,24 @@ def adapter_keys_named(case: Case, context: Context) -> Iterable[Finding]:
     odd = tuple(
         n
         for n in case.shapes
-        if re.search(r"\.lora_(?:A|B|embedding_A|embedding_B)\.[^.]+\.weight$", n)
+        if re.search(rf"\.(?:{alternatives()})\.[^.]+\.weight$", n)
         or re.search(r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.", n)
         or n.count("base_model.model.") > 1
         or not n.startswith("base_model.model.")
     )
-    if odd and any(_LORA.match(n) for n in odd):
+    if odd and any(factor_in_name().match(n) for n in odd):
         text = f"{len(odd)} of {len(case.shapes)} keys are not as PEFT writes them, and PEFT would ignore them silently"
-        command = f"rlhf-convert repair {case.path} {case.out('fixed')}"
+        command = case.repair()
         yield Finding(
-            "adapter-keys-named", "error", text, odd, folded(case, odd), HERE, ("mend-adapter-names",), "safe", command
+            code="adapter-keys-named",
+            severity="error",
+            text=text,
+            tensors=odd,
+            evidence=folded(case, odd),
+            recoverability=HERE,
+            fix=("mend-adapter-names",),
+            applicability="safe",
+            next=command,
         )
 
 
@@ -298,7 +349,7 @@ def base_differs(case: Case, context: Context) -> Iterable[Finding]:
         return
     if recorded.rstrip("/").rpartition("/")[2] != case.base.asked.rstrip("/").rpartition("/")[2]:
         text = f"the adapter records {show(recorded)} as its base, and {show(case.base.asked)} was given"
-        yield Finding("base-differs", "cosmetic", text)
+        yield Finding(code="base-differs", severity="cosmetic", text=text)
 
 
 DIAGNOSES = (

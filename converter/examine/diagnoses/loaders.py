@@ -9,31 +9,17 @@ from converter.converters.heads.config import class_name
 from converter.converters.heads.model import Linear, Reading
 from converter.converters.heads.read import read
 from converter.core.context import Context
+from converter.diagnostic import Command, Severity
 from converter.dialects.known import Target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
-from converter.examine.diagnoses.case import HERE, Case, Finding, Severity, diagnosis
+from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
+from converter.examine.diagnoses.commands import convert_command, role_word
 from converter.examine.diagnoses.config import architecture, label_count
-from converter.examine.diagnoses.heads import convert_command, dialect_of, heads_here, role_word, wanted_head
+from converter.examine.diagnoses.heads import dialect_of, heads_here, wanted_head
 from converter.families.family import family
 from converter.text import fold, show
-
-_GOES_BY_CLASS = {
-    "ms-swift": "takes it for another kind of model",
-    "vllm": "does not know that class",
-    "verl": "loads and trains it, and stops at its first save",
-}
-"""Trainers that choose by `architectures`, and what another class does to them."""
-
-_SETS_LABELS = ("verl", "areal", "trl")
-"""Trainers that load with num_labels=1 whatever the config says."""
-
-_READS_ADAPTERS = ("llamafactory", "ms-swift")
-_LEAVES_HEADS = ("trl", "transformers")
-"""Trainers that hand an adapter's folder to `from_pretrained`, which puts LoRA on the base that it records. The head
-that the adapter brings stays among the unexpected keys in transformers 5.15, and is read in 5.23.
-"""
 
 
 @dataclass
@@ -95,9 +81,7 @@ def _roles(case: Case) -> list[Role]:
 
 def _of(case: Case, target: Target, *, is_meant: bool) -> _Verdict:
     verdict = _Verdict(target, target.role, is_meant)
-    if case.kind == "training" and case.source == target.dialect.subfolder:
-        _model(case, target, verdict)  # a whole model, in the folder where this trainer keeps it
-    elif case.kind in ("training", "run", "unread"):
+    if case.kind in ("training", "run", "unread"):
         verdict.refuses.append(f"{target.words} loads model folders, and these are a trainer's shards")
     elif case.kind == "weights":
         verdict.refuses.append(f"{target.words} needs a config.json beside the weights")
@@ -111,14 +95,14 @@ def _of(case: Case, target: Target, *, is_meant: bool) -> _Verdict:
 
 
 def _adapter(case: Case, target: Target, verdict: _Verdict) -> None:
-    if target.serves.trainer in _LEAVES_HEADS:
+    if target.serves.leaves_heads:
         if target.role == "actor":
             verdict.accepts = f"{target.words} reads the adapter with its base, as an actor"
         else:
             text = f"{target.words} puts the LoRA on its base"
             verdict.random.append(f"{text}, and with transformers 5.15 leaves out the adapter's head (5.23 reads it)")
         return
-    if target.serves.trainer not in _READS_ADAPTERS:
+    if not target.serves.reads_adapters:
         verdict.refuses.append(f"{target.words} loads whole models here: the adapter has to be merged into its base")
         return
     spec = target.dialect.head_of(target.role)
@@ -187,17 +171,17 @@ def _head(case: Case, target: Target, reading: Reading, verdict: _Verdict) -> No
 
 
 def _config(case: Case, target: Target, verdict: _Verdict) -> None:
-    rules, trainer = target.dialect.config, target.serves.trainer
+    rules, serves = target.dialect.config, target.serves
     try:
         wanted = class_name(rules, family(case.config), target)
     except ConvertError as error:
         verdict.refuses.append(error.what)
         return
     said = architecture(case)
-    if trainer in _GOES_BY_CLASS and said != wanted:
-        text = f"architectures says {show(said) or 'nothing'}, not {wanted}: {target.words} {_GOES_BY_CLASS[trainer]}"
+    if serves.goes_by_class and said != wanted:
+        text = f"architectures says {show(said) or 'nothing'}, not {wanted}: {target.words} {serves.goes_by_class}"
         verdict.refuses.append(text)
-    if rules.labels and trainer not in _SETS_LABELS and label_count(case.config) != 1 and not target.serves.labels:
+    if rules.labels and not serves.sets_labels and label_count(case.config) != 1 and not serves.labels:
         text = f"config.json says {label_count(case.config)} labels, and {target.words} needs one"
         verdict.refuses.append(text)
     odd = [key for key in rules.drops if key in case.config]
@@ -206,12 +190,12 @@ def _config(case: Case, target: Target, verdict: _Verdict) -> None:
         verdict.changes.append(f"{target.words} finds the scored token by pad_token_id, and config.json has none")
 
 
-def _command(case: Case, verdict: _Verdict) -> str:
+def _command(case: Case, verdict: _Verdict) -> Command:
     """What makes a folder that this loader accepts; from shards at hand, where the head is nowhere else."""
     places = [] if case.kind != "model" or heads_here(case) else case.training_near()
-    more = (f"--weights-from {places[0].quoted}",) if places else ()
+    more = ("--weights-from", places[0].argument) if places else ()
     if verdict.drops_bias:
-        more = (*more, "--bias drop")
+        more = (*more, "--bias", "drop")
     return convert_command(case, verdict.role, None, *more)
 
 
@@ -222,9 +206,10 @@ def _findings(case: Case, code: str, severity: Severity, which: str, lead: str) 
             can_read = verdict.aim is not None
             worst: Severity = severity if verdict.is_meant else "cosmetic"
             yield Finding(
-                code, worst, f"as {verdict.role}: {lead}{'; '.join(texts)}", (), (),
-                HERE if can_read and which != "random" else "", ("remap-head",) if can_read else (), "display-only",
-                _command(case, verdict) if can_read else None,
+                code=code, severity=worst, text=f"as {verdict.role}: {lead}{'; '.join(texts)}", evidence=(),
+                recoverability=HERE if can_read and which != "random" else "",
+                fix=("remap-head",) if can_read else (),
+                next=_command(case, verdict) if can_read else None,
             )  # fmt: skip
 
 
@@ -260,9 +245,8 @@ def loader_accepts(case: Case, context: Context) -> Iterable[Finding]:
     """
     for verdict in _verdicts(case):
         if verdict.accepts and verdict.aim is not None:
-            launch = verdict.aim.serves.launch.replace("{out!r}", repr(case.asked)).replace("{out}", case.path)
+            launch = verdict.aim.serves.launch_line(case.folder)
             traps = verdict.aim.traps[:3]
-            yield Finding("loader-accepts", "cosmetic", verdict.accepts, (), traps, next=launch or None)
-
-
-DIAGNOSES = (loader_random, loader_refuses, loader_changes, loader_accepts)
+            yield Finding(
+                code="loader-accepts", severity="cosmetic", text=verdict.accepts, evidence=traps, next=launch or None
+            )

@@ -10,9 +10,10 @@ from typing import Any
 from converter.core.checkpoint import Checkpoint, Origin, RecordCheck
 from converter.core.files.opening import Identity, identity
 from converter.core.formats.torch_file import read_torch_file, state_dict
-from converter.core.tensors.byte_runs import leaves
 from converter.core.tensors.nodes import LazyTensor, Stored
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
+from converter.sources.base import Held
 from converter.sources.beside import find_beside
 from converter.sources.dcp.adapter_names import names_in_memory
 from converter.sources.dcp.chunks import Pieces
@@ -21,7 +22,7 @@ from converter.sources.dcp.layout import Moment, optimizer_states, reasons, sort
 from converter.sources.dcp.metadata import METADATA, Metadata, read_metadata
 from converter.sources.deepspeed.files import run_folders
 from converter.sources.places import Place
-from converter.sources.survey import StoredTensor, Survey, file_names, snapshot_of
+from converter.sources.survey import file_names, snapshot_of
 from converter.text import fold, show
 
 KIND = "training"
@@ -206,7 +207,10 @@ def expect_masters(found: Checkpoint) -> Checkpoint:
             "dcp-no-masters",
             f"{len(low)} trained tensors were saved in {words}, and there are no fp32 masters beside them: {fold(low)}",
             where=show(found.origin.asked),
-            next=f"rlhf-convert gather {show(found.origin.asked)} OUT, without --master: nothing is lost by it",
+            next=Steps(
+                Again(leave_out=("--master",), otherwise=Command("gather", (found.origin.asked, "OUT"))),
+                ", without --master: nothing is lost by it",
+            ),
         )
     return found
 
@@ -238,10 +242,8 @@ def moments_of(folder: Path, which: Moment) -> dict[str, LazyTensor]:
     return found
 
 
-def survey_chosen(chosen: Place, survey: Survey) -> None:
-    """Files and tensors of a folder, added to a survey."""
-    found = read_weights(chosen.folder)
-    survey.files = {Path(p).name: i.size for p, i in found.inputs.items() if Path(p).parent == chosen.folder.absolute()}
-    for name, tensor in found.tensors.items():
-        first = next(leaves(tensor), None)
-        survey.entries[name] = StoredTensor(tensor, str(chosen.folder) if first is None else first.file)
+def held_in(folder: Path) -> Held:
+    """Files and tensors of a folder."""
+    found = read_weights(folder)
+    files = [Path(p).name for p in found.inputs if Path(p).parent == folder.absolute()]
+    return Held(folder, files, found.tensors)
