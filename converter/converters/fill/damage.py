@@ -12,6 +12,7 @@ from converter.converters.gather.adapter_config import HEADS
 from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import Filled
+from converter.families.expected import Unknown, compare, expected
 from converter.families.factors import factor_in_name, factor_pairs
 from converter.families.memory_names import classifier
 
@@ -132,6 +133,25 @@ def has_headless_class(checkpoint: Checkpoint) -> bool:
     named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     modules = {m for n in checkpoint.tensors for m in n.split(".")}
     return isinstance(named, str) and named.endswith(_HEAD_CLASSES) and not modules & HEADS
+
+
+def lacks_of_class(model: Checkpoint) -> list[Damage]:
+    """Backbone tensors that the model's class asks for and the folder lacks, or has in another shape.
+
+    Nothing where the names are not the class's own: those are to be renamed first, and heads are judged by themselves.
+    """
+    wanted = expected(model.config)
+    if isinstance(wanted, Unknown) or any(m in n for n in model.tensors for m in (".base_layer.", ".lora_")):
+        return []
+    found = compare({n: t.info.shape for n, t in model.tensors.items()}, wanted, model.config)
+    if 2 * len(found.missing) > found.asked or len(found.unexpected) >= max(len(found.missing), 1):
+        return []
+    lost = [Damage(n, MISSING, s, s) for n, s in found.missing.items() if not wanted.is_outside(n)]
+    rows = {have[1:] == asked[1:] and have[:1] > asked[:1] for have, asked in found.misshapen.values()}
+    if rows == {True}:
+        return lost  # a vocabulary that was grown: a matter of config.json
+    cut = {n: pair for n, pair in found.misshapen.items() if pair[0] != (0,) and not wanted.is_outside(n)}
+    return lost + [Damage(n, f"shape {list(have)}", asked, asked) for n, (have, asked) in cut.items()]
 
 
 def missing_heads(model: Checkpoint) -> list[str]:

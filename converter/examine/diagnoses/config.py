@@ -12,6 +12,7 @@ from converter.dialects.known import entries_of, own_classes
 from converter.errors import Refused
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
+from converter.examine.diagnoses.whole import is_vocabulary_alone
 from converter.families.family import family
 from converter.families.old_spellings import missing_spellings
 from converter.text import fold, show
@@ -196,7 +197,7 @@ def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
         and i.shape[0] not in (grown if _EMBEDDINGS.search(n) else size, 1)
         and not is_part_of_vision(n)
     ]
-    if wrong:
+    if wrong and is_vocabulary_alone(case):
         rows = case.shapes[wrong[0]].shape[0]
         text = f"config.json says vocab_size {size}, and {fold(wrong)} has {rows} rows"
         yield Finding(

@@ -18,6 +18,7 @@ from converter.sources.beside import find_beside
 from converter.sources.dcp.adapter_names import names_in_memory
 from converter.sources.dcp.chunks import Pieces
 from converter.sources.dcp.files import full_file, kind_here, optimizer_folder, refusal
+from converter.sources.dcp.hf_pieces import WORDS, read_pieces
 from converter.sources.dcp.layout import Moment, optimizer_states, reasons, sort_entries
 from converter.sources.dcp.metadata import METADATA, Metadata, read_metadata
 from converter.sources.deepspeed.files import run_folders
@@ -38,6 +39,7 @@ class Weights:
         trained: names that the optimizer held; None where that isn't recorded.
         shared: groups of names that are one tensor in the file.
         dropped: entries that are not taken, with the reason.
+        ends_recorded: the files say how large each tensor is; else pieces at its end may be missing unnoticed.
     """
 
     tensors: dict[str, LazyTensor]
@@ -49,6 +51,7 @@ class Weights:
     checks: tuple[RecordCheck, ...]
     inputs: dict[str, Identity]
     said: tuple[str, ...] = ()
+    ends_recorded: bool = True
 
 
 def read_weights(folder: Path) -> Weights:
@@ -60,14 +63,18 @@ def read_weights(folder: Path) -> Weights:
     kind = kind_here(folder)
     if kind == "full":
         return _read_full(folder)
+    if kind == "hf-shards":
+        read = read_pieces(folder, file_names(folder))
+        words = f"{WORDS}, {len(read.inputs)} files"
+        return Weights(read.tensors, words, read.digest, None, (), {}, (), read.inputs, ends_recorded=False)
     if kind != "dcp":
         assert kind is not None
         raise refusal(folder, kind)
     metadata = read_metadata(folder)
     entries = sort_entries(metadata)
     pieces = Pieces(metadata)
-    read = pieces.read(entries.model.values())
-    found = {name: read[key] for name, key in entries.model.items()}
+    tensors = pieces.read(entries.model.values())
+    found = {name: tensors[key] for name, key in entries.model.items()}
     said = [f"the model is `{show(entries.where)}` in it"] if entries.where else []
     aside = [k for k in entries.others if k in metadata.tensors]
     if aside:
@@ -174,7 +181,7 @@ def open_chosen(chosen: Place, root: Path, *, asked: str, revision: str | None, 
     return Checkpoint(
         tensors=found.tensors,
         config=beside.config,
-        origin=Origin(KIND, str(real), asked, _name(real), revision, found.digest, found.words),
+        origin=Origin(KIND, str(real), asked, _name(real), revision, found.digest, found.words, found.ends_recorded),
         side_files=beside.files,
         ties=found.shared,
         config_bytes=beside.config_bytes,
