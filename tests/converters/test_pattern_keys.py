@@ -1,19 +1,11 @@
-"""`rank_pattern` and `alpha_pattern`: the ranks and scales are those that PEFT's own rule gives."""
+"""`rank_pattern` and `alpha_pattern`: which pattern a module takes is PEFT's own rule."""
 
 from __future__ import annotations
 
-import json
-import math
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 
-from converter.converters.merge.adapter_config import AdapterConfig, read_adapter_config
-from heads_run import opened
+from converter.converters.merge.methods.fields import matching
 
 MODULES = [
     "model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.q_proj", "layers.1.q_proj", "q_proj", "xq_proj",
@@ -25,26 +17,13 @@ PATTERNS = [
 ]  # fmt: skip
 
 
-def config_of(folder: Path, **fields: Any) -> AdapterConfig:
-    folder.mkdir()
-    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(1, 1)}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8} | fields))
-    return read_adapter_config(opened(folder))
-
-
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("rslora", [False, True])
-def test_rank_and_scale_of_a_module_are_those_of_peft_s_rule(pattern: str, rslora: bool, tmp_path: Path) -> None:
-    patterns = {"rank_pattern": {pattern: 3}, "alpha_pattern": {pattern: 5}}
-    config = config_of(tmp_path / "adapter", lora_alpha=12, use_rslora=rslora, **patterns)
-    for module in MODULES:
-        hit = get_pattern_key([pattern], module) == pattern
-        rank, alpha = (3, 5) if hit else (8, 12)
-        assert config.rank_of(module) == rank, module
-        assert config.scale_of(module) == alpha / (math.sqrt(rank) if rslora else rank), module
+def test_a_pattern_matches_the_modules_that_peft_s_rule_matches(pattern: str) -> None:
+    hits = {m for m in MODULES if get_pattern_key([pattern], m) == pattern}
+    assert {m for m in MODULES if matching({pattern: 3}, m, 8) == 3} == hits
 
 
-def test_of_several_patterns_the_first_wins(tmp_path: Path) -> None:
+def test_of_several_patterns_the_first_wins() -> None:
     patterns = {"self_attn.q_proj": 2, "q_proj": 4}
-    config = config_of(tmp_path / "adapter", lora_alpha=8, rank_pattern=patterns)
-    assert [config.rank_of(m) for m in ("layers.0.self_attn.q_proj", "layers.0.q_proj", "k_proj")] == [2, 4, 8]
+    found = [matching(patterns, m, 8) for m in ("layers.0.self_attn.q_proj", "layers.0.q_proj", "k_proj")]
+    assert found == [2, 4, 8]
