@@ -10,6 +10,7 @@ the backbone's prefix, experts one by one or stacked, and quantised layouts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -58,7 +59,12 @@ class Expected:
 
     def is_outside(self, name: str) -> bool:
         """True for a name that is not in the backbone: of a head, or of the output embedding."""
-        return bool(self.prefix) and not name.startswith(f"{self.prefix}.")
+        return self._has_prefix and not name.startswith(f"{self.prefix}.")
+
+    @functools.cached_property
+    def _has_prefix(self) -> bool:
+        """False for classes, as T5's, whose prefix stands before none of their names."""
+        return bool(self.prefix) and any(n.startswith(f"{self.prefix}.") for n in (*self.saved, *self.memory))
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def _expected(key: str) -> Expected | Unknown:
 
 
 def _freed(found: Expected) -> Expected:
-    return Expected(**{**found.__dict__, "free": True})
+    return dataclasses.replace(found, free=True)
 
 
 def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:

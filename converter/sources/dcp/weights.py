@@ -237,7 +237,7 @@ def moments_of(folder: Path, which: Moment) -> dict[str, LazyTensor]:
             keys = {n: leaves[which] for n, leaves in optimizer_states(metadata).items() if which in leaves}
             read = Pieces(metadata).read(keys.values())
             found = {n: read[k] for n, k in keys.items()}
-    elif kind not in (None, "full"):
+    elif kind not in (None, "full", "hf-shards"):
         raise refusal(folder, kind)
     if not found:
         raise Refused(
