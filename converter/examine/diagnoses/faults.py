@@ -262,6 +262,7 @@ def finding_of(fault: Fault, case: Case) -> Finding:
         recoverability=recoverability if fault.severity == "error" else "",
         applicability="safe" if is_mended else "display-only",
         next=command or _typed(fault.next, case),
+        facts=fault.facts,
     )
 
 

@@ -213,7 +213,7 @@ def _command(case: Case, verdict: _Verdict) -> Command:
     places = [] if case.kind != "model" or heads_here(case) else case.training_near()
     more = ("--weights-from", places[0].argument) if places else ()
     if verdict.drops_bias:
-        more = (*more, "--bias drop")
+        more = (*more, "--bias", "drop")
     return convert_command(case, verdict.role, None, *more)
 
 
