@@ -50,16 +50,23 @@ class Implied:
     Attributes:
         shapes: every tensor that must be there, by name.
         optional: what may be stored beside: the second name of a tie.
+        passes: patterns of names that a load passes over, where they are too many.
     """
 
     shapes: Mapping[str, Shape]
     optional: Mapping[str, Shape]
+    passes: tuple[str, ...] = ()
 
 
 @functools.cache
 def _table() -> dict[str, Any]:
     data: dict[str, Any] = json.loads(_DATA.read_text(encoding="utf-8"))
     return data
+
+
+def version() -> str:
+    """The transformers release that the table was made with."""
+    return str(_table()["transformers"])
 
 
 def classes() -> tuple[str, ...]:
@@ -123,7 +130,7 @@ def implied(config: Mapping[str, Any]) -> Implied | None:
                 into[_numbered(name, each)] = shape
     except KeyError:
         return None
-    return Implied(shapes, optional)
+    return Implied(shapes, optional, tuple(entry.get("passes", ())))
 
 
 def _is_tied(config: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from converter.core.writer.plan import Plan, make_plan
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.recipe.fields import check, instantiate
+from converter.recipe.gate import expect_whole
 from converter.recipe.recipe import SOURCE, Recipe
 from converter.sources.opening import compare_base, open_checkpoint, open_recorded_base
 from converter.text import fold, show
@@ -47,7 +48,8 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
 
     Raises:
         UsageError: the recipe or an input's path is wrong.
-        Refused: an input is broken, a converter refuses, or an input tensor would be lost (`unaccounted`).
+        Refused: an input is broken, a converter refuses, an input tensor would be lost (`unaccounted`), or what
+            would be written is not the model that its loader asks for (see `gate`).
     """
     check(recipe)
     context = Context(allow)
@@ -73,6 +75,7 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
     sparse.expect_all_read()
     if lost := unaccounted(list(opened.values()), checkpoint):
         raise Refused("unaccounted", f"tensors of the inputs would be lost: {lost}")
+    expect_whole(checkpoint, context)
     output = recipe.output
     if output.link_unchanged and (output.layout == "pack" or output.max_shard_size is not None):
         what = "files that are linked stay as they are, and a size or the layout `pack` lays them out anew"

@@ -22,6 +22,7 @@ from converter.converters.fill.damage import (
     beside_name,
     find_damage,
     is_spare,
+    lacks_of_class,
     missing_heads,
     pairs_missing,
 )
@@ -200,6 +201,8 @@ class _Repair:
         else:
             here = {d.name for d in found}
             found += [Damage(n, MISSING, expected.get(n)) for n in missing_heads(self.broken) if n not in here]
+            here = {d.name for d in found}
+            found += [d for d in lacks_of_class(self.broken) if d.name not in here]
         return found
 
     def _heads(self, states: list[Offer]) -> Heads:

@@ -16,10 +16,17 @@ from converter.converters.gather.peft_names import (
     without_wrappers,
 )
 from converter.converters.gather.ties import without_tied_copies
-from converter.converters.gather.wrappers import Part, Unwrapped, for_value_model, unwrap
+from converter.converters.gather.wrappers import (
+    Part,
+    Unwrapped,
+    expect_known_ends,
+    for_value_model,
+    unwrap,
+    without_foreign_prefix,
+)
 from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import Module
-from converter.converters.merge.layer import Layer, merged_weight
+from converter.converters.merge.layer import merged_alone
 from converter.converters.merge.merge_lora import MergeLora
 from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context
@@ -117,7 +124,10 @@ def _model(checkpoint: Checkpoint, inner: Unwrapped, base: Checkpoint | None, co
     found = _with_config(found, base, context)
     if inner.part == "value":
         found = for_value_model(found, base, context)
-    found = found if inner.is_raw else with_disk_names(without_tied_copies(found, context), context)
+    expect_known_ends(found)
+    if not inner.is_raw:
+        found = without_foreign_prefix(found, context)
+        found = with_disk_names(without_tied_copies(found, context), context)
     return _as_model(found)
 
 
@@ -267,8 +277,8 @@ class _Lora:
             if f.module == head and f.kind != "modules_to_save"
         }
         weight = self.source.tensors[self.names.base[f"{head}.weight"]]
-        layer = Layer(Module(head, factors=parts), head, read_adapter_config(plain), 1.0, self.where)
-        return merged_weight(weight, [layer.update(weight.info, {})], "best")
+        module = Module(head, factors=parts)
+        return merged_alone(module, {"weight": weight}, read_adapter_config(plain), self.where)["weight"]
 
     def _checkpoint(self, kind: str, out: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Checkpoint:
         is_verbatim = kind == "adapter" and config == recorded(self.source.side_files)

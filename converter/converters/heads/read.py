@@ -79,7 +79,7 @@ class _Reader:
         if weight is None:
             raise self._missing(f"{stem}.weight")
         bias = self._take(stem, "bias")
-        if bias is None and self.dialect.head.bias == "always" and self.dialect.name != "hf-tokcls":
+        if bias is None and self.dialect.head.bias == "always" and not self.dialect.head.bias_from_zero:
             raise self._missing(f"{stem}.bias")
         return _checked(Linear(self._shaped(weight, stem), bias), stem, self.where)
 

@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from converter.converters.merge.adapter_config import AdapterConfig
 from converter.converters.merge.adapter_keys import Module
-from converter.converters.merge.layer import Layer, merged_weight
+from converter.converters.merge.layer import merged_alone
+from converter.converters.merge.methods.method import AdapterConfig
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
 from converter.core.side_files import side_json
@@ -166,14 +166,8 @@ def _expect_whole(kept: Collection[str], trained: Classifier, where: str) -> Non
 
 def _head_tensors(head: NewHead) -> dict[str, LazyTensor]:
     module = head.module
-    found = {f"{module.name}.{leaf}": tensor for leaf, tensor in module.replaced.items()}
-    if module.factors:
-        weight = module.replaced["weight"]
-        update = Layer(module, f"{module.name}.weight", head.config, 1.0, show(head.adapter.origin.asked)).update(
-            weight.info, {}
-        )
-        found[f"{module.name}.weight"] = merged_weight(weight, [update], "best")
-    return found
+    whole = merged_alone(module, module.replaced, head.config, show(head.adapter.origin.asked))
+    return {f"{module.name}.{leaf}": tensor for leaf, tensor in whole.items()}
 
 
 def _main_dtype(stored: Mapping[str, LazyTensor]) -> DType:

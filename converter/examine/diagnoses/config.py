@@ -8,16 +8,17 @@ from typing import Any
 
 from converter.core.context import Context
 from converter.diagnostic import Next, Severity
+from converter.dialects.known import entries_of, own_classes
 from converter.errors import Refused
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
+from converter.examine.diagnoses.whole import is_vocabulary_alone
 from converter.families.family import family
 from converter.families.old_spellings import missing_spellings
 from converter.text import fold, show
 
 _CLASSIFIER = re.compile(r"For(?:Sequence|Token)Classification$")
 _WRAPPERS = re.compile(r"^(?:FSDP|DDP|Peft|DistributedDataParallel)\w+")
-_OPENRLHF = frozenset({"RewardModel", "CriticModel"})
 _EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 _OUTPUTS = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$|^(?:language_model\.|model\.)*output\.weight$")
 _MORE_ROWS = {"mllama_text_model": 8, "moshi": 1}
@@ -27,7 +28,6 @@ Source: `nn.Embedding(config.vocab_size + 8, ...)` of MllamaTextModel, `+ 1` of 
 """
 _HEADS = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
 _MAX_FIXED_LABELS = 1024
-_PIN_TRANSFORMERS_4 = ("llamafactory", "deepspeed-chat", "trlx")
 
 
 def architecture(case: Case) -> str:
@@ -87,7 +87,7 @@ def architecture_openrlhf(case: Case, context: Context) -> Iterable[Finding]:
     """OpenRLHF builds its classes on the fly and saves `architectures: ["RewardModel"]` or `["CriticModel"]`. OpenRLHF
     loads that; AutoModelForSequenceClassification ignores it; vLLM, ms-swift and verl do not know it.
     """
-    if architecture(case) in _OPENRLHF and case.trainer != "openrlhf":
+    if architecture(case) in own_classes() and case.trainer != "openrlhf":
         text = (
             f"architectures is [{architecture(case)}], a class of OpenRLHF's own: other trainers and engines "
             f"do not know it"
@@ -197,7 +197,7 @@ def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
         and i.shape[0] not in (grown if _EMBEDDINGS.search(n) else size, 1)
         and not is_part_of_vision(n)
     ]
-    if wrong:
+    if wrong and is_vocabulary_alone(case):
         rows = case.shapes[wrong[0]].shape[0]
         text = f"config.json says vocab_size {size}, and {fold(wrong)} has {rows} rows"
         yield Finding(
@@ -248,7 +248,7 @@ def tokenizer_of_transformers_5(case: Case, context: Context) -> Iterable[Findin
     transformers 4 can't read: `Tokenizer class TokenizersBackend does not exist`, `'list' object has no attribute
     'keys'`. Only looked at under `--for transformers@4`, or for trainers that pin transformers 4.
     """
-    if not is_transformers_4(case.target) and case.trainer not in _PIN_TRANSFORMERS_4:
+    if not is_transformers_4(case.target) and not any(s.pins_transformers == "4" for s in entries_of(case.trainer)):
         return
     config = case.json("tokenizer_config.json")
     marks = {
@@ -366,21 +366,3 @@ def dtype_differs(case: Case, context: Context) -> Iterable[Finding]:
             applicability="unsafe",
             next=command,
         )
-
-
-DIAGNOSES = (
-    config_unreadable,
-    architecture_missing,
-    architecture_wrapper,
-    architecture_openrlhf,
-    labels_mismatch,
-    pad_token_missing,
-    pad_is_eos,
-    vocabulary_rows,
-    end_tokens_lost,
-    tokenizer_of_transformers_5,
-    rope_of_transformers_5,
-    remote_code_missing,
-    quantisation_left,
-    dtype_differs,
-)

@@ -170,7 +170,7 @@ def adapter_left_beside(case: Case, context: Context) -> Iterable[Finding]:
     lora_alpha of 0: whoever serves the folder serves the untrained model. Merge the adapter into it, with the alpha of
     the training script in its adapter_config.json. A folder whose adapter was merged already has no use for it.
     """
-    inside = [n for n in case.near if n.source == "peft" and n.path == case.root / "lora_adapter"]
+    inside = [n for n in case.near if n.kind == "adapter" and n.path == case.root / "lora_adapter"]
     if inside and not (case.root / "rlhf-convert.json").exists():
         text = "verl's adapter lies in lora_adapter/: this model is the base, without what was trained"
         merge = Command("merge-lora", (inside[0].argument, case.out("merged"), "--base", case.folder))
@@ -182,15 +182,3 @@ def adapter_left_beside(case: Case, context: Context) -> Iterable[Finding]:
             recoverability=HERE,
             next=merge,
         )
-
-
-DIAGNOSES = (
-    pair_same_path,
-    pair_tokenizer,
-    pair_vocabulary,
-    pair_chat_template,
-    pair_special_tokens,
-    pair_lora,
-    pair_dtype,
-    adapter_left_beside,
-)

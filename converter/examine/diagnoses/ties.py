@@ -130,6 +130,3 @@ def output_embedding_in_classifier(case: Case, context: Context) -> Iterable[Fin
             evidence=folded(case, [outputs]),
             recoverability=HERE,
         )
-
-
-DIAGNOSES = (output_embedding_missing, tied_copies, output_embedding_in_classifier)

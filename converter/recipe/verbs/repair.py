@@ -119,11 +119,10 @@ def mend_recipe(asked: RepairRequest, mends: Mends, options: WriteOptions) -> Re
 
 def shards_alone(root: Path, asked: RepairRequest, found: Search) -> str | None:
     """The shards of a folder that has no weight file at all: then a repair is a gather."""
-    from converter.sources.finding import kind_of, sources
+    from converter.sources.finding import source_kind
     from converter.sources.survey import ADAPTER_CONFIG, file_names, is_weights_of_model
 
-    kind = kind_of(root)
-    if kind is not None and getattr(sources()[kind], "precedence", 0) > 0:
+    if source_kind(root) == "training":
         return asked.src
     names = file_names(root)
     if ADAPTER_CONFIG in names or is_weights_of_model(names) or any(n.startswith("adapter_model.") for n in names):

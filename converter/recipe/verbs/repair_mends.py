@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converter.converters.heads.whole import CODES as WHOLE
 from converter.core.context import Context
 from converter.errors import UsageError
 from converter.examine.diagnoses.aims import is_transformers_4
@@ -48,7 +49,7 @@ NEVER_FILLED = frozenset(
     {"quantisation-left", "remote-code-missing", "normaliser-broken", "output-embedding-missing", "head-reshaped",
      "head-named-otherwise", "names-of-a-trainer", "lora-alpha-zero", "vocabulary-rows", "fsdp-flat",
      "config-unreadable", "adapter-config", "adapter-unmatched", "adapter-shape", "adapter-rank", "adapter-unexpected",
-     "adapter-incomplete", "adapter-tokens", "adapter-bias", "adapter-pattern"}
+     "adapter-incomplete", "adapter-tokens", "adapter-bias", "adapter-pattern", "tensors-unexpected"}
 )  # fmt: skip
 """Errors that are in the output too, whatever tensors are filled."""
 
@@ -139,7 +140,8 @@ def find_mends(
     if weights is not None:
         given[CHOOSE] = {"file": weights}
     steps = tuple(Step(n, given.get(n, {})) for n in _ORDER if n in names)
-    unmended = [f for f in findings if f.severity == "error" and f.code not in codes and f.code not in _OF_THE_MERGE]
+    passed = {*codes, *_OF_THE_MERGE, *(c for c in WHOLE if c in allow)}
+    unmended = [f for f in findings if f.severity == "error" and f.code not in passed]
     return Mends(steps, tuple(codes), tuple(left.items()), tuple(unmended))
 
 

@@ -12,6 +12,7 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.files.opening import read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.core.side_files import find_side_files
+from converter.sources.base import SourceKind
 from converter.sources.hf.source import (
     CONFIG,
     identities_of,
@@ -32,6 +33,7 @@ class ModelingSource:
     """A model whose weights are in `modeling/`, with its config above or beside them."""
 
     name = "modeling"
+    kind: SourceKind = "model"
 
     def detect(self, root: Path) -> str | None:
         """Why a folder is ColossalChat's, or None."""

@@ -11,6 +11,7 @@ from converter.core.formats.weight_file import WeightFile, read_weights
 from converter.core.side_files import find_side_files
 from converter.errors import Refused, UsageError
 from converter.sources import survey as folder
+from converter.sources.base import SourceKind
 from converter.sources.hf.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.hf.source import identities_of, lazy, origin, parse_config, stored_path
 from converter.sources.hub.names import as_reference
@@ -26,6 +27,7 @@ class PeftSource:
     """An adapter in PEFT's format."""
 
     name = "peft"
+    kind: SourceKind = "adapter"
 
     def detect(self, root: Path) -> str | None:
         """Why a folder is an adapter, or None."""

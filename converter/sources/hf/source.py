@@ -22,6 +22,7 @@ from converter.errors import Refused
 from converter.families.implied import without_wrappers
 from converter.families.ties import find_ties
 from converter.sources import survey as folder
+from converter.sources.base import SourceKind
 from converter.sources.hf import set_files
 from converter.sources.hf.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers, snapshot_of
@@ -38,6 +39,7 @@ class HfSource:
     """A model in transformers' format."""
 
     name = "hf"
+    kind: SourceKind = "model"
 
     def detect(self, root: Path) -> str | None:
         """Why a folder is a Hugging Face model, or None."""
