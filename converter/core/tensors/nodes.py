@@ -360,12 +360,17 @@ _LOSSLESS = {
 }
 
 
+def widens(source: DType, dtype: DType) -> bool:
+    """True where every value of `source` is exactly one of `dtype`, another type."""
+    return dtype in _LOSSLESS.get(source, ())
+
+
 def cast(x: LazyTensor, dtype: DType) -> LazyTensor:
     """The same values in `dtype`; a cast to the same dtype, and a lossless one on the way, vanish."""
     if x.info.dtype is dtype:
         return x
     match x:
-        case Cast() if x.dtype in _LOSSLESS.get(x.source.info.dtype, ()):
+        case Cast() if widens(x.source.info.dtype, x.dtype):
             return cast(x.source, dtype)
         case Filled() if x.value in (0, 1):
             return Filled(TensorInfo(dtype, x.info.shape), x.value)
