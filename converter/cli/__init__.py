@@ -133,15 +133,18 @@ def _run(arguments: list[str], received: list[int]) -> int:
 def _signals_raise() -> Iterator[list[int]]:
     """SIGINT and SIGTERM raise KeyboardInterrupt with the signal's number; a second one ends the process at once.
 
-    Yields the numbers of the signals that came.
+    A signal that the caller has ignored (`nohup`, `trap '' INT`, a job in the background) stays ignored, as in other
+    Unix programs. Yields the numbers of the signals that came.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
+    wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+
     def stop(number: int, _frame: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in wanted:
             signal.signal(each, signal.SIG_DFL)
         received.append(number)
         raise KeyboardInterrupt(number)
@@ -156,7 +159,7 @@ def _signals_raise() -> Iterator[list[int]]:
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
     unraisable, sys.unraisablehook = sys.unraisablehook, send_again
-    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.signal(each, stop) for each in wanted}
     try:
         yield received
     finally:

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from converter.core.writer.plan import Layout
 from converter.errors import UsageError
 from converter.shipped import shipped
 from converter.sources.opening import InputSpec
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from converter.core.files.strict_yaml import Path as Keys
     from converter.core.files.strict_yaml import RecipeText
-    from converter.core.writer.plan import Layout
 
 VERSION = 1
 SOURCE = "source"

@@ -14,9 +14,7 @@ from transformers import LlamaForCausalLM
 import heads_zoo as zoo
 from converter.errors import UsageError
 from converter.examine.doctor import DoctorRequest, examine
-from doctored import RUN, adapter, causal, codes, edit, finding, reward, serious, value_head
-
-__all__ = ["causal", "reward"]
+from doctored import RUN, adapter, codes, edit, finding, serious, value_head
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassificat
 
 from converter.errors import UsageError
 from converter.examine.diagnoses.script import read_launch
-from doctored import SIZES, adapter, causal, codes, edit, finding, reward, serious, store
-
-__all__ = ["causal", "reward"]
+from doctored import SIZES, adapter, codes, edit, finding, serious, store
 
 
 def tokenizer(folder: Path, **tokens: int) -> None:

@@ -18,9 +18,7 @@ from converter.cli import main
 from converter.examine.diagnoses.case import SEVERITIES
 from converter.examine.diagnoses.catalogue import FROM_USAGE, ROWS, covered, table
 from converter.examine.doctor import DoctorRequest, diagnoses, examine
-from doctored import RUN, causal, codes, edit, finding, serious, store
-
-__all__ = ["causal"]
+from doctored import RUN, codes, edit, finding, serious, store
 
 LETTERS = {"A": 18, "B": 16, "C": 19, "D": 16, "E": 8, "F": 5}
 

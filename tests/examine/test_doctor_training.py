@@ -15,10 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from converter.examine.doctor import MOST_NEAR, DoctorRequest, case_of, examine
 from converter.shipped import shipped
 from converter.sources.deepspeed.source import SOURCE
-from doctored import RUN, SIZES, causal, codes, finding, serious
+from doctored import RUN, SIZES, codes, finding, serious
 from places import RUNS
 
-__all__ = ["causal"]
 FIXTURES = shipped("fixtures")
 HEALTHY = sorted(
     p for place in ("zero/runs", "zero/universal_runs", "dcp/runs", "verl_saves/runs") for p in (RUNS / place).iterdir()

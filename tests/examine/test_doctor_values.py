@@ -12,9 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from converter.core.context import Context
 from converter.sources.hf.source import SOURCE
-from doctored import SIZES, codes, finding, reward, serious, store, value_head
-
-__all__ = ["reward"]
+from doctored import SIZES, codes, finding, serious, store, value_head
 
 
 @pytest.fixture

@@ -258,6 +258,7 @@ def test_a_log_in_utf_16_as_powershell_writes_it_is_read() -> None:
     assert [s.line for s, _ in read([raw[:9], raw[9:]])] == [2]
 
 
+@pytest.mark.signals
 def test_a_line_is_answered_at_once_through_a_pipe_and_an_interrupt_exits_130() -> None:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     ours = [sys.executable, "-m", "converter", "explain", "-"]
