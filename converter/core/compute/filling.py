@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.core.compute.evaluate import Evaluator, on_one_thread, shared_nodes
+from converter.core.compute.evaluate import Evaluator, as_bytes, on_one_thread, shared_nodes, torch_dtype
 from converter.core.compute.measures import Measures
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.dtypes import DType
-from converter.core.tensors.nodes import LazyTensor, rows
+from converter.core.tensors.nodes import LazyTensor, Stored, rows
 from converter.errors import UsageError, VerificationFailed
 from converter.text import show
 
@@ -154,10 +154,12 @@ def _fill_rows(filling: Filling, evaluator: Evaluator, start: int, stop: int) ->
     piece = filling.value if not shape or stop - start == shape[0] else rows(filling.value, start, stop)
     width = math.prod(shape[1:])
     measures: Measures = {}
+    place = filling.live.tensor.detach().view(-1).narrow(0, filling.start + start * width, piece.info.numel)
+    if isinstance(piece, Stored) and place.device.type == "cpu" and place.dtype is torch_dtype(piece.info.dtype):
+        evaluator.files.read_into(piece.file, piece.offset, as_bytes(place))
+        return measures
     with torch.no_grad():
         value = evaluator.evaluate(piece, measures).reshape(-1)
-        flat = filling.live.tensor.detach().view(-1)
-        place = flat.narrow(0, filling.start + start * width, value.numel())
         place.copy_(value)
         if value.is_floating_point() and place.dtype is not value.dtype:
             broken = int(torch.isfinite(value.float()).sum()) - int(torch.isfinite(place.float()).sum())
