@@ -24,6 +24,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from surface_commands import COMMANDS, SCREENS
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
@@ -40,133 +42,6 @@ RUNS = {
     "dcp": "dcp/runs/accelerate-adapter-n2",
     "verl": "verl_saves/runs/critic-fsdp2-n4",
 }
-
-COMMANDS: dict[str, list[str]] = {
-    # Reading.
-    "inspect a model": ["inspect", "base"],
-    "inspect an adapter": ["inspect", "adapter"],
-    "inspect an adapter's tensors": ["inspect", "adapter", "--tensors"],
-    "inspect a run": ["inspect", "run/checkpoint-4"],
-    "inspect a model of several shards": ["inspect", "base", "--tensors"],
-    "inspect ZeRO shards": ["inspect", "zero"],
-    "inspect ZeRO shards of a whole model": ["inspect", "full"],
-    "inspect a universal checkpoint": ["inspect", "universal"],
-    "inspect a distributed checkpoint": ["inspect", "dcp"],
-    "inspect verl's shards": ["inspect", "verl"],
-    "inspect, a folder that is not there": ["inspect", "./nowhere"],
-    "inspect, an empty folder": ["inspect", "empty"],
-    "inspect, a cut file": ["inspect", "cut"],
-    "doctor of a sound model": ["doctor", "base"],
-    "doctor of an adapter with empty tensors": ["doctor", "run/checkpoint-4"],
-    "doctor of it, ignoring the error": ["doctor", "run/checkpoint-4", "--ignore", "zero3-empty-tensors"],
-    "doctor for a trainer": ["doctor", "adapter", "--for", "openrlhf", "--base", "base"],
-    "doctor with values": ["doctor", "base", "--deep"],
-    "doctor of shards": ["doctor", "zero"],
-    "doctor that fails on cosmetic findings": ["doctor", "zero", "--fail-on", "cosmetic"],
-    "doctor that fails on errors": ["doctor", "run/checkpoint-4", "--fail-on", "error"],
-    "doctor of a launch script": ["doctor", "adapter", "--launch", "train.sh"],
-    "doctor of an actor and a critic": ["doctor", "adapter", "--with-actor", "base", "--weights-from", "run"],
-    "doctor of a cut file": ["doctor", "cut"],
-    "doctor for nobody known": ["doctor", "base", "--for", "nobody"],
-    "doctor, a folder that is not there": ["doctor", "./nowhere"],
-    "explain a code": ["explain", "zero3-empty-tensors"],
-    "explain a pasted error": ["explain", "RuntimeError: size mismatch for score.weight: torch.Size([0])"],
-    "explain a log": ["explain", "train.log"],
-    "explain a log that must be clean": ["explain", "train.log", "--fail-on", "error"],
-    "explain what nobody knows": ["explain", "no-such-code"],
-    "explain nothing": ["explain"],
-    "list": ["list"],
-    "env": ["env"],
-    # Writing.
-    "merge-lora, planned": ["merge-lora", "adapter", "rm", "--base", "base", "--dry-run"],
-    "merge-lora": ["merge-lora", "adapter", "rm", "--base", "base"],
-    "merge-lora in shards of bf16": [
-        "merge-lora", "adapter", "rm-bf16", "--base", "base", "--dtype", "bf16", "--max-shard-size", "200KB",
-        "--layout", "pack", "--numerics", "peft", "--jobs", "1", "--memory", "1GB", "--no-verify",
-    ],
-    "merge-lora over what is there": ["merge-lora", "adapter", "rm", "--base", "base", "--numerics", "peft"],
-    "merge-lora with --overwrite": ["merge-lora", "adapter", "rm", "--base", "base", "--overwrite"],
-    "merge-lora of two": [
-        "merge-lora", "adapter", "two", "--base", "base", "--adapter", "adapter", "--weight", "0.5", "--weight", "0.5",
-    ],
-    "merge-lora of empty tensors": ["merge-lora", "run/checkpoint-4", "none", "--base", "base"],
-    "merge-lora the wrong way round": ["merge-lora", "base", "none"],
-    "merge-lora without a base": ["merge-lora", "adapter-alone", "none"],
-    "merge-lora without arguments": ["merge-lora"],
-    "merge-lora of a size that is none": ["merge-lora", "adapter", "none", "--memory", "lots"],
-    "gather an adapter": ["gather", "zero", "gathered"],
-    "gather a model": ["gather", "full", "gathered-full", "--master"],
-    "gather both, planned": ["gather", "zero", "gathered-2", "--emit", "both", "--base", "base", "--dry-run"],
-    "gather a universal checkpoint": ["gather", "universal", "gathered-universal"],
-    "gather a distributed checkpoint": ["gather", "dcp", "gathered-dcp"],
-    "gather verl's shards": ["gather", "verl", "gathered-verl"],
-    "gather a tag that is not there": ["gather", "zero", "none", "--tag", "global_step99"],
-    "gather a model folder": ["gather", "base", "none"],
-    "repair an adapter": ["repair", "run/checkpoint-4", "repaired"],
-    "repair an adapter, planned": ["repair", "run/checkpoint-4", "none", "--dry-run"],
-    "repair what is lost": ["repair", "lost", "none"],
-    "repair a sound folder": ["repair", "base", "none"],
-    "reshard": ["reshard", "base", "resharded", "--max-shard-size", "300KB"],
-    "reshard, a dtype that is none": ["reshard", "base", "none", "--dtype", "float3"],
-    "rm-to-critic": ["rm-to-critic", "rm", "critic", "--to", "verl"],
-    "rm-to-critic, planned": ["rm-to-critic", "rm", "none", "--to", "openrlhf", "--dry-run"],
-    "rm-to-critic of an adapter": ["rm-to-critic", "adapter", "critic-2", "--to", "openrlhf", "--base", "base"],
-    "rm-to-critic of a model without a head": ["rm-to-critic", "base", "none", "--to", "openrlhf"],
-    "rm-to-critic for nobody known": ["rm-to-critic", "rm", "none", "--to", "nobody"],
-    "critic-to-rm": ["critic-to-rm", "critic", "rm-2", "--to", "trl"],
-    "convert": ["convert", "adapter", "converted", "--to", "openrlhf", "--role", "reward", "--base", "base"],
-    "convert a run": [
-        "convert", "run/checkpoint-4", "converted-2", "--to", "trl", "--role", "reward", "--base", "base",
-        "--weights-from", "run",
-    ],
-    "convert with a fresh head": [
-        "convert", "base", "converted-3", "--to", "trl", "--role", "reward", "--init-head", "normal", "--seed", "3",
-    ],
-    "convert without a trainer": ["convert", "adapter", "none"],
-    "run a recipe": ["run", "reshard-bf16", "ran", "--input", "source=base"],
-    "run a recipe, planned": ["run", "recipe.yaml", "none", "--dry-run"],
-    "run a recipe with an unknown step": ["run", "wrong.yaml", "none"],
-    "run a recipe that nobody ships": ["run", "no-such-recipe", "none"],
-    # What was written.
-    "verify what was written": ["verify", "rm", "--for", "trl", "--against", "adapter", "--base", "base"],
-    "verify a critic": ["verify", "critic", "--for", "verl", "--role", "critic", "--against", "rm"],
-    "verify with pairs": ["verify", "rm", "--for", "trl", "--probe", "pairs.jsonl"],
-    "verify a tampered folder": ["verify", "tampered", "--against", "adapter", "--base", "base"],
-    "verify for the wrong role": ["verify", "base", "--for", "openrlhf", "--role", "reward"],
-    "verify, a folder that is not there": ["verify", "./nowhere"],
-    "diff of equals": ["diff", "base", "resharded"],
-    "diff of others": ["diff", "rm", "rm-bf16"],
-    "diff of a model and its critic": ["diff", "rm", "critic", "--ignore-prefix", "model."],
-    "diff, a folder that is not there": ["diff", "base", "./nowhere"],
-    "push, planned": ["push", "rm", "me/rm", "--dry-run"],
-    "push": ["push", "rm", "me/rm", "--commit-message", "one"],
-    "push again": ["push", "rm", "me/rm"],
-    "push a request": ["push", "rm-bf16", "me/rm", "--create-pr"],
-    "push a broken adapter": ["push", "run/checkpoint-4", "me/broken"],
-    "push the wrong way round": ["push", "me/rm", "rm"],
-    "push what is written": ["reshard", "base", "pushed", "--push-to-hub", "me/base"],
-    "demo": ["demo", "--out", "demo"],
-}  # fmt: skip
-
-SCREENS: dict[str, list[str]] = {
-    "help": ["--help"],
-    "nothing": [],
-    "version": ["--version"],
-    "a bare path": ["./base"],
-    "a mistyped verb": ["merge-lroa", "a", "b"],
-    "an unknown option": ["merge-lora", "a", "b", "--wieght", "1"],
-    "two outputs": ["merge-lora", "a", "b", "--out", "c"],
-    "a recipe printed by merge-lora": ["merge-lora", "adapter", "out", "--base", "base", "--print-recipe"],
-    "a recipe printed by gather": ["gather", "zero", "out", "--print-recipe"],
-    "a recipe printed by repair": ["repair", "run/checkpoint-4", "out", "--print-recipe"],
-    "a recipe printed by reshard": ["reshard", "base", "out", "--print-recipe"],
-    "a recipe printed by rm-to-critic": ["rm-to-critic", "rm", "out", "--to", "openrlhf", "--print-recipe"],
-    "a recipe printed by critic-to-rm": ["critic-to-rm", "critic", "out", "--to", "trl", "--print-recipe"],
-    "a recipe printed by convert": [
-        "convert", "adapter", "out", "--to", "trl", "--role", "reward", "--base", "base", "--print-recipe",
-    ],
-    "a recipe printed by run": ["run", "merge-reward-lora", "out", "--input", "adapter=adapter", "--print-recipe"],
-}  # fmt: skip
 
 NAMED = {"code", "severity", "outcome", "recoverability", "applicability"}
 """Keys whose values are words that programs compare."""

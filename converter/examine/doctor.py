@@ -14,11 +14,12 @@ from pathlib import Path
 
 from converter.core.context import Context
 from converter.core.files import sparse
+from converter.diagnostic import Command, Severity
 from converter.dialects.known import trainers
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.adapters import NOT_MERGED_HERE
 from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
-from converter.examine.diagnoses.case import SEVERITIES, Case, Diagnosis, Finding, Kind, Near, Severity
+from converter.examine.diagnoses.case import SEVERITIES, Case, Diagnosis, Finding, Kind, Near
 from converter.examine.diagnoses.causes import one_per_cause, with_steps
 from converter.examine.diagnoses.faults import NOT_READ_HERE, undocumented
 from converter.examine.diagnoses.script import read_launch
@@ -93,7 +94,7 @@ def examine(asked: DoctorRequest) -> Report:
     known = diagnoses()
     unknown = [c for c in asked.ignore if c not in known]
     if unknown:
-        raise UsageError("unknown-code", f"no diagnosis has the code {show(unknown[0])}", next="rlhf-convert explain")
+        raise UsageError("unknown-code", f"no diagnosis has the code {show(unknown[0])}", next=Command("explain"))
     case = case_of(asked)
     context = Context()
     findings: list[Finding] = []
@@ -140,7 +141,7 @@ def _expect_known(target: str | None) -> None:
             "unknown-trainer",
             f"no trainer is named `{show(name)}`",
             expected=", ".join(trainers()),
-            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+            next=f"did you mean `{near[0]}`?" if near else Command("list"),
         )
     for role in roles_of(name):
         with suppress(Refused):

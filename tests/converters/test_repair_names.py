@@ -101,7 +101,7 @@ def test_a_state_dict_becomes_what_a_save_writes_and_loads_with_nothing_missing(
     found = [f for f in examine(DoctorRequest(str(folder))).findings if f.code in CODES]
     assert [f.code for f in found] == ["names-in-memory"]
     assert found[0].fix == ("mend-disk-names",) and found[0].recoverability == "here"
-    assert found[0].next == f"rlhf-convert repair {folder} {folder}-fixed"
+    assert str(found[0].next) == f"rlhf-convert repair {folder} {folder}-fixed"
     assert _codes(folder, target="transformers@4") == {"names-in-memory": "error"}
     assert main(["repair", str(folder), f"{folder}-fixed", "-q"]) == 0
     out = Path(f"{folder}-fixed")

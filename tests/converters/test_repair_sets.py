@@ -152,7 +152,7 @@ def test_the_set_that_alone_covers_the_config_is_written_and_nothing_is_deleted(
     found = [f for f in report.findings if f.severity == "error" and not f.code.startswith("names-")]
     assert [f.code for f in found] == ["weight-sets"]
     assert found[0].fix == ("choose-weights",) and found[0].recoverability == "here"
-    assert found[0].next == f"rlhf-convert repair {folder} {folder}-fixed"
+    assert str(found[0].next) == f"rlhf-convert repair {folder} {folder}-fixed"
     assert main(["repair", str(folder), f"{folder}-fixed"]) == 0
     screen = capsys.readouterr()
     assert "is taken: 30 tensors, all that config.json implies" in " ".join((screen.out + screen.err).split())

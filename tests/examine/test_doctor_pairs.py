@@ -77,7 +77,7 @@ def test_the_adapter_that_verl_s_merger_leaves_beside_the_base_changes_numbers(c
     wrapped = get_peft_model(LlamaForCausalLM.from_pretrained(causal), LoraConfig(r=2, target_modules=["q_proj"]))
     wrapped.save_pretrained(causal / "lora_adapter")
     assert codes(causal) == {"adapter-left-beside": "changes-numbers"}
-    assert finding(causal, "adapter-left-beside").next == (
+    assert str(finding(causal, "adapter-left-beside").next) == (
         f"rlhf-convert merge-lora {causal}/lora_adapter {causal}-merged --base {causal}"
     )
 

@@ -123,7 +123,7 @@ def test_a_header_without_a_format_is_mentioned(causal: Path) -> None:
     file = causal / "model.safetensors"
     save_file(load_file(file), file)
     assert codes(causal) == {"format-missing": "cosmetic"}
-    assert finding(causal, "format-missing").next == f"rlhf-convert reshard {causal} {causal}-fixed"
+    assert str(finding(causal, "format-missing").next) == f"rlhf-convert reshard {causal} {causal}-fixed"
 
 
 def test_a_rope_scaling_that_the_base_has_and_the_model_lost_changes_numbers(causal: Path, tmp_path: Path) -> None:

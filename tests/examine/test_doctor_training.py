@@ -37,8 +37,8 @@ def test_every_sound_run_of_a_real_framework_has_no_finding_above_cosmetic(folde
 
 def test_a_sound_run_says_that_gather_makes_it_loadable_and_that_it_is_the_sole_copy() -> None:
     found = finding(RUNS / "zero" / "runs" / "lora-z3-n2", "training-state")
-    assert "sole copy of" in found.message
-    assert found.next.startswith("rlhf-convert gather ")
+    assert "sole copy of" in found.text
+    assert str(found.next).startswith("rlhf-convert gather ")
 
 
 def test_the_quick_survey_of_many_ranks_sees_what_the_whole_one_sees() -> None:
@@ -113,7 +113,7 @@ def test_verl_s_huggingface_folder_without_weights_leads_to_its_shards(tmp_path:
     inner = next(p for p in folder.rglob("huggingface") if p.is_dir())
     found = finding(inner, "weights-missing")
     assert found.recoverability.startswith("from ")
-    assert found.next.startswith("rlhf-convert gather ")
+    assert str(found.next).startswith("rlhf-convert gather ")
 
 
 def test_shards_that_somebody_deleted_are_lost_with_the_weights_and_else_only_resuming_is(tmp_path: Path) -> None:
@@ -141,10 +141,10 @@ def test_a_file_cut_short_a_moment_ago_may_be_under_way_and_one_of_long_ago_is_n
     os.truncate(file, file.stat().st_size - 100)
     assert codes(causal) == {"file-truncated": "error"}
     found = finding(causal, "file-truncated")
-    assert "perhaps the save is under way" in found.message
-    assert found.next.startswith("wait and look again; ")
+    assert "perhaps the save is under way" in found.text
+    assert str(found.next).startswith("wait and look again; ")
     os.utime(file, (1, 1))
-    assert "under way" not in finding(causal, "file-truncated").message
+    assert "under way" not in finding(causal, "file-truncated").text
 
 
 def test_a_run_s_folder_lists_its_checkpoints_and_the_next_command_looks_at_the_last(
@@ -153,7 +153,7 @@ def test_a_run_s_folder_lists_its_checkpoints_and_the_next_command_looks_at_the_
     for step in (9, 10):
         shutil.copytree(causal, tmp_path / "run" / f"checkpoint-{step}")
     assert codes(tmp_path / "run") == {"run-folder": "cosmetic"}
-    assert finding(tmp_path / "run", "run-folder").next == f"rlhf-convert doctor {tmp_path}/run/checkpoint-10"
+    assert str(finding(tmp_path / "run", "run-folder").next) == f"rlhf-convert doctor {tmp_path}/run/checkpoint-10"
 
 
 @pytest.mark.parametrize("name", ["rm_weights.safetensors", "rm.pt"])
@@ -175,7 +175,7 @@ def test_megatron_s_shards_are_recognised_and_the_tool_that_converts_them_is_nam
     torch.save({"model": {}}, tmp_path / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt")
     found = finding(tmp_path / "iter_0000100", "megatron")
     assert found.severity == "cosmetic"
-    assert "Megatron-Bridge" in found.next
+    assert "Megatron-Bridge" in str(found.next)
 
 
 def test_a_neighbour_s_run_is_not_recommended_as_a_source(tmp_path: Path) -> None:

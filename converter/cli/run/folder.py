@@ -17,6 +17,7 @@ from converter.cli.run.planned import (
     write_prepared,
 )
 from converter.cli.sink import Sink
+from converter.diagnostic import Next
 from converter.errors import Refused
 from converter.publish.outputs import goes_to_hub
 
@@ -31,7 +32,7 @@ def convert(
     options: Conversion,
     *,
     input_lines: Callable[[Prepared], list[str]],
-    next_commands: Callable[[Written], Sequence[str]] | None = None,
+    next_commands: Callable[[Written], Sequence[Next]] | None = None,
 ) -> int:
     """Run a recipe as the options say and return the exit code; `input_lines` tells the screen of the inputs."""
     sink = options.sink
@@ -99,7 +100,7 @@ def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, option
     )
 
 
-def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:
+def _finish(written: Written, sink: Sink, commands: Sequence[Next]) -> None:
     """The screen's last lines, and what to type next."""
     from converter.cli import lines as report
 
@@ -112,6 +113,6 @@ def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:
             "receipt": dict(receipt.content),
             "notes": notes_json(written.prepared),
             "seconds": round(receipt.seconds, 3),
-            "next": list(commands),
+            "next": list(map(str, commands)),
         }
     )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
 from converter.cli.run.two_outputs import Split, write_both
+from converter.diagnostic import Command, Next, Steps, as_argument
 from converter.errors import ConvertError
 from converter.recipe.recipe import SOURCE
-from converter.recipe.verbs.gather import GatherRequest, gather_command, gather_recipe, with_masters
-from converter.recipe.verbs.run_state import corrected, with_recorded_base
+from converter.recipe.verbs.gather import GatherRequest, gather_recipe, with_masters
+from converter.recipe.verbs.run_state import with_recorded_base
 from converter.text import show
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def gather(asked: GatherRequest, out: str | None, options: Conversion) -> int:
     try:
         return with_recorded_base(attempt, given=asked.base is not None)
     except ConvertError as error:
-        corrected(error, gather_command(asked, out))
+        if error.code == "lora-alpha-unknown":
+            error.next = Steps(error.next, ", and --rslora if it set use_rslora")
         raise
 
 
@@ -61,17 +63,17 @@ def input_lines(prepared: Prepared, said: str) -> list[str]:
     return lines
 
 
-def next_commands(written: Written, asked: GatherRequest) -> list[str]:
+def next_commands(written: Written, asked: GatherRequest) -> Sequence[Next]:
     """The check, then what loads the result."""
     from converter.cli.run.planned import load_commands
 
     if written.prepared.checkpoint.origin.kind != "adapter":
         return load_commands(written)
-    out = shlex.quote(written.out)
+    out = as_argument(written.out)
     base = written.prepared.checkpoint.config.get("base_model_name_or_path")
     named = [] if isinstance(base, str) and base and asked.base is None else ["--base", asked.base or "BASE"]
-    merge = shlex.join(["rlhf-convert", "merge-lora", written.out, f"{written.out.rstrip('/')}-merged", *named])
-    return [f"rlhf-convert inspect {out}", merge]
+    merge = Command("merge-lora", (out, f"{out.rstrip('/')}-merged", *named))
+    return [Command("inspect", (out,)), merge]
 
 
 def gather_both(asked: GatherRequest, out: str | None, options: Conversion) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from converter.cli.lines import line
 from converter.cli.options import Conversion
 from converter.cli.progress import progress
 from converter.core.files.strict_json import load_json
+from converter.diagnostic import Again, Command, Next, Steps, as_argument, quoted
 from converter.errors import ConvertError, Interrupted, UsageError
 from converter.publish.outputs import as_loaders_take_it
 from converter.recipe.verbs.pieces import threads
@@ -57,7 +57,7 @@ class Written:
 def missing_output() -> UsageError:
     """The error of a writing verb without OUT."""
     what, expected = "the output is missing", "OUT as the last argument, or --out OUT"
-    return UsageError("usage", what, expected=expected, next="the same command with --out ./NEW_FOLDER, or --dry-run")
+    return UsageError("usage", what, expected=expected, next=Steps(Again(("--out", "./NEW_FOLDER")), ", or --dry-run"))
 
 
 @dataclass(frozen=True)
@@ -133,23 +133,24 @@ def _kept(out: Path) -> str:
     return f"what is done is kept in {partial}; the same command again resumes it"
 
 
-def load_commands(written: Written) -> list[str]:
+def load_commands(written: Written) -> Sequence[Next]:
     """The check, then a line that loads the model; a value head is no part of the class that config.json names, which
     would load without it: there the line is the proof for the trainer that has it.
     """
     config: Mapping[str, Any] = written.prepared.checkpoint.config
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
-    out = f"./{written.out}" if written.out.startswith("-") else written.out
-    commands = [f"rlhf-convert inspect {shlex.quote(out)}"]
+    out = as_argument(written.out)
+    commands: list[Next] = [Command("inspect", (out,))]
     checkpoint = written.prepared.checkpoint
     if any(n.startswith("v_head.") for n in (*checkpoint.tensors, *(n for f in checkpoint.beside.values() for n in f))):
-        commands.append(f"rlhf-convert verify {shlex.quote(out)}")
+        commands.append(Command("verify", (out,)))
     elif isinstance(name, str) and name.isidentifier():
         path = as_loaders_take_it(written.out)
         loads = f"from transformers import {name} as M; print(M.from_pretrained({path!r}))"
-        is_plain = shlex.quote(path) == path
-        commands.append(f'python -c "{loads}"' if is_plain else f"python -c {shlex.quote(loads)}")
+        # Double quotes read better around Python's own, where nothing in the path means something to a shell.
+        command = Command("", ("-c", loads), program="python")
+        commands.append(f'python -c "{loads}"' if quoted(path) == path else command)
     return commands
 
 

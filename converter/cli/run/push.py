@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.lines import line, next_lines
 from converter.cli.options import Reading
 from converter.core.files.opening import read_limited
+from converter.diagnostic import Command, Steps
 from converter.errors import ConvertError, Refused, UsageError
 from converter.text import fold, format_size, show
 
@@ -92,7 +92,7 @@ def push(asked: PushRequest, options: Reading) -> int:
         [
             line("checked", f"{len(wanted.files)} files: path, size and digest as here; {sent}"),
             line("pushed", pushed.url),
-            *next_lines([f"rlhf-convert inspect hf://{repo_id}" + ("" if branch == "main" else f"@{branch}")]),
+            *next_lines([Command("inspect", (f"hf://{repo_id}" + ("" if branch == "main" else f"@{branch}"),))]),
         ]
     )
     sink.json(_json(wanted, pushed.url, pushed.sent))
@@ -131,14 +131,14 @@ def _read_the_right_way(asked: PushRequest) -> PushRequest:
         return asked
     if Path(asked.repo_id).expanduser().is_dir():
         what = f"{show(asked.repo_id)} is the folder and {show(asked.folder)} the repository"
-        command = shlex.join(["rlhf-convert", "push", asked.repo_id, asked.folder])
+        command = Command("push", (asked.repo_id, asked.folder))
         raise UsageError("arguments-swapped", what, next=command)
     from converter.sources.hub.names import is_on_hub
 
     there = None
     if is_on_hub(asked.folder):
-        words = ["rlhf-convert", "reshard", asked.folder, f"hf://{asked.repo_id.removeprefix('hf://')}"]
-        there = f"from Hub to Hub: {shlex.join(words)}"
+        command = Command("reshard", (asked.folder, f"hf://{asked.repo_id.removeprefix('hf://')}"))
+        there = Steps("from Hub to Hub: ", command)
     raise Refused("path-missing", f"there is no folder {show(asked.folder)!r}", next=there)
 
 
@@ -186,7 +186,7 @@ def _preflight(asked: PushRequest, folder: Path) -> dict[str, str]:
     for finding in report.findings:
         if finding.severity == "error":
             where = show(folder / file_of(finding, report.case))
-            context.consent(Refused(finding.code, finding.message, where=where, next=finding.next))
+            context.consent(Refused(finding.code, finding.text, where=where, next=finding.next))
     for check in check_receipt(folder, frozenset(report.case.shapes)):
         if check.outcome == "fails":
             context.consent(Refused(check.code, check.text, where=show(asked.folder)))

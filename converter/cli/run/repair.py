@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from converter.cli import lines as report
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
 from converter.cli.run.planned import load_commands
-from converter.errors import Refused
+from converter.diagnostic import Command, Next, as_argument, spelled
+from converter.errors import ConvertError, Refused
 from converter.recipe.recipe import SOURCE, Recipe
 from converter.recipe.verbs.repair import (
     RepairRequest,
@@ -94,7 +95,9 @@ def _mend(asked: RepairRequest, out: str | None, mends: Mends, options: Conversi
         found = report.line("mends", ", ".join(mends.codes))
         return convert(recipe, out, options, input_lines=lambda p: [*_source(p), found, *left], next_commands=_next)
     sink.screen([f"{show(asked.src)}: {healthy.what}", *left, str(healthy.next)])
-    sink.json({"healthy": not mends.left, "what": healthy.what, "advice": healthy.next, "left": list(mends.left)})
+    sink.json(
+        {"healthy": not mends.left, "what": healthy.what, "advice": spelled(healthy.next), "left": list(mends.left)}
+    )
     return 0
 
 
@@ -106,10 +109,15 @@ def _source(prepared: Prepared) -> list[str]:
 
 def _gather(shards: str, asked: RepairRequest, out: str | None, options: Conversion) -> int:
     from converter.cli.run.gather import gather
-    from converter.recipe.verbs.gather import GatherRequest
+    from converter.recipe.verbs.gather import GatherRequest, gather_command
 
-    options.sink.tell(f"{show(asked.src)} has no weight file: this is `rlhf-convert gather {show(shards)}`")
-    return gather(GatherRequest(shards, base=asked.base), out, options)
+    request = GatherRequest(shards, base=asked.base)
+    options.sink.tell(f"{show(asked.src)} has no weight file: this is `{Command('gather', (shards,))}`")
+    try:
+        return gather(request, out, options)
+    except ConvertError as error:
+        error.complete(gather_command(request, out))
+        raise
 
 
 def input_lines(prepared: Prepared) -> list[str]:
@@ -126,11 +134,12 @@ def _count(source: Checkpoint) -> str:
     return f"{sum(t.info.shape == (0,) for t in every)} of {len(every)} tensors empty"
 
 
-def _next(written: Written) -> list[str]:
+def _next(written: Written) -> Sequence[Next]:
     """The check, then what loads the result."""
     if written.prepared.checkpoint.origin.kind != "adapter":
         return load_commands(written)
     base = written.prepared.checkpoint.config.get("base_model_name_or_path")
     named = [] if isinstance(base, str) and base else ["--base", "BASE"]
-    merge = shlex.join(["rlhf-convert", "merge-lora", written.out, f"{written.out.rstrip('/')}-merged", *named])
-    return [f"rlhf-convert inspect {shlex.quote(written.out)}", merge]
+    out = as_argument(written.out)
+    merge = Command("merge-lora", (out, f"{out.rstrip('/')}-merged", *named))
+    return [Command("inspect", (out,)), merge]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Conversion
 from converter.cli.run.planned import Written, load_commands, missing_output, notes_json, write_prepared
+from converter.diagnostic import Next
 from converter.errors import ConvertError, UsageError, VerificationFailed
 from converter.publish.outputs import goes_to_hub
 from converter.recipe.verbs.pieces import threads
@@ -73,7 +74,7 @@ class Split:
 
     recipe: Callable[[str], tuple[Recipe, str]]
     input_lines: Callable[[Prepared, str], list[str]]
-    next_commands: Callable[[Written], Sequence[str]]
+    next_commands: Callable[[Written], Sequence[Next]]
 
 
 def write_both(split: Split, out: str | None, options: Conversion) -> int:
@@ -218,7 +219,7 @@ def _finish(
     from converter.cli import lines as report
     from converter.core.files.links import RECEIPT_FILE
 
-    commands: list[str] = []
+    commands: list[Next] = []
     values: list[dict[str, Any]] = []
     for half, each in zip(halves, written, strict=True):
         if each is None:
@@ -233,7 +234,7 @@ def _finish(
         values.append({"out": half.out, "receipt": content, "earlier": each is None})
     options.sink.screen(report.next_lines(commands))
     model, adapter = values
-    more = {"notes": _notes(*halves), "seconds": round(seconds, 3), "next": commands}
+    more = {"notes": _notes(*halves), "seconds": round(seconds, 3), "next": list(map(str, commands))}
     options.sink.json({**model, "adapter": adapter, **more})
 
 

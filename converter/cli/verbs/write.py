@@ -66,6 +66,16 @@ def merge_lora(
     return merge(asked, options.target(out), options)
 
 
+Shards = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="Folder of shards (global_step500, checkpoint-500/pytorch_model_fsdp_0), its parent, or the run's.",
+        show_default=False,
+    ),
+]
+
+
 @verb(
     "gather",
     Conversion,
@@ -81,14 +91,7 @@ def merge_lora(
     ),
 )
 def gather(
-    src: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="Folder of shards (global_step500, checkpoint-500/pytorch_model_fsdp_0), its parent, or the run's.",
-            show_default=False,
-        ),
-    ],
+    src: Shards,
     options: Conversion,
     out: Out = None,
     tag: Annotated[

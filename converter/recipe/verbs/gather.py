@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.core.tensors.dtypes import DType
+from converter.diagnostic import Command
 from converter.errors import UsageError
 from converter.recipe.options import WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
@@ -34,11 +35,11 @@ class GatherRequest:
     recorded: bool = False
 
 
-def gather_command(asked: GatherRequest, out: str | None) -> list[str]:
-    """The command that was given, without what makes no difference to the input."""
-    words = ["rlhf-convert", "gather", asked.src, out or "OUT"]
+def gather_command(asked: GatherRequest, out: str | None) -> Command:
+    """The command that means this, without what makes no difference to the input."""
     given = {"--tag": asked.tag, "--part": asked.part, "--emit": asked.emit, "--base": asked.base}
-    return [*words, *(w for name, value in given.items() if value is not None for w in (name, value))]
+    options = (w for name, value in given.items() if value is not None for w in (name, value))
+    return Command("gather", (asked.src, out or "OUT", *options))
 
 
 def with_masters(asked: GatherRequest, dtype: str | None) -> str | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from converter.core.tensors.byte_runs import byte_runs
-from converter.core.tensors.dtypes import DType, TensorInfo
-from converter.core.tensors.nodes import Filled, LazyTensor, widens
+from converter.core.tensors.dtypes import DType, TensorInfo, widens
+from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused
 from converter.families.live_names import OLD_BUFFERS, Place, find_places
 from converter.text import fold, show

@@ -103,7 +103,7 @@ def expect_sound(asked: RepairRequest, mends: Mends, only: frozenset[str] | None
     more = f" (and {', '.join(others)})" if others else ""
     needed = dict(mends.left).get(left[0].code)
     expected = None if needed is None else needed if needed.startswith("--") else f"--allow {needed}"
-    raise Refused(left[0].code, left[0].message + more, where=show(asked.src), expected=expected, next=left[0].next)
+    raise Refused(left[0].code, left[0].text + more, where=show(asked.src), expected=expected, next=left[0].next)
 
 
 def mend_recipe(asked: RepairRequest, mends: Mends, options: WriteOptions) -> Recipe:

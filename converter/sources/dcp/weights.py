@@ -12,6 +12,7 @@ from converter.core.files.opening import Identity, identity
 from converter.core.formats.torch_file import read_torch_file, state_dict
 from converter.core.tensors.byte_runs import leaves
 from converter.core.tensors.nodes import LazyTensor, Stored
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
 from converter.sources.beside import find_beside
 from converter.sources.dcp.adapter_names import names_in_memory
@@ -206,7 +207,10 @@ def expect_masters(found: Checkpoint) -> Checkpoint:
             "dcp-no-masters",
             f"{len(low)} trained tensors were saved in {words}, and there are no fp32 masters beside them: {fold(low)}",
             where=show(found.origin.asked),
-            next=f"rlhf-convert gather {show(found.origin.asked)} OUT, without --master: nothing is lost by it",
+            next=Steps(
+                Again(leave_out=("--master",), otherwise=Command("gather", (found.origin.asked, "OUT"))),
+                ", without --master: nothing is lost by it",
+            ),
         )
     return found
 

@@ -10,7 +10,7 @@ from converter.examine.doctor import DoctorRequest, examine
 def serious(folder: Path, **asked: object) -> list[str]:
     """What doctor says that is worse than cosmetic, with its reason."""
     found = examine(DoctorRequest(str(folder), **asked)).findings  # type: ignore[arg-type]
-    return [f"{f.severity} {f.code}: {f.message}" for f in found if f.severity != "cosmetic"]
+    return [f"{f.severity} {f.code}: {f.text}" for f in found if f.severity != "cosmetic"]
 
 
 def codes(folder: Path, **asked: object) -> list[str]:
