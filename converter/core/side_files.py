@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.core.checkpoint import SideFile
+from converter.core.files.names import ADAPTER_CONFIG
 from converter.core.files.opening import Identity, identity, open_input
 from converter.core.files.strict_json import load_json, parse_json
 from converter.errors import Refused
@@ -88,9 +89,6 @@ def adapter_first(base: Mapping[str, SideFile], adapter: Mapping[str, SideFile])
     brings = any(is_tokenizer_file(n) and not n.startswith(("chat_template", *_FOLDERS)) for n in adapter)
     kept = {n: f for n, f in base.items() if not (brings and is_tokenizer_file(n))}
     return kept | {n: f for n, f in adapter.items() if is_tokenizer_file(n) or n not in kept}
-
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def recorded(files: Mapping[str, SideFile]) -> dict[str, Any] | None:

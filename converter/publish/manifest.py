@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from converter.core.files.names import ADAPTER_CONFIG, CARD, MODEL_CONFIG, RECEIPT
 from converter.core.files.opening import open_input
 from converter.core.side_files import travels
 from converter.diagnostic import Command
 from converter.errors import Refused
-from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG
 from converter.text import show
 
-RECEIPT, CARD = "rlhf-convert.json", "README.md"
 MAX_FILE = 50_000_000_000
 """Bytes of one file that the Hub takes. Source: https://huggingface.co/docs/hub/repositories-recommendations"""
 

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from converter.core.files.names import CARD
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
-from converter.publish.manifest import CARD, LocalFile, Manifest
+from converter.publish.manifest import LocalFile, Manifest
 from converter.publish.requests import ATTEMPTS, FIRST_WAIT, Destination, call, is_passing, refuse
 from converter.sources.hub.client import expect_safe_endpoint
 from converter.text import fold, show

@@ -9,6 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from converter.core.checkpoint import WeightSet
+from converter.core.files.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLED,
+    ADAPTER_WEIGHTS,
+    MODEL_INDEX,
+    MODEL_WEIGHTS,
+    PICKLED_INDEX,
+)
 from converter.core.formats.weight_file import WeightFile
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
@@ -20,18 +28,10 @@ FolderKind = Literal["model", "adapter"]
 SourceKind = Literal["model", "adapter", "training", "unread"]
 """What a source's folders are; `unread`: recognised, and refused by name."""
 
-MODEL_CONFIG = "config.json"
-MODEL_WEIGHTS = "model.safetensors"
-MODEL_INDEX = "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_PICKLED = "adapter_model.bin"
 SHARD = re.compile(r"model-(\d{5,6})-of-(\d{5,6})\.safetensors", re.ASCII)
 PICKLED = re.compile(r"(?:pytorch_model|model|consolidated)[\w.-]*\.(?:bin|pt|pth)", re.ASCII)
 _TAG = re.compile(r"global_step\d+", re.ASCII)
 _REPOSITORY = re.compile(r"models--([\w.-]+)", re.ASCII)
-MODEL_PICKLED = "pytorch_model.bin"
-PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_SHARD = re.compile(r"pytorch_model-(\d{5,6})-of-(\d{5,6})\.bin", re.ASCII)
 _WEIGHTS = re.compile(r"[\w.-]+\.(?:safetensors|bin|pt|pth|gguf)", re.ASCII)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.lines import line
 from converter.cli.options import Conversion
 from converter.cli.progress import progress
+from converter.core.files.names import TOKENIZER_CONFIG
 from converter.core.files.strict_json import load_json
 from converter.diagnostic import Again, Command, Next, Steps, as_argument, quoted
 from converter.errors import ConvertError, Interrupted, UsageError
@@ -157,7 +158,7 @@ def load_commands(written: Written) -> Sequence[Next]:
 def _pad_token(out: Path) -> str | None:
     """The pad token's text, from the tokenizer that was written; None where there is none."""
     try:
-        config = load_json(out / "tokenizer_config.json", limit=SMALL_FILE)
+        config = load_json(out / TOKENIZER_CONFIG, limit=SMALL_FILE)
     except ConvertError:
         return None
     token = config.get("pad_token") if isinstance(config, dict) else None

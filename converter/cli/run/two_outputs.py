@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Conversion
 from converter.cli.run.planned import Written, load_commands, missing_output, notes_json, write_prepared
+from converter.core.files.names import RECEIPT
 from converter.diagnostic import Next
 from converter.errors import ConvertError, UsageError, VerificationFailed
 from converter.publish.outputs import goes_to_hub
@@ -136,14 +137,13 @@ def _halves(split: Split, out: str | None, options: Conversion) -> tuple[_Half, 
 
 def _is_made_of(plan: Plan, folder: Path) -> bool:
     """True where a folder is what this plan would write: the receipt's words, every header, and sampled values."""
-    from converter.core.files.links import RECEIPT_FILE
     from converter.core.files.reading import InputFiles
     from converter.core.writer.proof import check_written
 
     if folder.is_symlink() or not folder.is_dir():
         return False
     try:
-        found = json.loads((folder / RECEIPT_FILE).read_bytes())
+        found = json.loads((folder / RECEIPT).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
     promised = {**plan.provenance, "counts": plan.counts, "dropped": dict(plan.dropped)}
@@ -217,7 +217,6 @@ def _finish(
 ) -> None:
     """The screen's last lines for both, and what to type next."""
     from converter.cli import lines as report
-    from converter.core.files.links import RECEIPT_FILE
 
     commands: list[Next] = []
     values: list[dict[str, Any]] = []
@@ -226,7 +225,7 @@ def _finish(
             options.sink.screen(
                 [report.wrote_line(str(half.out), half.prepared.checkpoint.config, None) + " (earlier)"]
             )
-            content = json.loads((half.target / RECEIPT_FILE).read_bytes())
+            content = json.loads((half.target / RECEIPT).read_bytes())
         else:
             options.sink.screen(each.screen(verbose=options.verbose))
             commands += load_commands(each) if half is halves[0] else split.next_commands(each)[:1]

@@ -10,6 +10,7 @@ from typing import Any
 from converter.converters.fill.evidence import is_empty
 from converter.converters.gather.adapter_config import HEADS
 from converter.core.checkpoint import Checkpoint
+from converter.core.files.names import ADAPTER_STEM
 from converter.core.tensors.nodes import Filled
 from converter.families.expected import Unknown, compare, expected
 from converter.families.factors import factor_in_name, factor_pairs
@@ -89,7 +90,7 @@ def beside_name(file: str, name: str) -> str:
 
 def is_spare(broken: Checkpoint, file: str) -> bool:
     """True for a file that could hold the model or the adapter itself, unlike a value head's."""
-    return file.startswith(("adapter_model",) if broken.origin.kind == "adapter" else ("pytorch_model", "model"))
+    return file.startswith((ADAPTER_STEM,) if broken.origin.kind == "adapter" else ("pytorch_model", "model"))
 
 
 def _is_piece(name: str, loose: Mapping[str, Shape], siblings: Mapping[str, Shape]) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 from converter.converters.gather.peft_names import PeftNames
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
+from converter.core.files.names import ADAPTER_CONFIG
 from converter.core.files.strict_json import load_json
-from converter.core.side_files import ADAPTER_CONFIG, recorded
+from converter.core.side_files import recorded
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError

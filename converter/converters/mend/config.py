@@ -22,7 +22,6 @@ from converter.text import show
 
 _WRAPPER = WRAPPED_CLASS
 _HEAD = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
-TOKENIZER = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)

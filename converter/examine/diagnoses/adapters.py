@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from converter.converters.merge.asked_modules import modules_missing
 from converter.core.context import Context
+from converter.core.files.names import ADAPTER_CONFIG
 from converter.diagnostic import Next, Severity, completed
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, diagnosis, folded
@@ -182,9 +183,7 @@ def lora_alpha_zero(case: Case, context: Context) -> Iterable[Finding]:
     if case.adapter_config.get("lora_alpha") == 0:
         text = "lora_alpha is 0: a merge would give the base model back. Put the training script's value there"
         advice = "set lora_alpha in adapter_config.json"
-        yield Finding(
-            code="lora-alpha-zero", severity="error", text=text, evidence=("adapter_config.json",), next=advice
-        )
+        yield Finding(code="lora-alpha-zero", severity="error", text=text, evidence=(ADAPTER_CONFIG,), next=advice)
 
 
 @diagnosis("no-op", "adapter")

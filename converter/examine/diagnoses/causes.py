@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from converter.converters.heads.detect import head_like
+from converter.core.files.names import GENERATION_CONFIG, MODEL_INDEX
 from converter.diagnostic import Again, Command, Next, Steps, is_command
 from converter.examine.diagnoses.case import SEVERITIES, Case, Finding
 from converter.examine.diagnoses.commands import convert_command, role_word
@@ -116,7 +117,7 @@ def _restored(finding: Finding, case: Case) -> str:
 
 def _index_moved(finding: Finding, case: Case) -> Next:
     """The command that puts a wrong index aside, after which a new one is made from the headers."""
-    name = finding.evidence[0] if finding.evidence else "model.safetensors.index.json"
+    name = finding.evidence[0] if finding.evidence else MODEL_INDEX
     index = f"{case.folder.rstrip('/')}/{name}"
     return Steps(_move(index, f"{index}.old"), case.repair())
 
@@ -142,7 +143,7 @@ def _config_aside(finding: Finding, case: Case) -> Next:
 def _ends_copied(finding: Finding, case: Case) -> Next | None:
     if case.base is None:
         return None
-    name = "generation_config.json"
+    name = GENERATION_CONFIG
     source, out = f"{case.base.folder.rstrip('/')}/{name}", f"{case.folder.rstrip('/')}/{name}"
     return Command("", (source, out), program="cp")
 

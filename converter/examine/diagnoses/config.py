@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.core.context import Context
+from converter.core.files.names import ADAPTER_CONFIG, GENERATION_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG
 from converter.diagnostic import Next, Severity
 from converter.dialects.known import entries_of, own_classes
 from converter.errors import Refused
@@ -46,10 +47,10 @@ def config_unreadable(case: Case, context: Context) -> Iterable[Finding]:
     order mark. Loaders either stop at it or go on with defaults, which changes numbers. Restore it from the base model
     or from another checkpoint of the run.
     """
-    for name in ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json"):
+    for name in (MODEL_CONFIG, ADAPTER_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG):
         error = case.json_error(name)
         if error is not None and not any(f.code == error.code for f in case.survey.faults):
-            severity: Severity = "error" if name in ("config.json", "adapter_config.json") else "changes-numbers"
+            severity: Severity = "error" if name in (MODEL_CONFIG, ADAPTER_CONFIG) else "changes-numbers"
             yield Finding(code="config-unreadable", severity=severity, text=f"{name}: {error.what}", evidence=(name,))
 
 
@@ -222,11 +223,11 @@ def end_tokens_lost(case: Case, context: Context) -> Iterable[Finding]:
     """generation_config.json knows fewer end-of-text tokens than config.json or the base model's: a chat model with two
     of them ([151645, 151643]) that is left with one does not stop where it should, and generates to the limit.
     """
-    own = _ends(case.json("generation_config.json")) or _ends(case.config)
+    own = _ends(case.json(GENERATION_CONFIG)) or _ends(case.config)
     base = case.base
     if base is None or not own:
         return
-    theirs = _ends(base.json("generation_config.json"))
+    theirs = _ends(base.json(GENERATION_CONFIG))
     lost = sorted(theirs - own)
     if len(theirs) > 1 and own & theirs and lost:
         text = f"the base model ends its answers at {sorted(theirs)}, this one only at {sorted(own)}: {lost} got lost"
@@ -249,7 +250,7 @@ def tokenizer_of_transformers_5(case: Case, context: Context) -> Iterable[Findin
     """
     if not is_transformers_4(case.target) and not any(s.pins_transformers == "4" for s in entries_of(case.trainer)):
         return
-    config = case.json("tokenizer_config.json")
+    config = case.json(TOKENIZER_CONFIG)
     marks = {
         "tokenizer_class": config.get("tokenizer_class") == "TokenizersBackend",
         "extra_special_tokens": isinstance(config.get("extra_special_tokens"), list),

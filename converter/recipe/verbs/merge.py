@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.core.files.names import ADAPTER_CONFIG, MODEL_CONFIG, RECEIPT
 from converter.diagnostic import Command
 from converter.errors import ConvertError, UsageError
 from converter.recipe.options import WriteOptions
@@ -14,8 +15,6 @@ from converter.recipe.verbs.pieces import cast_steps, output
 from converter.sources.hub.names import is_on_hub
 from converter.sources.locate import resolve
 from converter.sources.opening import InputSpec, input_spec
-
-RECEIPT = "rlhf-convert.json"
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,9 @@ def _kind(text: str) -> str | None:
             folder = resolve(text, in_parts=True).path
         except ConvertError:
             return None  # whoever opens it says why
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return "adapter"
-    return "model" if (folder / "config.json").is_file() else None
+    return "model" if (folder / MODEL_CONFIG).is_file() else None
 
 
 def _swapped(what: str, command: Command) -> UsageError:

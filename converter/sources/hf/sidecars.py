@@ -13,12 +13,13 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from converter.core.checkpoint import RecordCheck
+from converter.core.files.names import MODEL_PICKLED
 from converter.core.files.opening import Identity
 from converter.core.formats.weight_file import WeightFile, read_weights
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.words import HEAD_FILES
-from converter.sources.survey import MODEL_PICKLED, Fault, StoredTensor, Survey, empty_tensors
+from converter.sources.survey import Fault, StoredTensor, Survey, empty_tensors
 from converter.text import show
 
 OTHER_LAYERS = ("regression_layer.pt", "gating_layer.pt")
