@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from converter.families.ties import is_tied, tie_word
-from converter.families.words import INPUT, OUTPUT, WRAPPED_CLASS, without_wrappers
+from converter.families.words import (
+    BUFFERS,
+    CLASSIFIERS,
+    INPUT,
+    OUTPUT,
+    OUTPUT_MODULES,
+    WRAPPED_CLASS,
+    without_wrappers,
+)
 from converter.text import fold, show
 
 Shape = tuple[int, ...]
@@ -34,9 +42,10 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _TOWER = re.compile(r"vision|visual|audio|image|projector")
 _NORM = re.compile(r"norm|(?:^|[._])ln_|layernorm", re.IGNORECASE)
 # Heads of trainers, and output embeddings of classifiers: no part of the class, and no fault of the set.
-_HEAD = re.compile(r"^(?:model\.|transformer\.)?(?:\w*head\w*|score\w*|classifier|value\w*|reward\w*|embed_out)\.")
+_HEADS = "|".join((*CLASSIFIERS, *OUTPUT_MODULES))
+_HEAD = re.compile(rf"^(?:model\.|transformer\.)?(?:\w*head\w*|score\w*|value\w*|reward\w*|{_HEADS})\.")
 # Buffers that older versions saved, and that no class needs.
-_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", ".position_ids", ".rotary_emb.cos_cached",
+_BUFFERS = (*BUFFERS, ".attention.bias", ".position_ids", ".rotary_emb.cos_cached",
             ".rotary_emb.sin_cached")  # fmt: skip
 
 

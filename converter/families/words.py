@@ -57,14 +57,16 @@ def input_embedding(names: Iterable[str]) -> str | None:
     return next((n for end in ends for n in held if n.endswith(end) and "position" not in n), None)
 
 
+DECODER_CLASSES = ("ForCausalLM", "LMHeadModel")
+"""Ends of the names of classes that are a decoder with an output embedding."""
+
+CAUSAL_CLASSES = (*DECODER_CLASSES, "ForConditionalGeneration")
+"""Ends of the names of classes that generate text and may carry a value head."""
+
 CLASSES_WITH_OUTPUT = (
-    "ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForConditionalGeneration", "ForImageTextToText", "ForMaskedLM",
-    "ForPreTraining", "MTModel",
+    *CAUSAL_CLASSES, "DoubleHeadsModel", "ForImageTextToText", "ForMaskedLM", "ForPreTraining", "MTModel",
 )  # fmt: skip
 """Ends of the names of classes with an output embedding."""
-
-CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""Ends of the names of classes that generate text and may carry a value head."""
 
 # Wrappers
 
@@ -109,6 +111,9 @@ IN_PEFT = (SAVED_WHOLE, "base_layer", "original_module")
 
 CLASSIFIERS = ("score", "classifier")
 """Modules of transformers' own classification heads."""
+
+CLASSIFIER_WEIGHT = re.compile(rf"^(?:{'|'.join(CLASSIFIERS)})\.(?:out_proj\.)?weight$")
+"""Names of the last layer of transformers' own classification heads."""
 
 VALUE_HEADS = ("v_head", "value_head")
 """Modules that trainers call their value heads."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.core.files.names import ADAPTER_CONFIG, CARD, MODEL_CONFIG, RECEIPT
+from converter.core.files.names import ADAPTER_CONFIG, CARD, MODEL_CONFIG, RECEIPT, WEIGHTS_WORD
 from converter.core.files.opening import open_input
 from converter.core.side_files import travels
 from converter.diagnostic import Command
@@ -22,9 +22,7 @@ MAX_FILE = 50_000_000_000
 MOST_FILES = 20_000
 """Files of one commit; the Hub advises 25,000."""
 
-_WEIGHTS = re.compile(
-    r"(?:modeling/)?(?:model|adapter_model|value_head|pytorch_model)[\w.-]*\.(?:safetensors|bin|pt|json)", re.ASCII
-)
+_WEIGHTS = re.compile(rf"(?:modeling/)?(?:{WEIGHTS_WORD}|value_head)[\w.-]*\.(?:safetensors|bin|pt|json)", re.ASCII)
 
 _BLOCK = 1 << 22
 

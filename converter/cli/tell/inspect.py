@@ -14,6 +14,7 @@ from converter.cli.options import Display
 from converter.diagnostic import PROGRAM, Command, Next, as_argument, commands, is_command
 from converter.errors import ConvertError
 from converter.examine import facts
+from converter.families.words import CLASSIFIERS, OUTPUT_MODULES, VALUE_HEADS
 from converter.text import fold, format_size, show
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from converter.examine.doctor import Report
     from converter.sources.survey import Survey
 
-HEADS = ("score", "classifier", "v_head", "value_head", "lm_head", "embed_out")
+HEADS = (*CLASSIFIERS, *VALUE_HEADS, *OUTPUT_MODULES)
 """Modules that come after a backbone, as transformers, TRL and the common trainers name them."""
 
 LORA_MARK = ".lora_"

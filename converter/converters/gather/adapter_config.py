@@ -15,10 +15,10 @@ from converter.core.side_files import recorded
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
-from converter.families.words import LORA_EMBEDDING_PAIR, LORA_MAGNITUDE, LORA_PAIR
+from converter.families.words import CLASSIFIERS, LORA_EMBEDDING_PAIR, LORA_MAGNITUDE, LORA_PAIR
 from converter.text import fold, show
 
-HEADS = frozenset({"score", "classifier"})
+HEADS = frozenset(CLASSIFIERS)
 LORA_META = "lora_train_meta.json"
 LORA_FILES = frozenset({ADAPTER_CONFIG, LORA_META})
 """Read here; neither goes along with the tensors as it is."""

@@ -14,7 +14,7 @@ from converter.dialects.known import dialects
 from converter.dialects.spec import Dialect, Marks
 from converter.errors import Refused, UsageError
 from converter.families.family import Family, family
-from converter.families.words import OUTPUT_MODULES
+from converter.families.words import CLASSIFIERS, OUTPUT_MODULES
 from converter.text import fold, show
 
 SPARE_FILE = MODEL_PICKLED
@@ -22,7 +22,7 @@ SPARE_FILE = MODEL_PICKLED
 
 HEADLESS = "hf-causal"
 _HEAD_WORDS = re.compile(
-    r"(?:^|\.)(?:\w*(?:score|value|reward|v|rm|regression|cls)_?(?:head|layer)|score|classifier)\."
+    r"(?:^|\.)(?:\w*(?:score|value|reward|v|rm|regression|cls)_?(?:head|layer)|" + "|".join(CLASSIFIERS) + r")\."
 )
 
 

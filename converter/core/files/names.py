@@ -33,3 +33,6 @@ TRAINER_STATE = "trainer_state.json"
 CARD = "README.md"
 RECEIPT = "rlhf-convert.json"
 """What this program writes beside every folder that it makes."""
+
+WEIGHTS_WORD = f"model|pytorch_model|{ADAPTER_STEM}"
+"""Alternatives of a regular expression: how the names of weight files begin."""

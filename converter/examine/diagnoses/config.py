@@ -16,7 +16,7 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosi
 from converter.examine.diagnoses.whole import is_vocabulary_alone
 from converter.families.family import family
 from converter.families.old_spellings import missing_spellings
-from converter.families.words import INPUT, NOT_TEXT, OUTPUT
+from converter.families.words import CLASSIFIER_WEIGHT, INPUT, NOT_TEXT, OUTPUT
 from converter.text import fold, show
 
 _CLASSIFIER = re.compile(r"For(?:Sequence|Token)Classification$")
@@ -26,7 +26,6 @@ _MORE_ROWS = {"mllama_text_model": 8, "moshi": 1}
 
 Source: `nn.Embedding(config.vocab_size + 8, ...)` of MllamaTextModel, `+ 1` of MoshiModel, transformers 5.23.
 """
-_HEADS = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
 _MAX_FIXED_LABELS = 1024
 
 
@@ -107,7 +106,7 @@ def labels_mismatch(case: Case, context: Context) -> Iterable[Finding]:
         return
     labels = label_count(case.config)
     for name, info in case.shapes.items():
-        if _HEADS.match(name) and info.shape and info.numel and info.shape[0] != labels:
+        if CLASSIFIER_WEIGHT.match(name) and info.shape and info.numel and info.shape[0] != labels:
             rows = "1 row" if info.shape[0] == 1 else f"{info.shape[0]} rows"
             text = f"{show(name)} has {rows} and config.json says {labels} labels"
             yield Finding(

@@ -10,7 +10,7 @@ from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis, fol
 from converter.examine.diagnoses.config import architecture, is_classifier
 from converter.examine.diagnoses.places import heads_among
 from converter.families.ties import Tie, is_said, stored_pair, tie_word, ties, version
-from converter.families.words import OUTPUTS, input_embedding
+from converter.families.words import DECODER_CLASSES, OUTPUTS, input_embedding
 from converter.text import show
 
 _LAYER = re.compile(r"\.\d+\.", re.ASCII)
@@ -25,7 +25,7 @@ def output_embedding_missing(case: Case, context: Context) -> Iterable[Finding]:
     stored = [n for n, i in case.shapes.items() if i.numel]
     inputs, outputs = stored_pair(stored, case.config)
     inputs = inputs or _input(case)
-    if not architecture(case).endswith(("ForCausalLM", "LMHeadModel")) or tie_word(case.config) is not False:
+    if not architecture(case).endswith(DECODER_CLASSES) or tie_word(case.config) is not False:
         return
     if inputs is not None and outputs is None and not _is_named_otherwise(case, inputs):
         text = f"tie_word_embeddings is false and there is no output embedding; {show(inputs)} is there"

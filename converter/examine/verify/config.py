@@ -10,7 +10,7 @@ from converter.converters.heads.config import class_name
 from converter.converters.heads.model import Reading
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ
-from converter.core.files.names import SENTENCE_PIECE, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, VOCABULARY
+from converter.core.files.names import TOKENIZER_CONFIG, TOKENIZERS
 from converter.core.files.strict_json import load_json
 from converter.diagnostic import Command
 from converter.dialects.known import Target, numbers
@@ -94,7 +94,7 @@ def check_tokens(checkpoint: Checkpoint, target: Target) -> list[Check]:
     """The tokenizer's files, and the pad token where the scored position is found by it."""
     found: list[Check] = []
     names = set(checkpoint.side_files)
-    if not names & {TOKENIZER, TOKENIZER_MODEL, VOCABULARY, SENTENCE_PIECE, TOKENIZER_CONFIG}:
+    if not names.intersection(TOKENIZERS):
         found.append(
             note("tokens", "tokenizer-missing", "there is no tokenizer in the folder; name one to the trainer")
         )

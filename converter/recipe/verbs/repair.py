@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.core.files.names import ADAPTER_STEM
 from converter.errors import ConvertError, Refused, UsageError
 from converter.recipe.options import WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
@@ -127,7 +128,7 @@ def shards_alone(root: Path, asked: RepairRequest, found: Search) -> str | None:
     if source_kind(root) == "training":
         return asked.src
     names = file_names(root)
-    if ADAPTER_CONFIG in names or is_weights_of_model(names) or any(n.startswith("adapter_model.") for n in names):
+    if ADAPTER_CONFIG in names or is_weights_of_model(names) or any(n.startswith(f"{ADAPTER_STEM}.") for n in names):
         return None  # an adapter's config is in the folder, and what belongs to it is filled
     return next((p.path for p in found.places if not p.is_copy), None)
 

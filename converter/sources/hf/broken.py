@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from converter.core.checkpoint import Checkpoint, RecordCheck
+from converter.core.files.names import ADAPTER_STEM
 from converter.core.files.opening import Identity, read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.core.formats.safetensors_io import read_index
@@ -37,7 +38,7 @@ OF_FILES = frozenset(
 """Faults of one set of weight files, which another may not have."""
 
 _SPARE_MODEL = re.compile(r"(?:pytorch_model|model)[\w.-]*\.(?:bin|safetensors)", re.ASCII)
-_SPARE_ADAPTER = re.compile(r"adapter_model[\w.-]*\.(?:bin|safetensors)", re.ASCII)
+_SPARE_ADAPTER = re.compile(rf"{ADAPTER_STEM}[\w.-]*\.(?:bin|safetensors)", re.ASCII)
 
 
 def open_broken(root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False) -> Checkpoint:
