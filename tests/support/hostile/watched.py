@@ -113,7 +113,7 @@ class Watcher:
 def note_attempts(folder: Path, closed: Sequence[str], attempts: list[str]) -> None:
     """Watch this process from here on; a hook can't be taken off again."""
     inside = f"{os.path.realpath(folder)}{os.sep}"
-    cache = f"{os.path.realpath(os.environ['XDG_CACHE_HOME'])}{os.sep}"
+    cache = f"{os.path.realpath(os.environ.get('XDG_CACHE_HOME', '/no-cache'))}{os.sep}"
 
     def is_inside(path: Any) -> bool:
         return os.path.realpath(os.fsdecode(path)).startswith((inside, cache))
