@@ -126,3 +126,8 @@ HEAD_FILES = ("value_head.safetensors", "value_head.bin", "value_head.pt")
 
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias")
 """Ends of the names of buffers that older versions saved, and that no class needs."""
+
+OLD_BUFFERS = (
+    *BUFFERS, ".attention.bias", ".position_ids", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached",
+)  # fmt: skip
+"""Buffers that older versions of transformers saved, and that a model computes by itself."""

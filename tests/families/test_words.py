@@ -19,7 +19,7 @@ from converter.families.implied import lacks
 from converter.families.plain_names import plain_names
 from converter.families.ties import is_output, stored_pair
 from converter.sources.hf.source import SOURCE
-from oracle.bases import quiet, read_tensors, write_tensors
+from oracle.bases import quiet, read_tensors, save_tokenizer, write_tensors
 
 EVERY = pytest.mark.parametrize(("task", "kind"), FAMILIES, ids=[kind for _, kind in FAMILIES])
 
@@ -127,10 +127,11 @@ def test_a_critic_of_another_vocabulary_than_its_actor_is_found(task: str, kind:
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_padded_vocabulary_is_cut_in_both_embeddings(kind: str, tmp_path: Path) -> None:
     with quiet():
-        small("causal", kind, tied=False, vocab_size=104).save_pretrained(tmp_path / "m")
-    command = ["repair", str(tmp_path / "m"), str(tmp_path / "out"), "--vocab", "99", "-q"]
+        small("causal", kind, tied=False, vocab_size=160).save_pretrained(tmp_path / "m")
+        save_tokenizer(tmp_path / "m")  # of 154 words
+    command = ["repair", str(tmp_path / "m"), str(tmp_path / "out"), "--vocab", "154", "-q"]
     assert main([*command, "--allow", "vocabulary-trim"]) == 0
     before, after = read_tensors(tmp_path / "m"), read_tensors(tmp_path / "out")
     for name in (input_of(kind), output_of(kind)):
-        assert torch.equal(after[name], before[name][:99])
-    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 99
+        assert torch.equal(after[name], before[name][:154])
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 154

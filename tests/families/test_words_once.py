@@ -15,6 +15,9 @@ from converter.families import words
 
 ROOT = Path(converter.__file__).parent
 OWNERS = {"families/words.py", "core/files/names.py"}
+NOT_SURE = ("OTHER_INPUT_MODULES", "OTHER_OUTPUT_MODULES")
+"""Words that mean other things too: `head`, `output`, `decoder`."""
+
 # Not read here: trainers' facts (a dialect names its own files and heads), the texts of messages that are explained,
 # scripts that run in a trainer's environment without this package, and the table of pairs that no class has.
 ELSEWHERE = ("dialects/", "examine/explanations/", "examine/verify/probes/", "families/ties.py")
@@ -22,7 +25,7 @@ ELSEWHERE = ("dialects/", "examine/explanations/", "examine/verify/probes/", "fa
 
 def owned() -> frozenset[str]:
     """Every name in a list of the one, and every file of the other."""
-    lists = [v for k, v in vars(words).items() if k.isupper() and isinstance(v, tuple)]
+    lists = [v for k, v in vars(words).items() if k.isupper() and isinstance(v, tuple) and k not in NOT_SURE]
     files = [v for k, v in vars(names).items() if k.isupper() and isinstance(v, str)]
     return frozenset((*files, words.PEFT_PREFIX, *(w for each in lists for w in each)))
 

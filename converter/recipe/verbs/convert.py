@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from converter.converters.heads.detect import head_like
+from converter.core.files.names import ADAPTER_PICKLED, ADAPTER_WEIGHTS
 from converter.dialects.known import Target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, UsageError
@@ -80,7 +81,7 @@ def _refuse_run_options(src: str, options: HeadOptions) -> None:
 def _has_weights(root: Path) -> bool:
     """True where weights lie in the folder itself, or in ColossalChat's `modeling/`; those are then what is meant."""
     from converter.sources.hf.colossalchat import FOLDER
-    from converter.sources.survey import ADAPTER_PICKLED, ADAPTER_WEIGHTS, file_names, is_weights_of_model
+    from converter.sources.survey import file_names, is_weights_of_model
 
     names = file_names(root)
     inside = file_names(root / FOLDER) if (root / FOLDER).is_dir() else ()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.core.files.names import ADAPTER_STEM
+from converter.core.files.names import ADAPTER_CONFIG, ADAPTER_STEM
 from converter.errors import ConvertError, Refused, UsageError
 from converter.recipe.options import WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
@@ -124,7 +124,7 @@ def mend_recipe(asked: RepairRequest, mends: Mends, options: WriteOptions) -> Re
 def shards_alone(root: Path, asked: RepairRequest, found: Search) -> str | None:
     """The shards of a folder that has no weight file at all: then a repair is a gather."""
     from converter.sources.finding import source_kind
-    from converter.sources.survey import ADAPTER_CONFIG, file_names, is_weights_of_model
+    from converter.sources.survey import file_names, is_weights_of_model
 
     if source_kind(root) == "training":
         return asked.src

@@ -11,7 +11,14 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from converter.core.checkpoint import Checkpoint, RecordCheck
-from converter.core.files.names import ADAPTER_STEM
+from converter.core.files.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_STEM,
+    MODEL_CONFIG,
+    MODEL_INDEX,
+    MODEL_WEIGHTS,
+    PICKLED_INDEX,
+)
 from converter.core.files.opening import Identity, read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.core.formats.safetensors_io import read_index
@@ -51,7 +58,7 @@ def open_broken(root: Path, *, asked: str, revision: str | None = None, keep_cod
     is_adapter = folder.folder_kind(names) == "adapter"
     survey, headers = _read_adapter(root) if is_adapter else hf.read_folder(root, every=True)
     _refuse_others(survey)
-    config_file = folder.ADAPTER_CONFIG if is_adapter else folder.MODEL_CONFIG
+    config_file = ADAPTER_CONFIG if is_adapter else MODEL_CONFIG
     config_bytes = read_limited(root / config_file, limit=MAX_JSON_BYTES, root=root)
     config = hf.parse_config(config_bytes, root / config_file)
     side_files, identities = find_side_files(root, keep_code=keep_code)
@@ -101,9 +108,9 @@ def _refuse_others(survey: Survey) -> None:
 
 def _promised(root: Path, names: Iterable[str], survey: Survey) -> dict[str, LazyTensor]:
     """Placeholders for tensors that the index lists and no file holds."""
-    index = next((n for n in (folder.MODEL_INDEX, folder.PICKLED_INDEX) if n in names), None)
+    index = next((n for n in (MODEL_INDEX, PICKLED_INDEX) if n in names), None)
     chosen = survey.sets and all(f.code == set_files.CODE for f in survey.faults if f.severity == "error")
-    if index is None or folder.MODEL_WEIGHTS in names or chosen:
+    if index is None or MODEL_WEIGHTS in names or chosen:
         return {}
     sizes: dict[DType, int] = {}
     for entry in survey.entries.values():

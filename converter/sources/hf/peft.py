@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from converter.core.checkpoint import Checkpoint
+from converter.core.files.names import ADAPTER_CONFIG, ADAPTER_PICKLED, ADAPTER_WEIGHTS
 from converter.core.files.opening import read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.core.formats.weight_file import WeightFile, read_weights
@@ -17,9 +18,9 @@ from converter.sources.hub.names import as_reference
 from converter.sources.survey import Fault, SourceKind, StoredTensor, Survey, file_names, folder_kind, leftovers
 from converter.text import show
 
-WEIGHTS = folder.ADAPTER_WEIGHTS
-PICKLED = folder.ADAPTER_PICKLED
-CONFIG = folder.ADAPTER_CONFIG
+WEIGHTS = ADAPTER_WEIGHTS
+PICKLED = ADAPTER_PICKLED
+CONFIG = ADAPTER_CONFIG
 
 
 class PeftSource:
