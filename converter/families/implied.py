@@ -119,7 +119,12 @@ def evaluate(expression: str, known: Mapping[str, int]) -> int:
 def implied(config: Mapping[str, Any]) -> Implied | None:
     """The tensors of the config's class; None where the table has no such class, or not with these settings."""
     entry = _table()["classes"].get(class_of(config))
-    if entry is None or any(config.get(k, v) != v for k, v in entry["assumes"].items()):
+    if entry is None:
+        return None
+    # Keys by other names that the config class takes too: `num_experts` is what transformers 4 wrote for Qwen3-MoE.
+    aliases = {real: config[other] for other, real in entry.get("aliases", {}).items() if other in config}
+    config = {**aliases, **config}
+    if any(config.get(k, v) != v for k, v in entry["assumes"].items()):
         return None
     known = fields(config, entry["defaults"])
     shapes: dict[str, Shape] = {}
