@@ -17,15 +17,15 @@ from typing import ClassVar, Literal
 from converter.converters.merge.adapter_config import AdapterConfig, read_adapter_config
 from converter.converters.merge.adapter_keys import Module, read_modules
 from converter.converters.merge.carried_heads import carried_files
-from converter.converters.merge.embeddings import is_vocabulary, untie, with_prefix, with_vocabulary
+from converter.converters.merge.embeddings import untie, with_prefix, with_vocabulary
 from converter.converters.merge.layer import Layer, Update, merged_bias, merged_weight, with_token_rows
 from converter.converters.merge.name_rules import AS_IN_BASE, NameRule, find_rule
-from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_head, is_new_head
+from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_new_head
+from converter.converters.merge.whole_tensors import WholeTensors
 from converter.core.checkpoint import Checkpoint, Input, SideFile
 from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.side_files import adapter_first
-from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError
 from converter.families.memory_names import architectures, classifier
@@ -92,13 +92,13 @@ class _Merge:
     numerics: Numerics
     updates: dict[str, list[Update]] = field(default_factory=dict)
     bias_updates: dict[str, list[tuple[LazyTensor, float]]] = field(default_factory=dict)
-    replaced: dict[str, LazyTensor] = field(default_factory=dict)
-    token_rows: dict[str, tuple[LazyTensor, tuple[int, ...]]] = field(default_factory=dict)
     heads: list[NewHead] = field(default_factory=list)
-    one_sided: set[str] = field(default_factory=set)
     adapters: list[Checkpoint] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     prefix: str = ""
+
+    def __post_init__(self) -> None:
+        self.whole = WholeTensors(self.context)
 
     def add(self, adapter: Checkpoint, weight: float, config: AdapterConfig) -> None:
         where = show(adapter.origin.asked)
@@ -118,11 +118,13 @@ class _Merge:
             raise Refused("adapter-tokens", what, where=where)
         for module in read.modules.values():
             if module.name in new:
-                self.heads.append(NewHead(module, config, adapter, trained))
-                continue
+                self._add_head(NewHead(module, config, adapter, trained), where)
+            else:
+                self.whole.add(self.base, module, rule, config, where)
+        merged = [m for m in read.modules.values() if m.name not in new]
+        self.whole.add_rows(self.base, merged, rule, config, where)
+        for module in merged:
             target = rule.tensor(f"{module.name}.weight")
-            self._replace(module, rule, config, where)
-            self._token_rows(module, target, config, where)
             if module.factors:
                 update = self._update(Layer(module, target, config, weight, where))
                 self.updates.setdefault(target, []).append(update)
@@ -159,86 +161,19 @@ class _Merge:
             words = [*(f"{s} taken off" for s in taken), rule.words]
             self.context.note("info", "adapter-names", "adapter names: " + "; ".join(words))
 
-    def _stored(self, name: str) -> LazyTensor:
-        """The base's tensor, or the one it is tied to; an adapter's copy of it where there is one."""
-        for candidate in (name, *self.base.tied_to(name)):
-            if candidate in self.replaced and (candidate == name or candidate not in self.one_sided):
-                return self.replaced[candidate]
-        for candidate in (name, *self.base.tied_to(name)):
-            if candidate in self.base.tensors:
-                return self.base.tensors[candidate]
-        raise Refused("adapter-unmatched", f"the base has no {show(name)}", where=show(self.base.origin.asked))
-
-    def _replace(self, module: Module, rule: NameRule, config: AdapterConfig, where: str) -> None:
-        for leaf, tensor in module.replaced.items():
-            name = rule.tensor(f"{module.name}.{leaf}")
-            if name in self.replaced:
-                raise Refused("adapters-conflict", f"two adapters replace {show(name)}; only one can", where=where)
-            old = self._stored(name)
-            saved = module.saved or any(_is_below(module.name, m) for m in config.modules_to_save)
-            if not (saved or is_vocabulary(name) or (leaf == "bias" and config.bias != "none")):
-                raise Refused(
-                    "adapter-unexpected",
-                    f"{show(module.keys[0])} would replace {show(name)}, and the config does not ask for that",
-                    where=where,
-                    expected="its module in modules_to_save, an embedding, or a bias with bias=all",
-                )
-            grows = leaf == "weight" and tensor.info.shape[1:] == old.info.shape[1:] and len(old.info.shape) == 2
-            grows = grows and not is_head(name)
-            if tensor.info.shape != old.info.shape and not grows:
-                raise Refused(
-                    "adapter-shape",
-                    f"{show(module.keys[0])} does not fit the base's {show(name)}",
-                    where=where,
-                    expected=str(list(old.info.shape)),
-                    got=str(list(tensor.info.shape)),
-                )
-            if saved and not config.ensure_weight_tying:
-                self.one_sided.add(name)
-            elif self._has_twin(name, tensor, where):
-                self.dropped[module.keys[0]] = f"identical with {show(name)}, to which it is tied"
-                continue
-            self.replaced[name] = tensors.cast(tensor, old.info.dtype)
-            members = (name,) if name in self.one_sided else (name, *self.base.tied_to(name))
-            self.dropped |= {n: "replaced by the adapter's own" for n in members if n in self.base.tensors}
-
-    def _has_twin(self, name: str, tensor: LazyTensor, where: str) -> bool:
-        """True where the adapter has the tensor a second time, as its tied partner.
-
-        Raises:
-            Refused: the two differ, though the model has one tensor (`tied-copies-differ`).
-        """
-        twins = [n for n in self.base.tied_to(name) if n in self.replaced and n not in self.one_sided]
-        for twin in twins:
-            if not self.context.equal(tensors.cast(tensor, self.replaced[twin].info.dtype), self.replaced[twin]):
-                what = f"{show(name)} and {show(twin)} are one tensor in the base, and the adapter's copies differ"
-                raise Refused("tied-copies-differ", what, where=where)
-        return bool(twins)
-
-    def _token_rows(self, module: Module, name: str, config: AdapterConfig, where: str) -> None:
-        rows = module.token_rows
-        if rows is None:
-            return
-        indices = config.token_indices.get("", ())
-        for key, listed in config.token_indices.items():
-            if key and _names_module(module.name, key):
-                indices = listed
-        if len(indices) != rows.info.shape[0] or len(set(indices)) != len(indices):
-            raise Refused(
-                "adapter-tokens",
-                f"{show(module.keys[0])} has {rows.info.shape[0]} rows, the config lists {len(indices)} token indices",
-                where=where,
-            )
-        if name in self.token_rows:
-            raise Refused("adapters-conflict", f"two adapters train rows of {show(name)}", where=where)
-        self.token_rows[name] = (rows, indices)
+    def _add_head(self, head: NewHead, where: str) -> None:
+        """A head that the base lacks; what PEFT keeps below the trained one is not needed."""
+        self.heads.append(head)
+        self.whole.settle_copies(head.module, where)
+        frozen = [u for leaf in head.module.whole if (u := head.module.under(leaf)) is not None]
+        self.dropped |= {key: "the head as it was before training" for key, _ in frozen}
 
     def _update(self, layer: Layer) -> Update:
         if layer.config.init in ("pissa", "olora") and len(self.adapters) > 1:
             raise Refused(
                 "adapters-conflict", "PiSSA and OLoRA move the base and can't be merged with others", where=layer.where
             )
-        return layer.update(self._stored(layer.target).info, self.base.config)
+        return layer.update(self.whole.root(self.base, layer.target).info, self.base.config)
 
     def _bias(self, module: Module, rule: NameRule, bias: LazyTensor, scale: float, where: str) -> None:
         name = rule.tensor(f"{module.name}.bias")
@@ -266,23 +201,18 @@ class _Merge:
     def result(self) -> Checkpoint:
         out: dict[str, LazyTensor] = dict(self.base.tensors)
         untied: list[str] = []
-        for name in dict.fromkeys([*self.replaced, *self.token_rows, *self.updates]):
-            tensor = self._merged(name)
-            partners = self.base.tied_to(name)
-            if not partners:
-                out[name] = tensor
-            elif name in self.updates or name in self.one_sided:
-                untied.append(name)
-                out[name] = tensor
-                for partner in partners:
-                    if partner not in self.updates and partner not in self.replaced:
-                        out[partner] = self._partner(name, partner)
-            else:
-                for member in (name, *partners):
-                    if member in out:
-                        out[member] = tensor
+        built: list[str] = []
+        for name in dict.fromkeys([*self.whole.own, *self.whole.rows, *self.updates]):
+            group = [name, *self.base.tied_to(name)]
+            if not built or not set(group) & set(built):
+                apart = any(n in self.updates for n in group) or not self.whole.is_tied_still(self.base, group)
+                members = group if apart else [name]
+                built += members
+                untied += group if apart and len(group) > 1 else []
+                merged = {n: self._merged(n) for n in members}
+                out |= merged if apart else {n: merged[name] for n in group if n in out or len(group) == 1}
         for name, added in self.bias_updates.items():
-            out[name] = merged_bias(self._stored(name), added, self.numerics)
+            out[name] = merged_bias(self.whole.root(self.base, name), added, self.numerics)
         beside, replaced = carried_files(self.base, self.adapters, self.context)
         checkpoint = self.base.replace(
             tensors=out,
@@ -290,35 +220,28 @@ class _Merge:
             inputs=self._inputs(),
             checks=self.base.checks + tuple(c for adapter in self.adapters for c in adapter.checks),
             side_files=self._side_files(),
-            dropped=dict(self.base.dropped) | self.dropped | replaced,
+            dropped={**self.base.dropped, **self.dropped, **self.whole.left_out(self.base, built), **replaced},
         )
         checkpoint = untie(checkpoint, untied, self.context) if untied else checkpoint
-        checkpoint = with_vocabulary(checkpoint, self.base)
         if self.heads:
             checkpoint = add_task_head(
                 checkpoint,
                 self.heads,
                 self.context,
                 prefix=self.prefix,
-                touched={*self.updates, *self.replaced},
+                touched={*self.updates, *self.whole.own},
                 cast_to_base=self.numerics == "peft",
             )
         elif self.prefix and any(n for n in out if n not in self.base.tensors):
             checkpoint = with_prefix(checkpoint, self.prefix, set(self.base.tensors))
-        return checkpoint
-
-    def _partner(self, name: str, partner: str) -> LazyTensor:
-        """The other side of a tie that comes apart: as it was, but for copies and rows that belong to both."""
-        stored = self._stored(partner) if partner not in self.one_sided else self.replaced[partner]
-        rows = self.token_rows.get(partner) or self.token_rows.get(name)
-        return with_token_rows(stored, *rows) if rows else stored
+        return with_vocabulary(checkpoint, self.base, self.prefix)
 
     def _merged(self, name: str) -> LazyTensor:
-        weight = self._stored(name)
+        weight = self.whole.root(self.base, name)
         if name in self.updates:
             weight = merged_weight(weight, self.updates[name], self.numerics)
-        rows = self.token_rows.get(name)
-        return with_token_rows(weight, *rows) if rows else weight
+        rows = self.whole.rows_of(self.base, name)
+        return with_token_rows(weight, rows.rows, rows.indices) if rows else weight
 
     def _side_files(self) -> dict[str, SideFile]:
         """The tokenizer is the first adapter's that brings one; everything else the base's."""
@@ -343,13 +266,3 @@ def _needed(modules: Iterable[Module]) -> dict[str, list[str]]:
             leaves.append("weight")
         needed[module.name] = leaves
     return needed
-
-
-def _names_module(module: str, name: str) -> bool:
-    return module == name or module.endswith("." + name)
-
-
-def _is_below(module: str, name: str) -> bool:
-    """True for a module that modules_to_save names, and for what is inside one; PEFT compares the names' ends."""
-    pieces = module.split(".")
-    return any(".".join(pieces[:n]).endswith(name) for n in range(1, len(pieces) + 1))
