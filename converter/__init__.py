@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from converter.core.writer.write import write
     from converter.errors import ConvertError, Refused, UsageError, VerificationFailed
     from converter.recipe.recipe import Recipe, load_recipe
+    from converter.recipe.verbs.open import open
     from converter.sources.moments import adam_moments
 
 
@@ -41,6 +42,7 @@ _HOME = {
     "VerificationFailed": "errors",
     "adam_moments": "sources.moments",
     "load_recipe": "recipe.recipe",
+    "open": "recipe.verbs.open",
     "make_plan": "core.writer.plan",
     "to_torch": "core.compute.evaluate",
     "write": "core.writer.write",
@@ -66,6 +68,7 @@ __all__ = [
     "adam_moments",
     "load_recipe",
     "make_plan",
+    "open",
     "to_torch",
     "write",
 ]

@@ -6,7 +6,10 @@ escapes is a bug of ours (exit code 70).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
+
+from converter.diagnostic import Command, Diagnostic, Next, completed, spelled
 
 EXIT_BUG = 70
 """Exit code of an unexpected exception (`EX_SOFTWARE` of sysexits.h)."""
@@ -21,6 +24,8 @@ class ConvertError(Exception):
         where: the file, folder or tensor concerned.
         expected, got: what was promised and what was found.
         next: a command or an action, with the user's own paths.
+        offers: values of which one has to be chosen, where that is what is wrong.
+        facts: what another part of the program may act on, by name.
         consent: the user may go on by repeating the command with `--allow CODE`.
     """
 
@@ -34,8 +39,10 @@ class ConvertError(Exception):
         where: str | None = None,
         expected: str | None = None,
         got: str | None = None,
-        next: str | None = None,
+        next: Next | None = None,
         consent: bool = False,
+        offers: Iterable[str] = (),
+        facts: Mapping[str, str | int] | None = None,
     ) -> None:
         super().__init__(what)
         self.code = code
@@ -45,6 +52,8 @@ class ConvertError(Exception):
         self.got = got
         self.next = next
         self.consent = consent
+        self.offers = tuple(offers)
+        self.facts = dict(facts or {})
 
     def __str__(self) -> str:
         parts = [self.what if self.where is None else f"{self.where}: {self.what}"]
@@ -58,6 +67,25 @@ class ConvertError(Exception):
             parts.append(f"To go on all the same: --allow {self.code}")
         return "\n  ".join(parts)
 
+    @property
+    def diagnostic(self) -> Diagnostic:
+        """The same as a value."""
+        facts = (("expected", self.expected), ("got", self.got))
+        evidence = tuple(f"{label} {text}" for label, text in facts if text)
+        return Diagnostic(
+            code=self.code,
+            severity="error",
+            text=self.what,
+            where=self.where,
+            evidence=evidence,
+            next=self.next,
+            facts=tuple(self.facts.items()),
+        )
+
+    def complete(self, command: Command, takes: Callable[[str], bool] = lambda _: True) -> None:
+        """Put the command that the user typed where `next` means "the same command" (see `completed`)."""
+        self.next = completed(self.next, command, takes)
+
     def to_json(self) -> dict[str, Any]:
         """The same four parts as a JSON object, for `--json`."""
         return {
@@ -66,7 +94,7 @@ class ConvertError(Exception):
             "where": self.where,
             "expected": self.expected,
             "got": self.got,
-            "next": self.next,
+            "next": spelled(self.next),
             "consent": self.consent,
             "exit_code": self.exit_code,
         }
@@ -93,6 +121,6 @@ class VerificationFailed(ConvertError):
 class Interrupted(ConvertError):
     """A signal ended the run; `exit_code` is 128 plus the signal's number."""
 
-    def __init__(self, signal_number: int, what: str, *, next: str | None = None) -> None:
+    def __init__(self, signal_number: int, what: str, *, next: Next | None = None) -> None:
         super().__init__("interrupted", what, next=next)
         self.exit_code = 128 + signal_number  # type: ignore[misc]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +23,17 @@ def shop(tmp_path: Path) -> Any:
     from oracle.workshop import Workshop
 
     return Workshop(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _interruptible(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Python's own handler of SIGINT in tests marked `signals`, which children get as the default action.
+
+    Where a run is started with SIGINT ignored (`nohup`, a job in the background, some CI), Python leaves it ignored.
+    """
+    if request.node.get_closest_marker("signals") is None:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from converter.cli.sink import Failed, error_to_user
+from converter.diagnostic import PROGRAM, Again, Command, Steps, parts
 from converter.errors import EXIT_BUG, ConvertError, Interrupted, Refused, UsageError
 from converter.text import show
 
@@ -34,7 +35,6 @@ VERBS = (
     "env",
     "push",
 )
-PROGRAM = "rlhf-convert"
 
 
 class Bug(ConvertError):
@@ -72,10 +72,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as bug:
         # No user shall read a traceback.
         error = Bug("bug", f"a bug in {PROGRAM}: {type(bug).__name__}: {show(bug)}")
-        error.next = f"report it with the output of `{PROGRAM} env` and of this command under RLHF_CONVERT_DEBUG=1"
+        env = Command("env")
+        error.next = Steps("report it with the output of `", env, "` and of this command under RLHF_CONVERT_DEBUG=1")
         error.__cause__ = bug
+    _complete(error, arguments)
     writes = bool(arguments) and arguments[0] not in ("inspect", "doctor", "verify", "explain", "diff", "list", "env")
     return error_to_user(error, as_json="--json" in arguments, writes=writes)
+
+
+def _complete(error: ConvertError, arguments: list[str]) -> None:
+    """Put the user's own command line where the error says "the same command", if its verb takes the options."""
+    if not arguments or arguments[0] not in VERBS or not any(isinstance(p, Again) for p in parts(error.next)):
+        return
+    from converter.cli.verbs.all import options_of
+    from converter.sources.hub.secrets import words_without_token
+
+    known = options_of(arguments[0])
+    command = Command(arguments[0], tuple(words_without_token(arguments[1:])))
+    error.complete(command, lambda name: name in known)
 
 
 def with_verb(arguments: list[str]) -> list[str]:
@@ -119,7 +133,7 @@ def _run(arguments: list[str], received: list[int]) -> int:
         what = error.format_message()
         if verb not in VERBS and not verb.startswith("-"):
             what = what.replace("No such command", "no command and no folder is named").removesuffix(".")
-        raise UsageError("usage", show(what), next=f"{name} --help") from None
+        raise UsageError("usage", show(what), next=Command(verb if verb in VERBS else "", ("--help",))) from None
     finally:
         sys.excepthook = hook
     if received:
@@ -133,15 +147,18 @@ def _run(arguments: list[str], received: list[int]) -> int:
 def _signals_raise() -> Iterator[list[int]]:
     """SIGINT and SIGTERM raise KeyboardInterrupt with the signal's number; a second one ends the process at once.
 
-    Yields the numbers of the signals that came.
+    A signal that the caller has ignored (`nohup`, `trap '' INT`, a job in the background) stays ignored, as in other
+    Unix programs. Yields the numbers of the signals that came.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
+    wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+
     def stop(number: int, _frame: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in wanted:
             signal.signal(each, signal.SIG_DFL)
         received.append(number)
         raise KeyboardInterrupt(number)
@@ -156,7 +173,7 @@ def _signals_raise() -> Iterator[list[int]]:
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
     unraisable, sys.unraisablehook = sys.unraisablehook, send_again
-    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.signal(each, stop) for each in wanted}
     try:
         yield received
     finally:

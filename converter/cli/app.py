@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from converter.cli.options import (
-    with_options,
-)
+from converter.cli.options import OUTPUT, PANELS, with_options
 
 ABOUT = (
     "Convert RLHF checkpoints: streaming, bounded in memory, verified.\n\n"
@@ -28,6 +27,26 @@ def _new_app() -> typer.Typer:
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
+
+
+class Paneled(TyperCommand):
+    """A command whose options stand in panels, those of the verb itself first. Typer's own panels would import rich."""
+
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write arguments, then the panels that have an option."""
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], **{name: [] for name in PANELS}}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            if parameter.name == "help":
+                kind = OUTPUT
+            panels[getattr(parameter, "rich_help_panel", None) or kind].append(record)
+        for name, records in panels.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
 
 
 app = _new_app()
@@ -50,7 +69,7 @@ def verb(
         parsed = with_options(kind)(function)
         _alone[name] = _new_app()
         for program in (app, _alone[name]):
-            program.command(name, help=help, short_help=short_help, epilog=epilog)(parsed)
+            program.command(name, cls=Paneled, help=help, short_help=short_help, epilog=epilog)(parsed)
         return function
 
     return register

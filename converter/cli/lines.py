@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from converter.core.compute.measures import has_update, relative_size, surviving_share
+from converter.diagnostic import Again, Command, Next, is_command, parts
 from converter.errors import ConvertError, Refused
 from converter.text import fold, format_duration, format_size, show
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 LABEL_WIDTH = 9
 """Column at which the text of a screen's lines begins."""
+
+_KEPT = "\0"
+"""Stands for a space at which no line ends."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 
@@ -46,7 +51,7 @@ def refusal(error: ConvertError, *, writes: bool = True) -> list[str]:
     if error.consent:
         lines.append(line("consent", f"--allow {error.code} goes on all the same, and the receipt says so"))
     if error.next:
-        lines.append(line("Next:", error.next))
+        lines.append(line("Next:", str(error.next)))
     return lines
 
 
@@ -296,8 +301,22 @@ def label_count(config: Mapping[str, Any]) -> int | None:
     return len(named) if isinstance(named, Mapping) else None
 
 
-def next_lines(commands: Sequence[str]) -> list[str]:
+def wrapped_step(step: Next, width: int, arrow: str) -> list[str]:
+    """A step behind an arrow, sentences wrapped; a command is never cut, so that it can be copied."""
+    text = "".join(str(p).replace(" ", _KEPT) if isinstance(p, Command | Again) else str(p) for p in parts(step))
+    if is_command(step):
+        return [f"{arrow}{step}"]
+    lines = textwrap.wrap(
+        text,
+        width,
+        initial_indent=arrow,
+        subsequent_indent=" " * len(arrow),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [each.replace(_KEPT, " ") for each in lines]
+
+
+def next_lines(commands: Sequence[Next]) -> list[str]:
     """`Next:` and what to type, one command a line."""
-    if not commands:
-        return []
-    return [line("Next:", commands[0]), *(line("", c) for c in commands[1:])]
+    return [line("" if at else "Next:", str(command)) for at, command in enumerate(commands)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,6 +26,9 @@ from converter.recipe.options import (
     WriteOptions,
 )
 
+INPUT, OUTPUT, RESOURCES, HUB, CONSENT = PANELS = ("Input", "Output", "Resources", "Hub", "Consent")
+"""Panels of `--help`, in their order. An option without one is the verb's own and stands before them."""
+
 
 class FailOnChoice(StrEnum):
     """How bad a finding must be for exit code 1."""
@@ -37,14 +42,50 @@ class FailOnChoice(StrEnum):
 class Display:
     """How a verb shows what it has to say."""
 
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, errors included.")] = False
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")] = False
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, errors included.", rich_help_panel=OUTPUT)
+    ] = False
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more.", rich_help_panel=OUTPUT)] = False
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.", rich_help_panel=OUTPUT)] = False
 
     @property
     def sink(self) -> Sink:
         """Where the output goes."""
         return Sink(self.as_json, self.quiet, self.verbose)
+
+
+_OF_EVERY_VERB = frozenset(f.name for f in dataclasses.fields(Display))
+
+
+class LanguageChoice(StrEnum):
+    """In which language `explain` answers; Chinese stands above the English."""
+
+    en = "en"
+    zh = "zh"
+
+
+@dataclass(frozen=True)
+class Speaking(Display):
+    """In which language a verb answers."""
+
+    lang: Annotated[
+        LanguageChoice | None,
+        typer.Option("--lang", help="zh: one line in Chinese too; default: by the locale.", show_default=False),
+    ] = None
+
+    @property
+    def in_chinese(self) -> bool:
+        """Whether a line in Chinese is wanted, by `--lang` or else by the locale, and can be printed."""
+        if self.lang is None:
+            set_ones = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+            wanted = next(filter(None, set_ones), "").startswith("zh")
+        else:
+            wanted = self.lang is LanguageChoice.zh
+        try:
+            "中".encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:
+            return False
+        return wanted
 
 
 @dataclass(frozen=True)
@@ -58,6 +99,7 @@ class Reading(Display):
             metavar="REGEX",
             help="Names of your own trainer's classes that pickled files may mention; none is imported. Repeatable.",
             show_default=False,
+            rich_help_panel=CONSENT,
         ),
     ] = None
 
@@ -68,11 +110,21 @@ class Fetch:
 
     revision: Annotated[
         str | None,
-        typer.Option(metavar="REV", help="Hub commit, branch or tag of the first argument.", show_default=False),
+        typer.Option(
+            metavar="REV",
+            help="Hub commit, branch or tag of the first argument.",
+            show_default=False,
+            rich_help_panel=HUB,
+        ),
     ] = None
     token: Annotated[
         str | None,
-        typer.Option(metavar="TOKEN", help="Hub token; default: as huggingface_hub finds it.", show_default=False),
+        typer.Option(
+            metavar="TOKEN",
+            help="Hub token; default: as huggingface_hub finds it.",
+            show_default=False,
+            rich_help_panel=HUB,
+        ),
     ] = None
 
 
@@ -82,50 +134,100 @@ class Conversion(Fetch, Reading):
 
     out_option: Annotated[
         str | None,
-        typer.Option("-o", "--out", metavar="OUT", help="Where to write, instead of the argument.", show_default=False),
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="OUT",
+            help="Where to write, instead of the argument.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
     ] = None
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan everything, write nothing.")] = False
-    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe and stop.")] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and plan everything, write nothing.", rich_help_panel=OUTPUT)
+    ] = False
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the recipe and stop.", rich_help_panel=OUTPUT)
+    ] = False
     jobs: Annotated[
         int | None,
-        typer.Option("-j", "--jobs", metavar="N", min=1, help="Threads; default: one a core.", show_default=False),
+        typer.Option(
+            "-j",
+            "--jobs",
+            metavar="N",
+            min=1,
+            help="Threads; default: one a core.",
+            show_default=False,
+            rich_help_panel=RESOURCES,
+        ),
     ] = None
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory to stay under, as 2GB.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory to stay under, as 2GB.", show_default=False, rich_help_panel=RESOURCES
+        ),
     ] = None
     dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="DTYPE", help="Cast to bf16, fp16 or fp32; default: each tensor's own.", show_default=False
+            metavar="DTYPE",
+            help="Cast to bf16, fp16 or fp32; default: each tensor's own.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ] = None
     max_shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Largest output file, as 5GB.", show_default=False)
+        str | None,
+        typer.Option(metavar="SIZE", help="Largest output file, as 5GB.", show_default=False, rich_help_panel=OUTPUT),
     ] = None
     layout: Annotated[
         LayoutChoice | None,
-        typer.Option(help="Keep the source's files, or fill new ones; default: auto.", show_default=False),
+        typer.Option(
+            help="Keep the source's files, or fill new ones; default: auto.", show_default=False, rich_help_panel=OUTPUT
+        ),
     ] = None
     link_unchanged: Annotated[
         bool,
         typer.Option(
             "--link-unchanged",
             help="Make symbolic links to the source's files that stay as they are; the source has to be kept.",
+            rich_help_panel=OUTPUT,
         ),
     ] = False
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that this tool made.")] = False
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output that this tool made.", rich_help_panel=CONSENT)
+    ] = False
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="CODE", help="Go on past a refusal that printed CODE. Repeatable.", show_default=False),
+        typer.Option(
+            metavar="CODE",
+            help="Go on past a refusal that printed CODE. Repeatable.",
+            show_default=False,
+            rich_help_panel=CONSENT,
+        ),
     ] = None
-    keep_code: Annotated[bool, typer.Option("--keep-code", help="Carry .py files of the source along.")] = False
-    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming OUT.partial.")] = False
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip reading the output back.")] = False
+    keep_code: Annotated[
+        bool, typer.Option("--keep-code", help="Carry .py files of the source along.", rich_help_panel=CONSENT)
+    ] = False
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start over instead of resuming OUT.partial.", rich_help_panel=OUTPUT)
+    ] = False
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Skip reading the output back.", rich_help_panel=OUTPUT)
+    ] = False
     push_to_hub: Annotated[
         str | None,
-        typer.Option("--push-to-hub", metavar="REPO", help="Push OUT to owner/name afterwards.", show_default=False),
+        typer.Option(
+            "--push-to-hub",
+            metavar="REPO",
+            help="Push OUT to owner/name afterwards.",
+            show_default=False,
+            rich_help_panel=HUB,
+        ),
     ] = None
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository on the Hub public.")] = False
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository on the Hub public.", rich_help_panel=HUB)
+    ] = False
 
     @property
     def plain(self) -> WriteOptions:
@@ -157,7 +259,8 @@ def with_options(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[...
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         own = inspect.signature(command, eval_str=True)
         hints = get_type_hints(kind, include_extras=True)
-        fields = dataclasses.fields(kind)
+        # Those of every verb last: what a reader looks for is what this verb adds.
+        fields = sorted(dataclasses.fields(kind), key=lambda f: f.name in _OF_EVERY_VERB)
         shared = [
             inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
             for f in fields
@@ -188,7 +291,7 @@ def _with_names(command: Callable[[], int], options: Display) -> int:
 
 
 @dataclass(frozen=True)
-class Remapping(Conversion):
+class HeadFlags(Conversion):
     """Options of the verbs that write a head."""
 
     source: Annotated[
@@ -198,6 +301,7 @@ class Remapping(Conversion):
             metavar="NAME",
             help="Trainer or dialect of SRC; default: told from its files.",
             show_default=False,
+            rich_help_panel=INPUT,
         ),
     ] = None
     base: Annotated[
@@ -206,24 +310,40 @@ class Remapping(Conversion):
             metavar="BASE",
             help="Base of an adapter, or where a missing lm_head is; default: as recorded.",
             show_default=False,
+            rich_help_panel=INPUT,
         ),
     ] = None
     weights_from: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="DIR", help="Where tensors that SRC has lost may still be. Repeatable.", show_default=False
+            metavar="DIR",
+            help="Where tensors that SRC has lost may still be. Repeatable.",
+            show_default=False,
+            rich_help_panel=INPUT,
         ),
     ] = None
     part: Annotated[
         PartChoice | None,
-        typer.Option(help="Which model, where SRC is a trainer's state that holds several.", show_default=False),
+        typer.Option(
+            help="Which model, where SRC is a trainer's state that holds several.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
     ] = None
     tag: Annotated[
-        str | None, typer.Option(metavar="T", help="Which checkpoint of a run; default: `latest`.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="T", help="Which checkpoint of a run; default: `latest`.", show_default=False, rich_help_panel=INPUT
+        ),
     ] = None
     lora_alpha: Annotated[
         float | None,
-        typer.Option(metavar="N", help="lora_alpha of training, where no config records it.", show_default=False),
+        typer.Option(
+            metavar="N",
+            help="lora_alpha of training, where no config records it.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
     ] = None
     bias: Annotated[BiasChoice, typer.Option(help="A constant of the head that the target has no place for.")] = (
         BiasChoice.refuse

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast, runtime_checkable
 
+from converter.diagnostic import Command
 from converter.errors import UsageError
 from converter.plugins import CONVERTERS, load, named, package
 from converter.text import show
@@ -39,7 +40,7 @@ def find_converter(name: str) -> type[Converter]:
             "unknown-converter",
             f"no converter is named `{show(name)}`",
             expected=", ".join(sorted(known)) or "an installed plug-in",
-            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+            next=f"did you mean `{near[0]}`?" if near else Command("list"),
         )
     points = known[name]
     if len({p.value for p in points}) > 1:

@@ -1,4 +1,7 @@
-"""A checkpoint is a value: tensor names mapped to lazy tensors, with config, side files and ties. It reads nothing."""
+"""A checkpoint is a value: a mapping of tensor names to lazy tensors, with config, side files and ties.
+
+It reads nothing: `len`, `in`, iteration, `[name].dtype`, `[name].shape` and `repr` answer from what headers said.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from converter.core.files.opening import Identity
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
-from converter.text import fold, show
+from converter.text import fold, format_size, show
 
 MODEL, ADAPTER, TRAINING = "model", "adapter", "training"
 """What a checkpoint is, as `Origin.kind` says."""
@@ -93,8 +96,10 @@ class WeightSet:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Mapping[str, LazyTensor]):
     """Tensor names mapped to lazy tensors, with everything else that makes a folder load.
+
+    As a mapping it is its main tensors, in file order; those of the files beside them are in `beside`.
 
     Attributes:
         tensors: in file order: by shard, then by offset.
@@ -143,6 +148,27 @@ class Checkpoint:
     subfolder: str = ""
     sets: tuple[WeightSet, ...] = ()
     one_file: bool = False
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        """The lazy tensor of that name; `converter.to_torch` reads its values."""
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, in file order."""
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        """How many tensors there are."""
+        return len(self.tensors)
+
+    def __bool__(self) -> bool:
+        """True, without any tensor too: a checkpoint is there or is None."""
+        return True
+
+    def __repr__(self) -> str:
+        """`<Checkpoint ./rm: model, 339 tensors, 14.1 GB>`."""
+        count = f"{len(self)} {'tensor' if len(self) == 1 else 'tensors'}"
+        return f"<Checkpoint {show(self.origin.asked)}: {self.origin.kind}, {count}, {format_size(self.total_bytes)}>"
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; a changed `config` forgets `config_bytes`."""

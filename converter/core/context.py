@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from converter.core.files import sparse
 from converter.core.files.opening import open_input, read_exact
 from converter.core.tensors.byte_runs import ByteRun, byte_runs, describe
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, LazyTensor
+from converter.diagnostic import Diagnostic, Severity
 from converter.errors import Refused
 from converter.text import fold
 
@@ -27,16 +27,8 @@ MAX_READ = 1 << 20
 STREAM_BLOCK = 1 << 22
 """Bytes held of each side while two tensors are compared."""
 
-Severity = Literal["info", "cosmetic", "changes-numbers"]
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """Something that the user should know of this run; `changes-numbers` says that results may differ from training."""
-
-    severity: Severity
-    code: str
-    text: str
+Note = Diagnostic
+"""Something that the user should know of this run; `changes-numbers` says that results may differ from training."""
 
 
 @dataclass
@@ -57,7 +49,7 @@ class Context:
 
     def note(self, severity: Severity, code: str, text: str) -> None:
         """Tell the user something, once."""
-        note = Note(severity, code, text)
+        note = Note(severity=severity, code=code, text=text)
         if note not in self.notes:
             self.notes.append(note)
 

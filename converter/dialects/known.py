@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 
+from converter.diagnostic import Again, Command
 from converter.dialects.spec import Dialect, Role, Serves
 from converter.errors import Refused, UsageError
 from converter.text import show
@@ -44,7 +45,7 @@ def dialect(name: str) -> Dialect:
             "unknown-dialect",
             f"no dialect is named `{show(name)}`",
             expected=", ".join(known),
-            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+            next=f"did you mean `{near[0]}`?" if near else Command("list"),
         )
     return known[name]
 
@@ -105,7 +106,7 @@ def _by_dialect(name: str, role: Role, version: str) -> Target:
             "unknown-trainer",
             f"no trainer is named `{show(name)}`",
             expected=", ".join(trainers(role)),
-            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+            next=f"did you mean `{near[0]}`?" if near else Command("list"),
         )
     found = known[name]
     if found.refused or not found.writable:
@@ -137,7 +138,7 @@ def spoken(text: str) -> list[Dialect]:
             "unknown-trainer",
             f"no trainer or dialect that is read is named `{show(text)}`",
             expected=", ".join(known),
-            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+            next=f"did you mean `{near[0]}`?" if near else Command("list"),
         )
     return list(found.values())
 
@@ -157,7 +158,7 @@ def _of_version(name: str, version: str, offered: Iterable[tuple[Dialect, Serves
         "trainer-version",
         f"{show(name)} {show(version)} is not a version that is known here",
         expected=known or f"{name} without a version",
-        next=f"--to {name}" + (f"@{ranges[-1][1].until}" if ranges[-1][1].until else ""),
+        next=Again(("--to", name + (f"@{ranges[-1][1].until}" if ranges[-1][1].until else ""))),
     )
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from converter.diagnostic import quoted
+
 Role = Literal["reward", "critic", "actor"]
 HeadKind = Literal["linear", "mlp", "lm-row", "none"]
 Bias = Literal["never", "always", "config"]
@@ -135,6 +137,10 @@ class Serves:
     launch: str = ""
     refused: str = ""
     traps: tuple[str, ...] = ()
+
+    def launch_line(self, path: str) -> str:
+        """The line to type, with the folder as a word of a shell or of Python; empty where none is known."""
+        return self.launch.replace("{out!r}", repr(path)).replace("{out}", quoted(path))
 
 
 @dataclass(frozen=True)

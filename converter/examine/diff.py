@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from converter.core.files.opening import Identity, read_limited
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.byte_runs import byte_runs
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Command, Steps
 from converter.errors import UsageError
 from converter.examine.meaning import Comparable, as_stored, by_meaning
 from converter.text import show
@@ -175,11 +175,11 @@ def _partners(
 
 def _kinds_differ(a: Checkpoint, b: Checkpoint) -> UsageError:
     adapter, model = (a, b) if a.origin.kind == "adapter" else (b, a)
-    name, merged = (show(shlex.quote(c.origin.asked)) for c in (adapter, model))
+    name, merged = adapter.origin.asked, model.origin.asked
     return UsageError(
         "kinds-differ",
         f"{name} is an adapter and {merged} a model: they share no tensor",
-        next=f"rlhf-convert merge-lora {name} OUT, then rlhf-convert diff OUT {merged}",
+        next=Steps(Command("merge-lora", (name, "OUT")), ", then ", Command("diff", ("OUT", merged))),
     )
 
 

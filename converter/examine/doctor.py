@@ -14,11 +14,12 @@ from pathlib import Path
 
 from converter.core.context import Context
 from converter.core.files import sparse
+from converter.diagnostic import Command, Severity
 from converter.dialects.known import trainers
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.adapters import NOT_MERGED_HERE
 from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
-from converter.examine.diagnoses.case import SEVERITIES, Case, Diagnosis, Finding, Kind, Near, Severity
+from converter.examine.diagnoses.case import SEVERITIES, Case, Diagnosis, Finding, Kind, Near
 from converter.examine.diagnoses.causes import one_per_cause, with_steps
 from converter.examine.diagnoses.faults import NOT_READ_HERE, undocumented
 from converter.examine.diagnoses.script import read_launch
@@ -59,7 +60,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DoctorRequest:
     """What the user asked to be examined, and with what beside it."""
 
     path: str
@@ -84,7 +85,7 @@ def diagnoses() -> Mapping[str, Diagnosis]:
     return found
 
 
-def examine(asked: Asked) -> Report:
+def examine(asked: DoctorRequest) -> Report:
     """Run every diagnosis over a folder; none stops at the first fault, and content never raises.
 
     Raises:
@@ -93,7 +94,7 @@ def examine(asked: Asked) -> Report:
     known = diagnoses()
     unknown = [c for c in asked.ignore if c not in known]
     if unknown:
-        raise UsageError("unknown-code", f"no diagnosis has the code {show(unknown[0])}", next="rlhf-convert explain")
+        raise UsageError("unknown-code", f"no diagnosis has the code {show(unknown[0])}", next=Command("explain"))
     case = case_of(asked)
     context = Context()
     findings: list[Finding] = []
@@ -106,7 +107,7 @@ def examine(asked: Asked) -> Report:
     return Report(case, tuple(sorted(told, key=lambda f: SEVERITIES.index(f.severity))))
 
 
-def case_of(asked: Asked) -> Case:
+def case_of(asked: DoctorRequest) -> Case:
     """The folder with all that is known around it.
 
     Raises:
@@ -123,7 +124,7 @@ def case_of(asked: Asked) -> Case:
         source, kind, survey, why = _what(root, asked.path, deep=asked.deep)
     near = tuple(_near(root, asked))
     base = _base(asked, root, kind)
-    actor = None if asked.actor is None else case_of(Asked(asked.actor))
+    actor = None if asked.actor is None else case_of(DoctorRequest(asked.actor))
     launch = None if asked.launch is None else read_launch(asked.launch)
     target = asked.target or (launch.trainer if launch is not None else None)
     return Case(asked.path, root, kind, source, survey, why, near, base, actor, target, asked.deep, launch)
@@ -140,7 +141,7 @@ def _expect_known(target: str | None) -> None:
             "unknown-trainer",
             f"no trainer is named `{show(name)}`",
             expected=", ".join(trainers()),
-            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+            next=f"did you mean `{near[0]}`?" if near else Command("list"),
         )
     for role in roles_of(name):
         with suppress(Refused):
@@ -203,7 +204,7 @@ def checkpoints_in(root: Path) -> list[Path]:
     return sorted(found, key=by_number)
 
 
-def _near(root: Path, asked: Asked) -> Iterable[Near]:
+def _near(root: Path, asked: DoctorRequest) -> Iterable[Near]:
     """Folders in, beside and above `root` that some source reads, and those that were given."""
     seen: set[str] = {os.path.realpath(root)}
     for text in asked.weights_from:
@@ -272,7 +273,7 @@ def _typed(asked: str, root: Path, path: Path) -> str:
     return f"./{typed}" if asked.startswith("./") and not typed.startswith(".") else typed
 
 
-def _base(asked: Asked, root: Path, kind: Kind) -> Case | None:
+def _base(asked: DoctorRequest, root: Path, kind: Kind) -> Case | None:
     """The base model, where it is at hand; only its headers are read."""
     name = asked.base
     if name is None and kind == "adapter":

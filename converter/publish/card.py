@@ -347,5 +347,5 @@ def launch_lines(aim: Target, repo_id: str) -> list[str]:
     """The trainer's own line with the repository in it, and what goes wrong although the files are right."""
     if not aim.serves.launch:
         return []
-    line = aim.serves.launch.replace("{out!r}", repr(repo_id)).replace("{out}", repo_id)
+    line = aim.serves.launch_line(repo_id)
     return [line, *(f"# {trap}" for trap in aim.traps)]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from converter.core.files.opening import open_input
 from converter.core.side_files import travels
+from converter.diagnostic import Command
 from converter.errors import Refused
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG
 from converter.text import show
@@ -100,7 +101,7 @@ def files_to_push(folder: Path, *, keep_code: bool) -> tuple[list[LocalFile], li
             raise Refused(
                 "hub-file-too-large",
                 f"{show(name)} has {size} bytes, and the Hub takes {MAX_FILE} in one file",
-                next="rlhf-convert reshard DIR OUT --max-shard-size 5GB",
+                next=Command("reshard", ("DIR", "OUT", "--max-shard-size", "5GB")),
             )
         found.append(LocalFile(name, path, size))
     if len(found) > MOST_FILES:

@@ -10,14 +10,14 @@ SCHEME = "hf://"
 STALE = "hub-stale-weights"
 
 
-def is_on_hub(out: str | None) -> bool:
+def goes_to_hub(out: str | None) -> bool:
     """True for `hf://owner/name`; `owner/name` alone is a folder."""
     return out is not None and out.startswith(SCHEME)
 
 
 def as_loaders_take_it(out: str) -> str:
     """The output as transformers and trainers take it: `owner/name` of one on the Hub, a path that can't be one."""
-    if is_on_hub(out):
+    if goes_to_hub(out):
         return out.removeprefix(SCHEME).partition("@")[0]
     return out if out.startswith(("/", ".", "~")) else f"./{out}"
 

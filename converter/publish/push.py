@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.publish.manifest import CARD, LocalFile, Manifest
 from converter.publish.requests import ATTEMPTS, FIRST_WAIT, Destination, call, is_passing, refuse
@@ -58,7 +59,11 @@ def check_destination(where: Destination) -> str:
     expect_safe_endpoint()
     token = where.token or get_token()
     if not token:
-        raise Refused("hub-token", "there is no token for the Hub", next="hf auth login, or set HF_TOKEN")
+        raise Refused(
+            "hub-token",
+            "there is no token for the Hub",
+            next=Steps(Command("auth", ("login",), program="hf"), ", or set HF_TOKEN"),
+        )
     me = call(lambda: HfApi(token=token).whoami(), where)
     role = (me.get("auth") or {}).get("accessToken", {}).get("role")
     if role == "read":
@@ -150,7 +155,7 @@ def _not_known(asked: bool) -> Iterator[None]:
     except Refused as error:
         if asked:
             error.what = "the Hub did not answer when the commit was made: all of it is there, or nothing"
-            error.next = "run the same command again"
+            error.next = Again()
         raise
 
 
@@ -179,7 +184,7 @@ def _expect_there(api: Any, wanted: Manifest, where: Destination, commit: str) -
         raise Refused("hub-unchecked", what, where=show(where.repo_id), got=error.got, next=again) from error
     if left:
         what = f"the repository does not hold what was sent: {fold([show(f.name) for f in left])}"
-        raise Refused("hub-differs", what, where=show(where.repo_id), next="run the same command again")
+        raise Refused("hub-differs", what, where=show(where.repo_id), next=Again())
 
 
 def _pull_request(api: Any, wanted: Manifest, where: Destination) -> Pushed | None:
@@ -283,7 +288,10 @@ def expect_no_stale(names: Collection[str], there: Collection[str], where: Desti
             f"the repository holds weights of another model beside: {fold([show(n) for n in stale])}. "
             "Loaders may read them instead",
             where=show(where.repo_id),
-            next="push to another repository, or remove them with the same commit: --allow hub-stale-weights",
+            next=Steps(
+                "push to another repository, or remove them with the same commit: ",
+                Again(("--allow", "hub-stale-weights")),
+            ),
         )
         error.consent = True
         raise error

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
+from converter.diagnostic import Again
 from converter.errors import Refused
 from converter.sources.hub.client import blotted
 from converter.text import show
@@ -77,12 +78,12 @@ def refuse(error: Exception, where: Destination, *, sent: bool = False) -> NoRet
         cause = error.__cause__
         why = f"{text} {blotted(str(cause).strip().partition(chr(10))[0], where.token)}" if cause is not None else text
         what = "a file could not be sent; nothing was published"
-        raise Refused("hub-upload", what, where=place, got=show(why), next="run the same command again") from None
+        raise Refused("hub-upload", what, where=place, got=show(why), next=Again()) from None
     if status is None or status >= 500:
         what = "the Hub can't be reached or does not answer; nothing was published"
         if sent:
             what = "the Hub did not answer when the commit was made: all of it is there, or nothing"
-        raise Refused("hub-unreachable", what, where=place, got=show(text), next="run the same command again") from None
+        raise Refused("hub-unreachable", what, where=place, got=show(text), next=Again()) from None
     raise Refused("hub-refused", "the Hub says no", where=place, got=show(text)) from None
 
 

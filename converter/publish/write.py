@@ -40,6 +40,7 @@ from converter.core.writer.write import (
     refuse_new_nonfinite,
     system_refused,
 )
+from converter.diagnostic import Again
 from converter.errors import Interrupted, Refused
 from converter.publish.manifest import CARD, MAX_FILE, RECEIPT, LocalFile, Manifest
 from converter.publish.push import Pushed, card_there, expect_no_stale, make_repository, upload
@@ -93,7 +94,7 @@ def write_to_hub(
     largest = max(plan.shards, key=lambda s: s.size)
     if largest.size > MAX_FILE:
         what = f"{show(largest.file)} would have {largest.size} bytes, and the Hub takes {MAX_FILE} in one file"
-        raise Refused("hub-file-too-large", what, next="the same command with --max-shard-size 5GB")
+        raise Refused("hub-file-too-large", what, next=Again(("--max-shard-size", "5GB")))
     stage = Stage(stage_of(where).absolute())
     try:
         check_space(dataclasses.replace(plan, shards=(largest,)), stage.out, already=stage.allocated())
@@ -272,7 +273,7 @@ def _source_of(shard: ShardPlan) -> sparse.SparseFile | None:
             offset += run.length
     fd = open_input(file.path)
     try:
-        return file if read_exact(fd, 0, len(shard.head), file=str(file.path)) == shard.head else None
+        return file if read_exact(fd, 0, len(shard.header), file=str(file.path)) == shard.header else None
     finally:
         os.close(fd)
 

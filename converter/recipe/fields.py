@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 from converter.converters.finding import Converter, find_converter
 from converter.core.checkpoint import INPUT, Checkpoint
+from converter.diagnostic import Again
 from converter.errors import ConvertError, UsageError
 from converter.recipe.recipe import SOURCE, Recipe, invalid, place, wrong
 from converter.text import show
@@ -37,7 +38,7 @@ def check(recipe: Recipe) -> None:
         if spec.base_of is not None and (spec.base_of not in recipe.inputs or spec.base_of == name):
             raise wrong(recipe, keys, f"`base-of` names no other input: {show(spec.base_of)}")
         if spec.base_of is None and spec.path is None:
-            raise wrong(recipe, keys, f"the input `{name}` has no path", next=f"--input {name}=PATH")
+            raise wrong(recipe, keys, f"the input `{name}` has no path", next=Again(("--input", f"{name}=PATH")))
         if name not in used:
             raise wrong(recipe, keys, f"no step uses the input `{name}`")
 

@@ -16,6 +16,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from converter.core.writer.plan import Layout
+from converter.diagnostic import Command, Next
 from converter.errors import UsageError
 from converter.shipped import shipped
 from converter.sources.opening import InputSpec
@@ -31,7 +33,6 @@ VERSION = 1
 SOURCE = "source"
 """Name of the input that flows through the steps."""
 
-Layout = Literal["auto", "preserve", "pack"]
 _INPUT_NAME = re.compile(r"[a-z][a-z0-9-]{0,40}", re.ASCII)
 
 
@@ -119,7 +120,7 @@ def load_recipe(name: str) -> Recipe:
             "no-such-recipe",
             f"neither a file nor a shipped recipe: {show(name)}",
             expected=", ".join(known),
-            next=f"did you mean `{near[0]}`?" if near else "rlhf-convert list",
+            next=f"did you mean `{near[0]}`?" if near else Command("list"),
         )
     return parse_recipe(known[name].encode(), file=f"{name}.yaml")
 
@@ -134,7 +135,7 @@ def _read(path: Path, asked: str) -> bytes:
     from converter.core.files.strict_yaml import MAX_BYTES
 
     if not path.exists():
-        raise UsageError("no-such-recipe", "there is no such recipe", where=show(asked), next="rlhf-convert list")
+        raise UsageError("no-such-recipe", "there is no such recipe", where=show(asked), next=Command("list"))
     return read_limited(path, limit=MAX_BYTES)
 
 
@@ -235,7 +236,9 @@ def place(recipe: Recipe, keys: Keys) -> str:
     return recipe.file if recipe.text is None else f"{recipe.file}:{recipe.text.line(keys)}"
 
 
-def wrong(recipe: Recipe, keys: Keys, what: str, *, expected: str | None = None, next: str | None = None) -> UsageError:
+def wrong(
+    recipe: Recipe, keys: Keys, what: str, *, expected: str | None = None, next: Next | None = None
+) -> UsageError:
     """The error for a value that is not what a recipe may say."""
     return UsageError("recipe", what, where=place(recipe, keys), expected=expected, next=next)
 

@@ -15,6 +15,7 @@ from converter.core.formats.pickle_names import allowed_names
 from converter.core.formats.safetensors_io import Header, read_header
 from converter.core.writer.accounting import unaccounted
 from converter.core.writer.plan import Plan, make_plan
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.recipe.fields import check, instantiate
 from converter.recipe.recipe import SOURCE, Recipe
@@ -66,7 +67,7 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
             "not-a-model",
             "a trainer's state has to be gathered before it is a model",
             where=show(checkpoint.origin.asked),
-            next=f"rlhf-convert gather {show(checkpoint.origin.asked)} OUT",
+            next=Command("gather", (checkpoint.origin.asked, "OUT")),
         )
     checkpoint = checkpoint.replace(checks=tuple(c for each in opened.values() for c in each.checks))
     sparse.expect_all_read()
@@ -96,7 +97,11 @@ def _linkable(checkpoint: Checkpoint) -> dict[str, Header]:
     files = [path for path in checkpoint.inputs if path.endswith(".safetensors")]
     if any(sparse.at(path) is not None for path in files):
         what = "files that are read from the Hub are not here to be linked to"
-        raise UsageError("link-remote", what, next=f"hf download {show(checkpoint.origin.name)}, then the same command")
+        raise UsageError(
+            "link-remote",
+            what,
+            next=Steps(Command("download", (checkpoint.origin.name,), program="hf"), ", then ", Again()),
+        )
     return {path: read_header(Path(path)) for path in files}
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from converter.diagnostic import Again, Command
 from converter.errors import UsageError
 from converter.plugins import SOURCES, load, named
 from converter.text import show
@@ -124,11 +124,12 @@ def find_place(root: Path, asked: str, *, tag: str | None = None, part: str | No
             "there are no shards of a trainer here",
             where=show(asked),
             expected="a folder such as global_step500, its parent, or the run's folder",
-            next=f"rlhf-convert inspect {shlex.quote(asked)}",
+            next=Command("inspect", (asked,)),
         )
     if part is not None and without_parts:
         what = f"--part {show(part)}: what {without_parts} saved here is of one model, and has no parts"
-        raise UsageError("no-parts", what, where=show(asked), next=f"rlhf-convert gather {show(asked)} OUT")
+        step = Again(leave_out=("--part",), otherwise=Command("gather", (asked, "OUT")))
+        raise UsageError("no-parts", what, where=show(asked), next=step)
     return next(iter(found.values()))
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from converter.core.files.opening import read_limited
+from converter.diagnostic import Again, Command, Steps, quoted
 from converter.errors import Refused, UsageError
 from converter.sources.hub.names import REPO_ID as _REPO_ID
 from converter.sources.hub.names import SCHEME, hub_name
@@ -222,9 +222,9 @@ def _missing(path: Path, text: str) -> Refused:
     here = "this folder" if str(folder) == "." else show(folder)
     return Refused(
         "path-missing",
-        f"there is no folder {shlex.quote(show(text))}",
+        f"there is no folder {quoted(text)}",
         expected=f"a folder; {here} has {shown or 'no folders'}",
-        next=f"did you mean {shlex.quote(show(_beside(folder, near[0], text)))}?" if near else None,
+        next=f"did you mean {quoted(_beside(folder, near[0], text))}?" if near else None,
     )
 
 
@@ -261,7 +261,7 @@ def _snapshot(folder: Path, repo_id: str, revision: str | None) -> Located | Non
         if len(names) > 1:
             what = f"the Hub's cache has {len(names)} snapshots of {show(repo_id)}, and none is marked as main"
             listed = ", ".join(show(n) for n in names[:8])
-            raise UsageError("revision-needed", what, got=listed, next=f"--revision {show(names[-1])}")
+            raise UsageError("revision-needed", what, got=listed, next=Again(("--revision", names[-1])))
         commit = names[0]
     return Located(snapshots / commit, repo_id, commit) if commit in names and commit is not None else None
 
@@ -322,18 +322,18 @@ def _complete(found: Located, missing: list[str], token: str | None, allow_downl
         "cache-incomplete",
         f"the Hub's cache has {show(found.repo_id)} in part only; missing: {listed}",
         where=show(found.path),
-        next=f"hf download {show(found.repo_id)} --revision {show(found.revision)}",
+        next=Command("download", (found.repo_id or "", "--revision", found.revision or "main"), program="hf"),
     )
 
 
 def _download(repo_id: str, revision: str | None, token: str | None, allow_download: bool) -> Located:
     if not allow_download or _offline():
         why = "downloads are off (HF_HUB_OFFLINE)" if allow_download else "nothing is downloaded unasked"
-        local = shlex.join(["hf", "download", show(repo_id), "--local-dir", f"./{show(repo_id).rpartition('/')[2]}"])
+        local = Command("download", (repo_id, "--local-dir", f"./{repo_id.rpartition('/')[2]}"), program="hf")
         raise Refused(
             "hub-not-cached",
             f"{show(repo_id)} is neither a folder here nor in the Hub's cache, and {why}",
-            next=f"{local}, and name that folder; a base is named with --base",
+            next=Steps(local, ", and name that folder; a base is named with --base"),
         )
     found = _fetch(repo_id, revision, token, list(WANTED))
     missing = missing_files(found.path)

@@ -11,6 +11,7 @@ from typing import Any
 
 from converter.core.checkpoint import TRAINING, Checkpoint
 from converter.core.context import Context
+from converter.diagnostic import Again, Command
 from converter.errors import ConvertError, Refused, UsageError
 from converter.sources.finding import KeepsMasters, Source, kind_of, nothing_in, sources
 from converter.sources.hub.names import as_base
@@ -117,9 +118,10 @@ def open_recorded_base(adapter: Checkpoint, *, keep_code: bool) -> Checkpoint:
         at = f"@{show(spec.revision)}" if spec.revision else ""
         raise Refused(
             "base-not-found",
-            f"the adapter records {show(spec.path)}{at} as its base: neither a folder here nor in the Hub's cache",
+            f"the {_kind(adapter)} records {show(spec.path)}{at} as its base: "
+            "neither a folder here nor in the Hub's cache",
             where=show(adapter.origin.asked),
-            next=f"rlhf-convert merge-lora {show(adapter.origin.asked)} OUT --base {as_base(spec.path, spec.revision)}",
+            next=_with_base(adapter, as_base(spec.path, spec.revision)),
         ) from None
 
 
@@ -139,13 +141,23 @@ def recorded_base(adapter: Checkpoint) -> InputSpec:
     if not isinstance(name, str) or not name:
         raise UsageError(
             "base-unknown",
-            "the adapter doesn't say which base model it was trained on (base_model_name_or_path is empty)",
+            f"the {_kind(adapter)} doesn't say which base model it was trained on (base_model_name_or_path is empty)",
             where=asked,
-            next=f"rlhf-convert merge-lora {asked} OUT --base BASE",
+            next=_with_base(adapter, "BASE"),
         )
     revision = config.get("revision")
     name = _beside_adapter(name, adapter)
     return InputSpec(name, revision=revision if isinstance(revision, str) and revision else None)
+
+
+def _kind(adapter: Checkpoint) -> str:
+    return "run" if adapter.origin.kind == TRAINING else "adapter"
+
+
+def _with_base(adapter: Checkpoint, base: str) -> Again:
+    """The user's command with a base."""
+    verb = "gather" if adapter.origin.kind == TRAINING else "merge-lora"
+    return Again(("--base", base), otherwise=Command(verb, (adapter.origin.asked, "OUT", "--base", base)))
 
 
 def _beside_adapter(name: str, adapter: Checkpoint) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,10 @@ from converter.core.checkpoint import WeightSet
 from converter.core.formats.weight_file import WeightFile
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Command, Diagnostic, Next, Steps
 from converter.errors import Refused
 from converter.text import fold, show
 
-FaultSeverity = Literal["error", "changes-numbers", "cosmetic"]
 FolderKind = Literal["model", "adapter"]
 
 MODEL_CONFIG = "config.json"
@@ -35,15 +34,9 @@ PICKLED_SHARD = re.compile(r"pytorch_model-(\d{5,6})-of-(\d{5,6})\.bin", re.ASCI
 _WEIGHTS = re.compile(r"[\w.-]+\.(?:safetensors|bin|pt|pth|gguf)", re.ASCII)
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong, with what it concerns; an `error` is what `open` refuses."""
-
-    code: str
-    severity: FaultSeverity
-    text: str
-    where: str
-    next: str | None = None
+@dataclass(frozen=True, kw_only=True)
+class Fault(Diagnostic):
+    """One thing that is wrong in what a source surveys; an `error` is what `open` refuses."""
 
     @classmethod
     def of(cls, error: Refused) -> Fault:
@@ -51,11 +44,12 @@ class Fault:
         details = [f"expected {error.expected}"] if error.expected else []
         details += [f"got {error.got}"] if error.got else []
         text = error.what + (f" ({', '.join(details)})" if details else "")
-        return cls(error.code, "error", text, error.where or "", error.next)
+        facts = tuple(error.facts.items())
+        return cls(code=error.code, severity="error", text=text, where=error.where or "", next=error.next, facts=facts)
 
     def refusal(self) -> Refused:
         """The fault as an error."""
-        return Refused(self.code, self.text, where=self.where, next=self.next)
+        return Refused(self.code, self.text, where=self.where, next=self.next, facts=dict(self.facts))
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ class Survey:
         refusal = errors[0].refusal()
         if len(errors) > 1:
             rest = f"{len(errors) - 1} more {'fault' if len(errors) == 2 else 'faults'}"
-            refusal.what += f" (and {rest}; rlhf-convert inspect {show(self.root)} lists them)"
+            refusal.what += f" (and {rest}; {Command('inspect', (str(self.root),))} lists them)"
         return refusal
 
 
@@ -165,11 +159,15 @@ def leftovers(root: Path, names: Collection[str], read: Collection[str]) -> list
         partial += sorted(n for n in file_names(folder) if n.endswith(".incomplete"))
     if partial:
         text = f"a download did not finish: {fold(partial)}"
-        faults.append(Fault("download-unfinished", "cosmetic", text, show(root), "download it again"))
+        faults.append(
+            Fault(
+                code="download-unfinished", severity="cosmetic", text=text, where=show(root), next="download it again"
+            )
+        )
     others = sorted(n for n in names if _WEIGHTS.fullmatch(n) and n not in read and not _TRAINING_STATE.fullmatch(n))
     if others:
         text = f"weight files that are not read lie beside: {fold(others)}"
-        faults.append(Fault("stray-weights", "cosmetic", text, show(root)))
+        faults.append(Fault(code="stray-weights", severity="cosmetic", text=text, where=show(root)))
     return faults
 
 
@@ -190,23 +188,23 @@ def empty_tensors(names: Iterable[str], entries: Mapping[str, StoredTensor], whe
     shapes = list(dict.fromkeys(_shape(siblings[_pattern(n)]) for n in found if _pattern(n) in siblings))
     expected = f"; those beside them are {', '.join(shapes[:4])}" if shapes else ""
     return Fault(
-        "zero3-empty-tensors",
-        "error",
-        f"{len(found)} of {len(entries)} tensors are torch.Size([0]): {fold(found)}{expected}. "
+        code="zero3-empty-tensors",
+        severity="error",
+        text=f"{len(found)} of {len(entries)} tensors are torch.Size([0]): {fold(found)}{expected}. "
         "ZeRO-3 saved them without gathering",
-        where,
+        where=where,
         next=_repair_command(Path(where) if Path(where).is_dir() else Path(where).parent),
     )
 
 
-def _repair_command(root: Path) -> str:
+def _repair_command(root: Path) -> Next:
     """The command that fills a folder's empty tensors: it looks for shards in the folder and beside it by itself."""
     around = [p.name for place in (root, root.resolve().parent) if place.is_dir() for p in place.iterdir()]
-    command = ["rlhf-convert", "repair", str(root), "OUT"]
+    command = Command("repair", (str(root), "OUT"))
     if any(_TAG.fullmatch(name) for name in around):
-        return show(shlex.join(command))
-    named = shlex.join([*command, "--weights-from", "DIR"])
-    return f"{show(named)}, DIR being the run's DeepSpeed folder (global_step*)"
+        return command
+    named = command.with_options("--weights-from", "DIR")
+    return Steps(named, ", DIR being the run's DeepSpeed folder (global_step*)")
 
 
 def _pattern(name: str) -> str:

@@ -285,6 +285,7 @@ def test_a_run_folder_with_several_checkpoints_lists_them_newest_last(here: Path
 # Signals
 
 
+@pytest.mark.signals
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_writing_exits_with_one_line_and_the_same_command_resumes(
     here: Path, number: signal.Signals, code: int
@@ -333,6 +334,7 @@ def test_a_file_that_can_t_grow_fails_in_one_line_and_the_same_command_resumes(h
     assert sorted(p.name for p in here.iterdir()) == ["rm", "tiny-qwen2-base", "trl-rm"]
 
 
+@pytest.mark.signals
 def test_a_signal_while_planning_leaves_nothing(here: Path) -> None:
     interrupted = (
         "import os, signal, sys, converter.recipe.run as r\n"

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from converter.cli import main
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 
 SIZES = {
     "hidden_size": 8,
@@ -59,7 +59,7 @@ def rename(folder: Path, change: Any, file: str = FILE) -> None:
 def repaired(folder: Path, *more: str) -> Path:
     out = folder.parent / "out"
     assert main(["repair", str(folder), str(out), "-q", *more]) == 0
-    assert [f.code for f in examine(Asked(str(out), deep=True)).findings if f.severity != "cosmetic"] == []
+    assert [f.code for f in examine(DoctorRequest(str(out), deep=True)).findings if f.severity != "cosmetic"] == []
     return out
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from converter.cli import main
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 from converter.families.disk_names import memory_form
 from oracle.bases import _randomise, quiet, read_tensors, write_tensors
 from oracle.families import CASES, EXPERTS, RENAMED
@@ -63,7 +63,7 @@ def _same(a: Tensors, b: Tensors) -> bool:
 
 
 def _codes(folder: Path, **asked: Any) -> dict[str, str]:
-    return {f.code: f.severity for f in examine(Asked(str(folder), **asked)).findings if f.code in CODES}
+    return {f.code: f.severity for f in examine(DoctorRequest(str(folder), **asked)).findings if f.code in CODES}
 
 
 def _loads(model: Any, folder: Path) -> None:
@@ -98,10 +98,10 @@ def test_families_with_one_set_of_names_are_not_reported(tmp_path: Path, name: s
 def test_a_state_dict_becomes_what_a_save_writes_and_loads_with_nothing_missing(tmp_path: Path, name: str) -> None:
     model = _live(name)
     folder = _folder(model, _in_memory(model), tmp_path / "memory")
-    found = [f for f in examine(Asked(str(folder))).findings if f.code in CODES]
+    found = [f for f in examine(DoctorRequest(str(folder))).findings if f.code in CODES]
     assert [f.code for f in found] == ["names-in-memory"]
     assert found[0].fix == ("mend-disk-names",) and found[0].recoverability == "here"
-    assert found[0].next == f"rlhf-convert repair {folder} {folder}-fixed"
+    assert str(found[0].next) == f"rlhf-convert repair {folder} {folder}-fixed"
     assert _codes(folder, target="transformers@4") == {"names-in-memory": "error"}
     assert main(["repair", str(folder), f"{folder}-fixed", "-q"]) == 0
     out = Path(f"{folder}-fixed")

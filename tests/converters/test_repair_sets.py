@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from converter.cli import main
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 
 SIZES = {
     "hidden_size": 8,
@@ -148,11 +148,11 @@ def test_the_set_that_alone_covers_the_config_is_written_and_nothing_is_deleted(
     good = whole(folder)
     ALONE[name](folder, good, other)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    report = examine(Asked(str(folder)))
+    report = examine(DoctorRequest(str(folder)))
     found = [f for f in report.findings if f.severity == "error" and not f.code.startswith("names-")]
     assert [f.code for f in found] == ["weight-sets"]
     assert found[0].fix == ("choose-weights",) and found[0].recoverability == "here"
-    assert found[0].next == f"rlhf-convert repair {folder} {folder}-fixed"
+    assert str(found[0].next) == f"rlhf-convert repair {folder} {folder}-fixed"
     assert main(["repair", str(folder), f"{folder}-fixed"]) == 0
     screen = capsys.readouterr()
     assert "is taken: 30 tensors, all that config.json implies" in " ".join((screen.out + screen.err).split())
@@ -166,7 +166,7 @@ def test_the_set_that_alone_covers_the_config_is_written_and_nothing_is_deleted(
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
     assert all(torch.equal(loaded.state_dict()[n], good[n]) for n in good)
-    assert examine(Asked(str(out))).worst() in (None, "cosmetic")
+    assert examine(DoctorRequest(str(out))).worst() in (None, "cosmetic")
 
 
 @pytest.mark.parametrize("verb", [["reshard"], ["convert", "--to", "trl"]])
@@ -270,7 +270,7 @@ def test_a_tensor_in_two_files_is_kept_once_where_the_copies_are_equal_and_refus
     name = "model.embed_tokens.weight"
     copy = {**load_file(second), name: good[name]}
     save_file(copy, second, metadata=PT)
-    found = [f for f in examine(Asked(str(folder))).findings if f.severity == "error"]
+    found = [f for f in examine(DoctorRequest(str(folder))).findings if f.severity == "error"]
     assert [f.code for f in found] == ["weight-sets"] and found[0].fix == ("choose-weights",)
     out = folder.parent / "out"
     assert main(["repair", str(folder), str(out), "-q"]) == 0
@@ -315,7 +315,7 @@ def test_an_index_that_is_wrong_about_a_whole_set_is_made_anew(folder: Path, cod
     elif code == "index-conflict":
         index["weight_map"]["model.norm.weight"] = first.name
     (folder / INDEX).write_text("{" if code == "index-malformed" else json.dumps(index))
-    assert [f.code for f in examine(Asked(str(folder))).findings if f.severity == "error"] == [code]
+    assert [f.code for f in examine(DoctorRequest(str(folder))).findings if f.severity == "error"] == [code]
     out = folder.parent / "out"
     assert main(["repair", str(folder), str(out), "-q"]) == 0
     made = json.loads((out / INDEX).read_text())["weight_map"]

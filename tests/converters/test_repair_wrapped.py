@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from converter.cli import main
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 from converter.families.plain_names import plain_names
 
 with warnings.catch_warnings():
@@ -86,7 +86,7 @@ def _same(a: Tensors, b: Tensors) -> bool:
 def _repaired(folder: Path, *more: str) -> Path:
     out = folder.with_name("out")
     assert main(["repair", str(folder), str(out), "-q", *more]) == 0
-    assert [f.code for f in examine(Asked(str(out), deep=True)).findings if f.severity != "cosmetic"] == []
+    assert [f.code for f in examine(DoctorRequest(str(out), deep=True)).findings if f.severity != "cosmetic"] == []
     return out
 
 
@@ -114,7 +114,7 @@ def test_wrappers_and_prefixes_come_off_to_the_last_one(tmp_path: Path, name: st
     model = _model("lm")
     good = _saved(model, tmp_path / "good")
     folder = _broken(model, tmp_path / "lm", {RENAMES[name](n): t for n, t in good.items()})
-    codes = {f.code for f in examine(Asked(str(folder))).findings if f.severity == "error"}
+    codes = {f.code for f in examine(DoctorRequest(str(folder))).findings if f.severity == "error"}
     assert codes and codes <= {"names-wrapped", "names-doubled", "output-embedding-missing"}
     out = _repaired(folder)
     assert _same(load_file(out / FILE), good)

@@ -14,9 +14,7 @@ import torch
 from converter.core.checkpoint import Checkpoint
 from converter.core.writer.write import write
 from durability import Fault, Quiet, copy_inputs, fast_folder, merge_plan, tree
-from faulty_runs import Merge, fresh, overwriting, place, replay, resumed, run_with_fault
-
-__all__ = ["place"]  # a fixture
+from faulty_runs import Merge, fresh, overwriting, replay, resumed, run_with_fault
 
 
 def moved(checkpoint: Checkpoint) -> Checkpoint:

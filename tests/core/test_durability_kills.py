@@ -209,6 +209,7 @@ def test_an_interrupted_overwrite_that_is_not_wished_for_any_more_gives_the_old_
 # Signals
 
 
+@pytest.mark.signals
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_at_random_moments_ends_the_run_with_its_code_and_one_line(
     bench: Bench, number: signal.Signals, code: int

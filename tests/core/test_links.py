@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from converter.cli import main
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 from fake_hub import FakeHub, running
 from hub_here import client_of, on_disk, published, run
 
@@ -71,7 +71,7 @@ def test_a_config_that_is_mended_leaves_every_weight_file_a_link_to_the_source(m
     assert f"{len(shards(model))} of {len(shards(model))} files are links" in done.stderr + done.stdout
     _, told = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
-    assert [f.code for f in examine(Asked(str(tmp_path / "out"), deep=True)).findings] == []
+    assert [f.code for f in examine(DoctorRequest(str(tmp_path / "out"), deep=True)).findings] == []
 
 
 def test_a_renamed_head_leaves_the_files_without_it_links(reward: Path, tmp_path: Path) -> None:

@@ -303,6 +303,7 @@ def test_an_exception_in_the_reporter_reaches_the_caller_and_nothing_is_publishe
     assert same(load(tmp_path / "out"), reference(model))
 
 
+@pytest.mark.signals
 @pytest.mark.parametrize("where", ["start", "advance", "shard_done", "checking"])
 def test_a_signal_reaches_the_caller_once_no_thread_writes_any_more(model: Path, tmp_path: Path, where: str) -> None:
     real = getattr(Quiet, where)
@@ -323,6 +324,7 @@ def test_a_signal_reaches_the_caller_once_no_thread_writes_any_more(model: Path,
     assert same(load(tmp_path / "out"), reference(model))
 
 
+@pytest.mark.signals
 def test_a_handler_that_does_not_stop_the_run_is_called_and_the_run_goes_on(model: Path, tmp_path: Path) -> None:
     called: list[int] = []
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from converter.examine.doctor import Asked, diagnoses, examine
+from converter.examine.doctor import DoctorRequest, diagnoses, examine
 from converter.sources.finding import sources
 
 SIZES = LlamaConfig(
@@ -30,7 +30,7 @@ SIZES = LlamaConfig(
 
 
 def codes(folder: Path, **asked: Any) -> dict[str, str]:
-    return {f.code: f.severity for f in examine(Asked(str(folder), **asked)).findings}
+    return {f.code: f.severity for f in examine(DoctorRequest(str(folder), **asked)).findings}
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_each_kind_of_adapter_that_peft_writes_has_no_finding(base: Path, tmp_pa
 def test_a_head_with_lora_whose_weight_was_never_saved_is_lost(base: Path, tmp_path: Path) -> None:
     folder = adapter_of(base, tmp_path / "adapter", task=None, reward=True, targets=["q_proj", "score"])
     assert codes(folder) == {"head-base-lost": "error"}
-    found = next(f for f in examine(Asked(str(folder))).findings if f.code == "head-base-lost")
+    found = next(f for f in examine(DoctorRequest(str(folder))).findings if f.code == "head-base-lost")
     assert found.recoverability == "lost"
     assert found.tensors == ("base_model.model.score.lora_A.weight", "base_model.model.score.lora_B.weight")
 
@@ -186,7 +186,7 @@ def test_flat_parameters_are_lost(base: Path) -> None:
     save_file(
         {**tensors, "model._fsdp_wrapped_module._flat_param": torch.ones(5)}, base / "model.safetensors", metadata=PT
     )
-    found = {f.code: f.recoverability for f in examine(Asked(str(base))).findings}
+    found = {f.code: f.recoverability for f in examine(DoctorRequest(str(base))).findings}
     assert found["fsdp-flat"] == "lost"
 
 

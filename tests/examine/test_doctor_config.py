@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from converter.cli import main
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 
 SIZES = {
     "hidden_size": 8,
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def codes(folder: Path, **asked: Any) -> dict[str, str]:
-    return {f.code: f.severity for f in examine(Asked(str(folder), **asked)).findings}
+    return {f.code: f.severity for f in examine(DoctorRequest(str(folder), **asked)).findings}
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 from doctored import HIDDEN, RUN, SIZES, adapter, codes, edit, finding, serious, store, value_head
 
 
@@ -40,7 +40,7 @@ def test_a_head_that_an_adapter_beside_still_has_is_recoverable_from_it(reward: 
     store(reward, lambda t: {n: v for n, v in t.items() if n != "score.weight"})
     found = finding(reward, "head-missing")
     assert found.recoverability == f"from {reward}/adapter"
-    assert found.next == f"rlhf-convert merge-lora {reward}/adapter {reward}-merged"
+    assert str(found.next) == f"rlhf-convert merge-lora {reward}/adapter {reward}-merged"
 
 
 def test_a_head_that_the_run_s_shards_may_hold_is_recoverable_from_them(reward: Path) -> None:
@@ -84,8 +84,8 @@ def test_a_value_head_in_a_file_of_its_own_is_mentioned_with_the_command_that_co
     value_head(causal)
     assert codes(causal) == {"head-dialect": "cosmetic"}
     found = finding(causal, "head-dialect")
-    assert "LLaMA-Factory" in found.message
-    assert found.next == f"rlhf-convert convert {causal} {causal}-converted --to trl --role reward"
+    assert "LLaMA-Factory" in found.text
+    assert str(found.next) == f"rlhf-convert convert {causal} {causal}-converted --to trl --role reward"
 
 
 def test_trl_s_value_head_inside_the_model_is_mentioned_and_no_fault(causal: Path) -> None:
@@ -160,10 +160,14 @@ def test_a_base_model_beside_a_reward_adapter_is_sound(causal: Path, tmp_path: P
 def test_a_head_with_lora_whose_weight_the_shards_still_hold_leads_to_one_command(tmp_path: Path) -> None:
     folder = shutil.copytree(RUN / "head" / "checkpoint-2", tmp_path / "rm")
     assert {"head-base-lost", "zero3-empty-tensors"} <= serious(codes(folder))
-    commands = {f.next for f in examine(Asked(str(folder), target="openrlhf")).findings if f.severity == "error"}
+    commands = {
+        str(f.next) for f in examine(DoctorRequest(str(folder), target="openrlhf")).findings if f.severity == "error"
+    }
     assert commands == {f"rlhf-convert convert {folder} {folder}-converted --to openrlhf --role reward --base BASE"}
     given = {"base": str(RUN / "lora" / "base"), "target": "openrlhf"}
-    commands = {f.next for f in examine(Asked(str(folder), **given)).findings if f.severity == "error" and f.next}
+    commands = {
+        str(f.next) for f in examine(DoctorRequest(str(folder), **given)).findings if f.severity == "error" and f.next
+    }
     assert (
         f"rlhf-convert convert {folder} {folder}-converted --to openrlhf --role reward --base {RUN}/lora/base"
         in commands

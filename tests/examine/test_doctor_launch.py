@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 from converter.examine.diagnoses.script import read_launch
-from doctored import causal, codes, reward, serious
-
-__all__ = ["causal", "reward"]
+from doctored import codes, serious
 
 OPENRLHF = r"""#!/bin/bash
 set -x

@@ -13,10 +13,8 @@ from transformers import LlamaForCausalLM
 
 import heads_zoo as zoo
 from converter.errors import UsageError
-from converter.examine.doctor import Asked, examine
-from doctored import RUN, adapter, causal, codes, edit, finding, reward, serious, value_head
-
-__all__ = ["causal", "reward"]
+from converter.examine.doctor import DoctorRequest, examine
+from doctored import RUN, adapter, codes, edit, finding, serious, value_head
 
 
 @pytest.mark.parametrize(
@@ -40,10 +38,10 @@ def test_a_reward_model_of_transformers_is_read_by_those_who_load_its_class(rewa
     ],
 )
 def test_trainers_that_look_elsewhere_for_the_head_are_told(reward: Path, trainer: str, code: str, word: str) -> None:
-    found = [f for f in examine(Asked(str(reward), target=trainer)).findings if f.code == code]
-    assert any(word in f.message for f in found)
+    found = [f for f in examine(DoctorRequest(str(reward), target=trainer)).findings if f.code == code]
+    assert any(word in f.text for f in found)
     assert found[0].next is not None
-    assert f"--to {trainer} --role " in found[0].next
+    assert f"--to {trainer} --role " in str(found[0].next)
 
 
 def test_a_head_that_openrlhf_s_new_name_does_not_find_is_random_and_the_old_version_reads_it(reward: Path) -> None:
@@ -63,7 +61,7 @@ def test_llamafactory_reads_its_own_folder_and_openrlhf_begins_at_random(causal:
 
 def test_verl_needs_a_class_with_a_bias_and_says_what_it_does_to_others(reward: Path) -> None:
     found = finding(reward, "loader-refuses", target="verl@0.9.1")
-    assert "LlamaForTokenClassification" in found.message
+    assert "LlamaForTokenClassification" in found.text
 
 
 def test_a_bias_is_left_out_by_trainers_without_one(reward: Path) -> None:
@@ -105,7 +103,7 @@ def test_a_reward_adapter_s_head_is_left_out_by_older_transformers_and_this_one_
 
     folder = adapter(causal, tmp_path / "adapter")
     assert serious(codes(folder, target="trl")) == {"loader-random"}
-    assert "5.23 reads it" in finding(folder, "loader-random", target="trl").message
+    assert "5.23 reads it" in finding(folder, "loader-random", target="trl").text
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     saved = load_file(folder / "adapter_model.safetensors")["base_model.model.score.weight"]
     assert torch.equal(dict(model.named_parameters())["score.modules_to_save.default.weight"], saved)
@@ -134,11 +132,13 @@ def test_a_language_model_that_nobody_calls_a_reward_model_is_no_fault(causal: P
 def test_shards_are_refused_by_every_loader_with_the_command_that_gathers_and_converts(tmp_path: Path) -> None:
     folder = shutil.copytree(RUN / "reward" / "checkpoint-2" / "global_step2", tmp_path / "run" / "global_step2")
     found = finding(folder, "loader-refuses", target="openrlhf")
-    assert found.next == f"rlhf-convert convert {folder} {folder}-converted --to openrlhf --role reward"
+    assert str(found.next) == f"rlhf-convert convert {folder} {folder}-converted --to openrlhf --role reward"
 
 
 def test_a_language_model_is_read_as_an_actor(causal: Path) -> None:
-    found = [f.message for f in examine(Asked(str(causal), target="openrlhf")).findings if f.code == "loader-accepts"]
+    found = [
+        f.text for f in examine(DoctorRequest(str(causal), target="openrlhf")).findings if f.code == "loader-accepts"
+    ]
     assert found == ["openrlhf 0.11.2 reads it as an actor"]
 
 
@@ -167,12 +167,12 @@ def test_every_dialect_is_sound_and_read_by_its_own_trainer(tmp_path: Path, form
 
 def test_an_unknown_trainer_or_version_is_told_with_those_that_are_known(causal: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        examine(Asked(str(causal), target="openrlfh"))
+        examine(DoctorRequest(str(causal), target="openrlfh"))
     assert caught.value.code == "unknown-trainer"
     assert "openrlhf, " in str(caught.value.expected)
     assert caught.value.next == "did you mean `openrlhf`?"
     with pytest.raises(UsageError) as caught:
-        examine(Asked(str(causal), target="openrlhf@99"))
+        examine(DoctorRequest(str(causal), target="openrlhf@99"))
     assert caught.value.code == "trainer-version"
 
 

@@ -12,9 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassificat
 
 from converter.errors import UsageError
 from converter.examine.diagnoses.script import read_launch
-from doctored import SIZES, adapter, causal, codes, edit, finding, reward, serious, store
-
-__all__ = ["causal", "reward"]
+from doctored import SIZES, adapter, codes, edit, finding, serious, store
 
 
 def tokenizer(folder: Path, **tokens: int) -> None:
@@ -79,7 +77,7 @@ def test_the_adapter_that_verl_s_merger_leaves_beside_the_base_changes_numbers(c
     wrapped = get_peft_model(LlamaForCausalLM.from_pretrained(causal), LoraConfig(r=2, target_modules=["q_proj"]))
     wrapped.save_pretrained(causal / "lora_adapter")
     assert codes(causal) == {"adapter-left-beside": "changes-numbers"}
-    assert finding(causal, "adapter-left-beside").next == (
+    assert str(finding(causal, "adapter-left-beside").next) == (
         f"rlhf-convert merge-lora {causal}/lora_adapter {causal}-merged --base {causal}"
     )
 

@@ -17,10 +17,8 @@ from big_headers import llama_70b
 from converter.cli import main
 from converter.examine.diagnoses.case import SEVERITIES
 from converter.examine.diagnoses.catalogue import FROM_USAGE, ROWS, covered, table
-from converter.examine.doctor import Asked, diagnoses, examine
-from doctored import RUN, causal, codes, edit, finding, serious, store
-
-__all__ = ["causal"]
+from converter.examine.doctor import DoctorRequest, diagnoses, examine
+from doctored import RUN, codes, edit, finding, serious, store
 
 LETTERS = {"A": 18, "B": 16, "C": 19, "D": 16, "E": 8, "F": 5}
 
@@ -125,7 +123,7 @@ def test_a_header_without_a_format_is_mentioned(causal: Path) -> None:
     file = causal / "model.safetensors"
     save_file(load_file(file), file)
     assert codes(causal) == {"format-missing": "cosmetic"}
-    assert finding(causal, "format-missing").next == f"rlhf-convert reshard {causal} {causal}-fixed"
+    assert str(finding(causal, "format-missing").next) == f"rlhf-convert reshard {causal} {causal}-fixed"
 
 
 def test_a_rope_scaling_that_the_base_has_and_the_model_lost_changes_numbers(causal: Path, tmp_path: Path) -> None:
@@ -157,7 +155,7 @@ def test_the_story_of_an_empty_reward_adapter_ends_in_a_model_that_loads(
     assert main(shlex.split(command)[1:]) == 0
     _, found = AutoModelForSequenceClassification.from_pretrained("./rm-converted", output_loading_info=True)
     assert not any(found.values())
-    assert serious({f.code: f.severity for f in examine(Asked("./rm-converted", target="trl")).findings}) <= {
+    assert serious({f.code: f.severity for f in examine(DoctorRequest("./rm-converted", target="trl")).findings}) <= {
         "loader-changes",
         "pad-token-missing",
     }

@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from converter.examine.doctor import MOST_NEAR, Asked, case_of, examine
+from converter.examine.doctor import MOST_NEAR, DoctorRequest, case_of, examine
 from converter.shipped import shipped
 from converter.sources.deepspeed.source import SOURCE
-from doctored import RUN, SIZES, causal, codes, finding, serious
+from doctored import RUN, SIZES, codes, finding, serious
 from places import RUNS
 
-__all__ = ["causal"]
 FIXTURES = shipped("fixtures")
 HEALTHY = sorted(
     p for place in ("zero/runs", "zero/universal_runs", "dcp/runs", "verl_saves/runs") for p in (RUNS / place).iterdir()
@@ -30,7 +29,7 @@ ODD = RUNS / "zero" / "runs" / "odd-z3-n11"
 
 @pytest.mark.parametrize("folder", HEALTHY, ids=lambda p: f"{p.parent.parent.name}-{p.name}")
 def test_every_sound_run_of_a_real_framework_has_no_finding_above_cosmetic(folder: Path) -> None:
-    report = examine(Asked(str(folder)))
+    report = examine(DoctorRequest(str(folder)))
     assert [f for f in report.findings if f.severity != "cosmetic"] == []
     assert {f.code for f in report.findings} <= {"training-state", "run-folder", "zero-note", "verl-note"}
     assert report.case.kind in ("training", "run")
@@ -38,8 +37,8 @@ def test_every_sound_run_of_a_real_framework_has_no_finding_above_cosmetic(folde
 
 def test_a_sound_run_says_that_gather_makes_it_loadable_and_that_it_is_the_sole_copy() -> None:
     found = finding(RUNS / "zero" / "runs" / "lora-z3-n2", "training-state")
-    assert "sole copy of" in found.message
-    assert found.next.startswith("rlhf-convert gather ")
+    assert "sole copy of" in found.text
+    assert str(found.next).startswith("rlhf-convert gather ")
 
 
 def test_the_quick_survey_of_many_ranks_sees_what_the_whole_one_sees() -> None:
@@ -61,11 +60,11 @@ def test_of_many_ranks_only_the_first_one_s_pickles_are_read(monkeypatch: pytest
         return real(path, **more)
 
     monkeypatch.setattr("converter.core.formats.torch_file.read_container", counted)
-    case_of(Asked(str(ODD)))
+    case_of(DoctorRequest(str(ODD)))
     assert len(read) == 2
     assert all("rank_0_" in name for name in read)
     read.clear()
-    case_of(Asked(str(ODD), deep=True))
+    case_of(DoctorRequest(str(ODD), deep=True))
     assert len(read) == 22
 
 
@@ -105,7 +104,7 @@ def test_files_of_a_distributed_checkpoint_that_are_missing_are_an_error(tmp_pat
 def test_a_folder_with_a_config_and_shards_below_is_a_run_and_no_model_without_weights(tmp_path: Path) -> None:
     folder = shutil.copytree(RUN / "reward" / "checkpoint-2", tmp_path / "checkpoint-2")
     (folder / "model.safetensors").unlink()
-    assert examine(Asked(str(folder))).case.kind == "training"
+    assert examine(DoctorRequest(str(folder))).case.kind == "training"
     assert serious(codes(folder)) == set()
 
 
@@ -114,7 +113,7 @@ def test_verl_s_huggingface_folder_without_weights_leads_to_its_shards(tmp_path:
     inner = next(p for p in folder.rglob("huggingface") if p.is_dir())
     found = finding(inner, "weights-missing")
     assert found.recoverability.startswith("from ")
-    assert found.next.startswith("rlhf-convert gather ")
+    assert str(found.next).startswith("rlhf-convert gather ")
 
 
 def test_shards_that_somebody_deleted_are_lost_with_the_weights_and_else_only_resuming_is(tmp_path: Path) -> None:
@@ -142,10 +141,10 @@ def test_a_file_cut_short_a_moment_ago_may_be_under_way_and_one_of_long_ago_is_n
     os.truncate(file, file.stat().st_size - 100)
     assert codes(causal) == {"file-truncated": "error"}
     found = finding(causal, "file-truncated")
-    assert "perhaps the save is under way" in found.message
-    assert found.next.startswith("wait and look again; ")
+    assert "perhaps the save is under way" in found.text
+    assert str(found.next).startswith("wait and look again; ")
     os.utime(file, (1, 1))
-    assert "under way" not in finding(causal, "file-truncated").message
+    assert "under way" not in finding(causal, "file-truncated").text
 
 
 def test_a_run_s_folder_lists_its_checkpoints_and_the_next_command_looks_at_the_last(
@@ -154,7 +153,7 @@ def test_a_run_s_folder_lists_its_checkpoints_and_the_next_command_looks_at_the_
     for step in (9, 10):
         shutil.copytree(causal, tmp_path / "run" / f"checkpoint-{step}")
     assert codes(tmp_path / "run") == {"run-folder": "cosmetic"}
-    assert finding(tmp_path / "run", "run-folder").next == f"rlhf-convert doctor {tmp_path}/run/checkpoint-10"
+    assert str(finding(tmp_path / "run", "run-folder").next) == f"rlhf-convert doctor {tmp_path}/run/checkpoint-10"
 
 
 @pytest.mark.parametrize("name", ["rm_weights.safetensors", "rm.pt"])
@@ -164,11 +163,11 @@ def test_a_weight_file_without_a_config_is_told_with_what_is_in_it(tmp_path: Pat
         torch.save(tensors, tmp_path / name)
     else:
         save_file(tensors, tmp_path / name)
-    report = examine(Asked(str(tmp_path)))
+    report = examine(DoctorRequest(str(tmp_path)))
     assert report.case.kind == "weights"
     assert set(report.case.shapes) == set(tensors)
     assert {f.code for f in report.findings} == {"weights-alone"}
-    assert examine(Asked(str(tmp_path / name))).findings == report.findings
+    assert examine(DoctorRequest(str(tmp_path / name))).findings == report.findings
 
 
 def test_megatron_s_shards_are_recognised_and_the_tool_that_converts_them_is_named(tmp_path: Path) -> None:
@@ -176,7 +175,7 @@ def test_megatron_s_shards_are_recognised_and_the_tool_that_converts_them_is_nam
     torch.save({"model": {}}, tmp_path / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt")
     found = finding(tmp_path / "iter_0000100", "megatron")
     assert found.severity == "cosmetic"
-    assert "Megatron-Bridge" in found.next
+    assert "Megatron-Bridge" in str(found.next)
 
 
 def test_a_neighbour_s_run_is_not_recommended_as_a_source(tmp_path: Path) -> None:
@@ -203,7 +202,7 @@ def test_links_that_lead_in_circles_and_thousands_of_neighbours_do_no_harm(
     source = sources()["hf"]
     real = source.detect
     monkeypatch.setattr(source, "detect", lambda root: (looked.append(root), real(root))[1], raising=False)
-    assert examine(Asked(str(causal))).findings == ()
+    assert examine(DoctorRequest(str(causal))).findings == ()
     assert len(looked) <= MOST_NEAR + 2
 
 

@@ -12,9 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from converter.core.context import Context
 from converter.sources.hf.source import SOURCE
-from doctored import SIZES, codes, finding, reward, serious, store, value_head
-
-__all__ = ["reward"]
+from doctored import SIZES, codes, finding, serious, store, value_head
 
 
 @pytest.fixture
@@ -56,7 +54,7 @@ def test_a_fresh_head_looks_untrained_and_a_trained_one_does_not(reward: Path) -
     store(reward, lambda t: {**t, "score.weight": torch.linspace(-3, 5, 16).reshape(1, 16)})
     assert codes(reward, deep=True) == {}
     store(reward, lambda t: {**t, "score.weight": torch.zeros(1, 16)})
-    assert "zero everywhere" in finding(reward, "head-untrained", deep=True).message
+    assert "zero everywhere" in finding(reward, "head-untrained", deep=True).text
 
 
 def test_a_head_that_is_the_same_in_two_checkpoints_never_learnt(reward: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ TINY = LlamaConfig(
 
 
 def named(text: str) -> list[str]:
-    return [seen.message.name for seen, new in read([text.encode()]) if new]
+    return [seen.message.code for seen, new in read([text.encode()]) if new]
 
 
 def printed_by_transformers(load: object) -> str:
@@ -117,9 +117,9 @@ def test_every_message_has_a_key_that_its_pattern_needs_and_points_to_codes_that
     from converter.examine.doctor import diagnoses
 
     for name, text in OLD_TEXTS.items():
-        message = next(m for m in MESSAGES if m.name == name)
+        message = next(m for m in MESSAGES if m.code == name)
         assert any(k in text for k in message.keys)
-    assert len({m.name for m in MESSAGES}) == len(MESSAGES)
+    assert len({m.code for m in MESSAGES}) == len(MESSAGES)
     raised = {"head-missing", "head-base-lost", "base-quantised", "adapter-config-missing"}
     for message in MESSAGES:
         unknown = set(message.codes) - set(diagnoses()) - raised
@@ -134,7 +134,7 @@ def test_colours_carriage_returns_and_prefixes_of_ranks_do_not_hide_a_message() 
 
 def test_a_line_of_megabytes_and_bytes_that_are_no_text_are_read_without_harm() -> None:
     blocks = [b"x" * (1 << 20)] * 4 + [b"\n\xff\xfe\x00unknown zero stage 1\n"]
-    assert [s.message.name for s, _ in read(blocks)] == ["zero-stage-unknown"]
+    assert [s.message.code for s, _ in read(blocks)] == ["zero-stage-unknown"]
 
 
 def test_a_hostile_line_is_shown_escaped() -> None:

@@ -14,6 +14,7 @@ import pytest
 import converter
 from converter.cli import VERBS, main
 from converter.cli.tell.explain import explained
+from converter.diagnostic import parts
 from converter.examine.doctor import diagnoses
 from converter.examine.explanations.codes import codes
 from converter.examine.explanations.log import MESSAGES
@@ -142,8 +143,8 @@ def test_no_code_is_explained_that_nothing_prints() -> None:
 
 
 def test_every_flag_of_every_command_that_is_advised_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    advice = [text for each in codes().values() for text in (each.means, each.do)]
-    advice += [text for message in MESSAGES for text in (message.text, *message.next)]
+    advice = [text for each in codes().values() for text in (each.text, str(each.next or ""))]
+    advice += [text for message in MESSAGES for text in (message.text, *map(str, parts(message.next)))]
     asked: set[tuple[str, str]] = set()
     for text in advice:
         for command in re.findall(r"rlhf-convert [^;,:.']*(?:\.[^ ][^;,:.']*)*", text):

@@ -35,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 
 def named(text: str | bytes) -> list[str]:
     raw = text.encode() if isinstance(text, str) else text
-    return [seen.message.name for seen, is_new in read([raw]) if is_new]
+    return [seen.message.code for seen, is_new in read([raw]) if is_new]
 
 
 def severities(text: str) -> set[str]:
@@ -98,7 +98,7 @@ def test_the_load_report_of_a_head_under_another_name_says_that_it_is_thrown_awa
 def test_the_load_report_folds_layers_and_the_name_is_shown_whole(tmp_path: Path) -> None:
     folder = model(tmp_path, lambda t: [t.pop(n) for n in list(t) if "up_proj" in n])
     seen = next(s for s, _ in read([printed(load(folder)).encode()]))
-    assert seen.message.name == "weights-missing-report"
+    assert seen.message.code == "weights-missing-report"
     assert seen.groups["name"] == "model.layers.{0, 1}.mlp.up_proj.weight"
 
 
@@ -245,12 +245,12 @@ def test_line_numbers_are_those_of_an_editor_whatever_the_progress_bars_and_the_
     log = b"one\r\n" + b"\r10%\r20%\r30%" * 50 + b"\r\nunknown zero stage 1\r\nfour\n"
     for size in (1, 2, 7, len(log)):
         blocks = [log[i : i + size] for i in range(0, len(log), size)]
-        assert [(s.message.name, s.line) for s, _ in read(blocks)] == [("zero-stage-unknown", 3)]
+        assert [(s.message.code, s.line) for s, _ in read(blocks)] == [("zero-stage-unknown", 3)]
 
 
 def test_a_message_deep_inside_a_line_of_megabytes_is_found() -> None:
     blocks = [b"\xff\x00x y" * 40_000] * 12 + [b" unknown zero stage 1 "] + [b"z" * 200_000] * 5
-    assert {s.message.name for s, _ in read(blocks)} == {"zero-stage-unknown"}
+    assert {s.message.code for s, _ in read(blocks)} == {"zero-stage-unknown"}
 
 
 def test_a_log_in_utf_16_as_powershell_writes_it_is_read() -> None:
@@ -258,6 +258,7 @@ def test_a_log_in_utf_16_as_powershell_writes_it_is_read() -> None:
     assert [s.line for s, _ in read([raw[:9], raw[9:]])] == [2]
 
 
+@pytest.mark.signals
 def test_a_line_is_answered_at_once_through_a_pipe_and_an_interrupt_exits_130() -> None:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     ours = [sys.executable, "-m", "converter", "explain", "-"]

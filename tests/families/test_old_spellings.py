@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from converter.cli import main
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 from hub_here import run
 from rope_models import load, save
 
@@ -84,7 +84,7 @@ def test_what_transformers_4_has_no_spelling_for_is_refused(name: str, changes: 
 def test_keys_that_a_config_has_are_never_changed(tmp_path: Path) -> None:
     save("llama", tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(json.dumps(config_of(tmp_path / "model") | {"rope_theta": 7.0}))
-    findings = examine(Asked(str(tmp_path / "model"), target="transformers@4")).findings
+    findings = examine(DoctorRequest(str(tmp_path / "model"), target="transformers@4")).findings
     assert "rope-of-transformers-5" not in [f.code for f in findings]
 
 
@@ -93,7 +93,7 @@ def test_a_theta_that_is_the_default_of_transformers_4_is_no_finding(tmp_path: P
     config = config_of(tmp_path / "model")
     config["rope_parameters"]["rope_theta"] = 10000.0
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    assert examine(Asked(str(tmp_path / "model"), target="transformers@4")).findings == ()
+    assert examine(DoctorRequest(str(tmp_path / "model"), target="transformers@4")).findings == ()
 
 
 TEMPLATES = {

@@ -367,6 +367,7 @@ def test_from_hub_to_hub_no_more_than_two_files_are_on_the_disk_at_any_time(
     assert "8 whole, equal in digest" in ran.stdout
 
 
+@pytest.mark.signals
 @pytest.mark.slow
 def test_killed_or_interrupted_at_any_point_the_next_run_finishes_with_one_commit(
     hub: FakeHub, large: Path, tmp_path: Path

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 from places import RUNS
 
 HIDDEN = 16
@@ -26,11 +26,11 @@ RUN = RUNS / "repair" / "runs"
 
 
 def codes(folder: Path, **asked: Any) -> dict[str, str]:
-    return {f.code: f.severity for f in examine(Asked(str(folder), **asked)).findings}
+    return {f.code: f.severity for f in examine(DoctorRequest(str(folder), **asked)).findings}
 
 
 def finding(folder: Path, code: str, **asked: Any) -> Any:
-    return next(f for f in examine(Asked(str(folder), **asked)).findings if f.code == code)
+    return next(f for f in examine(DoctorRequest(str(folder), **asked)).findings if f.code == code)
 
 
 def serious(found: dict[str, str]) -> set[str]:

@@ -101,6 +101,8 @@ def _fork(
     if child == 0:
         code = 70
         try:
+            # The server ignores it, so that Ctrl-C on a terminal ends the tests and not their server.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             _redirect(log)
             os.chdir(folder)
             if file_size is not None:

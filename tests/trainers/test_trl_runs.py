@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matrix import environment, python_of
 
-from converter.examine.doctor import Asked, examine
+from converter.examine.doctor import DoctorRequest, examine
 
 pytestmark = pytest.mark.trainer
 
@@ -29,9 +29,9 @@ def runs(envs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_of_trl_is_healthy(runs: Path, run: str) -> None:
     for place in (runs / run, runs / run / "checkpoint-1", runs / run / "checkpoint-2"):
-        findings = examine(Asked(str(place), deep=True)).findings
+        findings = examine(DoctorRequest(str(place), deep=True)).findings
         assert [f.code for f in findings if f.severity != "cosmetic"] == []
         # TRL itself leaves the head of a reward adapter out under the transformers of its environment, 5.15.
         expected = ["loader-random"] if run == "reward-lora" else []
-        findings = examine(Asked(str(place), target="trl")).findings
+        findings = examine(DoctorRequest(str(place), target="trl")).findings
         assert [f.code for f in findings if f.severity != "cosmetic"] == expected

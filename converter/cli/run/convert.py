@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.cli.run import folder as conversion
+from converter.diagnostic import Again, Command, Next, Steps, as_argument
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError
-from converter.publish.outputs import as_loaders_take_it, is_on_hub
+from converter.publish.outputs import as_loaders_take_it, goes_to_hub
 from converter.recipe.recipe import SOURCE
-from converter.recipe.verbs.convert import Found, convert_command, find, lost_and_found, remap_recipe
-from converter.recipe.verbs.run_state import corrected, with_recorded_base
+from converter.recipe.verbs.convert import Found, find, lost_and_found, remap_recipe
+from converter.recipe.verbs.run_state import for_role, with_recorded_base
 
 if TYPE_CHECKING:
-    from converter.cli.options import Remapping
+    from converter.cli.options import HeadFlags
     from converter.cli.run.planned import Written
     from converter.recipe.run import Prepared
 
 
-def convert(src: str, out: str | None, to: str, role: Role, options: Remapping, verb: str = "convert") -> int:
+def convert(src: str, out: str | None, to: str, role: Role, options: HeadFlags, verb: str = "convert") -> int:
     """Convert a model into the one that a trainer reads in a role."""
     aim = target(to, role)
     looked: list[str] = []
@@ -37,7 +37,7 @@ def convert(src: str, out: str | None, to: str, role: Role, options: Remapping, 
             remap_recipe(state, to, role, aim, options.plain, places, verb),
             out,
             options,
-            head=lambda prepared: head(prepared, state),
+            input_lines=lambda prepared: input_lines(prepared, state),
             next_commands=lambda written: next_commands(written, aim, to, src, state, options),
         )
 
@@ -45,20 +45,16 @@ def convert(src: str, out: str | None, to: str, role: Role, options: Remapping, 
         found = find(src, options.plain)
         return with_recorded_base(attempt, given=found.kind != "training" or options.base is not None)
     except ConvertError as error:
-        command = convert_command(src, out, to, role, verb, options.plain)
-        corrected(error, command, role=role)
-        if error.next is not None and error.next.startswith("--"):
-            # What a converter says of its own fields is the end of a command with the user's paths.
-            error.next = f"{shlex.join(command)} {error.next}"
+        for_role(error, role)
         if error.code == "head-missing" and found is not None and found.kind == "training":
-            error.next = f"name the model of the run that has a head; for a fresh critic: {shlex.join(command)} "
-            error.next += "--init-head zeros"
+            fresh = Again(("--init-head", "zeros"))
+            error.next = Steps("name the model of the run that has a head; for a fresh critic: ", fresh)
         if error.code == "head-base-lost" and looked and error.got is None:
             error.got = "looked: " + "; ".join(looked)
         raise
 
 
-def head(prepared: Prepared, found: Found) -> list[str]:
+def input_lines(prepared: Prepared, found: Found) -> list[str]:
     """The screen's lines about the inputs."""
     from converter.cli import lines as report
 
@@ -73,19 +69,19 @@ def head(prepared: Prepared, found: Found) -> list[str]:
     return lines + ([report.line("", found.said)] if found.said else [])
 
 
-def next_commands(written: Written, aim: Target, to: str, src: str, found: Found, options: Remapping) -> list[str]:
+def next_commands(written: Written, aim: Target, to: str, src: str, found: Found, options: HeadFlags) -> list[Next]:
     """The proof, the trainer's launch line, and what goes wrong with it although the files are right."""
     path = written.out if Path(written.out).is_absolute() else f"./{Path(written.out)}"
-    if is_on_hub(written.out):
+    if goes_to_hub(written.out):
         path = as_loaders_take_it(written.out)
-    verify = ["rlhf-convert", "verify", written.out, "--for", to, "--role", aim.role]
+    verify = [as_argument(written.out), "--for", to, "--role", aim.role]
     if found.part is None and not written.prepared.checkpoint.repaired:  # what was lost in SRC can't be compared with
         verify += ["--against", found.path if found.kind == "training" else src]
         base = options.base or _recorded(written)
         verify += ["--base", base] if base is not None else []
-    commands = [shlex.join(verify)]
+    commands: list[Next] = [Command("verify", tuple(verify))]
     if aim.serves.launch:
-        commands.append(aim.serves.launch.replace("{out!r}", repr(path)).replace("{out}", shlex.quote(path)))
+        commands.append(aim.serves.launch_line(path))
     return [*commands, *(f"# {trap}" for trap in aim.traps)]
 
 

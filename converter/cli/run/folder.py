@@ -17,8 +17,9 @@ from converter.cli.run.planned import (
     write_prepared,
 )
 from converter.cli.sink import Sink
+from converter.diagnostic import Next
 from converter.errors import Refused
-from converter.publish.outputs import is_on_hub
+from converter.publish.outputs import goes_to_hub
 
 if TYPE_CHECKING:
     from converter.recipe.recipe import Recipe
@@ -30,10 +31,10 @@ def convert(
     out: str | None,
     options: Conversion,
     *,
-    head: Callable[[Prepared], list[str]],
-    next_commands: Callable[[Written], Sequence[str]] | None = None,
+    input_lines: Callable[[Prepared], list[str]],
+    next_commands: Callable[[Written], Sequence[Next]] | None = None,
 ) -> int:
-    """Run a recipe as the options say and return the exit code; `head` makes the screen's lines about the inputs."""
+    """Run a recipe as the options say and return the exit code; `input_lines` tells the screen of the inputs."""
     sink = options.sink
     if options.print_recipe:
         if sink.as_json:
@@ -43,10 +44,12 @@ def convert(
         return 0
     if out is None and not options.dry_run:
         raise missing_output()
-    if out is not None and is_on_hub(out) and not options.dry_run:
-        return convert_to_hub(recipe, out, options, head=head, next_commands=next_commands or load_commands)
+    if out is not None and goes_to_hub(out) and not options.dry_run:
+        return convert_to_hub(
+            recipe, out, options, input_lines=input_lines, next_commands=next_commands or load_commands
+        )
     check_push(options)
-    written = write_recipe(recipe, out, options, head=head)
+    written = write_recipe(recipe, out, options, input_lines=input_lines)
     if written is not None:
         commands = next_commands or load_commands
         _finish(written, sink, commands(written))
@@ -55,11 +58,11 @@ def convert(
 
 
 def write_recipe(
-    recipe: Recipe, out: str | None, options: Conversion, *, head: Callable[[Prepared], list[str]]
+    recipe: Recipe, out: str | None, options: Conversion, *, input_lines: Callable[[Prepared], list[str]]
 ) -> Written | None:
     """Plan, show the plan and write; None after a dry run."""
-    target = None if out is None or is_on_hub(out) else Path(out).expanduser()
-    planned = plan_recipe(recipe, target, options, head=head)
+    target = None if out is None or goes_to_hub(out) else Path(out).expanduser()
+    planned = plan_recipe(recipe, target, options, input_lines=input_lines)
     try:
         if options.dry_run:
             _dry_run(planned.prepared, target, planned.memory, options)
@@ -97,7 +100,7 @@ def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, option
     )
 
 
-def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:
+def _finish(written: Written, sink: Sink, commands: Sequence[Next]) -> None:
     """The screen's last lines, and what to type next."""
     from converter.cli import lines as report
 
@@ -110,6 +113,6 @@ def _finish(written: Written, sink: Sink, commands: Sequence[str]) -> None:
             "receipt": dict(receipt.content),
             "notes": notes_json(written.prepared),
             "seconds": round(receipt.seconds, 3),
-            "next": list(commands),
+            "next": list(map(str, commands)),
         }
     )

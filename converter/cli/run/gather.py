@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
 from converter.cli.run.two_outputs import Split, write_both
+from converter.diagnostic import Command, Next, Steps, as_argument
 from converter.errors import ConvertError
 from converter.recipe.recipe import SOURCE
-from converter.recipe.verbs.gather import Gathering, gather_command, gather_recipe, with_masters
-from converter.recipe.verbs.run_state import corrected, with_recorded_base
+from converter.recipe.verbs.gather import GatherRequest, gather_recipe, with_masters
+from converter.recipe.verbs.run_state import with_recorded_base
 from converter.text import show
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from converter.recipe.run import Prepared
 
 
-def gather(asked: Gathering, out: str | None, options: Conversion) -> int:
+def gather(asked: GatherRequest, out: str | None, options: Conversion) -> int:
     """Gather a trainer's shards into a model or an adapter."""
     options = dataclasses.replace(options, dtype=with_masters(asked, options.dtype))
 
@@ -30,11 +31,12 @@ def gather(asked: Gathering, out: str | None, options: Conversion) -> int:
     try:
         return with_recorded_base(attempt, given=asked.base is not None)
     except ConvertError as error:
-        corrected(error, gather_command(asked, out))
+        if error.code == "lora-alpha-unknown":
+            error.next = Steps(error.next, ", and --rslora if it set use_rslora")
         raise
 
 
-def _gather(asked: Gathering, out: str | None, options: Conversion) -> int:
+def _gather(asked: GatherRequest, out: str | None, options: Conversion) -> int:
     if asked.emit == "both":
         return gather_both(asked, out, options)
     recipe, said = gather_recipe(asked, options.plain)
@@ -42,12 +44,12 @@ def _gather(asked: Gathering, out: str | None, options: Conversion) -> int:
         recipe,
         out,
         options,
-        head=lambda prepared: head(prepared, said),
+        input_lines=lambda prepared: input_lines(prepared, said),
         next_commands=lambda w: next_commands(w, asked),
     )
 
 
-def head(prepared: Prepared, said: str) -> list[str]:
+def input_lines(prepared: Prepared, said: str) -> list[str]:
     """The screen's lines about the shards, the tag that was chosen, and the base."""
     from converter.cli import lines as report
 
@@ -61,24 +63,24 @@ def head(prepared: Prepared, said: str) -> list[str]:
     return lines
 
 
-def next_commands(written: Written, asked: Gathering) -> list[str]:
+def next_commands(written: Written, asked: GatherRequest) -> Sequence[Next]:
     """The check, then what loads the result."""
     from converter.cli.run.planned import load_commands
 
     if written.prepared.checkpoint.origin.kind != "adapter":
         return load_commands(written)
-    out = shlex.quote(written.out)
+    out = as_argument(written.out)
     base = written.prepared.checkpoint.config.get("base_model_name_or_path")
     named = [] if isinstance(base, str) and base and asked.base is None else ["--base", asked.base or "BASE"]
-    merge = shlex.join(["rlhf-convert", "merge-lora", written.out, f"{written.out.rstrip('/')}-merged", *named])
-    return [f"rlhf-convert inspect {out}", merge]
+    merge = Command("merge-lora", (out, f"{out.rstrip('/')}-merged", *named))
+    return [Command("inspect", (out,)), merge]
 
 
-def gather_both(asked: Gathering, out: str | None, options: Conversion) -> int:
+def gather_both(asked: GatherRequest, out: str | None, options: Conversion) -> int:
     """Gather the model and the adapter."""
     split = Split(
         lambda emit: gather_recipe(dataclasses.replace(asked, emit=emit), options.plain),
-        head,
+        input_lines,
         lambda written: next_commands(written, asked),
     )
     return write_both(split, out, options)

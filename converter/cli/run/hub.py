@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from converter.cli.lines import checked_line, line, next_lines, update_lines
 from converter.cli.options import Conversion
 from converter.cli.progress import progress
 from converter.cli.run.planned import source_lines
+from converter.diagnostic import Command, Next, Steps, as_argument
 from converter.errors import Refused, UsageError
 from converter.publish.outputs import SCHEME, STALE, repository
 from converter.sources.hub.secrets import words_without_token
@@ -52,8 +52,8 @@ def convert_to_hub(
     out: str,
     options: Conversion,
     *,
-    head: Callable[[Prepared], list[str]],
-    next_commands: Callable[[Written], Sequence[str]],
+    input_lines: Callable[[Prepared], list[str]],
+    next_commands: Callable[[Written], Sequence[Next]],
 ) -> int:
     """Run a recipe whose output goes to the Hub file by file, with room for one of them."""
     from converter.cli.run.planned import Written, notes_json, plan_recipe
@@ -67,7 +67,7 @@ def convert_to_hub(
     sink = options.sink
     # Before any input is opened: a token that can't write shall not cost a conversion.
     me = check_destination(where)
-    planned = plan_recipe(recipe, None, options, head=head)
+    planned = plan_recipe(recipe, None, options, input_lines=input_lines)
     prepared, plan = planned.prepared, planned.prepared.plan
     how = "public" if where.public else "private, if it is new"
     sink.screen([line("to", f"{show(where.repo_id)} ({how}), as {show(me)}; one file at a time on this disk")])
@@ -104,7 +104,7 @@ def convert_to_hub(
             "receipt": dict(receipt.content),
             "notes": notes_json(prepared),
             "seconds": round(receipt.seconds, 3),
-            "next": commands,
+            "next": list(map(str, commands)),
         }
     )
     return 0
@@ -149,9 +149,9 @@ def push_written(out: str, options: Conversion) -> None:
     if options.push_to_hub is None:
         return
     from converter.cli.options import Reading
-    from converter.cli.run.push import Pushing, push
+    from converter.cli.run.push import PushRequest, push
 
-    asked = Pushing(
+    asked = PushRequest(
         out,
         options.push_to_hub,
         token=options.token,
@@ -163,9 +163,9 @@ def push_written(out: str, options: Conversion) -> None:
     try:
         push(asked, shown)
     except Refused as error:
-        command = f"rlhf-convert push {shlex.quote(out)} {shlex.quote(options.push_to_hub)}"
+        command = Command("push", (as_argument(out), options.push_to_hub))
         error.what += f"; {show(out)} is whole"
-        error.next = f"{error.next}; then: {command}" if error.next else command
+        error.next = Steps(error.next, "; then: ", command) if error.next else command
         raise
 
 
@@ -173,6 +173,8 @@ def with_command(error: Refused, out: str) -> Refused:
     """A refusal for space, with the command that needs none: the same one, its output on the Hub."""
     if error.code == "no-space":
         words = [f"{SCHEME}OWNER/NAME" if w == out else w for w in words_without_token(sys.argv[1:])]
-        command = shlex.join(["rlhf-convert", *words]) if out in sys.argv else f"{SCHEME}OWNER/NAME as OUT"
-        error.next = f"{error.next or 'free space'}; or write it to the Hub, one file at a time: {command}"
+        is_whole = out in sys.argv and bool(words)
+        command: Next = Command(words[0], tuple(words[1:])) if is_whole else f"{SCHEME}OWNER/NAME as OUT"
+        way = "; or write it to the Hub, one file at a time: "
+        error.next = Steps(error.next or "free space", way, command)
     return error

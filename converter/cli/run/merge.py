@@ -6,27 +6,20 @@ from typing import TYPE_CHECKING
 
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
-from converter.errors import ConvertError
 from converter.recipe.recipe import SOURCE
-from converter.recipe.verbs.merge import Merge, merge_command, merge_recipe, refuse_swapped
-from converter.recipe.verbs.run_state import base_in
+from converter.recipe.verbs.merge import MergeRequest, merge_recipe, refuse_swapped
 
 if TYPE_CHECKING:
     from converter.recipe.run import Prepared
 
 
-def merge(asked: Merge, out: str | None, options: Conversion) -> int:
+def merge(asked: MergeRequest, out: str | None, options: Conversion) -> int:
     """Merge adapters into their base."""
     refuse_swapped(asked, out)
-    try:
-        return convert(merge_recipe(asked, options.plain), out, options, head=head)
-    except ConvertError as error:
-        if error.code in ("base-unknown", "base-not-found"):
-            error.next = merge_command(asked.adapter, out, base_in(error))
-        raise
+    return convert(merge_recipe(asked, options.plain), out, options, input_lines=input_lines)
 
 
-def head(prepared: Prepared) -> list[str]:
+def input_lines(prepared: Prepared) -> list[str]:
     """The screen's lines about adapters and base."""
     from converter.cli import lines as report
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from converter.cli.lines import line
 from converter.cli.options import Conversion
 from converter.cli.progress import progress
 from converter.core.files.strict_json import load_json
+from converter.diagnostic import Again, Command, Next, Steps, as_argument, quoted
 from converter.errors import ConvertError, Interrupted, UsageError
 from converter.publish.outputs import as_loaders_take_it
 from converter.text import fold, format_size, parse_size, show
@@ -57,7 +57,7 @@ class Written:
 def missing_output() -> UsageError:
     """The error of a writing verb without OUT."""
     what, expected = "the output is missing", "OUT as the last argument, or --out OUT"
-    return UsageError("usage", what, expected=expected, next="the same command with --out ./NEW_FOLDER, or --dry-run")
+    return UsageError("usage", what, expected=expected, next=Steps(Again(("--out", "./NEW_FOLDER")), ", or --dry-run"))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Planned:
 
 
 def plan_recipe(
-    recipe: Recipe, target: Path | None, options: Conversion, *, head: Callable[[Prepared], list[str]]
+    recipe: Recipe, target: Path | None, options: Conversion, *, input_lines: Callable[[Prepared], list[str]]
 ) -> Planned:
     """Plan, and show the plan; `target` is None where nothing will be written, or on the Hub."""
     from converter.cli import lines as report
@@ -84,7 +84,7 @@ def plan_recipe(
         preflight.check_target(target, (), overwrite=options.overwrite)
     prepared = prepare(recipe, allow=frozenset(options.allow or ()), token=options.token, keep_code=options.keep_code)
     plan, jobs = prepared.plan, options.jobs or threads()
-    sink.screen(head(prepared))
+    sink.screen(input_lines(prepared))
     sink.screen(report.note_lines(prepared.context.notes, verbose=options.verbose))
     adapters = [c for c in prepared.opened.values() if c.origin.kind == "adapter"]
     sink.screen([report.plan_line(plan, prepared.checkpoint, adapters)])
@@ -138,23 +138,24 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load_commands(written: Written) -> list[str]:
+def load_commands(written: Written) -> Sequence[Next]:
     """The check, then a line that loads the model; a value head is no part of the class that config.json names, which
     would load without it: there the line is the proof for the trainer that has it.
     """
     config: Mapping[str, Any] = written.prepared.checkpoint.config
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
-    out = f"./{written.out}" if written.out.startswith("-") else written.out
-    commands = [f"rlhf-convert inspect {shlex.quote(out)}"]
+    out = as_argument(written.out)
+    commands: list[Next] = [Command("inspect", (out,))]
     checkpoint = written.prepared.checkpoint
     if any(n.startswith("v_head.") for n in (*checkpoint.tensors, *(n for f in checkpoint.beside.values() for n in f))):
-        commands.append(f"rlhf-convert verify {shlex.quote(out)}")
+        commands.append(Command("verify", (out,)))
     elif isinstance(name, str) and name.isidentifier():
         path = as_loaders_take_it(written.out)
         loads = f"from transformers import {name} as M; print(M.from_pretrained({path!r}))"
-        is_plain = shlex.quote(path) == path
-        commands.append(f'python -c "{loads}"' if is_plain else f"python -c {shlex.quote(loads)}")
+        # Double quotes read better around Python's own, where nothing in the path means something to a shell.
+        command = Command("", ("-c", loads), program="python")
+        commands.append(f'python -c "{loads}"' if quoted(path) == path else command)
     return commands
 
 

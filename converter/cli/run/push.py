@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.lines import line, next_lines
 from converter.cli.options import Reading
 from converter.core.files.opening import read_limited
+from converter.diagnostic import Command, Steps
 from converter.errors import ConvertError, Refused, UsageError
 from converter.text import fold, format_size, show
 
@@ -32,7 +32,7 @@ MAX_CARD = 5_000_000
 
 
 @dataclass(frozen=True)
-class Pushing:
+class PushRequest:
     """What the user asked for."""
 
     folder: str
@@ -47,7 +47,7 @@ class Pushing:
     allow: tuple[str, ...] = ()
 
 
-def push(asked: Pushing, options: Reading) -> int:
+def push(asked: PushRequest, options: Reading) -> int:
     """Push a folder.
 
     Raises:
@@ -92,7 +92,7 @@ def push(asked: Pushing, options: Reading) -> int:
         [
             line("checked", f"{len(wanted.files)} files: path, size and digest as here; {sent}"),
             line("pushed", pushed.url),
-            *next_lines([f"rlhf-convert inspect hf://{repo_id}" + ("" if branch == "main" else f"@{branch}")]),
+            *next_lines([Command("inspect", (f"hf://{repo_id}" + ("" if branch == "main" else f"@{branch}"),))]),
         ]
     )
     sink.json(_json(wanted, pushed.url, pushed.sent))
@@ -120,7 +120,7 @@ def _sending(sink: Sink) -> Iterator[Reporter]:
         yield Lines(sink)
 
 
-def _read_the_right_way(asked: Pushing) -> Pushing:
+def _read_the_right_way(asked: PushRequest) -> PushRequest:
     """What was asked for, with a folder that is there.
 
     Raises:
@@ -131,18 +131,18 @@ def _read_the_right_way(asked: Pushing) -> Pushing:
         return asked
     if Path(asked.repo_id).expanduser().is_dir():
         what = f"{show(asked.repo_id)} is the folder and {show(asked.folder)} the repository"
-        command = shlex.join(["rlhf-convert", "push", asked.repo_id, asked.folder])
+        command = Command("push", (asked.repo_id, asked.folder))
         raise UsageError("arguments-swapped", what, next=command)
     from converter.sources.hub.names import is_on_hub
 
     there = None
     if is_on_hub(asked.folder):
-        words = ["rlhf-convert", "reshard", asked.folder, f"hf://{asked.repo_id.removeprefix('hf://')}"]
-        there = f"from Hub to Hub: {shlex.join(words)}"
+        command = Command("reshard", (asked.folder, f"hf://{asked.repo_id.removeprefix('hf://')}"))
+        there = Steps("from Hub to Hub: ", command)
     raise Refused("path-missing", f"there is no folder {show(asked.folder)!r}", next=there)
 
 
-def _card_there(asked: Pushing, where: Destination, own: LocalFile | None, consents: dict[str, str]) -> str:
+def _card_there(asked: PushRequest, where: Destination, own: LocalFile | None, consents: dict[str, str]) -> str:
     """The card that the repository has, which is extended; the folder's takes its place with consent only.
 
     Raises:
@@ -171,22 +171,22 @@ def _card_there(asked: Pushing, where: Destination, own: LocalFile | None, conse
     return ""
 
 
-def _preflight(asked: Pushing, folder: Path) -> dict[str, str]:
+def _preflight(asked: PushRequest, folder: Path) -> dict[str, str]:
     """What doctor and the receipt say; consents that were needed and given, by code.
 
     Raises:
         Refused: an error without consent, under the finding's own code.
     """
     from converter.core.context import Context
-    from converter.examine.doctor import Asked, examine, file_of
+    from converter.examine.doctor import DoctorRequest, examine, file_of
     from converter.examine.verify.receipt import check_receipt
 
     context = Context(frozenset(asked.allow))
-    report = examine(Asked(asked.folder))
+    report = examine(DoctorRequest(asked.folder))
     for finding in report.findings:
         if finding.severity == "error":
             where = show(folder / file_of(finding, report.case))
-            context.consent(Refused(finding.code, finding.message, where=where, next=finding.next))
+            context.consent(Refused(finding.code, finding.text, where=where, next=finding.next))
     for check in check_receipt(folder, frozenset(report.case.shapes)):
         if check.outcome == "fails":
             context.consent(Refused(check.code, check.text, where=show(asked.folder)))
@@ -194,7 +194,7 @@ def _preflight(asked: Pushing, folder: Path) -> dict[str, str]:
 
 
 def _with_card(
-    files: list[LocalFile], asked: Pushing, folder: Path, consents: Mapping[str, str], there: str
+    files: list[LocalFile], asked: PushRequest, folder: Path, consents: Mapping[str, str], there: str
 ) -> list[LocalFile]:
     """The files with the card: made from the receipt, or the folder's own with our section in it."""
     from converter.publish.card import CardFacts, base_models, model_card
@@ -222,15 +222,15 @@ def _with_card(
     return sorted([f for f in files if f.name != CARD] + [card], key=lambda f: f.name)
 
 
-def _checks(asked: Pushing, receipt: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, bool], ...]] | None:
+def _checks(asked: PushRequest, receipt: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, bool], ...]] | None:
     """What `verify` says of the folder, for the trainer that it was made for, else for the one that its files name."""
-    from converter.examine.verify.verify import Asked, examine
+    from converter.examine.verify.verify import VerifyRequest, examine
     from converter.publish.card import made_for
 
     aim = made_for(receipt)
     name = None if aim is None else f"{aim.serves.trainer}@{aim.version}".rstrip("@")
     try:
-        found = examine(Asked(asked.folder, name, None if aim is None else aim.role))
+        found = examine(VerifyRequest(asked.folder, name, None if aim is None else aim.role))
     except ConvertError:
         return None
     checks = tuple((c.text, c.outcome != "fails") for c in found.checks if c.label != "receipt")
@@ -246,7 +246,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _plan(asked: Pushing, where: Destination, files: list[LocalFile], left_out: list[str], me: str | None) -> list[str]:
+def _plan(
+    asked: PushRequest, where: Destination, files: list[LocalFile], left_out: list[str], me: str | None
+) -> list[str]:
     how = "public" if asked.public else "private"
     to = f"{show(where.repo_id)} ({how}, if it is new)" + (f", as {show(me)}" if me else "")
     to += f", branch {show(where.revision)}" if where.revision != "main" else ""

@@ -25,7 +25,7 @@ def run(name: str, given: tuple[str, ...], out: str | None, options: Conversion)
     if options.revision is not None:
         source = dataclasses.replace(recipe.inputs.get(SOURCE, InputSpec()), revision=options.revision)
         recipe = dataclasses.replace(recipe, inputs={**recipe.inputs, SOURCE: source})
-    return convert(recipe, out, options, head=head)
+    return convert(recipe, out, options, input_lines=input_lines)
 
 
 def _inputs(given: tuple[str, ...]) -> dict[str, InputSpec]:
@@ -45,7 +45,7 @@ def _inputs(given: tuple[str, ...]) -> dict[str, InputSpec]:
     return found
 
 
-def head(prepared: Prepared) -> list[str]:
+def input_lines(prepared: Prepared) -> list[str]:
     """The screen's lines about the inputs, by their names in the recipe."""
     from converter.cli import lines as report
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from converter.cli import lines as report
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
 from converter.cli.run.planned import load_commands
-from converter.errors import Refused
+from converter.diagnostic import Command, Next, as_argument, spelled
+from converter.errors import ConvertError, Refused
 from converter.recipe.recipe import SOURCE, Recipe
 from converter.recipe.verbs.repair import (
-    Repairing,
+    RepairRequest,
     expect_sound,
     is_whole,
     mend_recipe,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from converter.recipe.verbs.repair_places import Search
 
 
-def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
+def repair(asked: RepairRequest, out: str | None, options: Conversion) -> int:
     """Fill what is lost, or say that nothing is; shards without any weight file are gathered."""
     from converter.converters.fill.refusals import NothingToRepair
     from converter.recipe.verbs.repair_mends import NEVER_FILLED
@@ -51,14 +52,14 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
     mends = mends_of(asked, options.plain)
     recipe = repair_recipe(asked, found, options.plain, mends=mends.steps)
 
-    def checked_head(prepared: Prepared) -> list[str]:
+    def checked_lines(prepared: Prepared) -> list[str]:
         expect_sound(asked, mends, only=NEVER_FILLED)
-        return [*head(prepared), *_left(mends)]
+        return [*input_lines(prepared), *_left(mends)]
 
     if options.print_recipe and mends.codes and is_whole(recipe, options.plain):
         recipe = mend_recipe(asked, mends, options.plain)  # `fill` would stop a run that has nothing to fill
     try:
-        return convert(recipe, out, options, head=checked_head, next_commands=_next)
+        return convert(recipe, out, options, input_lines=checked_lines, next_commands=_next)
     except NothingToRepair as healthy:
         return _mend(asked, out, mends, options, healthy)
     except Refused as error:
@@ -67,7 +68,7 @@ def repair(asked: Repairing, out: str | None, options: Conversion) -> int:
         raise
 
 
-def _both(asked: Repairing, found: Search, out: str | None, options: Conversion) -> int:
+def _both(asked: RepairRequest, found: Search, out: str | None, options: Conversion) -> int:
     """LoRA layers left in a full model: the merged model in OUT, the adapter in OUT-adapter."""
     from converter.cli.run.two_outputs import Split, write_both
 
@@ -84,7 +85,7 @@ def _left(mends: Mends) -> list[str]:
     return [report.line("left", f"{show(code)}: {show(needed)}") for code, needed in mends.left]
 
 
-def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, healthy: NothingToRepair) -> int:
+def _mend(asked: RepairRequest, out: str | None, mends: Mends, options: Conversion, healthy: NothingToRepair) -> int:
     """Nothing is lost: mend what else doctor found, or say that the folder is sound."""
     sink = options.sink
     left = _left(mends)
@@ -92,9 +93,11 @@ def _mend(asked: Repairing, out: str | None, mends: Mends, options: Conversion, 
     if mends.codes:
         recipe = mend_recipe(asked, mends, options.plain)
         found = report.line("mends", ", ".join(mends.codes))
-        return convert(recipe, out, options, head=lambda p: [*_source(p), found, *left], next_commands=_next)
+        return convert(recipe, out, options, input_lines=lambda p: [*_source(p), found, *left], next_commands=_next)
     sink.screen([f"{show(asked.src)}: {healthy.what}", *left, str(healthy.next)])
-    sink.json({"healthy": not mends.left, "what": healthy.what, "advice": healthy.next, "left": list(mends.left)})
+    sink.json(
+        {"healthy": not mends.left, "what": healthy.what, "advice": spelled(healthy.next), "left": list(mends.left)}
+    )
     return 0
 
 
@@ -104,15 +107,20 @@ def _source(prepared: Prepared) -> list[str]:
     return [report.line("source", f"{show(source.origin.asked)}  {kind}")]
 
 
-def _gather(shards: str, asked: Repairing, out: str | None, options: Conversion) -> int:
+def _gather(shards: str, asked: RepairRequest, out: str | None, options: Conversion) -> int:
     from converter.cli.run.gather import gather
-    from converter.recipe.verbs.gather import Gathering
+    from converter.recipe.verbs.gather import GatherRequest, gather_command
 
-    options.sink.tell(f"{show(asked.src)} has no weight file: this is `rlhf-convert gather {show(shards)}`")
-    return gather(Gathering(shards, base=asked.base), out, options)
+    request = GatherRequest(shards, base=asked.base)
+    options.sink.tell(f"{show(asked.src)} has no weight file: this is `{Command('gather', (shards,))}`")
+    try:
+        return gather(request, out, options)
+    except ConvertError as error:
+        error.complete(gather_command(request, out))
+        raise
 
 
-def head(prepared: Prepared) -> list[str]:
+def input_lines(prepared: Prepared) -> list[str]:
     """The screen's lines about the folder, and where each lost tensor comes from."""
     source, repaired = prepared.opened[SOURCE], prepared.checkpoint.repaired
     kind = report.adapter_kind(source.config) if source.origin.kind == "adapter" else report.dtype_words(source)
@@ -126,11 +134,12 @@ def _count(source: Checkpoint) -> str:
     return f"{sum(t.info.shape == (0,) for t in every)} of {len(every)} tensors empty"
 
 
-def _next(written: Written) -> list[str]:
+def _next(written: Written) -> Sequence[Next]:
     """The check, then what loads the result."""
     if written.prepared.checkpoint.origin.kind != "adapter":
         return load_commands(written)
     base = written.prepared.checkpoint.config.get("base_model_name_or_path")
     named = [] if isinstance(base, str) and base else ["--base", "BASE"]
-    merge = shlex.join(["rlhf-convert", "merge-lora", written.out, f"{written.out.rstrip('/')}-merged", *named])
-    return [f"rlhf-convert inspect {shlex.quote(written.out)}", merge]
+    out = as_argument(written.out)
+    merge = Command("merge-lora", (out, f"{out.rstrip('/')}-merged", *named))
+    return [Command("inspect", (out,)), merge]

@@ -19,10 +19,10 @@ def reshard(src: str, out: str | None, options: Conversion) -> int:
     recipe = Recipe(
         {SOURCE: input_spec(src, options.revision)}, cast_steps(options.plain), output(options.plain), file="reshard"
     )
-    return convert(recipe, out, options, head=head)
+    return convert(recipe, out, options, input_lines=input_lines)
 
 
-def head(prepared: Prepared) -> list[str]:
+def input_lines(prepared: Prepared) -> list[str]:
     """The screen's line about the source."""
     from converter.cli import lines as report
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Conversion
 from converter.cli.run.planned import Written, load_commands, missing_output, notes_json, threads, write_prepared
+from converter.diagnostic import Next
 from converter.errors import ConvertError, UsageError, VerificationFailed
-from converter.publish.outputs import is_on_hub
+from converter.publish.outputs import goes_to_hub
 from converter.text import parse_size, show
 
 if TYPE_CHECKING:
@@ -66,13 +67,13 @@ class Split:
 
     Attributes:
         recipe: of `merged` or of `adapter`, and how the source was chosen, in words.
-        head: the screen's lines about the source.
+        input_lines: the screen's lines about the source.
         next_commands: what to type after the adapter is written.
     """
 
     recipe: Callable[[str], tuple[Recipe, str]]
-    head: Callable[[Prepared, str], list[str]]
-    next_commands: Callable[[Written], Sequence[str]]
+    input_lines: Callable[[Prepared, str], list[str]]
+    next_commands: Callable[[Written], Sequence[Next]]
 
 
 def write_both(split: Split, out: str | None, options: Conversion) -> int:
@@ -82,13 +83,13 @@ def write_both(split: Split, out: str | None, options: Conversion) -> int:
         raise UsageError("usage", what, expected="--print-recipe with --emit merged, or with --emit adapter")
     if out is None and not options.dry_run:
         raise missing_output()
-    if is_on_hub(out) or options.push_to_hub is not None:
+    if goes_to_hub(out) or options.push_to_hub is not None:
         what = "two outputs are two repositories"
         raise UsageError("usage", what, expected="--emit merged or --emit adapter, once for each repository")
     memory = None if options.memory is None else parse_size(options.memory, what="--memory")
     begun = time.monotonic()
     model, adapter, said = _halves(split, out, options)
-    _show_plans(model, adapter, split.head(model.prepared, said), options)
+    _show_plans(model, adapter, split.input_lines(model.prepared, said), options)
     if out is not None:
         _preflight((model, adapter), memory, options)
     if options.dry_run:
@@ -155,12 +156,12 @@ def _is_made_of(plan: Plan, folder: Path) -> bool:
     return True
 
 
-def _show_plans(model: _Half, adapter: _Half, head: list[str], options: Conversion) -> None:
+def _show_plans(model: _Half, adapter: _Half, shown: list[str], options: Conversion) -> None:
     from converter.cli import lines as report
     from converter.core.writer import preflight
 
     sink = options.sink
-    sink.screen(head)
+    sink.screen(shown)
     notes = [*model.prepared.context.notes, *adapter.prepared.context.notes]
     sink.screen(report.note_lines(dict.fromkeys(notes), verbose=options.verbose))
     for word, half in (("model", model), ("adapter", adapter)):
@@ -217,7 +218,7 @@ def _finish(
     from converter.cli import lines as report
     from converter.core.files.links import RECEIPT_FILE
 
-    commands: list[str] = []
+    commands: list[Next] = []
     values: list[dict[str, Any]] = []
     for half, each in zip(halves, written, strict=True):
         if each is None:
@@ -232,7 +233,7 @@ def _finish(
         values.append({"out": half.out, "receipt": content, "earlier": each is None})
     options.sink.screen(report.next_lines(commands))
     model, adapter = values
-    more = {"notes": _notes(*halves), "seconds": round(seconds, 3), "next": commands}
+    more = {"notes": _notes(*halves), "seconds": round(seconds, 3), "next": list(map(str, commands))}
     options.sink.json({**model, "adapter": adapter, **more})
 
 

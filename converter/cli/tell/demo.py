@@ -9,7 +9,6 @@ from __future__ import annotations
 import filecmp
 import json
 import os
-import shlex
 import shutil
 import time
 import warnings
@@ -22,13 +21,14 @@ from typing import Any
 from converter.cli.options import Conversion, Display
 from converter.cli.run.folder import write_recipe
 from converter.cli.run.hub import check_push, push_written
-from converter.cli.run.merge import head as merge_head
+from converter.cli.run.merge import input_lines as merge_lines
 from converter.cli.run.planned import Written
-from converter.cli.run.repair import head as repair_head
+from converter.cli.run.repair import input_lines as repair_lines
 from converter.cli.tell.inspect import screen
+from converter.diagnostic import Command, Next, Steps
 from converter.errors import Refused, VerificationFailed
-from converter.recipe.verbs.merge import Merge, merge_recipe
-from converter.recipe.verbs.repair import Repairing, repair_recipe
+from converter.recipe.verbs.merge import MergeRequest, merge_recipe
+from converter.recipe.verbs.repair import RepairRequest, repair_recipe
 from converter.shipped import shipped
 from converter.text import show
 
@@ -68,21 +68,20 @@ def demo_and_push(out: str, repo_id: str | None, options: Display) -> int:
         check_push(shown)
     except Refused as error:
         if error.code in ("hub-token", "hub-unreachable"):
-            error.next = f"{error.next}; or, {_without_account(repo_id)}"
+            error.next = Steps(error.next, "; or, ", *_without_account(repo_id))
         raise
     code = demo(out, options)
     push_written(_typed(out, MERGED), shown)
     return code
 
 
-def _without_account(repo_id: str | None) -> str:
+def _without_account(repo_id: str | None) -> tuple[Next, ...]:
     """The command that pushes to a Hub on this machine, which is a part of the tests."""
     hub = Path(__file__).parents[3] / "tests" / "support" / "fake_hub.py"
-    command = ["rlhf-convert", "demo", "--push", repo_id or "me/demo"]
-    if hub.is_file():
-        return f"without an account, to a Hub on this machine: {shlex.join(['python', os.path.relpath(hub), *command])}"
-    words = shlex.join(["python", "tests/support/fake_hub.py", *command])
-    return f"without an account, in a clone of the repository: {words}"
+    where = "to a Hub on this machine" if hub.is_file() else "in a clone of the repository"
+    script = os.path.relpath(hub) if hub.is_file() else "tests/support/fake_hub.py"
+    command = Command("demo", ("--push", repo_id or "me/demo"))
+    return f"without an account, {where}: ", Command("", (script, *command.words), program="python")
 
 
 def demo(out: str, options: Display) -> int:
@@ -94,7 +93,7 @@ def demo(out: str, options: Display) -> int:
 
     sink.screen(["1. What training left: a base model, and a reward model over it that ZeRO-3 saved without gathering"])
     for path in (base, broken):
-        sink.screen(["", f"$ {shlex.join(['rlhf-convert', 'inspect', path])}", *screen(path)])
+        sink.screen(["", f"$ {Command('inspect', (path,))}", *screen(path)])
 
     sink.screen(["", "2. What a trainer says to that: PEFT loads the adapter over the base", ""])
     before = load(folder / BASE, folder / CHECKPOINT)
@@ -108,9 +107,11 @@ def demo(out: str, options: Display) -> int:
         raise _differs("PEFT does not load the repaired adapter", folder / REPAIRED, "no error", after.lines[0])
     sink.screen(["", *_said(after)])
 
-    command = ["rlhf-convert", "merge-lora", repaired, merged, "--base", base]
-    sink.screen(["", "4. Merge", "", f"$ {shlex.join(command)}"])
-    written = write_recipe(merge_recipe(Merge(repaired, base), writing.plain), merged, writing, head=merge_head)
+    command = Command("merge-lora", (repaired, merged, "--base", base))
+    sink.screen(["", "4. Merge", "", f"$ {command}"])
+    written = write_recipe(
+        merge_recipe(MergeRequest(repaired, base), writing.plain), merged, writing, input_lines=merge_lines
+    )
     assert written is not None
     sink.screen([*written.screen(), ""])
 
@@ -137,10 +138,10 @@ def _repaired(broken: str, repaired: str, writing: Conversion) -> Written:
     """The adapter with its empty tensors filled from the shards, as `repair` fills them."""
     from converter.recipe.verbs.repair_places import search
 
-    writing.sink.screen([f"$ {shlex.join(['rlhf-convert', 'repair', broken, repaired])}"])
-    asked = Repairing(broken)
+    writing.sink.screen([f"$ {Command('repair', (broken, repaired))}"])
+    asked = RepairRequest(broken)
     recipe = repair_recipe(asked, search(broken, ()), writing.plain)
-    written = write_recipe(recipe, repaired, writing, head=repair_head)
+    written = write_recipe(recipe, repaired, writing, input_lines=repair_lines)
     assert written is not None
     writing.sink.screen(written.screen())
     return written
@@ -161,7 +162,7 @@ def lay_out(folder: Path) -> None:
             "output-exists",
             "the demo needs a folder of its own",
             where=str(folder),
-            next="rlhf-convert demo --out ./another",
+            next=Command("demo", ("--out", "./another")),
         )
     for name in (BASE, RUN):
         source = shipped("fixtures") / name

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sized
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import line
 from converter.cli.options import Display
 from converter.cli.progress import progress
-from converter.errors import ConvertError, Refused, UsageError
+from converter.errors import ConvertError, Refused
+from converter.recipe.verbs.open import opened
 from converter.text import fold, show
 
 if TYPE_CHECKING:
@@ -45,16 +45,16 @@ def diff(a: str, b: str, ignore_prefix: tuple[str, ...], options: Display) -> in
 
 
 def _open(text: str) -> tuple[Checkpoint, tuple[str, ...], str]:
-    """A checkpoint as `_opened` finds it, its tensors that are empty or in files that are gone, and why they are.
+    """A checkpoint as `opened` finds it, its tensors that are empty or in files that are gone, and why they are.
 
     Raises:
-        UsageError, Refused: see `_opened`; faults other than lost tensors.
+        UsageError, Refused: see `opened`; faults other than lost tensors.
     """
     from converter.sources.hf.broken import LOST
     from converter.sources.opening import input_spec, open_checkpoint
 
     try:
-        return _opened(text), (), ""
+        return opened(text), (), ""
     except Refused as error:
         if error.code not in LOST:
             raise
@@ -69,35 +69,6 @@ def _open(text: str) -> tuple[Checkpoint, tuple[str, ...], str]:
         raise refusal
     kept = {n: t for n, t in found.tensors.items() if n not in lost}
     return found.replace(tensors=kept, ties=(), beside={}), lost, f"{refusal.code}: {refusal.what}"
-
-
-def _opened(text: str) -> Checkpoint:
-    """A checkpoint in a folder or on the Hub; one weight file; or the shards of a trainer in or below a folder.
-
-    Raises:
-        UsageError: nothing that can be compared has that name.
-        Refused: broken content.
-    """
-    from converter.sources.finding import find_place
-    from converter.sources.hf.loose import open_file
-    from converter.sources.opening import input_spec, open_checkpoint
-    from converter.sources.survey import is_weight_file
-
-    path = Path(text).expanduser()
-    if is_weight_file(path.name) and path.is_file():
-        return open_file(path, text)
-    if path.is_file():
-        raise UsageError("path-not-a-folder", "this is no weight file; name the folder it is in", where=show(text))
-    try:
-        return open_checkpoint(input_spec(text), token=None, keep_code=False)
-    except ConvertError as error:
-        if error.code not in ("several-checkpoints", "not-a-checkpoint", "weights-missing") or not path.is_dir():
-            raise
-        try:
-            place = find_place(path, text)
-        except ConvertError:
-            raise error from None
-    return open_checkpoint(input_spec(str(place.folder)), token=None, keep_code=False)
 
 
 def screen(found: Difference, *, verbose: bool = False) -> list[str]:

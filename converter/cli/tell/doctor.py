@@ -26,13 +26,14 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.lines import line, next_lines
+from converter.cli.lines import line, next_lines, wrapped_step
 from converter.cli.options import Display
+from converter.diagnostic import is_command
 from converter.text import show
 
 if TYPE_CHECKING:
     from converter.examine.diagnoses.case import Case, Finding
-    from converter.examine.doctor import Asked, Report
+    from converter.examine.doctor import DoctorRequest, Report
 
 WIDTH = 79
 """Columns that every line of a report fits into, but for names and commands, which are never cut."""
@@ -49,7 +50,7 @@ _KINDS = {
 }
 
 
-def doctor(asked: Asked, fail_on: str, options: Display) -> int:
+def doctor(asked: DoctorRequest, fail_on: str, options: Display) -> int:
     """Examine a folder; exit code 1 where a finding is as bad as `fail_on` or worse."""
     from converter.examine.doctor import at_or_above, examine
 
@@ -103,8 +104,6 @@ def _near(report: Report) -> list[str]:
 
 
 def _finding(finding: Finding, *, verbose: bool) -> list[str]:
-    from converter.examine.diagnoses.causes import is_command
-
     head = f"{WORDS[finding.severity]} {finding.code}"
     if finding.recoverability:
         head = (
@@ -113,16 +112,14 @@ def _finding(finding: Finding, *, verbose: bool) -> list[str]:
             else f"{head:<36} lost"
         )
     lines = [head]
-    lines += textwrap.wrap(finding.message, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
+    lines += textwrap.wrap(finding.text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
     for each in finding.evidence:
         is_prose = each.startswith(("expected ", "got ", "base: "))
         lines += _wrapped(each, "    ") if is_prose else [f"    {each}"]
     if verbose:
         lines += [f"      {show(name)}" for name in finding.tensors]
     if finding.next and not is_command(finding.next):
-        lines += textwrap.wrap(
-            finding.next, WIDTH, initial_indent="  -> ", subsequent_indent="     ", break_long_words=False
-        )
+        lines += wrapped_step(finding.next, WIDTH, "  -> ")
     return lines
 
 

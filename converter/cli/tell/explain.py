@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import stat
 import sys
 import textwrap
@@ -13,8 +12,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.options import Display
+from converter.cli.lines import wrapped_step
+from converter.cli.options import Display, Speaking
 from converter.cli.tell.doctor import WIDTH
+from converter.diagnostic import Command, Next, as_argument, parts
 from converter.errors import UsageError
 from converter.text import show
 
@@ -27,7 +28,7 @@ _WORDS = {"error": "ERROR", "changes-numbers": "NUMBERS", "cosmetic": "harmless"
 _ORDER = ("error", "changes-numbers", "cosmetic")
 
 
-def explain(subject: str | None, fail_on: str | None, options: Display) -> int:
+def explain(subject: str | None, fail_on: str | None, options: Speaking) -> int:
     """Explain what was asked for; exit code 1 only where `--fail-on` says so.
 
     Raises:
@@ -40,12 +41,12 @@ def explain(subject: str | None, fail_on: str | None, options: Display) -> int:
     if subject == "-":
         return _explain(_stdin(), fail_on, options, live=True)
     if not subject.strip():
-        raise UsageError("usage", "the text is empty", next="rlhf-convert explain --help")
+        raise UsageError("usage", "the text is empty", next=Command("explain", ("--help",)))
     path = Path(subject).expanduser()
     code = subject.strip()
     if _names_a_file(path) and not (path.is_dir() and explained(code) is not None):
         if path.is_dir():
-            look = f"rlhf-convert doctor {shlex.quote(subject)}"
+            look = Command("doctor", (as_argument(subject),))
             raise UsageError("path-not-a-file", "this is a folder", where=show(subject), next=look)
         return _explain(_file(path), fail_on, options, live=False)
     if _CODE.fullmatch(code) and match(code) is None:
@@ -60,7 +61,7 @@ def _names_a_file(path: Path) -> bool:
         return False  # a pasted text may be longer than a path can be
 
 
-def explained(code: str) -> tuple[str, tuple[str, ...]] | None:
+def explained(code: str) -> tuple[str, tuple[Next, ...]] | None:
     """What a code means and what to do: a diagnosis's, a refusal's, a check's, a note's, or a message's name."""
     from converter.examine.doctor import diagnoses
     from converter.examine.explanations.codes import codes
@@ -70,10 +71,10 @@ def explained(code: str) -> tuple[str, tuple[str, ...]] | None:
         return " ".join(diagnoses()[code].doc.split()), ()
     if code in codes():
         found = codes()[code]
-        return found.means, (found.do,) if found.do else ()
+        return found.text, (found.next,) if found.next else ()
     for message in MESSAGES:
-        if message.name == code:
-            return message.general, (*message.next, *(f"rlhf-convert explain {c}" for c in message.codes))
+        if message.code == code:
+            return message.general, (*parts(message.next), *(Command("explain", (c,)) for c in message.codes))
     return None
 
 
@@ -83,44 +84,34 @@ def known_codes() -> list[str]:
     from converter.examine.explanations.codes import codes
     from converter.examine.explanations.log import MESSAGES
 
-    return sorted({*diagnoses(), *codes(), *(m.name for m in MESSAGES)})
+    return sorted({*diagnoses(), *codes(), *(m.code for m in MESSAGES)})
 
 
-def _explain_code(code: str, options: Display) -> int:
+def _explain_code(code: str, options: Speaking) -> int:
+    from converter.examine.explanations import chinese
+
     found = explained(code)
     if found is None:
         known = known_codes()
         near = get_close_matches(code, known, n=3, cutoff=0.7) or [c for c in known if f"-{code}-" in f"-{c}-"][:3]
-        pasted = f"rlhf-convert explain {shlex.quote('the pasted error')}"
+        command = Command("explain", (near[0] if near else "the pasted error",))
         raise UsageError(
             "unknown-code",
             f"nothing here has the code {show(code)}, and there is no file of that name",
             expected=", ".join(near) if near else None,
-            next=f"rlhf-convert explain {near[0]}" if near else pasted,
+            next=command,
         )
     text, next_ = found
-    options.sink.screen([code, *textwrap.wrap(text, WIDTH), *_advice(next_)])
-    options.sink.json({"code": code, "text": text, "next": list(next_)})
+    zh = chinese.of_code(code)
+    above = [zh] if zh and options.in_chinese else []
+    options.sink.screen([code, *above, *textwrap.wrap(text, WIDTH), *_advice(next_)])
+    options.sink.json({"code": code, "text": text, "zh": zh, "next": list(map(str, next_))})
     return 0
 
 
-def _advice(lines: Sequence[str], indent: str = "") -> list[str]:
+def _advice(steps: Sequence[Next], indent: str = "") -> list[str]:
     """What to do, one arrow each; commands stay whole, so that they can be copied."""
-    out: list[str] = []
-    for each in lines:
-        if each.startswith("rlhf-convert ") and len(each) <= WIDTH + 40:
-            out.append(f"{indent}-> {each}")
-            continue
-        wrapped = textwrap.wrap(
-            each,
-            WIDTH,
-            initial_indent=f"{indent}-> ",
-            subsequent_indent=f"{indent}   ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        out += wrapped
-    return out
+    return [each for step in steps for each in wrapped_step(step, WIDTH, f"{indent}-> ")]
 
 
 def _list_codes(options: Display) -> int:
@@ -152,7 +143,7 @@ def _stdin() -> Iterator[bytes]:
 
 
 def _explain(
-    blocks: Iterator[bytes], fail_on: str | None, options: Display, *, live: bool, pasted: bool = False
+    blocks: Iterator[bytes], fail_on: str | None, options: Speaking, *, live: bool, pasted: bool = False
 ) -> int:
     from converter.examine.explanations.log import read
 
@@ -166,13 +157,13 @@ def _explain(
         found.append(seen)
         bad = failed and _ORDER.index(seen.message.severity) <= limit
         if live:
-            options.sink.screen(_screen(seen, numbered=True))
+            options.sink.screen(_screen(seen, numbered=True, in_chinese=options.in_chinese))
         if live and bad:
             break  # a job can be ended early
     if not live:
         found.sort(key=lambda s: (_ORDER.index(s.message.severity), s.line))
         for seen in found:
-            options.sink.screen(_screen(seen, numbered=not pasted))
+            options.sink.screen(_screen(seen, numbered=not pasted, in_chinese=options.in_chinese))
     bad = failed and any(_ORDER.index(s.message.severity) <= limit for s in found)
     if not found:
         options.sink.screen(_nothing(pasted))
@@ -185,26 +176,34 @@ def _nothing(pasted: bool) -> Sequence[str]:
     return [f"{what} not a message that is known here. rlhf-convert doctor DIR looks at the files themselves."]
 
 
-def _screen(seen: Seen, *, numbered: bool) -> list[str]:
+def _screen(seen: Seen, *, numbered: bool, in_chinese: bool) -> list[str]:
+    from converter.examine.explanations import chinese
+
     count = f", {seen.count} times" if seen.count > 1 else ""
     at = f" (line {seen.line}{count})" if numbered else ""
-    lines = [f"{_WORDS[seen.message.severity]} {seen.message.name}{at}"]
+    lines = [f"{_WORDS[seen.message.severity]} {seen.message.code}{at}"]
     if numbered:
         lines.append(f"  > {seen.example}")
+    zh = chinese.of_message(seen.message.code)
+    if zh and in_chinese:
+        lines.append(f"  {zh}")
     lines += textwrap.wrap(seen.text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
-    lines += _advice([*seen.message.next, *(f"rlhf-convert explain {code}" for code in seen.message.codes)], "  ")
+    lines += _advice([*parts(seen.message.next), *(Command("explain", (code,)) for code in seen.message.codes)], "  ")
     return lines
 
 
 def _json(seen: Seen) -> dict[str, Any]:
+    from converter.examine.explanations import chinese
+
     message = seen.message
     return {
-        "name": message.name,
+        "name": message.code,
         "severity": message.severity,
         "line": seen.line,
         "count": seen.count,
         "example": seen.example,
         "text": seen.text,
-        "next": list(message.next),
+        "zh": chinese.of_message(message.code),
+        "next": list(map(str, parts(message.next))),
         "codes": list(message.codes),
     }

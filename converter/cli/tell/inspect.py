@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import adapter_kind, dtype_word, label_count, line, next_lines, short_revision
 from converter.cli.options import Display
+from converter.diagnostic import PROGRAM, Command, Next, as_argument, commands, is_command
 from converter.errors import ConvertError
 from converter.examine import facts
 from converter.text import fold, format_size, show
@@ -88,11 +88,11 @@ def look(asked: str, revision: str | None) -> Found:
         UsageError: nothing that can be inspected has that name.
         Refused: a Hub id that is not in the cache and can't be read from the Hub (`hub-download`).
     """
-    from converter.examine.doctor import Asked, examine
+    from converter.examine.doctor import DoctorRequest, examine
     from converter.sources.locate import resolve
 
     located = resolve(asked, revision=revision, in_parts=True)
-    return Found(asked, located.path, located.revision, examine(Asked(asked, revision=revision)))
+    return Found(asked, located.path, located.revision, examine(DoctorRequest(asked, revision=revision)))
 
 
 def _screen(found: Found, *, tensors: bool = False) -> list[str]:
@@ -312,39 +312,38 @@ def _verdict(found: Found) -> list[str]:
         how = {"": "", "lost": "; lost", "here": ""}.get(finding.recoverability, f"; {finding.recoverability}")
         file = file_of(finding, found.report.case)
         about = f"{file}: " if file else ""
-        text = line(WORDS[finding.severity], f"{finding.code}: {about}{finding.message}{how}")
+        text = line(WORDS[finding.severity], f"{finding.code}: {about}{finding.text}{how}")
         indent = " " * len(line("", ""))
         lines += textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     if lines:
-        return [*lines, line("", f"rlhf-convert doctor {shlex.quote(found.asked)} says more")]
+        return [*lines, line("", f"{Command('doctor', (as_argument(found.asked),))} says more")]
     return [line("faults", "none found in headers and configs")]
 
 
-def _next(found: Found) -> list[str]:
-    path = shlex.quote(found.asked)
+def _next(found: Found) -> list[Next]:
+    path = as_argument(found.asked)
     if found.kind == "run":
         from converter.examine.doctor import checkpoints_in
 
-        return [f"rlhf-convert inspect {shlex.quote(_below(found, checkpoints_in(found.path)[-1]))}"]
+        return [Command("inspect", (_below(found, checkpoints_in(found.path)[-1]),))]
     if found.has_errors:
-        return list(
-            dict.fromkeys(f.next for f in found.report.findings if f.next and f.next.startswith("rlhf-convert"))
-        )
+        held = (command for f in found.report.findings for command in commands(f.next)[:1] if is_command(f.next))
+        return [c for c in dict.fromkeys(held) if c.program == PROGRAM]
     if found.report.is_for_others():
         return []
     if found.is_training:
-        return [f"rlhf-convert gather {path} OUT"]
+        return [Command("gather", (path, "OUT"))]
     # A head that only its own trainer finds: no other command moves it to where others look.
-    commands = [f.next for f in found.report.findings if f.code == "head-dialect" and f.next]
+    steps: list[Next] = [f.next for f in found.report.findings if f.code == "head-dialect" and f.next]
     if found.is_adapter:
         from converter.sources.hub.names import as_base
 
         named = as_base(found.config.get("base_model_name_or_path"), found.config.get("revision"))
-        base = "" if _base_at_hand(found.config) else f" --base {shlex.quote(named)}"
-        return [*commands, f"rlhf-convert merge-lora {path} OUT{base}"]
-    commands.append(f"rlhf-convert reshard {path} OUT --max-shard-size 5GB")
+        base = () if _base_at_hand(found.config) else ("--base", named)
+        return [*steps, Command("merge-lora", (path, "OUT", *base))]
+    steps.append(Command("reshard", (path, "OUT", "--max-shard-size", "5GB")))
     is_causal = "CausalLM" in _family(found.config)
-    return commands + ([f"rlhf-convert merge-lora ADAPTER OUT --base {path}"] if is_causal else [])
+    return steps + ([Command("merge-lora", ("ADAPTER", "OUT", "--base", path))] if is_causal else [])
 
 
 def _json(found: Found) -> dict[str, Any]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
-
 from converter.cli.options import Display
 from converter.core.files import sparse
+from converter.diagnostic import Next
 from converter.dialects.known import Target
 from converter.errors import UsageError, VerificationFailed
 from converter.examine.verify.check import Check, failed
-from converter.examine.verify.verify import Asked, examine
+from converter.examine.verify.verify import VerifyRequest, examine
 from converter.text import show
 
 MARKS = {"holds": "ok  ", "note": "note", "fails": "FAIL"}
 
 
-def verify(asked: Asked, options: Display) -> int:
+def verify(asked: VerifyRequest, options: Display) -> int:
     """Verify a folder; exit code 0, or 4 where a check fails."""
     _expect_sense(asked)
     found = examine(asked)
@@ -48,7 +47,7 @@ def verify(asked: Asked, options: Display) -> int:
     return VerificationFailed.exit_code if broken else 0
 
 
-def _expect_sense(asked: Asked) -> None:
+def _expect_sense(asked: VerifyRequest) -> None:
     """Flags that need each other.
 
     Raises:
@@ -63,7 +62,7 @@ def _expect_sense(asked: Asked) -> None:
         raise UsageError("usage", "--base and --from say how --against is read; there is no --against")
 
 
-def _next(asked: Asked, aim: Target, broken: list[Check]) -> list[str]:
+def _next(asked: VerifyRequest, aim: Target, broken: list[Check]) -> list[Next]:
     """What mends it; or the trainer's launch line and its traps."""
     if broken:
         return list(dict.fromkeys(c.next for c in broken if c.next))
@@ -72,7 +71,7 @@ def _next(asked: Asked, aim: Target, broken: list[Check]) -> list[str]:
     path = asked.folder if asked.folder.startswith(("/", ".", "~")) else f"./{asked.folder}"
     if (named := hub_name(as_reference(asked.folder))) is not None:
         path = named.repo_id  # as trainers take it
-    lines = []
+    lines: list[Next] = []
     if aim.serves.launch:
-        lines.append(aim.serves.launch.replace("{out!r}", repr(path)).replace("{out}", shlex.quote(path)))
+        lines.append(aim.serves.launch_line(path))
     return [*lines, *(f"# {trap}" for trap in aim.traps)]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import Out, verb
-from converter.cli.options import Remapping
+from converter.cli.options import HeadFlags
 
 
 class RoleChoice(StrEnum):
@@ -28,7 +28,7 @@ To = Annotated[str, typer.Option("--to", metavar="TRAINER[@VERSION]", help="Who 
 
 @verb(
     "convert",
-    Remapping,
+    HeadFlags,
     short_help="Make a model of one trainer into one of another.",
     help="Make a reward model, critic or actor of one trainer into one of another, whatever SRC is: a model, a LoRA "
     "adapter, a run of DeepSpeed, FSDP or verl. Gathered, merged and remapped in one pass.",
@@ -40,7 +40,7 @@ To = Annotated[str, typer.Option("--to", metavar="TRAINER[@VERSION]", help="Who 
 )
 def convert(
     src: Src,
-    options: Remapping,
+    options: HeadFlags,
     to: To,
     out: Out = None,
     role: Annotated[RoleChoice, typer.Option(help="What the trainer uses it as.")] = RoleChoice.critic,
@@ -53,7 +53,7 @@ def convert(
 
 @verb(
     "rm-to-critic",
-    Remapping,
+    HeadFlags,
     short_help="Make a reward model into a critic.",
     help="Make a reward model of any trainer into the critic that another begins with. Shards without the head stay as "
     "they are, byte by byte.",
@@ -63,7 +63,7 @@ def convert(
         "rlhf-convert rm-to-critic ./rm-adapter ./critic --to openrlhf@0.5.2 --base Qwen/Qwen2.5-7B",
     ),
 )
-def rm_to_critic(src: Src, options: Remapping, to: To, out: Out = None) -> int:
+def rm_to_critic(src: Src, options: HeadFlags, to: To, out: Out = None) -> int:
     """`rlhf-convert rm-to-critic`."""
     from converter.cli.run.convert import convert
 
@@ -72,7 +72,7 @@ def rm_to_critic(src: Src, options: Remapping, to: To, out: Out = None) -> int:
 
 @verb(
     "critic-to-rm",
-    Remapping,
+    HeadFlags,
     short_help="Make a critic into a reward model.",
     help="Make a critic, or a reward model, of any trainer into a reward model of another.",
     examples=(
@@ -81,7 +81,7 @@ def rm_to_critic(src: Src, options: Remapping, to: To, out: Out = None) -> int:
         "rlhf-convert critic-to-rm ./two-label-rm ./rm --to openrlhf --label-weights=-1,1",
     ),
 )
-def critic_to_rm(src: Src, options: Remapping, to: To, out: Out = None) -> int:
+def critic_to_rm(src: Src, options: HeadFlags, to: To, out: Out = None) -> int:
     """`rlhf-convert critic-to-rm`."""
     from converter.cli.run.convert import convert
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import verb
-from converter.cli.options import Reading
+from converter.cli.options import CONSENT, HUB, OUTPUT, Reading
 
 
 @verb(
@@ -28,23 +28,46 @@ def push(
     options: Reading,
     token: Annotated[
         str | None,
-        typer.Option(metavar="TOKEN", help="Hub token; default: as huggingface_hub finds it.", show_default=False),
+        typer.Option(
+            metavar="TOKEN",
+            help="Hub token; default: as huggingface_hub finds it.",
+            show_default=False,
+            rich_help_panel=HUB,
+        ),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
-    revision: Annotated[str, typer.Option(metavar="REV", help="Branch to commit to.")] = "main",
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of a commit.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public.", rich_help_panel=HUB)
+    ] = False,
+    revision: Annotated[str, typer.Option(metavar="REV", help="Branch to commit to.", rich_help_panel=HUB)] = "main",
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of a commit.", rich_help_panel=HUB)
+    ] = False,
     message: Annotated[
-        str | None, typer.Option("--commit-message", metavar="TEXT", help="Title of the commit.", show_default=False)
+        str | None,
+        typer.Option(
+            "--commit-message", metavar="TEXT", help="Title of the commit.", show_default=False, rich_help_panel=HUB
+        ),
     ] = None,
-    keep_code: Annotated[bool, typer.Option("--keep-code", help="Push .py files too.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list; send nothing.")] = False,
+    keep_code: Annotated[
+        bool, typer.Option("--keep-code", help="Push .py files too.", rich_help_panel=CONSENT)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and list; send nothing.", rich_help_panel=OUTPUT)
+    ] = False,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="CODE", help="Go on where CODE was refused; the card says so.", show_default=False),
+        typer.Option(
+            metavar="CODE",
+            help="Go on where CODE was refused; the card says so.",
+            show_default=False,
+            rich_help_panel=CONSENT,
+        ),
     ] = None,
 ) -> int:
     """`rlhf-convert push`."""
-    from converter.cli.run.push import Pushing, push
+    from converter.cli.run.push import PushRequest, push
 
     codes = tuple(allow or ())
-    return push(Pushing(folder, repo, token, public, revision, create_pr, message, keep_code, dry_run, codes), options)
+    return push(
+        PushRequest(folder, repo, token, public, revision, create_pr, message, keep_code, dry_run, codes), options
+    )

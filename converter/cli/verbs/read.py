@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import verb
-from converter.cli.options import Display, FailOnChoice, Reading
+from converter.cli.options import CONSENT, HUB, INPUT, OUTPUT, Display, FailOnChoice, Reading, Speaking
 from converter.cli.verbs.heads import RoleChoice
 
 
@@ -26,9 +26,10 @@ def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or owner/name on the Hub.", show_default=False)],
     options: Reading,
     revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Hub commit, branch or tag.", show_default=False)
+        str | None,
+        typer.Option(metavar="REV", help="Hub commit, branch or tag.", show_default=False, rich_help_panel=HUB),
     ] = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.", rich_help_panel=OUTPUT)] = False,
 ) -> int:
     """`rlhf-convert inspect`."""
     from converter.cli.tell.inspect import inspect
@@ -52,12 +53,19 @@ def doctor(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, or owner/name on the Hub.", show_default=False)],
     options: Reading,
     base: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Base model; default: what is recorded.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="BASE", help="Base model; default: what is recorded.", show_default=False, rich_help_panel=INPUT
+        ),
     ] = None,
     weights_from: Annotated[
         list[str] | None,
         typer.Option(
-            "--weights-from", metavar="DIR", help="Where weights may be, too. Repeatable.", show_default=False
+            "--weights-from",
+            metavar="DIR",
+            help="Where weights may be, too. Repeatable.",
+            show_default=False,
+            rich_help_panel=INPUT,
         ),
     ] = None,
     target: Annotated[
@@ -66,7 +74,13 @@ def doctor(
     ] = None,
     actor: Annotated[
         str | None,
-        typer.Option("--with-actor", metavar="DIR", help="The actor that it trains with.", show_default=False),
+        typer.Option(
+            "--with-actor",
+            metavar="DIR",
+            help="The actor that it trains with.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     fail_on: Annotated[
         FailOnChoice, typer.Option("--fail-on", help="The least severity that makes the exit code 1.")
@@ -79,15 +93,21 @@ def doctor(
     launch: Annotated[
         str | None,
         typer.Option(
-            "--launch", metavar="SCRIPT", help="Training script to check against it; never run.", show_default=False
+            "--launch",
+            metavar="SCRIPT",
+            help="Training script to check against it; never run.",
+            show_default=False,
+            rich_help_panel=INPUT,
         ),
     ] = None,
 ) -> int:
     """`rlhf-convert doctor`."""
     from converter.cli.tell.doctor import doctor
-    from converter.examine.doctor import Asked
+    from converter.examine.doctor import DoctorRequest
 
-    asked = Asked(path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep, launch=launch)
+    asked = DoctorRequest(
+        path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep, launch=launch
+    )
     return doctor(asked, fail_on.value, options)
 
 
@@ -117,13 +137,24 @@ def verify(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="SRC", help="What it was made of: a model, adapter or run.", show_default=False),
+        typer.Option(
+            metavar="SRC",
+            help="What it was made of: a model, adapter or run.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--from", metavar="NAME", help="Trainer or dialect of SRC.", show_default=False)
+        str | None,
+        typer.Option(
+            "--from", metavar="NAME", help="Trainer or dialect of SRC.", show_default=False, rich_help_panel=INPUT
+        ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Base of SRC, if SRC is an adapter.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="BASE", help="Base of SRC, if SRC is an adapter.", show_default=False, rich_help_panel=INPUT
+        ),
     ] = None,
     live: Annotated[bool, typer.Option("--live", help="Load it with the trainer's own code, on the CPU.")] = False,
     python: Annotated[
@@ -135,14 +166,19 @@ def verify(
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="CODE", help="Go on past a refusal that printed CODE. Repeatable.", show_default=False),
+        typer.Option(
+            metavar="CODE",
+            help="Go on past a refusal that printed CODE. Repeatable.",
+            show_default=False,
+            rich_help_panel=CONSENT,
+        ),
     ] = None,
 ) -> int:
     """`rlhf-convert verify`."""
     from converter.cli.tell.verify import verify
-    from converter.examine.verify.verify import Asked
+    from converter.examine.verify.verify import VerifyRequest
 
-    asked = Asked(
+    asked = VerifyRequest(
         folder,
         trainer,
         None if role is None else role.value,
@@ -159,7 +195,7 @@ def verify(
 
 @verb(
     "explain",
-    Display,
+    Speaking,
     short_help="Say what a code, an error or a training log means.",
     help="Say what a code of doctor's, a pasted error or a training log means: which lines are harmless, which mean "
     "random weights, and what to do. `-` reads a log as it is written.",
@@ -170,7 +206,7 @@ def verify(
     ),
 )
 def explain(
-    options: Display,
+    options: Speaking,
     subject: Annotated[
         str | None,
         typer.Argument(metavar="WHAT", help="Code, log file, `-`, or the error's text.", show_default=False),
@@ -226,10 +262,18 @@ def diff(
 )
 def demo(
     options: Display,
-    out: Annotated[str, typer.Option("-o", "--out", metavar="OUT", help="Where to write.")] = "./rlhf-convert-demo",
+    out: Annotated[
+        str, typer.Option("-o", "--out", metavar="OUT", help="Where to write.", rich_help_panel=OUTPUT)
+    ] = "./rlhf-convert-demo",
     push: Annotated[
         str | None,
-        typer.Option("--push", metavar="REPO", help="Push the result to owner/name, private.", show_default=False),
+        typer.Option(
+            "--push",
+            metavar="REPO",
+            help="Push the result to owner/name, private.",
+            show_default=False,
+            rich_help_panel=HUB,
+        ),
     ] = None,
 ) -> int:
     """`rlhf-convert demo`."""

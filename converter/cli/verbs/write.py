@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import Out, verb
-from converter.cli.options import Conversion
+from converter.cli.options import INPUT, OUTPUT, Conversion
 from converter.recipe.options import EmitChoice, NumericsChoice, PartChoice
 
 
@@ -29,11 +29,18 @@ def merge_lora(
     out: Out = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="BASE", help="Base model; default: the one the adapter records.", show_default=False),
+        typer.Option(
+            metavar="BASE",
+            help="Base model; default: the one the adapter records.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     more: Annotated[
         list[str] | None,
-        typer.Option("--adapter", metavar="A", help="Another adapter. Repeatable.", show_default=False),
+        typer.Option(
+            "--adapter", metavar="A", help="Another adapter. Repeatable.", show_default=False, rich_help_panel=INPUT
+        ),
     ] = None,
     weight: Annotated[
         list[float] | None,
@@ -43,15 +50,30 @@ def merge_lora(
         NumericsChoice, typer.Option(help="best: one rounding; peft: bit-identical to PEFT's merge.")
     ] = NumericsChoice.best,
     base_is_residual: Annotated[
-        bool, typer.Option("--base-is-residual", help="BASE is the residual model that a PiSSA or OLoRA start saved.")
+        bool,
+        typer.Option(
+            "--base-is-residual",
+            help="BASE is the residual model that a PiSSA or OLoRA start saved.",
+            rich_help_panel=INPUT,
+        ),
     ] = False,
 ) -> int:
     """`rlhf-convert merge-lora`."""
     from converter.cli.run.merge import merge
-    from converter.recipe.verbs.merge import Merge
+    from converter.recipe.verbs.merge import MergeRequest
 
-    asked = Merge(adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual)
+    asked = MergeRequest(adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual)
     return merge(asked, options.target(out), options)
+
+
+Shards = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="Folder of shards (global_step500, checkpoint-500/pytorch_model_fsdp_0), its parent, or the run's.",
+        show_default=False,
+    ),
+]
 
 
 @verb(
@@ -69,24 +91,25 @@ def merge_lora(
     ),
 )
 def gather(
-    src: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="Folder of shards (global_step500, checkpoint-500/pytorch_model_fsdp_0), its parent, or the run's.",
-            show_default=False,
-        ),
-    ],
+    src: Shards,
     options: Conversion,
     out: Out = None,
     tag: Annotated[
         str | None,
-        typer.Option(metavar="T", help="Which checkpoint; default: what `latest` says.", show_default=False),
+        typer.Option(
+            metavar="T",
+            help="Which checkpoint; default: what `latest` says.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            metavar="BASE", help="Base model, for config, tokenizer and weights that aren't saved.", show_default=False
+            metavar="BASE",
+            help="Base model, for config, tokenizer and weights that aren't saved.",
+            show_default=False,
+            rich_help_panel=INPUT,
         ),
     ] = None,
     master: Annotated[bool, typer.Option("--master", help="Keep the fp32 masters; the same as --dtype fp32.")] = False,
@@ -96,25 +119,33 @@ def gather(
             help="After LoRA: the adapter (default), the merged model, or both: the model in OUT, the adapter in "
             "OUT-adapter.",
             show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     part: Annotated[
         PartChoice | None,
-        typer.Option(help="Which model, where a trainer's state holds several.", show_default=False),
+        typer.Option(
+            help="Which model, where a trainer's state holds several.", show_default=False, rich_help_panel=INPUT
+        ),
     ] = None,
     lora_alpha: Annotated[
         float | None,
-        typer.Option(metavar="N", help="lora_alpha of training, where no config records it.", show_default=False),
+        typer.Option(
+            metavar="N",
+            help="lora_alpha of training, where no config records it.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     rslora: Annotated[
-        bool, typer.Option("--rslora", help="Training set use_rslora, and no config records it.")
+        bool, typer.Option("--rslora", help="Training set use_rslora, and no config records it.", rich_help_panel=INPUT)
     ] = False,
 ) -> int:
     """`rlhf-convert gather`."""
     from converter.cli.run.gather import gather
-    from converter.recipe.verbs.gather import Gathering
+    from converter.recipe.verbs.gather import GatherRequest
 
-    asked = Gathering(
+    asked = GatherRequest(
         src,
         tag=tag,
         base=base,
@@ -147,12 +178,20 @@ def repair(
     weights_from: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="DIR", help="Where lost weights may be: shards, a run, a copy. Repeatable.", show_default=False
+            metavar="DIR",
+            help="Where lost weights may be: shards, a run, a copy. Repeatable.",
+            show_default=False,
+            rich_help_panel=INPUT,
         ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="BASE", help="Base model; default: what is recorded, if at hand.", show_default=False),
+        typer.Option(
+            metavar="BASE",
+            help="Base model; default: what is recorded, if at hand.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     target: Annotated[
         str | None,
@@ -160,7 +199,12 @@ def repair(
     ] = None,
     lora_alpha: Annotated[
         float | None,
-        typer.Option(metavar="N", help="Merge LoRA layers left in a full model, with this alpha.", show_default=False),
+        typer.Option(
+            metavar="N",
+            help="Merge LoRA layers left in a full model, with this alpha.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     vocab: Annotated[
         str | None,
@@ -173,7 +217,13 @@ def repair(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option("--set", metavar="FILE", help="Of several sets of weight files, FILE's.", show_default=False),
+        typer.Option(
+            "--set",
+            metavar="FILE",
+            help="Of several sets of weight files, FILE's.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     emit: Annotated[
         EmitChoice | None,
@@ -181,15 +231,16 @@ def repair(
             help="Of LoRA layers left in a full model: the merged model (default), the adapter, or both: the model in "
             "OUT, the adapter in OUT-adapter.",
             show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
 ) -> int:
     """`rlhf-convert repair`."""
     from converter.cli.run.repair import repair
-    from converter.recipe.verbs.repair import Repairing
+    from converter.recipe.verbs.repair import RepairRequest
 
     chosen = None if emit is None else emit.value
-    asked = Repairing(src, tuple(weights_from or ()), base, target, lora_alpha, vocab, weights, chosen)
+    asked = RepairRequest(src, tuple(weights_from or ()), base, target, lora_alpha, vocab, weights, chosen)
     return repair(asked, options.target(out), options)
 
 
@@ -233,7 +284,11 @@ def run(
     given: Annotated[
         list[str] | None,
         typer.Option(
-            "--input", metavar="NAME=PATH", help="Path of one of the recipe's inputs. Repeatable.", show_default=False
+            "--input",
+            metavar="NAME=PATH",
+            help="Path of one of the recipe's inputs. Repeatable.",
+            show_default=False,
+            rich_help_panel=INPUT,
         ),
     ] = None,
 ) -> int:

@@ -22,6 +22,7 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import Cast, LazyTensor
+from converter.diagnostic import Again, Steps
 from converter.errors import Refused
 from converter.text import fold, show
 
@@ -147,7 +148,7 @@ class Base:
                 f"the base is not the one that training began with: {len(wrong)} of {len(whole)} frozen tensors differ "
                 f"from it: {fold(wrong)}",
                 where=show(self.given.origin.asked),
-                next="give the revision of training: --base OWNER/NAME@COMMIT",
+                next=Steps("give the revision of training: ", Again(("--base", "OWNER/NAME@COMMIT"))),
             )
         if not any(self._is_varied(own) for own, _ in whole.values()):
             self.context.consent(
@@ -156,7 +157,7 @@ class Base:
                     f"{fold(names)} would come from {label_of(self.given)}, and no frozen tensor is left whole "
                     "that could show that this is the model that training began with",
                     where=show(self.broken.origin.asked),
-                    next="shards that were saved with frozen parameters: --weights-from DIR",
+                    next=Steps("shards that were saved with frozen parameters: ", Again(("--weights-from", "DIR"))),
                 )
             )
 

@@ -51,6 +51,7 @@ from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Command
 from converter.errors import UsageError
 from converter.text import show
 
@@ -84,7 +85,7 @@ class Fill:
                 "training-state",
                 "this is a trainer's state: it is gathered, and needs no repair",
                 where=show(checkpoint.origin.asked),
-                next=f"rlhf-convert gather {show(checkpoint.origin.asked)} OUT",
+                next=Command("gather", (checkpoint.origin.asked, "OUT")),
             )
         return _Repair(checkpoint, self.weights, self.base, context).done()
 

@@ -10,6 +10,7 @@ from converter.converters.fill.offers import ADAPTER, TRAINING, Offer
 from converter.converters.gather.adapter_config import HEADS
 from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint
+from converter.diagnostic import Again, Command, Next, Steps
 from converter.errors import ConvertError, Refused
 from converter.text import fold, show
 
@@ -75,13 +76,13 @@ def refuse_lost(
             f"the weights found are not of this checkpoint, and {len(damage)} tensors are lost:{''.join(rows)}",
             where=asked,
             got=got,
-            next=_helps(asked),
+            next=_helps(broken.origin.asked),
         )
     only_heads = not damage
     code = "head-base-lost" if only_heads else "tensors-lost"
     what = f"{len(causes)} of {total} lost tensors are in no place that was looked at:{''.join(rows)}"
     no_cure = "\n    no cure: ignore_mismatched_sizes, zeros, a fresh initialisation: each makes another model"
-    raise Refused(code, what + no_cure, where=asked, got=got, next=_helps(asked, head=only_heads))
+    raise Refused(code, what + no_cure, where=asked, got=got, next=_helps(broken.origin.asked, head=only_heads))
 
 
 def _shapes(names: Sequence[str], damage: Mapping[str, Damage]) -> str:
@@ -93,11 +94,10 @@ def _shapes(names: Sequence[str], damage: Mapping[str, Damage]) -> str:
     return f"  ({', '.join(found[:4])}{tail})" if found else ""
 
 
-def _helps(asked: str, *, head: bool = False) -> str:
+def _helps(asked: str, *, head: bool = False) -> Next:
     base = ", or --base BASE if the base is a reward model that has the head" if head else ""
-    return (
-        f"rlhf-convert repair {asked} OUT --weights-from DIR, DIR being the run's DeepSpeed folder (global_step*){base}"
-    )
+    command = Command("repair", (asked, "OUT", "--weights-from", "DIR"))
+    return Steps(command, f", DIR being the run's DeepSpeed folder (global_step*){base}")
 
 
 def older_weights(broken: Checkpoint, older: Offer, names: Sequence[str]) -> Refused:
@@ -107,7 +107,7 @@ def older_weights(broken: Checkpoint, older: Offer, names: Sequence[str]) -> Ref
         f"{len(names)} lost tensors are only in {older.label}, which is of another step ({older.why}). With consent "
         "all trained tensors are taken from it, and the result is that step, not this one",
         where=show(broken.origin.asked),
-        next=f"rlhf-convert gather {show(older.path)} OUT makes the same of it, whole",
+        next=Steps(Command("gather", (older.path, "OUT")), " makes the same of it, whole"),
     )
 
 
@@ -119,5 +119,8 @@ def refuse_several(broken: Checkpoint, offers: Sequence[Offer]) -> Refused:
         f"{len(offers)} states of the run hold what is lost, and nothing tells which is of the same step",
         where=show(broken.origin.asked),
         expected=f"one of {listed}",
-        next=f"rlhf-convert repair {show(broken.origin.asked)} OUT --weights-from {show(offers[-1].path)}",
+        next=Again(
+            ("--weights-from", offers[-1].path),
+            otherwise=Command("repair", (broken.origin.asked, "OUT", "--weights-from", offers[-1].path)),
+        ),
     )

@@ -12,6 +12,7 @@ from converter.core.context import Context
 from converter.core.files.strict_json import load_json
 from converter.core.side_files import ADAPTER_CONFIG, recorded
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.text import fold, show
 
@@ -142,10 +143,9 @@ def _rebuilt(
 
 
 def _alpha_unknown(what: str, where: str) -> UsageError:
-    advice = "with the N of the training script, and --rslora if it set use_rslora"
-    return UsageError(
-        "lora-alpha-unknown", what, where=where, next=f"rlhf-convert gather {where} OUT --lora-alpha N, {advice}"
-    )
+    command = Command("gather", (where, "OUT", "--lora-alpha", "N"))
+    step = Steps(Again(("--lora-alpha", "N"), otherwise=command), ", with the N of the training script")
+    return UsageError("lora-alpha-unknown", what, where=where, next=step)
 
 
 def _exact(module: str) -> str:

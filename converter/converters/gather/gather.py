@@ -26,6 +26,7 @@ from converter.core.context import Context
 from converter.core.side_files import recorded
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, LazyTensor, Stored
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.families.disk_names import with_disk_names
 from converter.text import fold, show
@@ -134,7 +135,7 @@ def _with_config(found: Checkpoint, base: Checkpoint | None, context: Context) -
             "config-missing",
             "there is no config.json beside or above the shards, and without it nothing loads the weights",
             where=show(found.origin.asked),
-            next=f"rlhf-convert gather {show(found.origin.asked)} OUT --base BASE, the model that training began with",
+            next=Steps(_with(found.origin.asked, "--base", "BASE"), ", the model that training began with"),
         )
     context.note("info", "found", f"config.json taken from the base, {show(base.origin.name)}")
     return found.replace(side_files=files, config=base.config, config_bytes=base.config_bytes)
@@ -210,7 +211,7 @@ class _Lora:
                 "trained-outside",
                 f"{len(weights)} weights were trained beside LoRA and can't be part of an adapter: {fold(weights)}",
                 where=self.where,
-                next=f"rlhf-convert gather {self.where} OUT --emit merged",
+                next=_with(self.source.origin.asked, "--emit", "merged"),
             )
         # PEFT's loader takes a bias under a LoRA layer by this name alone, and drops others without a word.
         layers = {f"{m}.bias": f"{m}.base_layer.bias" for m in self.names.targets}
@@ -250,8 +251,11 @@ class _Lora:
                     "head-base-lost",
                     f"{show(name)} was frozen, and this checkpoint was saved without frozen parameters",
                     where=self.where,
-                    next=f"rlhf-convert gather {self.where} OUT --base BASE, if the model that training began with has "
-                    "it; if it was random there, look for a checkpoint that was saved with it",
+                    next=Steps(
+                        _with(self.source.origin.asked, "--base", "BASE"),
+                        ", if the model that training began with has it; if it was random there, look for a checkpoint "
+                        "that was saved with it",
+                    ),
                 )
             found[name] = raw
         return found
@@ -286,7 +290,7 @@ class _Lora:
                 "base-needed",
                 "the checkpoint was saved without the frozen weights: the model needs its base",
                 where=self.where,
-                next=f"rlhf-convert gather {self.where} OUT --emit merged --base BASE",
+                next=_with(self.source.origin.asked, "--base", "BASE"),
             )
         adapter = self.adapter(None if own else base, alone=not own)
         under = base if not own and base is not None else self._own_base(base)
@@ -323,3 +327,8 @@ class _Lora:
         self.context.note("info", "base-own", f"merged over the run's own {len(own)} frozen weights")
         model = without_tied_copies(_with_config(found, base, self.context), self.context)
         return with_disk_names(model, self.context)
+
+
+def _with(asked: str, *options: str) -> Again:
+    """The user's command with options."""
+    return Again(options, otherwise=Command("gather", (asked, "OUT", *options)))

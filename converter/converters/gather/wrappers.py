@@ -19,12 +19,13 @@ from typing import Literal
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.families.memory_names import auto_class
 from converter.text import fold, show
 
 Part = Literal["policy", "value", "actor", "critic", "reward"]
-Layout = Literal["plain", "trl", "llamafactory", "dschat", "trlx", "coati"]
+Wrapping = Literal["plain", "trl", "llamafactory", "dschat", "trlx", "coati"]
 
 SIDECAR = "value_head.safetensors"
 _INNER = "pretrained_model."
@@ -51,7 +52,7 @@ class Unwrapped:
 
     names: dict[str, str]
     head: dict[str, str] = field(default_factory=dict)
-    layout: Layout = "plain"
+    layout: Wrapping = "plain"
     part: str = ""
     dropped: dict[str, str] = field(default_factory=dict)
 
@@ -95,7 +96,12 @@ def unwrap(names: Mapping[str, str], checkpoint: Checkpoint, part: str | None, c
         return _chosen_part(names, where, part, context)
     if part is not None:
         what = f"--part {show(part)}: this state is of one model, and has no parts"
-        raise UsageError("no-parts", what, where=where, next=f"rlhf-convert gather {where} OUT")
+        raise UsageError(
+            "no-parts",
+            what,
+            where=where,
+            next=Again(leave_out=("--part",), otherwise=Command("gather", (where, "OUT"))),
+        )
     if _SUMMARY in plain:
         return _value_head(names, checkpoint, context)
     if any(n.startswith(("rwtransformer.", "rwtranrsformer.")) for n in plain):
@@ -107,7 +113,7 @@ def unwrap(names: Mapping[str, str], checkpoint: Checkpoint, part: str | None, c
     return Unwrapped(dict(names))
 
 
-def _raw(names: Mapping[str, str], layout: Layout, text: str, context: Context) -> Unwrapped:
+def _raw(names: Mapping[str, str], layout: Wrapping, text: str, context: Context) -> Unwrapped:
     context.note("info", "layout", text)
     return Unwrapped(dict(names), layout=layout)
 
@@ -134,7 +140,8 @@ def _chosen_part(names: Mapping[str, str], where: str, part: str | None, context
             what,
             where=where,
             expected="--part policy or --part value",
-            next=f"rlhf-convert gather {where} OUT --part policy",
+            offers=_PARTS,
+            next=Again(("--part", "policy"), otherwise=Command("gather", (where, "OUT", "--part", "policy"))),
         )
     own = _PARTS[asked]
     known = (*_PARTS.values(), _SAME_AS_VALUE)
@@ -192,7 +199,13 @@ def for_value_model(found: Checkpoint, base: Checkpoint | None, context: Context
             "config.json is the policy's, and the value model has other sizes",
             where=where,
             expected=f"hidden size {score.info.shape[1]}",
-            next=f"rlhf-convert gather {where} OUT --part value --base BASE, the model that the value model began with",
+            next=Steps(
+                Again(
+                    ("--base", "BASE"),
+                    otherwise=Command("gather", (where, "OUT", "--part", "value", "--base", "BASE")),
+                ),
+                ", the model that the value model began with",
+            ),
         )
     name = auto_class("SEQ_CLS", str(config.get("model_type")))
     if name is None:

@@ -19,6 +19,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.kernel_specs import HEAD_NORMAL, HEAD_ROWS, Param
 from converter.core.tensors.nodes import Filled, LazyTensor
+from converter.diagnostic import Again, Steps
 from converter.dialects.known import Target
 from converter.dialects.spec import HeadSpec
 from converter.errors import Refused, UsageError
@@ -167,7 +168,9 @@ class _Fit:
         std = normaliser.std if normaliser else (1.0,) * count
         if len(mean) != count:
             what = f"{len(mean)} means go with a head of {count} rows"
-            raise Refused("normaliser", what, next="take them out of config.json, or --normaliser drop")
+            raise Refused(
+                "normaliser", what, next=Steps("take them out of config.json, or ", Again(("--normaliser", "drop")))
+            )
         unit = tuple(tuple(float(i == j) for j in range(count)) for i in range(count))
         weights, label = self.wishes.label_weights, self.wishes.label
         if weights:
@@ -187,12 +190,15 @@ class _Fit:
         return _Rows(unit, tuple(-m for m in mean), tuple(std))
 
     def _several(self, count: int) -> Refused:
-        way = "--label 1 takes a row" if count > 2 else "--label-weights=-1,1 gives the difference of the two logits"
+        options: tuple[str, ...] = ("--label", "1")
+        does = " takes a row"
+        if count == 2:
+            options, does = ("--label-weights=-1,1",), " gives the difference of the two logits"
         return Refused(
             "head-labels",
             f"the head has {count} rows, and {self.target.words} takes one value for each token",
             expected="one row, or a fixed sum of rows",
-            next=f"{way}; --label-weights W0,W1,... gives any sum",
+            next=Steps(Again(options), f"{does}; --label-weights W0,W1,... gives any sum"),
         )
 
     def _bias(self, rows: _Rows, head: Linear, weight: LazyTensor) -> LazyTensor | None:
@@ -222,7 +228,10 @@ class _Fit:
         else:
             what = f"the head adds {shown} to every score, and {self.target.words} has no place for it"
             raise Refused(
-                "head-bias", f"{what}{self._spread(constants, weight)}", expected=self._bias_ways(), next="--bias drop"
+                "head-bias",
+                f"{what}{self._spread(constants, weight)}",
+                expected=self._bias_ways(),
+                next=Again(("--bias", "drop")),
             )
 
     def _into_mean(self, constants: list[float]) -> None:
@@ -232,7 +241,7 @@ class _Fit:
                 f"{self.target.words} doesn't keep mean and std of config.json: under transformers 5 they are "
                 "uninitialised memory, and others don't know them",
                 expected="--bias drop: shifts every score by the constant",
-                next="--bias drop",
+                next=Again(("--bias", "drop")),
             )
         mean, std = self.config.get("mean", 0.0), self.config.get("std", 1.0)
         self.config |= {"mean": mean - constants[0], "std": std}
@@ -322,7 +331,12 @@ class _Fit:
                 "head-not-linear",
                 f"the head is an MLP of {head.first.rows} hidden units, and {self.target.words} has one linear layer: "
                 "no weights give the same numbers",
-                next="--to trlx, whose head is an MLP too; or --init-head zeros for a fresh critic",
+                next=Steps(
+                    Again(("--to", "trlx")),
+                    ", whose head is an MLP too; or ",
+                    Again(("--init-head", "zeros")),
+                    " for a fresh critic",
+                ),
             )
         self.context.note("info", "head-unembedded", "the MLP is a linear head, written as two units: exact")
         return found

@@ -12,6 +12,7 @@ from converter.converters.merge.task_head import TASK_SUFFIX
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
 from converter.text import fold, show
 
@@ -78,6 +79,9 @@ def _tensors(module: Module, config: AdapterConfig, where: str) -> dict[str, Laz
     return found
 
 
+_OF_THE_RUN = Command("convert", ("RUN/global_stepN", "OUT"))
+
+
 def lost_base(module: str, adapter: Checkpoint) -> Refused:
     """The refusal of a LoRA over a head that was random, frozen and never saved: what would bring it back, in order."""
     return Refused(
@@ -87,8 +91,11 @@ def lost_base(module: str, adapter: Checkpoint) -> Refused:
         where=show(adapter.origin.asked),
         expected="W0, from a DeepSpeed checkpoint of the run (frozen_param_fragments: exact), or another checkpoint "
         f"that has the head whole. {NO_CURE}",
-        next="rlhf-convert convert RUN/global_stepN OUT, the run's DeepSpeed folder; or for a fresh critic, never a "
-        "reward model, --init-head zeros",
+        next=Steps(
+            _OF_THE_RUN,
+            ", the run's DeepSpeed folder; or for a fresh critic, never a reward model, ",
+            Again(("--init-head", "zeros")),
+        ),
     )
 
 
@@ -102,6 +109,10 @@ def no_head(checkpoint: Checkpoint, adapter: Checkpoint | None) -> Refused:
         where=show(source.origin.asked),
         expected="a score, value_head or v_head among the weights, or value_head.safetensors beside them; Nemotron's "
         "reward models have theirs in lm_head (--from lm-head-row0)",
-        next="rlhf-convert convert RUN/global_stepN OUT, the run's DeepSpeed folder, or another checkpoint of it; for "
-        "a fresh critic --init-head zeros, or --init-head normal --seed 0",
+        next=Steps(
+            _OF_THE_RUN,
+            ", the run's DeepSpeed folder, or another checkpoint of it; for a fresh critic ",
+            Again(("--init-head", "zeros")),
+            ", or --init-head normal --seed 0",
+        ),
     )

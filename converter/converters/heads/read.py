@@ -15,6 +15,7 @@ from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, Concat, Filled, LazyTensor
+from converter.diagnostic import Command, Steps
 from converter.dialects.spec import Dialect
 from converter.errors import Refused
 from converter.families.family import Family, family, hidden_size
@@ -136,7 +137,7 @@ class _Reader:
             "head-missing",
             f"as {self.dialect.name} the head is {show(name)}, which isn't there",
             where=self.where,
-            next="name another dialect with --from, or see `rlhf-convert list`",
+            next=Steps("name another dialect with --from, or see `", Command("list"), "`"),
         )
 
     # What is done to the score

@@ -13,6 +13,7 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.byte_runs import reads
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again, Steps
 from converter.dialects.known import Target
 from converter.dialects.spec import HeadSpec
 from converter.errors import Refused
@@ -192,7 +193,7 @@ class _Writer:
                 "lm-head-missing",
                 f"{text}, but the trainer would draw a random one",
                 where=where,
-                next="--base DIR, the model that this one was trained from",
+                next=Steps(Again(("--base", "DIR")), ", the model that this one was trained from"),
             )
             self.context.consent(error)
             return {}

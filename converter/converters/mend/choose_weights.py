@@ -10,6 +10,7 @@ from typing import ClassVar
 from converter.core.checkpoint import Checkpoint, WeightSet
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again, Steps
 from converter.errors import Refused, UsageError
 from converter.families.coverage import Judged, judged
 from converter.text import fold, show
@@ -84,7 +85,10 @@ def _alone(sets: Sequence[Judged], checkpoint: Checkpoint, context: Context) -> 
             f"{show(first)} is one that differs",
             where=where,
             expected="one of them",
-            next=" or ".join(f"--set {show(next(iter(s.set.files)))}" for s in (chosen, *differ)),
+            next=Steps(
+                Again(("--set", next(iter(chosen.set.files)))),
+                *(f" or --set {show(next(iter(s.set.files)))}" for s in differ),
+            ),
         )
     return chosen
 

@@ -17,6 +17,7 @@ from converter.core.side_files import side_json
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.text import fold, show
 
@@ -57,7 +58,12 @@ class Vocabulary:
         """
         if checkpoint.origin.kind == "adapter":
             what = "an adapter has the vocabulary of its base; reconcile the merged model"
-            raise UsageError("usage", what, where=show(checkpoint.origin.asked), next="rlhf-convert merge-lora")
+            raise UsageError(
+                "usage",
+                what,
+                where=show(checkpoint.origin.asked),
+                next=Command("merge-lora", (checkpoint.origin.asked, "OUT")),
+            )
         held = vocabulary_tensors(checkpoint)
         if not held:
             what = "no embedding is known by its name, so its rows can't be told from others"
@@ -151,7 +157,7 @@ def with_rows_in_config(checkpoint: Checkpoint, context: Context, *, consent: bo
     rows = {n: t.info.shape[0] for n, t in vocabulary_tensors(checkpoint).items()}
     if len(set(rows.values())) != 1:
         what = f"the embeddings have different numbers of rows: {sorted(set(rows.values()))} in {fold(rows)}"
-        advice = "--vocab N gives all of them N rows"
+        advice = Steps(Again(("--vocab", "N")), " gives all of them N rows")
         raise Refused("vocab-mismatch", what, where=show(checkpoint.origin.asked), next=advice)
     (count,) = set(rows.values())
     config = text_config(checkpoint.config)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.core.checkpoint import Checkpoint
+from converter.diagnostic import Again, Steps
 from converter.errors import Refused
 from converter.text import show
 
@@ -156,13 +157,15 @@ def read_adapter_config(adapter: Checkpoint, *, base_is_residual: bool = False) 
     _expect_lora(config, where)
     for key, value in config.items():
         if key in _REFUSED_FIELDS and value:
-            raise Refused("adapter-field-unsupported", f"`{key}` is set: {_REFUSED_FIELDS[key]}", where=where)
+            what = f"`{key}` is set: {_REFUSED_FIELDS[key]}"
+            raise Refused("adapter-field-unsupported", what, where=where, facts={"field": key})
         if value and key not in _NEUTRAL and key not in _IMPLEMENTED and key not in _REFUSED_FIELDS:
             raise Refused(
                 "adapter-field-unknown",
                 f"`{show(key)}` is set and unknown, so what it means for a merge is too",
                 where=where,
                 got=show(value),
+                facts={"field": show(key)},
                 next="merge it with the PEFT version that wrote it, or report the field",
             )
     read = _Fields(config, where)
@@ -211,8 +214,12 @@ def _init(value: Any, where: str) -> str:
         "adapter-base-moved" if reason else "adapter-field-unknown",
         f"init_lora_weights is {show(value)}: {reason or 'unknown'}",
         where=where,
-        next="merge into the base that training saved beside the adapter: --base DIR --base-is-residual; "
-        "or convert the adapter with PEFT's path_initial_model_for_weight_conversion",
+        facts={"field": "init_lora_weights"},
+        next=Steps(
+            "merge into the base that training saved beside the adapter: ",
+            Again(("--base", "DIR", "--base-is-residual")),
+            "; or convert the adapter with PEFT's path_initial_model_for_weight_conversion",
+        ),
     )
 
 
@@ -225,7 +232,14 @@ class _Fields:
 
     def _bad(self, key: str, expected: str) -> Refused:
         got = show(self._config.get(key))
-        return Refused("adapter-config", f"`{key}` is malformed", where=self._where, expected=expected, got=got)
+        return Refused(
+            "adapter-config",
+            f"`{key}` is malformed",
+            where=self._where,
+            expected=expected,
+            got=got,
+            facts={"field": key},
+        )
 
     def number(self, key: str, default: int, kind: type, valid: Callable[[Any], bool]) -> Any:
         value = self._config.get(key)
@@ -272,6 +286,7 @@ class _Fields:
                     f"`{key}` holds a pattern that is not a plain regular expression",
                     where=self._where,
                     got=show(text),
+                    facts={"field": key},
                 )
             self._number(key, number, kind, valid)
         return dict(value)

@@ -12,6 +12,7 @@ from converter.core.tensors import kernel_specs
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again, Steps
 from converter.errors import Refused
 from converter.text import show
 
@@ -128,7 +129,7 @@ class Layer:
             where=self.where,
             expected=f"factors of a weight {list(base)}",
             got=f"A {list(a)}, B {list(b)}",
-            next="name the base that the adapter was trained on: --base DIR",
+            next=Steps("name the base that the adapter was trained on: ", Again(("--base", "DIR"))),
         )
 
     def _orientation(self, across: bool, along: bool, model_config: Mapping[str, Any]) -> str:

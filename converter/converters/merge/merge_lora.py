@@ -27,6 +27,7 @@ from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.side_files import adapter_first
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again, Steps
 from converter.errors import Refused, UsageError
 from converter.families.memory_names import architectures, classifier
 from converter.text import fold, show
@@ -79,7 +80,7 @@ def _refuse_quantised(base: Checkpoint) -> None:
             "base-quantised",
             "the base is quantised; a merge needs the 16 or 32 bit weights it was made from",
             where=show(base.origin.asked),
-            next="name the unquantised base: --base DIR",
+            next=Steps("name the unquantised base: ", Again(("--base", "DIR"))),
         )
 
 

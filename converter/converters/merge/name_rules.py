@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from converter.diagnostic import Again, Steps
 from converter.errors import Refused
 from converter.families.memory_names import Architecture, MemoryNames, version
 from converter.text import fold
@@ -196,7 +197,8 @@ def _unmatched(missing: Sequence[str], total: int, known: set[str], adapter: str
         where=adapter,
         expected=f"every module in {base}, which has {fold(_sample(known))}",
         got=fold(missing),
-        next="name the base that it was trained on: --base DIR",
+        facts={"missing": len(missing)},
+        next=Steps("name the base that it was trained on: ", Again(("--base", "DIR"))),
     )
 
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import gc
 import pickletools
 import re
-import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn, cast
 
 from converter.core.formats.pickle_names import MAX_NAMES, AllowedNames, allowed_names, runs_code
+from converter.diagnostic import Again, Steps
 from converter.errors import Refused
 from converter.text import fold, show
 
@@ -389,12 +389,16 @@ def check_names(names: Iterable[str], *, where: str, allow: re.Pattern[str] | No
         unknown = [n for n in unknown if not allowed.allows(n)]
     if unknown:
         is_attack = any(map(runs_code, unknown)) or len(unknown) > MAX_NAMES
-        pattern = shlex.quote(show("|".join(map(re.escape, unknown[:3]))))
+        pattern = "|".join(map(re.escape, unknown[:3]))
         raise Refused(
             "pickle-names",
             f"the file names code that a checkpoint does not need: {fold(unknown)}. Nothing of it was run",
             where=show(where),
             next="don't load it with anything; ask whoever made it for safetensors"
             if is_attack
-            else f"if your own trainer wrote it: --allow-name {pattern}; it is read as data, not imported",
+            else Steps(
+                "if your own trainer wrote it: ",
+                Again(("--allow-name", pattern)),
+                "; it is read as data, not imported",
+            ),
         )

@@ -21,6 +21,7 @@ from typing import Any
 from converter.core.files.opening import Identity, open_input, read_exact
 from converter.core.files.strict_json import load_json, parse_json
 from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.diagnostic import Command, Steps
 from converter.errors import Refused
 from converter.text import show
 
@@ -138,7 +139,8 @@ def _lfs_pointer(path: Path, start: bytes, size: int) -> Refused:
         where=show(path),
         expected=f"{promised[1].decode()} bytes" if promised else "the weights",
         got=f"{size} bytes",
-        next="git lfs pull, in the folder it was cloned to",
+        next=Steps(Command("lfs", ("pull",), program="git"), ", in the folder it was cloned to"),
+        facts={"instead": "git-lfs"},
     )
 
 
@@ -260,7 +262,7 @@ def build_header(
     text += b" " * padding
     if len(text) > MAX_HEADER_SIZE:
         what = f"a header of {len(text)} bytes is more than any reader accepts ({MAX_HEADER_SIZE})"
-        raise Refused("header-too-large", what, next="write more files: --max-shard-size")
+        raise Refused("header-too-large", what, next="write more files, with --max-shard-size")
     return struct.pack("<Q", len(text)) + text
 
 

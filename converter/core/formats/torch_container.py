@@ -107,16 +107,17 @@ def read_member(fd: int, path: Path, *, start: int, length: int) -> Container:
 
 
 def _not_torch(path: Path, start: bytes) -> Refused:
-    what = "not a file of torch.save"
+    what, facts = "not a file of torch.save", dict[str, str]()
     if start.startswith(b"version https://git-lfs"):
         what = "a git-lfs pointer, not the weights; run: git lfs pull"
+        facts = {"instead": "git-lfs"}
     elif start[8:9] == b"{":
         what = "a safetensors file under another name; rename it to .safetensors"
     elif start[257:262] == b"ustar" or (start[:1].isalnum() and b"\0" * 8 in start[:100]):
         what = "a file in the tar layout of 2017; save it again with a newer torch"
     elif not start:
         what = "an empty file"
-    return Refused("torch-not", f"this is {what}", where=show(path))
+    return Refused("torch-not", f"this is {what}", where=show(path), facts=facts)
 
 
 def _zip_error(path: Path, why: str) -> Refused:

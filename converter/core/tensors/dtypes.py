@@ -122,6 +122,20 @@ _ALIASES = (
 )
 
 
+LOSSLESS = {
+    DType.BF16: {DType.F32, DType.F64},
+    DType.F16: {DType.F32, DType.F64},
+    DType.F32: {DType.F64},
+    DType.F8_E4M3: {DType.F16, DType.BF16, DType.F32, DType.F64},
+    DType.F8_E5M2: {DType.F16, DType.BF16, DType.F32, DType.F64},
+    DType.U8: {DType.I16, DType.I32, DType.I64},
+    DType.I8: {DType.I16, DType.I32, DType.I64},
+    DType.I16: {DType.I32, DType.I64},
+    DType.I32: {DType.I64},
+}
+"""Dtypes that hold every value of another."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """What a header says of a tensor: its element type and shape (`()` is a 0-d tensor of one element)."""

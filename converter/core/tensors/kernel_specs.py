@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.diagnostic import Command
 from converter.errors import Refused
 from converter.text import show
 
@@ -68,9 +69,7 @@ def find(name: str) -> KernelSpec:
         spec = point.load()
         if isinstance(spec, KernelSpec) and spec.name == name:
             return spec
-    raise Refused(
-        "unknown-kernel", f"no installed package provides the kernel `{show(name)}`", next="rlhf-convert list"
-    )
+    raise Refused("unknown-kernel", f"no installed package provides the kernel `{show(name)}`", next=Command("list"))
 
 
 def _out(params: Params) -> DType:

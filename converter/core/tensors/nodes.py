@@ -14,16 +14,43 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Protocol, assert_never
 
 from converter.core.tensors import kernel_specs
-from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.dtypes import LOSSLESS, DType, TensorInfo
 from converter.core.tensors.kernel_specs import KernelSpec, Param
 from converter.errors import Refused
 
 
+class _Described(Protocol):
+    @property
+    def info(self) -> TensorInfo: ...
+
+
+class _Typed:
+    """The element type by its short name; a Cast has it as its own field."""
+
+    __slots__ = ()
+
+    @property
+    def dtype(self: _Described) -> DType:
+        """The type of the elements."""
+        return self.info.dtype
+
+
+class _Shaped:
+    """The shape by its short name; a Reshape has it as its own field."""
+
+    __slots__ = ()
+
+    @property
+    def shape(self: _Described) -> tuple[int, ...]:
+        """The length of each dimension."""
+        return self.info.shape
+
+
 @dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(_Typed, _Shaped):
     """Contiguous bytes of one file, row-major, little-endian."""
 
     info: TensorInfo
@@ -32,7 +59,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Strided:
+class Strided(_Typed, _Shaped):
     """A saved view that is not contiguous: element `i` lies `sum(i * strides)` elements past `offset` (bytes)."""
 
     info: TensorInfo
@@ -42,7 +69,7 @@ class Strided:
 
 
 @dataclass(frozen=True, slots=True)
-class Narrow:
+class Narrow(_Typed, _Shaped):
     """`length` indices of dimension `dim` of `source`, from `start`."""
 
     source: LazyTensor
@@ -58,7 +85,7 @@ class Narrow:
 
 
 @dataclass(frozen=True, slots=True)
-class Reshape:
+class Reshape(_Typed):
     """The same elements, row-major, in another shape."""
 
     source: LazyTensor
@@ -71,7 +98,7 @@ class Reshape:
 
 
 @dataclass(frozen=True, slots=True)
-class Concat:
+class Concat(_Typed, _Shaped):
     """Parts laid end to end along `dim`."""
 
     parts: tuple[LazyTensor, ...]
@@ -86,7 +113,7 @@ class Concat:
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class Cast(_Shaped):
     """The same values in another dtype, rounded to nearest even."""
 
     source: LazyTensor
@@ -99,7 +126,7 @@ class Cast:
 
 
 @dataclass(frozen=True, slots=True)
-class Filled:
+class Filled(_Typed, _Shaped):
     """One value everywhere; never random."""
 
     info: TensorInfo
@@ -107,7 +134,7 @@ class Filled:
 
 
 @dataclass(frozen=True, slots=True)
-class Apply:
+class Apply(_Typed, _Shaped):
     """A named kernel on inputs; `params` are sorted pairs of JSON values. `info` is what its spec declares."""
 
     kernel: str
@@ -320,25 +347,12 @@ def _joined(a: LazyTensor, b: LazyTensor, dim: int) -> LazyTensor | None:
     return None
 
 
-_LOSSLESS = {
-    DType.BF16: {DType.F32, DType.F64},
-    DType.F16: {DType.F32, DType.F64},
-    DType.F32: {DType.F64},
-    DType.F8_E4M3: {DType.F16, DType.BF16, DType.F32, DType.F64},
-    DType.F8_E5M2: {DType.F16, DType.BF16, DType.F32, DType.F64},
-    DType.U8: {DType.I16, DType.I32, DType.I64},
-    DType.I8: {DType.I16, DType.I32, DType.I64},
-    DType.I16: {DType.I32, DType.I64},
-    DType.I32: {DType.I64},
-}
-
-
 def cast(x: LazyTensor, dtype: DType) -> LazyTensor:
     """The same values in `dtype`; a cast to the same dtype, and a lossless one on the way, vanish."""
     if x.info.dtype is dtype:
         return x
     match x:
-        case Cast() if x.dtype in _LOSSLESS.get(x.source.info.dtype, ()):
+        case Cast() if x.dtype in LOSSLESS.get(x.source.info.dtype, ()):
             return cast(x.source, dtype)
         case Filled() if x.value in (0, 1):
             return Filled(TensorInfo(dtype, x.info.shape), x.value)

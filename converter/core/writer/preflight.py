@@ -11,6 +11,7 @@ from converter.core.files.links import RECEIPT_FILE
 from converter.core.tensors.nodes import is_separable, rows
 from converter.core.writer.plan import Plan
 from converter.core.writer.shard_plan import chunk_cost
+from converter.diagnostic import Again
 from converter.errors import Refused
 from converter.text import format_size, show
 
@@ -150,7 +151,7 @@ def memory_limit(plan: Plan, memory: int | None) -> int:
             + ("--memory allows" if memory is not None else "this machine has free"),
             expected=format_size(least),
             got=format_size(allowed),
-            next=f"--memory {-(-least // 1_000_000)}MB"
+            next=Again(("--memory", f"{-(-least // 1_000_000)}MB"))
             if memory is not None
             else "run it on a machine with more memory",
         )

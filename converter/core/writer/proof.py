@@ -45,7 +45,7 @@ def _check_header(shard: ShardPlan, path: Path) -> int:
     if shard.is_torch:
         return _check_directory(shard, path)
     header = read_header(path)
-    expected = {e.name: (e.tensor.info, e.offset - len(shard.head)) for e in shard.entries}
+    expected = {e.name: (e.tensor.info, e.offset - len(shard.header)) for e in shard.entries}
     found = {name: (info, begin) for name, (info, begin, _) in header.tensors.items()}
     if header.file_size != shard.size or found != expected:
         raise _failed(path, "the header on disk is not the one that was planned")
@@ -56,7 +56,7 @@ def _check_directory(shard: ShardPlan, path: Path) -> int:
     """A torch file as another reader of zip finds it: every record under its name, at its place, with its size."""
     planned = shard.archive
     with path.open("rb") as file:
-        head = file.read(len(shard.head))
+        head = file.read(len(shard.header))
         try:
             with zipfile.ZipFile(file) as archive:
                 listed = archive.infolist()
@@ -66,7 +66,7 @@ def _check_directory(shard: ShardPlan, path: Path) -> int:
             (i.filename.encode(), i.header_offset, _data_offset(file, i.header_offset), i.file_size) for i in listed
         ]
     expected = [(r.name, r.start, r.offset, r.size) for r in planned.records]
-    if path.stat().st_size != shard.size or head != shard.head or found != expected:
+    if path.stat().st_size != shard.size or head != shard.header or found != expected:
         raise _failed(path, "the zip on disk is not the one that was planned")
     return len(shard.entries)
 

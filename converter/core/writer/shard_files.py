@@ -51,7 +51,7 @@ def is_still_there(shard: ShardPlan, line: Mapping[str, Any], folder: Path) -> b
     except OSError:
         return False
     try:
-        if os.fstat(fd).st_size != shard.size or os.pread(fd, len(shard.head), 0) != shard.head:
+        if os.fstat(fd).st_size != shard.size or os.pread(fd, len(shard.header), 0) != shard.header:
             return False
         computed = [entry for entry in shard.entries if entry.runs is None]
         if not all(line["crc"].get(e.name) == [checksum(fd, *at) for at in e.extents] for e in computed):

@@ -62,7 +62,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One output file: `head`, then entries at their offsets, then `tail`; `size` bytes in all.
+    """One output file: `header`, then entries at their offsets, then `tail`; `size` bytes in all.
 
     A torch file has more between and after its entries, which depends on their checksums and is written last
     (`converter.core.formats.torch_zip_writer`).
@@ -72,7 +72,7 @@ class ShardPlan:
     """
 
     file: str
-    head: bytes
+    header: bytes
     entries: tuple[Entry, ...]
     tail: bytes
     size: int
@@ -115,13 +115,13 @@ def lay_out(
         placed = [Entry(n, t, r.offset, chunk_rows(t)) for (n, t), r in zip(tensors, archive.tensors, strict=True)]
         return ShardPlan(file, archive.head, tuple(placed), b"", archive.size)
     modulo = _source_modulo(tensors) if keep else None
-    head = build_header([(n, t.info) for n, t in tensors], metadata, data_start_mod=modulo)
+    header = build_header([(n, t.info) for n, t in tensors], metadata, data_start_mod=modulo)
     entries: list[Entry] = []
-    offset = len(head)
+    offset = len(header)
     for name, tensor in tensors:
         entries.append(Entry(name, tensor, offset, chunk_rows(tensor)))
         offset += tensor.info.nbytes
-    return ShardPlan(file, head, tuple(entries), b"", offset)
+    return ShardPlan(file, header, tuple(entries), b"", offset)
 
 
 def as_link(file: str, tensors: Sequence[tuple[str, LazyTensor]], headers: Mapping[str, Header]) -> ShardPlan | None:
@@ -186,7 +186,7 @@ def to_json(shard: ShardPlan) -> dict[str, Any]:
     ]
     return {
         "file": shard.file,
-        "head": shard.head.hex(),
+        "head": shard.header.hex(),
         "entries": entries,
         "tail": shard.tail.hex(),
         "size": shard.size,

@@ -182,7 +182,7 @@ class ShardWriter:
         with self._state:
             self._open[fd] = path
         reserve(fd, plan.size)
-        write_all(fd, plan.head, 0)
+        write_all(fd, plan.header, 0)
         write_all(fd, plan.tail, plan.size - len(plan.tail))
         return _Shard(plan, path, fd)
 

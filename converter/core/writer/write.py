@@ -228,7 +228,7 @@ def refuse_new_nonfinite(measures: Mapping[str, Measures], stage: Stage) -> None
 
 def receipt_content(plan: Plan, measures: Mapping[str, Measures], *, verified: bool) -> dict[str, Any]:
     """The receipt: what made this folder. The same inputs and recipe give the same bytes, on any machine."""
-    linked = {s.file: {"size": s.size, "header": header_digest(s.head)} for s in plan.linked}
+    linked = {s.file: {"size": s.size, "header": header_digest(s.header)} for s in plan.linked}
     return {
         **plan.provenance,
         **({LINKED: linked} if linked else {}),

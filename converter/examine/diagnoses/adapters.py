@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from converter.core.context import Context
+from converter.diagnostic import Next, Severity, completed
 from converter.errors import ConvertError, Refused, UsageError
-from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, Severity, diagnosis, folded
-from converter.examine.diagnoses.heads import filling_command
+from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, diagnosis, folded
+from converter.examine.diagnoses.commands import filling_command
 from converter.families.family import family
 from converter.sources.survey import StoredTensor
 from converter.text import fold, show
@@ -72,31 +73,27 @@ NOT_MERGED_HERE = frozenset(
 """Refusals of a merge that say what is not implemented here; PEFT loads these adapters, and some it can merge."""
 
 
-_FIELD = re.compile(r"`(\w+)`|^(init_lora_weights) is ")
 _MOST_REFUSALS = 8
 _OF_THE_LAYERS = ("layer_replication", "target_parameters", "megatron_config")
 """Fields without which the adapter would be over other layers: what refuses then says nothing."""
 
 
 def _refusals(case: Case) -> list[ConvertError]:
-    """Why this adapter does not merge into the base at hand; asked once, from headers.
+    """Why this adapter does not merge into the base at hand; asked once, from headers."""
+    return case.once("merge", _refusals_of_merge)
 
-    A field of the config that stops a merge is left out, and the merge is tried again: there may be more.
-    """
-    key = "\0merge"
-    if key not in case._json:
-        found: list[ConvertError] = []
-        without: frozenset[str] = frozenset()
-        while len(found) < _MOST_REFUSALS and (error := _try_merge(case, without)) is not None:
-            found.append(error)
-            field = _FIELD.search(error.what)
-            name = (field[1] or field[2]) if field is not None else None
-            if name is None or name in {*without, *_OF_THE_LAYERS} or not error.code.startswith("adapter-"):
-                break
-            without |= {name}
-        case._json[key] = found
-    errors: list[ConvertError] = case._json[key]
-    return errors
+
+def _refusals_of_merge(case: Case) -> list[ConvertError]:
+    """A field of the config that stops a merge is left out, and the merge is tried again: there may be more."""
+    found: list[ConvertError] = []
+    without: frozenset[str] = frozenset()
+    while len(found) < _MOST_REFUSALS and (error := _try_merge(case, without)) is not None:
+        found.append(error)
+        name = error.facts.get("field")
+        if not isinstance(name, str) or name in {*without, *_OF_THE_LAYERS} or not error.code.startswith("adapter-"):
+            break
+        without |= {name}
+    return found
 
 
 def _try_merge(case: Case, without: frozenset[str]) -> ConvertError | None:
@@ -133,7 +130,20 @@ def _of(error: ConvertError, case: Case, more: Sequence[str] = ()) -> Finding:
     severity = _severity(error, case)
     what = error.what if severity != "cosmetic" else f"sound, and not merged here: {error.what}"
     lost = LOST if error.code == "no-op" else ""
-    return Finding(error.code, severity, "; ".join((what, *more)), (), (*details, base)[:3], lost, next=error.next)
+    return Finding(
+        code=error.code,
+        severity=severity,
+        text="; ".join((what, *more)),
+        evidence=(*details, base)[:3],
+        recoverability=lost,
+        next=_merging(error, case),
+        facts=tuple(error.facts.items()),
+    )
+
+
+def _merging(error: ConvertError, case: Case) -> Next | None:
+    """What to do about a refused merge: "the same command" is the merge."""
+    return completed(error.next, case.command("merge-lora", out="merged"))
 
 
 def _severity(error: ConvertError, case: Case) -> Severity:
@@ -143,7 +153,7 @@ def _severity(error: ConvertError, case: Case) -> Severity:
     start = case.adapter_config.get("init_lora_weights")
     if error.code == "adapter-base-moved" and start != "corda":
         return "changes-numbers"
-    if error.code == "adapter-field-unknown" and "init_lora_weights" not in error.what:
+    if error.code == "adapter-field-unknown" and error.facts.get("field") != "init_lora_weights":
         return "changes-numbers"
     return "error"
 
@@ -154,7 +164,12 @@ def adapter_merge_refused(case: Case, context: Context) -> Iterable[Finding]:
     known = {*REFUSALS, "head-base-lost", "head-missing", "no-op", *(f.code for f in case.survey.faults)}
     others = [e for e in _refusals(case) if isinstance(e, Refused | UsageError) and e.code not in known]
     for error in others[:1]:
-        yield Finding("adapter-merge-refused", "error", f"{error.code}: {error.what}", next=error.next)
+        yield Finding(
+            code="adapter-merge-refused",
+            severity="error",
+            text=f"{error.code}: {error.what}",
+            next=_merging(error, case),
+        )
 
 
 @diagnosis("lora-alpha-zero", "adapter")
@@ -165,7 +180,9 @@ def lora_alpha_zero(case: Case, context: Context) -> Iterable[Finding]:
     if case.adapter_config.get("lora_alpha") == 0:
         text = "lora_alpha is 0: a merge would give the base model back. Put the training script's value there"
         advice = "set lora_alpha in adapter_config.json"
-        yield Finding("lora-alpha-zero", "error", text, (), ("adapter_config.json",), next=advice)
+        yield Finding(
+            code="lora-alpha-zero", severity="error", text=text, evidence=("adapter_config.json",), next=advice
+        )
 
 
 @diagnosis("no-op", "adapter")
@@ -185,7 +202,14 @@ def no_op(case: Case, context: Context) -> Iterable[Finding]:
     filled = {n: e for n, e in second.items() if e.info.numel}
     if filled and all(_is_zero(e, context) for e in filled.values()):
         text = f"all {len(filled)} lora_B are zero: the adapter does nothing"
-        yield Finding("no-op", "error", text, tuple(filled), folded(case, filled), LOST)
+        yield Finding(
+            code="no-op",
+            severity="error",
+            text=text,
+            tensors=tuple(filled),
+            evidence=folded(case, filled),
+            recoverability=LOST,
+        )
 
 
 def _is_zero(entry: StoredTensor, context: Context) -> bool:
@@ -211,7 +235,16 @@ def adapter_half(case: Case, context: Context) -> Iterable[Finding]:
         text = f"{len(alone)} of {count} modules have one LoRA factor only: {fold(alone)}"
         places = case.training_near()
         found = f"from {places[0].asked}" if places else LOST
-        yield Finding("adapter-half", "error", text, alone, alone[:3], found, ("fill",), next=filling_command(case))
+        yield Finding(
+            code="adapter-half",
+            severity="error",
+            text=text,
+            tensors=alone,
+            evidence=alone[:3],
+            recoverability=found,
+            fix=("fill",),
+            next=filling_command(case),
+        )
 
 
 @diagnosis("adapter-targets-missing", "adapter")
@@ -230,7 +263,13 @@ def adapter_targets_missing(case: Case, context: Context) -> Iterable[Finding]:
     if missing and have:
         listed = ", ".join(map(show, missing))
         text = f"the base has more layers of these targets than the adapter has tensors for: {listed}"
-        yield Finding("adapter-targets-missing", "changes-numbers", text, (), tuple(map(show, missing[:3])), "")
+        yield Finding(
+            code="adapter-targets-missing",
+            severity="changes-numbers",
+            text=text,
+            evidence=tuple(map(show, missing[:3])),
+            recoverability="",
+        )
 
 
 def _lacking(target: str, have: set[str], case: Case, base: Case) -> Iterator[tuple[int, int]]:
@@ -284,9 +323,17 @@ def adapter_keys_named(case: Case, context: Context) -> Iterable[Finding]:
     )
     if odd and any(_LORA.match(n) for n in odd):
         text = f"{len(odd)} of {len(case.shapes)} keys are not as PEFT writes them, and PEFT would ignore them silently"
-        command = f"rlhf-convert repair {case.path} {case.out('fixed')}"
+        command = case.repair()
         yield Finding(
-            "adapter-keys-named", "error", text, odd, folded(case, odd), HERE, ("mend-adapter-names",), "safe", command
+            code="adapter-keys-named",
+            severity="error",
+            text=text,
+            tensors=odd,
+            evidence=folded(case, odd),
+            recoverability=HERE,
+            fix=("mend-adapter-names",),
+            applicability="safe",
+            next=command,
         )
 
 
@@ -300,7 +347,7 @@ def base_differs(case: Case, context: Context) -> Iterable[Finding]:
         return
     if recorded.rstrip("/").rpartition("/")[2] != case.base.asked.rstrip("/").rpartition("/")[2]:
         text = f"the adapter records {show(recorded)} as its base, and {show(case.base.asked)} was given"
-        yield Finding("base-differs", "cosmetic", text)
+        yield Finding(code="base-differs", severity="cosmetic", text=text)
 
 
 DIAGNOSES = (

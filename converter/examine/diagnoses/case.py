@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import inspect
 import os
-import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from converter.core.checkpoint import Checkpoint, Origin
 from converter.core.context import Context
 from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
 from converter.core.tensors.dtypes import TensorInfo
+from converter.diagnostic import Command, Diagnostic, Severity, as_argument, spelled
 from converter.errors import ConvertError, Refused
 from converter.examine.diagnoses.script import Launch
 from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, Survey, file_names
 from converter.text import fold, show
 
-Severity = Literal["error", "changes-numbers", "cosmetic"]
+T = TypeVar("T")
 Applicability = Literal["safe", "unsafe", "display-only"]
 Kind = Literal["model", "adapter", "training", "weights", "run", "unread"]
 
@@ -35,42 +35,34 @@ _MOST_OUTPUTS = 100
 _TOKENIZER_BYTES = 200_000_000
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One fault.
+@dataclass(frozen=True, kw_only=True)
+class Finding(Diagnostic):
+    """One fault of a folder; at most three lines of evidence; commands have the user's own paths.
 
     Attributes:
-        message: one sentence or two; strings of the input in it are shown escaped.
         tensors: names of all tensors concerned; screens fold them.
-        evidence: at most three lines: names with shapes, files, byte counts.
         recoverability: `here`, `from <source>`, `lost`, or empty where nothing is missing.
         fix: names of the converters that mend it, in order.
         applicability: `safe`: no number changes; `unsafe`: needs consent; `display-only`: no converter mends it.
-        next: the exact next command, with the user's own paths.
     """
 
-    code: str
-    severity: Severity
-    message: str
     tensors: tuple[str, ...] = ()
-    evidence: tuple[str, ...] = ()
     recoverability: str = ""
     fix: tuple[str, ...] = ()
     applicability: Applicability = "display-only"
-    next: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The finding as `doctor --json` prints it."""
         return {
             "code": self.code,
             "severity": self.severity,
-            "message": self.message,
+            "message": self.text,
             "tensors": list(self.tensors),
             "evidence": list(self.evidence),
             "recoverability": self.recoverability,
             "fix": list(self.fix),
             "applicability": self.applicability,
-            "next": self.next,
+            "next": spelled(self.next),
         }
 
 
@@ -95,9 +87,9 @@ class Near:
         return self.source not in ("hf", "peft", "unread")
 
     @property
-    def quoted(self) -> str:
+    def argument(self) -> str:
         """Its path as a word of a command."""
-        return shlex.quote(self.asked)
+        return as_argument(self.asked)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -138,6 +130,18 @@ class Case:
     deep: bool = False
     launch: Launch | None = None
     _json: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    _memos: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: str, compute: Callable[[Case], T]) -> T:
+        """The value of `compute(case)`, computed at the first call: several diagnoses may share it.
+
+        Args:
+            key: the name of the value; two functions never share one.
+        """
+        if key not in self._memos:
+            self._memos[key] = compute(self)
+        value: T = self._memos[key]
+        return value
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -209,18 +213,26 @@ class Case:
                 value = error
         self._json[name] = value
 
-    @property
-    def path(self) -> str:
-        """The user's own path, quoted for a command."""
-        return shlex.quote(self.folder)
-
     @cached_property
     def folder(self) -> str:
         """The folder as the user typed it: the one that a named file is in, and `./-rm`, which is no option."""
         typed = self.asked
         if self.kind != "weights" and Path(typed).expanduser().is_file():
             typed = os.path.dirname(typed) or "."
-        return f"./{typed}" if typed.startswith("-") else typed
+        return as_argument(typed)
+
+    def command(self, verb: str, *options: str, out: str = "") -> Command:
+        """The command that makes another folder of this one.
+
+        Args:
+            out: the word at the end of the new folder's name (see `out`); none where the verb writes nothing.
+        """
+        written = (self.out(out),) if out else ()
+        return Command(verb, (self.folder, *written, *options))
+
+    def repair(self, *options: str) -> Command:
+        """The command that fixes what is wrong in the folder itself."""
+        return self.command("repair", *options, out="fixed")
 
     def out(self, word: str, beside: Near | None = None) -> str:
         """A path for a command to write to, beside this folder or another, and not there yet: `./rm-fixed`."""
@@ -233,7 +245,7 @@ class Case:
             typed = os.path.normpath(os.path.join(typed, "..", root.resolve().name))
         first = f"{typed.rstrip('/')}-{word}"
         paths = (first if n == 1 else f"{first}-{n}" for n in range(1, _MOST_OUTPUTS))
-        return shlex.quote(next((p for p in paths if not os.path.lexists(os.path.expanduser(p))), first))
+        return as_argument(next((p for p in paths if not os.path.lexists(os.path.expanduser(p))), first))
 
     def training_near(self) -> list[Near]:
         """Trainers' shards at hand, those that the user named first."""
@@ -297,8 +309,3 @@ def folded(case: Case, names: Iterable[str], most: int = MAX_EVIDENCE) -> tuple[
 
 def _pattern(name: str) -> str:
     return "".join("#" if c.isdigit() else c for c in name)
-
-
-def quoted(text: object) -> str:
-    """A string of the input as a word of a command."""
-    return shlex.quote(show(text))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from converter.diagnostic import Again, Command, Next, Steps, is_command
 from converter.examine.diagnoses.case import SEVERITIES, Case, Finding
-from converter.examine.diagnoses.heads import convert_command, role_word
+from converter.examine.diagnoses.commands import convert_command, role_word
 
 _ECHOES: Mapping[str, frozenset[str]] = {
     "fsdp-flat": frozenset({"names-wrapped"}),
@@ -28,8 +27,6 @@ _ECHOES: Mapping[str, frozenset[str]] = {
 
 _UNDER_WAY = frozenset({"file-truncated", "shard-missing", "torch-zip", "torch-not"})
 """What a save that is under way looks like."""
-
-_MODULES = re.compile(r"(\d+) of its \d+ modules")
 
 
 def one_per_cause(findings: Iterable[Finding]) -> list[Finding]:
@@ -52,20 +49,18 @@ def _explains(cause: Finding, echo: Finding) -> bool:
     if echo.code == "layers-missing":
         return cause.severity == "error"  # both forms lie in the folder: layers are under either
     if echo.code == "adapter-unmatched":
-        count = _MODULES.search(echo.message)
-        return count is not None and int(count[1]) == len(cause.tensors)
+        return echo.fact("missing") == len(cause.tensors)
     return True
 
 
 def _said_once(findings: list[Finding]) -> list[Finding]:
     """A file that is cut short and a save that is perhaps under way are one fault: the file's."""
-    hint = next((f for f in findings if f.code == "being-written" and f.next == "wait and look again"), None)
+    hint = next((f for f in findings if f.code == "being-written" and f.fact("sign") is not None), None)
     cut = next((f for f in findings if f.code in _UNDER_WAY), None)
     if hint is None or cut is None:
         return findings
-    words = hint.message.partition("cut short and ")[2]
-    then = f"wait and look again; if nothing writes there any more, {cut.next or 'copy it again'}"
-    joined = replace(cut, message=f"{cut.message}. It {words}", next=then)
+    then = Steps("wait and look again; if nothing writes there any more, ", cut.next or "copy it again")
+    joined = replace(cut, text=f"{cut.text}. It {hint.fact('sign')}", next=then)
     return [joined if f is cut else f for f in findings if f is not hint]
 
 
@@ -80,9 +75,9 @@ def _lacks_step(finding: Finding) -> bool:
     )
 
 
-def _step(finding: Finding, case: Case) -> str | None:
+def _step(finding: Finding, case: Case) -> Next | None:
     if finding.fix and finding.applicability == "safe" and finding.recoverability != "lost":
-        return f"rlhf-convert repair {case.path} {case.out('fixed')}"
+        return case.repair()
     known = _STEPS.get(finding.code)
     return known(finding, case) if callable(known) else known
 
@@ -96,46 +91,49 @@ def _restored(finding: Finding, case: Case) -> str:
     return f"copy {file} from the base model or from another checkpoint of the run"
 
 
-def _index_moved(finding: Finding, case: Case) -> str:
+def _index_moved(finding: Finding, case: Case) -> Next:
     """The command that puts a wrong index aside, after which a new one is made from the headers."""
     name = finding.evidence[0] if finding.evidence else "model.safetensors.index.json"
     index = f"{case.folder.rstrip('/')}/{name}"
-    repair = f"rlhf-convert repair {case.path} {case.out('fixed')}"
-    return f"mv {shlex.quote(index)} {shlex.quote(index + '.old')} && {repair}"
+    return Steps(_move(index, f"{index}.old"), case.repair())
 
 
-def _named_rightly(finding: Finding, case: Case) -> str | None:
+def _move(file: str, to: str) -> Command:
+    return Command("", (file, to), program="mv")
+
+
+def _named_rightly(finding: Finding, case: Case) -> Next | None:
     """The command that gives the only weight file the name that transformers reads."""
-    found = re.search(r"weights are in ([\w.-]+\.(?:pth|pt|bin)), which", finding.message)
-    if found is None:
+    file = finding.fact("file")
+    if file is None:
         return finding.next
-    files = [f"{case.folder.rstrip('/')}/{name}" for name in (found[1], "pytorch_model.bin")]
-    return f"mv {shlex.quote(files[0])} {shlex.quote(files[1])}"
+    folder = case.folder.rstrip("/")
+    return _move(f"{folder}/{file}", f"{folder}/pytorch_model.bin")
 
 
-def _config_aside(finding: Finding, case: Case) -> str:
+def _config_aside(finding: Finding, case: Case) -> Next:
     file = f"{case.folder.rstrip('/')}/adapter_config.json"
-    return f"mv {shlex.quote(file)} {shlex.quote(file + '.merged')}"
+    return _move(file, f"{file}.merged")
 
 
-def _ends_copied(finding: Finding, case: Case) -> str | None:
+def _ends_copied(finding: Finding, case: Case) -> Next | None:
     if case.base is None:
         return None
     name = "generation_config.json"
     source, out = f"{case.base.folder.rstrip('/')}/{name}", f"{case.folder.rstrip('/')}/{name}"
-    return f"cp {shlex.quote(source)} {shlex.quote(out)}"
+    return Command("", (source, out), program="cp")
 
 
-def _which_head(finding: Finding, case: Case) -> str:
+def _which_head(finding: Finding, case: Case) -> Next:
     if not finding.tensors:
         return "move the file that is not meant out of the folder"
-    return convert_command(case, role_word(case), None, "--from DIALECT")
+    return convert_command(case, role_word(case), None, "--from", "DIALECT")
 
 
-def _merged_again(finding: Finding, case: Case) -> str:
-    near = next((n.quoted for n in case.near if n.source == "peft"), "ADAPTER")
-    base = f" --base {case.base.path}" if case.base is not None else ""
-    return f"rlhf-convert merge-lora {near} {case.out('merged')}{base}"
+def _merged_again(finding: Finding, case: Case) -> Next:
+    near = next((n.argument for n in case.near if n.source == "peft"), "ADAPTER")
+    base = ("--base", case.base.folder) if case.base is not None else ()
+    return Command("merge-lora", (near, case.out("merged"), *base))
 
 
 def _of_base(what: str) -> Callable[[Finding, Case], str]:
@@ -149,13 +147,18 @@ def _of_source(finding: Finding, case: Case) -> str:
     return f"copy mean and std {finding.recoverability}/config.json into this config.json"
 
 
+def _compared(finding: Finding, case: Case) -> Next:
+    aim = ("--for", case.target) if case.target else ()
+    return Steps("compare rewards: ", Command("verify", (case.folder, *aim, "--against", "SRC", "--probe", "FILE")))
+
+
 _ANOTHER = "take another checkpoint of the run; nothing in this folder brings the values back"
-_SHARDS = "look for the run's shards (global_step*), which `rlhf-convert gather` reads, or train it again"
+_SHARDS = "look for the run's shards (global_step*), which `gather` reads, or train it again"
 _SAVED_AGAIN = "save the adapter again with PEFT, from the run that trained it"
 _OF_ONE_SAVE = "take the files of one save: copy the folder again from where it was written"
 _WITH_TRAINER = "convert it with the trainer that wrote it"
 
-_STEPS: Mapping[str, str | Callable[[Finding, Case], str | None]] = {
+_STEPS: Mapping[str, Next | Callable[[Finding, Case], Next | None]] = {
     **dict.fromkeys(
         ("safetensors-header", "safetensors-not", "torch-zip", "torch-not", "pickle-malformed", "zero-malformed",
          "dcp-malformed", "dcp-record", "verl-malformed"), _again,
@@ -194,9 +197,9 @@ _STEPS: Mapping[str, str | Callable[[Finding, Case], str | None]] = {
     "adapter-merge-refused": "merge it with PEFT itself: PeftModel.from_pretrained(...).merge_and_unload()",
     "adapter-ambiguous": _SAVED_AGAIN,
     "peft-type-unmergeable": "load it beside its base with PEFT: PeftModel.from_pretrained(base, adapter)",
-    "head-class": "name the base whose class has that head: --base DIR",
+    "head-class": Steps("name the base whose class has that head: ", Again(("--base", "DIR"))),
     "head-incomplete": _SHARDS,
-    "tied-copies-differ": "mend the base first: rlhf-convert doctor BASE --deep",
+    "tied-copies-differ": Steps("mend the base first: ", Command("doctor", ("BASE", "--deep"))),
     "experts-twice": "move the files of one save out of the folder",
     "pair-tokenizer": "train the critic from a model with the actor's tokenizer; a reward model may get texts instead",
     "pair-vocabulary": "start both from models with one vocabulary",
@@ -204,19 +207,14 @@ _STEPS: Mapping[str, str | Callable[[Finding, Case], str | None]] = {
     "launch-path-missing": "mend the path in the script, or run it where the folder is",
     "launch-role": "name a folder with a reward head in the script, and a language model as the actor",
     "launch-lora": "set it in the script to what adapter_config.json says",
-    "loader-changes": "compare rewards: rlhf-convert verify",
+    "loader-changes": _compared,
 }  # fmt: skip
 """What follows a finding that has no command of its own: words, or what makes them."""
 
 
-def commands_of(findings: Sequence[Finding]) -> list[str]:
+def commands_of(findings: Sequence[Finding]) -> list[Next]:
     """Commands to type next; those of trifles only where there is nothing worse, since they write to the same place."""
     worst = min((SEVERITIES.index(f.severity) for f in findings), default=0)
     limit = max(worst, SEVERITIES.index("changes-numbers"))
     found = [f for f in findings if SEVERITIES.index(f.severity) <= limit]
     return list(dict.fromkeys(f.next for f in found if f.next and is_command(f.next)))
-
-
-def is_command(text: str) -> bool:
-    """True for what a shell runs as it stands."""
-    return text.startswith(("rlhf-convert ", "mv ", "cp "))

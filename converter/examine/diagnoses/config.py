@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.core.context import Context
+from converter.diagnostic import Next, Severity
 from converter.errors import Refused
 from converter.examine.diagnoses.aims import is_transformers_4
-from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Severity, diagnosis, folded
+from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.families.family import family
 from converter.families.old_spellings import missing_spellings
 from converter.text import fold, show
@@ -50,7 +51,7 @@ def config_unreadable(case: Case, context: Context) -> Iterable[Finding]:
         error = case.json_error(name)
         if error is not None and not any(f.code == error.code for f in case.survey.faults):
             severity: Severity = "error" if name in ("config.json", "adapter_config.json") else "changes-numbers"
-            yield Finding("config-unreadable", severity, f"{name}: {error.what}", evidence=(name,))
+            yield Finding(code="config-unreadable", severity=severity, text=f"{name}: {error.what}", evidence=(name,))
 
 
 @diagnosis("architecture-missing", "model")
@@ -60,7 +61,7 @@ def architecture_missing(case: Case, context: Context) -> Iterable[Finding]:
     """
     if case.config and not architecture(case):
         text = "config.json names no architecture: engines that choose by it refuse the model"
-        yield Finding("architecture-missing", "cosmetic", text)
+        yield Finding(code="architecture-missing", severity="cosmetic", text=text)
 
 
 @diagnosis("architecture-wrapper", "model")
@@ -72,7 +73,12 @@ def architecture_wrapper(case: Case, context: Context) -> Iterable[Finding]:
     if _WRAPPERS.match(name):
         text = f"architectures is [{show(name)}], the trainer's wrapper: no engine knows that class"
         yield Finding(
-            "architecture-wrapper", "error", text, recoverability=HERE, fix=("mend-architecture",), applicability="safe"
+            code="architecture-wrapper",
+            severity="error",
+            text=text,
+            recoverability=HERE,
+            fix=("mend-architecture",),
+            applicability="safe",
         )
 
 
@@ -86,8 +92,8 @@ def architecture_openrlhf(case: Case, context: Context) -> Iterable[Finding]:
             f"architectures is [{architecture(case)}], a class of OpenRLHF's own: other trainers and engines "
             f"do not know it"
         )
-        command = f"rlhf-convert rm-to-critic {case.path} {case.out('converted')} --to trl"
-        yield Finding("architecture-openrlhf", "cosmetic", text, recoverability=HERE, next=command)
+        command = case.command("rm-to-critic", "--to", "trl", out="converted")
+        yield Finding(code="architecture-openrlhf", severity="cosmetic", text=text, recoverability=HERE, next=command)
 
 
 @diagnosis("labels-mismatch", "model")
@@ -105,15 +111,15 @@ def labels_mismatch(case: Case, context: Context) -> Iterable[Finding]:
             rows = "1 row" if info.shape[0] == 1 else f"{info.shape[0]} rows"
             text = f"{show(name)} has {rows} and config.json says {labels} labels"
             yield Finding(
-                "labels-mismatch",
-                "error",
-                text,
-                (name,),
-                folded(case, [name]),
-                HERE,
-                ("mend-labels",),
-                "safe",
-                f"rlhf-convert repair {case.path} {case.out('fixed')}",
+                code="labels-mismatch",
+                severity="error",
+                text=text,
+                tensors=(name,),
+                evidence=folded(case, [name]),
+                recoverability=HERE,
+                fix=("mend-labels",),
+                applicability="safe",
+                next=case.repair(),
             )
 
 
@@ -145,12 +151,12 @@ def pad_token_missing(case: Case, context: Context) -> Iterable[Finding]:
     text = "config.json has no pad_token_id: batches of more than one row fail or are scored at the wrong place"
     if known is not None:
         text += f". The tokenizer's pad token is {known}"
-    command = f"rlhf-convert repair {case.path} {case.out('fixed')}" if known is not None else None
-    next_step = command or "set pad_token_id in config.json to the id that training used"
+    command = case.repair() if known is not None else None
+    next_step: Next = command or "set pad_token_id in config.json to the id that training used"
     yield Finding(
-        "pad-token-missing",
-        "changes-numbers",
-        text,
+        code="pad-token-missing",
+        severity="changes-numbers",
+        text=text,
         recoverability=HERE if known is not None else "",
         fix=("mend-pad-token",) if known is not None else (),
         applicability="safe" if known is not None else "display-only",
@@ -168,7 +174,7 @@ def pad_is_eos(case: Case, context: Context) -> Iterable[Finding]:
     ends = eos if isinstance(eos, list) else [eos]
     if is_classifier(case) and isinstance(pad, int) and pad in ends:
         text = f"pad_token_id {pad} is the end-of-text token as well: where rewards are read depends on the trainer"
-        yield Finding("pad-is-eos", "cosmetic", text)
+        yield Finding(code="pad-is-eos", severity="cosmetic", text=text)
 
 
 @diagnosis("vocabulary-rows", "model")
@@ -195,15 +201,15 @@ def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
         rows = case.shapes[wrong[0]].shape[0]
         text = f"config.json says vocab_size {size}, and {fold(wrong)} has {rows} rows"
         yield Finding(
-            "vocabulary-rows",
-            "error",
-            text,
-            tuple(wrong),
-            folded(case, wrong),
-            HERE,
-            ("mend-vocabulary",),
-            "unsafe",
-            f"rlhf-convert repair {case.path} {case.out('fixed')} --allow vocabulary-rows",
+            code="vocabulary-rows",
+            severity="error",
+            text=text,
+            tensors=tuple(wrong),
+            evidence=folded(case, wrong),
+            recoverability=HERE,
+            fix=("mend-vocabulary",),
+            applicability="unsafe",
+            next=case.repair("--allow", "vocabulary-rows"),
         )
 
 
@@ -225,7 +231,9 @@ def end_tokens_lost(case: Case, context: Context) -> Iterable[Finding]:
     lost = sorted(theirs - own)
     if len(theirs) > 1 and own & theirs and lost:
         text = f"the base model ends its answers at {sorted(theirs)}, this one only at {sorted(own)}: {lost} got lost"
-        yield Finding("end-tokens-lost", "changes-numbers", text, recoverability=f"from {show(base.asked)}")
+        yield Finding(
+            code="end-tokens-lost", severity="changes-numbers", text=text, recoverability=f"from {show(base.asked)}"
+        )
 
 
 def _ends(config: Mapping[str, Any]) -> set[int]:
@@ -250,17 +258,16 @@ def tokenizer_of_transformers_5(case: Case, context: Context) -> Iterable[Findin
     wrong = [key for key, is_new in marks.items() if is_new]
     if wrong:
         text = f"tokenizer_config.json is of transformers 5 ({', '.join(wrong)}): transformers 4 can't read it"
-        command = f"rlhf-convert repair {case.path} {case.out('fixed')} --for transformers@4"
+        command = case.repair("--for", "transformers@4")
         yield Finding(
-            "tokenizer-of-transformers-5",
-            "error",
-            text,
-            (),
-            tuple(wrong),
-            HERE,
-            ("mend-for-transformers-4",),
-            "safe",
-            command,
+            code="tokenizer-of-transformers-5",
+            severity="error",
+            text=text,
+            evidence=tuple(wrong),
+            recoverability=HERE,
+            fix=("mend-for-transformers-4",),
+            applicability="safe",
+            next=command,
         )
 
 
@@ -273,17 +280,23 @@ def rope_of_transformers_5(case: Case, context: Context) -> Iterable[Finding]:
     is_old = is_transformers_4(case.target)
     severity: Severity = "changes-numbers" if is_old else "cosmetic"
     try:
-        missing = missing_spellings(case.config, case.path)
+        missing = missing_spellings(case.config, case.folder)
     except Refused as error:
         if is_old:
-            yield Finding("rope-of-transformers-5", severity, error.what, (), (), LOST)
+            yield Finding(code="rope-of-transformers-5", severity=severity, text=error.what, recoverability=LOST)
         return
     if missing:
         text = f"{fold(missing)} {'stands' if len(missing) == 1 else 'stand'} in config.json as transformers 5 writes "
         text += "it: transformers 4 would go on with its defaults, silently"
-        command = f"rlhf-convert repair {case.path} {case.out('fixed')} --for transformers@4"
+        command = case.repair("--for", "transformers@4")
         yield Finding(
-            "rope-of-transformers-5", severity, text, (), (), HERE, ("mend-for-transformers-4",), "safe", command
+            code="rope-of-transformers-5",
+            severity=severity,
+            text=text,
+            recoverability=HERE,
+            fix=("mend-for-transformers-4",),
+            applicability="safe",
+            next=command,
         )
 
 
@@ -302,7 +315,11 @@ def remote_code_missing(case: Case, context: Context) -> Iterable[Finding]:
     if missing:
         text = f"auto_map names {fold(missing)}, and the folder does not have {'it' if len(missing) == 1 else 'them'}"
         yield Finding(
-            "remote-code-missing", "error", text, (), tuple(show(m) for m in missing[:3]), "from the base model"
+            code="remote-code-missing",
+            severity="error",
+            text=text,
+            evidence=tuple(show(m) for m in missing[:3]),
+            recoverability="from the base model",
         )
 
 
@@ -321,7 +338,7 @@ def quantisation_left(case: Case, context: Context) -> Iterable[Finding]:
     )
     if not is_quantised and method.get("quant_method") != "bitsandbytes":
         text = f"quantization_config ({show(method.get('quant_method'))}) is in config.json, and every weight is whole"
-        yield Finding("quantisation-left", "error", text, (), (), HERE)
+        yield Finding(code="quantisation-left", severity="error", text=text, recoverability=HERE)
 
 
 @diagnosis("dtype-differs", "model")
@@ -339,8 +356,16 @@ def dtype_differs(case: Case, context: Context) -> Iterable[Finding]:
     main = max(sizes, key=lambda d: sizes[d])
     if said in ("float32", "bfloat16", "float16") and main in ("float32", "bfloat16", "float16") and said != main:
         text = f"config.json says {said}, and most of the weights are {main}"
-        command = f"rlhf-convert reshard {case.path} {case.out(said)} --dtype {said}"
-        yield Finding("dtype-differs", "cosmetic", text, (), (), HERE, ("cast",), "unsafe", command)
+        command = case.command("reshard", "--dtype", said, out=said)
+        yield Finding(
+            code="dtype-differs",
+            severity="cosmetic",
+            text=text,
+            recoverability=HERE,
+            fix=("cast",),
+            applicability="unsafe",
+            next=command,
+        )
 
 
 DIAGNOSES = (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from converter.core.context import Context
-from converter.examine.diagnoses.case import ALL_KINDS, HERE, LOST, Case, Diagnosis, Finding, Severity
+from converter.diagnostic import Again, Command, Next, Severity, Steps
+from converter.examine.diagnoses.case import ALL_KINDS, HERE, LOST, Case, Diagnosis, Finding
 from converter.examine.diagnoses.shard_faults import DOCUMENTED
 from converter.sources.survey import Fault
 from converter.text import show
@@ -19,8 +18,6 @@ _WRITTEN_ANEW = frozenset(
     {"index-missing", "index-unlisted", "index-total-size", "stale-shards", "stray-weights", "adapter-empty-twin"}
 )
 """Faults that no output has: its index is made from its headers, and only what is read is written."""
-
-_COMMAND = re.compile(r"rlhf-convert (?P<verb>[\w-]+) (?P<path>.+) OUT(?P<more>(?: --.*)?)", re.DOTALL)
 
 _WORSE: dict[str, Severity] = {
     "index-missing": "error",
@@ -61,10 +58,7 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
         _COPY,
         "A file is named .safetensors and does not begin as one: another format or an error page.",
     ),
-    "header-too-large": (
-        "",
-        "The header is larger than any model needs; reading it could exhaust memory.",
-    ),
+    "header-too-large": ("", "The header is larger than any model needs; reading it could exhaust memory."),
     "weights-missing": (
         "",
         (
@@ -73,10 +67,7 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
             "weights are in the trainer's shards beside or above it, and `gather` makes a model of them."
         ),
     ),
-    "pickled-weights": (
-        HERE,
-        "The weights are pickled under a name that transformers does not read.",
-    ),
+    "pickled-weights": (HERE, "The weights are pickled under a name that transformers does not read."),
     "no-tensors": (
         LOST,
         (
@@ -149,10 +140,7 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
         HERE,
         "Weight files lie here that no loader of this kind of folder reads: leftovers of another save.",
     ),
-    "download-unfinished": (
-        _COPY,
-        "A download into this folder did not finish.",
-    ),
+    "download-unfinished": (_COPY, "A download into this folder did not finish."),
     "adapter-config-stray": (
         HERE,
         (
@@ -160,10 +148,7 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
             "either fails or applies LoRA a second time. After a merge it has no use: move it away."
         ),
     ),
-    "adapter-and-model": (
-        HERE,
-        "An adapter and a whole model lie in one folder; transformers takes the adapter.",
-    ),
+    "adapter-and-model": (HERE, "An adapter and a whole model lie in one folder; transformers takes the adapter."),
     "adapter-empty-twin": (
         HERE,
         (
@@ -172,10 +157,7 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
             "torch.Size([0])`. The good file is used here; moving the empty one away cures PEFT."
         ),
     ),
-    "adapter-empty": (
-        LOST,
-        "The adapter file holds no tensor.",
-    ),
+    "adapter-empty": (LOST, "The adapter file holds no tensor."),
     "adapter-config-missing": (
         "",
         "There is no adapter_config.json: rank and names can be told from the tensors, lora_alpha can't.",
@@ -193,34 +175,13 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
             "ZeRO-3."
         ),
     ),
-    "json-malformed": (
-        HERE,
-        "A JSON file can't be read: cut, edited by hand, or with a key twice.",
-    ),
-    "input-unreadable": (
-        "",
-        "A file can't be read by this user.",
-    ),
-    "input-outside": (
-        "",
-        "A link leads out of the folder; it is not followed.",
-    ),
-    "input-not-a-file": (
-        "",
-        "A name of a weight file is a folder, a device or a pipe.",
-    ),
-    "torch-zip": (
-        _COPY,
-        "A .bin or .pt file is no sound zip container as torch.save writes it.",
-    ),
-    "torch-not": (
-        _COPY,
-        "A .bin or .pt file is no file of torch.save.",
-    ),
-    "pickle-malformed": (
-        _COPY,
-        "The pickle inside of a .bin or .pt file can't be read.",
-    ),
+    "json-malformed": (HERE, "A JSON file can't be read: cut, edited by hand, or with a key twice."),
+    "input-unreadable": ("", "A file can't be read by this user."),
+    "input-outside": ("", "A link leads out of the folder; it is not followed."),
+    "input-not-a-file": ("", "A name of a weight file is a folder, a device or a pipe."),
+    "torch-zip": (_COPY, "A .bin or .pt file is no sound zip container as torch.save writes it."),
+    "torch-not": (_COPY, "A .bin or .pt file is no file of torch.save."),
+    "pickle-malformed": (_COPY, "The pickle inside of a .bin or .pt file can't be read."),
     "pickle-names": (
         "",
         (
@@ -229,10 +190,7 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
             "anything."
         ),
     ),
-    "zero-note": (
-        "",
-        "Something about a trainer's shards that is good to know and changes nothing.",
-    ),
+    "zero-note": ("", "Something about a trainer's shards that is good to know and changes nothing."),
     "zero-mixed": (
         _COPY,
         "Shard files of two runs, or of two world sizes, lie in one folder: they do not belong together.",
@@ -266,38 +224,17 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
             "The 16-bit weights in the model file are exact. The ranks' own files are read in the right order."
         ),
     ),
-    "zero-sizes": (
-        "",
-        "The shards' sizes do not add up to the parameters that they are said to hold.",
-    ),
-    "zero-malformed": (
-        "",
-        "A shard file lacks what DeepSpeed writes into it.",
-    ),
-    "zero-latest": (
-        "",
-        "`latest` names a checkpoint that is not here: it was deleted, or the copy left it out.",
-    ),
-    "zero-no-masters": (
-        "",
-        "There are no fp32 masters in these shards.",
-    ),
+    "zero-sizes": ("", "The shards' sizes do not add up to the parameters that they are said to hold."),
+    "zero-malformed": ("", "A shard file lacks what DeepSpeed writes into it."),
+    "zero-latest": ("", "`latest` names a checkpoint that is not here: it was deleted, or the copy left it out."),
+    "zero-no-masters": ("", "There are no fp32 masters in these shards."),
     "zero-offloaded": (
         "from the NVMe folder of the run",
         "The optimizer state was offloaded to NVMe and is not in the shards.",
     ),
-    "zero-pipeline": (
-        "",
-        "A pipeline-parallel checkpoint of Megatron-DeepSpeed, which is not read.",
-    ),
-    "zero-experts": (
-        "",
-        "DeepSpeed's own mixture-of-experts layout, which is not read.",
-    ),
-    "zero-tensor-parallel": (
-        "",
-        "The model was split over tensor-parallel ranks, which are not joined here.",
-    ),
+    "zero-pipeline": ("", "A pipeline-parallel checkpoint of Megatron-DeepSpeed, which is not read."),
+    "zero-experts": ("", "DeepSpeed's own mixture-of-experts layout, which is not read."),
+    "zero-tensor-parallel": ("", "The model was split over tensor-parallel ranks, which are not joined here."),
     "megatron": (
         "",
         "Megatron's own layout. Its weights are fused and split per architecture; Megatron-Bridge converts it.",
@@ -310,36 +247,40 @@ def finding_of(fault: Fault, case: Case) -> Finding:
     recoverability = _DOCUMENTED.get(fault.code, ("", ""))[0]
     file = Path(fault.where).name if fault.where and fault.where != show(case.root) else ""
     is_mended = fault.code in _WRITTEN_ANEW
-    command = (
-        f"rlhf-convert repair {case.path} {case.out('fixed')}" if is_mended and fault.code != "stray-weights" else None
-    )
+    command = case.repair() if is_mended and fault.code != "stray-weights" else None
     places = case.training_near() if fault.code == "weights-missing" else []
     if places:
         above = places[0] if case.root.is_relative_to(places[0].path) else None
-        command = f"rlhf-convert gather {places[0].quoted} {case.out('gathered', above)}"
+        command = Command("gather", (places[0].argument, case.out("gathered", above)))
         recoverability = f"from {places[0].asked}"
     is_foreign = fault.code in NOT_READ_HERE
     return Finding(
-        fault.code,
-        "cosmetic" if is_foreign else _WORSE.get(fault.code, fault.severity),
-        f"not read here: {fault.text}" if is_foreign else fault.text,
+        code=fault.code,
+        severity="cosmetic" if is_foreign else _WORSE.get(fault.code, fault.severity),
+        text=f"not read here: {fault.text}" if is_foreign else fault.text,
         evidence=(file,) if file else (),
         recoverability=recoverability if fault.severity == "error" else "",
         applicability="safe" if is_mended else "display-only",
         next=command or _typed(fault.next, case),
+        facts=fault.facts,
     )
 
 
-def _typed(step: str | None, case: Case) -> str | None:
+def _typed(step: Next | None, case: Case) -> Next | None:
     """A source's command with the user's own path, and a place to write to: sources know a folder's name only."""
-    match = _COMMAND.fullmatch(step or "")
-    if match is None:
+    if isinstance(step, Again):
+        step = step.otherwise or step
+    if isinstance(step, Steps):
+        return Steps(*(_typed(part, case) for part in step.parts))
+    if not isinstance(step, Command) or "OUT" not in step.arguments or not step.arguments:
         return step
-    name, rest = show(case.root.name), match["path"].removeprefix(show(case.root)).removeprefix(show(case.root.name))
-    if not match["path"].startswith((show(case.root), name)) or (rest and not rest.startswith("/")):
+    path, *more = step.arguments
+    root = next((r for r in (str(case.root), case.root.name) if path == r or path.startswith(f"{r}/")), None)
+    if root is None:
         return step
-    path = case.path if not rest else shlex.quote(f"{case.folder.rstrip('/')}{rest}")
-    return f"rlhf-convert {match['verb']} {path} {case.out('gathered')}{match['more']}"
+    typed = f"{case.folder.rstrip('/')}{path.removeprefix(root)}" if path != root else case.folder
+    out = "fixed" if step.verb == "repair" else "gathered"
+    return Command(step.verb, (typed, *(case.out(out) if w == "OUT" else w for w in more)))
 
 
 def explanation(code: str) -> str:
@@ -349,7 +290,7 @@ def explanation(code: str) -> str:
 
 def _named(fault: Fault) -> Fault:
     """The fault under the code that says most: a pointer of git-lfs is no cut file, though it reads as one."""
-    return replace(fault, code="git-lfs-pointer") if "git-lfs pointer" in fault.text else fault
+    return replace(fault, code="git-lfs-pointer") if fault.fact("instead") == "git-lfs" else fault
 
 
 def _fault(code: str) -> Diagnosis:

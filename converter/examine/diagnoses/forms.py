@@ -27,8 +27,15 @@ def format_missing(case: Case, context: Context) -> Iterable[Finding]:
     if "format" not in metadata:
         text = f"{show(first)} does not say its format: older versions of transformers can't read it"
         can_rewrite = case.kind == "model" and all(fault.code != "config-missing" for fault in case.survey.faults)
-        command = f"rlhf-convert reshard {case.path} {case.out('fixed')}" if can_rewrite else None
-        yield Finding("format-missing", "cosmetic", text, (), (show(first),), HERE, next=command)
+        command = case.command("reshard", out="fixed") if can_rewrite else None
+        yield Finding(
+            code="format-missing",
+            severity="cosmetic",
+            text=text,
+            evidence=(show(first),),
+            recoverability=HERE,
+            next=command,
+        )
 
 
 @diagnosis("rope-lost", "model")
@@ -43,7 +50,13 @@ def rope_lost(case: Case, context: Context) -> Iterable[Finding]:
         said = own.get("type") or "none"
         base = f"{show(case.base.asked)} has rope scaling {show(theirs['type'])}"
         text = f"{base}, this config {show(said)} or other numbers"
-        yield Finding("rope-lost", "changes-numbers", text, (), ("config.json",), f"from {show(case.base.asked)}")
+        yield Finding(
+            code="rope-lost",
+            severity="changes-numbers",
+            text=text,
+            evidence=("config.json",),
+            recoverability=f"from {show(case.base.asked)}",
+        )
 
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 
 from converter.converters.heads.detect import Detected, detect
 from converter.core.context import Context
+from converter.diagnostic import Command, Next
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
+from converter.examine.diagnoses.commands import convert_command, filling_command, role_word
 from converter.examine.diagnoses.config import architecture, label_count
-from converter.examine.diagnoses.names import WRAPPER, repair_command
+from converter.examine.diagnoses.names import WRAPPER
 from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among
 from converter.families.family import family, hidden_size
 from converter.text import fold, show
@@ -61,42 +63,6 @@ def dialect_of(case: Case) -> Detected | None:
         return None
 
 
-def convert_command(case: Case, role: str, to: str | None = None, *more: str) -> str:
-    """The command that makes a folder for a trainer: the one that was named, else TRL."""
-    words = ["rlhf-convert convert", case.path, case.out("converted"), f"--to {to or case.target or 'trl'}"]
-    return " ".join([*words, f"--role {role}", *more, *_base_option(case)])
-
-
-def _base_option(case: Case) -> tuple[str, ...]:
-    """`--base`, where an adapter does not record its base, or another one was given."""
-    if case.kind != "adapter":
-        return ()
-    recorded = case.adapter_config.get("base_model_name_or_path")
-    if case.base is not None and case.base.asked != recorded:
-        return (f"--base {case.base.path}",)
-    return () if recorded else ("--base BASE",)
-
-
-def filling_command(case: Case) -> str | None:
-    """The command that takes what is lost from shards at hand: in one pass to the trainer that was named, if one was.
-
-    Shards in the folder itself are found without being named.
-    """
-    places = case.training_near()
-    if not places:
-        return None
-    inside = not places[0].given and places[0].path.is_relative_to(case.root)
-    more = () if inside else (f"--weights-from {places[0].quoted}",)
-    if case.trainer:
-        return convert_command(case, role_word(case), None, *more)
-    return " ".join(["rlhf-convert repair", case.path, case.out("fixed"), *more])
-
-
-def role_word(case: Case) -> str:
-    """What the folder's class says it is."""
-    return "critic" if architecture(case).endswith(("CriticModel", "ForTokenClassification")) else "reward"
-
-
 @diagnosis("head-missing", "model", "adapter")
 def head_missing(case: Case, context: Context) -> Iterable[Finding]:
     """A reward model or critic without a head in its files, or an adapter of one (task_type SEQ_CLS) with none in it,
@@ -121,7 +87,7 @@ def head_missing(case: Case, context: Context) -> Iterable[Finding]:
         text = f"{show(architecture(case))} has its head in {fold(wanted)}, which is in no file: loaders make it RANDOM"
     found = head_elsewhere(case)
     recoverability, command = _from(case, found)
-    yield Finding("head-missing", "error", text, (), (), recoverability, (), "display-only", command)
+    yield Finding(code="head-missing", severity="error", text=text, recoverability=recoverability, next=command)
 
 
 def _adapter_lacks_head(case: Case) -> bool:
@@ -138,16 +104,15 @@ def _is_of_a_head(name: str) -> bool:
     return _HEAD.search(name) is not None and bool(heads_among([f"{name}."]))
 
 
-def _from(case: Case, found: Elsewhere | None) -> tuple[str, str | None]:
+def _from(case: Case, found: Elsewhere | None) -> tuple[str, Next | None]:
     """Where a head is that is not here, and the command that takes it from there."""
     if found is None:
         return LOST, None
     if found.kind == "training":
-        return f"from {found.asked}", f"rlhf-convert gather {found.quoted} {case.out('gathered')}"
+        return f"from {found.asked}", Command("gather", (found.argument, case.out("gathered")))
     if found.kind == "adapter":
-        words = ["rlhf-convert merge-lora", found.quoted, case.out("merged")]
-        return f"from {found.asked}", " ".join(words)
-    return f"from {found.asked}", convert_command(case, role_word(case), None, f"--weights-from {found.quoted}")
+        return f"from {found.asked}", Command("merge-lora", (found.argument, case.out("merged")))
+    return f"from {found.asked}", convert_command(case, role_word(case), None, "--weights-from", found.argument)
 
 
 @diagnosis("head-base-lost", "adapter", "model")
@@ -170,7 +135,17 @@ def head_base_lost(case: Case, context: Context) -> Iterable[Finding]:
         text = f"{show(_COPY.sub('', module))} = W0 + BA: BA is here; the frozen weight under it was never saved"
         command = filling_command(case)
         found = f"from {places[0].asked}, if it kept frozen weights" if places else LOST
-        yield Finding("head-base-lost", "error", text, names, folded(case, names), found, ("fill",), "safe", command)
+        yield Finding(
+            code="head-base-lost",
+            severity="error",
+            text=text,
+            tensors=names,
+            evidence=folded(case, names),
+            recoverability=found,
+            fix=("fill",),
+            applicability="safe",
+            next=command,
+        )
 
 
 @diagnosis("head-named-otherwise", "model")
@@ -187,9 +162,17 @@ def head_named_otherwise(case: Case, context: Context) -> Iterable[Finding]:
     text = f"{show(architecture(case))} looks for {fold(wanted)}; the head is {fold(here)}: loaded, it is RANDOM"
     # A wrapper's prefix is no dialect: `convert` reads none there, `repair` takes it off.
     is_wrapped = all(WRAPPER.search(n) for n in here)
-    command = repair_command(case) if is_wrapped else convert_command(case, role_word(case))
+    command = case.repair() if is_wrapped else convert_command(case, role_word(case))
     yield Finding(
-        "head-named-otherwise", "error", text, tuple(here), folded(case, here), HERE, ("remap-head",), "safe", command
+        code="head-named-otherwise",
+        severity="error",
+        text=text,
+        tensors=tuple(here),
+        evidence=folded(case, here),
+        recoverability=HERE,
+        fix=("remap-head",),
+        applicability="safe",
+        next=command,
     )
 
 
@@ -206,7 +189,15 @@ def head_dialect(case: Case, context: Context) -> Iterable[Finding]:
     where = fold(here) if here else "the head"
     text = f"{where}: the head as {found.dialect.about} stores it. Other trainers do not look there"
     command = convert_command(case, "reward" if found.dialect.reward else "critic")
-    yield Finding("head-dialect", "cosmetic", text, tuple(here), folded(case, here), HERE, next=command)
+    yield Finding(
+        code="head-dialect",
+        severity="cosmetic",
+        text=text,
+        tensors=tuple(here),
+        evidence=folded(case, here),
+        recoverability=HERE,
+        next=command,
+    )
 
 
 def _served(found: Detected) -> set[str]:
@@ -224,11 +215,19 @@ def heads_several(case: Case, context: Context) -> Iterable[Finding]:
         tensors = [sorted((n, str(t.info)) for n, t in case.survey.beside[f].tensors.items()) for f in files]
         text = f"{fold(files)} both hold a head; LLaMA-Factory reads the first and ignores the other"
         equal = tensors[0] == tensors[1] and case.deep and _equal_files(case, files, context)
-        yield Finding("heads-several", "cosmetic" if equal else "changes-numbers", text, (), tuple(files))
+        yield Finding(
+            code="heads-several", severity="cosmetic" if equal else "changes-numbers", text=text, evidence=tuple(files)
+        )
     elif len(stems) > 1:
         text = f"several heads: {fold(sorted(stems))}. Which one counts depends on the loader"
         here = heads_here(case)
-        yield Finding("heads-several", "changes-numbers", text, tuple(here), folded(case, here))
+        yield Finding(
+            code="heads-several",
+            severity="changes-numbers",
+            text=text,
+            tensors=tuple(here),
+            evidence=folded(case, here),
+        )
 
 
 def _equal_files(case: Case, files: list[str], context: Context) -> bool:
@@ -252,8 +251,15 @@ def head_rows(case: Case, context: Context) -> Iterable[Finding]:
             and info.shape[0] == label_count(case.config)
         ):
             text = f"{show(name)} has {info.shape[0]} rows: a classifier; reward models and critics have one"
-            command = convert_command(case, role_word(case), None, "--label N")
-            yield Finding("head-rows", "cosmetic", text, (name,), folded(case, [name]), next=command)
+            command = convert_command(case, role_word(case), None, "--label", "N")
+            yield Finding(
+                code="head-rows",
+                severity="cosmetic",
+                text=text,
+                tensors=(name,),
+                evidence=folded(case, [name]),
+                next=command,
+            )
 
 
 @diagnosis("head-reshaped", "model")
@@ -268,9 +274,17 @@ def head_reshaped(case: Case, context: Context) -> Iterable[Finding]:
             continue
         if info.numel == hidden and info.shape[-1] != hidden:
             text = f"{show(name)} is {list(info.shape)}: as many numbers as [1, {hidden}] has, in a sharded layout"
-            command = convert_command(case, role_word(case), None, "--allow head-reshaped")
+            command = convert_command(case, role_word(case), None, "--allow", "head-reshaped")
             yield Finding(
-                "head-reshaped", "error", text, (name,), folded(case, [name]), HERE, ("remap-head",), "unsafe", command
+                code="head-reshaped",
+                severity="error",
+                text=text,
+                tensors=(name,),
+                evidence=folded(case, [name]),
+                recoverability=HERE,
+                fix=("remap-head",),
+                applicability="unsafe",
+                next=command,
             )
 
 
@@ -289,7 +303,15 @@ def head_bias(case: Case, context: Context) -> Iterable[Finding]:
             continue
         text = f"{show(architecture(case))} has no place for {show(bias)}: it is ignored, and every score shifts by it"
         command = convert_command(case, "critic", "verl")
-        yield Finding("head-bias", "changes-numbers", text, (bias,), folded(case, [bias]), HERE, next=command)
+        yield Finding(
+            code="head-bias",
+            severity="changes-numbers",
+            text=text,
+            tensors=(bias,),
+            evidence=folded(case, [bias]),
+            recoverability=HERE,
+            next=command,
+        )
 
 
 @diagnosis("normaliser-broken", "model")
@@ -303,7 +325,9 @@ def normaliser_broken(case: Case, context: Context) -> Iterable[Finding]:
     odd = [k for k, v in values.items() if isinstance(v, bool) or not isinstance(v, int | float)]
     if values and (len(values) == 1 or odd):
         text = f"config.json has {' and '.join(values)}; OpenRLHF needs mean and std as one number each, or neither"
-        yield Finding("normaliser-broken", "error", text, (), ("config.json",), HERE)
+        yield Finding(
+            code="normaliser-broken", severity="error", text=text, evidence=("config.json",), recoverability=HERE
+        )
 
 
 @diagnosis("normaliser-lost", "model")
@@ -317,7 +341,9 @@ def normaliser_lost(case: Case, context: Context) -> Iterable[Finding]:
         config: Mapping[str, object] = near.config
         if near.source in ("hf", "peft") and "mean" in config and "std" in config and near.given:
             text = f"{show(near.asked)} normalises its scores (mean, std in config.json), and this model does not"
-            yield Finding("normaliser-lost", "changes-numbers", text, (), (), f"from {near.asked}")
+            yield Finding(
+                code="normaliser-lost", severity="changes-numbers", text=text, recoverability=f"from {near.asked}"
+            )
             return
 
 
@@ -330,7 +356,15 @@ def task_type_wrong(case: Case, context: Context) -> Iterable[Finding]:
     if heads and case.adapter_config.get("task_type") == "CAUSAL_LM":
         text = f"task_type is CAUSAL_LM, and the adapter holds {fold(heads)}: loaded as a language model it is left out"
         advice = "set task_type to SEQ_CLS in adapter_config.json"
-        yield Finding("task-type-wrong", "changes-numbers", text, tuple(heads), folded(case, heads), HERE, next=advice)
+        yield Finding(
+            code="task-type-wrong",
+            severity="changes-numbers",
+            text=text,
+            tensors=tuple(heads),
+            evidence=folded(case, heads),
+            recoverability=HERE,
+            next=advice,
+        )
 
 
 @diagnosis("merged-without-head", "model")
@@ -345,8 +379,15 @@ def merged_without_head(case: Case, context: Context) -> Iterable[Finding]:
     if found is None or not (found.given or found.is_inside):
         return
     text = f"{show(found.asked)} trains a reward head ({fold(found.names)}), and this merged model has none"
-    command = f"rlhf-convert merge-lora {found.quoted} {case.out('rm')}"
-    yield Finding("merged-without-head", "error", text, (), tuple(found.names[:3]), f"from {found.asked}", next=command)
+    command = Command("merge-lora", (found.argument, case.out("rm")))
+    yield Finding(
+        code="merged-without-head",
+        severity="error",
+        text=text,
+        evidence=tuple(found.names[:3]),
+        recoverability=f"from {found.asked}",
+        next=command,
+    )
 
 
 DIAGNOSES = (

@@ -20,7 +20,7 @@ def launch_unknown(case: Case, context: Context) -> Iterable[Finding]:
     """
     if case.launch is not None and case.launch.trainer is None:
         text = f"{show(case.launch.path)} starts no trainer that is known here: nothing in it was checked"
-        yield Finding("launch-unknown", "cosmetic", text)
+        yield Finding(code="launch-unknown", severity="cosmetic", text=text)
 
 
 @diagnosis("launch-path-missing")
@@ -34,7 +34,7 @@ def launch_path_missing(case: Case, context: Context) -> Iterable[Finding]:
         is_made = os.path.normpath(value) in case.launch.made
         if _is_local(value) and case.launch.find(value) is None and not is_made:
             text = f"{option} ({role}) is {show(value)}, and there is no such folder"
-            yield Finding("launch-path-missing", "error", text, (), (show(value),))
+            yield Finding(code="launch-path-missing", severity="error", text=text, evidence=(show(value),))
 
 
 def _is_local(value: str) -> bool:
@@ -49,7 +49,7 @@ def launch_other_folder(case: Case, context: Context) -> Iterable[Finding]:
         return
     named = [f"{option} {show(value)}" for option, _, value in case.launch.models()]
     text = f"{show(case.launch.path)} does not use this folder" + (f"; it names {fold(named)}" if named else "")
-    yield Finding("launch-other-folder", "cosmetic", text, (), tuple(named[:3]))
+    yield Finding(code="launch-other-folder", severity="cosmetic", text=text, evidence=tuple(named[:3]))
 
 
 @diagnosis("launch-same-path")
@@ -67,7 +67,7 @@ def launch_same_path(case: Case, context: Context) -> Iterable[Finding]:
             both = f"{named['actor'][0]} and {named['critic'][0]} are both {show(paths[0])}"
             text = f"{both}: OpenRLHF makes the critic's head RANDOM"
             advice = "give the critic a folder of its own"
-            yield Finding("launch-same-path", "error", text, (), (show(paths[0]),), next=advice)
+            yield Finding(code="launch-same-path", severity="error", text=text, evidence=(show(paths[0]),), next=advice)
 
 
 @diagnosis("launch-head-name", "model")
@@ -83,7 +83,7 @@ def launch_head_name(case: Case, context: Context) -> Iterable[Finding]:
     if prefix and stems and prefix not in stems and is_used:
         text = f"the script says value_head_prefix {show(prefix)}; the head in the folder is {fold(sorted(stems))}"
         advice = f"--value_head_prefix {show(min(stems))}"
-        yield Finding("launch-head-name", "error", text, (), (), next=advice)
+        yield Finding(code="launch-head-name", severity="error", text=text, next=advice)
 
 
 @diagnosis("launch-lora", "adapter")
@@ -98,7 +98,7 @@ def launch_lora(case: Case, context: Context) -> Iterable[Finding]:
         said, own = case.launch.ending(*names), case.adapter_config.get(key)
         if said is not None and isinstance(own, int | float) and said.isdigit() and int(said) not in (0, own):
             text = f"the script's LoRA {word} is {said}, and the adapter's is {own}"
-            yield Finding("launch-lora", "changes-numbers", text, (), ("adapter_config.json",))
+            yield Finding(code="launch-lora", severity="changes-numbers", text=text, evidence=("adapter_config.json",))
 
 
 @diagnosis("launch-reward-type")
@@ -116,7 +116,13 @@ def launch_reward_type(case: Case, context: Context) -> Iterable[Finding]:
     kind = "lora" if "adapter_config.json" in file_names(place) else "full"
     if said in ("lora", "full") and said != kind:
         text = f"reward_model_type is {said}, and {show(value)} is {'an adapter' if kind == 'lora' else 'a full model'}"
-        yield Finding("launch-reward-type", "error", text, (), (show(value),), next=f"reward_model_type: {kind}")
+        yield Finding(
+            code="launch-reward-type",
+            severity="error",
+            text=text,
+            evidence=(show(value),),
+            next=f"reward_model_type: {kind}",
+        )
 
 
 @diagnosis("launch-role", "model")
@@ -130,11 +136,11 @@ def launch_role(case: Case, context: Context) -> Iterable[Finding]:
     has_head = bool(heads_here(case)) or dialect_of(case) is not None
     if roles == {"reward"} and not has_head and "CausalLM" in architecture(case):
         text = f"the script uses it as a reward model, and it is {show(architecture(case))} without a head"
-        yield Finding("launch-role", "error", text)
+        yield Finding(code="launch-role", severity="error", text=text)
     is_scorer = architecture(case).endswith(("Classification", "RewardModel", "CriticModel"))
     if roles == {"actor"} and has_head and is_scorer:
         text = f"the script uses it as the actor, and it is {show(architecture(case))}, which generates no text"
-        yield Finding("launch-role", "error", text)
+        yield Finding(code="launch-role", severity="error", text=text)
 
 
 DIAGNOSES = (

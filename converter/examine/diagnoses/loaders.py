@@ -9,13 +9,15 @@ from converter.converters.heads.config import class_name
 from converter.converters.heads.model import Linear, Reading
 from converter.converters.heads.read import read
 from converter.core.context import Context
+from converter.diagnostic import Command, Severity
 from converter.dialects.known import Target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
-from converter.examine.diagnoses.case import HERE, Case, Finding, Severity, diagnosis
+from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
+from converter.examine.diagnoses.commands import convert_command, role_word
 from converter.examine.diagnoses.config import architecture, label_count
-from converter.examine.diagnoses.heads import convert_command, dialect_of, heads_here, role_word, wanted_head
+from converter.examine.diagnoses.heads import dialect_of, heads_here, wanted_head
 from converter.families.family import family
 from converter.text import fold, show
 
@@ -55,11 +57,7 @@ class _Verdict:
 
 def _verdicts(case: Case) -> list[_Verdict]:
     """One for each role that the folder may be used in; computed once."""
-    key = "\0loader"
-    if key not in case._json:
-        case._json[key] = list(_judge(case))
-    found: list[_Verdict] = case._json[key]
-    return found
+    return case.once("loader", lambda c: list(_judge(c)))
 
 
 def _judge(case: Case) -> Iterator[_Verdict]:
@@ -210,12 +208,12 @@ def _config(case: Case, target: Target, verdict: _Verdict) -> None:
         verdict.changes.append(f"{target.words} finds the scored token by pad_token_id, and config.json has none")
 
 
-def _command(case: Case, verdict: _Verdict) -> str:
+def _command(case: Case, verdict: _Verdict) -> Command:
     """What makes a folder that this loader accepts; from shards at hand, where the head is nowhere else."""
     places = [] if case.kind != "model" or heads_here(case) else case.training_near()
-    more = (f"--weights-from {places[0].quoted}",) if places else ()
+    more = ("--weights-from", places[0].argument) if places else ()
     if verdict.drops_bias:
-        more = (*more, "--bias drop")
+        more = (*more, "--bias", "drop")
     return convert_command(case, verdict.role, None, *more)
 
 
@@ -226,9 +224,10 @@ def _findings(case: Case, code: str, severity: Severity, which: str, lead: str) 
             can_read = verdict.aim is not None
             worst: Severity = severity if verdict.is_meant else "cosmetic"
             yield Finding(
-                code, worst, f"as {verdict.role}: {lead}{'; '.join(texts)}", (), (),
-                HERE if can_read and which != "random" else "", ("remap-head",) if can_read else (), "display-only",
-                _command(case, verdict) if can_read else None,
+                code=code, severity=worst, text=f"as {verdict.role}: {lead}{'; '.join(texts)}", evidence=(),
+                recoverability=HERE if can_read and which != "random" else "",
+                fix=("remap-head",) if can_read else (),
+                next=_command(case, verdict) if can_read else None,
             )  # fmt: skip
 
 
@@ -264,9 +263,11 @@ def loader_accepts(case: Case, context: Context) -> Iterable[Finding]:
     """
     for verdict in _verdicts(case):
         if verdict.accepts and verdict.aim is not None:
-            launch = verdict.aim.serves.launch.replace("{out!r}", repr(case.asked)).replace("{out}", case.path)
+            launch = verdict.aim.serves.launch_line(case.folder)
             traps = verdict.aim.traps[:3]
-            yield Finding("loader-accepts", "cosmetic", verdict.accepts, (), traps, next=launch or None)
+            yield Finding(
+                code="loader-accepts", severity="cosmetic", text=verdict.accepts, evidence=traps, next=launch or None
+            )
 
 
 DIAGNOSES = (loader_random, loader_refuses, loader_changes, loader_accepts)

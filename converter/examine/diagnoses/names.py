@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 
 from converter.core.context import Context
+from converter.diagnostic import Severity
 from converter.examine.diagnoses.aims import is_transformers_4
-from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Severity, diagnosis, folded
+from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.families.disk_names import MemoryForm, memory_form
 from converter.families.plain_names import plain_names
 from converter.text import show
@@ -29,11 +30,6 @@ _TRAINERS = {
 }
 
 
-def repair_command(case: Case, more: str = "") -> str:
-    """The command that mends what is wrong in the folder itself."""
-    return f"rlhf-convert repair {case.path} {case.out('fixed')}{more}"
-
-
 @diagnosis("names-wrapped", "model")
 def names_wrapped(case: Case, context: Context) -> Iterable[Finding]:
     """Names hold what torch.compile, DDP, FSDP or activation checkpointing put into them (_orig_mod., module.,
@@ -43,8 +39,18 @@ def names_wrapped(case: Case, context: Context) -> Iterable[Finding]:
     if wrapped:
         marks = sorted({m[0].strip(".") for n in wrapped if (m := WRAPPER.search(n))})
         text = f"{len(wrapped)} of {len(case.shapes)} names hold a wrapper's part: {', '.join(marks)}"
-        shown, command = folded(case, wrapped), repair_command(case)
-        yield Finding("names-wrapped", "error", text, wrapped, shown, HERE, ("mend-names",), "safe", command)
+        shown, command = folded(case, wrapped), case.repair()
+        yield Finding(
+            code="names-wrapped",
+            severity="error",
+            text=text,
+            tensors=wrapped,
+            evidence=shown,
+            recoverability=HERE,
+            fix=("mend-names",),
+            applicability="safe",
+            next=command,
+        )
 
 
 @diagnosis("lora-unmerged", "model")
@@ -60,8 +66,15 @@ def lora_unmerged(case: Case, context: Context) -> Iterable[Finding]:
             f"nor split off"
         )
         yield Finding(
-            "lora-unmerged", "error", text, inside, folded(case, inside), HERE, ("split-lora",), "unsafe",
-            repair_command(case, " --lora-alpha N"),
+            code="lora-unmerged",
+            severity="error",
+            text=text,
+            tensors=inside,
+            evidence=folded(case, inside),
+            recoverability=HERE,
+            fix=("split-lora",),
+            applicability="unsafe",
+            next=case.repair("--lora-alpha", "N"),
         )  # fmt: skip
 
 
@@ -73,7 +86,14 @@ def fsdp_flat(case: Case, context: Context) -> Iterable[Finding]:
     flat = tuple(n for n in case.shapes if "_flat_param" in n)
     if flat:
         text = f"{len(flat)} tensors are FSDP's flat parameters: their names and shapes were not saved"
-        yield Finding("fsdp-flat", "error", text, flat, folded(case, flat), LOST)
+        yield Finding(
+            code="fsdp-flat",
+            severity="error",
+            text=text,
+            tensors=flat,
+            evidence=folded(case, flat),
+            recoverability=LOST,
+        )
 
 
 @diagnosis("names-of-a-trainer", "model")
@@ -85,9 +105,17 @@ def names_of_a_trainer(case: Case, context: Context) -> Iterable[Finding]:
         found = tuple(n for n in case.shapes if n.startswith(prefix))
         if found and not (case.trainer == "deepspeed-chat" and prefix.startswith("rwtrans")):
             text = f"{len(found)} of {len(case.shapes)} names begin with `{prefix}`: {whose}"
-            command = f"rlhf-convert critic-to-rm {case.path} {case.out('converted')} --to trl"
+            command = case.command("critic-to-rm", "--to", "trl", out="converted")
             yield Finding(
-                "names-of-a-trainer", "error", text, found, folded(case, found), HERE, ("remap-head",), "safe", command
+                code="names-of-a-trainer",
+                severity="error",
+                text=text,
+                tensors=found,
+                evidence=folded(case, found),
+                recoverability=HERE,
+                fix=("remap-head",),
+                applicability="safe",
+                next=command,
             )
 
 
@@ -110,8 +138,18 @@ def names_doubled(case: Case, context: Context) -> Iterable[Finding]:
             f"{len(found)} of {len(case.shapes)} names have a prefix that is not theirs: "
             f"{show(found[0])} is {show(plain.names[found[0]])}"
         )
-        shown, command = folded(case, found), repair_command(case)
-        yield Finding("names-doubled", "error", text, found, shown, HERE, ("mend-names",), "safe", command)
+        shown, command = folded(case, found), case.repair()
+        yield Finding(
+            code="names-doubled",
+            severity="error",
+            text=text,
+            tensors=found,
+            evidence=shown,
+            recoverability=HERE,
+            fix=("mend-names",),
+            applicability="safe",
+            next=command,
+        )
 
 
 @diagnosis("names-in-memory", "model")
@@ -164,7 +202,9 @@ def experts_twice(case: Case, context: Context) -> Iterable[Finding]:
         if form is not None and form.apart and not form.unclear:
             yield _disk_names(case, "experts-twice", "error", text, names)
         else:
-            yield Finding("experts-twice", "error", text, names, folded(case, names))
+            yield Finding(
+                code="experts-twice", severity="error", text=text, tensors=names, evidence=folded(case, names)
+            )
 
 
 def _form(case: Case) -> MemoryForm | None:
@@ -187,8 +227,18 @@ def _stacks_twice(case: Case, form: MemoryForm) -> dict[str, str]:
 
 
 def _disk_names(case: Case, code: str, severity: Severity, text: str, names: tuple[str, ...]) -> Finding:
-    shown, command = folded(case, names), repair_command(case)
-    return Finding(code, severity, text, names, shown, HERE, ("mend-disk-names",), "safe", command)
+    shown, command = folded(case, names), case.repair()
+    return Finding(
+        code=code,
+        severity=severity,
+        text=text,
+        tensors=names,
+        evidence=shown,
+        recoverability=HERE,
+        fix=("mend-disk-names",),
+        applicability="safe",
+        next=command,
+    )
 
 
 def _both_spellings(case: Case) -> Iterable[Finding]:
@@ -202,15 +252,14 @@ def _both_spellings(case: Case) -> Iterable[Finding]:
     if new and old:
         text = f"{len(new)} names are as in transformers from 4.52 on, {len(old)} as before: no version 4 finds both"
         both = (*new, *old)
-        yield Finding("names-in-memory", "error", text, both, folded(case, both), HERE)
+        yield Finding(
+            code="names-in-memory",
+            severity="error",
+            text=text,
+            tensors=both,
+            evidence=folded(case, both),
+            recoverability=HERE,
+        )
 
 
-DIAGNOSES = (
-    names_wrapped,
-    lora_unmerged,
-    fsdp_flat,
-    names_of_a_trainer,
-    names_doubled,
-    names_in_memory,
-    experts_twice,
-)
+DIAGNOSES = (names_wrapped, lora_unmerged, fsdp_flat, names_of_a_trainer, names_doubled, names_in_memory, experts_twice)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.core.context import Context
 from converter.core.files.opening import read_limited
+from converter.diagnostic import Command
 from converter.errors import Refused
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
 from converter.examine.diagnoses.config import is_part_of_vision
@@ -25,7 +25,7 @@ def pair_same_path(case: Case, context: Context) -> Iterable[Finding]:
     """
     if case.actor is not None and case.actor.root.resolve() == case.root.resolve():
         text = "this folder is the actor's as well: with one path for both OpenRLHF makes the critic's head RANDOM"
-        yield Finding("pair-same-path", "error", text, next="give the critic a folder of its own")
+        yield Finding(code="pair-same-path", severity="error", text=text, next="give the critic a folder of its own")
 
 
 @diagnosis("pair-tokenizer", "model", "adapter")
@@ -44,10 +44,12 @@ def pair_tokenizer(case: Case, context: Context) -> Iterable[Finding]:
     if other:
         text = f"{len(other)} tokens have other numbers than in {show(actor.asked)}: {fold(other[:20])}"
         shown = tuple(f"{show(t)}: {own[t]}, {theirs[t]}" for t in other[:3])
-        yield Finding("pair-tokenizer", "error", text, (), shown)
+        yield Finding(code="pair-tokenizer", severity="error", text=text, evidence=shown)
     elif alone:
         text = f"{len(alone)} tokens are in one tokenizer only: {fold(alone[:20])}"
-        yield Finding("pair-tokenizer", "changes-numbers", text, (), tuple(show(t) for t in alone[:3]))
+        yield Finding(
+            code="pair-tokenizer", severity="changes-numbers", text=text, evidence=tuple(show(t) for t in alone[:3])
+        )
 
 
 def _vocabulary(case: Case) -> dict[str, int]:
@@ -74,7 +76,7 @@ def pair_vocabulary(case: Case, context: Context) -> Iterable[Finding]:
     own, theirs = _rows(case), _rows(case.actor) if case.actor is not None else None
     if own is not None and theirs is not None and case.actor is not None and own != theirs:
         text = f"{own} embedding rows here, {theirs} in {show(case.actor.asked)}"
-        yield Finding("pair-vocabulary", "changes-numbers", text)
+        yield Finding(code="pair-vocabulary", severity="changes-numbers", text=text)
 
 
 def _rows(case: Case) -> int | None:
@@ -91,7 +93,12 @@ def pair_chat_template(case: Case, context: Context) -> Iterable[Finding]:
     own, theirs = _template(case), _template(case.actor) if case.actor is not None else None
     if own is not None and theirs is not None and case.actor is not None and own != theirs:
         text = f"the chat template is not that of {show(case.actor.asked)}"
-        yield Finding("pair-chat-template", "cosmetic", text, (), ("chat_template.jinja or tokenizer_config.json",))
+        yield Finding(
+            code="pair-chat-template",
+            severity="cosmetic",
+            text=text,
+            evidence=("chat_template.jinja or tokenizer_config.json",),
+        )
 
 
 def _template(case: Case) -> str | None:
@@ -114,7 +121,7 @@ def pair_special_tokens(case: Case, context: Context) -> Iterable[Finding]:
         own, theirs = case.config.get(key), case.actor.config.get(key)
         if own is not None and theirs is not None and own != theirs:
             text = f"{key} is {show(own)} here, {show(theirs)} in {show(case.actor.asked)}"
-            yield Finding("pair-special-tokens", "changes-numbers", text, (), ("config.json",))
+            yield Finding(code="pair-special-tokens", severity="changes-numbers", text=text, evidence=("config.json",))
 
 
 @diagnosis("pair-lora", "adapter")
@@ -128,7 +135,12 @@ def pair_lora(case: Case, context: Context) -> Iterable[Finding]:
     keys = [k for k in _LORA_KEYS if _plain(own, k) != _plain(theirs, k)]
     if keys:
         text = f"{', '.join(keys)} differ from those of {show(case.actor.asked)}"
-        yield Finding("pair-lora", "cosmetic", text, (), tuple(f"{k}: {show(own.get(k))}" for k in keys[:3]))
+        yield Finding(
+            code="pair-lora",
+            severity="cosmetic",
+            text=text,
+            evidence=tuple(f"{k}: {show(own.get(k))}" for k in keys[:3]),
+        )
 
 
 def _plain(config: Mapping[str, Any], key: str) -> Any:
@@ -141,7 +153,7 @@ def pair_dtype(case: Case, context: Context) -> Iterable[Finding]:
     """Critic and actor are stored in another dtype. Trainers cast to their own flag; memory is planned by the files."""
     own, theirs = _main_dtype(case), _main_dtype(case.actor) if case.actor is not None else None
     if own and theirs and case.actor is not None and own != theirs:
-        yield Finding("pair-dtype", "cosmetic", f"{own} here, {theirs} in {show(case.actor.asked)}")
+        yield Finding(code="pair-dtype", severity="cosmetic", text=f"{own} here, {theirs} in {show(case.actor.asked)}")
 
 
 def _main_dtype(case: Case) -> str:
@@ -161,8 +173,15 @@ def adapter_left_beside(case: Case, context: Context) -> Iterable[Finding]:
     inside = [n for n in case.near if n.source == "peft" and n.path == case.root / "lora_adapter"]
     if inside and not (case.root / "rlhf-convert.json").exists():
         text = "verl's adapter lies in lora_adapter/: this model is the base, without what was trained"
-        merge = f"rlhf-convert merge-lora {inside[0].quoted} {case.out('merged')} --base {shlex.quote(case.asked)}"
-        yield Finding("adapter-left-beside", "changes-numbers", text, (), ("lora_adapter/",), HERE, next=merge)
+        merge = Command("merge-lora", (inside[0].argument, case.out("merged"), "--base", case.folder))
+        yield Finding(
+            code="adapter-left-beside",
+            severity="changes-numbers",
+            text=text,
+            evidence=("lora_adapter/",),
+            recoverability=HERE,
+            next=merge,
+        )
 
 
 DIAGNOSES = (

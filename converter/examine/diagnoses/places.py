@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from converter.converters.heads.detect import head_like
+from converter.diagnostic import as_argument
 from converter.examine.diagnoses.case import Case, Near
 from converter.sources.hf import peft
 from converter.sources.hf import source as hf
@@ -38,9 +38,9 @@ class Elsewhere:
     is_inside: bool = False
 
     @property
-    def quoted(self) -> str:
+    def argument(self) -> str:
         """Its path as a word of a command."""
-        return shlex.quote(self.asked)
+        return as_argument(self.asked)
 
 
 def head_elsewhere(case: Case, only: Literal["adapter"] | None = None) -> Elsewhere | None:

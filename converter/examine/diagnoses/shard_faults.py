@@ -70,9 +70,6 @@ DOCUMENTED: dict[str, tuple[str, str]] = {
             "converts them."
         ),
     ),
-    "several-parts": (
-        "",
-        "The run holds several models (actor, critic, ...): say with --part which one is meant.",
-    ),
+    "several-parts": ("", "The run holds several models (actor, critic, ...): say with --part which one is meant."),
 }
 """Code: where the values still are, what `explain` says."""

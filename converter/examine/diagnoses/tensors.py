@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from converter.core.context import Context
 from converter.examine.diagnoses.case import LOST, Case, Diagnosis, Finding, diagnosis, folded
+from converter.examine.diagnoses.commands import filling_command
 from converter.examine.diagnoses.faults import explanation, finding_of
-from converter.examine.diagnoses.heads import filling_command
 from converter.families.plain_names import plain_names
 from converter.text import fold, show
 
@@ -29,11 +29,19 @@ def _zero3_empty_tensors(case: Case, context: Context) -> Iterable[Finding]:
     empty = tuple(n for n, info in case.shapes.items() if info.shape == (0,))
     places = case.training_near()
     recoverability = f"from {places[0].asked}" if places else LOST
-    elsewhere = f"rlhf-convert repair {case.path} {case.out('fixed')} --weights-from DIR"
+    elsewhere = case.repair("--weights-from", "DIR")
     command = filling_command(case) or elsewhere
-    message = finding_of(faults[0], case).message
+    message = finding_of(faults[0], case).text
     yield Finding(
-        "zero3-empty-tensors", "error", message, empty, folded(case, empty), recoverability, ("fill",), "safe", command
+        code="zero3-empty-tensors",
+        severity="error",
+        text=message,
+        tensors=empty,
+        evidence=folded(case, empty),
+        recoverability=recoverability,
+        fix=("fill",),
+        applicability="safe",
+        next=command,
     )
 
 
@@ -62,7 +70,7 @@ def layers_missing(case: Case, context: Context) -> Iterable[Finding]:
     if len(there) < said:
         text = f"config.json says {said} layers, and {len(there)} are here: loaders make the others RANDOM"
         shown = (f"{show(deepest)}: {fold(sorted(map(str, there)))}",) if there else ()
-        yield Finding("layers-missing", "error", text, (), shown, LOST)
+        yield Finding(code="layers-missing", severity="error", text=text, evidence=shown, recoverability=LOST)
 
 
 DIAGNOSES = (

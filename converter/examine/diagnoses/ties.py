@@ -43,7 +43,12 @@ def output_embedding_missing(case: Case, context: Context) -> Iterable[Finding]:
     if is_causal and _ties(case) is False and inputs and outputs is None and not _is_named_otherwise(case, inputs):
         text = f"tie_word_embeddings is false and there is no output embedding; {show(inputs)} is there"
         yield Finding(
-            "output-embedding-missing", "error", text, (inputs,), folded(case, [inputs]), "from the base model"
+            code="output-embedding-missing",
+            severity="error",
+            text=text,
+            tensors=(inputs,),
+            evidence=folded(case, [inputs]),
+            recoverability="from the base model",
         )
 
 
@@ -79,17 +84,34 @@ def tied_copies(case: Case, context: Context) -> Iterable[Finding]:
         return
     a, b = case.survey.entries[inputs].tensor, case.survey.entries[outputs].tensor
     pair = (inputs, outputs)
-    command = f"rlhf-convert repair {case.path} {case.out('fixed')}"
+    command = case.repair()
     if a.info != b.info or (case.deep and not context.equal(a, b)):
         text = f"tie_word_embeddings is true, and {show(outputs)} differs from {show(inputs)}: loaders throw it away"
         yield Finding(
-            "tied-copies", "changes-numbers", text, pair, folded(case, pair), HERE, ("mend-ties",), "unsafe",
-            f"{command} --allow untie",
+            code="tied-copies",
+            severity="changes-numbers",
+            text=text,
+            tensors=pair,
+            evidence=folded(case, pair),
+            recoverability=HERE,
+            fix=("mend-ties",),
+            applicability="unsafe",
+            next=command.with_options("--allow", "untie"),
         )  # fmt: skip
     else:
         said = "equal" if case.deep else "whether they are equal is seen with --deep"
         text = f"tie_word_embeddings is true, and {show(outputs)} is stored beside {show(inputs)}; {said}"
-        yield Finding("tied-copies", "cosmetic", text, pair, folded(case, pair), HERE, ("mend-ties",), "safe", command)
+        yield Finding(
+            code="tied-copies",
+            severity="cosmetic",
+            text=text,
+            tensors=pair,
+            evidence=folded(case, pair),
+            recoverability=HERE,
+            fix=("mend-ties",),
+            applicability="safe",
+            next=command,
+        )
 
 
 @diagnosis("output-embedding-in-classifier", "model")
@@ -100,7 +122,14 @@ def output_embedding_in_classifier(case: Case, context: Context) -> Iterable[Fin
     _, outputs = _pair(case)
     if outputs is not None and is_classifier(case):
         text = f"{show(outputs)} has no place in {show(architecture(case))}; loaders say `weights not used`"
-        yield Finding("output-embedding-in-classifier", "cosmetic", text, (outputs,), folded(case, [outputs]), HERE)
+        yield Finding(
+            code="output-embedding-in-classifier",
+            severity="cosmetic",
+            text=text,
+            tensors=(outputs,),
+            evidence=folded(case, [outputs]),
+            recoverability=HERE,
+        )
 
 
 DIAGNOSES = (output_embedding_missing, tied_copies, output_embedding_in_classifier)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from converter.core.context import Context
 from converter.core.files.opening import read_limited
+from converter.diagnostic import Command
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis
 from converter.sources.survey import ADAPTER_PICKLED, ADAPTER_WEIGHTS, file_names, is_weights_of_model
@@ -22,7 +23,6 @@ _TEMPORARY = re.compile(
     re.ASCII,
 )
 _CUT = frozenset({"file-truncated", "torch-zip", "torch-not", "shard-missing"})
-_NEVER_CUT = ("git-lfs pointer", "web page")
 _RECENT = 300.0
 """Seconds: a file that is cut short and this young is likely being written."""
 
@@ -42,8 +42,16 @@ def training_state(case: Case, context: Context) -> Iterable[Finding]:
     saved = any(n.source in ("hf", "peft") and _has_weights(n.path) for n in case.near)
     keep = "" if saved else f". Keep it until then: sole copy of {count} tensors"
     text = f"sound, and no folder that loads as it is: `gather` makes one{keep}"
-    command = f"rlhf-convert gather {case.path} {case.out('gathered')}"
-    yield Finding("training-state", "cosmetic", text, (), (), HERE, ("gather",), "safe", command)
+    command = case.command("gather", out="gathered")
+    yield Finding(
+        code="training-state",
+        severity="cosmetic",
+        text=text,
+        recoverability=HERE,
+        fix=("gather",),
+        applicability="safe",
+        next=command,
+    )
 
 
 def _has_weights(folder: Path) -> bool:
@@ -62,7 +70,7 @@ def sole_copy(case: Case, context: Context) -> Iterable[Finding]:
     if (empty or lost) and places:
         what = "the weights" if not empty else "1 tensor" if empty == 1 else f"{empty} tensors"
         text = f"Keep {show(places[0].asked)}: perhaps the sole copy of {what}"
-        yield Finding("sole-copy", "cosmetic", text, (), (show(places[0].asked),))
+        yield Finding(code="sole-copy", severity="cosmetic", text=text, evidence=(show(places[0].asked),))
 
 
 @diagnosis("being-written", "model", "adapter", "training", "weights", "run", "unread")
@@ -74,17 +82,31 @@ def being_written(case: Case, context: Context) -> Iterable[Finding]:
     name = case.root.resolve().name
     if _UNFINISHED.fullmatch(name):
         text = f"{show(name)} is the name of a save that is not finished"
-        yield Finding("being-written", "error", text, (), (show(name),), next="wait, or take the checkpoint before it")
+        yield Finding(
+            code="being-written",
+            severity="error",
+            text=text,
+            evidence=(show(name),),
+            next="wait, or take the checkpoint before it",
+        )
         return
     temporary = sorted(n for n in case.names if _TEMPORARY.fullmatch(n))
     if temporary:
         text = f"temporary files of a save lie here: {fold(temporary)}"
-        yield Finding("being-written", "cosmetic", text, (), tuple(show(n) for n in temporary[:3]))
+        yield Finding(
+            code="being-written", severity="cosmetic", text=text, evidence=tuple(show(n) for n in temporary[:3])
+        )
         return
-    cut = [f for f in case.survey.faults if f.code in _CUT and not any(w in f.text for w in _NEVER_CUT)]
+    cut = [f for f in case.survey.faults if f.code in _CUT and f.fact("instead") is None]
     if cut and (age := _youngest(case.root)) is not None and age < _RECENT:
-        text = f"a weight file is cut short and was written {age:.0f} seconds ago: perhaps the save is under way"
-        yield Finding("being-written", "cosmetic", text, next="wait and look again")
+        sign = f"was written {age:.0f} seconds ago: perhaps the save is under way"
+        yield Finding(
+            code="being-written",
+            severity="cosmetic",
+            text=f"a weight file is cut short and {sign}",
+            next="wait and look again",
+            facts=(("sign", sign),),
+        )
 
 
 def _youngest(root: Path) -> float | None:
@@ -119,7 +141,13 @@ def shards_deleted(case: Case, context: Context) -> Iterable[Finding]:
     is_lost = not case.shapes or bool(empty)
     means = ": what is missing here was in it" if is_lost else "; the weights are whole, resuming is not possible"
     text = f"`latest` names {show(tag)}, which is gone{means}"
-    yield Finding("shards-deleted", "error" if is_lost else "cosmetic", text, tuple(empty), (), LOST if is_lost else "")
+    yield Finding(
+        code="shards-deleted",
+        severity="error" if is_lost else "cosmetic",
+        text=text,
+        tensors=tuple(empty),
+        recoverability=LOST if is_lost else "",
+    )
 
 
 @diagnosis("run-folder", "run")
@@ -132,8 +160,8 @@ def run_folder(case: Case, context: Context) -> Iterable[Finding]:
     if inside:
         listed = [f"{show(n.asked)} ({n.source})" for n in inside]
         text = f"{len(inside)} checkpoint{'s' * (len(inside) != 1)} below it: {fold(show(n.asked) for n in inside)}"
-        command = f"rlhf-convert doctor {inside[-1].quoted}"
-        yield Finding("run-folder", "cosmetic", text, (), tuple(listed[-3:]), next=command)
+        command = Command("doctor", (inside[-1].argument,))
+        yield Finding(code="run-folder", severity="cosmetic", text=text, evidence=tuple(listed[-3:]), next=command)
 
 
 @diagnosis("weights-alone", "weights")
@@ -149,7 +177,11 @@ def weights_alone(case: Case, context: Context) -> Iterable[Finding]:
         more = f", {lora} of them LoRA factors" if lora else ""
         text = f"{fold(names)}: {len(case.shapes)} tensors in {size} bytes{more}, and no config.json beside"
         yield Finding(
-            "weights-alone", "error", text, (), tuple(show(n) for n in names[:3]), "from the base model",
+            code="weights-alone",
+            severity="error",
+            text=text,
+            evidence=tuple(show(n) for n in names[:3]),
+            recoverability="from the base model",
             next="copy config.json and the tokenizer of the base model into the folder",
         )  # fmt: skip
 

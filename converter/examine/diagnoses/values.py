@@ -60,7 +60,14 @@ def nonfinite(case: Case, context: Context) -> Iterable[Finding]:
     if counts:
         text = f"{sum(counts.values())} values in {len(counts)} tensors are NaN or infinite"
         worst = sorted(counts, key=lambda n: -counts[n])[:3]
-        yield Finding("nonfinite", "error", text, tuple(counts), tuple(f"{show(n)}: {counts[n]}" for n in worst), LOST)
+        yield Finding(
+            code="nonfinite",
+            severity="error",
+            text=text,
+            tensors=tuple(counts),
+            evidence=tuple(f"{show(n)}: {counts[n]}" for n in worst),
+            recoverability=LOST,
+        )
 
 
 @diagnosis("zero-tensors", "model", "weights", deep=True)
@@ -78,7 +85,14 @@ def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
             found.append(name)
     if found:
         text = f"{len(found)} matrices are zero everywhere: {fold(found)}"
-        yield Finding("zero-tensors", "changes-numbers", text, tuple(found), folded(case, found), LOST)
+        yield Finding(
+            code="zero-tensors",
+            severity="changes-numbers",
+            text=text,
+            tensors=tuple(found),
+            evidence=folded(case, found),
+            recoverability=LOST,
+        )
 
 
 def _head_weights(case: Case) -> dict[str, LazyTensor]:
@@ -102,7 +116,11 @@ def head_untrained(case: Case, context: Context) -> Iterable[Finding]:
         like = _like(numbers, case)
         if like:
             yield Finding(
-                "head-untrained", "cosmetic", f"{show(name)} looks untrained: {like}", (name,), folded(case, [name])
+                code="head-untrained",
+                severity="cosmetic",
+                text=f"{show(name)} looks untrained: {like}",
+                tensors=(name,),
+                evidence=folded(case, [name]),
             )
 
 
@@ -140,7 +158,14 @@ def head_unmoved(case: Case, context: Context) -> Iterable[Finding]:
         shared = [n for n in own if n in other and other[n].info == own[n].info]
         if shared and all(context.equal(own[n], other[n]) for n in shared):
             text = f"{fold(shared)} is bit-equal in {show(sibling.name)}: the head did not move in training"
-            yield Finding("head-unmoved", "changes-numbers", text, tuple(shared), (show(sibling.name),), LOST)
+            yield Finding(
+                code="head-unmoved",
+                severity="changes-numbers",
+                text=text,
+                tensors=tuple(shared),
+                evidence=(show(sibling.name),),
+                recoverability=LOST,
+            )
             return
 
 
@@ -179,7 +204,12 @@ def merged_equals_base(case: Case, context: Context) -> Iterable[Finding]:
         text = f"all {len(shared)} matrices equal those of {show(base.asked)}" + (
             "; only the head differs" if has_head else ": the merge changed nothing"
         )
-        yield Finding("merged-equals-base", "cosmetic" if has_head else "changes-numbers", text, (), (), HERE)
+        yield Finding(
+            code="merged-equals-base",
+            severity="cosmetic" if has_head else "changes-numbers",
+            text=text,
+            recoverability=HERE,
+        )
 
 
 DIAGNOSES = (nonfinite, zero_tensors, head_untrained, head_unmoved, merged_equals_base)

@@ -24,10 +24,25 @@ def weight_sets(case: Case, context: Context) -> Iterable[Finding]:
         whole = [s for s in sets if not s.lacks]
         lines = tuple(s.words for s in whole)[:MAX_EVIDENCE]
         if not whole:
-            yield Finding(CODE, "error", fault.text, evidence=lines, recoverability="from another copy of the files")
+            yield Finding(
+                code=CODE,
+                severity="error",
+                text=fault.text,
+                evidence=lines,
+                recoverability="from another copy of the files",
+            )
             continue
-        command = f"rlhf-convert repair {case.path} {case.out('fixed')}"
-        yield Finding(CODE, "error", fault.text, (), lines, HERE, ("choose-weights",), "safe", command)
+        command = case.repair()
+        yield Finding(
+            code=CODE,
+            severity="error",
+            text=fault.text,
+            evidence=lines,
+            recoverability=HERE,
+            fix=("choose-weights",),
+            applicability="safe",
+            next=command,
+        )
 
 
 DIAGNOSES = (weight_sets,)

@@ -118,12 +118,12 @@ def read(blocks: Iterable[bytes]) -> Iterator[tuple[Seen, bool]]:
         if found is None:
             continue
         message, groups = found
-        is_new = message.name not in seen
+        is_new = message.code not in seen
         if is_new:
-            seen[message.name] = Seen(message, number, show(_around(text, message), 160), groups)
+            seen[message.code] = Seen(message, number, show(_around(text, message), 160), groups)
         else:
-            seen[message.name].count += 1
-        yield seen[message.name], is_new
+            seen[message.code].count += 1
+        yield seen[message.code], is_new
 
 
 def _around(text: str, message: Message) -> str:

@@ -6,35 +6,28 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+
+from converter.diagnostic import Diagnostic
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _OPTIONAL = re.compile(r" \(\{(\w+)\}(?:, \.\.\.)?\)")
 
-Severity = Literal["error", "changes-numbers", "cosmetic"]
 
+@dataclass(frozen=True, kw_only=True)
+class Message(Diagnostic):
+    """A text as trainers print it; `text` is what it means, in one to three sentences.
 
-@dataclass(frozen=True)
-class Message:
-    """A text as trainers print it.
+    `error`: the job fails or runs on random weights; `changes-numbers`: it runs on other numbers than were meant;
+    `cosmetic`: harmless. In `next`, `DIR` stands for the user's folder.
 
     Attributes:
-        name: kebab-case and stable.
-        severity: `error`: the job fails or runs on random weights; `changes-numbers`: it runs on other numbers
-            than were meant; `cosmetic`: harmless.
         keys: plain substrings; a line that holds none of them is not looked at, so logs of gigabytes are fast.
         pattern: what the line must match; its named groups may be used in `text` and `next`.
-        text: what it means, in one to three sentences.
-        next: commands or advice; `DIR` stands for the user's folder.
         codes: diagnoses that `explain CODE` knows more about.
     """
 
-    name: str
-    severity: Severity
     keys: tuple[str, ...]
     pattern: str
-    text: str
-    next: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
 
     @cached_property

@@ -6,46 +6,44 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from converter.diagnostic import Diagnostic, Next, Severity, spelled
+
 Outcome = Literal["holds", "note", "fails"]
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at.
+@dataclass(frozen=True, kw_only=True)
+class Check(Diagnostic):
+    """One thing that was looked at; `text` is what was found, with numbers; the code is empty where it holds.
 
     Attributes:
         label: what was looked at, one word: `head`, `config`, `values`.
         outcome: `note`: it holds, and the user should know something.
-        text: what was found, with numbers.
-        code: kebab-case, of what fails or is noted; empty where it holds.
-        next: a command that mends it, where there is one.
     """
 
     label: str
     outcome: Outcome
-    text: str
     code: str = ""
-    next: str = ""
+    severity: Severity = "info"
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
         found = {"label": self.label, "outcome": self.outcome, "text": self.text}
-        return found | {k: v for k, v in (("code", self.code), ("next", self.next)) if v}
+        return found | {k: v for k, v in (("code", self.code), ("next", spelled(self.next))) if v}
 
 
 def holds(label: str, text: str) -> Check:
     """A check that holds."""
-    return Check(label, "holds", text)
+    return Check(label=label, outcome="holds", text=text)
 
 
-def note(label: str, code: str, text: str, next: str = "") -> Check:
+def note(label: str, code: str, text: str, next: Next | None = None) -> Check:
     """A check that holds, with something to know."""
-    return Check(label, "note", text, code, next)
+    return Check(label=label, outcome="note", text=text, code=code, next=next)
 
 
-def fails(label: str, code: str, text: str, next: str = "") -> Check:
+def fails(label: str, code: str, text: str, next: Next | None = None) -> Check:
     """A check that fails."""
-    return Check(label, "fails", text, code, next)
+    return Check(label=label, outcome="fails", text=text, code=code, next=next)
 
 
 def failed(checks: Iterable[Check]) -> list[Check]:

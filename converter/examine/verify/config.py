@@ -11,6 +11,7 @@ from converter.converters.heads.model import Reading
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ
 from converter.core.files.strict_json import load_json
+from converter.diagnostic import Command
 from converter.dialects.known import Target, numbers
 from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note
@@ -35,7 +36,7 @@ def check_normaliser(reading: Reading, target: Target) -> list[Check]:
     return [note("config", "normaliser", text)]
 
 
-def check_config(checkpoint: Checkpoint, target: Target, remedy: str) -> list[Check]:
+def check_config(checkpoint: Checkpoint, target: Target, remedy: Command) -> list[Check]:
     """The class, the labels, and keys that the loader stumbles over."""
     config, rules = checkpoint.config, target.dialect.config
     if target.role == "actor":
@@ -52,9 +53,7 @@ def check_config(checkpoint: Checkpoint, target: Target, remedy: str) -> list[Ch
     try:
         wanted = class_name(rules, kind, target)
     except ConvertError as error:
-        return [
-            fails("config", error.code, error.what, f"rlhf-convert convert DIR OUT {error.expected or ''}".rstrip())
-        ]
+        return [fails("config", error.code, error.what, remedy)]
     listed = config.get("architectures")
     first = str(listed[0]) if isinstance(listed, list) and listed else "none"
     if first != wanted:

@@ -16,6 +16,7 @@ from converter.converters.heads.model import Linear, Mlp, Reading
 from converter.converters.heads.read import OUTPUT_EMBEDDINGS, read, values
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ, Context
+from converter.diagnostic import Command
 from converter.dialects.known import Target
 from converter.dialects.spec import HeadSpec, Role
 from converter.errors import ConvertError
@@ -35,7 +36,7 @@ class Verdict:
     reading: Reading | None = None
 
 
-def check_for(checkpoint: Checkpoint, target: Target, context: Context, *, remedy: str) -> Verdict:
+def check_for(checkpoint: Checkpoint, target: Target, context: Context, *, remedy: Command) -> Verdict:
     """Everything that the dialect says of a folder's content; `remedy` is the command that makes what it reads."""
     verdict = Verdict()
     checks = verdict.checks
@@ -56,7 +57,7 @@ def check_for(checkpoint: Checkpoint, target: Target, context: Context, *, remed
 # Files
 
 
-def _files(checkpoint: Checkpoint, target: Target, remedy: str) -> list[Check]:
+def _files(checkpoint: Checkpoint, target: Target, remedy: Command) -> list[Check]:
     """The container, the number of files, the folder below."""
     dialect, found = target.dialect, []
     stored = checkpoint.origin.stored_format
@@ -76,7 +77,9 @@ def _files(checkpoint: Checkpoint, target: Target, remedy: str) -> list[Check]:
 # The head
 
 
-def _head(checkpoint: Checkpoint, target: Target, context: Context, checks: list[Check], remedy: str) -> Reading | None:
+def _head(
+    checkpoint: Checkpoint, target: Target, context: Context, checks: list[Check], remedy: Command
+) -> Reading | None:
     spec = target.dialect.head_of(target.role)
     if spec is None:
         return None
@@ -99,7 +102,7 @@ def _instead(checkpoint: Checkpoint, target: Target, spec: HeadSpec, what: str) 
     return f"{what}. {target.words} would go on with a head that is {spec.missing}{owner}"
 
 
-def _head_shape(reading: Reading, target: Target, spec: HeadSpec, context: Context, remedy: str) -> list[Check]:
+def _head_shape(reading: Reading, target: Target, spec: HeadSpec, context: Context, remedy: Command) -> list[Check]:
     head = reading.head
     if head is None:
         return [fails("head", "head-missing", f"there is no head, and {target.words} needs one", remedy)]
@@ -126,7 +129,7 @@ def _head_shape(reading: Reading, target: Target, spec: HeadSpec, context: Conte
     return [holds("head", f"{names} {list(weight.info.shape)} {dtype}, as {target.words} names it"), *found]
 
 
-def _head_bias(reading: Reading, target: Target, spec: HeadSpec, context: Context, remedy: str) -> list[Check]:
+def _head_bias(reading: Reading, target: Target, spec: HeadSpec, context: Context, remedy: Command) -> list[Check]:
     """A bias where the loader has none is left out without a word, and every score shifts by it."""
     head = reading.head
     if not isinstance(head, Linear) or head.bias is None:
@@ -161,18 +164,18 @@ def _head_numbers(reading: Reading, context: Context) -> list[Check]:
     return []
 
 
-def _actor(checkpoint: Checkpoint, remedy: str) -> list[Check]:
+def _actor(checkpoint: Checkpoint, remedy: Command) -> list[Check]:
     kind = family(checkpoint.config)
     if any(n.startswith(OUTPUT_EMBEDDINGS) for n in checkpoint.tensors) or kind.tied:
         return [holds("head", "output embedding there" if not kind.tied else "output embedding tied to the input's")]
     text = "there is no output embedding (lm_head): the policy would start with a random one"
-    return [fails("head", "lm-head-missing", text, f"{remedy} --base BASE")]
+    return [fails("head", "lm-head-missing", text, remedy.with_options("--base", "BASE"))]
 
 
 # The backbone
 
 
-def _backbone(reading: Reading, target: Target, remedy: str) -> list[Check]:
+def _backbone(reading: Reading, target: Target, remedy: Command) -> list[Check]:
     """Names and shapes against those of the model that transformers builds from this config."""
     found: list[Check] = []
     prefix = reading.family.prefix
@@ -181,7 +184,7 @@ def _backbone(reading: Reading, target: Target, remedy: str) -> list[Check]:
     spec = target.dialect.head_of(target.role)
     if spec is not None and spec.lm_head and not embeddings and not reading.family.tied:
         text = f"there is no lm_head: {target.words} starts it at random; values don't depend on it, a policy does"
-        found.append(note("backbone", "lm-head-missing", text, f"{remedy} --base BASE"))
+        found.append(note("backbone", "lm-head-missing", text, remedy.with_options("--base", "BASE")))
     if prefix is None:
         text = f"transformers doesn't know {reading.family.words()}: names are not compared"
         return [*found, note("backbone", "family-unknown", text)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.files import sparse
+from converter.diagnostic import Command, Steps, as_argument, quoted
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, Refused, UsageError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class VerifyRequest:
     """What the user asked to be verified."""
 
     folder: str
@@ -45,7 +45,7 @@ class Verified:
     table: list[dict[str, Any]]
 
 
-def examine(asked: Asked) -> Verified:
+def examine(asked: VerifyRequest) -> Verified:
     """Every check that was asked for.
 
     Raises:
@@ -63,7 +63,7 @@ def examine(asked: Asked) -> Verified:
             raise  # it was not looked at
         # What no tool can open, no trainer loads: the verdict is that it fails, and why.
         text = f"{error.where}: {error.what}" if error.where else error.what
-        return Verified(_aim(asked, None), [fails("files", error.code, text, error.next or "")], [])
+        return Verified(_aim(asked, None), [fails("files", error.code, text, error.next)], [])
     aim = _aim(asked, checkpoint)
     root = resolve(asked.folder, in_parts=True).path
     if asked.live:
@@ -86,17 +86,17 @@ def _expect_here(folder: str, root: Path) -> None:
     assert named is not None
     assert found is not None
     here = f"./{named.repo_id.rpartition('/')[2]}"
-    download = ["hf", "download", named.repo_id, "--revision", found[1], "--local-dir", here]
+    download = Command("download", (named.repo_id, "--revision", found[1], "--local-dir", here), program="hf")
     inner = f"{here}/{named.folder}" if named.folder else here
     raise Refused(
         "live-needs-folder",
         "--live loads files with the trainer's own code, and these are on the Hub",
         where=show(folder),
-        next=f"{shlex.join(download)}, and then the same command with {shlex.quote(inner)}",
+        next=Steps(download, f", and then the same command with {quoted(inner)}"),
     )
 
 
-def _aim(asked: Asked, checkpoint: Checkpoint | None) -> Target:
+def _aim(asked: VerifyRequest, checkpoint: Checkpoint | None) -> Target:
     """The trainer and role: as asked, else what the folder itself says."""
     from converter.converters.heads.detect import detect
     from converter.examine.verify.dialect import role_of
@@ -132,14 +132,14 @@ def _roles_of(trainer: str) -> frozenset[Role]:
     return frozenset(r for d in dialects().values() for s in d.serves if s.trainer == name for r in s.roles)
 
 
-def _all_checks(asked: Asked, aim: Target, checkpoint: Checkpoint, root: Path) -> Verified:
+def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root: Path) -> Verified:
     from converter.examine.verify.dialect import check_for
     from converter.examine.verify.receipt import check_receipt, check_source
 
     context = Context(frozenset(asked.allow))
     if checkpoint.origin.kind != "model":
         is_reward = checkpoint.config.get("task_type") == "SEQ_CLS" or asked.trainer is not None
-        merge = shlex.join(["rlhf-convert", "merge-lora", asked.folder, "OUT"])
+        merge = Command("merge-lora", (as_argument(asked.folder), "OUT"))
         is_plain = checkpoint.origin.kind == "adapter" and not is_reward
         remedy = merge if is_plain else _remedy(asked, aim)
         text = f"this is {'an adapter' if checkpoint.origin.kind == 'adapter' else 'a training state'}, not a model"
@@ -166,13 +166,13 @@ def _all_checks(asked: Asked, aim: Target, checkpoint: Checkpoint, root: Path) -
     return Verified(aim, checks, table)
 
 
-def _remedy(asked: Asked, aim: Target) -> str:
+def _remedy(asked: VerifyRequest, aim: Target) -> Command:
     """The command that makes a folder which this trainer loads."""
     to = asked.trainer or aim.serves.trainer
-    return shlex.join(["rlhf-convert", "convert", asked.against or asked.folder, "OUT", "--to", to, "--role", aim.role])
+    return Command("convert", (as_argument(asked.against or asked.folder), "OUT", "--to", to, "--role", aim.role))
 
 
-def _source(asked: Asked, context: Context) -> tuple[Reading, str]:
+def _source(asked: VerifyRequest, context: Context) -> tuple[Reading, str]:
     """The source, read in its own dialect, and the digest of its headers: a model, an adapter or a trainer's state."""
     from converter.converters.gather.gather import Gather
     from converter.converters.heads.detect import HEADLESS, Detected, detect
@@ -210,7 +210,7 @@ def _shards(src: str) -> str:
 
 
 def _pairs(
-    asked: Asked, aim: Target, reading: Reading, there: Reading | None
+    asked: VerifyRequest, aim: Target, reading: Reading, there: Reading | None
 ) -> tuple[list[Check], list[dict[str, Any]]]:
     from converter.examine.verify.check import note
     from converter.examine.verify.pairs import check_pairs, read_pairs, scored

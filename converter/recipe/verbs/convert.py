@@ -41,15 +41,6 @@ class Found:
     recorded: bool = False
 
 
-def convert_command(src: str, out: str | None, to: str, role: Role, verb: str, options: HeadOptions) -> list[str]:
-    """The command that was given, with what it says of SRC."""
-    words = ["rlhf-convert", verb, src, out or "OUT", "--to", to]
-    words += ["--role", role] if verb == "convert" else []
-    part = options.part
-    given = {"--from": options.source, "--tag": options.tag, "--part": part, "--base": options.base}
-    return [*words, *(w for name, value in given.items() if value is not None for w in (name, value))]
-
-
 def find(src: str, options: HeadOptions) -> Found:
     """What lies at SRC.
 

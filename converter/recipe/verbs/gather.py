@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.core.tensors.dtypes import DType
+from converter.diagnostic import Command
 from converter.errors import UsageError
 from converter.recipe.options import WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
@@ -16,7 +17,7 @@ from converter.text import show
 
 
 @dataclass(frozen=True)
-class Gathering:
+class GatherRequest:
     """What the user asked for.
 
     Attributes:
@@ -34,14 +35,14 @@ class Gathering:
     recorded: bool = False
 
 
-def gather_command(asked: Gathering, out: str | None) -> list[str]:
-    """The command that was given, without what makes no difference to the input."""
-    words = ["rlhf-convert", "gather", asked.src, out or "OUT"]
+def gather_command(asked: GatherRequest, out: str | None) -> Command:
+    """The command that means this, without what makes no difference to the input."""
     given = {"--tag": asked.tag, "--part": asked.part, "--emit": asked.emit, "--base": asked.base}
-    return [*words, *(w for name, value in given.items() if value is not None for w in (name, value))]
+    options = (w for name, value in given.items() if value is not None for w in (name, value))
+    return Command("gather", (asked.src, out or "OUT", *options))
 
 
-def with_masters(asked: Gathering, dtype: str | None) -> str | None:
+def with_masters(asked: GatherRequest, dtype: str | None) -> str | None:
     """`--master` and `--dtype float32` are one wish.
 
     Raises:
@@ -54,7 +55,7 @@ def with_masters(asked: Gathering, dtype: str | None) -> str | None:
     return "float32"
 
 
-def gather_recipe(asked: Gathering, options: WriteOptions) -> tuple[Recipe, str]:
+def gather_recipe(asked: GatherRequest, options: WriteOptions) -> tuple[Recipe, str]:
     """The recipe that the arguments mean, and how the tag was chosen, in words.
 
     Raises:
@@ -82,7 +83,7 @@ def gather_recipe(asked: Gathering, options: WriteOptions) -> tuple[Recipe, str]
     return Recipe(inputs, steps, output(options), file="gather"), said
 
 
-def _tag_path(asked: Gathering, options: WriteOptions) -> tuple[str, str, str | None]:
+def _tag_path(asked: GatherRequest, options: WriteOptions) -> tuple[str, str, str | None]:
     """The folder with the shards, as the user would write it, why it is the one, and the part inside of it."""
     from converter.sources.hub.names import as_reference, below
     from converter.sources.locate import resolve

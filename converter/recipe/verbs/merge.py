@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.diagnostic import Command
 from converter.errors import ConvertError, UsageError
 from converter.recipe.options import WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
@@ -19,7 +19,7 @@ RECEIPT = "rlhf-convert.json"
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergeRequest:
     """What the user asked for."""
 
     adapter: str
@@ -30,7 +30,7 @@ class Merge:
     base_is_residual: bool = False
 
 
-def merge_recipe(asked: Merge, options: WriteOptions) -> Recipe:
+def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
     """The recipe that the arguments mean.
 
     Raises:
@@ -55,7 +55,7 @@ def merge_recipe(asked: Merge, options: WriteOptions) -> Recipe:
     return Recipe({SOURCE: base, **adapters}, steps, output(options), file="merge-lora")
 
 
-def refuse_swapped(asked: Merge, out: str | None) -> None:
+def refuse_swapped(asked: MergeRequest, out: str | None) -> None:
     """Recognise a base model given as the adapter, or an adapter given as the base, by what the folders hold.
 
     Raises:
@@ -91,11 +91,10 @@ def _kind(text: str) -> str | None:
     return "model" if (folder / "config.json").is_file() else None
 
 
-def _swapped(what: str, command: str) -> UsageError:
+def _swapped(what: str, command: Command) -> UsageError:
     return UsageError("arguments-swapped", what, expected="merge-lora ADAPTER OUT --base BASE", next=command)
 
 
-def merge_command(adapter: str, out: str | None, base: str) -> str:
-    """The command, quoted for a shell."""
-    words = ["rlhf-convert", "merge-lora", adapter, out or "OUT", "--base", base]
-    return shlex.join(words)
+def merge_command(adapter: str, out: str | None, base: str) -> Command:
+    """The command with its arguments the right way round."""
+    return Command("merge-lora", (adapter, out or "OUT", "--base", base))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Repairing:
+class RepairRequest:
     """What the user asked for."""
 
     src: str
@@ -60,7 +60,7 @@ def _with_vocabulary(mends: Mends, to: str) -> Mends:
     )
 
 
-def mends_of(asked: Repairing, options: WriteOptions) -> Mends:
+def mends_of(asked: RepairRequest, options: WriteOptions) -> Mends:
     """What is mended beside lost tensors."""
     from converter.recipe.verbs.repair_mends import find_mends
 
@@ -90,7 +90,7 @@ def is_whole(recipe: Recipe, options: WriteOptions) -> bool:
     return False
 
 
-def expect_sound(asked: Repairing, mends: Mends, only: frozenset[str] | None = None) -> None:
+def expect_sound(asked: RepairRequest, mends: Mends, only: frozenset[str] | None = None) -> None:
     """Say what neither mends nor filling reach: an output with an error in it is no repaired folder.
 
     Raises:
@@ -103,10 +103,10 @@ def expect_sound(asked: Repairing, mends: Mends, only: frozenset[str] | None = N
     more = f" (and {', '.join(others)})" if others else ""
     needed = dict(mends.left).get(left[0].code)
     expected = None if needed is None else needed if needed.startswith("--") else f"--allow {needed}"
-    raise Refused(left[0].code, left[0].message + more, where=show(asked.src), expected=expected, next=left[0].next)
+    raise Refused(left[0].code, left[0].text + more, where=show(asked.src), expected=expected, next=left[0].next)
 
 
-def mend_recipe(asked: Repairing, mends: Mends, options: WriteOptions) -> Recipe:
+def mend_recipe(asked: RepairRequest, mends: Mends, options: WriteOptions) -> Recipe:
     """The recipe of the mends alone: every tensor is there."""
     from converter.recipe.verbs.repair_mends import CHOOSE
 
@@ -117,7 +117,7 @@ def mend_recipe(asked: Repairing, mends: Mends, options: WriteOptions) -> Recipe
     return Recipe(inputs, (*mends.steps, *cast_steps(options)), output(options), file="repair")
 
 
-def shards_alone(root: Path, asked: Repairing, found: Search) -> str | None:
+def shards_alone(root: Path, asked: RepairRequest, found: Search) -> str | None:
     """The shards of a folder that has no weight file at all: then a repair is a gather."""
     from converter.sources.finding import kind_of, sources
     from converter.sources.survey import ADAPTER_CONFIG, file_names, is_weights_of_model
@@ -131,7 +131,9 @@ def shards_alone(root: Path, asked: Repairing, found: Search) -> str | None:
     return next((p.path for p in found.places if not p.is_copy), None)
 
 
-def repair_recipe(asked: Repairing, found: Search, options: WriteOptions, *, mends: tuple[Step, ...] = ()) -> Recipe:
+def repair_recipe(
+    asked: RepairRequest, found: Search, options: WriteOptions, *, mends: tuple[Step, ...] = ()
+) -> Recipe:
     """The recipe that the arguments mean: the broken folder, every place that may help, and the base if at hand."""
     from converter.recipe.verbs.repair_mends import CHOOSE
 
@@ -147,7 +149,7 @@ def repair_recipe(asked: Repairing, found: Search, options: WriteOptions, *, men
     return Recipe(inputs | places, steps, output(options), file="repair")
 
 
-def _base(asked: Repairing, source: InputSpec) -> InputSpec | None:
+def _base(asked: RepairRequest, source: InputSpec) -> InputSpec | None:
     """The base model: given, or recorded and at hand; nothing is downloaded on a file's word."""
     if asked.base is not None:
         return input_spec(asked.base)

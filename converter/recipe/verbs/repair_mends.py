@@ -12,7 +12,7 @@ from converter.core.context import Context
 from converter.errors import UsageError
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import Case, Finding
-from converter.examine.doctor import Asked, diagnoses, examine
+from converter.examine.doctor import DoctorRequest, diagnoses, examine
 from converter.families.disk_names import memory_form
 from converter.families.implied import class_of
 from converter.families.plain_names import plain_names
@@ -96,7 +96,7 @@ def find_mends(
     Raises:
         UsageError: `emit` of a model without LoRA layers (`no-adapter`), or without alpha (`lora-alpha-unknown`).
     """
-    report = examine(Asked(src, base=base, target=target))
+    report = examine(DoctorRequest(src, base=base, target=target))
     findings = report.findings
     names: dict[str, None] = {}
     codes: dict[str, None] = {}

@@ -1,13 +1,12 @@
-"""What verbs share that read a trainer's state: where it lies, the base that its run records, the command to type."""
+"""What verbs share that read a trainer's state: where it lies, the base that its run records, what a role means."""
 
 from __future__ import annotations
 
-import re
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converter.diagnostic import Again
 from converter.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -56,45 +55,14 @@ def with_recorded_base(attempt: Callable[[bool], int], *, given: bool) -> int:
         return attempt(True)
     except ConvertError as error:
         if error.code == "base-not-found" and first.got is None:
-            first.got = error.what.replace("the adapter records", "the run records")
+            first.got, first.next = error.what, error.next
         elif error.code not in (*NEEDS_BASE, "base-not-found", "base-unknown"):
             raise
     raise first from None
 
 
-def corrected(error: ConvertError, command: Sequence[str], *, role: str | None = None) -> None:
-    """Set `next` to the user's own command with what it lacks; `command` is without that."""
-    words = shlex.join(command)
-    if error.code == "base-not-found":
-        error.next = f"{words} --base {base_in(error)}"
-    elif error.code in ("base-needed", "config-missing", "base-unknown"):
-        error.next = f"{words} --base BASE"
-    elif error.code == "several-parts" and (part := _part(error, role)) is not None:
-        error.next = f"{words} --part {part}"
-    elif error.code == "config-of-policy":
-        error.next = f"{words} --base BASE, the model that the value model began with"
-    elif error.code == "lora-alpha-unknown":
-        error.next = f"{words} --lora-alpha N, with the N of the training script"
-        error.next += ", and --rslora if it set use_rslora" if command[1] == "gather" else ""
-    elif error.code == "no-parts":
-        error.next = shlex.join(_without(command, "--part"))
-
-
-def base_in(error: ConvertError) -> str:
-    """The base that the error's own command names, else `BASE`."""
-    return (error.next or "").rpartition("--base ")[2] or "BASE"
-
-
-def _part(error: ConvertError, role: str | None) -> str | None:
-    """The part that fits the role, of those offered; else the one that the error itself names."""
-    offered = set(re.findall(r"\w+", error.expected or ""))
-    fitting = next((w for w in _WORDS_OF_ROLE.get(role or "", ()) if w in offered), None)
-    named = re.search(r"--part (\w+)", error.next or "")
-    return fitting or (named[1] if named else None)
-
-
-def _without(command: Sequence[str], option: str) -> list[str]:
-    if option not in command:
-        return list(command)
-    at = list(command).index(option)
-    return [*command[:at], *command[at + 2 :]]
+def for_role(error: ConvertError, role: str) -> None:
+    """Where one of several parts has to be named, name the one that fits the role."""
+    fitting = next((w for w in _WORDS_OF_ROLE.get(role, ()) if w in error.offers), None)
+    if error.code == "several-parts" and fitting is not None:
+        error.next = Again(("--part", fitting))

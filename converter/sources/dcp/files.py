@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
+from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
 from converter.sources.places import Place, by_number
 from converter.sources.survey import file_names, folder_kind
@@ -89,7 +90,7 @@ def search(root: Path, asked: str, *, tag: str | None = None, part: str | None =
             f"a run folder with {len(runs)} checkpoints; name one of them",
             where=show(asked),
             expected=", ".join(map(show, named)),
-            next=f"rlhf-convert gather {show(named[-1])} OUT",
+            next=_tagged(asked, runs[-1].name),
         )
     (one,) = runs
     why = "asked for with --tag" if tag is not None else "the only checkpoint of the run"
@@ -122,7 +123,8 @@ def _part(found: list[Path], asked: str, part: str | None) -> Place:
             f"{len(chosen)} models were trained together; name one of them",
             where=show(asked),
             expected=listed,
-            next=f"rlhf-convert gather {show(chosen[0])} OUT",
+            offers=[p.name for p in chosen],
+            next=Again(("--part", chosen[0].name), otherwise=Command("gather", (str(chosen[0]), "OUT"))),
         )
     return Place(chosen[0], "asked for with --part" if part else "its only model")
 
@@ -183,3 +185,8 @@ _NOT_READ: dict[Kind, tuple[str, str, str]] = {
         "copy the hidden file .metadata from the node of rank 0 if it is there, or take an earlier checkpoint",
     ),
 }
+
+
+def _tagged(asked: str, tag: str) -> Again:
+    """The user's command with a tag."""
+    return Again(("--tag", tag), otherwise=Command("gather", (asked, "OUT", "--tag", tag)))

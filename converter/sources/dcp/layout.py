@@ -27,7 +27,7 @@ _ACCELERATE = re.compile(r"pytorch_model_fsdp_\d+", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Layout:
+class SortedEntries:
     """A checkpoint's entries, sorted.
 
     Attributes:
@@ -45,7 +45,7 @@ class Layout:
     others: tuple[str, ...]
 
 
-def sort_entries(metadata: Metadata) -> Layout:
+def sort_entries(metadata: Metadata) -> SortedEntries:
     """The model among the entries.
 
     Raises:
@@ -63,7 +63,7 @@ def sort_entries(metadata: Metadata) -> Layout:
     blobs = [k for k in metadata.blobs if k not in taken]
     extra = tuple(k for k in blobs if chosen and _container(k, metadata)[: len(chosen)] == chosen)
     others = [k for g, keys in groups.items() if g != chosen for k in keys] + [k for k in blobs if k not in extra]
-    return Layout(model, ".".join(chosen), extra, Counter(taken.values()), tuple(others))
+    return SortedEntries(model, ".".join(chosen), extra, Counter(taken.values()), tuple(others))
 
 
 def _choose(groups: Mapping[tuple[str, ...], list[str]], metadata: Metadata, has_optimizer: bool) -> tuple[str, ...]:
@@ -143,10 +143,10 @@ def optimizer_states(metadata: Metadata) -> dict[str, dict[str, str]]:
     return found
 
 
-def reasons(layout: Layout) -> dict[str, str]:
+def reasons(entries: SortedEntries) -> dict[str, str]:
     """What is not taken, and why; an optimizer's entries as one."""
-    found = dict.fromkeys(layout.extra, "it is no tensor, but state of a module's own")
-    found |= dict.fromkeys(layout.others, "no part of the model: it lies beside it in the trainer's state")
-    for root, count in layout.optimizer.items():
+    found = dict.fromkeys(entries.extra, "it is no tensor, but state of a module's own")
+    found |= dict.fromkeys(entries.others, "no part of the model: it lies beside it in the trainer's state")
+    for root, count in entries.optimizer.items():
         found[f"{root}*"] = f"the optimizer's state, {count} entries: no part of a model"
     return found

@@ -61,7 +61,11 @@ class DcpSource:
         try:
             survey_chosen(_chosen(root, show(root)), survey)
         except (Refused, UsageError) as error:
-            survey.faults.append(Fault(error.code, "error", error.what, error.where or show(root), error.next))
+            survey.faults.append(
+                Fault(
+                    code=error.code, severity="error", text=error.what, where=error.where or show(root), next=error.next
+                )
+            )
         return survey
 
     def open(self, root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False) -> Checkpoint:

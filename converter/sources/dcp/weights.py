@@ -12,6 +12,7 @@ from converter.core.files.opening import Identity, identity
 from converter.core.formats.torch_file import read_torch_file, state_dict
 from converter.core.tensors.byte_runs import leaves
 from converter.core.tensors.nodes import LazyTensor, Stored
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
 from converter.sources.beside import find_beside
 from converter.sources.dcp.adapter_names import names_in_memory
@@ -63,12 +64,12 @@ def read_weights(folder: Path) -> Weights:
         assert kind is not None
         raise refusal(folder, kind)
     metadata = read_metadata(folder)
-    layout = sort_entries(metadata)
+    entries = sort_entries(metadata)
     pieces = Pieces(metadata)
-    read = pieces.read(layout.model.values())
-    found = {name: read[key] for name, key in layout.model.items()}
-    said = [f"the model is `{show(layout.where)}` in it"] if layout.where else []
-    aside = [k for k in layout.others if k in metadata.tensors]
+    read = pieces.read(entries.model.values())
+    found = {name: read[key] for name, key in entries.model.items()}
+    said = [f"the model is `{show(entries.where)}` in it"] if entries.where else []
+    aside = [k for k in entries.others if k in metadata.tensors]
     if aside:
         said.append(f"{len(aside)} tensors beside the model are not taken: {fold([show(k) for k in aside])}")
     held, inputs = _held(folder, metadata, said)
@@ -79,7 +80,7 @@ def read_weights(folder: Path) -> Weights:
         pieces.digest,
         held & found.keys() or None,
         (),
-        reasons(layout),
+        reasons(entries),
         tuple(pieces.checks),
         pieces.inputs | inputs,
         tuple(said),
@@ -206,7 +207,10 @@ def expect_masters(found: Checkpoint) -> Checkpoint:
             "dcp-no-masters",
             f"{len(low)} trained tensors were saved in {words}, and there are no fp32 masters beside them: {fold(low)}",
             where=show(found.origin.asked),
-            next=f"rlhf-convert gather {show(found.origin.asked)} OUT, without --master: nothing is lost by it",
+            next=Steps(
+                Again(leave_out=("--master",), otherwise=Command("gather", (found.origin.asked, "OUT"))),
+                ", without --master: nothing is lost by it",
+            ),
         )
     return found
 

@@ -66,7 +66,9 @@ class DeepSpeedSource:
             return self.survey(root)
         if quick is None:
             return self.survey(root)
-        quick.faults += [Fault("zero-note", "cosmetic", text, show(root)) for text in shards.said]
+        quick.faults += [
+            Fault(code="zero-note", severity="cosmetic", text=text, where=show(root)) for text in shards.said
+        ]
         return quick
 
     def survey(self, root: Path) -> Survey:
@@ -81,7 +83,9 @@ class DeepSpeedSource:
             shards = read_shards(tag.folder)
             found = read_weights(shards)
         except (Refused, UsageError) as error:
-            fault = Fault(error.code, "error", error.what, error.where or show(root), error.next)
+            fault = Fault(
+                code=error.code, severity="error", text=error.what, where=error.where or show(root), next=error.next
+            )
             survey.faults.append(fault)
             return survey
         listed = [shards.files.whole, *shards.files.models.values(), *shards.files.optimizers.values()]
@@ -89,7 +93,9 @@ class DeepSpeedSource:
         for name, tensor in found.tensors.items():
             first = next(leaves(tensor), None)
             survey.entries[name] = StoredTensor(tensor, str(tag.folder) if first is None else first.file)
-        survey.faults += [Fault("zero-note", "cosmetic", text, show(root)) for text in shards.said]
+        survey.faults += [
+            Fault(code="zero-note", severity="cosmetic", text=text, where=show(root)) for text in shards.said
+        ]
         return survey
 
     def open(self, root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False) -> Checkpoint:

@@ -49,7 +49,7 @@ class PeftSource:
         survey, found = _read(root)
         error = survey.error()
         if error is not None or found is None:
-            raise error or folder.Fault("weights-missing", "error", f"{WEIGHTS} is not there", show(root)).refusal()
+            raise error or Refused("weights-missing", f"{WEIGHTS} is not there", where=show(root))
         name, weights = found
         config_bytes = read_limited(root / CONFIG, limit=MAX_JSON_BYTES, root=root)
         side_files, identities = find_side_files(root, keep_code=keep_code)
@@ -89,14 +89,16 @@ def _read(root: Path) -> tuple[Survey, tuple[str, WeightFile] | None]:
     if CONFIG not in names:
         text = f"there is no {CONFIG}: rank and alpha are unknown"
         next_step = f"copy {CONFIG} from the training run's folder into it"
-        survey.faults.append(Fault("adapter-config-missing", "error", text, where, next_step))
+        survey.faults.append(
+            Fault(code="adapter-config-missing", severity="error", text=text, where=where, next=next_step)
+        )
     found = _choose(root, names, survey)
     if found is not None:
         _collect(root, *found, survey)
     read_sidecars(root, names, survey, adapter=True)
     if folder.is_weights_of_model(names - survey.beside.keys()):
         text = "an adapter and a whole model lie in one folder; transformers takes it for the adapter, and so does this"
-        survey.faults.append(Fault("adapter-and-model", "cosmetic", text, where))
+        survey.faults.append(Fault(code="adapter-and-model", severity="cosmetic", text=text, where=where))
     survey.faults += leftovers(root, names, {WEIGHTS, PICKLED, *survey.beside})
     return survey, found
 
@@ -109,7 +111,7 @@ def _choose(root: Path, names: frozenset[str], survey: Survey) -> tuple[str, Wei
     candidates = [n for n in (WEIGHTS, PICKLED) if n in names]
     if not candidates:
         text = f"{CONFIG} is there and {WEIGHTS} is not"
-        survey.faults.append(Fault("weights-missing", "error", text, show(root)))
+        survey.faults.append(Fault(code="weights-missing", severity="error", text=text, where=show(root)))
     read: list[tuple[str, WeightFile]] = []
     for name in candidates:
         try:
@@ -121,7 +123,7 @@ def _choose(root: Path, names: frozenset[str], survey: Survey) -> tuple[str, Wei
         if read and all(t.info.numel for t in read[-1][1].tensors.values()) and read[-1][1].tensors:
             if len(read) > 1:
                 text = f"{WEIGHTS} holds empty tensors and {PICKLED} whole ones: {PICKLED} is used"
-                survey.faults.append(Fault("adapter-empty-twin", "cosmetic", text, show(root)))
+                survey.faults.append(Fault(code="adapter-empty-twin", severity="cosmetic", text=text, where=show(root)))
             return read[-1]
     return read[0] if read else None
 
@@ -134,7 +136,7 @@ def _collect(root: Path, name: str, weights: WeightFile, survey: Survey) -> None
         survey.faults.append(folder.empty_tensors(empty, survey.entries, show(root / name)))
     if not survey.entries:
         text = "the file holds no tensor: the adapter was saved from the wrong process or at the wrong time"
-        survey.faults.append(Fault("adapter-empty", "error", text, show(root / name)))
+        survey.faults.append(Fault(code="adapter-empty", severity="error", text=text, where=show(root / name)))
 
 
 SOURCE = PeftSource()

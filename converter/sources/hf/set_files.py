@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from converter.core.checkpoint import WeightSet
 from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
 from converter.core.formats.safetensors_io import read_index
 from converter.core.formats.weight_file import WeightFile
+from converter.diagnostic import Command
 from converter.errors import Refused
 from converter.families.coverage import Judged, judged
 from converter.sources import survey as folder
@@ -140,7 +140,7 @@ def _read(each: SetFiles, read: Read, headers: dict[str, WeightFile]) -> WeightS
         try:
             headers[file] = headers.get(file) or read(file)
         except Refused as error:
-            what = "a pointer of git-lfs" if "git-lfs pointer" in str(error) else error.what
+            what = "a pointer of git-lfs" if error.facts.get("instead") == "git-lfs" else error.what
             faults.append(f"{show(file)}: {what}")
         else:
             files[file] = headers[file].tensors
@@ -190,5 +190,4 @@ def nothing_whole(sets: tuple[Judged, ...]) -> str:
 
 
 def _fault(root: Path, text: str) -> Fault:
-    command = shlex.join(["rlhf-convert", "repair", str(root), "OUT"])
-    return Fault(CODE, "error", text, show(root), show(command))
+    return Fault(code=CODE, severity="error", text=text, where=show(root), next=Command("repair", (str(root), "OUT")))

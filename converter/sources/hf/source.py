@@ -226,7 +226,9 @@ def _read(root: Path, chosen: tuple[str, ...] = (), also: Collection[str] = ()) 
         names = file_names(root)
         if CONFIG not in names:
             advice = f"copy {CONFIG} of the base model there; a reward model's names its own class, and 1 label"
-            survey.faults.append(Fault("config-missing", "error", f"there is no {CONFIG}", where, next=advice))
+            survey.faults.append(
+                Fault(code="config-missing", severity="error", text=f"there is no {CONFIG}", where=where, next=advice)
+            )
         files, index = (list(chosen), None) if chosen else _weight_files(root, names, survey)
         for file in files:
             try:
@@ -237,19 +239,21 @@ def _read(root: Path, chosen: tuple[str, ...] = (), also: Collection[str] = ()) 
         if index is not None and len(headers) == len(set(index.weight_map.values())):
             _compare(index, survey, show(root / _indexes_read(headers)[0]))
         if files and len(headers) == len(files) and not survey.entries:
-            survey.faults.append(Fault("no-tensors", "error", "the weight files hold no tensor", where))
+            survey.faults.append(
+                Fault(code="no-tensors", severity="error", text="the weight files hold no tensor", where=where)
+            )
         empty = [n for n, e in survey.entries.items() if e.info.shape == (0,)]
         if empty:
             survey.faults.append(folder.empty_tensors(empty, survey.entries, where))
         if folder.ADAPTER_CONFIG in names:
             text = f"{folder.ADAPTER_CONFIG} lies beside a whole model: transformers will look for an adapter here"
-            survey.faults.append(Fault("adapter-config-stray", "cosmetic", text, where))
+            survey.faults.append(Fault(code="adapter-config-stray", severity="cosmetic", text=text, where=where))
         read_sidecars(root, names, survey)
         survey.faults += leftovers(root, names, {*files, WEIGHTS, *survey.beside, *also})
     except Refused as error:
         survey.faults.append(Fault.of(error))
     except OSError as error:
-        survey.faults.append(Fault("input-unreadable", "error", f"{error.strerror}", where))
+        survey.faults.append(Fault(code="input-unreadable", severity="error", text=f"{error.strerror}", where=where))
     return survey, headers
 
 
@@ -259,7 +263,7 @@ def _weight_files(root: Path, names: frozenset[str], survey: Survey) -> tuple[li
     if WEIGHTS in names:
         if INDEX in names or numbered:
             text = f"{WEIGHTS} and sharded files lie side by side; transformers reads {WEIGHTS}, and so does this"
-            survey.faults.append(Fault("stale-shards", "cosmetic", text, show(root)))
+            survey.faults.append(Fault(code="stale-shards", severity="cosmetic", text=text, where=show(root)))
         return [WEIGHTS], None
     if INDEX in names:
         return _indexed(root, names, INDEX, survey)
@@ -281,7 +285,7 @@ def _indexed(root: Path, names: frozenset[str], file: str, survey: Survey) -> tu
     if missing:
         lost = sum(1 for f in index.weight_map.values() if f in missing)
         text = f"{len(missing)} of {len(files)} shards are missing ({fold(missing)}), and {lost} tensors with them"
-        survey.faults.append(Fault("shard-missing", "error", text, show(root), _AGAIN))
+        survey.faults.append(Fault(code="shard-missing", severity="error", text=text, where=show(root), next=_AGAIN))
     return [f for f in files if f not in missing], index
 
 
@@ -298,14 +302,16 @@ def _numbered(root: Path, names: list[str], survey: Survey) -> list[str]:
     where = show(root)
     if {int(m[2]) for m in matches} != {total} or len(set(numbers)) != len(numbers) or max(numbers) > total:
         text = f"there is no {INDEX}, and the shards belong to different sets: {fold(names)}"
-        survey.faults.append(Fault("shard-missing", "error", text, where, _AGAIN))
+        survey.faults.append(Fault(code="shard-missing", severity="error", text=text, where=where, next=_AGAIN))
     elif len(numbers) != total:
         gone = [f"model-{i:0{width}d}-of-{total:0{width}d}.safetensors" for i in _absent(numbers, total)]
         text = f"there is no {INDEX}, and {total - len(numbers)} of {total} shards are missing: {', '.join(gone)}"
-        survey.faults.append(Fault("shard-missing", "error", text, where, _AGAIN))
+        survey.faults.append(Fault(code="shard-missing", severity="error", text=text, where=where, next=_AGAIN))
     else:
         text = f"{INDEX} is missing, without which transformers can't load this; all {total} shards are here"
-        survey.faults.append(Fault("index-missing", "cosmetic", text, where, "an output gets a new one"))
+        survey.faults.append(
+            Fault(code="index-missing", severity="cosmetic", text=text, where=where, next="an output gets a new one")
+        )
     return names
 
 
@@ -319,13 +325,16 @@ def _no_weights(root: Path, names: frozenset[str]) -> Fault:
     pickled = sorted(n for n in names if folder.PICKLED.fullmatch(n))
     if pickled:
         return Fault(
-            "pickled-weights",
-            "error",
-            f"the weights are in {fold(pickled)}, which is no name that transformers reads",
-            show(root),
+            code="pickled-weights",
+            severity="error",
+            text=f"the weights are in {fold(pickled)}, which is no name that transformers reads",
+            where=show(root),
             next=f"name a whole file {folder.MODEL_PICKLED}, or restore {folder.PICKLED_INDEX}",
+            facts=(("file", pickled[0]),) if len(pickled) == 1 else (),
         )
-    return Fault("weights-missing", "error", f"there is neither {WEIGHTS} nor {INDEX}", show(root))
+    return Fault(
+        code="weights-missing", severity="error", text=f"there is neither {WEIGHTS} nor {INDEX}", where=show(root)
+    )
 
 
 def _collect(root: Path, headers: Mapping[str, WeightFile], survey: Survey) -> None:
@@ -336,7 +345,7 @@ def _collect(root: Path, headers: Mapping[str, WeightFile], survey: Survey) -> N
             if name in survey.entries:
                 other = Path(survey.entries[name].file).name
                 text = f"{show(name)} is in {show(other)} and in {show(file)}"
-                survey.faults.append(Fault("tensor-twice", "error", text, show(root)))
+                survey.faults.append(Fault(code="tensor-twice", severity="error", text=text, where=show(root)))
                 continue
             survey.entries[name] = StoredTensor(tensor, path)
 
@@ -350,21 +359,21 @@ def _compare(index: Index, survey: Survey, where: str) -> None:
         text = (
             f"the index lists {len(phantom)} tensors that no shard holds: {fold(phantom)} (said to be in {fold(files)})"
         )
-        survey.faults.append(Fault("index-phantom", "error", text, where, _AGAIN))
+        survey.faults.append(Fault(code="index-phantom", severity="error", text=text, where=where, next=_AGAIN))
     homes = {n: Path(e.file).name for n, e in survey.entries.items()}
     moved = [n for n, f in claims.items() if homes.get(n, f) != f]
     if moved:
         first = f"{show(moved[0])} is in {show(homes[moved[0]])}, not in {show(claims[moved[0]])}"
         text = f"the index places {len(moved)} tensors in other shards than they are in: {fold(moved)}; {first}"
-        survey.faults.append(Fault("index-conflict", "error", text, where, _AGAIN))
+        survey.faults.append(Fault(code="index-conflict", severity="error", text=text, where=where, next=_AGAIN))
     unlisted = [n for n in survey.entries if n not in claims]
     if unlisted:
         text = f"{len(unlisted)} tensors are in the shards and not in the index: {fold(unlisted)}; they are kept"
-        survey.faults.append(Fault("index-unlisted", "cosmetic", text, where))
+        survey.faults.append(Fault(code="index-unlisted", severity="cosmetic", text=text, where=where))
     claimed, total = index.metadata.get("total_size"), sum(e.info.nbytes for e in survey.entries.values())
     if claimed is not None and claimed != total:
         text = f"the index says total_size {show(claimed)}; the tensors have {total} bytes"
-        survey.faults.append(Fault("index-total-size", "cosmetic", text, where))
+        survey.faults.append(Fault(code="index-total-size", severity="cosmetic", text=text, where=where))
 
 
 SOURCE = HfSource()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from converter.core.files.opening import read_limited
 from converter.core.files.strict_json import load_json
+from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
 from converter.sources.places import Place, by_number
 from converter.sources.survey import file_names, is_weights_of_model
@@ -167,7 +168,8 @@ def _part_of(step: Path, asked: str, part: str | None) -> Place:
             f"{len(parts)} parts of a trainer; say which",
             where=show(asked),
             expected=f"--part with one of {listed}",
-            next=f"rlhf-convert gather {show(asked)} OUT --part {show(first)}",
+            offers=parts,
+            next=Again(("--part", first), otherwise=Command("gather", (asked, "OUT", "--part", first))),
         )
     else:
         ((name, folder),) = parts.items()
@@ -196,7 +198,7 @@ def _step_of(root: Path, asked: str, tag: str | None) -> Place | None:
             f"{len(steps)} steps and no {TRACKER} that says which",
             where=show(asked),
             expected=listed,
-            next=f"rlhf-convert gather {show(asked)} OUT --tag {show(steps[-1].name)}",
+            next=_tagged(asked, steps[-1].name),
         )
     return Place(steps[0], f"the only step; there is no {TRACKER}")
 
@@ -214,7 +216,7 @@ def _tracked(root: Path, asked: str, steps: list[Path]) -> Place:
         f"{TRACKER} says {show(text)}, and there is no checkpoint of that step",
         where=show(asked),
         expected=", ".join(show(p.name) for p in steps[-8:]),
-        next=f"rlhf-convert gather {show(asked)} OUT --tag {show(steps[-1].name)}",
+        next=_tagged(asked, steps[-1].name),
     )
 
 
@@ -259,3 +261,8 @@ def _recorded_world(folder: Path) -> int | None:
     value = load_json(path)
     world = value.get("world_size") if isinstance(value, dict) else None
     return world if type(world) is int and world > 0 else None
+
+
+def _tagged(asked: str, tag: str) -> Again:
+    """The user's command with a tag."""
+    return Again(("--tag", tag), otherwise=Command("gather", (asked, "OUT", "--tag", tag)))

@@ -69,7 +69,9 @@ class VerlSource:
             ranks = Ranks(rank_files(folder))
             found = read_weights(ranks)
         except (Refused, UsageError) as error:
-            fault = Fault(error.code, "error", error.what, error.where or show(root), error.next)
+            fault = Fault(
+                code=error.code, severity="error", text=error.what, where=error.where or show(root), next=error.next
+            )
             survey.faults.append(fault)
             return survey
         listed = [*ranks.files.models.values(), *ranks.files.optimizers.values()]
@@ -78,7 +80,7 @@ class VerlSource:
             first = next(leaves(tensor), None)
             survey.entries[name] = StoredTensor(tensor, str(folder) if first is None else first.file)
         notes = [*ranks.files.said, *ranks.said]
-        survey.faults += [Fault("verl-note", "cosmetic", text, show(root)) for text in notes]
+        survey.faults += [Fault(code="verl-note", severity="cosmetic", text=text, where=show(root)) for text in notes]
         return survey
 
     def open(self, root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False) -> Checkpoint:

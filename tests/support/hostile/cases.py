@@ -51,7 +51,7 @@ class Case:
     """A hostile or damaged input.
 
     Attributes:
-        row: of the threat table in the README's section on safety.
+        row: of the threat table in SECURITY.md.
         build: writes it into an empty folder.
         lines: command lines that are run there.
         file: what each refused command must name; nothing for a fault that concerns no file.
