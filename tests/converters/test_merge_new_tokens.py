@@ -77,7 +77,7 @@ def test_every_key_is_merged_or_named_as_left_out(tmp_path: Path) -> None:
     """Of six tensors of two embeddings two are trained; copies and what was below them are listed in the receipt."""
     make(Cell("llama", "save-both", tied=True, resized=True), tmp_path)
     _merge(tmp_path)
-    dropped = json.loads((tmp_path / "out" / "rlhf-convert.json").read_text())["tensors"]["dropped"]
+    dropped = json.loads((tmp_path / "out" / "rlhf-convert.json").read_text())["dropped"]
     for module in ("model.embed_tokens", "lm_head"):
         assert f"base_model.model.{module}.original_module.weight" in dropped
         assert f"base_model.model.{module}.weight" in dropped

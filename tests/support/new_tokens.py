@@ -56,10 +56,13 @@ class Cell:
     def is_saved_whole(self) -> bool:
         """False where PEFT saves one side of the resized pair alone: the other's new rows are in no file.
 
-        It saves a targeted `lm_head` or `embed_tokens` and nothing else; of other names it takes no notice.
+        It saves a targeted `lm_head` or `embed_tokens` and nothing else; of other names it takes no notice. Where the
+        two are tied that is enough, but for the bias that phi's head has.
         """
-        alone = self.kind == "lora-head" or (self.kind == "lora-embed" and FAMILIES[self.family][3] == "embed_tokens")
-        return not (alone and self.resized and not self.tied)
+        embed = self.kind == "lora-embed" and FAMILIES[self.family][3] == "embed_tokens"
+        alone = embed or self.kind == "lora-head"
+        is_enough = self.tied and not (embed and self.family == "phi")
+        return not (alone and self.resized) or is_enough
 
 
 def cells(*families: str) -> list[Cell]:
