@@ -31,6 +31,9 @@ _NEUTRAL = frozenset(
         "layers_to_transform",
         "loftq_config",
         "lora_dropout",
+        "lora_dtype",
+        "lorap_emb_lr",
+        "lorap_lr_ratio",
         "megatron_core",
         "peft_type",
         "peft_version",
@@ -42,7 +45,11 @@ _NEUTRAL = frozenset(
         "transformers_version",
     }
 )
-"""Fields that say how the adapter was trained; the tensors present and the base's own layers say the rest."""
+"""Fields that say how the adapter was trained; the tensors present and the base's own layers say the rest.
+
+`lora_dtype` and LoRA+'s learning rates are written by ms-swift 2:
+https://github.com/modelscope/ms-swift/blob/v2.6.1/swift/tuners/peft.py (`LoraConfig`).
+"""
 
 _IMPLEMENTED = frozenset(
     {

@@ -16,18 +16,27 @@ from typing import ClassVar, Literal
 
 from converter.converters.merge.adapter_config import AdapterConfig, read_adapter_config
 from converter.converters.merge.adapter_keys import Module, read_modules
+from converter.converters.merge.adapter_values import expect_finite, with_alpha
 from converter.converters.merge.carried_heads import carried_files
 from converter.converters.merge.embeddings import untie, with_prefix, with_vocabulary
+from converter.converters.merge.foreign_adapters import plain_names
 from converter.converters.merge.layer import Layer, Update, merged_bias, merged_weight, with_token_rows
 from converter.converters.merge.name_rules import AS_IN_BASE, NameRule, find_rule
+from converter.converters.merge.task import with_task
 from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_new_head
+from converter.converters.merge.trained_files import (
+    expect_nothing_unread,
+    trained_files,
+    with_trained_files,
+    without_trained_files,
+)
 from converter.converters.merge.whole_tensors import WholeTensors
 from converter.core.checkpoint import Checkpoint, Input, SideFile
 from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.side_files import adapter_first
 from converter.core.tensors.nodes import LazyTensor
-from converter.diagnostic import Again, Steps
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.families.memory_names import architectures, classifier
 from converter.text import fold, show
@@ -44,6 +53,7 @@ class MergeLora:
         weights: a factor for each adapter's update, in order; empty: 1 each.
         numerics: `best` or `peft`.
         base_is_residual: the base is already the one that a PiSSA or OLoRA start left; do not move it again.
+        lora_alpha: the alpha of training, for adapters that record none or 0.
     """
 
     name: ClassVar[str] = "merge-lora"
@@ -52,6 +62,7 @@ class MergeLora:
     weights: tuple[float, ...] = ()
     numerics: Numerics = "best"
     base_is_residual: bool = False
+    lora_alpha: float | None = None
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The merged checkpoint.
@@ -69,7 +80,9 @@ class MergeLora:
             raise UsageError("weights", "PEFT merges with weight 1 only; use --numerics best with --weight")
         _refuse_quantised(checkpoint)
         merge = _Merge(checkpoint, context, self.numerics)
-        for adapter, weight in zip(self.adapters, weights, strict=True):
+        adapters = with_alpha(self.adapters, self.lora_alpha)
+        for adapter, weight in zip(adapters, weights, strict=True):
+            adapter = with_task(adapter, checkpoint)
             merge.add(adapter, float(weight), read_adapter_config(adapter, base_is_residual=self.base_is_residual))
         return merge.result()
 
@@ -103,14 +116,18 @@ class _Merge:
 
     def add(self, adapter: Checkpoint, weight: float, config: AdapterConfig) -> None:
         where = show(adapter.origin.asked)
-        read = read_modules(adapter.tensors, where)
-        self.adapters.append(adapter)
+        expect_finite(adapter, self.context)
+        held, said = plain_names(adapter.tensors, where)
+        expect_nothing_unread(adapter, self.context)
+        files = trained_files(adapter)
+        read = with_trained_files(read_modules(held, where), files, where)
+        self.adapters.append(without_trained_files(adapter))
         trained = classifier(self.base.config, adapter.config)
         new = {n for n, m in read.modules.items() if is_new_head(m, config, self._names(), trained)}
         expect_head(config, bool(new), self.base, trained, where)
         needed = _needed(m for n, m in read.modules.items() if n not in new)
-        rule = self._rule(needed, adapter, where)
-        self._say_names(rule, read.stripped)
+        rule = self._rule(needed, adapter, where, files)
+        self._say_names(rule, (*read.stripped, *said))
         self._settle_ties({rule.tensor(f"{module}.{leaf}") for module, leaves in needed.items() for leaf in leaves})
         self.prefix = rule.lacks or self.prefix
         factors: list[tuple[str, LazyTensor]] = []
@@ -151,15 +168,22 @@ class _Merge:
         """Tensors of the base, those that exist only through a tie included."""
         return set(self.base.tensors) | {name for group in self.base.ties for name in group}
 
-    def _rule(self, needed: Mapping[str, Sequence[str]], adapter: Checkpoint, where: str) -> NameRule:
+    def _rule(
+        self, needed: Mapping[str, Sequence[str]], adapter: Checkpoint, where: str, files: Collection[str]
+    ) -> NameRule:
         classes = architectures(self.base.config, adapter.config)
         stored, tied = self.base.tensors, [n for group in self.base.ties for n in group if n not in self.base.tensors]
-        return find_rule(needed, stored, tied, classes, adapter=where, base=show(self.base.origin.asked))
+        try:
+            return find_rule(needed, stored, tied, classes, adapter=where, base=show(self.base.origin.asked))
+        except Refused as error:
+            if files:
+                error.what += f" (the adapter's, and those of {fold(files)} beside it)"
+            raise
 
     def _say_names(self, rule: NameRule, stripped: tuple[str, ...]) -> None:
         taken = [s for s in stripped if s != "`base_model.model.`"]
         if taken or rule.words != AS_IN_BASE:
-            words = [*(f"{s} taken off" for s in taken), rule.words]
+            words = [*(f"{s} taken off" if s.endswith("`") else s for s in taken), rule.words]
             self.context.note("info", "adapter-names", "adapter names: " + "; ".join(words))
 
     def _add_head(self, head: NewHead, where: str) -> None:
@@ -191,7 +215,7 @@ class _Merge:
         scaleless = [name for name, _ in factors if layer_scale(name) == 0]
         if factors and len(scaleless) == len(factors):
             what = "lora_alpha or the weight is 0: every update is zero, and the result would be the base"
-            self.context.consent(Refused("no-op", what, where=where, next="set the alpha that training used"))
+            self.context.consent(Refused("no-op", what, where=where, next=_alpha_again(where)))
         elif factors and len(zero) == len(factors):
             count = f"{len(zero)} of {len(factors)}"
             what = f"every lora_B is zero ({count}): the adapter was never trained, the result would be the base"
@@ -256,6 +280,12 @@ class _Merge:
         for adapter in self.adapters:
             merged |= adapter.inputs
         return merged
+
+
+def _alpha_again(where: str) -> Steps:
+    """The same command with the alpha that training used."""
+    merge = Command("merge-lora", (where, "OUT", "--lora-alpha", "N"))
+    return Steps(Again(("--lora-alpha", "N"), otherwise=merge), ", N being the alpha of the training script")
 
 
 def _needed(modules: Iterable[Module]) -> dict[str, list[str]]:

@@ -47,7 +47,7 @@ def open_broken(root: Path, *, asked: str, revision: str | None = None, keep_cod
         Refused: faults that no other file can make good.
     """
     names = file_names(root)
-    is_adapter = folder.folder_kind(names) == "adapter"
+    is_adapter = peft.SOURCE.detect(root) is not None
     survey, headers = _read_adapter(root) if is_adapter else hf.read_folder(root, every=True)
     _refuse_others(survey)
     config_file = folder.ADAPTER_CONFIG if is_adapter else folder.MODEL_CONFIG
