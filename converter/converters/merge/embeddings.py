@@ -8,6 +8,8 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
+from converter.families.ties import untied
+from converter.families.words import INPUT_MODULES, OUTPUT_MODULES
 from converter.text import fold, show
 
 
@@ -18,14 +20,9 @@ def with_prefix(checkpoint: Checkpoint, prefix: str, backbone: set[str]) -> Chec
 
 def untie(checkpoint: Checkpoint, names: Sequence[str], context: Context) -> Checkpoint:
     """Both sides of a tie written as two tensors, and the config told so."""
-    config = dict(checkpoint.config)
-    config["tie_word_embeddings"] = False
-    for key, value in config.items():
-        if isinstance(value, dict) and "tie_word_embeddings" in value:
-            config[key] = value | {"tie_word_embeddings": False}
     ties = tuple(group for group in checkpoint.ties if not set(group) & set(names))
     context.note("info", "untied", f"untied: the adapter changes {fold(names)} and not what it is tied to")
-    return checkpoint.replace(config=config, ties=ties)
+    return checkpoint.replace(config=untied(checkpoint.config), ties=ties)
 
 
 def with_vocabulary(checkpoint: Checkpoint, base: Checkpoint, prefix: str = "") -> Checkpoint:
@@ -73,14 +70,10 @@ def with_vocabulary(checkpoint: Checkpoint, base: Checkpoint, prefix: str = "") 
     return checkpoint.replace(config=config)
 
 
-_INPUTS = frozenset({"embed_in", "embed_tokens", "embeddings", "shared", "tok_embeddings", "word_embeddings", "wte"})
-_VOCABULARIES = _INPUTS | {"embed_out", "lm_head", "output"}
-
-
 def is_vocabulary(name: str) -> bool:
     """True for an input or output embedding, or a bias of the latter, by the name of its module."""
     pieces = name.split(".")
-    return len(pieces) > 1 and pieces[-2] in _VOCABULARIES
+    return len(pieces) > 1 and pieces[-2] in (*INPUT_MODULES, *OUTPUT_MODULES, "output")
 
 
 def has_vocabulary_rows(name: str, tensor: LazyTensor, base: Checkpoint) -> bool:

@@ -10,17 +10,18 @@ PEFT's merge moves both sides, which is not what the adapter computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from converter.converters.merge.adapter_config import AdapterConfig, read_adapter_config
-from converter.converters.merge.adapter_keys import Module, read_modules
+from converter.converters.merge.adapter_config import read_adapter_config
+from converter.converters.merge.adapter_keys import AdapterModules, Module, read_modules
 from converter.converters.merge.adapter_values import expect_finite, with_alpha
 from converter.converters.merge.carried_heads import carried_files
 from converter.converters.merge.embeddings import untie, with_prefix, with_vocabulary
 from converter.converters.merge.foreign_adapters import plain_names
-from converter.converters.merge.layer import Layer, Update, merged_bias, merged_weight, with_token_rows
+from converter.converters.merge.layer import merged, updates_of, with_token_rows
+from converter.converters.merge.methods.method import AdapterConfig, Method, Site, Update
 from converter.converters.merge.name_rules import AS_IN_BASE, NameRule, find_rule
 from converter.converters.merge.task import with_task
 from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_new_head
@@ -35,6 +36,7 @@ from converter.core.checkpoint import Checkpoint, Input, SideFile
 from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.side_files import adapter_first
+from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
@@ -105,7 +107,6 @@ class _Merge:
     context: Context
     numerics: Numerics
     updates: dict[str, list[Update]] = field(default_factory=dict)
-    bias_updates: dict[str, list[tuple[LazyTensor, float]]] = field(default_factory=dict)
     heads: list[NewHead] = field(default_factory=list)
     adapters: list[Checkpoint] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
@@ -125,12 +126,11 @@ class _Merge:
         trained = classifier(self.base.config, adapter.config)
         new = {n for n, m in read.modules.items() if is_new_head(m, config, self._names(), trained)}
         expect_head(config, bool(new), self.base, trained, where)
-        needed = _needed(m for n, m in read.modules.items() if n not in new)
+        needed = _needed((m for n, m in read.modules.items() if n not in new), config.method)
         rule = self._rule(needed, adapter, where, files)
         self._say_names(rule, (*read.stripped, *said))
         self._settle_ties({rule.tensor(f"{module}.{leaf}") for module, leaves in needed.items() for leaf in leaves})
         self.prefix = rule.lacks or self.prefix
-        factors: list[tuple[str, LazyTensor]] = []
         if config.token_indices and all(m.token_rows is None for m in read.modules.values()):
             what = "the config lists trained token rows (trainable_token_indices), and the file holds none"
             raise Refused("adapter-tokens", what, where=where)
@@ -139,18 +139,48 @@ class _Merge:
                 self._add_head(NewHead(module, config, adapter, trained), where)
             else:
                 self.whole.add(self.base, module, rule, config, where)
-        merged = [m for m in read.modules.values() if m.name not in new]
-        self.whole.add_rows(self.base, merged, rule, config, where)
-        for module in merged:
-            target = rule.tensor(f"{module.name}.weight")
-            if module.factors:
-                update = self._update(Layer(module, target, config, weight, where))
-                self.updates.setdefault(target, []).append(update)
-                factors.append((module.name, update.b))
-            bias = module.factors.get("lora_B.bias")
-            if bias is not None:
-                self._bias(module, rule, bias, weight * config.scale_of(module.name), where)
-        self._refuse_no_op(factors, lambda name: weight * config.scale_of(name), where)
+        self.whole.add_rows(self.base, (m for n, m in read.modules.items() if n not in new), rule, config, where)
+        sites = self._sites(read, new, rule, config, weight, where)
+        found = {site.module.name: self._update(site, rule) for site in sites}
+        self._refuse_no_op(read, found, config.method, where)
+
+    def _sites(
+        self,
+        read: AdapterModules,
+        new: Collection[str],
+        rule: NameRule,
+        config: AdapterConfig,
+        weight: float,
+        where: str,
+    ) -> list[Site]:
+        """Modules with factors, each with the base's tensors below it."""
+        changed = [m for n, m in read.modules.items() if m.factors and n not in new]
+        bases = {m.name: self._below(m, rule, config.method) for m in changed}
+        peers = {name: base["weight"] for name, base in bases.items() if "weight" in base}
+        return [
+            Site(
+                module=m,
+                config=config,
+                target=rule.tensor(f"{m.name}.weight"),
+                base=bases[m.name],
+                model_config=self.base.config,
+                weight=weight,
+                numerics=self.numerics,
+                where=where,
+                shared=read.shared,
+                peers=peers,
+            )
+            for m in changed
+        ]
+
+    def _below(self, module: Module, rule: NameRule, method: Method) -> dict[str, TensorInfo]:
+        """The base's tensors of a module: those that the method needs, and its bias where it has one."""
+        found = {
+            leaf: self.whole.root(self.base, rule.tensor(f"{module.name}.{leaf}")).info
+            for leaf in method.leaves(module)
+        }
+        bias = rule.tensor(f"{module.name}.bias")
+        return {**found, "bias": self.base.tensors[bias].info} if bias in self.base.tensors else found
 
     def _settle_ties(self, touched: Collection[str]) -> None:
         """A config may tie two tensors that are stored with different values; loaders then do not tie them."""
@@ -193,35 +223,38 @@ class _Merge:
         frozen = [u for leaf in head.module.whole if (u := head.module.under(leaf)) is not None]
         self.dropped |= {key: "the head as it was before training" for key, _ in frozen}
 
-    def _update(self, layer: Layer) -> Update:
-        if layer.config.init in ("pissa", "olora") and len(self.adapters) > 1:
+    def _update(self, site: Site, rule: NameRule) -> tuple[Update, ...]:
+        updates = updates_of(site)
+        if len(self.adapters) > 1 and any(u.start is not None for u in updates):
             raise Refused(
-                "adapters-conflict", "PiSSA and OLoRA move the base and can't be merged with others", where=layer.where
+                "adapters-conflict", "PiSSA and OLoRA move the base and can't be merged with others", where=site.where
             )
-        return layer.update(self.whole.root(self.base, layer.target).info, self.base.config)
-
-    def _bias(self, module: Module, rule: NameRule, bias: LazyTensor, scale: float, where: str) -> None:
-        name = rule.tensor(f"{module.name}.bias")
-        if name not in self.base.tensors:
-            raise Refused(
-                "adapter-bias", f"lora_B of {show(module.name)} has a bias, and the base layer has none", where=where
-            )
-        self.bias_updates.setdefault(name, []).append((bias, scale))
+        for update in updates:
+            self.updates.setdefault(rule.tensor(f"{site.module.name}.{update.leaf}"), []).append(update)
+        return updates
 
     def _refuse_no_op(
-        self, factors: list[tuple[str, LazyTensor]], layer_scale: Callable[[str], float], where: str
+        self, read: AdapterModules, found: Mapping[str, Sequence[Update]], method: Method, where: str
     ) -> None:
-        zero = [name for name, b in factors if self.context.is_zero(b)]
-        scaleless = [name for name, _ in factors if layer_scale(name) == 0]
-        if factors and len(scaleless) == len(factors):
-            what = "lora_alpha or the weight is 0: every update is zero, and the result would be the base"
-            self.context.consent(Refused("no-op", what, where=where, next=_alpha_again(where)))
-        elif factors and len(zero) == len(factors):
-            count = f"{len(zero)} of {len(factors)}"
-            what = f"every lora_B is zero ({count}): the adapter was never trained, the result would be the base"
-            self.context.consent(Refused("no-op", what, where=where, next="look for a later checkpoint of the run"))
+        begun = {n: [f for f in method.zeros if f in read.modules[n].factors] for n in found}
+        names = list(dict.fromkeys(f for factors in begun.values() for f in factors))
+        what = " and ".join(names)
+        zero = [
+            name
+            for name, factors in begun.items()
+            if factors and all(self.context.is_zero(read.modules[name].factors[f]) for f in factors)
+        ]
+        scales = [update.scale for updates in found.values() for update in updates]
+        if scales and not any(scales):
+            text = "lora_alpha or the weight is 0: every update is zero, and the result would be the base"
+            self.context.consent(Refused("no-op", text, where=where, next=_alpha_again(where)))
+        elif found and len(zero) == len(found):
+            count = f"{len(zero)} of {len(found)}"
+            text = f"every {what} is zero ({count}): the adapter was never trained, the result would be the base"
+            self.context.consent(Refused("no-op", text, where=where, next="look for a later checkpoint of the run"))
         elif zero:
-            self.context.note("info", "zero-lora-b", f"{len(zero)} of {len(factors)} lora_B are zero: {fold(zero)}")
+            text = f"{len(zero)} of {len(found)} {what} are zero: {fold(zero)}"
+            self.context.note("info", "zero-lora-b", text)
 
     def result(self) -> Checkpoint:
         out: dict[str, LazyTensor] = dict(self.base.tensors)
@@ -229,15 +262,13 @@ class _Merge:
         built: list[str] = []
         for name in dict.fromkeys([*self.whole.own, *self.whole.rows, *self.updates]):
             group = [name, *self.base.tied_to(name)]
-            if not built or not set(group) & set(built):
+            if not set(group) & set(built):
                 apart = any(n in self.updates for n in group) or not self.whole.is_tied_still(self.base, group)
                 members = group if apart else [name]
                 built += members
                 untied += group if apart and len(group) > 1 else []
-                merged = {n: self._merged(n) for n in members}
-                out |= merged if apart else {n: merged[name] for n in group if n in out or len(group) == 1}
-        for name, added in self.bias_updates.items():
-            out[name] = merged_bias(self.whole.root(self.base, name), added, self.numerics)
+                values = {n: self._merged(n) for n in members}
+                out |= values if apart else {n: values[name] for n in group if n in out or len(group) == 1}
         beside, replaced = carried_files(self.base, self.adapters, self.context)
         checkpoint = self.base.replace(
             tensors=out,
@@ -264,7 +295,7 @@ class _Merge:
     def _merged(self, name: str) -> LazyTensor:
         weight = self.whole.root(self.base, name)
         if name in self.updates:
-            weight = merged_weight(weight, self.updates[name], self.numerics)
+            weight = merged(weight, self.updates[name], self.numerics)
         rows = self.whole.rows_of(self.base, name)
         return with_token_rows(weight, rows.rows, rows.indices) if rows else weight
 
@@ -288,12 +319,13 @@ def _alpha_again(where: str) -> Steps:
     return Steps(Again(("--lora-alpha", "N"), otherwise=merge), ", N being the alpha of the training script")
 
 
-def _needed(modules: Iterable[Module]) -> dict[str, list[str]]:
+def _needed(modules: Iterable[Module], method: Method) -> dict[str, list[str]]:
     """The tensors, by module, that the base must have: what is updated or replaced."""
     needed: dict[str, list[str]] = {}
     for module in modules:
-        leaves = [*module.replaced]
-        if (module.factors or module.token_rows is not None) and "weight" not in leaves:
-            leaves.append("weight")
-        needed[module.name] = leaves
+        changed = (
+            *(method.leaves(module) if module.factors else ()),
+            *(("weight",) if module.token_rows is not None else ()),
+        )
+        needed[module.name] = list(dict.fromkeys([*module.replaced, *changed]))
     return needed

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from converter.converters.merge.adapter_keys import SAVED, AdapterModules, Module, read_modules
-from converter.converters.merge.carried_heads import HEAD_FILES, TRL_FILE
+from converter.converters.merge.carried_heads import TRL_FILE
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Command
 from converter.errors import Refused
+from converter.families.words import HEAD_FILES
 from converter.text import fold, show
 
 _HEADS = frozenset({*HEAD_FILES, TRL_FILE, "regression_layer.pt", "gating_layer.pt"})
@@ -54,7 +55,7 @@ def with_trained_files(
                 held[SAVED] = (key, tensor)
             keys = [*known.keys, *(f"{file}:{key}" for key in module.keys)]
             modules[name] = Module(name, known.factors, whole, known.token_rows, known.rows_key, keys)
-    return AdapterModules(modules, read.stripped)
+    return AdapterModules(modules, read.stripped, read.shared)
 
 
 def expect_nothing_unread(adapter: Checkpoint, context: Context) -> dict[str, str]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from converter.converters.merge.adapter_config import AdapterConfig
 from converter.converters.merge.adapter_keys import PLAIN, SAVED, Module
 from converter.converters.merge.embeddings import has_vocabulary_rows, is_vocabulary
+from converter.converters.merge.methods.method import AdapterConfig
 from converter.converters.merge.name_rules import NameRule
 from converter.converters.merge.task_head import is_head
 from converter.core.checkpoint import Checkpoint

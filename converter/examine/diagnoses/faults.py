@@ -36,9 +36,7 @@ _WORSE: dict[str, Severity] = {
 }
 """Faults that are read here all the same, and that transformers stops at or applies twice."""
 
-NOT_READ_HERE = frozenset(
-    {"megatron", "verl-megatron", "zero-pipeline", "zero-experts", "zero-tensor-parallel", "dcp-hf-shards"}
-)
+NOT_READ_HERE = frozenset({"megatron", "verl-megatron", "zero-pipeline", "zero-experts", "zero-tensor-parallel"})
 """Layouts that their own trainers resume from: no fault of the folder, as a state that `gather` reads is none."""
 
 # Code: (recoverability, what `explain` says).
@@ -155,7 +153,8 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
         HERE,
         (
             "adapter_config.json lies beside the weights of a whole model. transformers then looks for an adapter, and "
-            "either fails or applies LoRA a second time. After a merge it has no use: `repair` writes the model without it."
+            "either fails or applies LoRA a second time. After a merge it has no use: `repair` writes "
+            "the model without it."
         ),
     ),
     "adapter-and-model": (HERE, "An adapter and a whole model lie in one folder; transformers takes the adapter."),
