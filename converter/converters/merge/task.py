@@ -14,7 +14,7 @@ from converter.converters.merge.adapter_keys import Module, read_modules
 from converter.converters.merge.task_head import TASK_SUFFIX
 from converter.core.checkpoint import Checkpoint
 from converter.errors import Refused
-from converter.families.memory_names import classifier
+from converter.families.memory_names import classifier, without_numbers
 from converter.text import fold, show
 
 _REWARD_CLASS = re.compile(r"reward|critic|valuemodel|sequenceregression", re.IGNORECASE | re.ASCII)
@@ -69,4 +69,6 @@ def _is_head_of(task: str, brought: Collection[str], base: Checkpoint) -> bool:
     found = classifier(base.config, {"task_type": task})
     if found is None or set(found.own).isdisjoint(brought):
         return False
-    return set(found.own) <= {*brought, *base.tensors} and not found.missing([*base.tensors, *brought])
+    head = {n for n in brought if n in found.own or without_numbers(n) in found.adds}
+    inside = [f"{found.architecture.prefix}.{n}" for n in base.tensors]  # a bare backbone is stored without its prefix
+    return head == set(brought) and not found.missing([*base.tensors, *inside, *brought])

@@ -13,7 +13,7 @@ from converter.converters.merge.carried_heads import TRL_FILE
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
-from converter.diagnostic import Command
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
 from converter.families.words import HEAD_FILES
 from converter.text import fold, show
@@ -86,5 +86,8 @@ def unread_file(file: str, names: Collection[str], where: str, why: str) -> Refu
         "adapter-files-unread",
         f"{show(file)} lies beside the adapter and is not merged: {fold(names)}; {why}",
         where=where,
-        next=Command("inspect", (where,)),
+        next=Steps(
+            f"look at what {show(file)} is; if it is not a part of the model, ",
+            Again(("--allow", "adapter-files-unread"), otherwise=Command("merge-lora", (where, "OUT"))),
+        ),
     )
