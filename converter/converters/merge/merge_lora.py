@@ -23,6 +23,7 @@ from converter.converters.merge.foreign_adapters import plain_names
 from converter.converters.merge.layer import merged, updates_of, with_token_rows
 from converter.converters.merge.methods.method import AdapterConfig, Method, Site, Update
 from converter.converters.merge.name_rules import AS_IN_BASE, NameRule, find_rule
+from converter.converters.merge.remote_code import tell_of_code
 from converter.converters.merge.task import with_task
 from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_new_head
 from converter.converters.merge.trained_files import (
@@ -81,12 +82,32 @@ class MergeLora:
         if self.numerics == "peft" and any(w != 1 for w in weights):
             raise UsageError("weights", "PEFT merges with weight 1 only; use --numerics best with --weight")
         _refuse_quantised(checkpoint)
-        merge = _Merge(checkpoint, context, self.numerics)
-        adapters = with_alpha(self.adapters, self.lora_alpha)
-        for adapter, weight in zip(adapters, weights, strict=True):
-            adapter = with_task(adapter, checkpoint)
-            merge.add(adapter, float(weight), read_adapter_config(adapter, base_is_residual=self.base_is_residual))
-        return merge.result()
+        tell_of_code(checkpoint, context)
+        adapters = [with_task(a, checkpoint) for a in with_alpha(self.adapters, self.lora_alpha)]
+        configs = [read_adapter_config(a, base_is_residual=self.base_is_residual) for a in adapters]
+        for group in _in_order(adapters, configs, context):
+            merge = _Merge(checkpoint, context, self.numerics)
+            for at in group:
+                merge.add(adapters[at], float(weights[at]), configs[at])
+            checkpoint = merge.result()
+        return checkpoint
+
+
+def _in_order(
+    adapters: Sequence[Checkpoint], configs: Sequence[AdapterConfig], context: Context
+) -> Sequence[Sequence[int]]:
+    """Adapters that are merged together, by number: all, or one after another.
+
+    An update that depends on the weight below it (DoRA's norm) and an adapter that records another base than the first:
+    it was trained over what the ones before it made.
+    """
+    bases = {show(a.config.get("base_model_name_or_path")) for a in adapters}
+    if len(bases) < 2 or all(c.method.is_linear for c in configs[1:]):
+        return [range(len(adapters))]
+    listed = ", then ".join(show(a.origin.asked) for a in adapters)
+    text = f"the adapters record different bases, and not all add up: merged one into the result of another, {listed}"
+    context.note("info", "adapters-in-order", text)
+    return [[at] for at in range(len(adapters))]
 
 
 def _refuse_quantised(base: Checkpoint) -> None:
