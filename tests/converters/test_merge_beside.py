@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,24 @@ def test_tinkers_stacked_experts_are_taken_apart(shared: bool, tmp_path: Path) -
     for key, tensor in expected.items():
         torch.testing.assert_close(after[key], tensor, rtol=1e-2, atol=1e-3)
     assert all(after[n].equal(t) for n, t in before.items() if n not in expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_an_adapter_of_mlx_is_the_same_update_transposed(family: str, tmp_path: Path) -> None:
+    """mlx-lm writes `[in, r]` and `[r, out]`, a scale, and every option of the run into its config."""
+    base = oracle.make_base(tmp_path / "base", family)
+    adapter = oracle.make_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "o_proj"], r=4, lora_alpha=10)
+    merged(adapter, tmp_path / "right", "--base", base.path)
+    tensors = {
+        k.removeprefix("base_model.model.").replace("_A.weight", "_a").replace("_B.weight", "_b"): v.T.contiguous()
+        for k, v in load_file(adapter / WEIGHTS).items()
+    }
+    (adapter / WEIGHTS).unlink()
+    save_file(tensors, adapter / "adapters.safetensors", {"format": "mlx"})
+    config = {
+        "fine_tune_type": "lora", "model": "somewhere/else", "num_layers": 16, "iters": 600, "train": True,
+        "lora_parameters": {"rank": 4, "dropout": 0.0, "scale": 2.5},
+    }  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    merged(adapter, tmp_path / "out", "--base", base.path)
+    oracle.same_bits(oracle.read_tensors(tmp_path / "out"), oracle.read_tensors(tmp_path / "right"))

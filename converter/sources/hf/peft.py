@@ -12,6 +12,7 @@ from converter.core.side_files import find_side_files
 from converter.errors import Refused, UsageError
 from converter.sources import survey as folder
 from converter.sources.hf.adapter_alone import FSDP, holds_adapter_alone
+from converter.sources.hf.mlx_adapter import MLX_WEIGHTS, as_peft, is_of_mlx
 from converter.sources.hf.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.hf.source import identities_of, lazy, origin, parse_config, stored_path
 from converter.sources.hub.names import as_reference
@@ -54,14 +55,16 @@ class PeftSource:
             raise error or Refused("weights-missing", f"{WEIGHTS} is not there", where=show(root))
         name, weights = found
         config_bytes = read_limited(root / CONFIG, limit=MAX_JSON_BYTES, root=root)
+        config = parse_config(config_bytes, root / CONFIG)
+        is_foreign = is_of_mlx(config)
         side_files, identities = find_side_files(root, keep_code=keep_code)
         return Checkpoint(
             tensors=lazy(survey),
-            config=parse_config(config_bytes, root / CONFIG),
+            config=as_peft(config, show(root / CONFIG)) if is_foreign else config,
             origin=origin("adapter", root, asked, revision, {name: weights}, survey.beside),
             side_files=side_files,
             shards=dict.fromkeys(survey.entries, WEIGHTS) if name == WEIGHTS else {},
-            config_bytes=config_bytes,
+            config_bytes=None if is_foreign else config_bytes,
             metadata=weights.metadata,
             checks=(*weights.checks, *checks_beside(survey)),
             inputs=identities
@@ -128,7 +131,7 @@ def _choose(root: Path, names: frozenset[str], survey: Survey) -> tuple[str, Wei
 
     OpenRLHF up to 0.5.5 wrote an empty adapter_model.safetensors under ZeRO-3, and the gathered weights beside it.
     """
-    candidates = [n for n in (WEIGHTS, PICKLED) if n in names]
+    candidates = [n for n in (WEIGHTS, PICKLED) if n in names] or [n for n in (MLX_WEIGHTS,) if n in names]
     if not candidates and holds_adapter_alone(root, names):
         candidates = [FSDP]
         text = f"{FSDP} holds the adapter, under a name that PEFT does not read"
