@@ -75,6 +75,7 @@ class Survey:
         files: weight files in order, name mapped to size in bytes.
         entries: tensors in file order.
         beside: files of a head of its own (`value_head.safetensors`), by name; neither in `files` nor in `entries`.
+        unread: weight files beside an adapter that nothing is known to read, and that are no whole model, by name.
         sets: every set of weight files where there are several; `entries` are those of one.
     """
 
@@ -83,6 +84,7 @@ class Survey:
     entries: dict[str, StoredTensor] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     beside: dict[str, WeightFile] = field(default_factory=dict)
+    unread: dict[str, WeightFile] = field(default_factory=dict)
     sets: tuple[WeightSet, ...] = ()
 
     def error(self) -> Refused | None:
@@ -166,11 +168,16 @@ def leftovers(root: Path, names: Collection[str], read: Collection[str]) -> list
                 code="download-unfinished", severity="cosmetic", text=text, where=show(root), next="download it again"
             )
         )
-    others = sorted(n for n in names if _WEIGHTS.fullmatch(n) and n not in read and not _TRAINING_STATE.fullmatch(n))
+    others = other_weights(names, read)
     if others:
         text = f"weight files that are not read lie beside: {fold(others)}"
         faults.append(Fault(code="stray-weights", severity="cosmetic", text=text, where=show(root)))
     return faults
+
+
+def other_weights(names: Collection[str], read: Collection[str]) -> list[str]:
+    """Weight files by their names, but for those that are read and for what a trainer keeps to resume."""
+    return sorted(n for n in names if _WEIGHTS.fullmatch(n) and n not in read and not _TRAINING_STATE.fullmatch(n))
 
 
 def _download_folders(root: Path) -> list[Path]:

@@ -16,12 +16,18 @@ if TYPE_CHECKING:
 def merge(asked: MergeRequest, out: str | None, options: Conversion) -> int:
     """Merge adapters into their base."""
     refuse_swapped(asked, out)
-    return convert(merge_recipe(asked, options.plain), out, options, input_lines=input_lines)
+
+    def lines(prepared: Prepared) -> list[str]:
+        return input_lines(prepared, asked.lora_alpha)
+
+    return convert(merge_recipe(asked, options.plain), out, options, input_lines=lines)
 
 
-def input_lines(prepared: Prepared) -> list[str]:
-    """The screen's lines about adapters and base."""
+def input_lines(prepared: Prepared, alpha: float | None = None) -> list[str]:
+    """The screen's lines about adapters and base, with the alpha that the user gave."""
     from converter.cli import lines as report
+    from converter.converters.merge.adapter_values import with_alpha
 
-    adapters = [report.adapter_line(c) for name, c in prepared.opened.items() if name != SOURCE]
+    opened = [c for name, c in prepared.opened.items() if name != SOURCE]
+    adapters = [report.adapter_line(c) for c in with_alpha(opened, alpha)]
     return [*adapters, report.base_line("base", prepared.opened[SOURCE], recorded=SOURCE in prepared.recorded)]

@@ -15,6 +15,7 @@ from converter.core.files.names import TOKENIZER_CONFIG
 from converter.core.files.strict_json import load_json
 from converter.diagnostic import Again, Command, Next, Steps, as_argument, quoted
 from converter.errors import ConvertError, Interrupted, UsageError
+from converter.families.memory_names import class_names
 from converter.publish.outputs import as_loaders_take_it
 from converter.recipe.verbs.pieces import threads
 from converter.text import fold, format_size, parse_size, show
@@ -136,7 +137,8 @@ def _kept(out: Path) -> str:
 
 def load_commands(written: Written) -> Sequence[Next]:
     """The check, then a line that loads the model; a value head is no part of the class that config.json names, which
-    would load without it: there the line is the proof for the trainer that has it.
+    would load without it: there the line is the proof for the trainer that has it. A class that transformers lacks has
+    no such line.
     """
     config: Mapping[str, Any] = written.prepared.checkpoint.config
     architectures = config.get("architectures")
@@ -146,7 +148,7 @@ def load_commands(written: Written) -> Sequence[Next]:
     checkpoint = written.prepared.checkpoint
     if any(n.startswith("v_head.") for n in (*checkpoint.tensors, *(n for f in checkpoint.beside.values() for n in f))):
         commands.append(Command("verify", (out,)))
-    elif isinstance(name, str) and name.isidentifier():
+    elif name in class_names() and not config.get("auto_map"):
         path = as_loaders_take_it(written.out)
         loads = f"from transformers import {name} as M; print(M.from_pretrained({path!r}))"
         # Double quotes read better around Python's own, where nothing in the path means something to a shell.

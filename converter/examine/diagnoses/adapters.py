@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from converter.converters.merge.asked_modules import modules_missing
 from converter.core.context import Context
 from converter.core.files.names import ADAPTER_CONFIG
-from converter.diagnostic import Next, Severity, completed
+from converter.diagnostic import Next, Severity, Steps, completed
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.examine.diagnoses.commands import filling_command
@@ -32,6 +32,9 @@ REFUSALS: dict[str, str] = {
         "another "
         "base, a prefix that is doubled or missing, or an adapter of another version's names."
     ),
+    "adapter-files-unread": "Weight files lie beside the adapter that are not merged: a part of what was trained may "
+    "be in them. A file that holds the adapter's own tensors again is a copy; what else is there has to be looked at.",
+    "adapter-task-unknown": "The adapter brings a head and has no task type, and more than one class has such a head.",
     "adapter-shape": "A tensor of the adapter has another shape than the base's layer: another base, or another "
     "size of it.",
     "adapter-rank": "The ranks in adapter_config.json are not those of the tensors: the config is of another run.",
@@ -181,8 +184,9 @@ def lora_alpha_zero(case: Case, context: Context) -> Iterable[Finding]:
     model, byte for byte. verl's merger writes 0 where it does not know the value. The number is in the training script.
     """
     if case.adapter_config.get("lora_alpha") == 0:
-        text = "lora_alpha is 0: a merge would give the base model back. Put the training script's value there"
-        advice = "set lora_alpha in adapter_config.json"
+        text = "lora_alpha is 0: a merge would give the base model back. The training script has the value"
+        merge = case.command("merge-lora", out="merged").with_options("--lora-alpha", "N")
+        advice = Steps(merge, ", N being the alpha of the training script")
         yield Finding(code="lora-alpha-zero", severity="error", text=text, evidence=(ADAPTER_CONFIG,), next=advice)
 
 

@@ -103,8 +103,16 @@ class Near:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """Its config.json, or nothing."""
+        return self._json(MODEL_CONFIG)
+
+    @cached_property
+    def adapter_config(self) -> Mapping[str, Any]:
+        """Its adapter_config.json, or nothing."""
+        return self._json(ADAPTER_CONFIG)
+
+    def _json(self, name: str) -> Mapping[str, Any]:
         try:
-            value = load_json(self.path / MODEL_CONFIG, limit=_TOKENIZER_BYTES, root=self.path, allow_nan=True)
+            value = load_json(self.path / name, limit=_TOKENIZER_BYTES, root=self.path, allow_nan=True)
         except (ConvertError, OSError):
             return {}
         return value if isinstance(value, dict) else {}

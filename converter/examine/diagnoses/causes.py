@@ -142,11 +142,6 @@ def _named_rightly(finding: Finding, case: Case) -> Next | None:
     return _move(f"{folder}/{file}", f"{folder}/pytorch_model.bin")
 
 
-def _config_aside(finding: Finding, case: Case) -> Next:
-    file = f"{case.folder.rstrip('/')}/adapter_config.json"
-    return _move(file, f"{file}.merged")
-
-
 def _ends_copied(finding: Finding, case: Case) -> Next | None:
     if case.base is None:
         return None
@@ -205,7 +200,6 @@ _STEPS: Mapping[str, Next | Callable[[Finding, Case], Next | None]] = {
     **dict.fromkeys(("index-malformed", "index-conflict"), _index_moved),
     "pickled-weights": _named_rightly,
     "tensor-twice": "keep the file that is of this save, and move the other out of the folder",
-    "adapter-config-stray": _config_aside,
     "input-unreadable": "ask whoever owns the file for the right to read it",
     "input-not-a-file": "copy the file itself into the folder",
     "remote-code-missing": _of_base("those files, once you have read them,"),

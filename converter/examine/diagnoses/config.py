@@ -304,13 +304,9 @@ def remote_code_missing(case: Case, context: Context) -> Iterable[Finding]:
     """`auto_map` in the config names Python files that are not in the folder: `does not appear to have a file named
     modeling_x.py`. They have to be copied from the base model; look at them before running them.
     """
-    table = case.config.get("auto_map")
-    named: set[str] = set()
-    for value in table.values() if isinstance(table, dict) else ():
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, str) and "--" not in each and each.count(".") == 1:
-                named.add(f"{each.split('.')[0]}.py")
-    missing = sorted(named - case.names)
+    from converter.converters.merge.remote_code import code_files
+
+    missing = sorted(code_files(case.config) - case.names)
     if missing:
         text = f"auto_map names {fold(missing)}, and the folder does not have {'it' if len(missing) == 1 else 'them'}"
         yield Finding(

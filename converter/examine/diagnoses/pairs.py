@@ -8,7 +8,7 @@ from typing import Any
 from converter.core.context import Context
 from converter.core.files.names import CHAT_TEMPLATE, MODEL_CONFIG, RECEIPT, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from converter.core.files.opening import read_limited
-from converter.diagnostic import Command
+from converter.diagnostic import Command, Steps
 from converter.errors import Refused
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
 from converter.examine.diagnoses.config import is_part_of_vision
@@ -169,17 +169,19 @@ def _main_dtype(case: Case) -> str:
 def adapter_left_beside(case: Case, context: Context) -> Iterable[Finding]:
     """verl's merger writes the base model and leaves the trained adapter in `lora_adapter/` inside of it, with a
     lora_alpha of 0: whoever serves the folder serves the untrained model. Merge the adapter into it, with the alpha of
-    the training script in its adapter_config.json. A folder whose adapter was merged already has no use for it.
+    the training script: --lora-alpha. A folder whose adapter was merged already has no use for it.
     """
     inside = [n for n in case.near if n.kind == "adapter" and n.path == case.root / "lora_adapter"]
     if inside and not (case.root / RECEIPT).exists():
         text = "verl's adapter lies in lora_adapter/: this model is the base, without what was trained"
         merge = Command("merge-lora", (inside[0].argument, case.out("merged"), "--base", case.folder))
+        has_alpha = inside[0].adapter_config.get("lora_alpha")
+        step = merge if has_alpha else Steps(merge.with_options("--lora-alpha", "N"), ", N as in the training script")
         yield Finding(
             code="adapter-left-beside",
             severity="changes-numbers",
             text=text,
             evidence=("lora_adapter/",),
             recoverability=HERE,
-            next=merge,
+            next=step,
         )

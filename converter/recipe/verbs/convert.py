@@ -59,7 +59,7 @@ def find(src: str, options: HeadOptions) -> Found:
     kind = None if name is None else sources()[name].kind
     is_plain = kind in ("model", "adapter")
     if name is not None and is_plain and (_has_weights(root) or not _has_shards(root, src)):
-        _refuse_run_options(src, options)
+        _refuse_run_options(src, options, is_adapter=kind == "adapter")
         return Found("adapter" if kind == "adapter" else "model", src, damaged=_is_damaged(root, name))
     part = options.part
     place, inner = place_of(root, as_reference(src), tag=options.tag, part=part)
@@ -69,9 +69,10 @@ def find(src: str, options: HeadOptions) -> Found:
     return Found("training", path, f"tag {show(place.folder.name)}: {place.why}", part=inner)
 
 
-def _refuse_run_options(src: str, options: HeadOptions) -> None:
-    """Options that choose inside a trainer's state say nothing of a model or an adapter."""
-    given = {"--part": options.part, "--tag": options.tag, "--lora-alpha": options.lora_alpha}
+def _refuse_run_options(src: str, options: HeadOptions, *, is_adapter: bool) -> None:
+    """Options that choose inside a trainer's state say nothing of a model or an adapter, but for an adapter's alpha."""
+    alpha = None if is_adapter else options.lora_alpha
+    given = {"--part": options.part, "--tag": options.tag, "--lora-alpha": alpha}
     named = [name for name, value in given.items() if value is not None]
     if named:
         what = f"{' and '.join(named)} goes with a trainer's state, and this is a model or an adapter"
@@ -131,6 +132,7 @@ def remap_recipe(
         inputs[SOURCE] = base or InputSpec(base_of="adapter")
         inputs["adapter"] = source
         fields["adapter"] = "adapter"
+        fields |= {} if options.lora_alpha is None else {"lora-alpha": options.lora_alpha}
     else:
         inputs[SOURCE] = source
         if base is not None:

@@ -27,6 +27,7 @@ class MergeRequest:
     weights: tuple[float, ...] = ()
     numerics: str = "best"
     base_is_residual: bool = False
+    lora_alpha: float | None = None
 
 
 def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
@@ -49,6 +50,8 @@ def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
         fields["weights"] = list(asked.weights)
     if asked.base_is_residual:
         fields["base-is-residual"] = True
+    if asked.lora_alpha is not None:
+        fields["lora-alpha"] = asked.lora_alpha
     base = InputSpec(base_of="adapter") if asked.base is None else input_spec(asked.base)
     steps = (Step("merge-lora", fields), *cast_steps(options))
     return Recipe({SOURCE: base, **adapters}, steps, output(options), file="merge-lora")

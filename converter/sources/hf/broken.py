@@ -27,7 +27,6 @@ from converter.core.side_files import find_side_files
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused
-from converter.sources import survey as folder
 from converter.sources.hf import peft, set_files
 from converter.sources.hf import source as hf
 from converter.sources.hf.sidecars import checks_beside, identities_beside, tensors_beside
@@ -55,7 +54,7 @@ def open_broken(root: Path, *, asked: str, revision: str | None = None, keep_cod
         Refused: faults that no other file can make good.
     """
     names = file_names(root)
-    is_adapter = folder.folder_kind(names) == "adapter"
+    is_adapter = peft.SOURCE.detect(root) is not None
     survey, headers = _read_adapter(root) if is_adapter else hf.read_folder(root, every=True)
     _refuse_others(survey)
     config_file = ADAPTER_CONFIG if is_adapter else MODEL_CONFIG

@@ -31,6 +31,7 @@ from converter.families.ties import find_ties
 from converter.families.words import PEFT_PREFIX, without_wrappers
 from converter.sources import survey as folder
 from converter.sources.hf import set_files
+from converter.sources.hf.adapter_alone import holds_adapter_alone
 from converter.sources.hf.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.survey import (
     Fault,
@@ -61,7 +62,7 @@ class HfSource:
         """Why a folder is a Hugging Face model, or None."""
         names = file_names(root)
         kind = folder_kind(names)
-        if kind == "model":
+        if kind == "model" and not holds_adapter_alone(root, names):
             found = sorted(n for n in names if folder.is_weights_of_model([n]))
             return f"{show(found[0])} is there"
         if kind is None and CONFIG in names and not _holds_checkpoints(root):

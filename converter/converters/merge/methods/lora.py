@@ -71,6 +71,11 @@ FIELDS = {
     "fan_in_fan_out": fields.ignored(),
     "loftq_config": fields.ignored(),
     "lora_dropout": fields.ignored(),
+    # Of ms-swift 2: a dtype and LoRA+'s learning rates.
+    # Source: https://github.com/modelscope/ms-swift/blob/v2.6.1/swift/tuners/peft.py (`LoraConfig`)
+    "lora_dtype": fields.ignored(),
+    "lorap_emb_lr": fields.ignored(),
+    "lorap_lr_ratio": fields.ignored(),
     "megatron_core": fields.ignored(),
     "qalora_group_size": fields.ignored(),
     "alora_invocation_tokens": fields.refused("activated LoRA switches on at certain tokens and can't be merged"),
