@@ -5,8 +5,7 @@
         def dialect(self) -> Dialect:
             return my_package.DIALECT
 
-pytest collects what is inherited. What a contract asks for by an argument (`dialect`, `source`, `folder`, ...) is a
-fixture that the inheriting class has. The plug-in has to be installed: its entry point is how it is found.
+A contract's arguments (`dialect`, `folder`, ...) are fixtures of the inheriting class; the plug-in has to be installed.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from converter.core.files.names import ADAPTER_CONFIG, ADAPTER_PICKLED, ADAPTER_WEIGHTS
 from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
 from converter.core.formats.weight_file import read_weights
 from converter.errors import Refused
-from converter.sources.survey import ADAPTER_CONFIG, ADAPTER_PICKLED, ADAPTER_WEIGHTS, is_weights_of_model
+from converter.sources.survey import is_weights_of_model
 
 FSDP = "pytorch_model_fsdp.bin"
 """What accelerate calls the state of a model under FSDP; of a PEFT model it holds the adapter alone.
