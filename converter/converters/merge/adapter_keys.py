@@ -14,7 +14,7 @@ from functools import cache
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.factors import alternatives, shared_names
-from converter.families.words import INNER_WRAPPERS, PEFT_PREFIX
+from converter.families.words import IN_PEFT, INNER_WRAPPERS, PEFT_PREFIX, SAVED_WHOLE
 from converter.text import show
 
 _TOKENS = re.compile(r"^(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_delta(?P<tail>(?:\.[^.]+)*)$")
@@ -24,7 +24,7 @@ SAVED, PLAIN, UNDER = "saved", "plain", "under"
 """Where a whole tensor stands: in PEFT's modules_to_save wrapper, at the module's own name, or frozen below a wrapper
 (`original_module`, `base_layer`), as PEFT saves it with resized embeddings."""
 
-_FROZEN = frozenset({"original_module", "base_layer", "token_adapter"})
+_FROZEN = frozenset((*(word for word in IN_PEFT if word != SAVED_WHOLE), "token_adapter"))
 
 
 @dataclass
