@@ -50,7 +50,8 @@ def _with_vocabulary(mends: Mends, to: str) -> Mends:
     steps = [s for s in mends.steps if s.name != "mend-vocabulary"]
     at = max((n for n, s in enumerate(steps, 1) if s.name in _NAMES_FIRST), default=0)
     left = tuple(each for each in mends.left if each[0] != "vocabulary-rows")
-    unmended = tuple(f for f in mends.unmended if f.code != "vocabulary-rows")
+    # What the gate finds in the result is refused there.
+    unmended = tuple(f for f in mends.unmended if f.code not in ("vocabulary-rows", "tensors-misshapen"))
     return dataclasses.replace(
         mends,
         steps=(*steps[:at], wanted, *steps[at:]),
