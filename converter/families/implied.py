@@ -144,8 +144,9 @@ def implied(config: Mapping[str, Any]) -> Implied | None:
 
 
 def _numbered(name: str, numbers: tuple[int, ...]) -> str:
-    parts = iter(numbers)
-    return re.sub(r"(?<=\.)N(?=\.)", lambda _: str(next(parts)), name)
+    for number in numbers:
+        name = name.replace(".N.", f".{number}.", 1)
+    return name
 
 
 def lacks(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> list[str]:
