@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from converter.core.writer.write import write
     from converter.errors import ConvertError, Refused, UsageError, VerificationFailed
     from converter.recipe.recipe import Recipe, load_recipe
+    from converter.recipe.verbs.load import Loaded, load
     from converter.recipe.verbs.open import open
     from converter.sources.moments import adam_moments
 
@@ -41,6 +42,8 @@ _HOME = {
     "UsageError": "errors",
     "VerificationFailed": "errors",
     "adam_moments": "sources.moments",
+    "Loaded": "recipe.verbs.load",
+    "load": "recipe.verbs.load",
     "load_recipe": "recipe.recipe",
     "open": "recipe.verbs.open",
     "make_plan": "core.writer.plan",
@@ -55,6 +58,7 @@ __all__ = [
     "DType",
     "Input",
     "KernelSpec",
+    "Loaded",
     "Note",
     "Origin",
     "Plan",
@@ -66,6 +70,7 @@ __all__ = [
     "VerificationFailed",
     "__version__",
     "adam_moments",
+    "load",
     "load_recipe",
     "make_plan",
     "open",

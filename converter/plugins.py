@@ -30,9 +30,9 @@ class PlugIn:
 
     @property
     def kind(self) -> str:
-        """`source`, `converter`, `method`, `kernel`, `diagnosis` or `dialect`."""
+        """`source`, `converter`, `method`, `kernel`, `diagnose` (as release 0.1.0 says in JSON) or `dialect`."""
         name = self.group.rpartition(".")[2]
-        return "diagnosis" if self.group == DIAGNOSES else name.removesuffix("s")
+        return name.removesuffix("s")
 
 
 def plug_ins(groups: Sequence[str] = GROUPS) -> list[PlugIn]:

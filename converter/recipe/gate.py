@@ -6,11 +6,12 @@ Every verb that writes passes here, before the first byte.
 from __future__ import annotations
 
 from converter.converters.heads.whole import MISSHAPEN, MISSING, Judgement, judge
-from converter.core.checkpoint import MODEL, Checkpoint
+from converter.converters.merge.asked_modules import modules_missing
+from converter.core.checkpoint import ADAPTER, MODEL, Checkpoint
 from converter.core.context import Context
 from converter.diagnostic import Command, as_argument
 from converter.errors import Refused
-from converter.text import show
+from converter.text import fold, show
 
 FAMILY_UNKNOWN = "family-unknown"
 
@@ -30,6 +31,25 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
         return
     for code in found.codes:
         context.consent(_refusal(code, found, checkpoint))
+
+
+def expect_whole_adapter(adapter: Checkpoint, base: Checkpoint, context: Context) -> None:
+    """Compare an adapter with the modules of its base that its config names.
+
+    Raises:
+        Refused: it holds nothing of some of them (`adapter-targets-missing`), without consent.
+    """
+    if adapter.origin.kind != ADAPTER or base.origin.kind != MODEL:
+        return
+    dimensions = {n: len(t.info.shape) for n, t in base.tensors.items()}
+    if lacks := modules_missing(adapter.tensors, adapter.config, dimensions, base.config):
+        text = (
+            f"{len(lacks)} modules that adapter_config.json names are not in the adapter: {fold(lacks)}; PEFT would "
+            "leave them as they begin, and the merge would have the base's"
+        )
+        source = as_argument(adapter.origin.asked)
+        next_command = Command("doctor", (source, "--base", as_argument(base.origin.asked)))
+        context.consent(Refused("adapter-targets-missing", text, where=show(adapter.origin.asked), next=next_command))
 
 
 def _refusal(code: str, found: Judgement, checkpoint: Checkpoint) -> Refused:

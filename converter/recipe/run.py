@@ -18,7 +18,7 @@ from converter.core.writer.plan import Plan, make_plan
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.recipe.fields import check, instantiate
-from converter.recipe.gate import expect_whole
+from converter.recipe.gate import expect_whole, expect_whole_adapter
 from converter.recipe.recipe import SOURCE, Recipe
 from converter.sources.opening import compare_base, open_checkpoint, open_recorded_base
 from converter.text import fold, show
@@ -61,6 +61,8 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
         is_over_base = other.origin.kind == ADAPTER and opened[SOURCE].origin.kind != ADAPTER
         if name != SOURCE and is_over_base and SOURCE not in recorded:
             compare_base(opened[SOURCE], other, context)
+        if name != SOURCE and is_over_base:
+            expect_whole_adapter(other, opened[SOURCE], context)
     checkpoint = opened[SOURCE]
     for converter in instantiate(recipe, opened):
         checkpoint = converter(checkpoint, context)

@@ -7,21 +7,22 @@ a model, `TrainingSource` for a trainer's own state, which `gather` makes a mode
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from converter.core.checkpoint import Checkpoint
+from converter.core.checkpoint import Checkpoint, Origin
+from converter.core.files.opening import identity
 from converter.core.tensors.byte_runs import leaves
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError
-from converter.sources.survey import Fault, StoredTensor, Survey
+from converter.sources.beside import find_beside
+from converter.sources.places import Place
+from converter.sources.survey import Fault, SourceKind, StoredTensor, Survey, snapshot_of
 from converter.text import show
-
-SourceKind = Literal["model", "adapter", "training", "unread"]
-"""What a source's folders are; `unread`: recognised, and refused by name."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,28 @@ class BaseSource(ABC):
             Refused: files missing, cut short or malformed, each named.
         """
 
-    @abstractmethod
     def open(self, root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False) -> Checkpoint:
-        """The checkpoint, or a refusal.
+        """What `held` gives, with the config, the tokenizer and what else lies beside it.
 
         Raises:
             UsageError: several checkpoints to choose from.
             Refused: files missing, cut short or malformed, each named.
         """
+        held = self.held(root)
+        beside = find_beside([held.folder], keep_code=keep_code)
+        real = held.folder.resolve()
+        name, commit = snapshot_of(held.folder) or (real.name, revision)
+        digest = hashlib.sha256("\n".join(f"{n} {t}" for n, t in held.tensors.items()).encode()).hexdigest()
+        read = {str((held.folder / n).absolute()): identity(held.folder / n) for n in held.files}
+        return Checkpoint(
+            tensors=dict(held.tensors),
+            config=beside.config,
+            origin=Origin(self.kind, str(real), asked, name, commit, digest, self.name),
+            side_files=beside.files,
+            config_bytes=beside.config_bytes,
+            inputs=beside.inputs | read,
+            said=(*held.said, *beside.said),
+        )
 
     def survey(self, root: Path) -> Survey:
         """Files, tensors and faults; content never raises."""
@@ -111,6 +126,17 @@ class TrainingSource(BaseSource):
 
     kind = "training"
     precedence = 10
+
+    def find(self, root: Path, asked: str, *, tag: str | None = None, part: str | None = None) -> Place | None:
+        """The folder itself where it is of this source; sources whose checkpoints lie deeper look there.
+
+        Raises:
+            UsageError: `--tag` names another one (`no-such-tag`).
+        """
+        why = self.detect(root)
+        if why is not None and tag not in (None, root.name):
+            raise UsageError("no-such-tag", f"there is no {show(tag)} here", where=show(asked))
+        return None if why is None else Place(root, why)
 
 
 def fault_of(error: Refused | UsageError, root: Path) -> Fault:

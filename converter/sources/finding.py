@@ -17,9 +17,8 @@ from converter.text import show
 if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint
     from converter.core.tensors.nodes import LazyTensor
-    from converter.sources.base import SourceKind
     from converter.sources.places import Place
-    from converter.sources.survey import Survey
+    from converter.sources.survey import SourceKind, Survey
 
 _RUN_CHECKPOINT = re.compile(r"(?:checkpoint|global_step|step)[-_]?\d+", re.ASCII)
 

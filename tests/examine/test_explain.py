@@ -123,7 +123,7 @@ def test_every_message_has_a_key_that_its_pattern_needs_and_points_to_codes_that
     raised = {"head-missing", "head-base-lost", "base-quantised", "adapter-config-missing"}
     for message in MESSAGES:
         unknown = set(message.codes) - set(diagnoses()) - raised
-        assert not unknown, (message.name, unknown)
+        assert not unknown, (message.code, unknown)
 
 
 def test_colours_carriage_returns_and_prefixes_of_ranks_do_not_hide_a_message() -> None:

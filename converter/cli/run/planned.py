@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from converter.core.files.strict_json import load_json
 from converter.diagnostic import Again, Command, Next, Steps, as_argument, quoted
 from converter.errors import ConvertError, Interrupted, UsageError
 from converter.publish.outputs import as_loaders_take_it
+from converter.recipe.verbs.pieces import threads
 from converter.text import fold, format_size, parse_size, show
 
 if TYPE_CHECKING:
@@ -131,11 +131,6 @@ def _kept(out: Path) -> str:
     if not partial.exists():
         return "the same command begins anew"
     return f"what is done is kept in {partial}; the same command again resumes it"
-
-
-def threads() -> int:
-    """One a core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_commands(written: Written) -> Sequence[Next]:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.options import Conversion
-from converter.cli.run.planned import Written, load_commands, missing_output, notes_json, threads, write_prepared
+from converter.cli.run.planned import Written, load_commands, missing_output, notes_json, write_prepared
 from converter.diagnostic import Next
 from converter.errors import ConvertError, UsageError, VerificationFailed
 from converter.publish.outputs import goes_to_hub
+from converter.recipe.verbs.pieces import threads
 from converter.text import parse_size, show
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from converter.converters.fill.evidence import is_comparable, is_empty
 from converter.converters.fill.offers import Offer
 from converter.converters.gather.adapter_config import HEADS, with_folded_heads
 from converter.converters.gather.gather import Gather
-from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
 from converter.core.side_files import ADAPTER_CONFIG
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.factors import factor_names, zero_factors
+from converter.families.words import PEFT_PREFIX
 from converter.text import fold
 
 

@@ -9,12 +9,18 @@ from typing import Any
 
 from converter.converters.fill.evidence import is_empty
 from converter.converters.gather.adapter_config import HEADS
-from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import Filled
 from converter.families.expected import Unknown, compare, expected
 from converter.families.factors import factor_in_name, factor_pairs
 from converter.families.memory_names import classifier
+from converter.families.words import (
+    IN_PEFT,
+    INPUT_MODULES,
+    LORA_MAGNITUDE,
+    OUTPUT_MODULES,
+    PEFT_PREFIX,
+)
 
 Shape = tuple[int, ...]
 
@@ -22,12 +28,12 @@ EMPTY = "torch.Size([0])"
 MISSING = "missing"
 _NUMBER = re.compile(r"\d+")
 # Weights of two or more dimensions in every architecture; one that is flat is one rank's piece.
+_EMBEDDINGS = "|".join((*INPUT_MODULES, *OUTPUT_MODULES))
 _MATRIX = re.compile(
-    r"(?:^|[._])(?:\w*proj|embed_tokens|lm_head|embed_in|embed_out|wte|wpe|score|query_key_value|c_attn|c_fc|fc[12])"
+    rf"(?:^|[._])(?:\w*proj|wpe|score|query_key_value|c_attn|c_fc|fc[12]|{_EMBEDDINGS})"
     r"\.(?:base_layer\.)?weight$"
 )
-_OUTPUTS = frozenset({"lm_head"})
-_IN_PEFT = frozenset({"modules_to_save", "base_layer"})
+_IN_PEFT = frozenset(IN_PEFT)
 _HEAD_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModeling")
 
 
@@ -89,7 +95,7 @@ def is_spare(broken: Checkpoint, file: str) -> bool:
 def _is_piece(name: str, loose: Mapping[str, Shape], siblings: Mapping[str, Shape]) -> bool:
     """True for a flat tensor whose name, base or siblings in other layers say that it has more dimensions."""
     factor = factor_in_name().match(name)
-    if factor is not None and factor["kind"] != "lora_magnitude_vector" and not name.endswith(".bias"):
+    if factor is not None and factor["kind"] != LORA_MAGNITUDE and not name.endswith(".bias"):
         return True
     return len(loose.get(name, ())) > 1 or len(siblings.get(_pattern(name), ())) > 1 or bool(_MATRIX.search(name))
 
@@ -170,7 +176,7 @@ def missing_heads(model: Checkpoint) -> list[str]:
         return []
     if any(n.split(".")[0] in HEADS and n.split(".")[1] in _IN_PEFT for n in model.tensors if n.count(".") > 1):
         return []  # trained whole beside LoRA, or under it, in a model that was neither merged nor split
-    if any("head" in n.partition(".")[0] and n.partition(".")[0] not in _OUTPUTS for n in model.tensors):
+    if any("head" in n.partition(".")[0] and n.partition(".")[0] not in OUTPUT_MODULES for n in model.tensors):
         return []
     built = classifier(model.config, {"auto_mapping": {"base_model_class": named[0]}})
     return [] if built is None else [n for n in built.missing(model.tensors) if n in built.own]

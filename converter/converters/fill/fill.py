@@ -46,7 +46,6 @@ from converter.converters.fill.refusals import (
     refuse_several,
     why_lost,
 )
-from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context
 from converter.core.files.opening import Identity
@@ -54,6 +53,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Command
 from converter.errors import UsageError
+from converter.families.words import PEFT_PREFIX
 from converter.text import show
 
 

@@ -8,13 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from converter.converters.gather.adapter_config import HEADS, LORA_FILES, adapter_config, head_task, with_folded_heads
-from converter.converters.gather.peft_names import (
-    PEFT_PREFIX,
-    PeftNames,
-    has_factors,
-    peft_names,
-    without_wrappers,
-)
+from converter.converters.gather.peft_names import PeftNames, has_factors, peft_names, without_wrappers
 from converter.converters.gather.ties import without_tied_copies
 from converter.converters.gather.wrappers import (
     Part,
@@ -36,6 +30,7 @@ from converter.core.tensors.nodes import Cast, LazyTensor, Stored
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.families.disk_names import with_disk_names
+from converter.families.words import PEFT_PREFIX
 from converter.text import fold, show
 
 TRAINING = "training"

@@ -9,11 +9,10 @@ from functools import cache
 
 from converter.errors import Refused
 from converter.families.factors import alternatives, factor_names
+from converter.families.words import INSIDE, LORA_MAGNITUDE, OUTER_WRAPPERS, PEFT_PREFIX
 from converter.text import fold, show
 
-PEFT_PREFIX = "base_model.model."
-_INNER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_OUTER = ("module.", "_forward_module.")
+_OUTER = tuple(f"{word}." for word in OUTER_WRAPPERS)
 
 
 @cache
@@ -32,8 +31,8 @@ def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, .
     Raises:
         Refused: two names become one (`rename-collision`).
     """
-    found = {name: _INNER.sub("", name) for name in names}
-    taken = {m[0] for name in found for m in _INNER.finditer(name)}
+    found = {name: INSIDE.sub("", name) for name in names}
+    taken = {m[0] for name in found for m in INSIDE.finditer(name)}
     while found:
         outer = next((o for o in _OUTER if all(n.startswith(o) for n in found.values())), None)
         if outer is None:
@@ -61,7 +60,7 @@ class Factor:
         if self.kind == "modules_to_save":
             return f"{PEFT_PREFIX}{self.module}.{self.leaf}"
         # PEFT saves a magnitude without `.weight`, and loads it so.
-        leaf = "" if self.leaf is None or self.kind == "lora_magnitude_vector" else f".{self.leaf}"
+        leaf = "" if self.leaf is None or self.kind == LORA_MAGNITUDE else f".{self.leaf}"
         return f"{PEFT_PREFIX}{self.module}.{self.kind}{leaf}"
 
 

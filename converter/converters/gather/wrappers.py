@@ -25,12 +25,13 @@ from converter.errors import Refused, UsageError
 from converter.families.expected import Unknown, expected
 from converter.families.foreign import foreign
 from converter.families.memory_names import auto_class
+from converter.families.words import HEAD_FILES
 from converter.text import fold, show
 
 Part = Literal["policy", "value", "actor", "critic", "reward"]
 Wrapping = Literal["plain", "trl", "llamafactory", "dschat", "trlx", "coati"]
 
-SIDECAR = "value_head.safetensors"
+SIDECAR = HEAD_FILES[0]
 _INNER = "pretrained_model."
 _HEAD = "v_head."
 _SUMMARY = "v_head.summary.weight"

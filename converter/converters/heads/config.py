@@ -11,10 +11,11 @@ from converter.dialects.known import Target
 from converter.dialects.spec import ConfigRules
 from converter.errors import Refused
 from converter.families.family import Family
+from converter.families.words import CAUSAL_CLASSES
 from converter.text import show
 
 _LABEL_KEYS = ("num_labels", "id2label", "label2id", "problem_type")
-_CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_CAUSAL_SUFFIXES = CAUSAL_CLASSES
 _CRITIC_CLASSES = ("CriticModel", "ForTokenClassification")
 
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 from converter.converters.heads.detect import detect, head_like
 from converter.converters.heads.model import resolve
-from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.checkpoint import Checkpoint
 from converter.dialects.spec import Dialect
 from converter.errors import ConvertError
 from converter.families.expected import Comparison, Expected, Unknown, compare, expected
 from converter.families.family import family
 from converter.families.implied import Shape
+from converter.families.words import OUTPUT_PREFIXES
 from converter.text import fold, show
 
 MISSING, UNEXPECTED, MISSHAPEN = "tensors-missing", "tensors-unexpected", "tensors-misshapen"
@@ -183,7 +183,7 @@ def _without_heads(found: Comparison, wanted: Expected, heads: frozenset[str], d
 
     def is_replaced(name: str) -> bool:
         """True for the class's head, in whose place the dialect's is."""
-        is_output = name.startswith(OUTPUT_EMBEDDINGS)
+        is_output = name.startswith(OUTPUT_PREFIXES)
         return not of_class and wanted.is_outside(name) and not (is_output and lm_head)
 
     missing = {n: s for n, s in found.missing.items() if not is_replaced(n)}
@@ -191,7 +191,7 @@ def _without_heads(found: Comparison, wanted: Expected, heads: frozenset[str], d
     unexpected = {
         n: s
         for n, s in found.unexpected.items()
-        if n not in heads and not (is_output_too and n.startswith(OUTPUT_EMBEDDINGS))
+        if n not in heads and not (is_output_too and n.startswith(OUTPUT_PREFIXES))
     }
     misshapen = {n: p for n, p in found.misshapen.items() if n not in heads or of_class}
     return Comparison(missing, unexpected, misshapen, found.asked)

@@ -14,11 +14,10 @@ from functools import cache
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.factors import alternatives, shared_names
+from converter.families.words import INNER_WRAPPERS, PEFT_PREFIX
 from converter.text import show
 
 _TOKENS = re.compile(r"^(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_delta(?P<tail>(?:\.[^.]+)*)$")
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_PREFIX = "base_model.model."
 _MODEL = "base_model."
 
 
@@ -104,17 +103,17 @@ def _shared(bare: str, names: frozenset[str]) -> str:
 
 def _bare(key: str, stripped: dict[str, None]) -> str:
     """The key without wrappers and without PEFT's prefix, however often it stands there."""
-    pieces = [p for p in key.split(".") if p not in _WRAPPERS]
+    pieces = [p for p in key.split(".") if p not in INNER_WRAPPERS]
     if len(pieces) != key.count(".") + 1:
-        stripped.update(dict.fromkeys(f"`{p}.`" for p in key.split(".") if p in _WRAPPERS))
+        stripped.update(dict.fromkeys(f"`{p}.`" for p in key.split(".") if p in INNER_WRAPPERS))
     bare = ".".join(pieces)
     while True:
         if bare.startswith("module."):
             stripped["`module.`"] = None
             bare = bare.removeprefix("module.")
-        elif bare.startswith(_PREFIX):
-            stripped[f"`{_PREFIX}`"] = None
-            bare = bare.removeprefix(_PREFIX)
+        elif bare.startswith(PEFT_PREFIX):
+            stripped[f"`{PEFT_PREFIX}`"] = None
+            bare = bare.removeprefix(PEFT_PREFIX)
         else:
             return bare
 

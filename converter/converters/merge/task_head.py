@@ -21,12 +21,11 @@ from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.memory_names import Classifier, without_numbers
+from converter.families.words import CLASSIFIERS, OUTPUT_MODULES
 from converter.text import fold, show
 
 TASK_SUFFIX = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 _BASE_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForTokenClassification", "Model")
-_OUTPUT_MODULES = frozenset({"lm_head", "embed_out"})
-_HEAD_MODULES = frozenset({"score", "classifier"})
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def is_new_head(module: Module, config: AdapterConfig, base_names: Collection[st
 
 def is_head(name: str) -> bool:
     """True for a tensor of a classification head, by the name of its outermost module."""
-    return name.split(".", maxsplit=1)[0] in _HEAD_MODULES
+    return name.split(".", maxsplit=1)[0] in CLASSIFIERS
 
 
 def _is_of_class(module: Module, trained: Classifier) -> bool:
@@ -78,8 +77,8 @@ def _looks_like_head(module: Module, config: AdapterConfig) -> bool:
     first = module.name.split(".")[0]
     return (
         config.task_type in TASK_SUFFIX
-        and first not in _OUTPUT_MODULES
-        and (first in config.modules_to_save or first in _HEAD_MODULES)
+        and first not in OUTPUT_MODULES
+        and (first in config.modules_to_save or first in CLASSIFIERS)
     )
 
 
@@ -124,7 +123,7 @@ def add_task_head(
     dropped = dict(checkpoint.dropped)
     kept: dict[str, LazyTensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        if _OUTPUT_MODULES & set(name.split(".")[:-1]):
+        if not set(OUTPUT_MODULES).isdisjoint(name.split(".")[:-1]):
             dropped[name] = "a reward model has no output embedding"
         elif trained is not None and not trained.has(names[name]):
             if name in touched:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from converter.errors import UsageError
 from converter.text import show
@@ -136,6 +137,11 @@ LOSSLESS = {
 """Dtypes that hold every value of another."""
 
 
+def widens(source: DType, dtype: DType) -> bool:
+    """True where every value of `source` is exactly one of `dtype`, another type."""
+    return dtype in LOSSLESS.get(source, ())
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """What a header says of a tensor: its element type and shape (`()` is a 0-d tensor of one element)."""
@@ -160,3 +166,30 @@ class TensorInfo:
             return None
         bits = self.numel // self.shape[0] * self.dtype.bits
         return bits // 8 if bits % 8 == 0 else None
+
+
+class _Described(Protocol):
+    @property
+    def info(self) -> TensorInfo: ...
+
+
+class Typed:
+    """The element type by its short name; a Cast has it as its own field."""
+
+    __slots__ = ()
+
+    @property
+    def dtype(self: _Described) -> DType:
+        """The type of the elements."""
+        return self.info.dtype
+
+
+class Shaped:
+    """The shape by its short name; a Reshape has it as its own field."""
+
+    __slots__ = ()
+
+    @property
+    def shape(self: _Described) -> tuple[int, ...]:
+        """The length of each dimension."""
+        return self.info.shape

@@ -14,43 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, assert_never
+from typing import assert_never
 
 from converter.core.tensors import kernel_specs
-from converter.core.tensors.dtypes import LOSSLESS, DType, TensorInfo
+from converter.core.tensors.dtypes import DType, Shaped, TensorInfo, Typed, widens
 from converter.core.tensors.kernel_specs import KernelSpec, Param
 from converter.errors import Refused
 
 
-class _Described(Protocol):
-    @property
-    def info(self) -> TensorInfo: ...
-
-
-class _Typed:
-    """The element type by its short name; a Cast has it as its own field."""
-
-    __slots__ = ()
-
-    @property
-    def dtype(self: _Described) -> DType:
-        """The type of the elements."""
-        return self.info.dtype
-
-
-class _Shaped:
-    """The shape by its short name; a Reshape has it as its own field."""
-
-    __slots__ = ()
-
-    @property
-    def shape(self: _Described) -> tuple[int, ...]:
-        """The length of each dimension."""
-        return self.info.shape
-
-
 @dataclass(frozen=True, slots=True)
-class Stored(_Typed, _Shaped):
+class Stored(Typed, Shaped):
     """Contiguous bytes of one file, row-major, little-endian."""
 
     info: TensorInfo
@@ -59,7 +32,7 @@ class Stored(_Typed, _Shaped):
 
 
 @dataclass(frozen=True, slots=True)
-class Strided(_Typed, _Shaped):
+class Strided(Typed, Shaped):
     """A saved view that is not contiguous: element `i` lies `sum(i * strides)` elements past `offset` (bytes)."""
 
     info: TensorInfo
@@ -69,7 +42,7 @@ class Strided(_Typed, _Shaped):
 
 
 @dataclass(frozen=True, slots=True)
-class Narrow(_Typed, _Shaped):
+class Narrow(Typed, Shaped):
     """`length` indices of dimension `dim` of `source`, from `start`."""
 
     source: LazyTensor
@@ -85,7 +58,7 @@ class Narrow(_Typed, _Shaped):
 
 
 @dataclass(frozen=True, slots=True)
-class Reshape(_Typed):
+class Reshape(Typed):
     """The same elements, row-major, in another shape."""
 
     source: LazyTensor
@@ -98,7 +71,7 @@ class Reshape(_Typed):
 
 
 @dataclass(frozen=True, slots=True)
-class Concat(_Typed, _Shaped):
+class Concat(Typed, Shaped):
     """Parts laid end to end along `dim`."""
 
     parts: tuple[LazyTensor, ...]
@@ -113,7 +86,7 @@ class Concat(_Typed, _Shaped):
 
 
 @dataclass(frozen=True, slots=True)
-class Cast(_Shaped):
+class Cast(Shaped):
     """The same values in another dtype, rounded to nearest even."""
 
     source: LazyTensor
@@ -126,7 +99,7 @@ class Cast(_Shaped):
 
 
 @dataclass(frozen=True, slots=True)
-class Filled(_Typed, _Shaped):
+class Filled(Typed, Shaped):
     """One value everywhere; never random."""
 
     info: TensorInfo
@@ -134,7 +107,7 @@ class Filled(_Typed, _Shaped):
 
 
 @dataclass(frozen=True, slots=True)
-class Apply(_Typed, _Shaped):
+class Apply(Typed, Shaped):
     """A named kernel on inputs; `params` are sorted pairs of JSON values. `info` is what its spec declares."""
 
     kernel: str
@@ -352,7 +325,7 @@ def cast(x: LazyTensor, dtype: DType) -> LazyTensor:
     if x.info.dtype is dtype:
         return x
     match x:
-        case Cast() if x.dtype in LOSSLESS.get(x.source.info.dtype, ()):
+        case Cast() if widens(x.source.info.dtype, x.dtype):
             return cast(x.source, dtype)
         case Filled() if x.value in (0, 1):
             return Filled(TensorInfo(dtype, x.info.shape), x.value)

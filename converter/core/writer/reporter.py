@@ -19,3 +19,19 @@ class Reporter(Protocol):
 
     def checking(self) -> None:
         """All is written; the check begins."""
+
+
+class Silent:
+    """Hears everything and says nothing."""
+
+    def start(self, total_bytes: int, shards: int) -> None:
+        """Nothing."""
+
+    def advance(self, count: int, tensor: str) -> None:
+        """Nothing."""
+
+    def shard_done(self, file: str, size: int, resumed: bool) -> None:
+        """Nothing."""
+
+    def checking(self) -> None:
+        """Nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from converter.converters.merge.asked_modules import modules_missing
 from converter.core.context import Context
 from converter.diagnostic import Next, Severity, completed
 from converter.errors import ConvertError, Refused, UsageError
@@ -12,11 +13,12 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Findin
 from converter.examine.diagnoses.commands import filling_command
 from converter.families.factors import alternatives, factor_in_name, factor_pairs, zero_factors
 from converter.families.family import family
+from converter.families.words import OUTPUT_MODULES, PEFT_PREFIX, without_wrappers
 from converter.sources.finding import sources
 from converter.sources.survey import StoredTensor
 from converter.text import fold, show
 
-_COPY = re.compile(r"(?:base_model\.model\.)+")
+_COPY = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})+")
 _EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.", re.ASCII)
 _NUMBER = re.compile(r"\.\d+", re.ASCII)
 
@@ -257,10 +259,24 @@ def adapter_targets_missing(case: Case, context: Context) -> Iterable[Finding]:
     """
     targets = case.adapter_config.get("target_modules")
     limits = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
-    if case.base is None or not isinstance(targets, list) or any(case.adapter_config.get(k) for k in limits):
+    if case.base is None:
+        return
+    dimensions = {n: len(i.shape) for n, i in case.base.shapes.items()}
+    lacks = tuple(modules_missing(case.shapes, case.adapter_config, dimensions, case.base.config))
+    if lacks:
+        yield Finding(
+            code="adapter-targets-missing",
+            severity="changes-numbers",
+            text=f"{len(lacks)} modules that adapter_config.json names are not in the adapter: {fold(lacks)}",
+            tensors=lacks,
+            evidence=(fold(lacks),),
+            recoverability="",
+        )
+        return
+    if not isinstance(targets, list) or any(case.adapter_config.get(k) for k in limits):
         return
     have = {_COPY.sub("", m["module"]) for n in case.shapes if (m := factor_in_name().match(n))}
-    named = [t for t in targets if isinstance(t, str) and "." not in t and t not in ("lm_head", "embed_out")]
+    named = [t for t in targets if isinstance(t, str) and "." not in t and t not in OUTPUT_MODULES]
     missing = [f"{t}: {got} of {wanted}" for t in named for got, wanted in _lacking(t, have, case, case.base)]
     if missing and have:
         listed = ", ".join(map(show, missing))
@@ -319,9 +335,9 @@ def adapter_keys_named(case: Case, context: Context) -> Iterable[Finding]:
         n
         for n in case.shapes
         if re.search(rf"\.(?:{alternatives()})\.[^.]+\.weight$", n)
-        or re.search(r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.", n)
-        or n.count("base_model.model.") > 1
-        or not n.startswith("base_model.model.")
+        or without_wrappers(n) != n
+        or n.count(PEFT_PREFIX) > 1
+        or not n.startswith(PEFT_PREFIX)
     )
     if odd and any(factor_in_name().match(n) for n in odd):
         text = f"{len(odd)} of {len(case.shapes)} keys are not as PEFT writes them, and PEFT would ignore them silently"

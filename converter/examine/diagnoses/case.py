@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,9 +19,8 @@ from converter.diagnostic import Command, Diagnostic, Severity, as_argument, spe
 from converter.errors import ConvertError, Refused
 from converter.examine.diagnoses.script import Launch
 from converter.families.plain_names import plain_names
-from converter.sources.base import SourceKind
 from converter.sources.finding import sources
-from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, Survey, file_names
+from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, SourceKind, StoredTensor, Survey, file_names
 from converter.text import fold, show
 
 T = TypeVar("T")
@@ -140,6 +139,11 @@ class Case:
     launch: Launch | None = None
     _json: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     _memos: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def changed(self, entries: dict[str, StoredTensor], config: Mapping[str, Any]) -> Case:
+        """The folder as it would be with other tensors and another config.json."""
+        survey = replace(self.survey, entries=entries)
+        return replace(self, survey=survey, _json={**self._json, MODEL_CONFIG: config}, _memos={})
 
     def once(self, key: str, compute: Callable[[Case], T]) -> T:
         """The value of `compute(case)`, computed at the first call: several diagnoses may share it.

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from converter.converters.heads.detect import head_like
-from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.diagnostic import Again, Command, Next, Steps, is_command
 from converter.examine.diagnoses.case import SEVERITIES, Case, Finding
 from converter.examine.diagnoses.commands import convert_command, role_word
+from converter.families.words import OUTPUT_PREFIXES
 
 _ECHOES: Mapping[str, frozenset[str]] = {
     "fsdp-flat": frozenset({"names-wrapped"}),
@@ -63,7 +63,7 @@ def _is_said(finding: Finding, every: Sequence[Finding]) -> bool:
 
 def is_of_head(name: str) -> bool:
     """True for a tensor of a head or an output embedding, by the first word of its name."""
-    return bool(head_like([name])) or name.startswith(OUTPUT_EMBEDDINGS)
+    return bool(head_like([name])) or name.startswith(OUTPUT_PREFIXES)
 
 
 def _explains(cause: Finding, echo: Finding) -> bool:

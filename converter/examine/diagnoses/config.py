@@ -15,12 +15,11 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosi
 from converter.examine.diagnoses.whole import is_vocabulary_alone
 from converter.families.family import family
 from converter.families.old_spellings import missing_spellings
+from converter.families.words import INPUT, NOT_TEXT, OUTPUT
 from converter.text import fold, show
 
 _CLASSIFIER = re.compile(r"For(?:Sequence|Token)Classification$")
 _WRAPPERS = re.compile(r"^(?:FSDP|DDP|Peft|DistributedDataParallel)\w+")
-_EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
-_OUTPUTS = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$|^(?:language_model\.|model\.)*output\.weight$")
 _MORE_ROWS = {"mllama_text_model": 8, "moshi": 1}
 """Input embeddings that have rows beyond the vocabulary by design, by model type.
 
@@ -190,11 +189,11 @@ def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
     wrong = [
         n
         for n, i in case.shapes.items()
-        if (_EMBEDDINGS.search(n) or _OUTPUTS.search(n))
+        if (INPUT.search(n) or OUTPUT.search(n))
         and len(i.shape) == 2
         and i.numel
         # One row is a value head under this name, as Megatron's saver writes it.
-        and i.shape[0] not in (grown if _EMBEDDINGS.search(n) else size, 1)
+        and i.shape[0] not in (grown if INPUT.search(n) else size, 1)
         and not is_part_of_vision(n)
     ]
     if wrong and is_vocabulary_alone(case):
@@ -215,7 +214,7 @@ def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
 
 def is_part_of_vision(name: str) -> bool:
     """True for tensors of an image or audio tower, whose embeddings are no vocabulary."""
-    return any(word in name for word in ("vision", "visual", "audio", "image", "vqmodel", "codec", "depth_decoder"))
+    return any(word in name for word in NOT_TEXT)
 
 
 @diagnosis("end-tokens-lost", "model")

@@ -17,11 +17,12 @@ from converter.examine.diagnoses.names import WRAPPER
 from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among
 from converter.families.factors import factor_in_name
 from converter.families.family import family, hidden_size
+from converter.families.words import HEAD_FILES, HEAD_MODULES, PEFT_PREFIX
 from converter.text import fold, show
 
-_HEAD = re.compile(r"(?:^|\.)(?:score|classifier|v_head|value_head|reward_head|score_head|rm_head)(?:\.|$)")
-_COPY = re.compile(r"(?:base_model\.model\.)+")
-_SIDECARS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
+_HEAD = re.compile(rf"(?:^|\.)(?:{'|'.join(HEAD_MODULES)})(?:\.|$)")
+_COPY = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})+")
+_SIDECARS = HEAD_FILES
 _LINEAR_BELOW = {"layoutlmv3": 10}
 """Labels below which the head of a token classifier is one layer, where it is two else.
 

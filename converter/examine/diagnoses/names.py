@@ -12,16 +12,15 @@ from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.families.disk_names import MemoryForm, memory_form
 from converter.families.plain_names import plain_names
+from converter.families.words import IN_PEFT, INNER_WRAPPERS, LORA_MATRIX_WORD, OUTER_WRAPPERS
 from converter.text import show
 
-WRAPPER = re.compile(
-    r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module|_forward_module)\."
-)
+WRAPPER = re.compile(rf"(?:^|\.)(?:{'|'.join(INNER_WRAPPERS)})\.|^(?:{'|'.join(OUTER_WRAPPERS)})\.")
 _ONE = re.compile(r"^(?P<layer>.+\.experts)\.\d+\.\w+(?:\.weight)?$", re.ASCII)
 _FUSED = re.compile(
     r"^(?P<layer>.+\.experts)\.(?:gate_up_proj|down_proj|gate_proj|up_proj|w[123])(?:\.weight)?$", re.ASCII
 )
-_UNMERGED = re.compile(r"\.(?:base_layer\.|lora_(?:A|B|embedding_A|embedding_B)\b|modules_to_save\.|original_module\.)")
+_UNMERGED = re.compile(rf"\.(?:(?:{'|'.join(IN_PEFT)})\.|(?:{LORA_MATRIX_WORD})\b)")
 
 
 @diagnosis("names-wrapped", "model")

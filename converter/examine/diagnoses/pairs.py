@@ -11,9 +11,9 @@ from converter.diagnostic import Command
 from converter.errors import Refused
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
 from converter.examine.diagnoses.config import is_part_of_vision
+from converter.families.words import input_embedding
 from converter.text import fold, show
 
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _TEMPLATE_BYTES = 1 << 20
 _LORA_KEYS = ("r", "lora_alpha", "target_modules", "base_model_name_or_path")
 
@@ -80,8 +80,8 @@ def pair_vocabulary(case: Case, context: Context) -> Iterable[Finding]:
 
 
 def _rows(case: Case) -> int | None:
-    named = {n: i for n, i in case.shapes.items() if n.endswith(_EMBEDDINGS) and not is_part_of_vision(n)}
-    return next((i.shape[0] for i in named.values() if i.numel), None)
+    name = input_embedding(n for n, i in case.shapes.items() if i.numel and not is_part_of_vision(n))
+    return None if name is None else case.shapes[name].shape[0]
 
 
 @diagnosis("pair-chat-template", "model", "adapter")

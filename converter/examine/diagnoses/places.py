@@ -11,13 +11,13 @@ from converter.converters.heads.detect import head_like
 from converter.diagnostic import as_argument
 from converter.examine.diagnoses.case import Case, Near
 from converter.families.factors import factor_in_name
+from converter.families.words import HEAD_FILES
 from converter.sources.finding import sources
 from converter.sources.survey import Survey
 
 MOST_READ = 8
 """Folders around one whose headers are read for a head."""
 
-_SIDECARS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
 _NUMBER = re.compile(r"\.\d+\.", re.ASCII)
 
 
@@ -64,7 +64,7 @@ def heads_in(survey: Survey) -> tuple[str, ...]:
     inside = [
         n for n in heads_among(survey.entries) if factor_in_name().match(n) is None and survey.entries[n].info.numel
     ]
-    beside = [f"{file}:{n}" for file, f in survey.beside.items() if file in _SIDECARS for n in f.tensors]
+    beside = [f"{file}:{n}" for file, f in survey.beside.items() if file in HEAD_FILES for n in f.tensors]
     return (*inside, *beside)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from converter.converters.heads.model import Reading
-from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.compute.evaluate import Evaluator, torch_dtype
 from converter.core.context import Context
 from converter.core.files.reading import InputFiles
@@ -23,6 +22,7 @@ from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note, spread
 from converter.examine.verify.values import Reference, apply_head, fp64, is_small, probe_batches, reading_inputs
 from converter.families.family import hidden_size
+from converter.families.words import OUTPUT_PREFIXES
 from converter.text import fold
 
 BLOCK = 1 << 22
@@ -75,7 +75,7 @@ def compare_backbones(here: Reading, there: Reading, context: Context, *, output
     """
     found = Compared()
     ours, theirs = here.checkpoint.tensors, there.checkpoint.tensors
-    passed = () if outputs and not here.family.tied else OUTPUT_EMBEDDINGS
+    passed = () if outputs and not here.family.tied else OUTPUT_PREFIXES
     found.only_here = [n for n in ours if n not in theirs and not n.startswith(passed)]
     found.only_there = [n for n in theirs if n not in ours and not n.startswith(passed)]
     inputs = {**reading_inputs(here), **reading_inputs(there)}

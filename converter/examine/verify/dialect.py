@@ -7,11 +7,12 @@ what the class in config.json asks for (`converters.heads.whole`).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from converter.converters.heads.detect import detect
 from converter.converters.heads.model import Linear, Mlp, Reading
-from converter.converters.heads.read import OUTPUT_EMBEDDINGS, read, values
+from converter.converters.heads.read import read, values
 from converter.converters.heads.whole import MISSHAPEN, MISSING, UNEXPECTED, judge
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ, Context
@@ -22,6 +23,7 @@ from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note
 from converter.examine.verify.config import check_config, check_normaliser, check_tokens
 from converter.families.family import family, hidden_size
+from converter.families.words import OUTPUT_PREFIXES, input_embedding
 from converter.text import fold, show
 
 _ROLES: tuple[Role, ...] = ("critic", "reward", "actor")
@@ -166,7 +168,7 @@ def _head_numbers(reading: Reading, context: Context) -> list[Check]:
 
 def _actor(checkpoint: Checkpoint, remedy: Command) -> list[Check]:
     kind = family(checkpoint.config)
-    if any(n.startswith(OUTPUT_EMBEDDINGS) for n in checkpoint.tensors) or kind.tied:
+    if any(n.startswith(OUTPUT_PREFIXES) for n in checkpoint.tensors) or kind.tied:
         return [holds("head", "output embedding there" if not kind.tied else "output embedding tied to the input's")]
     text = "there is no output embedding (lm_head): the policy would start with a random one"
     return [fails("head", "lm-head-missing", text, remedy.with_options("--base", "BASE"))]
@@ -200,18 +202,23 @@ def _names(checkpoint: Checkpoint, target: Target, context: Context, remedy: Com
 
 def _backbone(reading: Reading, target: Target, remedy: Command) -> list[Check]:
     """What a trainer's loader does with the embeddings and without an output embedding."""
-    found: list[Check] = []
     stored = {n: t.info.shape for n, t in reading.checkpoint.tensors.items()}
-    embeddings = [n for n in stored if n.startswith(OUTPUT_EMBEDDINGS)]
+    found = _vocabulary(stored, target, remedy)
+    embeddings = [n for n in stored if n.startswith(OUTPUT_PREFIXES)]
     spec = target.dialect.head_of(target.role)
     if spec is not None and spec.lm_head and not embeddings and not reading.family.tied:
         text = f"there is no lm_head: {target.words} starts it at random; values don't depend on it, a policy does"
         found.append(note("backbone", "lm-head-missing", text, remedy.with_options("--base", "BASE")))
-    rows = next((s[0] for n, s in stored.items() if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
-    if target.dialect.vocab_multiple > 1 and rows is not None and rows % target.dialect.vocab_multiple:
-        text = f"{rows} embedding rows are no multiple of {target.dialect.vocab_multiple}, to which the loader resizes"
-        found.append(fails("backbone", "vocabulary", text, remedy))
     return found
+
+
+def _vocabulary(stored: Mapping[str, tuple[int, ...]], target: Target, remedy: Command) -> list[Check]:
+    """The embedding's rows against the multiple to which a loader resizes before it reads the file."""
+    embedding, multiple = input_embedding(stored), target.dialect.vocab_multiple
+    if multiple <= 1 or embedding is None or stored[embedding][0] % multiple == 0:
+        return []
+    text = f"{stored[embedding][0]} embedding rows are not a multiple of {multiple}, to which the loader resizes"
+    return [fails("backbone", "vocabulary", text, remedy)]
 
 
 def role_of(checkpoint: Checkpoint, offered: frozenset[Role]) -> Role:

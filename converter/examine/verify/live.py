@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from converter.converters.heads.model import Reading, main_dtype
-from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.checkpoint import Checkpoint
 from converter.core.compute.evaluate import Evaluator, as_bytes
 from converter.core.files.reading import InputFiles
@@ -37,6 +36,7 @@ from converter.examine.verify.values import (
     probe_batches,
     reading_inputs,
 )
+from converter.families.words import BUFFERS, OUTPUT_PREFIXES, input_embedding
 from converter.text import fold, show
 
 PROBES = Path(__file__).parent / "probes"
@@ -211,21 +211,21 @@ def _backbone(report: Mapping[str, Any], reading: Reading) -> list[Check]:
     prefix = reading.family.prefix or ""
     files = {n.removeprefix(prefix): t for n, t in reading.checkpoint.tensors.items()}
     loaded = {n.removeprefix(prefix): t for n, t in report["backbone"].items()}
-    tied = next((n for n in files if n.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))), None)
+    tied = input_embedding(files)
     wrong, random = [], []
     with InputFiles(reading_inputs(reading)) as opened:
         evaluator = Evaluator(opened)
         for name, found in loaded.items():
             source = files.get(name)
-            if source is None and name.startswith(OUTPUT_EMBEDDINGS) and reading.family.tied and tied is not None:
+            if source is None and name.startswith(OUTPUT_PREFIXES) and reading.family.tied and tied is not None:
                 source = files[tied]
             if source is None:
                 random.append(name)
             elif digest(source, found["dtype"], evaluator) != found["sha256"]:
                 wrong.append(name)
-    absent = [n for n in files if n not in loaded and not n.startswith(OUTPUT_EMBEDDINGS)]
-    policy = [n for n in random if n.startswith(OUTPUT_EMBEDDINGS)]
-    random = [n for n in random if n not in policy and not n.endswith((".inv_freq", ".masked_bias", ".attn.bias"))]
+    absent = [n for n in files if n not in loaded and not n.startswith(OUTPUT_PREFIXES)]
+    policy = [n for n in random if n.startswith(OUTPUT_PREFIXES)]
+    random = [n for n in random if n not in policy and not n.endswith(BUFFERS)]
     checks = []
     if wrong:
         checks.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -37,3 +38,8 @@ def allowing(names: Sequence[str]) -> AbstractContextManager[object]:
     from converter.core.formats.pickle_names import allowing_names
 
     return allowing_names(names)
+
+
+def threads() -> int:
+    """One a core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -96,13 +96,15 @@ def expect_sound(asked: RepairRequest, mends: Mends, only: frozenset[str] | None
     Raises:
         Refused: there is an error, of the codes in `only` if given, that would be in the output; under its code.
     """
+    from converter.recipe.verbs.repair_mends import LORA_ALPHA
+
     left = [f for f in mends.unmended if only is None or f.code in only]
     if not left:
         return
     others = [f.code for f in left[1:]]
     more = f" (and {', '.join(others)})" if others else ""
     needed = dict(mends.left).get(left[0].code)
-    expected = None if needed is None else needed if needed.startswith("--") else f"--allow {needed}"
+    expected = needed if needed in (None, LORA_ALPHA) else f"--allow {needed}"
     raise Refused(left[0].code, left[0].text + more, where=show(asked.src), expected=expected, next=left[0].next)
 
 

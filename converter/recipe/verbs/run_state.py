@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from converter.diagnostic import Again
 from converter.errors import ConvertError
 
 if TYPE_CHECKING:
     from converter.sources.places import Place
+
+T = TypeVar("T")
 
 NEEDS_BASE = frozenset({"base-needed", "config-missing", "head-base-lost"})
 """Refusals that a base model may answer."""
@@ -35,7 +37,7 @@ def place_of(root: Path, asked: str, *, tag: str | None, part: str | None) -> tu
     return find_place(root, asked, tag=tag), part
 
 
-def with_recorded_base(attempt: Callable[[bool], int], *, given: bool) -> int:
+def with_recorded_base(attempt: Callable[[bool], T], *, given: bool) -> T:
     """The attempt, and where only a base is missing, another with the one that the run's adapter config records.
 
     Args:

@@ -12,7 +12,6 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.files.opening import read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.core.side_files import find_side_files
-from converter.sources.base import SourceKind
 from converter.sources.hf.source import (
     CONFIG,
     identities_of,
@@ -24,7 +23,7 @@ from converter.sources.hf.source import (
     shared_metadata,
     stored_path,
 )
-from converter.sources.survey import Survey, file_names, is_weights_of_model
+from converter.sources.survey import SourceKind, Survey, file_names, is_weights_of_model
 
 FOLDER = "modeling"
 

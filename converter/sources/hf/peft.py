@@ -11,11 +11,10 @@ from converter.core.formats.weight_file import WeightFile, read_weights
 from converter.core.side_files import find_side_files
 from converter.errors import Refused, UsageError
 from converter.sources import survey as folder
-from converter.sources.base import SourceKind
 from converter.sources.hf.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.hf.source import identities_of, lazy, origin, parse_config, stored_path
 from converter.sources.hub.names import as_reference
-from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers
+from converter.sources.survey import Fault, SourceKind, StoredTensor, Survey, file_names, folder_kind, leftovers
 from converter.text import show
 
 WEIGHTS = folder.ADAPTER_WEIGHTS
