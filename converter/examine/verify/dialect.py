@@ -191,7 +191,8 @@ def _names(checkpoint: Checkpoint, target: Target, context: Context, remedy: Com
         text = found.words(code)
         if code == MISSING and target.dialect.container == "torch":
             text += "; they would be uninitialised memory"
-        checks.append(fails("backbone", _CODES[code], text, remedy))
+        named = _CODES[code]
+        checks.append(fails("backbone", named, text, remedy))
     if not checks:
         count = found.comparison.asked
         assert found.wanted is not None
