@@ -13,7 +13,7 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Findin
 from converter.examine.diagnoses.commands import filling_command
 from converter.families.factors import alternatives, factor_in_name, factor_pairs, zero_factors
 from converter.families.family import family
-from converter.families.words import OUTPUT_MODULES, PEFT_PREFIX, without_wrappers
+from converter.families.words import LORA_MAGNITUDE, OUTPUT_MODULES, PEFT_PREFIX, without_wrappers
 from converter.sources.finding import sources
 from converter.sources.survey import StoredTensor
 from converter.text import fold, show
@@ -220,12 +220,19 @@ def _is_zero(entry: StoredTensor, context: Context) -> bool:
 
 
 def _halves(case: Case) -> tuple[tuple[str, ...], int]:
-    """Modules with one factor only, and how many there are."""
+    """Modules that lack one of their factors, and how many modules there are."""
     found: dict[str, set[str]] = {}
     for name in case.shapes:
         if match := factor_in_name().match(name):
             found.setdefault(match["module"], set()).add(match["kind"])
-    alone = [m for m, kinds in found.items() if any(len(kinds & set(pair)) == 1 for pair in factor_pairs())]
+    has_magnitude = case.adapter_config.get("use_dora") is True
+
+    def is_half(kinds: set[str]) -> bool:
+        """One factor of a pair, or DoRA's magnitude without factors, or factors without it."""
+        lacks = has_magnitude and (LORA_MAGNITUDE in kinds) != bool(kinds - {LORA_MAGNITUDE})
+        return lacks or any(len(kinds & set(pair)) == 1 for pair in factor_pairs())
+
+    alone = [m for m, kinds in found.items() if is_half(kinds)]
     return tuple(sorted(alone)), len(found)
 
 
@@ -236,7 +243,8 @@ def adapter_half(case: Case, context: Context) -> Iterable[Finding]:
     """
     alone, count = _halves(case)
     if alone:
-        text = f"{len(alone)} of {count} modules have one LoRA factor only: {fold(alone)}"
+        what = "lack a LoRA factor" if case.adapter_config.get("use_dora") is True else "have one LoRA factor only"
+        text = f"{len(alone)} of {count} modules {what}: {fold(alone)}"
         places = case.training_near()
         found = f"from {places[0].asked}" if places else LOST
         yield Finding(

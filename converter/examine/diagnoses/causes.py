@@ -57,8 +57,15 @@ def _is_said(finding: Finding, every: Sequence[Finding]) -> bool:
     """True where other findings name every one of its tensors."""
     others = [f for f in every if f.code not in _SAME_TENSORS]
     named = {n for f in others if f.severity != "cosmetic" or f.code in _OTHER_NAMES for n in f.tensors}
+    behind = {end for f in others if f.code in _OTHER_NAMES for n in f.tensors for end in _ends(n)}
     heads = any(f.code in _NAMES_THE_HEAD for f in others)
-    return all(n in named or (heads and is_of_head(n)) for n in finding.tensors)
+    return all(n in named or n in behind or (heads and is_of_head(n)) for n in finding.tensors)
+
+
+def _ends(name: str) -> list[str]:
+    """What a name is without its first words: the model's own, behind a prefix."""
+    words = name.split(".")
+    return [".".join(words[at:]) for at in range(1, len(words))]
 
 
 def is_of_head(name: str) -> bool:

@@ -9,7 +9,7 @@ from converter.core.context import Context
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.config import architecture, is_classifier
 from converter.examine.diagnoses.places import heads_among
-from converter.families.ties import Tie, is_said, stored_pair, tie_word, ties, version
+from converter.families.ties import Tie, is_output, is_said, stored_pair, tie_word, ties, version
 from converter.families.words import OUTPUTS, input_embedding
 from converter.text import show
 
@@ -27,7 +27,9 @@ def output_embedding_missing(case: Case, context: Context) -> Iterable[Finding]:
     inputs = inputs or _input(case)
     if not architecture(case).endswith(("ForCausalLM", "LMHeadModel")) or tie_word(case.config) is not False:
         return
-    if inputs is not None and outputs is None and not _is_named_otherwise(case, inputs):
+    if outputs is not None or heads_among(case.shapes) or any(is_output(n) for n in stored):
+        return
+    if inputs is not None and not _is_named_otherwise(case, inputs):
         text = f"tie_word_embeddings is false and there is no output embedding; {show(inputs)} is there"
         yield Finding(
             code="output-embedding-missing",
