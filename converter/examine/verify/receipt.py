@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from converter.core.files.names import RECEIPT
 from converter.core.files.strict_json import load_json
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note
+from converter.examine.verify.checksums import check_checksums
 from converter.text import fold, show
 
 
-def check_receipt(root: Path, header_names: frozenset[str]) -> list[Check]:
-    """Whether the tensors that `rlhf-convert.json` counts and measures are those that are here.
+def check_receipt(root: Path, names: frozenset[str], tensors: Callable[[], Mapping[str, LazyTensor]]) -> list[Check]:
+    """Whether the tensors that `rlhf-convert.json` counts, measures and has checksums of are those that are here.
 
     A folder without a receipt gets a note: it was not made by this tool, or the receipt was taken away.
+
+    Args:
+        names: of the folder's tensors.
+        tensors: gives them as they lie on disk; called where a file is not as it was written.
     """
     path = root / RECEIPT
     if not path.is_file():
@@ -27,7 +33,8 @@ def check_receipt(root: Path, header_names: frozenset[str]) -> list[Check]:
         return [fails("receipt", "receipt-broken", f"{RECEIPT}: {error.what}")]
     if not isinstance(receipt, dict):
         return [fails("receipt", "receipt-broken", f"{RECEIPT} is no JSON object")]
-    return _tensors(receipt, header_names) or [holds("receipt", _made(receipt))]
+    counted = _tensors(receipt, names) or [holds("receipt", _made(receipt))]
+    return [*counted, *check_checksums(root, receipt, tensors)]
 
 
 def _made(receipt: Mapping[str, Any]) -> str:

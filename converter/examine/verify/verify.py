@@ -149,8 +149,8 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
         text = f"this is {'an adapter' if checkpoint.origin.kind == 'adapter' else 'a training state'}, not a model"
         return Verified(aim, [fails("files", "not-a-model", text, remedy)], [])
     verdict = check_for(checkpoint, aim, context, remedy=_remedy(asked, aim))
-    names = {*checkpoint.tensors, *(n for tensors in checkpoint.beside.values() for n in tensors)}
-    checks = [*verdict.checks, *check_receipt(root, frozenset(names))]
+    stored = {**checkpoint.tensors, **{n: t for held in checkpoint.beside.values() for n, t in held.items()}}
+    checks = [*verdict.checks, *check_receipt(root, frozenset(stored), lambda: stored)]
     reading, there = verdict.reading, None
     table: list[dict[str, Any]] = []
     if asked.against is not None:
