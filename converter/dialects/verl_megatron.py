@@ -13,7 +13,7 @@ DIALECT = Dialect(
     refused="verl's Megatron loader takes the first of lm_head, reward_head and score, and its saver writes the value "
     "head as lm_head [1, h], or, where embeddings are tied, not at all: such a folder can't be told from a broken "
     "causal model. Use verl's FSDP critic (--to verl)",
-    marks=(Marks(("reward_head.weight",)), Marks(("lm_head.weight",), rows=1)),
+    marks=(Marks(("lm_head.weight",), rows=1),),
     serves=(Serves("verl-megatron", ("reward", "critic"), "0.9.1", "0.9.1"),),
     evidence=(Evidence("source", "verl/models/mcore/loader.py and saver.py:449-460 of 0.9.1"),),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from converter.cli.options import Display
 from converter.core.files import sparse
-from converter.diagnostic import Next
+from converter.diagnostic import Command, Next, as_argument
 from converter.dialects.known import Target
 from converter.errors import UsageError, VerificationFailed
 from converter.examine.verify.check import Check, failed
@@ -65,7 +65,8 @@ def _expect_sense(asked: VerifyRequest) -> None:
 def _next(asked: VerifyRequest, aim: Target, broken: list[Check]) -> list[Next]:
     """What mends it; or the trainer's launch line and its traps."""
     if broken:
-        return list(dict.fromkeys(c.next for c in broken if c.next))
+        look = Command("doctor", (as_argument(asked.folder),))
+        return list(dict.fromkeys(c.next for c in broken if c.next)) or [look]
     from converter.sources.hub.names import as_reference, hub_name
 
     path = asked.folder if asked.folder.startswith(("/", ".", "~")) else f"./{asked.folder}"
