@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from converter.cli.options import Display
 from converter.core.files import sparse
-from converter.diagnostic import Command, Next, as_argument
+from converter.diagnostic import Command, Next, as_argument, commands
 from converter.dialects.known import Target
 from converter.errors import UsageError, VerificationFailed
 from converter.examine.verify.check import Check, failed
@@ -27,12 +27,12 @@ def verify(asked: VerifyRequest, options: Display) -> int:
         from converter.examine.verify.pairs import table_lines
 
         sink.screen(table_lines(found.table))
-    commands = _next(asked, found.aim, broken)
+    following = _next(asked, found.aim, broken)
     verdict = "verified" if not broken else f"{len(broken)} of {len(found.checks)} checks fail"
     sink.screen([verdict])
     from converter.cli.lines import next_lines
 
-    sink.screen(next_lines(commands))
+    sink.screen(next_lines(following))
     sink.json(
         {
             "folder": asked.folder,
@@ -41,7 +41,7 @@ def verify(asked: VerifyRequest, options: Display) -> int:
             "verified": not broken,
             "checks": [c.to_json() for c in found.checks],
             "pairs": found.table,
-            "next": list(map(str, commands)),
+            "next": list(map(str, following)),
         }
     )
     return VerificationFailed.exit_code if broken else 0
@@ -66,7 +66,8 @@ def _next(asked: VerifyRequest, aim: Target, broken: list[Check]) -> list[Next]:
     """What mends it; or the trainer's launch line and its traps."""
     if broken:
         look = Command("doctor", (as_argument(asked.folder),))
-        return list(dict.fromkeys(c.next for c in broken if c.next)) or [look]
+        found = list(dict.fromkeys(c.next for c in broken if c.next))
+        return found if any(map(commands, found)) else [*found, look]
     from converter.sources.hub.names import as_reference, hub_name
 
     path = asked.folder if asked.folder.startswith(("/", ".", "~")) else f"./{asked.folder}"
