@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
-from converter.cli.options import Conversion
+from converter.cli import lines as report
+from converter.cli.options import Conversion as Flags
 from converter.cli.run.folder import convert
 from converter.recipe.recipe import SOURCE
-from converter.recipe.verbs.merge import MergeRequest, merge_recipe, refuse_swapped
+from converter.recipe.verbs.merge import MergeRequest, merge_lora, merge_recipe, refuse_swapped
 
 if TYPE_CHECKING:
-    from converter.recipe.run import Prepared
+    from converter.recipe.recipe import Recipe
+    from converter.recipe.verbs.conversion import Conversion
 
 
-def merge(asked: MergeRequest, out: str | None, options: Conversion) -> int:
+def merge(asked: MergeRequest, out: str | None, options: Flags) -> int:
     """Merge adapters into their base."""
-    refuse_swapped(asked, out)
-    return convert(merge_recipe(asked, options.plain), out, options, input_lines=input_lines)
+
+    def recipe() -> Recipe:
+        refuse_swapped(asked, out)
+        return merge_recipe(asked, options.plain)
+
+    convert(of_request(asked, out), out, options, recipe=recipe, input_lines=input_lines)
+    return 0
 
 
-def input_lines(prepared: Prepared) -> list[str]:
+def of_request(asked: MergeRequest, out: str | None) -> functools.partial[Conversion]:
+    """The function with its own arguments."""
+    return functools.partial(
+        merge_lora, asked.adapter, out, base=asked.base, adapters=asked.more, weights=asked.weights,
+        numerics=asked.numerics, base_is_residual=asked.base_is_residual,
+    )  # fmt: skip
+
+
+def input_lines(planned: Conversion) -> list[str]:
     """The screen's lines about adapters and base."""
-    from converter.cli import lines as report
-
-    adapters = [report.adapter_line(c) for name, c in prepared.opened.items() if name != SOURCE]
-    return [*adapters, report.base_line("base", prepared.opened[SOURCE], recorded=SOURCE in prepared.recorded)]
+    opened, recorded = planned.prepared.opened, planned.prepared.recorded
+    adapters = [report.adapter_line(c) for name, c in opened.items() if name != SOURCE]
+    return [*adapters, report.base_line("base", opened[SOURCE], recorded=SOURCE in recorded)]
