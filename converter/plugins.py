@@ -14,7 +14,8 @@ CONVERTERS = "rlhf_convert.converters"
 KERNELS = "rlhf_convert.kernels"
 DIAGNOSES = "rlhf_convert.diagnoses"
 DIALECTS = "rlhf_convert.dialects"
-GROUPS = (SOURCES, CONVERTERS, KERNELS, DIAGNOSES, DIALECTS)
+METHODS = "rlhf_convert.methods"
+GROUPS = (SOURCES, CONVERTERS, METHODS, KERNELS, DIAGNOSES, DIALECTS)
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class PlugIn:
 
     @property
     def kind(self) -> str:
-        """`source`, `converter` or `kernel`."""
-        return self.group.rpartition(".")[2].removesuffix("s")
+        """`source`, `converter`, `method`, `kernel`, `diagnose` (as release 0.1.0 says in JSON) or `dialect`."""
+        name = self.group.rpartition(".")[2]
+        return name.removesuffix("s")
 
 
 def plug_ins(groups: Sequence[str] = GROUPS) -> list[PlugIn]:

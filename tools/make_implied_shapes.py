@@ -27,7 +27,7 @@ import transformers  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from transformers.models.auto import modeling_auto as auto  # noqa: E402
 
-from converter.families import implied  # noqa: E402
+from converter.families import implied, on_meta  # noqa: E402
 
 OUT = Path(implied.__file__).with_name("implied_shapes.json")
 FAMILIES = """
@@ -161,8 +161,15 @@ def _entry(kind: str, cls: Any) -> dict[str, Any] | None:
         "tied": tied,
         "defaults": {f: default[f] for f in sorted(used) if _is_default(kind, f, default.get(f))},
         "assumes": {},
+        "passes": _passes(cls, configs[0]),
         "tensors": rows,
     }
+
+
+def _passes(cls: Any, config: Any) -> list[str]:
+    """Patterns of names that a load passes over, where they are too many: as the program of `on_meta` has them."""
+    with torch.device("meta"):
+        return on_meta._passes_unexpected(cls(config))
 
 
 def _is_default(kind: str, field: str, value: Any) -> bool:

@@ -52,6 +52,7 @@ class Origin:
         revision: the Hub commit, where known.
         header_digest: sha256 over the shards' header bytes in file order, hexadecimal.
         stored_format: container of the tensors, `safetensors`, or the trainer's layout in words.
+        ends_recorded: the files record how large each tensor is; where they don't, pieces at its end may be missing.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Origin:
     revision: str | None
     header_digest: str
     stored_format: str
+    ends_recorded: bool = True
 
 
 @dataclass(frozen=True)

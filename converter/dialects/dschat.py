@@ -16,7 +16,17 @@ DIALECT = Dialect(
     pooling="last-non-pad",
     vocab_multiple=8,
     marks=(Marks(("v_head.weight",), backbone="rwtransformer."),),
-    serves=(Serves("deepspeed-chat", ("reward", "critic"), launch="main.py --critic_model_name_or_path {out}"),),
+    wrapped=(("rwtransformer.", "DeepSpeed-Chat's reward model"),),
+    serves=(
+        Serves(
+            "deepspeed-chat",
+            ("reward", "critic"),
+            launch="main.py --critic_model_name_or_path {out}",
+            pins_transformers="4",
+            launch_options=("actor_model_name_or_path", "critic_model_name_or_path"),
+            launch_roles=(("critic_model_name_or_path", "critic"), ("actor_model_name_or_path", "actor")),
+        ),
+    ),
     evidence=(
         Evidence("experiment", "dschat of DeepSpeedExamples: create_critic_model, RewardModel, save_hf_format"),
         Evidence(

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from converter.diagnostic import Again, Command
-from converter.dialects.spec import Dialect, Role, Serves
+from converter.dialects.spec import FAMILY_CLASSES, Dialect, Role, Serves
 from converter.errors import Refused, UsageError
 from converter.text import show
 
@@ -73,6 +73,28 @@ class Target:
 def trainers(role: Role | None = None) -> list[str]:
     """Names that `--to` takes, in alphabetical order."""
     return sorted({s.trainer for d in dialects().values() for s in d.serves if role is None or role in s.roles})
+
+
+def entries_of(trainer: str | None) -> list[Serves]:
+    """Everything that is known of a trainer: its entries in all dialects."""
+    return [s for d in dialects().values() for s in d.serves if s.trainer == trainer]
+
+
+def own_classes() -> frozenset[str]:
+    """Classes that trainers build on the fly and name in `architectures`; transformers has none of them."""
+    rules = [d.config for d in dialects().values()]
+    named = {name for each in rules for name in (each.reward, each.critic)}
+    return frozenset(n for n in named if n not in FAMILY_CLASSES and "{" not in n)
+
+
+def probe_of(trainer: str) -> str:
+    """The script that runs a trainer's own loader; empty where there is none."""
+    return next((s.probe for s in entries_of(trainer) if s.probe), "")
+
+
+def probed() -> list[str]:
+    """Trainers whose loader can be run, in alphabetical order."""
+    return sorted({s.trainer for d in dialects().values() for s in d.serves if s.probe})
 
 
 def target(text: str, role: Role) -> Target:

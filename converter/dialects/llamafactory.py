@@ -25,6 +25,8 @@ DIALECT = Dialect(
     ),
     config=ConfigRules(reward="causal", critic="causal"),
     marks=(Marks((), beside=("value_head.safetensors", "value_head.bin")),),
+    maker="LLaMA-Factory",
+    files_of_its_own=("value_head.safetensors", "value_head.bin", "trainer_log.jsonl", "llamaboard_config.yaml"),
     serves=(
         Serves(
             "llamafactory",
@@ -32,8 +34,21 @@ DIALECT = Dialect(
             "0.9.3",
             "0.9.5",
             launch="stage: ppo, reward_model_type: full, reward_model: {out}",
+            reads_adapters=True,
+            pins_transformers="4",
+            launch_marks=(r"(?:.*/)?(?:llamafactory-cli|lmf)", r".*LLaMA-Factory.*train\w*\.py"),
+            launch_keys=("stage", "finetuning_type", "template"),
+            launch_roles=(("reward_model", "reward"), ("model_name_or_path", "actor")),
+            probe="probe_llamafactory.py",
         ),
-        Serves("llamafactory", ("critic",), "0.9.3", "0.9.5", launch="stage: ppo, model_name_or_path: {out}"),
+        Serves(
+            "llamafactory",
+            ("critic",),
+            "0.9.3",
+            "0.9.5",
+            launch="stage: ppo, model_name_or_path: {out}",
+            reads_adapters=True,
+        ),
     ),
     evidence=(
         Evidence(

@@ -18,6 +18,7 @@ DIALECT = Dialect(
     ),
     alignment="drop-last",
     normaliser="mean-std",
+    class_says=True,
     marks=(
         Marks(("score.weight",), without=("score.bias", "score.0.weight"), classes=("RewardModel", "CriticModel")),
         Marks(
@@ -50,6 +51,16 @@ DIALECT = Dialect(
             "0.11.0",
             "0.11.2",
             launch="python -m openrlhf.cli.train_ppo_ray --critic.model_name_or_path {out}",
+            launch_marks=(r"openrlhf\.cli\.\w+", r"openrlhf/cli/\w+\.py"),
+            launch_roles=(
+                ("reward_pretrain", "reward"),
+                ("critic_pretrain", "critic"),
+                ("pretrain", "actor"),
+                ("reward.model_name_or_path", "reward"),
+                ("critic.model_name_or_path", "critic"),
+                ("actor.model_name_or_path", "actor"),
+            ),
+            probe="probe_openrlhf.py",
         ),
     ),
     evidence=(

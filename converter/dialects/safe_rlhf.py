@@ -24,6 +24,8 @@ DIALECT = Dialect(
             "mean",
             "var",
         ),
+        rows_key="score_dim",
+        role_key="score_type",
     ),
     backbone="{P}",
     normaliser="mean-var",
@@ -31,7 +33,13 @@ DIALECT = Dialect(
     families=("llama", "bloom", "opt", "gpt2", "gptj", "gpt_neo", "gpt_neox"),
     marks=(Marks(("score_head.weight",)),),
     serves=(
-        Serves("safe-rlhf", ("reward",), keeps_mean=True, launch="--reward_model_name_or_path {out}"),
+        Serves(
+            "safe-rlhf",
+            ("reward",),
+            keeps_mean=True,
+            launch="--reward_model_name_or_path {out}",
+            probe="probe_safe_rlhf.py",
+        ),
         Serves("safe-rlhf", ("critic",), keeps_mean=True, launch="--reward_critic_model_name_or_path {out}"),
     ),
     evidence=(

@@ -11,6 +11,7 @@ DIALECT = Dialect(
     critic=None,
     pooling="last-non-pad",
     writable=False,
+    class_says=True,
     marks=(Marks(("score.0.weight", "score.2.weight")),),
     evidence=(
         Evidence("experiment", "INFORM's class as vendored in rewardbench"),

@@ -13,7 +13,11 @@ DIALECT = Dialect(
     alignment="drop-last",
     marks=(),
     same_as="openrlhf-old",
-    serves=(Serves("skyrl", ("critic",), "0.3.0", "0.3.0", launch="trainer.critic.model.path={out}"),),
+    serves=(
+        Serves(
+            "skyrl", ("critic",), "0.3.0", "0.3.0", launch="trainer.critic.model.path={out}", probe="probe_skyrl.py"
+        ),
+    ),
     evidence=(Evidence("experiment", "SkyRL 0.3.0, model_wrapper.py:407-640"),),
     traps=("the trainer's algorithm.value_head_prefix must be value_head; config.json is not asked",),
 )

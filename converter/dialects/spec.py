@@ -52,10 +52,12 @@ class HeadSpec:
         stem_in_file: names in that file, where they are others than `stem`; empty: `weight` and `bias` alone.
         lm_head: the model is a causal one, with its output embedding.
         missing: what the loader does where the head is missing or has another name.
+        bias_from_zero: a bias that is missing starts at zero, which is what it is in models without one.
     """
 
     stem: str
     bias: Bias = "never"
+    bias_from_zero: bool = False
     kind: HeadKind = "linear"
     width: int = 0
     file: str | None = None
@@ -63,6 +65,10 @@ class HeadSpec:
     stem_in_file: str | None = None
     lm_head: bool = False
     missing: str = "random, with a warning"
+
+
+FAMILY_CLASSES = frozenset({"seqcls", "tokcls", "causal"})
+"""Words that stand for a family's own class in `ConfigRules`."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class ConfigRules:
         drops: keys that must not be there.
         numbers: keys of which a trainer saved the number as a string, on which others fail.
         pad: the loader finds the scored token by `pad_token_id`.
+        rows_key, role_key: keys that hold the head's number of rows, and the role; empty: there is none.
     """
 
     reward: str = "seqcls"
@@ -89,6 +96,8 @@ class ConfigRules:
     drops: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
     pad: bool = False
+    rows_key: str = ""
+    role_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,19 @@ class Serves:
         launch: what to type; `{out}` is the folder.
         refused: this version can't use such a model at all, and why.
         traps: what goes wrong with this trainer, though not with others that read the dialect.
+        goes_by_class: what it does to a folder whose `architectures` names another class, where it looks there.
+        sets_labels: it loads with one label, whatever the config says.
+        reads_adapters: it loads an adapter's folder with the base that the adapter records.
+        leaves_heads: it hands an adapter's folder to `from_pretrained`, which puts LoRA on the recorded base. The head
+            that the adapter brings stays among the unexpected keys in transformers 5.15, and is read in 5.23.
+        pins_transformers: the major version of transformers that the trainer asks for, where it pins one. This and what
+            follows is of the trainer as a whole: it stands in one of its entries, and is found from all.
+        launch_marks: regular expressions of which a word of a command line matches one in full: it starts the trainer.
+        launch_options: options that together give it away, where no word does.
+        launch_keys: keys of a YAML file of which one gives it away.
+        launch_roles: options that name a model's folder, and what it is used as.
+        probe: the script that runs the trainer's own loader: a file of `examine/verify/probes`, or a module of the
+            package that the dialect is from (`my_package.probe_mine`).
     """
 
     trainer: str
@@ -137,6 +159,16 @@ class Serves:
     launch: str = ""
     refused: str = ""
     traps: tuple[str, ...] = ()
+    goes_by_class: str = ""
+    sets_labels: bool = False
+    reads_adapters: bool = False
+    leaves_heads: bool = False
+    pins_transformers: str = ""
+    launch_marks: tuple[str, ...] = ()
+    launch_options: tuple[str, ...] = ()
+    launch_keys: tuple[str, ...] = ()
+    launch_roles: tuple[tuple[str, Role], ...] = ()
+    probe: str = ""
 
     def launch_line(self, path: str) -> str:
         """The line to type, with the folder as a word of a shell or of Python; empty where none is known."""
@@ -164,6 +196,11 @@ class Dialect:
         refused: recognised, and neither read nor written, and why.
         writable: can be written.
         traps: what goes wrong with every trainer that reads it, although the files are right.
+        maker: who saves such folders, as they spell it; needed where there are files of its own.
+        files_of_its_own: files that this maker alone leaves beside weights, or in a run's folder.
+        wrapped: what the names of the training state begin with, of which no model's names do, and whose they are.
+        class_says: `architectures` names the class, so that there is nothing to say of whose the folder is.
+        mostly_critic: a folder is taken for a critic unless its class says otherwise.
     """
 
     name: str
@@ -191,6 +228,11 @@ class Dialect:
     refused: str = ""
     writable: bool = True
     traps: tuple[str, ...] = ()
+    maker: str = ""
+    files_of_its_own: tuple[str, ...] = ()
+    wrapped: tuple[tuple[str, str], ...] = ()
+    class_says: bool = False
+    mostly_critic: bool = False
 
     @property
     def head(self) -> HeadSpec:

@@ -12,7 +12,16 @@ DIALECT = Dialect(
     config=ConfigRules(labels=True, pad=True),
     families=("llama", "mistral"),
     same_as="hf-seqcls",
-    serves=(Serves("torchtune", ("reward", "critic"), "0.6.1", "0.6.1", launch="checkpointer.checkpoint_dir={out}"),),
+    serves=(
+        Serves(
+            "torchtune",
+            ("reward", "critic"),
+            "0.6.1",
+            "0.6.1",
+            launch="checkpointer.checkpoint_dir={out}",
+            probe="probe_torchtune.py",
+        ),
+    ),
     evidence=(
         Evidence("experiment", "torchtune 0.6.1: score.weight becomes output.weight, score.bias is skipped silently"),
     ),

@@ -19,6 +19,12 @@ DIALECT = Dialect(
             without=("v_head.summary.0.weight",),
         ),
     ),
+    wrapped=(
+        ("pretrained_model.", "TRL's wrapper with a value head"),
+        ("policy.", "TRL's PPO wrapper"),
+        ("value_model.", "TRL's PPO wrapper"),
+    ),
+    mostly_critic=True,
     serves=(
         Serves(
             "trl-valuehead",
@@ -26,6 +32,7 @@ DIALECT = Dialect(
             "0.4",
             "1.12.0",
             launch="AutoModelForCausalLMWithValueHead.from_pretrained({out!r})",
+            probe="probe_trl_valuehead.py",
         ),
         Serves(
             "trl-valuehead",

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 from converter.core.context import Context
 from converter.core.files import sparse
@@ -40,7 +41,6 @@ MOST_LISTED = 4000
 
 _RUN_FOLDER = re.compile(r"(?:tmp-)?(?:checkpoint|global_step|step|epoch|iter)[-_]?\d+(?:_hf)?", re.ASCII)
 _WORD = re.compile(r"[A-Za-z]{2,}", re.ASCII)
-_KINDS: Mapping[str, Kind] = {"hf": "model", "peft": "adapter", "unread": "unread"}
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,17 @@ def diagnoses() -> Mapping[str, Diagnosis]:
     """Every diagnosis by its code, ours and strangers'."""
     found: dict[str, Diagnosis] = {}
     for value in loaded(DIAGNOSES):
-        for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, Diagnosis):
-                found[each.code] = each
+        for each in _diagnoses_of(value):
+            found[each.code] = each
     return found
+
+
+def _diagnoses_of(value: object) -> list[Diagnosis]:
+    """What an entry point names: a module with all its diagnoses, in their order there, some of them, or one."""
+    if isinstance(value, ModuleType):
+        inside = [v for v in vars(value).values() if isinstance(v, Diagnosis)]
+        return [d for d in inside if d.find.__module__ == value.__name__]
+    return [d for d in (value if isinstance(value, tuple) else (value,)) if isinstance(d, Diagnosis)]
 
 
 def examine(asked: DoctorRequest) -> Report:
@@ -153,7 +160,7 @@ def _what(root: Path, asked: str, *, deep: bool = False) -> tuple[str | None, Ki
         why = source.detect(root)
         if why:
             survey = _survey(source, root, deep=deep)
-            kind = _KINDS.get(name, "training")
+            kind: Kind = source.kind
             if kind in ("model", "adapter") and not survey.files and (shards := _shards_in(root, asked)) is not None:
                 held = sources()[shards]
                 found = held.detect(root) or f"{why}, and the weights are in a trainer's shards below it"
@@ -185,7 +192,7 @@ def _survey(source: Source, root: Path, *, deep: bool) -> Survey:
 def _shards_in(root: Path, asked: str) -> str | None:
     """The source of shards at or below a folder that has a config, and no weights of its own."""
     for name, source in sources().items():
-        if isinstance(source, FindsPlaces) and name not in _KINDS:
+        if isinstance(source, FindsPlaces) and source.kind == "training":
             try:
                 place = source.find(root, asked)
             except ConvertError:

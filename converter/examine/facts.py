@@ -10,24 +10,15 @@ from typing import TYPE_CHECKING, Any
 from converter.converters.heads.detect import detect
 from converter.core.files.links import RECEIPT_FILE
 from converter.core.side_files import is_tokenizer_file, travels
+from converter.dialects.known import dialects
 from converter.errors import ConvertError
 from converter.text import fold, show
 
 if TYPE_CHECKING:
     from converter.examine.diagnoses.case import Case
 
-_PLAIN = frozenset({"hf-seqcls", "hf-tokcls", "hf-causal"})
-"""Dialects of transformers' own classes, which several trainers save: they name none."""
-
-_SIGNS = (
-    ("args.json", "ms-swift"),
-    ("value_head.safetensors", "LLaMA-Factory"),
-    ("value_head.bin", "LLaMA-Factory"),
-    ("llamaboard_config.yaml", "LLaMA-Factory"),
-    ("zero_to_fp32.py", "DeepSpeed"),
-    ("trainer_state.json", "transformers' Trainer"),
-)
-"""Files that one trainer alone leaves. Source: the trainers' own save code, as `facts` of each dialect say."""
+_SIGNS = (("zero_to_fp32.py", "DeepSpeed"), ("trainer_state.json", "transformers' Trainer"))
+"""Files that one library alone leaves; those of trainers stand in their dialects (`files_of_its_own`)."""
 
 _TAG = re.compile(r"^-\s*(trl|llama-factory|unsloth|axolotl|openrlhf|verl|ms-swift)\s*$", re.MULTILINE)
 _CARD_BYTES = 8192
@@ -57,7 +48,8 @@ def _makers(case: Case) -> Iterator[tuple[str, str]]:
     """Trainers, with the sign that each was told by."""
     seen: set[str] = set()
     mapping = case.adapter_config.get("auto_mapping")
-    signs: list[tuple[str, str]] = [(whose, file) for file, whose in _SIGNS if file in case.names]
+    own = [(file, d.maker) for d in dialects().values() for file in d.files_of_its_own]
+    signs: list[tuple[str, str]] = [(whose, file) for file, whose in (*own, *_SIGNS) if file in case.names]
     if "value_head_prefix" in case.config:
         signs.append(("OpenRLHF", "value_head_prefix in config.json"))
     if isinstance(mapping, Mapping) and mapping.get("unsloth_fixed"):
@@ -95,7 +87,7 @@ def dialect(case: Case) -> str | None:
         found = detect(case.checkpoint)
     except ConvertError:
         return None
-    if found is None or found.dialect.name == "hf-causal":
+    if found is None or found.dialect.head.kind == "none":
         return None
     return f"{found.dialect.name}: {found.reason}"
 

@@ -1,4 +1,4 @@
-"""What transformers has for a model type: classes, head names, prefix, sizes, ties. Told from the config alone."""
+"""What transformers has for a model type: classes, head names, prefix, sizes, ties. Inferred from the config alone."""
 
 from __future__ import annotations
 
@@ -8,21 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.families import memory_names
+from converter.families.ties import is_tied
+from converter.families.words import CAUSAL_CLASSES
 from converter.text import show
 
 # Model types that only a dialect has, and what they are to transformers.
 _MODEL_TYPES = {"gpt_neox_reward_model": "gpt_neox"}
-
-_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-
-# Decoders whose output embedding is tied where config.json is silent.
-# Source: the config classes of transformers 5.23, built without arguments.
-_TIED = """
-    bloom cohere cohere2 ctrl falcon gemma gemma2 gemma3 gemma3_text gpt2 gpt_bigcode gpt_neo mpt opt smollm3
-    starcoder2 xglm
-"""
-
-_TIED_BY_DEFAULT = frozenset(_TIED.split())
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ def _conditional(config: Mapping[str, Any]) -> str | None:
     """A class with an output embedding that the config itself names, where no auto class does."""
     names = config.get("architectures")
     first = names[0] if isinstance(names, list) and names else None
-    return first if isinstance(first, str) and first.endswith(_SUFFIXES) else None
+    return first if isinstance(first, str) and first.endswith(CAUSAL_CLASSES) else None
 
 
 def _prefix(kind: str, config: Mapping[str, Any]) -> str | None:
@@ -120,12 +111,3 @@ def hidden_size(config: Mapping[str, Any]) -> int | None:
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
-
-
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """True where the output embedding is the input's, by the config or by the default of its type."""
-    text = config.get("text_config")
-    for each in (config, text if isinstance(text, Mapping) else {}):
-        if isinstance(each.get("tie_word_embeddings"), bool):
-            return bool(each["tie_word_embeddings"])
-    return model_type(config) in _TIED_BY_DEFAULT

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.families.ties import is_tied, tie_word
+from converter.families.words import INPUT, OUTPUT, WRAPPED_CLASS, without_wrappers
 from converter.text import fold, show
 
 Shape = tuple[int, ...]
@@ -27,13 +29,8 @@ _DATA = Path(__file__).with_name("implied_shapes.json")
 MOST_TENSORS = 1_000_000
 """More than any model has: a config may claim any number of layers."""
 
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_OUTER = re.compile(r"^(?:(?:module|_forward_module)\.)+")
-_WRAPPED_CLASS = re.compile(r"^(?:FSDP\d?|DDP|Peft|DistributedDataParallel)+(?=[A-Z])")
 _LAYER = re.compile(r"^(?P<list>(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?))\.(?P<number>\d+)\.(?P<rest>.+)$", re.ASCII)
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
-_OUTPUT = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.weight$")
 _TOWER = re.compile(r"vision|visual|audio|image|projector")
 _NORM = re.compile(r"norm|(?:^|[._])ln_|layernorm", re.IGNORECASE)
 # Heads of trainers, and output embeddings of classifiers: no part of the class, and no fault of the set.
@@ -50,16 +47,23 @@ class Implied:
     Attributes:
         shapes: every tensor that must be there, by name.
         optional: what may be stored beside: the second name of a tie.
+        passes: patterns of names that a load passes over, where they are too many.
     """
 
     shapes: Mapping[str, Shape]
     optional: Mapping[str, Shape]
+    passes: tuple[str, ...] = ()
 
 
 @functools.cache
 def _table() -> dict[str, Any]:
     data: dict[str, Any] = json.loads(_DATA.read_text(encoding="utf-8"))
     return data
+
+
+def version() -> str:
+    """The transformers release that the table was made with."""
+    return str(_table()["transformers"])
 
 
 def classes() -> tuple[str, ...]:
@@ -71,7 +75,7 @@ def class_of(config: Mapping[str, Any]) -> str | None:
     """The class that a config names, without a trainer's wrapper."""
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named else None
-    return _WRAPPED_CLASS.sub("", first) if isinstance(first, str) else None
+    return WRAPPED_CLASS.sub("", first) if isinstance(first, str) else None
 
 
 def fields(config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, int]:
@@ -115,7 +119,7 @@ def implied(config: Mapping[str, Any]) -> Implied | None:
     try:
         for name, counts, dims in entry["tensors"]:
             shape = tuple(evaluate(d, known) for d in dims)
-            into = optional if name in entry["tied"] and _is_tied(config, entry) else shapes
+            into = optional if name in entry["tied"] and is_tied(config) else shapes
             numbers = [max(evaluate(c, known), 0) for c in counts]
             if len(shapes) + math.prod(numbers) > MOST_TENSORS:
                 return None
@@ -123,22 +127,12 @@ def implied(config: Mapping[str, Any]) -> Implied | None:
                 into[_numbered(name, each)] = shape
     except KeyError:
         return None
-    return Implied(shapes, optional)
-
-
-def _is_tied(config: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    said = config.get("tie_word_embeddings")
-    return said if isinstance(said, bool) else bool(entry["ties"])
+    return Implied(shapes, optional, tuple(entry.get("passes", ())))
 
 
 def _numbered(name: str, numbers: tuple[int, ...]) -> str:
     parts = iter(numbers)
     return re.sub(r"(?<=\.)N(?=\.)", lambda _: str(next(parts)), name)
-
-
-def without_wrappers(name: str) -> str:
-    """A name without what compilers and data-parallel wrappers put into it."""
-    return _OUTER.sub("", WRAPPERS.sub("", name))
 
 
 def lacks(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> list[str]:
@@ -240,14 +234,14 @@ def _ends(
     """The embeddings, the last norm and the head."""
     hidden = known.get("hidden_size", known.get("n_embd", known.get("d_model")))
     rows = known.get("vocab_size")
-    embeddings = {n: s for n, s in outside.items() if _EMBEDDING.search(n) and not _TOWER.search(n)}
-    outputs = {n: s for n, s in outside.items() if _OUTPUT.search(n)}
+    embeddings = {n: s for n, s in outside.items() if INPUT.search(n) and not _TOWER.search(n)}
+    outputs = {n: s for n, s in outside.items() if OUTPUT.search(n)}
     if not embeddings:
         yield "the input embedding is not in it"
     for name, shape in (embeddings | outputs).items():
         if shape != (0,) and (len(shape) != 2 or rows not in (None, shape[0]) or hidden not in (None, shape[1])):
             yield f"{show(name)} is {_dims(shape)}, and config.json says {rows} rows of {hidden}"
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is not False
+    tied = tie_word(config) is not False
     if (class_of(config) or "").endswith("ForCausalLM") and not tied and not outputs:
         yield "the output embedding is not in it, and config.json does not tie it"
     inside = any(_NORM.search(r) for layers in lists.values() for layer in layers.values() for r in layer)

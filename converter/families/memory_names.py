@@ -44,6 +44,16 @@ def _classes() -> dict[str, tuple[str, str]]:
     }
 
 
+def class_names() -> frozenset[str]:
+    """Every class that transformers has."""
+    return frozenset(_classes())
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """In the order in which a load goes through them."""
+    return sorted(names, key=_natural)
+
+
 def version() -> str:
     """The transformers release that the data was taken from."""
     return str(_data()["transformers"])
@@ -133,12 +143,18 @@ class Architecture:
         """The transforms but for those of old spellings, which every class reads and no save writes."""
         return self.transforms[: len(self.transforms) - len(_rules("legacy") or ())]
 
-    def in_memory(self, name: str, met: set[int] | None = None) -> tuple[str, _Transform | None]:
-        """The name in memory, and the entry that also changes the values, if one does."""
+    def renamed(self, name: str, met: set[int] | None = None) -> str:
+        """The name after every rename, before values are changed."""
         met = set() if met is None else met
         for transform in self.transforms:
             if transform.kind != "convert":
                 name = transform.apply(name, met) or name
+        return name
+
+    def in_memory(self, name: str, met: set[int] | None = None) -> tuple[str, _Transform | None]:
+        """The name in memory, and the entry that also changes the values, if one does."""
+        met = set() if met is None else met
+        name = self.renamed(name, met)
         for transform in self.transforms:
             if transform.kind == "convert":
                 new = transform.apply(name, met)

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converter.families.implied import WRAPPERS, implied
+from converter.families.implied import implied
+from converter.families.words import BEFORE, INSIDE, OUTER_WRAPPERS, PEFT_PREFIX
 
-_OUTER = re.compile(r"^(?:(?:module|_forward_module)\.)+")
-_LEAD = re.compile(r"^(?:module\.|_forward_module\.|base_model\.model\.)")
+_LEAD = re.compile("|".join(f"^{re.escape(lead)}" for lead in (*(f"{w}." for w in OUTER_WRAPPERS), PEFT_PREFIX)))
 _TWICE = re.compile(r"^((?:\w+\.)+?)\1")
-_AROUND = "base_model.model."
 _OF_ENCODERS = ("encoder.", "decoder.")
 
 
@@ -44,10 +43,10 @@ class Plain:
 
 def plain_names(names: Iterable[str], config: Mapping[str, Any]) -> Plain:
     """Every name without wrappers and without prefixes that are not its own."""
-    found = {name: WRAPPERS.sub("", name) for name in names}
-    taken = dict.fromkeys(m[0] for name in found for m in WRAPPERS.finditer(name))
+    found = {name: INSIDE.sub("", name) for name in names}
+    taken = dict.fromkeys(m[0] for name in found for m in INSIDE.finditer(name))
     for raw, name in found.items():
-        if outer := _OUTER.match(name):
+        if outer := BEFORE.match(name):
             taken |= dict.fromkeys(f"{part}." for part in outer[0].split(".") if part)
             found[raw] = name[outer.end() :]
     wanted = implied(config)
@@ -89,8 +88,8 @@ def _common(found: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     names, taken = dict(found), []
     while names:
         values = list(names.values())
-        if all(n.startswith(_AROUND) for n in values) and not any(".lora_" in n for n in values):
-            prefix = _AROUND
+        if all(n.startswith(PEFT_PREFIX) for n in values) and not any(".lora_" in n for n in values):
+            prefix = PEFT_PREFIX
         else:
             doubled = [m[1] for n in values if (m := _TWICE.match(n)) and m[1] not in _OF_ENCODERS]
             nearly_all = len(doubled) >= len(values) - 2 and 2 * len(doubled) > len(values)

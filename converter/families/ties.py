@@ -1,21 +1,33 @@
-"""Which names are one tensor for the model, though perhaps only one of them is stored; told from names and config.
+"""Which names are one tensor for the model, though perhaps only one of them is stored; inferred from names and config.
 
-transformers ties where `config.tie_word_embeddings` says so (each config class has its own default), the head to the
-embedding that the class names in `_tied_weights_keys`. On loading it is symmetric: whichever of the two is stored
-serves both. Where both are stored transformers 5 ties them only if they are equal, transformers 4 always; headers
-can't tell, so the group is listed and the values are a question for `Context.equal`.
+`ties.json` has, for each class of transformers, the names that it makes one, and what each config class makes of a
+config.json that is silent. On loading a tie is symmetric: whichever name is stored serves all. Where several are
+stored and differ, transformers 5 keeps each, and transformers 4 the input embedding alone; headers can't tell, so the
+group is listed and the values are a question for `Context.equal`. A class that the table does not have is judged by
+the names of its embeddings.
 
 Source: `get_expanded_tied_weights_keys` and `tie_weights`,
-https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/modeling_utils.py
+https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/modeling_utils.py and, for the older rule,
+https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/modeling_utils.py
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-# Embedding and head as they are named on disk, tried in this order; the first whose embedding is stored is the pair.
+from converter.families.words import CLASSES_WITH_OUTPUT, OTHER_OUTPUT_MODULES, OUTPUT_MODULES, WRAPPED_CLASS
+
+_DATA = Path(__file__).with_name("ties.json")
+_KEY = "tie_word_embeddings"
+
+# For classes that the table does not have. Embedding and head as they are named on disk, tried in this order; the first
+# whose embedding is stored is the pair.
 _PAIRS = (
     ("model.language_model.embed_tokens.weight", "lm_head.weight"),
     ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
@@ -45,69 +57,181 @@ _MASKED_HEADS = (
     ("vocab_transform.weight", "vocab_projector.weight", None),
 )
 
-_WITH_HEAD = (
-    "ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForConditionalGeneration", "ForImageTextToText", "ForMaskedLM",
-    "ForPreTraining", "MTModel",
-)  # fmt: skip
 
-# The text model's word counts where the outer config has none or says no: saved so before transformers 5.
-# Source: `__post_init__` of these config classes in transformers 5.23.
-_OUTER_FOLLOWS_TEXT = """
-    fast_vlm glm4v glm4v_moe glm_ocr llava llava_next_video llava_onevision minimax_m3_vl paddleocr_vl perception_lm
-    qwen2_5_vl qwen2_vl shieldgemma2 vibevoice video_llama_3
-"""
-OUTER_FOLLOWS_TEXT = frozenset(_OUTER_FOLLOWS_TEXT.split())
+@dataclass(frozen=True)
+class Tie:
+    """Names that a class may make one tensor.
 
-# Model types whose config class ties when config.json is silent; all others do not.
-# Source: every class of CONFIG_MAPPING in transformers 5.23, built without arguments.
-_TIED_BY_DEFAULT = """
-    albert aya_vision bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small blip
-    blip_text_model bloom camembert canary cohere cohere2 cohere2_moe cohere2_vision cohere_compass_text
-    convbert cpmant csm ctrl d_fine dab-detr data2vec-text deberta deberta-v2 deepseek_vl deepseek_vl_hybrid
-    deformable_detr deimv2 diffusion_gemma diffusion_gemma_text distilbert electra ernie ernie4_5 ernie4_5_moe
-    ernie4_5_vl_moe ernie4_5_vl_moe_text esm falcon falcon_mamba flaubert flava florence2 fnet fun_asr_nano
-    funnel gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified
-    gemma4_unified_assistant gemma4_unified_text glmasr got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo
-    gpt_neox_japanese granite_docling granite_docling_text granite_speech granite_speech5_ctc
-    granite_speech_plus granite_swa grounding-dino gte hunyuan_vl hunyuan_vl_text hyperclovax_vision_v2 ibert
-    internvl janus jetmoe jina_embeddings_v3 kimi_k25 kosmos-2 kosmos-2.5 kosmos_2_5_text_model
-    kosmos_2_text_model layoutlm led lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr longformer longt5 luke
-    lxmert m2m_100 mamba marian mbart megatron-bert mimi mimi_decoder mimi_encoder minicpm3 minicpm_ocr mistral3
-    mm-grounding-dino mobilebert modernbert modernbert-decoder moonshine moss_transcribe_diarize mpnet mpt mra
-    mt5 mvp neomme nllb-moe nomic_bert nystromformer openai-gpt opt ovis2 paddleocr_vl paddleocr_vl_text
-    paligemma pe_audio_video pegasus pegasus_x plbart pop2piano pp_chart2table pp_doclayout_v3 pp_doclayout_v4
-    prophetnet qwen2_5_omni_text qwen3_asr qwen3_vl_moe_text recurrent_gemma roberta roberta-prelayernorm
-    roc_bert roformer rt_detr_v2 sam sam_hq seamless_m4t seamless_m4t_v2 shieldgemma2 smollm3 speech_to_text
-    speecht5 squeezebert starcoder2 switch_transformers t5 t5_gemma_module t5gemma t5gemma2 t5gemma2_decoder
-    t5gemma2_encoder t5gemma2_text tapas trocr udop umt5 vaultgemma vilt visual_bert voxtral_realtime whisper
-    xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod yoso youtu zamba zamba2 zaya
-"""
-TIED_BY_DEFAULT = frozenset(_TIED_BY_DEFAULT.split())
+    Attributes:
+        names: the input embedding first, output embeddings last; at least one is stored.
+        newer: transformers 5 makes them one, where those that are stored are equal.
+        older: transformers 4 makes them one, whatever is stored.
+    """
+
+    names: tuple[str, ...]
+    newer: bool
+    older: bool
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(_DATA.read_text(encoding="utf-8"))
+    data["of_class"] = {name: rows for rows, names in data["classes"] for name in names}
+    return data | {k: frozenset(data[k]) for k in ("silent", "always", "nested", "outer")}
+
+
+def version(*, older: bool = False) -> str:
+    """The transformers release that the data was taken from, or the older one that it was compared with."""
+    return str(_table()["older"]["transformers"] if older else _table()["transformers"])
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """True where transformers ties the output embedding to the input's, by config.json or where that is silent."""
+    return tie_word(config) is True
+
+
+def tie_word(config: Mapping[str, Any]) -> bool | None:
+    """What transformers makes of a config's `tie_word_embeddings`.
+
+    None where config.json is silent and its type does not tie by default: a model of a class that nobody knows may tie
+    all the same.
+    """
+    kind, table = str(config.get("model_type")), _table()
+    own, text = config.get(_KEY), _text(config).get(_KEY)
+    if kind in table["always"] or (own is not True and text is True and kind in table["nested"]):
+        return True
+    if isinstance(own, bool):
+        return own
+    if kind in table["silent"]:
+        return True
+    return text if isinstance(text, bool) and kind not in table["outer"] else None
+
+
+def was_tied(config: Mapping[str, Any]) -> bool:
+    """True where transformers 4 ties: it asks the text model's config, whose defaults were others."""
+    text = _text(config) or config
+    word, older = text.get(_KEY), _table()["older"]
+    if isinstance(word, bool):
+        return word
+    kind = str(text.get("model_type", config.get("model_type")))
+    return kind in older["ties"] or (kind in _table()["silent"] and kind not in older["does not"])
+
+
+def is_said(config: Mapping[str, Any]) -> bool:
+    """True where config.json itself has a word on ties, be it its own or its text model's."""
+    return any(isinstance(part.get(_KEY), bool) for part in (config, _text(config)))
+
+
+def stored_pair(names: Collection[str], config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Input and output embedding among stored names, as the config's class calls them, whether it ties them or not."""
+    said = {k: {**v, _KEY: True} for k, v in config.items() if isinstance(v, dict)}
+    found = [n for tie in ties(names, {**config, **said, _KEY: True}) for n in tie.names if n in names]
+    weights = [n for n in found if n.endswith(".weight")]
+    return next((n for n in weights if not is_output(n)), None), next(filter(is_output, weights), None)
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that ties nothing, in no part of it."""
+    inner = {k: {**v, _KEY: False} for k, v in config.items() if isinstance(v, dict) and _KEY in v}
+    return {**config, **inner, _KEY: False}
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else {}
 
 
 def find_ties(names: Collection[str], config: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     """Groups of tied names, the input embedding first; at least one of each group is stored."""
-    return tuple(_groups(frozenset(names), config))
+    return tuple(tie.names for tie in ties(names, config) if tie.newer)
 
 
-def _groups(names: frozenset[str], config: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    flag = _ties(config)
+def ties(names: Collection[str], config: Mapping[str, Any]) -> tuple[Tie, ...]:
+    """Every group of names that some release makes one tensor by this config."""
+    stored = frozenset(names)
+    found = _of_class(stored, config)
+    if found is None:
+        found = tuple(Tie(g, True, was_tied(config) or "shared" in g[0]) for g in _by_names(stored, config))
+    return found
+
+
+# By the class
+
+
+def _of_class(stored: frozenset[str], config: Mapping[str, Any]) -> tuple[Tie, ...] | None:
+    """The groups of the config's class; None where the table has no such class, or other names than the stored."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    rows = _table()["of_class"].get(WRAPPED_CLASS.sub("", first)) if isinstance(first, str) else None
+    if rows is None:
+        return None
+    found = []
+    for part, *spellings in rows:
+        own = config if part == "" else config.get(part)
+        group = next((g for g in _spelled(spellings) if stored.intersection(g)), None)
+        if group is not None and isinstance(own, Mapping):
+            found += list(_tie(group, own, stored))
+    if rows and not found and not stored.isdisjoint(_generic_names()):
+        return None
+    return tuple(sorted(found, key=lambda tie: tie.names[0].endswith("bias")))
+
+
+def _tie(group: tuple[str, ...], config: Mapping[str, Any], stored: frozenset[str]) -> Iterator[Tie]:
+    word = tie_word(config)
+    if config.get(_KEY) is False and word is True:
+        # T5: the copies are tied whatever the config says; a head of its own (T5 1.1) goes with `false`.
+        group = tuple(n for n in group if n not in stored or not is_output(n))
+    if word is None:
+        # A silent config and no head: written by code that we don't know, and tied, or the model would not work.
+        word = not any(is_output(n) and n in stored for n in group)
+    older = was_tied(config) or (word and not any(map(is_output, group)))
+    if len(group) > 1 and (word or older):
+        yield Tie(group, word, older)
+
+
+def _spelled(spellings: list[list[str]]) -> Iterator[tuple[str, ...]]:
+    """A group's names on disk, in memory, and as a bare backbone has them; output embeddings last."""
+    for each in spellings:
+        yield tuple(sorted(each, key=is_output))
+    for each in spellings:
+        first, *rest = sorted(each, key=is_output)
+        lead = first.partition(".")[0] + "."
+        yield (first.removeprefix(lead), *(n.removeprefix(lead) for n in rest))
+
+
+def is_output(name: str) -> bool:
+    """True for the names that output embeddings have in some class."""
+    modules = name.split(".")[:-1]
+    return bool(modules) and (modules[-1] in _OUTPUT_WORDS or "lm_head" in modules or "pred_layer" in modules)
+
+
+_OUTPUT_WORDS = frozenset((*OUTPUT_MODULES, *OTHER_OUTPUT_MODULES))
+
+
+# By names
+
+
+@functools.cache
+def _generic_names() -> frozenset[str]:
+    return frozenset(n for embedding, _ in _PAIRS for n in (embedding, embedding.partition(".")[2]))
+
+
+def _by_names(names: frozenset[str], config: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    word = tie_word(config)
     with_head = _has_head(config)
     if "shared.weight" in names:
-        # T5: the copies are tied whatever the config says; a head of its own (T5 1.1) goes with `false`.
         copies = [f"{side}.embed_tokens.weight" for side in ("encoder", "decoder") if _any(names, f"{side}.")]
-        own_head = "lm_head.weight" in names and flag is False
+        own_head = "lm_head.weight" in names and config.get(_KEY) is False
         yield ("shared.weight", *copies, *(["lm_head.weight"] if with_head and not own_head else []))
         return
-    if not with_head or flag is False:
+    if not with_head or word is False:
         return
     for embedding, head in _pairs(names, config):
-        if flag or head not in names:
-            # A silent config and no head: written by code that we don't know, and tied, or the model would not work.
+        if word or head not in names:
             copies = [f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
             yield (embedding, *(copies if embedding.endswith("model.shared.weight") else []), head)
         return
-    if flag:
+    if word:
         yield from _masked(names)
 
 
@@ -145,16 +269,4 @@ def _has_head(config: Mapping[str, Any]) -> bool:
     named = config.get("architectures")
     if not isinstance(named, list) or not named:
         return True
-    return any(isinstance(n, str) and n.endswith(_WITH_HEAD) for n in named)
-
-
-def _ties(config: Mapping[str, Any]) -> bool | None:
-    """Whether transformers would tie; None where the config is silent and its type does not tie by default."""
-    kind = str(config.get("model_type"))
-    own = config.get("tie_word_embeddings")
-    text = config.get("text_config")
-    if own is not True and kind in OUTER_FOLLOWS_TEXT and isinstance(text, dict):
-        own = True if text.get("tie_word_embeddings") is True else own
-    if isinstance(own, bool):
-        return own
-    return True if kind in TIED_BY_DEFAULT else None
+    return any(isinstance(n, str) and n.endswith(CLASSES_WITH_OUTPUT) for n in named)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from converter.core.files.strict_yaml import read_values
+from converter.dialects.known import own_classes
 from converter.errors import ConvertError, Refused
 from converter.text import fold, format_size, show
 
@@ -25,7 +26,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCI
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}", re.ASCII)
 _MOST = 12
 _TAGS = {"reward": "reward-model", "critic": "value-model"}
-_OPENRLHF = ("RewardModel", "CriticModel")
 MAX_TEXT = 200
 
 
@@ -289,7 +289,7 @@ def _snippet(facts: CardFacts) -> Sequence[str]:
             f'model = PeftModel.from_pretrained(base, "{repo}")',
         )
     architecture = _architecture(facts)
-    if architecture in _OPENRLHF and facts.config.get("value_head_prefix") == "score":
+    if architecture in own_classes() and facts.config.get("value_head_prefix") == "score":
         # OpenRLHF's own classes; the head has the name that transformers knows.
         return (
             "from transformers import AutoModelForSequenceClassification",

@@ -18,6 +18,7 @@ from converter.core.writer.plan import Plan, make_plan
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.recipe.fields import check, instantiate
+from converter.recipe.gate import expect_whole, expect_whole_adapter
 from converter.recipe.recipe import SOURCE, Recipe
 from converter.sources.opening import compare_base, open_checkpoint, open_recorded_base
 from converter.text import fold, show
@@ -47,7 +48,8 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
 
     Raises:
         UsageError: the recipe or an input's path is wrong.
-        Refused: an input is broken, a converter refuses, or an input tensor would be lost (`unaccounted`).
+        Refused: an input is broken, a converter refuses, an input tensor would be lost (`unaccounted`), or what
+            would be written is not the model that its loader asks for (see `gate`).
     """
     check(recipe)
     context = Context(allow)
@@ -59,6 +61,8 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
         is_over_base = other.origin.kind == ADAPTER and opened[SOURCE].origin.kind != ADAPTER
         if name != SOURCE and is_over_base and SOURCE not in recorded:
             compare_base(opened[SOURCE], other, context)
+        if name != SOURCE and is_over_base:
+            expect_whole_adapter(other, opened[SOURCE], context)
     checkpoint = opened[SOURCE]
     for converter in instantiate(recipe, opened):
         checkpoint = converter(checkpoint, context)
@@ -73,6 +77,7 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
     sparse.expect_all_read()
     if lost := unaccounted(list(opened.values()), checkpoint):
         raise Refused("unaccounted", f"tensors of the inputs would be lost: {lost}")
+    expect_whole(checkpoint, context)
     output = recipe.output
     if output.link_unchanged and (output.layout == "pack" or output.max_shard_size is not None):
         what = "files that are linked stay as they are, and a size or the layout `pack` lays them out anew"

@@ -18,16 +18,21 @@ if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint
     from converter.core.tensors.nodes import LazyTensor
     from converter.sources.places import Place
-    from converter.sources.survey import Survey
+    from converter.sources.survey import SourceKind, Survey
 
 _RUN_CHECKPOINT = re.compile(r"(?:checkpoint|global_step|step)[-_]?\d+", re.ASCII)
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Turns what lies in a folder into a checkpoint, by reading headers only."""
+    """Turns what lies in a folder into a checkpoint, by reading headers only; `sources.base` has classes to begin with.
+
+    Attributes:
+        kind: what its folders are: `model`, `adapter`, `training`, or `unread`.
+    """
 
     name: str
+    kind: SourceKind
 
     def detect(self, root: Path) -> str | None:
         """Why this folder is of the source's kind, or None."""
@@ -90,7 +95,7 @@ def sources() -> Mapping[str, Source]:
         if isinstance(loaded, Source):
             found[name] = loaded
     return dict(
-        sorted(found.items(), key=lambda item: (-getattr(item[1], "precedence", 0), item[0] != "peft", item[0]))
+        sorted(found.items(), key=lambda item: (-getattr(item[1], "precedence", 0), item[1].kind != "adapter", item[0]))
     )
 
 
@@ -117,8 +122,9 @@ def find_place(root: Path, asked: str, *, tag: str | None = None, part: str | No
         what = "trainers' states of several kinds; name one of them"
         raise UsageError("several-checkpoints", what, where=show(asked), expected=listed)
     if not found:
-        if (kind := kind_of(root)) is not None and kind not in ("hf", "peft"):
-            sources()[kind].open(root, asked=asked)
+        here = kind_of(root)
+        if here is not None and sources()[here].kind in ("training", "unread"):
+            sources()[here].open(root, asked=asked)
         raise UsageError(
             "no-shards",
             "there are no shards of a trainer here",
@@ -136,6 +142,12 @@ def find_place(root: Path, asked: str, *, tag: str | None = None, part: str | No
 def kind_of(path: Path) -> str | None:
     """Name of the source that would open this folder, or None."""
     return next((name for name, source in sources().items() if source.detect(path)), None)
+
+
+def source_kind(path: Path) -> SourceKind | None:
+    """What a folder is to the source that would open it: `model`, `adapter`, `training` or `unread`; or None."""
+    name = kind_of(path)
+    return None if name is None else sources()[name].kind
 
 
 def nothing_in(path: Path, asked: str) -> UsageError:

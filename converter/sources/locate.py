@@ -14,6 +14,7 @@ from pathlib import Path
 from converter.core.files.opening import read_limited
 from converter.diagnostic import Again, Command, Steps, quoted
 from converter.errors import Refused, UsageError
+from converter.families.words import HEAD_FILES
 from converter.sources.hub.names import REPO_ID as _REPO_ID
 from converter.sources.hub.names import SCHEME, hub_name
 from converter.sources.survey import (
@@ -37,7 +38,7 @@ __all__ = ["SCHEME", "WANTED", "Located", "hub_name", "missing_files", "resolve"
 
 WANTED = (
     MODEL_CONFIG, ADAPTER_CONFIG, MODEL_WEIGHTS, MODEL_INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS,
-    "value_head.safetensors", "value_head.bin", "value_head.pt",
+    *HEAD_FILES,
     "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "*.model", "*.tiktoken", "*.spm", "tokenizer.model.v*", "tekken.json", "normalizer.json",
     "chat_template.*", "chat_templates/*", "additional_chat_templates/*",

@@ -69,7 +69,7 @@ def open_checkpoint(spec: InputSpec, *, token: str | None, keep_code: bool, down
 
 def _opener(source: Source, spec: InputSpec) -> Callable[..., Checkpoint]:
     """How a source opens an input as its spec says."""
-    if spec.broken and source.name in ("hf", "peft"):
+    if spec.broken and source.kind in ("model", "adapter"):
         from converter.sources.hf.broken import open_broken
 
         return open_broken

@@ -17,6 +17,8 @@ from converter.errors import Refused
 from converter.text import fold, show
 
 FolderKind = Literal["model", "adapter"]
+SourceKind = Literal["model", "adapter", "training", "unread"]
+"""What a source's folders are; `unread`: recognised, and refused by name."""
 
 MODEL_CONFIG = "config.json"
 MODEL_WEIGHTS = "model.safetensors"

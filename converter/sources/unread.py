@@ -10,7 +10,7 @@ from pathlib import Path
 from converter.core.checkpoint import Checkpoint
 from converter.core.files.opening import open_input, pread
 from converter.errors import Refused, UsageError
-from converter.sources.survey import Fault, Survey, file_names
+from converter.sources.survey import Fault, SourceKind, Survey, file_names
 from converter.sources.verl.files import is_megatron, megatron_refusal
 from converter.text import fold, show
 
@@ -38,6 +38,7 @@ class Unread:
     """The source that is asked last: it refuses by name what others can't read."""
 
     name = "unread"
+    kind: SourceKind = "unread"
     precedence = -10
 
     def detect(self, root: Path) -> str | None:

@@ -79,7 +79,7 @@ def test_a_readme_is_under_12_kilobytes(page: str) -> None:
 @pytest.mark.parametrize("page", READMES)
 def test_the_first_screen_has_the_two_errors_that_bring_people_here_and_explain_knows_them(page: str) -> None:
     first, second = re.findall(r"^```\n(.*\n)(.*\n)```$", text(page), re.MULTILINE)[0]
-    names = [found[0].name for line in (first, second) if (found := match(line)) is not None]
+    names = [found[0].code for line in (first, second) if (found := match(line)) is not None]
     assert names == ["head-newly-initialised", "size-mismatch-empty-file"]
     assert text(page).index(first) < text(page).index("pip install") < text(page).index("$ rlhf-convert")
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import oracle
-from converter.converters.merge.layer import is_conv1d
+from converter.converters.merge.orientation import is_conv1d
 from converter.families import memory_names
 from oracle.bases import edit_config, quiet, write_tensors
 from oracle.command import merged, run

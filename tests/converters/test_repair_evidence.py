@@ -122,6 +122,9 @@ def test_a_state_that_was_saved_with_pefts_names_is_filled_under_these_names(tmp
     save_file(held, src / "model.safetensors", metadata={"format": "pt"})
     rewrite(src / "model.safetensors", empty=lost)
     (src / "config.json").write_text(json.dumps({"architectures": ["LlamaForSequenceClassification"]}))
-    done = run("repair", src, tmp_path / "out", "--weights-from", run_folder / "checkpoint-2")
+    command = ["repair", src, tmp_path / "out", "--weights-from", run_folder / "checkpoint-2"]
+    refused = run(*command)
+    assert refused.code == 3 and "tensors-missing" in refused.err  # no class has such names
+    done = run(*command, "--allow", "tensors-missing", "--allow", "tensors-unexpected")
     assert done.code == 0, done.err
     assert differences(saved(tmp_path / "out"), held) == []

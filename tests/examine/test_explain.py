@@ -117,13 +117,13 @@ def test_every_message_has_a_key_that_its_pattern_needs_and_points_to_codes_that
     from converter.examine.doctor import diagnoses
 
     for name, text in OLD_TEXTS.items():
-        message = next(m for m in MESSAGES if m.name == name)
+        message = next(m for m in MESSAGES if m.code == name)
         assert any(k in text for k in message.keys)
-    assert len({m.name for m in MESSAGES}) == len(MESSAGES)
+    assert len({m.code for m in MESSAGES}) == len(MESSAGES)
     raised = {"head-missing", "head-base-lost", "base-quantised", "adapter-config-missing"}
     for message in MESSAGES:
         unknown = set(message.codes) - set(diagnoses()) - raised
-        assert not unknown, (message.name, unknown)
+        assert not unknown, (message.code, unknown)
 
 
 def test_colours_carriage_returns_and_prefixes_of_ranks_do_not_hide_a_message() -> None:

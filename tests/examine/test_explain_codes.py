@@ -143,7 +143,7 @@ def test_no_code_is_explained_that_nothing_prints() -> None:
 
 
 def test_every_flag_of_every_command_that_is_advised_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    advice = [text for each in codes().values() for text in (each.means, each.do)]
+    advice = [text for each in codes().values() for text in (each.text, str(each.next or ""))]
     advice += [text for message in MESSAGES for text in (message.text, *map(str, parts(message.next)))]
     asked: set[tuple[str, str]] = set()
     for text in advice:

@@ -124,7 +124,7 @@ def test_a_bias_that_the_loader_ignores_is_told_as_a_shift_of_every_score(
     [
         ("trl", "reward", {"pad_token_id": None}, "pad-token-missing"),
         ("ms-swift", "reward", {"architectures": ["RewardModel"]}, "architectures"),
-        ("trl", "reward", {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}, "labels"),
+        ("ms-swift", "reward", {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}, "labels"),
         ("skyrl", "critic", {"value_head_prefix": "score"}, "config-key"),
     ],
 )
@@ -135,6 +135,14 @@ def test_a_config_that_a_loader_goes_by_wrongly_fails(
     exit_code, found = verify(capsys, str(wrong), "--for", trainer, "--role", role)
     assert exit_code == 4
     assert code in codes(found)
+
+
+@pytest.mark.parametrize(("trainer", "role"), [("trl", "reward"), ("roll", "reward")])
+def test_labels_do_not_matter_to_a_trainer_that_loads_with_one_whatever_the_config_says(
+    rm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], trainer: str, role: str
+) -> None:
+    two = copy(rm, tmp_path / "two", id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1}, num_labels=2)
+    assert "labels" not in codes(verify(capsys, str(two), "--for", trainer, "--role", role)[1])
 
 
 def test_pad_equal_to_eos_is_told_and_is_no_failure(

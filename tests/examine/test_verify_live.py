@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from converter.cli import main
-from converter.examine.verify.live import PROBED, PROBES, scrubbed
+from converter.dialects.known import probe_of, probed
+from converter.examine.verify.live import PROBES, scrubbed
 from verify_folders import codes, copy, make_rm, rewrite, text_of, verify
 
 
@@ -96,4 +97,4 @@ def test_a_probe_imports_nothing_of_this_package_and_every_trainer_that_is_named
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             assert not [n for n in names if n.partition(".")[0] == "converter"], script.name
-    assert {s.stem for s in scripts} == {"probe_common", *(f"probe_{name}" for name in PROBED.values())}
+    assert {s.name for s in scripts} == {"probe_common.py", *(probe_of(name) for name in probed())}

@@ -297,7 +297,7 @@ def test_push_to_hub_without_a_token_is_refused_before_the_work(hub: FakeHub, lo
 def test_a_disk_that_is_too_small_is_told_with_the_command_that_needs_none(hub: FakeHub, tmp_path: Path) -> None:
     folder = tmp_path / "huge"
     folder.mkdir()
-    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (folder / "config.json").write_text('{"architectures": ["TheirsForCausalLM"], "model_type": "theirs"}')
     size = 1 << 43  # a file of 8.8 TB, of which the header is on the disk
     header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     with (folder / "model.safetensors").open("wb") as file:
@@ -315,7 +315,7 @@ def large(tmp_path: Path) -> Path:
     """Six files of four megabytes, eight tensors each."""
     folder = tmp_path / "large"
     folder.mkdir()
-    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (folder / "config.json").write_text('{"architectures": ["TheirsForCausalLM"], "model_type": "theirs"}')
     torch.manual_seed(1)
     names: dict[str, str] = {}
     for number in range(1, 7):

@@ -28,7 +28,7 @@ def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     torch.manual_seed(0)
-    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (folder / "config.json").write_text('{"architectures": ["TheirsForCausalLM"], "model_type": "theirs"}')
     names = {}
     for number in (1, 2):
         file = f"model-{number:05d}-of-00002.safetensors"

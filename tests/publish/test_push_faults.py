@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("push-faults") / "model"
     folder.mkdir()
     torch.manual_seed(0)
-    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (folder / "config.json").write_text('{"architectures": ["TheirsForCausalLM"], "model_type": "theirs"}')
     names: dict[str, str] = {}
     for number in (1, 2):
         file = f"model-{number:05d}-of-00002.safetensors"

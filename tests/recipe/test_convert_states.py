@@ -52,7 +52,7 @@ LANGUAGE_MODELS = [
     "verl_saves/lora-bf16-fsdp2-n2", "verl_saves/lora-fsdp1-n2",
 ]  # fmt: skip
 HEADS_WITHOUT_LM_HEAD = [
-    "zero/reward-z2-n2", "zero/dschat-z3-n2", "dcp/alone-n1", "dcp/untrained-n2", "verl_saves/critic-buffers-fsdp1-n2",
+    "zero/reward-z2-n2", "zero/dschat-z3-n2", "dcp/alone-n1", "dcp/untrained-n2",
     "verl_saves/critic-fsdp1-n3", "verl_saves/critic-fsdp2-n4", "verl_saves/critic-hsdp-fsdp1-n4",
     "verl_saves/critic-hsdp-fsdp2-n4", "verl_saves/lora-critic-frozen-fsdp2-n2", "verl_saves/lora-critic-fsdp2-n2",
 ]  # fmt: skip
@@ -67,8 +67,10 @@ EXPECTED = (
     | dict.fromkeys(VALUE_HEADS, ("", "", ""))
     | {
         "zero/ppo-z2-n2": ("several-parts",) * 3,
+        # Its class registers buffers of its own, which transformers' has no place for.
+        "verl_saves/critic-buffers-fsdp1-n2": ("tensors-unexpected", "lm-head-missing", "tensors-unexpected"),
         "dcp/hf-n2": ("no-shards",) * 3,
-        "dcp/hf-shards-n2": ("dcp-hf-shards",) * 3,
+        "dcp/hf-shards-n2": ("", "lm-head-missing", ""),
     }
 )
 
@@ -82,8 +84,7 @@ def _loaded(out: Path) -> dict[str, torch.Tensor]:
     """The model that transformers loads, with nothing missing and nothing left over."""
     name = json.loads((out / "config.json").read_text())["architectures"][0]
     model, told = getattr(transformers, name).from_pretrained(out, output_loading_info=True)
-    buffers = {"steps", "mean"}  # of the fixture critic-buffers, which registers its own
-    assert not any(set(v) - buffers for v in told.values()), told
+    assert not any(told.values()), told
     found: dict[str, torch.Tensor] = model.state_dict()
     return found
 

@@ -18,7 +18,7 @@ from dcp.broken import copied, refused
 from dcp.compare import RUNS, facts, faults, live, run_names
 from zero.compare import differences, evaluated
 
-GATHERED = [n for n in run_names() if not facts(RUNS / n)["layout"].startswith("hf-")]
+GATHERED = [n for n in run_names() if facts(RUNS / n)["layout"] != "hf-consolidated"]
 
 
 def test_the_fixtures_cover_layouts_meshes_and_ranks() -> None:

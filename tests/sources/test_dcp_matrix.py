@@ -18,7 +18,6 @@ TRAIN = RUNS / "dcp" / "train.py"
 REFUSED = {
     "accelerate-ranks": "fsdp-rank-files",
     "accelerate-local": "fsdp-rank-files",
-    "hf-shards": "dcp-hf-shards",
 }
 
 

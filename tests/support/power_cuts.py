@@ -132,6 +132,11 @@ class Recorder(Watch):
                     seen.add(key)
                     yield state
 
+    def least(self) -> State:
+        """The disk that a power cut leaves now if nothing is on it that was not made durable."""
+        stop = len(self.ops)
+        return State(self, frozenset(set(range(stop)) - set(self._not_durable(stop))))
+
     def _not_durable(self, stop: int) -> list[int]:
         return [
             n

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import wrapped_step
-from converter.cli.options import Display
+from converter.cli.options import Display, Speaking
 from converter.cli.tell.doctor import WIDTH
 from converter.diagnostic import Command, Next, as_argument, parts
 from converter.errors import UsageError
@@ -28,7 +28,7 @@ _WORDS = {"error": "ERROR", "changes-numbers": "NUMBERS", "cosmetic": "harmless"
 _ORDER = ("error", "changes-numbers", "cosmetic")
 
 
-def explain(subject: str | None, fail_on: str | None, options: Display) -> int:
+def explain(subject: str | None, fail_on: str | None, options: Speaking) -> int:
     """Explain what was asked for; exit code 1 only where `--fail-on` says so.
 
     Raises:
@@ -87,7 +87,9 @@ def known_codes() -> list[str]:
     return sorted({*diagnoses(), *codes(), *(m.code for m in MESSAGES)})
 
 
-def _explain_code(code: str, options: Display) -> int:
+def _explain_code(code: str, options: Speaking) -> int:
+    from converter.examine.explanations import chinese
+
     found = explained(code)
     if found is None:
         known = known_codes()
@@ -100,8 +102,10 @@ def _explain_code(code: str, options: Display) -> int:
             next=command,
         )
     text, next_ = found
-    options.sink.screen([code, *textwrap.wrap(text, WIDTH), *_advice(next_)])
-    options.sink.json({"code": code, "text": text, "next": list(map(str, next_))})
+    zh = chinese.of_code(code)
+    above = [zh] if zh and options.in_chinese else []
+    options.sink.screen([code, *above, *textwrap.wrap(text, WIDTH), *_advice(next_)])
+    options.sink.json({"code": code, "text": text, "zh": zh, "next": list(map(str, next_))})
     return 0
 
 
@@ -139,7 +143,7 @@ def _stdin() -> Iterator[bytes]:
 
 
 def _explain(
-    blocks: Iterator[bytes], fail_on: str | None, options: Display, *, live: bool, pasted: bool = False
+    blocks: Iterator[bytes], fail_on: str | None, options: Speaking, *, live: bool, pasted: bool = False
 ) -> int:
     from converter.examine.explanations.log import read
 
@@ -153,13 +157,13 @@ def _explain(
         found.append(seen)
         bad = failed and _ORDER.index(seen.message.severity) <= limit
         if live:
-            options.sink.screen(_screen(seen, numbered=True))
+            options.sink.screen(_screen(seen, numbered=True, in_chinese=options.in_chinese))
         if live and bad:
             break  # a job can be ended early
     if not live:
         found.sort(key=lambda s: (_ORDER.index(s.message.severity), s.line))
         for seen in found:
-            options.sink.screen(_screen(seen, numbered=not pasted))
+            options.sink.screen(_screen(seen, numbered=not pasted, in_chinese=options.in_chinese))
     bad = failed and any(_ORDER.index(s.message.severity) <= limit for s in found)
     if not found:
         options.sink.screen(_nothing(pasted))
@@ -172,18 +176,25 @@ def _nothing(pasted: bool) -> Sequence[str]:
     return [f"{what} not a message that is known here. rlhf-convert doctor DIR looks at the files themselves."]
 
 
-def _screen(seen: Seen, *, numbered: bool) -> list[str]:
+def _screen(seen: Seen, *, numbered: bool, in_chinese: bool) -> list[str]:
+    from converter.examine.explanations import chinese
+
     count = f", {seen.count} times" if seen.count > 1 else ""
     at = f" (line {seen.line}{count})" if numbered else ""
     lines = [f"{_WORDS[seen.message.severity]} {seen.message.code}{at}"]
     if numbered:
         lines.append(f"  > {seen.example}")
+    zh = chinese.of_message(seen.message.code)
+    if zh and in_chinese:
+        lines.append(f"  {zh}")
     lines += textwrap.wrap(seen.text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
     lines += _advice([*parts(seen.message.next), *(Command("explain", (code,)) for code in seen.message.codes)], "  ")
     return lines
 
 
 def _json(seen: Seen) -> dict[str, Any]:
+    from converter.examine.explanations import chinese
+
     message = seen.message
     return {
         "name": message.code,
@@ -192,6 +203,7 @@ def _json(seen: Seen) -> dict[str, Any]:
         "count": seen.count,
         "example": seen.example,
         "text": seen.text,
+        "zh": chinese.of_message(message.code),
         "next": list(map(str, parts(message.next))),
         "codes": list(message.codes),
     }

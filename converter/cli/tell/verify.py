@@ -41,7 +41,7 @@ def verify(asked: VerifyRequest, options: Display) -> int:
             "verified": not broken,
             "checks": [c.to_json() for c in found.checks],
             "pairs": found.table,
-            "next": commands,
+            "next": list(map(str, commands)),
         }
     )
     return VerificationFailed.exit_code if broken else 0

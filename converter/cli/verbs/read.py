@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import verb
-from converter.cli.options import CONSENT, HUB, INPUT, OUTPUT, Display, FailOnChoice, Reading
+from converter.cli.options import CONSENT, HUB, INPUT, OUTPUT, Display, FailOnChoice, Reading, Speaking
 from converter.cli.verbs.heads import RoleChoice
 
 
@@ -195,7 +195,7 @@ def verify(
 
 @verb(
     "explain",
-    Display,
+    Speaking,
     short_help="Say what a code, an error or a training log means.",
     help="Say what a code of doctor's, a pasted error or a training log means: which lines are harmless, which mean "
     "random weights, and what to do. `-` reads a log as it is written.",
@@ -206,7 +206,7 @@ def verify(
     ),
 )
 def explain(
-    options: Display,
+    options: Speaking,
     subject: Annotated[
         str | None,
         typer.Argument(metavar="WHAT", help="Code, log file, `-`, or the error's text.", show_default=False),

@@ -11,12 +11,13 @@ from converter.converters.fill.evidence import is_comparable, is_empty
 from converter.converters.fill.offers import Offer
 from converter.converters.gather.adapter_config import HEADS, with_folded_heads
 from converter.converters.gather.gather import Gather
-from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
 from converter.core.side_files import ADAPTER_CONFIG
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
+from converter.families.factors import factor_names, zero_factors
+from converter.families.words import PEFT_PREFIX
 from converter.text import fold
 
 
@@ -92,8 +93,8 @@ def refuse_untrained(adapter: Checkpoint, context: Context, where: str) -> None:
     Raises:
         Refused: `adapter-untrained`.
     """
-    found = [t for n, t in adapter.tensors.items() if ".lora_B" in n or ".lora_embedding_B" in n]
-    others = [n for n in adapter.tensors if ".lora_" not in n]
+    found = [t for n, t in adapter.tensors.items() if any(f".{zero}" in n for zero in zero_factors())]
+    others = [n for n in adapter.tensors if not any(f".{factor}" in n for factor in factor_names())]
     if found and not others and all(t.info.numel and is_comparable(t) and context.is_zero(t) for t in found):
         raise Refused(
             "adapter-untrained",

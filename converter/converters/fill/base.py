@@ -17,13 +17,14 @@ from pathlib import Path
 from converter.converters.fill.damage import Damage, is_trained_whole
 from converter.converters.fill.evidence import is_comparable, is_empty, same, step_of
 from converter.converters.fill.offers import ADAPTER, TRAINING, Offer, is_of_run, label_of
-from converter.converters.gather.peft_names import PEFT_PREFIX, has_factors
+from converter.converters.gather.peft_names import has_factors
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import Cast, LazyTensor
 from converter.diagnostic import Again, Steps
 from converter.errors import Refused
+from converter.families.words import PEFT_PREFIX
 from converter.text import fold, show
 
 _BASE_LAYER = ".base_layer."

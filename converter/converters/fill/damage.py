@@ -9,11 +9,18 @@ from typing import Any
 
 from converter.converters.fill.evidence import is_empty
 from converter.converters.gather.adapter_config import HEADS
-from converter.converters.gather.peft_names import PEFT_PREFIX
-from converter.converters.merge.adapter_keys import FACTOR_KINDS
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import Filled
+from converter.families.expected import Unknown, compare, expected
+from converter.families.factors import factor_in_name, factor_pairs
 from converter.families.memory_names import classifier
+from converter.families.words import (
+    IN_PEFT,
+    INPUT_MODULES,
+    LORA_MAGNITUDE,
+    OUTPUT_MODULES,
+    PEFT_PREFIX,
+)
 
 Shape = tuple[int, ...]
 
@@ -21,13 +28,12 @@ EMPTY = "torch.Size([0])"
 MISSING = "missing"
 _NUMBER = re.compile(r"\d+")
 # Weights of two or more dimensions in every architecture; one that is flat is one rank's piece.
+_EMBEDDINGS = "|".join((*INPUT_MODULES, *OUTPUT_MODULES))
 _MATRIX = re.compile(
-    r"(?:^|[._])(?:\w*proj|embed_tokens|lm_head|embed_in|embed_out|wte|wpe|score|query_key_value|c_attn|c_fc|fc[12])"
+    rf"(?:^|[._])(?:\w*proj|wpe|score|query_key_value|c_attn|c_fc|fc[12]|{_EMBEDDINGS})"
     r"\.(?:base_layer\.)?weight$"
 )
-_FACTOR = re.compile(rf"^(?P<module>.+?)\.(?P<kind>{'|'.join(FACTOR_KINDS)})(?:\.|$)")
-_OUTPUTS = frozenset({"lm_head"})
-_IN_PEFT = frozenset({"modules_to_save", "base_layer"})
+_IN_PEFT = frozenset(IN_PEFT)
 _HEAD_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModeling")
 
 
@@ -88,8 +94,8 @@ def is_spare(broken: Checkpoint, file: str) -> bool:
 
 def _is_piece(name: str, loose: Mapping[str, Shape], siblings: Mapping[str, Shape]) -> bool:
     """True for a flat tensor whose name, base or siblings in other layers say that it has more dimensions."""
-    factor = _FACTOR.match(name)
-    if factor is not None and factor["kind"] != "lora_magnitude_vector" and not name.endswith(".bias"):
+    factor = factor_in_name().match(name)
+    if factor is not None and factor["kind"] != LORA_MAGNITUDE and not name.endswith(".bias"):
         return True
     return len(loose.get(name, ())) > 1 or len(siblings.get(_pattern(name), ())) > 1 or bool(_MATRIX.search(name))
 
@@ -106,7 +112,7 @@ def pairs_missing(names: Collection[str]) -> list[str]:
     """Factors whose partner is in the adapter and which are not: half of a LoRA is none."""
     lost = []
     for name in names:
-        for kind, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        for kind, other in factor_pairs():
             for a, b in ((kind, other), (other, kind)):
                 if f".{a}" in name and name.endswith((a, f"{a}.weight")):
                     head, _, tail = name.rpartition(f".{a}")
@@ -119,7 +125,7 @@ def heads_without_weight(checkpoint: Checkpoint) -> list[str]:
     """Heads that LoRA changes and whose own weight the adapter does not hold: W0 of W0 + BA."""
     found: dict[str, None] = {}
     for name in checkpoint.tensors:
-        match = _FACTOR.match(name.removeprefix(PEFT_PREFIX))
+        match = factor_in_name().match(name.removeprefix(PEFT_PREFIX))
         if match is not None and match["module"].rpartition(".")[2] in HEADS:
             own = (f"{PEFT_PREFIX}{match['module']}{mid}.weight" for mid in ("", ".base_layer"))
             if not any(n in checkpoint.tensors and not is_empty(checkpoint.tensors[n]) for n in own):
@@ -133,6 +139,25 @@ def has_headless_class(checkpoint: Checkpoint) -> bool:
     named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     modules = {m for n in checkpoint.tensors for m in n.split(".")}
     return isinstance(named, str) and named.endswith(_HEAD_CLASSES) and not modules & HEADS
+
+
+def lacks_of_class(model: Checkpoint) -> list[Damage]:
+    """Backbone tensors that the model's class asks for and the folder lacks, or has in another shape.
+
+    Nothing where the names are not the class's own: those are to be renamed first, and heads are judged by themselves.
+    """
+    wanted = expected(model.config)
+    if isinstance(wanted, Unknown) or any(m in n for n in model.tensors for m in (".base_layer.", ".lora_")):
+        return []
+    found = compare({n: t.info.shape for n, t in model.tensors.items()}, wanted, model.config)
+    if 2 * len(found.missing) > found.asked or len(found.unexpected) >= max(len(found.missing), 1):
+        return []
+    lost = [Damage(n, MISSING, s, s) for n, s in found.missing.items() if not wanted.is_outside(n)]
+    rows = {have[1:] == asked[1:] and have[:1] > asked[:1] for have, asked in found.misshapen.values()}
+    if rows == {True}:
+        return lost  # a vocabulary that was grown: a matter of config.json
+    cut = {n: pair for n, pair in found.misshapen.items() if pair[0] != (0,) and not wanted.is_outside(n)}
+    return lost + [Damage(n, f"shape {list(have)}", asked, asked) for n, (have, asked) in cut.items()]
 
 
 def missing_heads(model: Checkpoint) -> list[str]:
@@ -151,7 +176,7 @@ def missing_heads(model: Checkpoint) -> list[str]:
         return []
     if any(n.split(".")[0] in HEADS and n.split(".")[1] in _IN_PEFT for n in model.tensors if n.count(".") > 1):
         return []  # trained whole beside LoRA, or under it, in a model that was neither merged nor split
-    if any("head" in n.partition(".")[0] and n.partition(".")[0] not in _OUTPUTS for n in model.tensors):
+    if any("head" in n.partition(".")[0] and n.partition(".")[0] not in OUTPUT_MODULES for n in model.tensors):
         return []
     built = classifier(model.config, {"auto_mapping": {"base_model_class": named[0]}})
     return [] if built is None else [n for n in built.missing(model.tensors) if n in built.own]

@@ -22,6 +22,7 @@ from converter.converters.fill.damage import (
     beside_name,
     find_damage,
     is_spare,
+    lacks_of_class,
     missing_heads,
     pairs_missing,
 )
@@ -45,7 +46,6 @@ from converter.converters.fill.refusals import (
     refuse_several,
     why_lost,
 )
-from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context
 from converter.core.files.opening import Identity
@@ -53,6 +53,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Command
 from converter.errors import UsageError
+from converter.families.words import PEFT_PREFIX
 from converter.text import show
 
 
@@ -200,6 +201,8 @@ class _Repair:
         else:
             here = {d.name for d in found}
             found += [Damage(n, MISSING, expected.get(n)) for n in missing_heads(self.broken) if n not in here]
+            here = {d.name for d in found}
+            found += [d for d in lacks_of_class(self.broken) if d.name not in here]
         return found
 
     def _heads(self, states: list[Offer]) -> Heads:

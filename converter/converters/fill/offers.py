@@ -11,12 +11,13 @@ from typing import Literal
 from converter.converters.fill.damage import beside_name, is_spare
 from converter.converters.fill.evidence import differing, is_empty, same, step_of, step_relation, whole_in_both
 from converter.converters.gather.adapter_config import HEADS
-from converter.converters.gather.peft_names import PEFT_PREFIX, PeftNames, has_factors, peft_names, without_wrappers
+from converter.converters.gather.peft_names import PeftNames, has_factors, peft_names, without_wrappers
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Cast, LazyTensor
 from converter.families.memory_names import Architecture, architecture
+from converter.families.words import PEFT_PREFIX
 from converter.text import fold, show
 
 TRAINING, ADAPTER = "training", "adapter"

@@ -8,10 +8,10 @@ from typing import ClassVar
 from converter.converters.fill.damage import Damage, is_trained_whole
 from converter.converters.fill.offers import ADAPTER, TRAINING, Offer
 from converter.converters.gather.adapter_config import HEADS
-from converter.converters.gather.peft_names import PEFT_PREFIX
 from converter.core.checkpoint import Checkpoint
 from converter.diagnostic import Again, Command, Next, Steps
 from converter.errors import ConvertError, Refused
+from converter.families.words import PEFT_PREFIX
 from converter.text import fold, show
 
 HEAD = "the head's frozen weight was random and never saved: no base model has it"

@@ -14,6 +14,7 @@ from converter.core.side_files import ADAPTER_CONFIG, recorded
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
+from converter.families.words import LORA_EMBEDDING_PAIR, LORA_MAGNITUDE, LORA_PAIR
 from converter.text import fold, show
 
 HEADS = frozenset({"score", "classifier"})
@@ -46,7 +47,7 @@ def adapter_config(
     ranks = {
         f.module: tensors[f.raw].info.shape[0]
         for f in names.factors
-        if f.kind in ("lora_A", "lora_embedding_A") and tensors[f.raw].info.shape
+        if f.kind in (LORA_PAIR[0], LORA_EMBEDDING_PAIR[0]) and tensors[f.raw].info.shape
     }
     where = show(source.origin.asked)
     config = recorded(source.side_files)
@@ -131,7 +132,7 @@ def _rebuilt(
         # Whole names: the last words alone could match layers that were not trained.
         "target_modules": names.targets,
         "modules_to_save": [m.rpartition(".")[2] for m in saved] or None,
-        "use_dora": any(f.kind == "lora_magnitude_vector" for f in names.factors),
+        "use_dora": any(f.kind == LORA_MAGNITUDE for f in names.factors),
         "use_rslora": rslora,
         "lora_bias": any(f.kind == "lora_B" and f.leaf == "bias" for f in names.factors),
         "bias": "none",

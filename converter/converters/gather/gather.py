@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from converter.converters.gather.adapter_config import HEADS, LORA_FILES, adapter_config, head_task, with_folded_heads
-from converter.converters.gather.peft_names import (
-    PEFT_PREFIX,
-    PeftNames,
-    has_factors,
-    peft_names,
-    without_wrappers,
-)
+from converter.converters.gather.peft_names import PeftNames, has_factors, peft_names, without_wrappers
 from converter.converters.gather.ties import without_tied_copies
-from converter.converters.gather.wrappers import Part, Unwrapped, for_value_model, unwrap
+from converter.converters.gather.wrappers import (
+    Part,
+    Unwrapped,
+    expect_known_ends,
+    for_value_model,
+    unwrap,
+    without_foreign_prefix,
+)
 from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import Module
-from converter.converters.merge.layer import Layer, merged_weight
+from converter.converters.merge.layer import merged_alone
 from converter.converters.merge.merge_lora import MergeLora
 from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context
@@ -29,6 +30,7 @@ from converter.core.tensors.nodes import Cast, LazyTensor, Stored
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.families.disk_names import with_disk_names
+from converter.families.words import PEFT_PREFIX
 from converter.text import fold, show
 
 TRAINING = "training"
@@ -117,7 +119,10 @@ def _model(checkpoint: Checkpoint, inner: Unwrapped, base: Checkpoint | None, co
     found = _with_config(found, base, context)
     if inner.part == "value":
         found = for_value_model(found, base, context)
-    found = found if inner.is_raw else with_disk_names(without_tied_copies(found, context), context)
+    expect_known_ends(found)
+    if not inner.is_raw:
+        found = without_foreign_prefix(found, context)
+        found = with_disk_names(without_tied_copies(found, context), context)
     return _as_model(found)
 
 
@@ -267,8 +272,8 @@ class _Lora:
             if f.module == head and f.kind != "modules_to_save"
         }
         weight = self.source.tensors[self.names.base[f"{head}.weight"]]
-        layer = Layer(Module(head, factors=parts), head, read_adapter_config(plain), 1.0, self.where)
-        return merged_weight(weight, [layer.update(weight.info, {})], "best")
+        module = Module(head, factors=parts)
+        return merged_alone(module, {"weight": weight}, read_adapter_config(plain), self.where)["weight"]
 
     def _checkpoint(self, kind: str, out: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Checkpoint:
         is_verbatim = kind == "adapter" and config == recorded(self.source.side_files)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
-from converter.converters.merge.adapter_keys import FACTOR_KINDS
 from converter.errors import Refused
+from converter.families.factors import alternatives, factor_names
+from converter.families.words import INSIDE, LORA_MAGNITUDE, OUTER_WRAPPERS, PEFT_PREFIX
 from converter.text import fold, show
 
-PEFT_PREFIX = "base_model.model."
-_INNER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_OUTER = ("module.", "_forward_module.")
-_PART = re.compile(
-    rf"^(?P<module>.+?)\.(?P<kind>{'|'.join(FACTOR_KINDS)}|token_adapter\.trainable_tokens_delta|modules_to_save)"
-    r"\.(?P<adapter>[^.]+)(?:\.(?P<leaf>.+))?$"
-)
+_OUTER = tuple(f"{word}." for word in OUTER_WRAPPERS)
+
+
+@cache
+def _part() -> re.Pattern[str]:
+    return re.compile(
+        rf"^(?P<module>.+?)\.(?P<kind>{alternatives()}|token_adapter\.trainable_tokens_delta|modules_to_save)"
+        r"\.(?P<adapter>[^.]+)(?:\.(?P<leaf>.+))?$"
+    )
 
 
 def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -27,8 +31,8 @@ def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, .
     Raises:
         Refused: two names become one (`rename-collision`).
     """
-    found = {name: _INNER.sub("", name) for name in names}
-    taken = {m[0] for name in found for m in _INNER.finditer(name)}
+    found = {name: INSIDE.sub("", name) for name in names}
+    taken = {m[0] for name in found for m in INSIDE.finditer(name)}
     while found:
         outer = next((o for o in _OUTER if all(n.startswith(o) for n in found.values())), None)
         if outer is None:
@@ -56,7 +60,7 @@ class Factor:
         if self.kind == "modules_to_save":
             return f"{PEFT_PREFIX}{self.module}.{self.leaf}"
         # PEFT saves a magnitude without `.weight`, and loads it so.
-        leaf = "" if self.leaf is None or self.kind == "lora_magnitude_vector" else f".{self.leaf}"
+        leaf = "" if self.leaf is None or self.kind == LORA_MAGNITUDE else f".{self.leaf}"
         return f"{PEFT_PREFIX}{self.module}.{self.kind}{leaf}"
 
 
@@ -77,12 +81,12 @@ class PeftNames:
     @property
     def targets(self) -> list[str]:
         """Modules that LoRA changes, in order."""
-        return list(dict.fromkeys(f.module for f in self.factors if f.kind in FACTOR_KINDS))
+        return list(dict.fromkeys(f.module for f in self.factors if f.kind in factor_names()))
 
 
 def has_factors(names: Collection[str]) -> bool:
     """True where LoRA was trained."""
-    return any((m := _PART.match(n)) is not None and m["kind"] in FACTOR_KINDS for n in names)
+    return any((m := _part().match(n)) is not None and m["kind"] in factor_names() for n in names)
 
 
 def peft_names(names: Mapping[str, str], where: str) -> PeftNames:
@@ -103,7 +107,7 @@ def peft_names(names: Mapping[str, str], where: str) -> PeftNames:
     adapters: dict[str, None] = {}
     for raw, full in names.items():
         name = full.removeprefix(start)
-        match = _PART.match(name)
+        match = _part().match(name)
         if match is not None:
             adapters[match["adapter"]] = None
             found.factors.append(Factor(raw, match["module"], match["kind"], match["leaf"]))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import Cast, LazyTensor
-from converter.families.family import is_tied
+from converter.families.ties import is_tied, untied
+from converter.families.words import OUTPUTS, input_embedding
 from converter.text import show
-
-_TIED_HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 def without_tied_copies(found: Checkpoint, context: Context) -> Checkpoint:
@@ -24,18 +20,18 @@ def without_tied_copies(found: Checkpoint, context: Context) -> Checkpoint:
     config, dropped = dict(found.config), dict(found.dropped)
     if not is_tied(config):
         return found
-    for head in [n for n in _TIED_HEADS if n in kept]:
+    for head in [n for n in OUTPUTS if n in kept]:
         if any(n in kept for n in found.tied_to(head)):
             del kept[head]
             continue
-        embedding = next((n for n in kept if n.endswith(_EMBEDDINGS) and n != head), None)
+        embedding = input_embedding(kept)
         if embedding is None:
             continue
         if _equal(kept[head], kept[embedding], context):
             del kept[head]
             dropped[head] = f"identical with {embedding}, to which it is tied"
             continue
-        config = _untied(config)
+        config = untied(config)
         text = f"{show(head)} and {show(embedding)} differ: both are written, and tie_word_embeddings is false"
         context.note("changes-numbers", "tied-differ", text)
     left = (*found.left, *(found.tensors[n] for n in dropped.keys() - found.dropped.keys()))
@@ -47,13 +43,3 @@ def _equal(a: LazyTensor, b: LazyTensor, context: Context) -> bool:
     if isinstance(a, Cast) and isinstance(b, Cast) and a.dtype is b.dtype:
         a, b = a.source, b.source
     return a is b or context.equal(a, b)
-
-
-def _untied(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with both sides apart, in its parts too."""
-    inner = {k: v | {"tie_word_embeddings": False} for k, v in config.items() if _says_tied(v)}
-    return {**config, **inner, "tie_word_embeddings": False}
-
-
-def _says_tied(value: object) -> bool:
-    return isinstance(value, dict) and "tie_word_embeddings" in value

@@ -20,14 +20,18 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
+from converter.dialects.known import dialect
 from converter.errors import Refused, UsageError
+from converter.families.expected import Unknown, expected
+from converter.families.foreign import foreign
 from converter.families.memory_names import auto_class
+from converter.families.words import HEAD_FILES
 from converter.text import fold, show
 
 Part = Literal["policy", "value", "actor", "critic", "reward"]
 Wrapping = Literal["plain", "trl", "llamafactory", "dschat", "trlx", "coati"]
 
-SIDECAR = "value_head.safetensors"
+SIDECAR = HEAD_FILES[0]
 _INNER = "pretrained_model."
 _HEAD = "v_head."
 _SUMMARY = "v_head.summary.weight"
@@ -104,7 +108,8 @@ def unwrap(names: Mapping[str, str], checkpoint: Checkpoint, part: str | None, c
         )
     if _SUMMARY in plain:
         return _value_head(names, checkpoint, context)
-    if any(n.startswith(("rwtransformer.", "rwtranrsformer.")) for n in plain):
+    chat = tuple(p for name in ("dschat", "dschat-old") for p, _ in dialect(name).wrapped)
+    if any(n.startswith(chat) for n in plain):
         return _raw(names, "dschat", "DeepSpeed-Chat's reward model: pytorch_model.bin, its only file", context)
     if "v_head.0.weight" in plain and any(n.startswith("base_model.") for n in plain):
         return _raw(names, "trlx", "trlX's critic: pytorch_model.bin, which is all that it reads", context)
@@ -175,10 +180,38 @@ def _sign_of_llamafactory(folder: Path) -> str:
     if _RUN_CHECKPOINT.fullmatch(folder.parent.name):
         folders.append(folder.parent.parent)
     for each in folders:
-        for name in (SIDECAR, "value_head.bin", "trainer_log.jsonl", "llamaboard_config.yaml"):
+        for name in dialect("llamafactory").files_of_its_own:
             if (each / name).is_file():
                 return f"{name} is there"
     return ""
+
+
+def without_foreign_prefix(found: Checkpoint, context: Context) -> Checkpoint:
+    """The model without what a user's own class put before its names (`llm.`, `net.`), where it is whole without it."""
+    other = foreign(found.tensors, found.config)
+    if other is None:
+        return found
+    text = f"`{show(other.prefix)}` stands before the names, and without it they are the model's, every one of them"
+    context.note("info", "foreign-prefix", text)
+    return found.rename(other.names)
+
+
+def expect_known_ends(found: Checkpoint) -> None:
+    """Tensors whose sizes no file records have to be compared with what the config implies.
+
+    Raises:
+        Refused: the config's family is not known (`dcp-hf-shards`).
+    """
+    if found.origin.ends_recorded or not isinstance(wanted := expected(found.config), Unknown):
+        return
+    raise Refused(
+        "dcp-hf-shards",
+        "no file says how many pieces HuggingFaceStorageWriter wrote, so a rank that is lost would not be noticed, and "
+        f"config.json does not tell either: {wanted.words}",
+        where=show(found.origin.asked),
+        next="save with enable_consolidation=True, or consolidate_safetensors_files_on_every_rank of torch, with all "
+        "files",
+    )
 
 
 def for_value_model(found: Checkpoint, base: Checkpoint | None, context: Context) -> Checkpoint:

@@ -11,10 +11,11 @@ from converter.dialects.known import Target
 from converter.dialects.spec import ConfigRules
 from converter.errors import Refused
 from converter.families.family import Family
+from converter.families.words import CAUSAL_CLASSES
 from converter.text import show
 
 _LABEL_KEYS = ("num_labels", "id2label", "label2id", "problem_type")
-_CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_CAUSAL_SUFFIXES = CAUSAL_CLASSES
 _CRITIC_CLASSES = ("CriticModel", "ForTokenClassification")
 
 
@@ -42,8 +43,10 @@ def config_for(reading: Reading, fitted: Fitted | None, target: Target, context:
         _set_labels(config, rows)
     else:
         config = {k: v for k, v in config.items() if k not in _LABEL_KEYS}
-    if target.dialect.name == "safe-rlhf":
-        config |= {"score_dim": rows, "score_type": target.role}
+    if rules.rows_key:
+        config[rules.rows_key] = rows
+    if rules.role_key:
+        config[rules.role_key] = target.role
     if fitted is not None:
         config |= fitted.config
     if rules.pad:
@@ -153,9 +156,7 @@ def _say_alignment(reading: Reading, target: Target, context: Context) -> None:
     """Critics differ in whether the last position has a value."""
     names = reading.checkpoint.config.get("architectures")
     first = str(names[0]) if isinstance(names, list) and names else ""
-    was_critic = (
-        reading.dialect.reward is None or first.endswith(_CRITIC_CLASSES) or reading.dialect.name == "trl-vhead"
-    )
+    was_critic = reading.dialect.reward is None or first.endswith(_CRITIC_CLASSES) or reading.dialect.mostly_critic
     ours, theirs = reading.dialect.alignment, target.dialect.alignment
     if target.role == "critic" and was_critic and ours != theirs:
         how = {"all": "keeps a value for each position", "drop-last": "drops the last position's value"}

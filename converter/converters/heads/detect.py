@@ -13,6 +13,7 @@ from converter.dialects.known import dialects
 from converter.dialects.spec import Dialect, Marks
 from converter.errors import Refused, UsageError
 from converter.families.family import Family, family
+from converter.families.words import OUTPUT_MODULES
 from converter.text import fold, show
 
 SPARE_FILE = "pytorch_model.bin"
@@ -139,4 +140,4 @@ def _refuse_unknown(checkpoint: Checkpoint) -> None:
 
 def head_like(names: Iterable[str]) -> list[str]:
     """Names that look like those of a head."""
-    return [n for n in names if _HEAD_WORDS.search(n) and not n.startswith(("lm_head", "embed_out"))]
+    return [n for n in names if _HEAD_WORDS.search(n) and not n.startswith(OUTPUT_MODULES)]

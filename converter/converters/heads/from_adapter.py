@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from converter.converters.heads.detect import head_like
 from converter.converters.heads.fit import Wishes
-from converter.converters.merge.adapter_config import AdapterConfig, read_adapter_config
+from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import Module, read_modules
-from converter.converters.merge.layer import Layer, merged_weight
+from converter.converters.merge.layer import merged_alone
 from converter.converters.merge.merge_lora import MergeLora
+from converter.converters.merge.methods.method import AdapterConfig
 from converter.converters.merge.task_head import TASK_SUFFIX
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
@@ -71,12 +72,7 @@ def _with_files(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
 
 def _tensors(module: Module, config: AdapterConfig, where: str) -> dict[str, LazyTensor]:
     """A head that the adapter holds whole; LoRA over it is folded in."""
-    found = {f"{module.name}.{leaf}": t for leaf, t in module.replaced.items()}
-    if module.factors:
-        weight = module.replaced["weight"]
-        update = Layer(module, f"{module.name}.weight", config, 1.0, where).update(weight.info, {})
-        found[f"{module.name}.weight"] = merged_weight(weight, [update], "best")
-    return found
+    return {f"{module.name}.{leaf}": t for leaf, t in merged_alone(module, module.replaced, config, where).items()}
 
 
 _OF_THE_RUN = Command("convert", ("RUN/global_stepN", "OUT"))

@@ -19,9 +19,9 @@ from converter.diagnostic import Command, Steps
 from converter.dialects.spec import Dialect
 from converter.errors import Refused
 from converter.families.family import Family, family, hidden_size
+from converter.families.words import OUTPUT_PREFIXES
 from converter.text import fold, show
 
-OUTPUT_EMBEDDINGS = ("lm_head.", "embed_out.")
 _FIRST_BLOCKS = ("layers.0.", "h.0.", "blocks.0.", "decoder.layers.0.")
 """How a decoder's blocks are named in a backbone that was saved on its own."""
 
@@ -79,7 +79,7 @@ class _Reader:
         if weight is None:
             raise self._missing(f"{stem}.weight")
         bias = self._take(stem, "bias")
-        if bias is None and self.dialect.head.bias == "always" and self.dialect.name != "hf-tokcls":
+        if bias is None and self.dialect.head.bias == "always" and not self.dialect.head.bias_from_zero:
             raise self._missing(f"{stem}.bias")
         return _checked(Linear(self._shaped(weight, stem), bias), stem, self.where)
 
@@ -220,7 +220,7 @@ class _Reader:
         prefix = self.kind.prefix
         if prefix is None or not any(n.startswith(_FIRST_BLOCKS) for n in names.values()):
             return dict(names)
-        return {old: new if new.startswith(OUTPUT_EMBEDDINGS) else prefix + new for old, new in names.items()}
+        return {old: new if new.startswith(OUTPUT_PREFIXES) else prefix + new for old, new in names.items()}
 
 
 def _checked(layer: Linear, stem: str, where: str) -> Linear:

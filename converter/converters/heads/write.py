@@ -8,7 +8,6 @@ from typing import Any
 from converter.converters.heads.config import config_for
 from converter.converters.heads.fit import Fitted
 from converter.converters.heads.model import Reading, resolve
-from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.byte_runs import reads
@@ -17,12 +16,10 @@ from converter.diagnostic import Again, Steps
 from converter.dialects.known import Target
 from converter.dialects.spec import HeadSpec
 from converter.errors import Refused
-from converter.families.family import is_tied
+from converter.families.ties import is_tied
+from converter.families.words import OUTPUT_PREFIXES, input_embedding
 from converter.text import fold, show
 
-_EMBEDDINGS = (
-    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tokens_embed.weight",
-)  # fmt: skip
 _ONE_FILE = "model.safetensors"
 
 
@@ -119,7 +116,7 @@ class _Writer:
         if dialect.backbone == "{P}":
             return name
         prefix = resolve("{P}", kind, self.config)
-        if name.startswith(OUTPUT_EMBEDDINGS):
+        if name.startswith(OUTPUT_PREFIXES):
             return dialect.outer + name
         if not name.startswith(prefix):
             what = f"{show(name)} is no part of the backbone ({show(prefix)}) and has no place in {dialect.name}"
@@ -128,7 +125,7 @@ class _Writer:
 
     def _check_vocabulary(self, kept: dict[str, LazyTensor]) -> None:
         multiple = self.target.dialect.vocab_multiple
-        embedding = _embedding(kept)
+        embedding = input_embedding(kept)
         if embedding is None or kept[embedding].info.shape[0] % multiple == 0:
             return
         rows = kept[embedding].info.shape[0]
@@ -144,7 +141,7 @@ class _Writer:
     # The output embedding
 
     def _with_output_embedding(self, kept: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-        present = [n for n in kept if n.startswith(OUTPUT_EMBEDDINGS)]
+        present = [n for n in kept if n.startswith(OUTPUT_PREFIXES)]
         if not self.spec.lm_head:
             self.dropped |= dict.fromkeys(
                 present, f"{self.target.words} has no output embedding in a {self.target.role}"
@@ -152,7 +149,7 @@ class _Writer:
             return {n: t for n, t in kept.items() if n not in present}
         if present:
             return self._settled(kept, present)
-        if any(f".{stem}" in n for n in kept for stem in OUTPUT_EMBEDDINGS):
+        if any(f".{stem}" in n for n in kept for stem in OUTPUT_PREFIXES):
             return kept  # that of the language model inside a larger one
         if self.reading.family.tied:
             self.config["tie_word_embeddings"] = True
@@ -161,7 +158,7 @@ class _Writer:
 
     def _settled(self, kept: dict[str, LazyTensor], present: list[str]) -> dict[str, LazyTensor]:
         """Embeddings that are stored twice although they are tied: one of them where they are equal, else untied."""
-        weight, embedding = next((n for n in present if n.endswith(".weight")), None), _embedding(kept)
+        weight, embedding = next((n for n in present if n.endswith(".weight")), None), input_embedding(kept)
         if weight is None or embedding is None or not is_tied(self.config):
             return kept
         if not self.context.equal(kept[weight], kept[embedding]):
@@ -175,7 +172,7 @@ class _Writer:
 
     def _doubled(self, kept: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
         """A strict loader wants the output embedding by name though it is the input's."""
-        embedding = _embedding(kept)
+        embedding = input_embedding(kept)
         if not self.target.dialect.outer or embedding is None:
             return kept
         return kept | {self._output_name(): kept[embedding]}
@@ -197,11 +194,11 @@ class _Writer:
             )
             self.context.consent(error)
             return {}
-        found = {n: t for n, t in self.base.tensors.items() if n.startswith(OUTPUT_EMBEDDINGS)}
-        own = _embedding(self.base.tensors)
+        found = {n: t for n, t in self.base.tensors.items() if n.startswith(OUTPUT_PREFIXES)}
+        own = input_embedding(self.base.tensors)
         if not found and own is not None and is_tied(self.base.config):
             found = {self._output_name(): self.base.tensors[own]}
-        embedding = _embedding(kept)
+        embedding = input_embedding(kept)
         if not found:
             raise Refused("lm-head-missing", "the base has no lm_head either", where=show(self.base.origin.asked))
         expected = kept[embedding].info.shape if embedding is not None else None
@@ -221,13 +218,8 @@ class _Writer:
         return found.replace(set_aside={**found.set_aside, **aside}, inputs={**self.base.inputs, **found.inputs})
 
     def _ties(self, kept: dict[str, LazyTensor]) -> tuple[tuple[str, ...], ...]:
-        embedding = _embedding(kept)
-        stored = any(n.startswith(OUTPUT_EMBEDDINGS) for n in kept)
+        embedding = input_embedding(kept)
+        stored = any(n.startswith(OUTPUT_PREFIXES) for n in kept)
         if not self.spec.lm_head or stored or embedding is None or not is_tied(self.config):
             return ()
         return ((self._named(embedding), self._named(self._output_name())),)
-
-
-def _embedding(tensors: Any) -> str | None:
-    """The input embedding, by the end of its name."""
-    return next((n for n in tensors if n.endswith(_EMBEDDINGS)), None)

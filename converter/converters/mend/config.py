@@ -17,9 +17,10 @@ from converter.core.context import Context
 from converter.errors import Refused
 from converter.families.old_spellings import with_old_spellings
 from converter.families.old_tokenizers import with_old_tokenizer
+from converter.families.words import WRAPPED_CLASS
 from converter.text import show
 
-_WRAPPER = re.compile(r"^(?:FSDP\d?|DDP|Peft|DistributedDataParallel)+(?=[A-Z])")
+_WRAPPER = WRAPPED_CLASS
 _HEAD = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
 TOKENIZER = "tokenizer_config.json"
 

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from converter.converters.gather.gather import Gather
-from converter.converters.gather.peft_names import PEFT_PREFIX, without_wrappers
+from converter.converters.gather.peft_names import without_wrappers
 from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context
 from converter.errors import Refused
 from converter.families.plain_names import plain_names
+from converter.families.ties import is_output, ties, untied
+from converter.families.words import LORA_FACTOR_WORD, PEFT_PREFIX
 from converter.text import fold, show
 
-_ADAPTER_NAME = re.compile(
-    r"(?P<kind>\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?P<name>[^.]+)(?=\.|$)"
-)
+_ADAPTER_NAME = re.compile(rf"(?P<kind>\.(?:{LORA_FACTOR_WORD}))\.(?P<name>[^.]+)(?=\.|$)")
 _LEAVES = frozenset({"weight", "bias"})
-_OUTPUTS = ("lm_head.weight", "embed_out.weight")
 
 
 @dataclass(frozen=True)
@@ -99,49 +98,29 @@ class MendTies:
         Raises:
             Refused: the copies differ, without consent (`untie`).
         """
-        checkpoint = _without_copies(checkpoint, context)
         stored = checkpoint.tensors
-        output = next((n for n in _OUTPUTS if n in stored), None)
-        inputs = [n for n in stored if n.endswith((".embed_tokens.weight", ".wte.weight", ".embed_in.weight"))]
-        nested = checkpoint.config.get("text_config")
-        config = nested if isinstance(nested, dict) and "tie_word_embeddings" in nested else checkpoint.config
-        if output is None or len(inputs) != 1 or config.get("tie_word_embeddings") is not True:
+        dropped: dict[str, str] = {}
+        apart: dict[str, str] = {}
+        for tie in ties(stored, checkpoint.config):
+            first, *rest = (n for n in tie.names if n in stored)
+            for name in rest:
+                if not context.equal(stored[first], stored[name]):
+                    apart |= {name: first} if tie.older else {}
+                elif tie.newer:
+                    dropped[name] = f"equal to {first}, to which its class ties it"
+        if dropped:
+            context.note("info", "mended", f"{fold(dropped)}: tied, equal, and stored once")
+            kept = {n: t for n, t in stored.items() if n not in dropped}
+            left = (*checkpoint.left, *(stored[n] for n in dropped))
+            checkpoint = checkpoint.replace(tensors=kept, dropped={**checkpoint.dropped, **dropped}, left=left)
+        apart = {name: first for name, first in apart.items() if is_output(name)}  # no config field unties the others
+        if not apart:
             return checkpoint
-        if context.equal(stored[inputs[0]], stored[output]):
-            context.note("info", "mended", f"{show(output)} equals {show(inputs[0])} and is stored once")
-            kept = {n: t for n, t in stored.items() if n != output}
-            why = {output: f"equal to {inputs[0]}, to which the config ties it"}
-            left = (*checkpoint.left, stored[output])
-            return checkpoint.replace(tensors=kept, dropped={**checkpoint.dropped, **why}, left=left)
-        what = f"{show(output)} differs from {show(inputs[0])}, to which the config ties it: loaders throw it away"
+        differ = "; ".join(f"{show(name)} differs from {show(first)}" for name, first in apart.items())
+        what = f"{differ}, to which the config ties it: transformers 5 keeps both, transformers 4 drops {fold(apart)}"
         context.consent(Refused("untie", what, where=show(checkpoint.origin.asked)))
         context.note("changes-numbers", "untied", "tie_word_embeddings is false now: loaders use both tensors")
-        new = {**config, "tie_word_embeddings": False}
-        whole = (
-            new
-            if config is checkpoint.config
-            else {**checkpoint.config, "text_config": new, "tie_word_embeddings": False}
-        )
-        return checkpoint.replace(config=whole, ties=())
-
-
-def _without_copies(checkpoint: Checkpoint, context: Context) -> Checkpoint:
-    """Copies of one tensor that are no output embedding of a language model: T5's embeddings, BERT's decoder.
-
-    Where they differ both stay: which of them a loader takes is its own affair, and no config field unties them.
-    """
-    dropped: dict[str, str] = {}
-    for group in checkpoint.ties:
-        first, *rest = [n for n in group if n in checkpoint.tensors] or [""]
-        for name in [n for n in rest if len(group) > 2 or n not in _OUTPUTS]:
-            if context.equal(checkpoint.tensors[first], checkpoint.tensors[name]):
-                dropped[name] = f"equal to {first}, to which its class ties it"
-    if not dropped:
-        return checkpoint
-    context.note("info", "mended", f"{fold(dropped)}: tied, equal, and stored once")
-    kept = {n: t for n, t in checkpoint.tensors.items() if n not in dropped}
-    left = (*checkpoint.left, *(checkpoint.tensors[n] for n in dropped))
-    return checkpoint.replace(tensors=kept, dropped={**checkpoint.dropped, **dropped}, left=left)
+        return checkpoint.replace(config=untied(checkpoint.config), ties=())
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,17 @@ from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
+from converter.families.words import INPUT_MODULES, NOT_TEXT, OTHER_INPUT_MODULES, OTHER_OUTPUT_MODULES, OUTPUT_MODULES
 from converter.text import fold, show
 
 MOST_ROWS = 100_000_000
 
-_INPUTS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "shared"})
-_SURE = _INPUTS | {"lm_head", "embed_out"}
-_MODULES = _SURE | {"embeddings", "embedding", "output", "output_layer", "decoder", "predictions", "head"}
+_SURE = frozenset((*INPUT_MODULES, *OUTPUT_MODULES))
+_MODULES = _SURE | {*OTHER_INPUT_MODULES, *OTHER_OUTPUT_MODULES}
 """Modules that may have a row for each token; those that are not sure are told by their height."""
 
 _LEAVES = ("weight", "bias")
-_NOT_TEXT = ("vision", "visual", "audio", "image", "vqmodel", "codec", "depth_decoder", "position")
+_NOT_TEXT = (*NOT_TEXT, "position")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     its height is neither the config's vocabulary nor that of the input embedding.
     """
     named = {n: t for n, t in checkpoint.tensors.items() if _is_named_so(n) and len(t.info.shape) in (1, 2)}
-    inputs = [t for n, t in named.items() if _module(n) in _INPUTS]
+    inputs = [t for n, t in named.items() if _module(n) in INPUT_MODULES]
     heights = {t.info.shape[0] for t in inputs if len(t.info.shape) == 2}
     heights |= {s for s in (text_config(checkpoint.config).get("vocab_size"),) if isinstance(s, int)}
     return {n: t for n, t in named.items() if _module(n) in _SURE or t.info.shape[0] in heights}

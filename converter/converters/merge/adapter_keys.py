@@ -9,16 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
+from converter.families.factors import alternatives, shared_names
+from converter.families.words import INNER_WRAPPERS, PEFT_PREFIX
 from converter.text import show
 
-FACTOR_KINDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-_FACTOR = re.compile(rf"^(?P<module>.+?)\.(?P<kind>{'|'.join(FACTOR_KINDS)})(?P<tail>(?:\.[^.]+)*)$")
 _TOKENS = re.compile(r"^(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_delta(?P<tail>(?:\.[^.]+)*)$")
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_PREFIX = "base_model.model."
+_MODEL = "base_model."
 
 
 @dataclass
@@ -43,10 +43,21 @@ class Module:
 
 @dataclass(frozen=True)
 class AdapterModules:
-    """An adapter's modules, in file order, and what was taken off its keys, in words."""
+    """An adapter's modules, in file order.
+
+    Attributes:
+        stripped: what was taken off its keys, in words.
+        shared: tensors that a method keeps once for the whole model, by their bare name.
+    """
 
     modules: Mapping[str, Module]
     stripped: tuple[str, ...]
+    shared: Mapping[str, LazyTensor] = field(default_factory=dict)
+
+
+@cache
+def _factor() -> re.Pattern[str]:
+    return re.compile(rf"^(?P<module>.+?)\.(?P<kind>{alternatives()})(?P<tail>(?:\.[^.]+)*)$")
 
 
 def read_modules(tensors: Mapping[str, LazyTensor], where: str) -> AdapterModules:
@@ -57,9 +68,16 @@ def read_modules(tensors: Mapping[str, LazyTensor], where: str) -> AdapterModule
     """
     stripped: dict[str, None] = {}
     modules: dict[str, Module] = {}
+    shared: dict[str, LazyTensor] = {}
     names = _adapter_names(tensors)
     for key, tensor in tensors.items():
         bare = _bare(key, stripped)
+        whole = _shared(bare, names)
+        if whole in shared:
+            raise Refused("adapter-key-twice", f"two tensors are the {whole} of the model", where=where, got=show(key))
+        if whole:
+            shared[whole] = tensor
+            continue
         module, part, saved = _split(bare, names)
         if names:
             stripped[f"adapter name `{show(next(iter(names)))}`"] = None
@@ -74,22 +92,28 @@ def read_modules(tensors: Mapping[str, LazyTensor], where: str) -> AdapterModule
             entry.token_rows = tensor
         else:
             slot[name] = tensor
-    return AdapterModules(modules, tuple(stripped))
+    return AdapterModules(modules, tuple(stripped), shared)
+
+
+def _shared(bare: str, names: frozenset[str]) -> str:
+    """The name of a tensor that belongs to the model as a whole; empty where the key is not of one."""
+    pieces = [p for p in bare.removeprefix(_MODEL).split(".") if p not in names]
+    return pieces[0] if len(pieces) == 1 and pieces[0] in shared_names() else ""
 
 
 def _bare(key: str, stripped: dict[str, None]) -> str:
     """The key without wrappers and without PEFT's prefix, however often it stands there."""
-    pieces = [p for p in key.split(".") if p not in _WRAPPERS]
+    pieces = [p for p in key.split(".") if p not in INNER_WRAPPERS]
     if len(pieces) != key.count(".") + 1:
-        stripped.update(dict.fromkeys(f"`{p}.`" for p in key.split(".") if p in _WRAPPERS))
+        stripped.update(dict.fromkeys(f"`{p}.`" for p in key.split(".") if p in INNER_WRAPPERS))
     bare = ".".join(pieces)
     while True:
         if bare.startswith("module."):
             stripped["`module.`"] = None
             bare = bare.removeprefix("module.")
-        elif bare.startswith(_PREFIX):
-            stripped[f"`{_PREFIX}`"] = None
-            bare = bare.removeprefix(_PREFIX)
+        elif bare.startswith(PEFT_PREFIX):
+            stripped[f"`{PEFT_PREFIX}`"] = None
+            bare = bare.removeprefix(PEFT_PREFIX)
         else:
             return bare
 
@@ -98,7 +122,7 @@ def _adapter_names(tensors: Mapping[str, LazyTensor]) -> frozenset[str]:
     """The adapter name that stands in every key with a LoRA factor, if one does: `lora_A.default.weight`."""
     names: set[str] = set()
     for key in tensors:
-        match = _FACTOR.match(key)
+        match = _factor().match(key)
         if match is None:
             continue
         tokens = match["tail"].split(".")[1:]
@@ -112,7 +136,7 @@ def _adapter_names(tensors: Mapping[str, LazyTensor]) -> frozenset[str]:
 
 def _split(bare: str, names: frozenset[str]) -> tuple[str, str, bool]:
     """Module, part and whether PEFT's modules_to_save wrapper stands in the key. Parts that replace begin with `=`."""
-    match = _FACTOR.match(bare)
+    match = _factor().match(bare)
     if match is not None:
         tail = [t for t in match["tail"].split(".")[1:] if t not in names]
         part = match["kind"]

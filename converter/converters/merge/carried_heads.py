@@ -8,13 +8,12 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
+from converter.families.words import HEAD_FILES
 from converter.text import fold, show
 
 TRL_FILE = "pytorch_model.bin"
 """Where TRL's wrapper saves the head beside an adapter; beside a whole model no loader looks there."""
 
-HEAD_FILE = "value_head.safetensors"
-HEAD_FILES = (HEAD_FILE, "value_head.bin", "value_head.pt")
 
 Files = dict[str, Mapping[str, LazyTensor]]
 
@@ -55,5 +54,5 @@ def _named_for_a_model(adapter: Checkpoint) -> Files:
                 where=show(adapter.origin.asked),
                 next="move the one away that is not this adapter's",
             )
-        files[HEAD_FILE] = adapter.beside[TRL_FILE]
+        files[HEAD_FILES[0]] = adapter.beside[TRL_FILE]
     return files

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.errors import Refused
+from converter.families.ties import untied
+from converter.families.words import INPUT_MODULES, OUTPUT_MODULES
 from converter.text import fold, show
 
 
@@ -17,14 +19,9 @@ def with_prefix(checkpoint: Checkpoint, prefix: str, backbone: set[str]) -> Chec
 
 def untie(checkpoint: Checkpoint, names: Sequence[str], context: Context) -> Checkpoint:
     """Both sides of a tie written as two tensors, and the config told so."""
-    config = dict(checkpoint.config)
-    config["tie_word_embeddings"] = False
-    for key, value in config.items():
-        if isinstance(value, dict) and "tie_word_embeddings" in value:
-            config[key] = value | {"tie_word_embeddings": False}
     ties = tuple(group for group in checkpoint.ties if not set(group) & set(names))
     context.note("info", "untied", f"untied: the adapter changes {fold(names)} and not what it is tied to")
-    return checkpoint.replace(config=config, ties=ties)
+    return checkpoint.replace(config=untied(checkpoint.config), ties=ties)
 
 
 def with_vocabulary(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
@@ -69,4 +66,4 @@ def with_vocabulary(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
 def is_vocabulary(name: str) -> bool:
     """True for an input or output embedding, by the name of its module."""
     module = name.split(".")[-2]
-    return module in ("lm_head", "embed_out", "embed_tokens", "wte", "embed_in", "word_embeddings", "output")
+    return module in (*INPUT_MODULES, *OUTPUT_MODULES, "output")

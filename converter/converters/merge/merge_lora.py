@@ -10,15 +10,16 @@ PEFT's merge moves both sides, which is not what the adapter computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from converter.converters.merge.adapter_config import AdapterConfig, read_adapter_config
-from converter.converters.merge.adapter_keys import Module, read_modules
+from converter.converters.merge.adapter_config import read_adapter_config
+from converter.converters.merge.adapter_keys import AdapterModules, Module, read_modules
 from converter.converters.merge.carried_heads import carried_files
 from converter.converters.merge.embeddings import is_vocabulary, untie, with_prefix, with_vocabulary
-from converter.converters.merge.layer import Layer, Update, merged_bias, merged_weight, with_token_rows
+from converter.converters.merge.layer import merged, updates_of, with_token_rows
+from converter.converters.merge.methods.method import AdapterConfig, Method, Site, Update
 from converter.converters.merge.name_rules import AS_IN_BASE, NameRule, find_rule
 from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_head, is_new_head
 from converter.core.checkpoint import Checkpoint, Input, SideFile
@@ -26,6 +27,7 @@ from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.side_files import adapter_first
 from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Steps
 from converter.errors import Refused, UsageError
@@ -92,7 +94,6 @@ class _Merge:
     context: Context
     numerics: Numerics
     updates: dict[str, list[Update]] = field(default_factory=dict)
-    bias_updates: dict[str, list[tuple[LazyTensor, float]]] = field(default_factory=dict)
     replaced: dict[str, LazyTensor] = field(default_factory=dict)
     token_rows: dict[str, tuple[LazyTensor, tuple[int, ...]]] = field(default_factory=dict)
     heads: list[NewHead] = field(default_factory=list)
@@ -108,12 +109,11 @@ class _Merge:
         trained = classifier(self.base.config, adapter.config)
         new = {n for n, m in read.modules.items() if is_new_head(m, config, self._names(), trained)}
         expect_head(config, bool(new), self.base, trained, where)
-        needed = _needed(m for n, m in read.modules.items() if n not in new)
+        needed = _needed((m for n, m in read.modules.items() if n not in new), config.method)
         rule = self._rule(needed, adapter, where)
         self._say_names(rule, read.stripped)
         self._settle_ties({rule.tensor(f"{module}.{leaf}") for module, leaves in needed.items() for leaf in leaves})
         self.prefix = rule.lacks or self.prefix
-        factors: list[tuple[str, LazyTensor]] = []
         if config.token_indices and all(m.token_rows is None for m in read.modules.values()):
             what = "the config lists trained token rows (trainable_token_indices), and the file holds none"
             raise Refused("adapter-tokens", what, where=where)
@@ -121,17 +121,46 @@ class _Merge:
             if module.name in new:
                 self.heads.append(NewHead(module, config, adapter, trained))
                 continue
-            target = rule.tensor(f"{module.name}.weight")
             self._replace(module, rule, config, where)
-            self._token_rows(module, target, config, where)
-            if module.factors:
-                update = self._update(Layer(module, target, config, weight, where))
-                self.updates.setdefault(target, []).append(update)
-                factors.append((module.name, update.b))
-            bias = module.factors.get("lora_B.bias")
-            if bias is not None:
-                self._bias(module, rule, bias, weight * config.scale_of(module.name), where)
-        self._refuse_no_op(factors, lambda name: weight * config.scale_of(name), where)
+            self._token_rows(module, rule.tensor(f"{module.name}.weight"), config, where)
+        sites = self._sites(read, new, rule, config, weight, where)
+        found = {site.module.name: self._update(site, rule) for site in sites}
+        self._refuse_no_op(read, found, config.method, where)
+
+    def _sites(
+        self,
+        read: AdapterModules,
+        new: Collection[str],
+        rule: NameRule,
+        config: AdapterConfig,
+        weight: float,
+        where: str,
+    ) -> list[Site]:
+        """Modules with factors, each with the base's tensors below it."""
+        changed = [m for n, m in read.modules.items() if m.factors and n not in new]
+        bases = {m.name: self._below(m, rule, config.method) for m in changed}
+        peers = {name: base["weight"] for name, base in bases.items() if "weight" in base}
+        return [
+            Site(
+                module=m,
+                config=config,
+                target=rule.tensor(f"{m.name}.weight"),
+                base=bases[m.name],
+                model_config=self.base.config,
+                weight=weight,
+                numerics=self.numerics,
+                where=where,
+                shared=read.shared,
+                peers=peers,
+            )
+            for m in changed
+        ]
+
+    def _below(self, module: Module, rule: NameRule, method: Method) -> dict[str, TensorInfo]:
+        """The base's tensors of a module: those that the method needs, and its bias where it has one."""
+        found = {leaf: self._stored(rule.tensor(f"{module.name}.{leaf}")).info for leaf in method.leaves(module)}
+        bias = rule.tensor(f"{module.name}.bias")
+        return {**found, "bias": self.base.tensors[bias].info} if bias in self.base.tensors else found
 
     def _settle_ties(self, touched: Collection[str]) -> None:
         """A config may tie two tensors that are stored with different values; loaders then do not tie them."""
@@ -234,35 +263,38 @@ class _Merge:
             raise Refused("adapters-conflict", f"two adapters train rows of {show(name)}", where=where)
         self.token_rows[name] = (rows, indices)
 
-    def _update(self, layer: Layer) -> Update:
-        if layer.config.init in ("pissa", "olora") and len(self.adapters) > 1:
+    def _update(self, site: Site, rule: NameRule) -> tuple[Update, ...]:
+        updates = updates_of(site)
+        if len(self.adapters) > 1 and any(u.start is not None for u in updates):
             raise Refused(
-                "adapters-conflict", "PiSSA and OLoRA move the base and can't be merged with others", where=layer.where
+                "adapters-conflict", "PiSSA and OLoRA move the base and can't be merged with others", where=site.where
             )
-        return layer.update(self._stored(layer.target).info, self.base.config)
-
-    def _bias(self, module: Module, rule: NameRule, bias: LazyTensor, scale: float, where: str) -> None:
-        name = rule.tensor(f"{module.name}.bias")
-        if name not in self.base.tensors:
-            raise Refused(
-                "adapter-bias", f"lora_B of {show(module.name)} has a bias, and the base layer has none", where=where
-            )
-        self.bias_updates.setdefault(name, []).append((bias, scale))
+        for update in updates:
+            self.updates.setdefault(rule.tensor(f"{site.module.name}.{update.leaf}"), []).append(update)
+        return updates
 
     def _refuse_no_op(
-        self, factors: list[tuple[str, LazyTensor]], layer_scale: Callable[[str], float], where: str
+        self, read: AdapterModules, found: Mapping[str, Sequence[Update]], method: Method, where: str
     ) -> None:
-        zero = [name for name, b in factors if self.context.is_zero(b)]
-        scaleless = [name for name, _ in factors if layer_scale(name) == 0]
-        if factors and len(scaleless) == len(factors):
-            what = "lora_alpha or the weight is 0: every update is zero, and the result would be the base"
-            self.context.consent(Refused("no-op", what, where=where, next="set the alpha that training used"))
-        elif factors and len(zero) == len(factors):
-            count = f"{len(zero)} of {len(factors)}"
-            what = f"every lora_B is zero ({count}): the adapter was never trained, the result would be the base"
-            self.context.consent(Refused("no-op", what, where=where, next="look for a later checkpoint of the run"))
+        begun = {n: [f for f in method.zeros if f in read.modules[n].factors] for n in found}
+        names = list(dict.fromkeys(f for factors in begun.values() for f in factors))
+        what = " and ".join(names)
+        zero = [
+            name
+            for name, factors in begun.items()
+            if factors and all(self.context.is_zero(read.modules[name].factors[f]) for f in factors)
+        ]
+        scales = [update.scale for updates in found.values() for update in updates]
+        if scales and not any(scales):
+            text = "lora_alpha or the weight is 0: every update is zero, and the result would be the base"
+            self.context.consent(Refused("no-op", text, where=where, next="set the alpha that training used"))
+        elif found and len(zero) == len(found):
+            count = f"{len(zero)} of {len(found)}"
+            text = f"every {what} is zero ({count}): the adapter was never trained, the result would be the base"
+            self.context.consent(Refused("no-op", text, where=where, next="look for a later checkpoint of the run"))
         elif zero:
-            self.context.note("info", "zero-lora-b", f"{len(zero)} of {len(factors)} lora_B are zero: {fold(zero)}")
+            text = f"{len(zero)} of {len(found)} {what} are zero: {fold(zero)}"
+            self.context.note("info", "zero-lora-b", text)
 
     def result(self) -> Checkpoint:
         out: dict[str, LazyTensor] = dict(self.base.tensors)
@@ -282,8 +314,6 @@ class _Merge:
                 for member in (name, *partners):
                     if member in out:
                         out[member] = tensor
-        for name, added in self.bias_updates.items():
-            out[name] = merged_bias(self._stored(name), added, self.numerics)
         beside, replaced = carried_files(self.base, self.adapters, self.context)
         checkpoint = self.base.replace(
             tensors=out,
@@ -317,7 +347,7 @@ class _Merge:
     def _merged(self, name: str) -> LazyTensor:
         weight = self._stored(name)
         if name in self.updates:
-            weight = merged_weight(weight, self.updates[name], self.numerics)
+            weight = merged(weight, self.updates[name], self.numerics)
         rows = self.token_rows.get(name)
         return with_token_rows(weight, *rows) if rows else weight
 
@@ -335,14 +365,15 @@ class _Merge:
         return merged
 
 
-def _needed(modules: Iterable[Module]) -> dict[str, list[str]]:
+def _needed(modules: Iterable[Module], method: Method) -> dict[str, list[str]]:
     """The tensors, by module, that the base must have: what is updated or replaced."""
     needed: dict[str, list[str]] = {}
     for module in modules:
-        leaves = [*module.replaced]
-        if (module.factors or module.token_rows is not None) and "weight" not in leaves:
-            leaves.append("weight")
-        needed[module.name] = leaves
+        changed = (
+            *(method.leaves(module) if module.factors else ()),
+            *(("weight",) if module.token_rows is not None else ()),
+        )
+        needed[module.name] = list(dict.fromkeys([*module.replaced, *changed]))
     return needed
 
 

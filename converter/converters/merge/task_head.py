@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from converter.converters.merge.adapter_config import AdapterConfig
 from converter.converters.merge.adapter_keys import Module
-from converter.converters.merge.layer import Layer, merged_weight
+from converter.converters.merge.layer import merged_alone
+from converter.converters.merge.methods.method import AdapterConfig
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
 from converter.core.side_files import side_json
@@ -21,12 +21,11 @@ from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.memory_names import Classifier, without_numbers
+from converter.families.words import CLASSIFIERS, OUTPUT_MODULES
 from converter.text import fold, show
 
 TASK_SUFFIX = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 _BASE_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForTokenClassification", "Model")
-_OUTPUT_MODULES = frozenset({"lm_head", "embed_out"})
-_HEAD_MODULES = frozenset({"score", "classifier"})
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def is_new_head(module: Module, config: AdapterConfig, base_names: Collection[st
 
 def is_head(name: str) -> bool:
     """True for a tensor of a classification head, by the name of its outermost module."""
-    return name.split(".", maxsplit=1)[0] in _HEAD_MODULES
+    return name.split(".", maxsplit=1)[0] in CLASSIFIERS
 
 
 def _is_of_class(module: Module, trained: Classifier) -> bool:
@@ -78,8 +77,8 @@ def _looks_like_head(module: Module, config: AdapterConfig) -> bool:
     first = module.name.split(".")[0]
     return (
         config.task_type in TASK_SUFFIX
-        and first not in _OUTPUT_MODULES
-        and (first in config.modules_to_save or first in _HEAD_MODULES)
+        and first not in OUTPUT_MODULES
+        and (first in config.modules_to_save or first in CLASSIFIERS)
     )
 
 
@@ -124,7 +123,7 @@ def add_task_head(
     dropped = dict(checkpoint.dropped)
     kept: dict[str, LazyTensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        if _OUTPUT_MODULES & set(name.split(".")[:-1]):
+        if not set(OUTPUT_MODULES).isdisjoint(name.split(".")[:-1]):
             dropped[name] = "a reward model has no output embedding"
         elif trained is not None and not trained.has(names[name]):
             if name in touched:
@@ -166,14 +165,8 @@ def _expect_whole(kept: Collection[str], trained: Classifier, where: str) -> Non
 
 def _head_tensors(head: NewHead) -> dict[str, LazyTensor]:
     module = head.module
-    found = {f"{module.name}.{leaf}": tensor for leaf, tensor in module.replaced.items()}
-    if module.factors:
-        weight = module.replaced["weight"]
-        update = Layer(module, f"{module.name}.weight", head.config, 1.0, show(head.adapter.origin.asked)).update(
-            weight.info, {}
-        )
-        found[f"{module.name}.weight"] = merged_weight(weight, [update], "best")
-    return found
+    whole = merged_alone(module, module.replaced, head.config, show(head.adapter.origin.asked))
+    return {f"{module.name}.{leaf}": tensor for leaf, tensor in whole.items()}
 
 
 def _main_dtype(stored: Mapping[str, LazyTensor]) -> DType:

@@ -396,9 +396,5 @@ def check_names(names: Iterable[str], *, where: str, allow: re.Pattern[str] | No
             where=show(where),
             next="don't load it with anything; ask whoever made it for safetensors"
             if is_attack
-            else Steps(
-                "if your own trainer wrote it: ",
-                Again(("--allow-name", pattern)),
-                "; it is read as data, not imported",
-            ),
+            else Steps("if your own trainer wrote it: ", Again(("--allow-name", pattern)), "; it is read as data only"),
         )

@@ -1,7 +1,8 @@
 """Declarations of kernels, without torch: what shape comes out, which slice of each input a range of rows needs.
 
 A kernel is a name in an `Apply` node; its body lives in another module and is imported only when values are computed.
-Third parties add one with an entry point in the group `rlhf_convert.kernels`, as ours are.
+Third parties add one with an entry point in the group `rlhf_convert.kernels`, as ours are; a PEFT method
+brings its own (`Method.kernels`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from importlib.metadata import entry_points
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.diagnostic import Command
 from converter.errors import Refused
+from converter.plugins import KERNELS, METHODS, loaded
 from converter.text import show
 
 Scalar = bool | int | float | str
 Param = Scalar | tuple[Scalar, ...]
 Params = Mapping[str, Param]
 Infos = tuple[TensorInfo, ...]
-
-ENTRY_POINT_GROUP = "rlhf_convert.kernels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +60,19 @@ class KernelSpec:
 
 @cache
 def find(name: str) -> KernelSpec:
-    """The kernel registered under `name`.
+    """The kernel registered under `name`, or brought by a registered PEFT method.
 
     Raises:
         Refused: no installed package registers it (`unknown-kernel`).
     """
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+    for point in entry_points(group=KERNELS, name=name):
         spec = point.load()
         if isinstance(spec, KernelSpec) and spec.name == name:
             return spec
+    for plug_in in loaded(METHODS):
+        for spec in getattr(plug_in, "kernels", ()):
+            if isinstance(spec, KernelSpec) and spec.name == name:
+                return spec
     raise Refused("unknown-kernel", f"no installed package provides the kernel `{show(name)}`", next=Command("list"))
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from converter.converters.merge.asked_modules import modules_missing
 from converter.core.context import Context
 from converter.diagnostic import Next, Severity, completed
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.examine.diagnoses.commands import filling_command
+from converter.families.factors import alternatives, factor_in_name, factor_pairs, zero_factors
 from converter.families.family import family
+from converter.families.words import OUTPUT_MODULES, PEFT_PREFIX, without_wrappers
+from converter.sources.finding import sources
 from converter.sources.survey import StoredTensor
 from converter.text import fold, show
 
-_LORA = re.compile(r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.|$)")
-_COPY = re.compile(r"(?:base_model\.model\.)+")
+_COPY = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})+")
 _EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.", re.ASCII)
 _NUMBER = re.compile(r"\.\d+", re.ASCII)
 
@@ -99,15 +102,14 @@ def _refusals_of_merge(case: Case) -> list[ConvertError]:
 def _try_merge(case: Case, without: frozenset[str]) -> ConvertError | None:
     from converter.converters.merge.merge_lora import MergeLora
     from converter.sources.hf import peft
-    from converter.sources.hf import source as hf
 
-    if case.base is None or case.base.source != "hf" or case.survey.error() or case.base.survey.error():
+    if case.base is None or case.base.kind != "model" or case.survey.error() or case.base.survey.error():
         return None
     try:
         adapter = peft.SOURCE.open(case.root, asked=case.asked)
         if without:
             adapter = adapter.replace(config={k: v for k, v in adapter.config.items() if k not in without})
-        base = hf.SOURCE.open(case.base.root, asked=case.base.asked)
+        base = sources()[case.base.source or "hf"].open(case.base.root, asked=case.base.asked)
         MergeLora(adapters=(adapter,))(base, Context())
     except ConvertError as error:
         return error
@@ -198,7 +200,8 @@ def no_op(case: Case, context: Context) -> Iterable[Finding]:
             return
     if not case.deep:
         return
-    second = {n: e for n, e in case.survey.entries.items() if (m := _LORA.match(n)) and m["kind"].endswith("B")}
+    factor, begun = factor_in_name(), zero_factors()
+    second = {n: e for n, e in case.survey.entries.items() if (m := factor.match(n)) and m["kind"] in begun}
     filled = {n: e for n, e in second.items() if e.info.numel}
     if filled and all(_is_zero(e, context) for e in filled.values()):
         text = f"all {len(filled)} lora_B are zero: the adapter does nothing"
@@ -218,11 +221,12 @@ def _is_zero(entry: StoredTensor, context: Context) -> bool:
 
 def _halves(case: Case) -> tuple[tuple[str, ...], int]:
     """Modules with one factor only, and how many there are."""
-    halves: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {}
     for name in case.shapes:
-        if match := _LORA.match(name):
-            halves.setdefault(match["module"], set()).add(match["kind"][-1])
-    return tuple(sorted(m for m, kinds in halves.items() if len(kinds) == 1)), len(halves)
+        if match := factor_in_name().match(name):
+            found.setdefault(match["module"], set()).add(match["kind"])
+    alone = [m for m, kinds in found.items() if any(len(kinds & set(pair)) == 1 for pair in factor_pairs())]
+    return tuple(sorted(alone)), len(found)
 
 
 @diagnosis("adapter-half", "adapter")
@@ -255,10 +259,24 @@ def adapter_targets_missing(case: Case, context: Context) -> Iterable[Finding]:
     """
     targets = case.adapter_config.get("target_modules")
     limits = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
-    if case.base is None or not isinstance(targets, list) or any(case.adapter_config.get(k) for k in limits):
+    if case.base is None:
         return
-    have = {_COPY.sub("", m["module"]) for n in case.shapes if (m := _LORA.match(n))}
-    named = [t for t in targets if isinstance(t, str) and "." not in t and t not in ("lm_head", "embed_out")]
+    dimensions = {n: len(i.shape) for n, i in case.base.shapes.items()}
+    lacks = tuple(modules_missing(case.shapes, case.adapter_config, dimensions, case.base.config))
+    if lacks:
+        yield Finding(
+            code="adapter-targets-missing",
+            severity="changes-numbers",
+            text=f"{len(lacks)} modules that adapter_config.json names are not in the adapter: {fold(lacks)}",
+            tensors=lacks,
+            evidence=(fold(lacks),),
+            recoverability="",
+        )
+        return
+    if not isinstance(targets, list) or any(case.adapter_config.get(k) for k in limits):
+        return
+    have = {_COPY.sub("", m["module"]) for n in case.shapes if (m := factor_in_name().match(n))}
+    named = [t for t in targets if isinstance(t, str) and "." not in t and t not in OUTPUT_MODULES]
     missing = [f"{t}: {got} of {wanted}" for t in named for got, wanted in _lacking(t, have, case, case.base)]
     if missing and have:
         listed = ", ".join(map(show, missing))
@@ -316,12 +334,12 @@ def adapter_keys_named(case: Case, context: Context) -> Iterable[Finding]:
     odd = tuple(
         n
         for n in case.shapes
-        if re.search(r"\.lora_(?:A|B|embedding_A|embedding_B)\.[^.]+\.weight$", n)
-        or re.search(r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.", n)
-        or n.count("base_model.model.") > 1
-        or not n.startswith("base_model.model.")
+        if re.search(rf"\.(?:{alternatives()})\.[^.]+\.weight$", n)
+        or without_wrappers(n) != n
+        or n.count(PEFT_PREFIX) > 1
+        or not n.startswith(PEFT_PREFIX)
     )
-    if odd and any(_LORA.match(n) for n in odd):
+    if odd and any(factor_in_name().match(n) for n in odd):
         text = f"{len(odd)} of {len(case.shapes)} keys are not as PEFT writes them, and PEFT would ignore them silently"
         command = case.repair()
         yield Finding(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from converter.converters.heads.whole import Judgement, judge
 from converter.core.checkpoint import Checkpoint, Origin
 from converter.core.context import Context
 from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
@@ -17,7 +18,9 @@ from converter.core.tensors.dtypes import TensorInfo
 from converter.diagnostic import Command, Diagnostic, Severity, as_argument, spelled
 from converter.errors import ConvertError, Refused
 from converter.examine.diagnoses.script import Launch
-from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, Survey, file_names
+from converter.families.plain_names import plain_names
+from converter.sources.finding import sources
+from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, SourceKind, StoredTensor, Survey, file_names
 from converter.text import fold, show
 
 T = TypeVar("T")
@@ -84,7 +87,12 @@ class Near:
     @property
     def is_training(self) -> bool:
         """True for a trainer's own shards."""
-        return self.source not in ("hf", "peft", "unread")
+        return self.kind == "training"
+
+    @property
+    def kind(self) -> SourceKind:
+        """What the folder is: a model, an adapter, or a trainer's state."""
+        return sources()[self.source].kind
 
     @property
     def argument(self) -> str:
@@ -132,6 +140,11 @@ class Case:
     _json: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     _memos: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def changed(self, entries: dict[str, StoredTensor], config: Mapping[str, Any]) -> Case:
+        """The folder as it would be with other tensors and another config.json."""
+        survey = replace(self.survey, entries=entries)
+        return replace(self, survey=survey, _json={**self._json, MODEL_CONFIG: config}, _memos={})
+
     def once(self, key: str, compute: Callable[[Case], T]) -> T:
         """The value of `compute(case)`, computed at the first call: several diagnoses may share it.
 
@@ -170,6 +183,11 @@ class Case:
             Origin(kind, str(self.root), self.asked, self.root.name, None, "", stored),
             beside={name: dict(file.tensors) for name, file in self.survey.beside.items()},
         )
+
+    @cached_property
+    def judgement(self) -> Judgement:
+        """The tensors, wrappers looked through, against what the class in config.json asks for."""
+        return judge(self.checkpoint, plain_names(self.shapes, self.config).names)
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from converter.converters.heads.detect import head_like
 from converter.diagnostic import Again, Command, Next, Steps, is_command
 from converter.examine.diagnoses.case import SEVERITIES, Case, Finding
 from converter.examine.diagnoses.commands import convert_command, role_word
+from converter.families.words import OUTPUT_PREFIXES
 
 _ECHOES: Mapping[str, frozenset[str]] = {
     "fsdp-flat": frozenset({"names-wrapped"}),
@@ -25,6 +27,14 @@ _ECHOES: Mapping[str, frozenset[str]] = {
 }
 """By the code that names a cause: codes that the same cause shows itself under as well."""
 
+_SAME_TENSORS = frozenset({"tensors-missing", "tensors-unexpected", "tensors-misshapen"})
+_NAMES_THE_HEAD = frozenset({"head-missing", "output-embedding-missing", "head-named-otherwise", "head-dialect",
+                             "head-reshaped", "labels-mismatch", "heads-several", "head-base-lost"})  # fmt: skip
+_OTHER_NAMES = frozenset({"names-wrapped", "names-of-a-trainer", "names-doubled", "names-in-memory", "experts-twice",
+                          "config-unreadable", "architecture-wrapper", "output-embedding-in-classifier",
+                          "head-reshaped"})  # fmt: skip
+"""Findings about names: what a class asks for is missing under its own, and too much under theirs."""
+
 _UNDER_WAY = frozenset({"file-truncated", "shard-missing", "torch-zip", "torch-not"})
 """What a save that is under way looks like."""
 
@@ -40,7 +50,20 @@ def one_per_cause(findings: Iterable[Finding]) -> list[Finding]:
             worst = min(causes[0].severity, echo.severity, key=SEVERITIES.index)
             if causes[0] in kept:
                 kept[causes[0]] = replace(kept[causes[0]], severity=worst)
-    return _said_once(list(kept.values()))
+    return _said_once([f for f in kept.values() if f.code not in _SAME_TENSORS or not _is_said(f, every)])
+
+
+def _is_said(finding: Finding, every: Sequence[Finding]) -> bool:
+    """True where other findings name every one of its tensors."""
+    others = [f for f in every if f.code not in _SAME_TENSORS]
+    named = {n for f in others if f.severity != "cosmetic" or f.code in _OTHER_NAMES for n in f.tensors}
+    heads = any(f.code in _NAMES_THE_HEAD for f in others)
+    return all(n in named or (heads and is_of_head(n)) for n in finding.tensors)
+
+
+def is_of_head(name: str) -> bool:
+    """True for a tensor of a head or an output embedding, by the first word of its name."""
+    return bool(head_like([name])) or name.startswith(OUTPUT_PREFIXES)
 
 
 def _explains(cause: Finding, echo: Finding) -> bool:
@@ -131,7 +154,7 @@ def _which_head(finding: Finding, case: Case) -> Next:
 
 
 def _merged_again(finding: Finding, case: Case) -> Next:
-    near = next((n.argument for n in case.near if n.source == "peft"), "ADAPTER")
+    near = next((n.argument for n in case.near if n.kind == "adapter"), "ADAPTER")
     base = ("--base", case.base.folder) if case.base is not None else ()
     return Command("merge-lora", (near, case.out("merged"), *base))
 

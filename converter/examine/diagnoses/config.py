@@ -8,18 +8,18 @@ from typing import Any
 
 from converter.core.context import Context
 from converter.diagnostic import Next, Severity
+from converter.dialects.known import entries_of, own_classes
 from converter.errors import Refused
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
+from converter.examine.diagnoses.whole import is_vocabulary_alone
 from converter.families.family import family
 from converter.families.old_spellings import missing_spellings
+from converter.families.words import INPUT, NOT_TEXT, OUTPUT
 from converter.text import fold, show
 
 _CLASSIFIER = re.compile(r"For(?:Sequence|Token)Classification$")
 _WRAPPERS = re.compile(r"^(?:FSDP|DDP|Peft|DistributedDataParallel)\w+")
-_OPENRLHF = frozenset({"RewardModel", "CriticModel"})
-_EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
-_OUTPUTS = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$|^(?:language_model\.|model\.)*output\.weight$")
 _MORE_ROWS = {"mllama_text_model": 8, "moshi": 1}
 """Input embeddings that have rows beyond the vocabulary by design, by model type.
 
@@ -27,7 +27,6 @@ Source: `nn.Embedding(config.vocab_size + 8, ...)` of MllamaTextModel, `+ 1` of 
 """
 _HEADS = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
 _MAX_FIXED_LABELS = 1024
-_PIN_TRANSFORMERS_4 = ("llamafactory", "deepspeed-chat", "trlx")
 
 
 def architecture(case: Case) -> str:
@@ -87,7 +86,7 @@ def architecture_openrlhf(case: Case, context: Context) -> Iterable[Finding]:
     """OpenRLHF builds its classes on the fly and saves `architectures: ["RewardModel"]` or `["CriticModel"]`. OpenRLHF
     loads that; AutoModelForSequenceClassification ignores it; vLLM, ms-swift and verl do not know it.
     """
-    if architecture(case) in _OPENRLHF and case.trainer != "openrlhf":
+    if architecture(case) in own_classes() and case.trainer != "openrlhf":
         text = (
             f"architectures is [{architecture(case)}], a class of OpenRLHF's own: other trainers and engines "
             f"do not know it"
@@ -190,14 +189,14 @@ def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
     wrong = [
         n
         for n, i in case.shapes.items()
-        if (_EMBEDDINGS.search(n) or _OUTPUTS.search(n))
+        if (INPUT.search(n) or OUTPUT.search(n))
         and len(i.shape) == 2
         and i.numel
         # One row is a value head under this name, as Megatron's saver writes it.
-        and i.shape[0] not in (grown if _EMBEDDINGS.search(n) else size, 1)
+        and i.shape[0] not in (grown if INPUT.search(n) else size, 1)
         and not is_part_of_vision(n)
     ]
-    if wrong:
+    if wrong and is_vocabulary_alone(case):
         rows = case.shapes[wrong[0]].shape[0]
         text = f"config.json says vocab_size {size}, and {fold(wrong)} has {rows} rows"
         yield Finding(
@@ -215,7 +214,7 @@ def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
 
 def is_part_of_vision(name: str) -> bool:
     """True for tensors of an image or audio tower, whose embeddings are no vocabulary."""
-    return any(word in name for word in ("vision", "visual", "audio", "image", "vqmodel", "codec", "depth_decoder"))
+    return any(word in name for word in NOT_TEXT)
 
 
 @diagnosis("end-tokens-lost", "model")
@@ -248,7 +247,7 @@ def tokenizer_of_transformers_5(case: Case, context: Context) -> Iterable[Findin
     transformers 4 can't read: `Tokenizer class TokenizersBackend does not exist`, `'list' object has no attribute
     'keys'`. Only looked at under `--for transformers@4`, or for trainers that pin transformers 4.
     """
-    if not is_transformers_4(case.target) and case.trainer not in _PIN_TRANSFORMERS_4:
+    if not is_transformers_4(case.target) and not any(s.pins_transformers == "4" for s in entries_of(case.trainer)):
         return
     config = case.json("tokenizer_config.json")
     marks = {
@@ -366,21 +365,3 @@ def dtype_differs(case: Case, context: Context) -> Iterable[Finding]:
             applicability="unsafe",
             next=command,
         )
-
-
-DIAGNOSES = (
-    config_unreadable,
-    architecture_missing,
-    architecture_wrapper,
-    architecture_openrlhf,
-    labels_mismatch,
-    pad_token_missing,
-    pad_is_eos,
-    vocabulary_rows,
-    end_tokens_lost,
-    tokenizer_of_transformers_5,
-    rope_of_transformers_5,
-    remote_code_missing,
-    quantisation_left,
-    dtype_differs,
-)

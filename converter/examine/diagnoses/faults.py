@@ -26,9 +26,7 @@ _WORSE: dict[str, Severity] = {
 }
 """Faults that are read here all the same, and that transformers stops at or applies twice."""
 
-NOT_READ_HERE = frozenset(
-    {"megatron", "verl-megatron", "zero-pipeline", "zero-experts", "zero-tensor-parallel", "dcp-hf-shards"}
-)
+NOT_READ_HERE = frozenset({"megatron", "verl-megatron", "zero-pipeline", "zero-experts", "zero-tensor-parallel"})
 """Layouts that their own trainers resume from: no fault of the folder, as a state that `gather` reads is none."""
 
 # Code: (recoverability, what `explain` says).
@@ -262,6 +260,7 @@ def finding_of(fault: Fault, case: Case) -> Finding:
         recoverability=recoverability if fault.severity == "error" else "",
         applicability="safe" if is_mended else "display-only",
         next=command or _typed(fault.next, case),
+        facts=fault.facts,
     )
 
 

@@ -69,6 +69,3 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = found.pop("rope_type", None) or found.pop("type", None)
     found.pop("rope_theta", None)
     return {"type": kind, **{k: v for k, v in found.items() if k != "type"}}
-
-
-DIAGNOSES = (format_missing, rope_lost)

@@ -8,22 +8,21 @@ from collections.abc import Iterable, Mapping
 from converter.converters.heads.detect import Detected, detect
 from converter.core.context import Context
 from converter.diagnostic import Command, Next
+from converter.dialects.known import own_classes
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.commands import convert_command, filling_command, role_word
 from converter.examine.diagnoses.config import architecture, label_count
 from converter.examine.diagnoses.names import WRAPPER
 from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among
+from converter.families.factors import factor_in_name
 from converter.families.family import family, hidden_size
+from converter.families.words import HEAD_FILES, HEAD_MODULES, PEFT_PREFIX
 from converter.text import fold, show
 
-_LORA = re.compile(r"^(?P<module>.+)\.lora_(?:A|B|embedding_A|embedding_B)(?:\.|$)")
-_HEAD = re.compile(r"(?:^|\.)(?:score|classifier|v_head|value_head|reward_head|score_head|rm_head)(?:\.|$)")
-_COPY = re.compile(r"(?:base_model\.model\.)+")
-_OPENRLHF = ("RewardModel", "CriticModel")
-_SIDECARS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
-_OWN_FORMS = frozenset({"hf-seqcls", "hf-tokcls", "openrlhf", "score-mlp", "hf-causal"})
-"""Dialects whose class `architectures` names itself: nothing to say."""
+_HEAD = re.compile(rf"(?:^|\.)(?:{'|'.join(HEAD_MODULES)})(?:\.|$)")
+_COPY = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})+")
+_SIDECARS = HEAD_FILES
 _LINEAR_BELOW = {"layoutlmv3": 10}
 """Labels below which the head of a token classifier is one layer, where it is two else.
 
@@ -37,7 +36,7 @@ def wanted_head(case: Case) -> tuple[str, ...]:
     A bias is not among them: where one is missing it starts at zero, which is what training starts at.
     """
     name = architecture(case)
-    if name in _OPENRLHF:
+    if name in own_classes():
         prefix = case.config.get("value_head_prefix")
         return (f"{prefix if isinstance(prefix, str) and prefix else 'score'}.weight",)
     known = family(case.config)
@@ -82,7 +81,7 @@ def head_missing(case: Case, context: Context) -> Iterable[Finding]:
         wanted = wanted_head(case)
         if not wanted or any(n in case.shapes for n in wanted) or heads_here(case):
             return
-        if any(_LORA.match(n) and _HEAD.search(n) for n in case.shapes):
+        if any(factor_in_name().match(n) and _HEAD.search(n) for n in case.shapes):
             return
         text = f"{show(architecture(case))} has its head in {fold(wanted)}, which is in no file: loaders make it RANDOM"
     found = head_elsewhere(case)
@@ -123,7 +122,7 @@ def head_base_lost(case: Case, context: Context) -> Iterable[Finding]:
     DeepSpeed checkpoint (frozen_param_fragments), if one was kept; it is in no other file. ignore_mismatched_sizes,
     filling with zeros and removing --gradient_checkpointing do not bring it back.
     """
-    heads = {m["module"] for n in case.shapes if (m := _LORA.match(n)) and _is_of_a_head(m["module"])}
+    heads = {m["module"] for n in case.shapes if (m := factor_in_name().match(n)) and _is_of_a_head(m["module"])}
     for module in sorted(heads):
         own = [n for n in case.shapes if n.startswith(f"{module}.base_layer.") or f"{module}.modules_to_save." in n]
         whole = f"{module}.weight" in case.shapes
@@ -155,7 +154,7 @@ def head_named_otherwise(case: Case, context: Context) -> Iterable[Finding]:
     """
     wanted = wanted_head(case)
     here = [n for n in heads_here(case) if n in case.shapes]
-    if not wanted or not here or any(n in case.shapes for n in wanted) or architecture(case) in _OPENRLHF:
+    if not wanted or not here or any(n in case.shapes for n in wanted) or architecture(case) in own_classes():
         return
     if any(n.startswith(f"{w.removesuffix('.weight')}.") for n in here for w in wanted):
         return  # another form of head under the same stem: an MLP of the model's own code
@@ -183,7 +182,7 @@ def head_dialect(case: Case, context: Context) -> Iterable[Finding]:
     RANDOM one with a warning at most. `convert` writes the form of another trainer.
     """
     found = dialect_of(case)
-    if found is None or found.dialect.name in _OWN_FORMS or case.trainer in _served(found):
+    if found is None or found.dialect.class_says or case.trainer in _served(found):
         return
     here = heads_here(case)
     where = fold(here) if here else "the head"
@@ -296,7 +295,7 @@ def head_bias(case: Case, context: Context) -> Iterable[Finding]:
     for name in wanted_head(case):
         stem = name.removesuffix(".weight")
         bias = f"{stem}.bias"
-        has_none = architecture(case).endswith(("ForSequenceClassification", *_OPENRLHF))
+        has_none = architecture(case).endswith(("ForSequenceClassification", *own_classes()))
         if bias not in case.shapes or not has_none or bias in family(case.config).head_names.get("seqcls", ()):
             continue
         if case.deep and context.is_zero(case.survey.entries[bias].tensor):
@@ -319,7 +318,7 @@ def normaliser_broken(case: Case, context: Context) -> Iterable[Finding]:
     """config.json of an OpenRLHF model has `mean` without `std`, or lists instead of numbers. OpenRLHF reads both as
     soon as there is a `mean` and stops: AttributeError, or TypeError.
     """
-    if architecture(case) not in _OPENRLHF:
+    if architecture(case) not in own_classes():
         return
     values = {k: case.config[k] for k in ("mean", "std") if k in case.config}
     odd = [k for k, v in values.items() if isinstance(v, bool) or not isinstance(v, int | float)]
@@ -339,7 +338,7 @@ def normaliser_lost(case: Case, context: Context) -> Iterable[Finding]:
         return
     for near in case.near:
         config: Mapping[str, object] = near.config
-        if near.source in ("hf", "peft") and "mean" in config and "std" in config and near.given:
+        if near.kind in ("model", "adapter") and "mean" in config and "std" in config and near.given:
             text = f"{show(near.asked)} normalises its scores (mean, std in config.json), and this model does not"
             yield Finding(
                 code="normaliser-lost", severity="changes-numbers", text=text, recoverability=f"from {near.asked}"
@@ -388,19 +387,3 @@ def merged_without_head(case: Case, context: Context) -> Iterable[Finding]:
         recoverability=f"from {found.asked}",
         next=command,
     )
-
-
-DIAGNOSES = (
-    head_missing,
-    head_base_lost,
-    head_named_otherwise,
-    head_dialect,
-    heads_several,
-    head_rows,
-    head_reshaped,
-    head_bias,
-    normaliser_broken,
-    normaliser_lost,
-    task_type_wrong,
-    merged_without_head,
-)

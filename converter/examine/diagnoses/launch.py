@@ -141,15 +141,3 @@ def launch_role(case: Case, context: Context) -> Iterable[Finding]:
     if roles == {"actor"} and has_head and is_scorer:
         text = f"the script uses it as the actor, and it is {show(architecture(case))}, which generates no text"
         yield Finding(code="launch-role", severity="error", text=text)
-
-
-DIAGNOSES = (
-    launch_unknown,
-    launch_path_missing,
-    launch_other_folder,
-    launch_same_path,
-    launch_head_name,
-    launch_lora,
-    launch_reward_type,
-    launch_role,
-)

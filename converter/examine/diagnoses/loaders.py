@@ -21,22 +21,6 @@ from converter.examine.diagnoses.heads import dialect_of, heads_here, wanted_hea
 from converter.families.family import family
 from converter.text import fold, show
 
-_GOES_BY_CLASS = {
-    "ms-swift": "takes it for another kind of model",
-    "vllm": "does not know that class",
-    "verl": "loads and trains it, and stops at its first save",
-}
-"""Trainers that choose by `architectures`, and what another class does to them."""
-
-_SETS_LABELS = ("verl", "areal", "trl")
-"""Trainers that load with num_labels=1 whatever the config says."""
-
-_READS_ADAPTERS = ("llamafactory", "ms-swift")
-_LEAVES_HEADS = ("trl", "transformers")
-"""Trainers that hand an adapter's folder to `from_pretrained`, which puts LoRA on the base that it records. The head
-that the adapter brings stays among the unexpected keys in transformers 5.15, and is read in 5.23.
-"""
-
 
 @dataclass
 class _Verdict:
@@ -97,9 +81,7 @@ def _roles(case: Case) -> list[Role]:
 
 def _of(case: Case, target: Target, *, is_meant: bool) -> _Verdict:
     verdict = _Verdict(target, target.role, is_meant)
-    if case.kind == "training" and case.source == target.dialect.subfolder:
-        _model(case, target, verdict)  # a whole model, in the folder where this trainer keeps it
-    elif case.kind in ("training", "run", "unread"):
+    if case.kind in ("training", "run", "unread"):
         verdict.refuses.append(f"{target.words} loads model folders, and these are a trainer's shards")
     elif case.kind == "weights":
         verdict.refuses.append(f"{target.words} needs a config.json beside the weights")
@@ -113,14 +95,14 @@ def _of(case: Case, target: Target, *, is_meant: bool) -> _Verdict:
 
 
 def _adapter(case: Case, target: Target, verdict: _Verdict) -> None:
-    if target.serves.trainer in _LEAVES_HEADS:
+    if target.serves.leaves_heads:
         if target.role == "actor":
             verdict.accepts = f"{target.words} reads the adapter with its base, as an actor"
         else:
             text = f"{target.words} puts the LoRA on its base"
             verdict.random.append(f"{text}, and with transformers 5.15 leaves out the adapter's head (5.23 reads it)")
         return
-    if target.serves.trainer not in _READS_ADAPTERS:
+    if not target.serves.reads_adapters:
         verdict.refuses.append(f"{target.words} loads whole models here: the adapter has to be merged into its base")
         return
     spec = target.dialect.head_of(target.role)
@@ -189,17 +171,17 @@ def _head(case: Case, target: Target, reading: Reading, verdict: _Verdict) -> No
 
 
 def _config(case: Case, target: Target, verdict: _Verdict) -> None:
-    rules, trainer = target.dialect.config, target.serves.trainer
+    rules, serves = target.dialect.config, target.serves
     try:
         wanted = class_name(rules, family(case.config), target)
     except ConvertError as error:
         verdict.refuses.append(error.what)
         return
     said = architecture(case)
-    if trainer in _GOES_BY_CLASS and said != wanted:
-        text = f"architectures says {show(said) or 'nothing'}, not {wanted}: {target.words} {_GOES_BY_CLASS[trainer]}"
+    if serves.goes_by_class and said != wanted:
+        text = f"architectures says {show(said) or 'nothing'}, not {wanted}: {target.words} {serves.goes_by_class}"
         verdict.refuses.append(text)
-    if rules.labels and trainer not in _SETS_LABELS and label_count(case.config) != 1 and not target.serves.labels:
+    if rules.labels and not serves.sets_labels and label_count(case.config) != 1 and not serves.labels:
         text = f"config.json says {label_count(case.config)} labels, and {target.words} needs one"
         verdict.refuses.append(text)
     odd = [key for key in rules.drops if key in case.config]
@@ -213,7 +195,7 @@ def _command(case: Case, verdict: _Verdict) -> Command:
     places = [] if case.kind != "model" or heads_here(case) else case.training_near()
     more = ("--weights-from", places[0].argument) if places else ()
     if verdict.drops_bias:
-        more = (*more, "--bias drop")
+        more = (*more, "--bias", "drop")
     return convert_command(case, verdict.role, None, *more)
 
 
@@ -268,6 +250,3 @@ def loader_accepts(case: Case, context: Context) -> Iterable[Finding]:
             yield Finding(
                 code="loader-accepts", severity="cosmetic", text=verdict.accepts, evidence=traps, next=launch or None
             )
-
-
-DIAGNOSES = (loader_random, loader_refuses, loader_changes, loader_accepts)

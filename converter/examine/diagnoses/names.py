@@ -7,27 +7,20 @@ from collections.abc import Iterable
 
 from converter.core.context import Context
 from converter.diagnostic import Severity
+from converter.dialects.known import dialects
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.families.disk_names import MemoryForm, memory_form
 from converter.families.plain_names import plain_names
+from converter.families.words import IN_PEFT, INNER_WRAPPERS, LORA_MATRIX_WORD, OUTER_WRAPPERS
 from converter.text import show
 
-WRAPPER = re.compile(
-    r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module|_forward_module)\."
-)
+WRAPPER = re.compile(rf"(?:^|\.)(?:{'|'.join(INNER_WRAPPERS)})\.|^(?:{'|'.join(OUTER_WRAPPERS)})\.")
 _ONE = re.compile(r"^(?P<layer>.+\.experts)\.\d+\.\w+(?:\.weight)?$", re.ASCII)
 _FUSED = re.compile(
     r"^(?P<layer>.+\.experts)\.(?:gate_up_proj|down_proj|gate_proj|up_proj|w[123])(?:\.weight)?$", re.ASCII
 )
-_UNMERGED = re.compile(r"\.(?:base_layer\.|lora_(?:A|B|embedding_A|embedding_B)\b|modules_to_save\.|original_module\.)")
-_TRAINERS = {
-    "pretrained_model.": "TRL's wrapper with a value head",
-    "policy.": "TRL's PPO wrapper",
-    "value_model.": "TRL's PPO wrapper",
-    "rwtransformer.": "DeepSpeed-Chat's reward model",
-    "rwtranrsformer.": "DeepSpeed-Chat's reward model, before its name was spelt right",
-}
+_UNMERGED = re.compile(rf"\.(?:(?:{'|'.join(IN_PEFT)})\.|(?:{LORA_MATRIX_WORD})\b)")
 
 
 @diagnosis("names-wrapped", "model")
@@ -101,9 +94,10 @@ def names_of_a_trainer(case: Case, context: Context) -> Iterable[Finding]:
     """All names begin with a trainer's own prefix. That trainer loads them; transformers finds none of them and makes
     everything RANDOM, with a warning at most.
     """
-    for prefix, whose in _TRAINERS.items():
+    for dialect, prefix, whose in [(d, *each) for d in dialects().values() for each in d.wrapped]:
         found = tuple(n for n in case.shapes if n.startswith(prefix))
-        if found and not (case.trainer == "deepspeed-chat" and prefix.startswith("rwtrans")):
+        reads_it = prefix == dialect.backbone and any(s.trainer == case.trainer for s in dialect.serves)
+        if found and not reads_it:
             text = f"{len(found)} of {len(case.shapes)} names begin with `{prefix}`: {whose}"
             command = case.command("critic-to-rm", "--to", "trl", out="converted")
             yield Finding(
@@ -260,6 +254,3 @@ def _both_spellings(case: Case) -> Iterable[Finding]:
             evidence=folded(case, both),
             recoverability=HERE,
         )
-
-
-DIAGNOSES = (names_wrapped, lora_unmerged, fsdp_flat, names_of_a_trainer, names_doubled, names_in_memory, experts_twice)

@@ -11,9 +11,9 @@ from converter.diagnostic import Command
 from converter.errors import Refused
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
 from converter.examine.diagnoses.config import is_part_of_vision
+from converter.families.words import input_embedding
 from converter.text import fold, show
 
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _TEMPLATE_BYTES = 1 << 20
 _LORA_KEYS = ("r", "lora_alpha", "target_modules", "base_model_name_or_path")
 
@@ -80,8 +80,8 @@ def pair_vocabulary(case: Case, context: Context) -> Iterable[Finding]:
 
 
 def _rows(case: Case) -> int | None:
-    named = {n: i for n, i in case.shapes.items() if n.endswith(_EMBEDDINGS) and not is_part_of_vision(n)}
-    return next((i.shape[0] for i in named.values() if i.numel), None)
+    name = input_embedding(n for n, i in case.shapes.items() if i.numel and not is_part_of_vision(n))
+    return None if name is None else case.shapes[name].shape[0]
 
 
 @diagnosis("pair-chat-template", "model", "adapter")
@@ -170,7 +170,7 @@ def adapter_left_beside(case: Case, context: Context) -> Iterable[Finding]:
     lora_alpha of 0: whoever serves the folder serves the untrained model. Merge the adapter into it, with the alpha of
     the training script in its adapter_config.json. A folder whose adapter was merged already has no use for it.
     """
-    inside = [n for n in case.near if n.source == "peft" and n.path == case.root / "lora_adapter"]
+    inside = [n for n in case.near if n.kind == "adapter" and n.path == case.root / "lora_adapter"]
     if inside and not (case.root / "rlhf-convert.json").exists():
         text = "verl's adapter lies in lora_adapter/: this model is the base, without what was trained"
         merge = Command("merge-lora", (inside[0].argument, case.out("merged"), "--base", case.folder))
@@ -182,15 +182,3 @@ def adapter_left_beside(case: Case, context: Context) -> Iterable[Finding]:
             recoverability=HERE,
             next=merge,
         )
-
-
-DIAGNOSES = (
-    pair_same_path,
-    pair_tokenizer,
-    pair_vocabulary,
-    pair_chat_template,
-    pair_special_tokens,
-    pair_lora,
-    pair_dtype,
-    adapter_left_beside,
-)

@@ -10,15 +10,14 @@ from typing import Literal
 from converter.converters.heads.detect import head_like
 from converter.diagnostic import as_argument
 from converter.examine.diagnoses.case import Case, Near
-from converter.sources.hf import peft
-from converter.sources.hf import source as hf
+from converter.families.factors import factor_in_name
+from converter.families.words import HEAD_FILES
+from converter.sources.finding import sources
 from converter.sources.survey import Survey
 
 MOST_READ = 8
 """Folders around one whose headers are read for a head."""
 
-_SIDECARS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
-_LORA = re.compile(r"\.lora_", re.ASCII)
 _NUMBER = re.compile(r"\.\d+\.", re.ASCII)
 
 
@@ -49,11 +48,11 @@ def head_elsewhere(case: Case, only: Literal["adapter"] | None = None) -> Elsewh
     A model beside counts only if it was given: a folder of models holds strangers.
     """
     found = [] if only else [_training(case, n) for n in case.training_near()[:1]]
-    for near in [n for n in case.near if n.source in ("hf", "peft")][:MOST_READ]:
-        kind: Literal["adapter", "model"] = "adapter" if near.source == "peft" else "model"
+    for near in [n for n in case.near if n.kind in ("model", "adapter")][:MOST_READ]:
+        kind: Literal["adapter", "model"] = "adapter" if near.kind == "adapter" else "model"
         if (only and kind != only) or (kind == "model" and not near.given):
             continue
-        survey = peft.SOURCE.survey(near.path) if kind == "adapter" else hf.SOURCE.survey(near.path)
+        survey = sources()[near.source].survey(near.path)
         names = heads_in(survey)
         if names:
             found.append(Elsewhere(near.asked, kind, names, near.given, near.path.is_relative_to(case.root)))
@@ -62,8 +61,10 @@ def head_elsewhere(case: Case, only: Literal["adapter"] | None = None) -> Elsewh
 
 def heads_in(survey: Survey) -> tuple[str, ...]:
     """Whole heads in a folder; the factors of a LoRA on a head are none."""
-    inside = [n for n in heads_among(survey.entries) if not _LORA.search(n) and survey.entries[n].info.numel]
-    beside = [f"{file}:{n}" for file, f in survey.beside.items() if file in _SIDECARS for n in f.tensors]
+    inside = [
+        n for n in heads_among(survey.entries) if factor_in_name().match(n) is None and survey.entries[n].info.numel
+    ]
+    beside = [f"{file}:{n}" for file, f in survey.beside.items() if file in HEAD_FILES for n in f.tensors]
     return (*inside, *beside)
 
 

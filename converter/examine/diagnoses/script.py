@@ -1,7 +1,7 @@
 """Training scripts, read and never run: which trainer they start, and with which folders and options.
 
-Shell scripts, single command lines and LLaMA-Factory's YAML. Variables that the script itself sets to plain words are
-put in; anything else that a shell would compute stays as it stands, and is not judged.
+Shell scripts, single command lines, and YAML of trainers that are started with one. Variables that the script itself
+sets to plain words are put in; anything else that a shell would compute stays as it stands, and is not judged.
 """
 
 from __future__ import annotations
@@ -11,44 +11,48 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from converter.core.files.opening import read_limited
-from converter.dialects.spec import Role
+from converter.dialects.known import dialects
+from converter.dialects.spec import Role, Serves
 from converter.errors import ConvertError, UsageError
 from converter.text import show
 
 MAX_SCRIPT = 1 << 20
 MAX_TOKENS = 20_000
 
-_TRAINERS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("openrlhf", re.compile(r"openrlhf\.cli\.\w+|openrlhf/cli/\w+\.py", re.ASCII)),
-    ("verl", re.compile(r"verl\.trainer\.\w+|verl/trainer/\w+\.py", re.ASCII)),
-    ("llamafactory", re.compile(r"(?:.*/)?(?:llamafactory-cli|lmf)|.*LLaMA-Factory.*train\w*\.py", re.ASCII)),
-    ("trl", re.compile(r"trl|(?:.*/)?(?:ppo|ppo_tldr|rloo|reward_modeling)\.py", re.ASCII)),
-)
-_DSCHAT = frozenset({"actor_model_name_or_path", "critic_model_name_or_path"})
-_LLAMAFACTORY = frozenset({"stage", "finetuning_type", "template"})
-
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?:\[[@*]\])?(?::?[-=]([^{}]*))?\})", re.ASCII)
 _MOST_NESTED = 4
 _OUTPUTS = frozenset({"save_path", "output_dir", "ckpt_path", "default_local_dir", "ckpt.output_dir"})
 
-ROLES: Mapping[str, Mapping[str, Role]] = {
-    "openrlhf": {
-        "reward_pretrain": "reward", "critic_pretrain": "critic", "pretrain": "actor",
-        "reward.model_name_or_path": "reward", "critic.model_name_or_path": "critic",
-        "actor.model_name_or_path": "actor",
-    },
-    "verl": {
-        "reward_model.model.path": "reward", "critic.model.path": "critic", "actor_rollout_ref.model.path": "actor",
-    },
-    "trl": {"reward_model_path": "reward", "value_model_path": "critic", "sft_model_path": "actor",
-            "model_name_or_path": "actor"},
-    "llamafactory": {"reward_model": "reward", "model_name_or_path": "actor"},
-    "deepspeed-chat": {"critic_model_name_or_path": "critic", "actor_model_name_or_path": "actor"},
-}  # fmt: skip
-"""Options that name a model's folder, by trainer, and what it is used as."""
+
+@cache
+def _entries() -> tuple[Serves, ...]:
+    """What is known of trainers, those whose command lines are known by a word first."""
+    found = [s for d in dialects().values() for s in d.serves]
+    return tuple(sorted(found, key=lambda s: not s.launch_marks))
+
+
+def roles_of_options(trainer: str | None) -> dict[str, Role]:
+    """Options that name a model's folder, and what it is used as."""
+    return {option: role for s in _entries() if s.trainer == trainer for option, role in s.launch_roles}
+
+
+def _started(words: list[str], options: Mapping[str, str]) -> str | None:
+    """The trainer that a command starts: by the first word that is a trainer's, else by its options together."""
+    for word in words:
+        for serves in _entries():
+            if any(re.fullmatch(mark, word, re.ASCII) for mark in serves.launch_marks):
+                return serves.trainer
+    given = [s for s in _entries() if s.launch_options and set(options) >= set(s.launch_options)]
+    return given[0].trainer if given else None
+
+
+def _of_yaml(options: Mapping[str, str]) -> str | None:
+    """The trainer that a YAML file is for."""
+    return next((s.trainer for s in _entries() if not set(options).isdisjoint(s.launch_keys)), None)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Launch:
 
     def models(self) -> Iterator[tuple[str, Role, str]]:
         """Option, role and value for every model that the script names."""
-        for name, role in ROLES.get(self.trainer or "", {}).items():
+        for name, role in roles_of_options(self.trainer).items():
             value = self.options.get(name)
             if value and name not in self.computed:
                 yield name, role, value
@@ -113,7 +117,7 @@ def read_launch(path: str) -> Launch:
         raise UsageError("launch-unreadable", what, where=show(path), expected=expected) from None
     if file.suffix in (".yaml", ".yml"):
         options = _yaml(text)
-        return Launch(path, "llamafactory" if _LLAMAFACTORY & set(options) else None, options)
+        return Launch(path, _of_yaml(options), options)
     return _shell(path, text)
 
 
@@ -127,11 +131,9 @@ def _shell(path: str, text: str) -> Launch:
             name, equals, value = word.removeprefix("export ").partition("=")
             if equals and name.isidentifier() and "." not in name:
                 variables[name] = value
-        started = next((t for t, mark in _TRAINERS if any(mark.fullmatch(w) for w in filled)), None)
         options = dict(_options(filled))
-        if started is None and set(options) >= _DSCHAT:
-            started = "deepspeed-chat"
-        if started == "llamafactory":
+        started = _started(filled, options)
+        if any(s.launch_keys for s in _entries() if s.trainer == started):
             for word in filled:
                 if word.endswith((".yaml", ".yml")):
                     options = _yaml_file(path, word) | options
@@ -146,7 +148,7 @@ def _shell(path: str, text: str) -> Launch:
 
 
 def _names_a_scorer(trainer: str, options: Mapping[str, str]) -> bool:
-    return any(role != "actor" and name in options for name, role in ROLES.get(trainer, {}).items())
+    return any(role != "actor" and name in options for name, role in roles_of_options(trainer).items())
 
 
 def _with_arrays(text: str) -> str:

@@ -23,13 +23,6 @@ DOCUMENTED: dict[str, tuple[str, str]] = {
         _NODES,
         "Ranks left metadata of their own, and the one that joins them is missing: the save did not finish.",
     ),
-    "dcp-hf-shards": (
-        "",
-        (
-            "Pieces in Hugging Face files that torch's HuggingFaceStorageWriter wrote and nobody consolidated: no file "
-            "says how many there are, so that a lost one would not be noticed. Consolidate them with torch."
-        ),
-    ),
     "dcp-malformed": ("", "The .metadata of a distributed checkpoint lacks what torch writes into it."),
     "dcp-record": ("", "A piece in a .distcp file is not what .metadata says of it."),
     "dcp-chunks": ("", "The pieces of a tensor overlap or leave holes: files of two saves lie in one folder."),

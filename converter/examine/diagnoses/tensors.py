@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from converter.converters.heads.whole import MISSING
 from converter.core.context import Context
 from converter.examine.diagnoses.case import LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.examine.diagnoses.commands import filling_command
 from converter.examine.diagnoses.faults import explanation, finding_of
+from converter.examine.diagnoses.whole import judgement_of
 from converter.families.plain_names import plain_names
 from converter.text import fold, show
 
@@ -70,7 +72,11 @@ def layers_missing(case: Case, context: Context) -> Iterable[Finding]:
     if len(there) < said:
         text = f"config.json says {said} layers, and {len(there)} are here: loaders make the others RANDOM"
         shown = (f"{show(deepest)}: {fold(sorted(map(str, there)))}",) if there else ()
-        yield Finding(code="layers-missing", severity="error", text=text, evidence=shown, recoverability=LOST)
+        lost = () if (found := judgement_of(case)) is None else found.names(MISSING)
+        inside = tuple(n for n in lost if (m := _LAYER.match(n)) and int(m["number"]) not in there)
+        yield Finding(
+            code="layers-missing", severity="error", text=text, tensors=inside, evidence=shown, recoverability=LOST
+        )
 
 
 DIAGNOSES = (

@@ -39,7 +39,7 @@ def training_state(case: Case, context: Context) -> Iterable[Finding]:
     if any(f.severity == "error" for f in case.survey.faults) or not case.shapes:
         return
     count = sum(1 for i in case.shapes.values() if i.numel)
-    saved = any(n.source in ("hf", "peft") and _has_weights(n.path) for n in case.near)
+    saved = any(n.kind in ("model", "adapter") and _has_weights(n.path) for n in case.near)
     keep = "" if saved else f". Keep it until then: sole copy of {count} tensors"
     text = f"sound, and no folder that loads as it is: `gather` makes one{keep}"
     command = case.command("gather", out="gathered")
@@ -184,6 +184,3 @@ def weights_alone(case: Case, context: Context) -> Iterable[Finding]:
             recoverability="from the base model",
             next="copy config.json and the tokenizer of the base model into the folder",
         )  # fmt: skip
-
-
-DIAGNOSES = (training_state, sole_copy, being_written, shards_deleted, run_folder, weights_alone)

@@ -210,6 +210,3 @@ def merged_equals_base(case: Case, context: Context) -> Iterable[Finding]:
             text=text,
             recoverability=HERE,
         )
-
-
-DIAGNOSES = (nonfinite, zero_tensors, head_untrained, head_unmoved, merged_equals_base)

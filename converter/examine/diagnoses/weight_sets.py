@@ -43,6 +43,3 @@ def weight_sets(case: Case, context: Context) -> Iterable[Finding]:
             applicability="safe",
             next=command,
         )
-
-
-DIAGNOSES = (weight_sets,)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from converter.converters.heads.model import Reading
-from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.compute.evaluate import Evaluator, torch_dtype
 from converter.core.context import Context
 from converter.core.files.reading import InputFiles
@@ -23,6 +22,7 @@ from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note, spread
 from converter.examine.verify.values import Reference, apply_head, fp64, is_small, probe_batches, reading_inputs
 from converter.families.family import hidden_size
+from converter.families.words import OUTPUT_PREFIXES
 from converter.text import fold
 
 BLOCK = 1 << 22
@@ -53,8 +53,10 @@ class Compared:
 
 def check_against(here: Reading, there: Reading, target: Target, context: Context) -> list[Check]:
     """Everything that two readings can be compared in; `here` is the folder, `there` what it was made of."""
-    compared = compare_backbones(here, there, context)
+    compared = compare_backbones(here, there, context, outputs=target.role == "actor")
     checks = [*_backbone(compared, target)]
+    if target.role == "actor":
+        return checks
     head_checks, shift = _heads(here, there)
     checks += head_checks
     if here.head is not None and there.head is not None:
@@ -65,12 +67,17 @@ def check_against(here: Reading, there: Reading, target: Target, context: Contex
 # Backbone
 
 
-def compare_backbones(here: Reading, there: Reading, context: Context) -> Compared:
-    """Tensors of one canonical name, streamed; an output embedding that only one side has is not counted."""
+def compare_backbones(here: Reading, there: Reading, context: Context, *, outputs: bool = False) -> Compared:
+    """Tensors of one canonical name, streamed.
+
+    Args:
+        outputs: an output embedding that only one side has counts too, where it is not tied.
+    """
     found = Compared()
     ours, theirs = here.checkpoint.tensors, there.checkpoint.tensors
-    found.only_here = [n for n in ours if n not in theirs and not n.startswith(OUTPUT_EMBEDDINGS)]
-    found.only_there = [n for n in theirs if n not in ours and not n.startswith(OUTPUT_EMBEDDINGS)]
+    passed = () if outputs and not here.family.tied else OUTPUT_PREFIXES
+    found.only_here = [n for n in ours if n not in theirs and not n.startswith(passed)]
+    found.only_there = [n for n in theirs if n not in ours and not n.startswith(passed)]
     inputs = {**reading_inputs(here), **reading_inputs(there)}
     with InputFiles(inputs) as files:
         for name in ours:

@@ -18,9 +18,6 @@ from converter.examine.verify.check import Check, fails, holds, note
 from converter.families.family import family
 from converter.text import show
 
-_DECIDES_BY_CLASS = ("ms-swift", "verl", "areal", "roll", "vllm", "transformers")
-"""Trainers that choose the class to load, or to save, by `architectures`."""
-
 
 def check_normaliser(reading: Reading, target: Target) -> list[Check]:
     """mean and std that the loader has no use for, or loses."""
@@ -58,14 +55,16 @@ def check_config(checkpoint: Checkpoint, target: Target, remedy: Command) -> lis
     first = str(listed[0]) if isinstance(listed, list) and listed else "none"
     if first != wanted:
         text = f"architectures says {show(first)}, not {wanted}"
-        if target.serves.trainer in _DECIDES_BY_CLASS:
-            found.append(fails("config", "architectures", f"{text}, and {target.words} goes by it", remedy))
+        if target.serves.goes_by_class:
+            what = f"{text}: {target.words} {target.serves.goes_by_class}"
+            found.append(fails("config", "architectures", what, remedy))
         else:
             found.append(note("config", "architectures", f"{text}; {target.words} doesn't look at it"))
     wrong = [f"{key} must not be in config.json for {target.words}" for key in rules.drops if key in config]
     wrong += [f"{key} is a string, on which layers fail" for key in rules.numbers if isinstance(config.get(key), str)]
     found += [fails("config", "config-key", text, remedy) for text in wrong]
-    if rules.labels and (labels := _labels(config)) != 1 and not target.serves.labels:
+    reads_labels = rules.labels and not target.serves.sets_labels
+    if reads_labels and (labels := _labels(config)) != 1 and not target.serves.labels:
         text = f"config.json says {labels} labels, and the head has one: the loader raises a size mismatch"
         found.append(fails("config", "labels", text, remedy))
     if not found:

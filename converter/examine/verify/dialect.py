@@ -1,7 +1,7 @@
 """A folder against a trainer's dialect, without the trainer: what its loader would do with the files that are there.
 
 Names, shapes, files, config and tokenizer are read from headers; the backbone's names and shapes are compared with
-those of the model that transformers builds from the config, on the meta device, where transformers knows the family.
+what the class in config.json asks for (`converters.heads.whole`).
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from converter.converters.heads.detect import detect
 from converter.converters.heads.model import Linear, Mlp, Reading
-from converter.converters.heads.read import OUTPUT_EMBEDDINGS, read, values
+from converter.converters.heads.read import read, values
+from converter.converters.heads.whole import MISSHAPEN, MISSING, UNEXPECTED, judge
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ, Context
 from converter.diagnostic import Command
@@ -23,6 +23,7 @@ from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note
 from converter.examine.verify.config import check_config, check_normaliser, check_tokens
 from converter.families.family import family, hidden_size
+from converter.families.words import OUTPUT_PREFIXES, input_embedding
 from converter.text import fold, show
 
 _ROLES: tuple[Role, ...] = ("critic", "reward", "actor")
@@ -45,6 +46,7 @@ def check_for(checkpoint: Checkpoint, target: Target, context: Context, *, remed
         checks += _actor(checkpoint, remedy)
     else:
         verdict.reading = _head(checkpoint, target, context, checks, remedy)
+    checks += _names(checkpoint, target, context, remedy)
     reading = verdict.reading
     if reading is not None:
         checks += _backbone(reading, target, remedy)
@@ -166,7 +168,7 @@ def _head_numbers(reading: Reading, context: Context) -> list[Check]:
 
 def _actor(checkpoint: Checkpoint, remedy: Command) -> list[Check]:
     kind = family(checkpoint.config)
-    if any(n.startswith(OUTPUT_EMBEDDINGS) for n in checkpoint.tensors) or kind.tied:
+    if any(n.startswith(OUTPUT_PREFIXES) for n in checkpoint.tensors) or kind.tied:
         return [holds("head", "output embedding there" if not kind.tied else "output embedding tied to the input's")]
     text = "there is no output embedding (lm_head): the policy would start with a random one"
     return [fails("head", "lm-head-missing", text, remedy.with_options("--base", "BASE"))]
@@ -175,79 +177,48 @@ def _actor(checkpoint: Checkpoint, remedy: Command) -> list[Check]:
 # The backbone
 
 
+_CODES = {MISSING: "backbone-missing", UNEXPECTED: "backbone-unknown", MISSHAPEN: "backbone-shape"}
+
+
+def _names(checkpoint: Checkpoint, target: Target, context: Context, remedy: Command) -> list[Check]:
+    """Every tensor against what the class in config.json asks for; an unknown family fails without consent."""
+    found = judge(checkpoint)
+    if found.unknown:
+        outcome = note if "family-unknown" in context.allow else fails
+        return [outcome("backbone", "family-unknown", found.unknown)]
+    checks = []
+    for code in found.codes:
+        text = found.words(code)
+        if code == MISSING and target.dialect.container == "torch":
+            text += "; they would be uninitialised memory"
+        checks.append(fails("backbone", _CODES[code], text, remedy))
+    if not checks:
+        count = found.comparison.asked
+        assert found.wanted is not None
+        words = f"{count} tensors, names and shapes as {found.wanted.name} asks for ({found.wanted.source})"
+        checks.append(holds("backbone", words))
+    return checks
+
+
 def _backbone(reading: Reading, target: Target, remedy: Command) -> list[Check]:
-    """Names and shapes against those of the model that transformers builds from this config."""
-    found: list[Check] = []
-    prefix = reading.family.prefix
+    """What a trainer's loader does with the embeddings and without an output embedding."""
     stored = {n: t.info.shape for n, t in reading.checkpoint.tensors.items()}
-    embeddings = [n for n in stored if n.startswith(OUTPUT_EMBEDDINGS)]
+    found = _vocabulary(stored, target, remedy)
+    embeddings = [n for n in stored if n.startswith(OUTPUT_PREFIXES)]
     spec = target.dialect.head_of(target.role)
     if spec is not None and spec.lm_head and not embeddings and not reading.family.tied:
         text = f"there is no lm_head: {target.words} starts it at random; values don't depend on it, a policy does"
         found.append(note("backbone", "lm-head-missing", text, remedy.with_options("--base", "BASE")))
-    if prefix is None:
-        text = f"transformers doesn't know {reading.family.words()}: names are not compared"
-        return [*found, note("backbone", "family-unknown", text)]
-    wanted = expected_backbone(reading.checkpoint.config)
-    if wanted is None:
-        text = f"{reading.family.words()} is renamed on loading: names are not compared"
-        return [*found, note("backbone", "family-renamed", text)]
-    own = {n.removeprefix(prefix): s for n, s in stored.items() if n not in embeddings}
-    missing = [prefix + n for n in wanted if n not in own]
-    unknown = [
-        prefix + n for n in own if n not in wanted and not n.endswith((".inv_freq", ".masked_bias", ".attn.bias"))
-    ]
-    other = [prefix + n for n, s in own.items() if n in wanted and wanted[n] != s]
-    if missing:
-        text = f"{len(missing)} of {len(wanted)} backbone tensors are missing: {fold(missing)}; {_silently(target)}"
-        found.append(fails("backbone", "backbone-missing", text, remedy))
-    if unknown:
-        text = f"{len(unknown)} tensors belong to nothing that {target.words} builds: {fold(unknown)}"
-        found.append(fails("backbone", "backbone-unknown", text, remedy))
-    if other:
-        first = other[0].removeprefix(prefix)
-        text = f"{fold(other)}: {list(own[first])} in the file, {list(wanted[first])} in the model: size mismatch"
-        found.append(fails("backbone", "backbone-shape", text, remedy))
-    if not (missing or unknown or other):
-        named = target.dialect.backbone.replace("{P}", prefix)
-        found.insert(0, holds("backbone", f"{len(own)} tensors, `{named}*`, names and shapes as the model's"))
-    rows = next((s[0] for n, s in own.items() if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
-    if target.dialect.vocab_multiple > 1 and rows is not None and rows % target.dialect.vocab_multiple:
-        text = f"{rows} embedding rows are no multiple of {target.dialect.vocab_multiple}, to which the loader resizes"
-        found.append(fails("backbone", "vocabulary", text, remedy))
     return found
 
 
-def _silently(target: Target) -> str:
-    return "they would be uninitialised memory" if target.dialect.container == "torch" else "they would be random"
-
-
-def expected_backbone(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes of `AutoModel` for a config, without its prefix; None where files have other names than it."""
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    kind = family(config).kind
-    try:
-        if _is_renamed(kind):
-            return None
-        known = AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
-        with torch.device("meta"):
-            model = AutoModel.from_config(known)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    kept = {n: tuple(t.shape) for n, t in model.named_parameters()}
-    kept |= {n: tuple(t.shape) for n, t in model.state_dict().items()}
-    return kept
-
-
-def _is_renamed(kind: str) -> bool:
-    """Whether transformers changes this family's names while it loads (experts that are fused, for one)."""
-    try:
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    except ImportError:
-        return False
-    return bool(get_checkpoint_conversion_mapping(kind))
+def _vocabulary(stored: Mapping[str, tuple[int, ...]], target: Target, remedy: Command) -> list[Check]:
+    """The embedding's rows against the multiple to which a loader resizes before it reads the file."""
+    embedding, multiple = input_embedding(stored), target.dialect.vocab_multiple
+    if multiple <= 1 or embedding is None or stored[embedding][0] % multiple == 0:
+        return []
+    text = f"{stored[embedding][0]} embedding rows are not a multiple of {multiple}, to which the loader resizes"
+    return [fails("backbone", "vocabulary", text, remedy)]
 
 
 def role_of(checkpoint: Checkpoint, offered: frozenset[Role]) -> Role:

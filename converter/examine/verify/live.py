@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -17,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from converter.converters.heads.model import Reading, main_dtype
-from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.checkpoint import Checkpoint
 from converter.core.compute.evaluate import Evaluator, as_bytes
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, recast
-from converter.dialects.known import Target
+from converter.dialects.known import Target, probe_of, probed
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.verify.against import blocks
 from converter.examine.verify.check import Check, fails, holds, note
@@ -36,24 +36,13 @@ from converter.examine.verify.values import (
     probe_batches,
     reading_inputs,
 )
+from converter.families.words import BUFFERS, OUTPUT_PREFIXES, input_embedding
 from converter.text import fold, show
 
 PROBES = Path(__file__).parent / "probes"
 TIMEOUT = 600
 """Seconds that a probe may take; importing a trainer takes up to one minute on a slow disk."""
 
-PROBED = {
-    "openrlhf": "openrlhf",
-    "trl": "trl",
-    "trl-valuehead": "trl_valuehead",
-    "verl": "verl",
-    "llamafactory": "llamafactory",
-    "ms-swift": "ms_swift",
-    "skyrl": "skyrl",
-    "safe-rlhf": "safe_rlhf",
-    "torchtune": "torchtune",
-    "transformers": "transformers",
-}
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
 _NAMES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16, "float64": DType.F64}
@@ -93,15 +82,12 @@ def check_live(
 
 def run_probe(root: Path, target: Target, python: str, dtype: DType, batches: Batches) -> dict[str, Any]:
     """The probe's report."""
-    probe = PROBED.get(target.serves.trainer)
-    if probe is None:
-        what = f"there is no probe for {target.serves.trainer}"
-        raise UsageError("live-unavailable", what, expected=", ".join(PROBED))
+    probe = probe_script(target.serves.trainer)
     named = next((k for k, v in _NAMES.items() if v is dtype), "float32")
     with tempfile.TemporaryDirectory(prefix="rlhf-convert-probe-") as scratch:
         inputs, out = Path(scratch, "inputs.json"), Path(scratch, "out.json")
         inputs.write_text(json.dumps({"batches": {k: b.to_json() for k, b in batches.items()}}), encoding="utf-8")
-        command = [os.path.expanduser(python), "-s", str(PROBES / f"probe_{probe}.py"), str(root.resolve())]
+        command = [os.path.expanduser(python), "-s", str(probe), str(root.resolve())]
         command += ["--role", target.role, "--inputs", str(inputs), "--out", str(out), "--dtype", named]
         try:
             done = subprocess.run(
@@ -123,6 +109,26 @@ def run_probe(root: Path, target: Target, python: str, dtype: DType, batches: Ba
             )
         report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return report
+
+
+def probe_script(trainer: str) -> Path:
+    """The script that runs a trainer's own loader; it is found, and not imported.
+
+    Raises:
+        UsageError: the trainer has none, or the one that its dialect names is not there (`live-unavailable`).
+    """
+    named = probe_of(trainer)
+    if not named:
+        raise UsageError("live-unavailable", f"there is no probe for {trainer}", expected=", ".join(probed()))
+    if named.endswith(".py"):
+        return PROBES / named
+    try:
+        spec = importlib.util.find_spec(named)
+    except ImportError:
+        spec = None
+    if spec is None or spec.origin is None:
+        raise UsageError("live-unavailable", f"the probe for {trainer}, {show(named)}, is not installed")
+    return Path(spec.origin)
 
 
 def scrubbed(home: str) -> dict[str, str]:
@@ -205,21 +211,21 @@ def _backbone(report: Mapping[str, Any], reading: Reading) -> list[Check]:
     prefix = reading.family.prefix or ""
     files = {n.removeprefix(prefix): t for n, t in reading.checkpoint.tensors.items()}
     loaded = {n.removeprefix(prefix): t for n, t in report["backbone"].items()}
-    tied = next((n for n in files if n.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))), None)
+    tied = input_embedding(files)
     wrong, random = [], []
     with InputFiles(reading_inputs(reading)) as opened:
         evaluator = Evaluator(opened)
         for name, found in loaded.items():
             source = files.get(name)
-            if source is None and name.startswith(OUTPUT_EMBEDDINGS) and reading.family.tied and tied is not None:
+            if source is None and name.startswith(OUTPUT_PREFIXES) and reading.family.tied and tied is not None:
                 source = files[tied]
             if source is None:
                 random.append(name)
             elif digest(source, found["dtype"], evaluator) != found["sha256"]:
                 wrong.append(name)
-    absent = [n for n in files if n not in loaded and not n.startswith(OUTPUT_EMBEDDINGS)]
-    policy = [n for n in random if n.startswith(OUTPUT_EMBEDDINGS)]
-    random = [n for n in random if n not in policy and not n.endswith((".inv_freq", ".masked_bias", ".attn.bias"))]
+    absent = [n for n in files if n not in loaded and not n.startswith(OUTPUT_PREFIXES)]
+    policy = [n for n in random if n.startswith(OUTPUT_PREFIXES)]
+    random = [n for n in random if n not in policy and not n.endswith(BUFFERS)]
     checks = []
     if wrong:
         checks.append(

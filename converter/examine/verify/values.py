@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from converter.converters.heads.model import Head, Linear, Normaliser, Reading
-from converter.converters.heads.read import OUTPUT_EMBEDDINGS
 from converter.core.compute.evaluate import Evaluator
 from converter.core.files.opening import Identity
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.spec import Pooling
 from converter.errors import Refused
+from converter.families.words import OUTPUT_PREFIXES
 from converter.text import show
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _backbone(reading: Reading, evaluator: Evaluator) -> Any:
     state = {
         n.removeprefix(prefix): evaluator.evaluate(t, {}).to(torch.float64)
         for n, t in reading.checkpoint.tensors.items()
-        if not n.startswith(OUTPUT_EMBEDDINGS)
+        if not n.startswith(OUTPUT_PREFIXES)
     }
     missing, unexpected = model.load_state_dict(state, strict=False)
     parameters = {n for n, _ in model.named_parameters()}

@@ -19,6 +19,9 @@ from converter.text import show
 if TYPE_CHECKING:
     from converter.converters.heads.model import Reading
 
+_OUTPUTS_TOKENS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText", "ForMultimodalLM")
+"""Ends of the names of classes that an actor is of."""
+
 
 @dataclass(frozen=True)
 class VerifyRequest:
@@ -116,13 +119,13 @@ def _aim(asked: VerifyRequest, checkpoint: Checkpoint | None) -> Target:
 
 
 def _is_headless(checkpoint: Checkpoint) -> bool:
-    """True for a plain language model: it was never meant to have a head, so none is missing."""
+    """True for a language model, of texts or of images too: it was never meant to have a head, so none is missing."""
     from converter.converters.heads.detect import detect
 
     listed = checkpoint.config.get("architectures")
     first = str(listed[0]) if isinstance(listed, list) and listed else ""
-    is_causal = first.endswith(("ForCausalLM", "LMHeadModel"))
-    return checkpoint.origin.kind == "model" and is_causal and detect(checkpoint) is None
+    is_language_model = first.endswith(_OUTPUTS_TOKENS)
+    return checkpoint.origin.kind == "model" and is_language_model and detect(checkpoint) is None
 
 
 def _roles_of(trainer: str) -> frozenset[Role]:
@@ -149,12 +152,17 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
     checks = [*verdict.checks, *check_receipt(root, frozenset(names))]
     reading, there = verdict.reading, None
     table: list[dict[str, Any]] = []
-    if asked.against is not None and reading is not None:
+    if asked.against is not None:
         from converter.examine.verify.against import check_against
 
-        there, digest = _source(asked, context)
-        checks += check_source(root, digest, asked.against)
-        checks += check_against(reading, there, aim, context)
+        here = _headless(checkpoint, context) if reading is None and aim.role == "actor" else reading
+        if here is None:
+            text = f"the head can't be read, so nothing was compared with {show(asked.against)}"
+            checks.append(fails("against", "not-compared", text, _remedy(asked, aim)))
+        else:
+            there, digest = _source(asked, context)
+            checks += check_source(root, digest, asked.against)
+            checks += check_against(here, there, aim, context)
     if asked.live:
         from converter.examine.verify.live import check_live
 
@@ -164,6 +172,15 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
         more, table = _pairs(asked, aim, reading, there)
         checks += more
     return Verified(aim, checks, table)
+
+
+def _headless(checkpoint: Checkpoint, context: Context) -> Reading:
+    """A model without a head, under its own names."""
+    from converter.converters.heads.detect import HEADLESS
+    from converter.converters.heads.read import read
+    from converter.dialects.known import dialects
+
+    return read(checkpoint, dialects()[HEADLESS], context)
 
 
 def _remedy(asked: VerifyRequest, aim: Target) -> Command:
@@ -199,12 +216,12 @@ def _source(asked: VerifyRequest, context: Context) -> tuple[Reading, str]:
 
 def _shards(src: str) -> str:
     """The folder that is meant by a run's: where the shards are."""
-    from converter.sources.finding import find_place, kind_of
+    from converter.sources.finding import find_place, source_kind
     from converter.sources.hub.names import as_reference, below
     from converter.sources.locate import resolve
 
     root = resolve(src, in_parts=True).path
-    if kind_of(root) in ("hf", "peft"):
+    if source_kind(root) in ("model", "adapter"):
         return src
     return below(src, root, find_place(root, as_reference(src)).folder)
 

@@ -154,12 +154,12 @@ def find(src: str, options: HeadOptions) -> Found:
     spec = input_spec(src, options.revision)
     assert spec.path is not None
     root = resolve(spec.path, revision=spec.revision, token=options.token, in_parts=True).path
-    kind = kind_of(root)
-    is_plain = kind is not None and getattr(sources()[kind], "precedence", 0) == 0
-    if is_plain and (_has_weights(root) or not _has_shards(root, src)):
-        assert kind is not None
+    name = kind_of(root)
+    kind = None if name is None else sources()[name].kind
+    is_plain = kind in ("model", "adapter")
+    if name is not None and is_plain and (_has_weights(root) or not _has_shards(root, src)):
         _refuse_run_options(src, options)
-        return Found("adapter" if kind == "peft" else "model", src, damaged=_is_damaged(root, kind))
+        return Found("adapter" if kind == "adapter" else "model", src, damaged=_is_damaged(root, name))
     part = options.part
     place, inner = place_of(root, as_reference(src), tag=options.tag, part=part)
     if place.folder == root:

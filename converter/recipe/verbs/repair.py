@@ -263,13 +263,15 @@ def expect_sound(asked: RepairRequest, mends: Mends, only: frozenset[str] | None
     Raises:
         Refused: there is an error, of the codes in `only` if given, that would be in the output; under its code.
     """
+    from converter.recipe.verbs.repair_mends import LORA_ALPHA
+
     left = [f for f in mends.unmended if only is None or f.code in only]
     if not left:
         return
     others = [f.code for f in left[1:]]
     more = f" (and {', '.join(others)})" if others else ""
     needed = dict(mends.left).get(left[0].code)
-    expected = None if needed is None else needed if needed.startswith("--") else f"--allow {needed}"
+    expected = needed if needed in (None, LORA_ALPHA) else f"--allow {needed}"
     raise Refused(left[0].code, left[0].text + more, where=show(asked.src), expected=expected, next=left[0].next)
 
 
@@ -286,11 +288,10 @@ def mend_recipe(asked: RepairRequest, mends: Mends, options: WriteOptions) -> Re
 
 def shards_alone(root: Path, asked: RepairRequest, found: Search) -> str | None:
     """The shards of a folder that has no weight file at all: then a repair is a gather."""
-    from converter.sources.finding import kind_of, sources
+    from converter.sources.finding import source_kind
     from converter.sources.survey import ADAPTER_CONFIG, file_names, is_weights_of_model
 
-    kind = kind_of(root)
-    if kind is not None and getattr(sources()[kind], "precedence", 0) > 0:
+    if source_kind(root) == "training":
         return asked.src
     names = file_names(root)
     if ADAPTER_CONFIG in names or is_weights_of_model(names) or any(n.startswith("adapter_model.") for n in names):

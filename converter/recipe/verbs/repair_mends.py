@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converter.converters.heads.whole import CODES as WHOLE
 from converter.core.context import Context
+from converter.diagnostic import Again, Steps
 from converter.errors import UsageError
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import Case, Finding
@@ -16,9 +17,10 @@ from converter.examine.doctor import DoctorRequest, diagnoses, examine
 from converter.families.disk_names import memory_form
 from converter.families.implied import class_of
 from converter.families.plain_names import plain_names
+from converter.families.words import LORA_FACTOR_WORD, PEFT_PREFIX
 from converter.recipe.recipe import Step
 from converter.sources.hf.set_files import OF_THE_INDEX, find_sets
-from converter.sources.survey import MODEL_CONFIG, StoredTensor
+from converter.sources.survey import StoredTensor
 from converter.text import show
 
 CHOOSE = "choose-weights"
@@ -48,14 +50,17 @@ NEVER_FILLED = frozenset(
     {"quantisation-left", "remote-code-missing", "normaliser-broken", "output-embedding-missing", "head-reshaped",
      "head-named-otherwise", "names-of-a-trainer", "lora-alpha-zero", "vocabulary-rows", "fsdp-flat",
      "config-unreadable", "adapter-config", "adapter-unmatched", "adapter-shape", "adapter-rank", "adapter-unexpected",
-     "adapter-incomplete", "adapter-tokens", "adapter-bias", "adapter-pattern"}
+     "adapter-incomplete", "adapter-tokens", "adapter-bias", "adapter-pattern", "tensors-unexpected"}
 )  # fmt: skip
 """Errors that are in the output too, whatever tensors are filled."""
 
 _CLEARING = frozenset({"mend-names", "mend-disk-names", "mend-architecture", "split-lora"})
-_LORA = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b")
-_PEFT = re.compile(r"^base_model\.model\.")
+_LORA = re.compile(rf"\.(?:{LORA_FACTOR_WORD})\b")
+_PEFT = re.compile(rf"^{re.escape(PEFT_PREFIX)}")
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
+LORA_ALPHA = "--lora-alpha N"
+"""What is needed where no tensor records the alpha; a consent's code everywhere else."""
+
 _CONSENTS = {"mend-vocabulary": "vocabulary-rows", "mend-ties": "untie"}
 
 
@@ -139,14 +144,16 @@ def find_mends(
     if weights is not None:
         given[CHOOSE] = {"file": weights}
     steps = tuple(Step(n, given.get(n, {})) for n in _ORDER if n in names)
-    unmended = [f for f in findings if f.severity == "error" and f.code not in codes and f.code not in _OF_THE_MERGE]
+    passed = {*codes, *_OF_THE_MERGE, *(c for c in WHOLE if c in allow)}
+    unmended = [f for f in findings if f.severity == "error" and f.code not in passed]
     return Mends(steps, tuple(codes), tuple(left.items()), tuple(unmended))
 
 
 def _expect_lora(names: Mapping[str, None], left: Mapping[str, str], where: str) -> None:
     if "lora-unmerged" in left:
         what = "no tensor records lora_alpha, and the scale of the update depends on it"
-        raise UsageError("lora-alpha-unknown", what, where=where, next="--lora-alpha N, as in the training script")
+        step = Steps(Again(("--lora-alpha", "N")), ", as in the training script")
+        raise UsageError("lora-alpha-unknown", what, where=where, next=step)
     if "split-lora" not in names:
         raise UsageError("no-adapter", "there are no LoRA layers in this model to split off", where=where)
 
@@ -158,9 +165,7 @@ def _behind_the_names(case: Case, findings: Sequence[Finding], *, lora: bool) ->
     bare = class_of(case.config)
     listed = {"architectures": [bare, *named[1:]]} if isinstance(named, list) and bare is not None else {}
     config = {**case.config, **listed}
-    mended = dataclasses.replace(
-        case, survey=dataclasses.replace(case.survey, entries=entries), _json={**case._json, MODEL_CONFIG: config}
-    )
+    mended = case.changed(entries, config)
     known = {f.code for f in findings}
     found = [f for each in diagnoses().values() for f in each(mended, Context())]
     return [f for f in found if f.code not in known]
@@ -183,5 +188,5 @@ def _needed(finding: Finding, known: Sequence[str], lora_alpha: float | None) ->
     if finding.applicability != "unsafe":
         return None
     if "split-lora" in known:
-        return None if lora_alpha is not None else "--lora-alpha N"
+        return None if lora_alpha is not None else LORA_ALPHA
     return next((_CONSENTS[n] for n in known if n in _CONSENTS), finding.code)

@@ -12,7 +12,7 @@ from converter.converters.fill.evidence import step_of
 from converter.core.files import sparse
 from converter.core.files.opening import read_limited
 from converter.errors import ConvertError
-from converter.sources.finding import FindsPlaces, find_place, kind_of, sources
+from converter.sources.finding import FindsPlaces, find_place, kind_of, source_kind, sources
 from converter.sources.hub.names import SCHEME, as_reference, below
 from converter.sources.locate import resolve
 from converter.sources.places import by_number
@@ -82,7 +82,7 @@ def _root_of(text: str, token: str | None) -> Path:
 def _named(text: str, step: int | None, token: str | None) -> list[Found]:
     """What lies where the user points: shards in or below it, or a model or an adapter."""
     root = _root_of(text, token)
-    is_copy = kind_of(root) in ("hf", "peft")
+    is_copy = source_kind(root) in ("model", "adapter")
     own = [Found(text, root, step_of(str(root.resolve())), is_copy=True)] if is_copy else []
     inside = [_found(text, root, folder) for folder in _states_in(root)]
     states = [p for p in inside if step is not None and p.step == step]
@@ -111,7 +111,7 @@ def _states_in(root: Path) -> Iterator[Path]:
     """Folders at or below a folder, two levels deep, that are a trainer's state themselves."""
     for folder in _below(root):
         for source in sources().values():
-            if isinstance(source, FindsPlaces) and source.name != "unread":
+            if isinstance(source, FindsPlaces):
                 try:
                     place = source.find(folder, str(folder))
                 except ConvertError:

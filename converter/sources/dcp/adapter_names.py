@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from functools import cache
 from pathlib import Path
 
 from converter.errors import Refused
+from converter.families.factors import alternatives
 from converter.text import fold, show
 
-_KINDS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-_SAVED = re.compile(rf"(?P<module>.+\.(?:{_KINDS}))(?P<leaf>\.weight|\.bias)?", re.ASCII)
-_IN_MEMORY = re.compile(rf".+\.(?:{_KINDS})\.(?P<adapter>[^.]+)(?:\.(?:weight|bias))?", re.ASCII)
+
+@cache
+def _saved() -> re.Pattern[str]:
+    return re.compile(rf"(?P<module>.+\.(?:{alternatives()}))(?P<leaf>\.weight|\.bias)?", re.ASCII)
+
+
+@cache
+def _in_memory() -> re.Pattern[str]:
+    return re.compile(rf".+\.(?:{alternatives()})\.(?P<adapter>[^.]+)(?:\.(?:weight|bias))?", re.ASCII)
 
 
 def names_in_memory(names: Iterable[str], trained: Collection[str], folder: Path) -> dict[str, str] | None:
@@ -30,10 +38,12 @@ def names_in_memory(names: Iterable[str], trained: Collection[str], folder: Path
         Refused: tensors beside LoRA of which nothing says that they were trained (`dcp-adapter-names`).
     """
     given = list(names)
-    saved = {n: m for n in given if (m := _SAVED.fullmatch(n)) is not None}
+    saved = {n: m for n in given if (m := _saved().fullmatch(n)) is not None}
     if not saved:
         return None
-    adapters = {m["adapter"] for n in trained if (m := _IN_MEMORY.fullmatch(n)) is not None and not _SAVED.fullmatch(n)}
+    adapters = {
+        m["adapter"] for n in trained if (m := _in_memory().fullmatch(n)) is not None and not _saved().fullmatch(n)
+    }
     adapter = adapters.pop() if len(adapters) == 1 else "default"
     whole = {n.replace(f".modules_to_save.{adapter}.", "."): n for n in trained}
     found = {n: f"{m['module']}.{adapter}{m['leaf'] or ''}" for n, m in saved.items()}

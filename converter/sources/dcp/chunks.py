@@ -133,7 +133,7 @@ class Pieces:
         if 0 in entry.shape:
             return Filled(TensorInfo(entry.dtype, entry.shape), 0)
         whole = Chunk((0,) * len(entry.shape), entry.shape)
-        found = _tiled(boxes, whole)
+        found = tiled(boxes, whole)
         if found is None:
             listed = ", ".join(f"{list(c.offsets)}+{list(c.sizes)}" for c, _ in boxes[:8]) or "none"
             text = f"the chunks of {show(key)} {list(entry.shape)} leave gaps or overlap: {listed}"
@@ -141,7 +141,7 @@ class Pieces:
         return found
 
 
-def _tiled(boxes: list[tuple[Chunk, LazyTensor]], whole: Chunk, depth: int = 0) -> LazyTensor | None:
+def tiled(boxes: list[tuple[Chunk, LazyTensor]], whole: Chunk, depth: int = 0) -> LazyTensor | None:
     """Boxes laid together where they fill `whole` exactly, by cuts that go all the way through; else None.
 
     Meshes cut one dimension after the other, so there always is such a cut.
@@ -162,7 +162,7 @@ def _tiled(boxes: list[tuple[Chunk, LazyTensor]], whole: Chunk, depth: int = 0) 
         for group, (start, stop) in zip(groups, pairwise([*starts, end]), strict=True):
             offsets = (*whole.offsets[:dim], start, *whole.offsets[dim + 1 :])
             sizes = (*whole.sizes[:dim], stop - start, *whole.sizes[dim + 1 :])
-            part = _tiled(group, Chunk(offsets, sizes), depth + 1)
+            part = tiled(group, Chunk(offsets, sizes), depth + 1)
             if part is None:
                 return None
             parts.append(part)

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
+from converter.core.files.opening import read_limited
 from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
 from converter.sources.places import Place, by_number
@@ -25,9 +26,15 @@ METADATA = ".metadata"
 FULL = re.compile(r"pytorch_model_fsdp(?:_\d+)?\.bin", re.ASCII)
 _RANKS = re.compile(r"pytorch_model_fsdp(?:_\d+)?_rank\d+\.bin", re.ASCII)
 _PART = re.compile(r"pytorch_model_fsdp_\d+", re.ASCII)
-_OPTIMIZER = re.compile(r"optimizer_\d+", re.ASCII)
-_HF_SHARD = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors", re.ASCII)
+_ASIDE = re.compile(r"(?:optim|optimizer|lr_scheduler|scheduler|dataloader|rng|tokenizer)(?:_\w+)?", re.ASCII)
+_STEP = re.compile(r"(?:checkpoint|global_step|step|iter|epoch)[-_=]?\d", re.ASCII)
+PIECE = re.compile(r"shard-(?P<rank>\d{5,})-model-(?P<file>\d{5,})-of-(?P<files>\d{5,})\.safetensors", re.ASCII)
+"""A file of HuggingFaceStorageWriter: one rank's pieces."""
 _RANK_METADATA = re.compile(r"__\d+\.metadata", re.ASCII)
+DEPTH = 4
+"""Folders below a run's in which a model is looked for: NeMo-RL has it in `step_N/policy/weights/model`."""
+TRACKERS = ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt", "latest")
+"""Files in which a run names its last complete checkpoint: Megatron's and slime's, others'."""
 
 
 def kind_here(root: Path) -> Kind | None:
@@ -45,7 +52,7 @@ def kind_here(root: Path) -> Kind | None:
     ours = [n for n in names if FULL.fullmatch(n) or _RANKS.fullmatch(n)]
     if folder_kind(names - set(ours)) is not None:
         return None
-    if any(_HF_SHARD.fullmatch(n) for n in names):
+    if any(PIECE.fullmatch(n) for n in names):
         return "hf-shards"
     if any(FULL.fullmatch(n) for n in ours):
         return "full"
@@ -56,11 +63,16 @@ def folders_in(root: Path) -> list[Path]:
     """Folders right below `root` that hold a model of this source, by the numbers in their names."""
     if folder_kind(file_names(root)) is not None:
         return []
-    try:
-        folders = [p for p in root.iterdir() if p.is_dir() and not _OPTIMIZER.fullmatch(p.name)]
-    except OSError:
-        return []
-    return sorted((p for p in folders if kind_here(p) is not None), key=by_number)
+    return [p for p in _folders(root) if kind_here(p) is not None]
+
+
+def _holds_models(folder: Path, depth: int = DEPTH) -> bool:
+    """True where a model of this source lies in a folder or somewhere below it."""
+    if kind_here(folder) is not None:
+        return True
+    if depth == 0 or folder_kind(file_names(folder)) is not None:
+        return False
+    return any(_holds_models(p, depth - 1) for p in _folders(folder))
 
 
 def search(root: Path, asked: str, *, tag: str | None = None, part: str | None = None) -> Place | None:
@@ -75,30 +87,80 @@ def search(root: Path, asked: str, *, tag: str | None = None, part: str | None =
     found = folders_in(root)
     if found and all(_PART.fullmatch(p.name) for p in found):
         return _part(found, asked, part)
-    runs = found or [p for p in _folders(root) if folders_in(p)]
+    runs = found or [p for p in _folders(root) if _holds_models(p, DEPTH - 1)]
     if not runs:
         return None
-    if tag is not None:
-        runs = [p for p in runs if p.name == tag]
-        if not runs:
-            listed = ", ".join(show(p.name) for p in (found or _folders(root))[-8:])
-            raise UsageError("no-such-tag", f"there is no checkpoint {show(tag)}", where=show(asked), expected=listed)
-    if len(runs) > 1:
-        named = [f"{asked.rstrip('/')}/{p.name}" for p in runs[-8:]]
-        raise UsageError(
-            "several-checkpoints",
-            f"a run folder with {len(runs)} checkpoints; name one of them",
-            where=show(asked),
-            expected=", ".join(map(show, named)),
-            next=_tagged(asked, runs[-1].name),
-        )
-    (one,) = runs
-    why = "asked for with --tag" if tag is not None else "the only checkpoint of the run"
-    if found:
+    if not any(_STEP.match(p.name) for p in runs):
+        return _inside(runs, asked, tag, part)
+    one, why = _step(root, runs, asked, tag)
+    if one in found:
         return Place(one, why)
     inner = search(one, f"{asked.rstrip('/')}/{one.name}", part=part)
     assert inner is not None
     return Place(inner.folder, f"in {show(one.name)}, {why}; {inner.why}")
+
+
+def _step(root: Path, runs: list[Path], asked: str, tag: str | None) -> tuple[Path, str]:
+    """One checkpoint of a run, and why it is that one."""
+    if tag is not None:
+        named = [p for p in runs if p.name == tag]
+        if not named:
+            listed = ", ".join(show(p.name) for p in runs[-8:])
+            raise UsageError("no-such-tag", f"there is no checkpoint {show(tag)}", where=show(asked), expected=listed)
+        return named[0], "asked for with --tag"
+    if len(runs) == 1:
+        return runs[0], "the only checkpoint of the run"
+    for tracker in TRACKERS:
+        number = _tracked(root / tracker, root)
+        latest = [p for p in runs if number is not None and _last_number(p) == number]
+        if len(latest) == 1:
+            return latest[0], f"`{tracker}` says so"
+    paths = [f"{asked.rstrip('/')}/{p.name}" for p in runs[-8:]]
+    raise UsageError(
+        "several-checkpoints",
+        f"a run folder with {len(runs)} checkpoints; name one of them",
+        where=show(asked),
+        expected=", ".join(map(show, paths)),
+        next=_tagged(asked, runs[-1].name),
+    )
+
+
+def _tracked(path: Path, root: Path) -> int | None:
+    """The step that a run's tracker file names."""
+    if not path.is_file():
+        return None
+    try:
+        text = read_limited(path, limit=64, root=root).decode("ascii").strip()
+    except (Refused, UnicodeDecodeError):
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _last_number(folder: Path) -> int | None:
+    numbers = by_number(folder)[0]
+    return numbers[-1] if numbers else None
+
+
+def _inside(below: list[Path], asked: str, tag: str | None, part: str | None) -> Place | None:
+    """The model in folders that are not steps: a trainer's folder for it (`policy/weights/model`), or its parts."""
+    chosen = [p for p in below if part in (None, p.name)] or below
+    if len(chosen) > 1:
+        listed = ", ".join(show(p.name) for p in chosen[:8])
+        if part is not None:
+            raise UsageError("no-such-part", f"there is no model {show(part)}", where=show(asked), expected=listed)
+        raise UsageError(
+            "several-parts",
+            f"{len(chosen)} models are saved here; name one of them",
+            where=show(asked),
+            expected=listed,
+            next=Again(
+                ("--part", chosen[0].name), otherwise=Command("gather", (asked, "OUT", "--part", chosen[0].name))
+            ),
+        )
+    (one,) = chosen
+    inner = search(one, f"{asked.rstrip('/')}/{one.name}", tag=tag if kind_here(one) is None else None)
+    assert inner is not None
+    return Place(inner.folder, f"the only model in {show(one.name)}" if inner.folder == one else inner.why)
 
 
 def _named(root: Path, asked: str, tag: str | None, part: str | None) -> Place:
@@ -130,8 +192,9 @@ def _part(found: list[Path], asked: str, part: str | None) -> Place:
 
 
 def _folders(root: Path) -> list[Path]:
+    """Folders in which a model may lie; an optimizer's own is none, though it has the same files."""
     try:
-        return sorted((p for p in root.iterdir() if p.is_dir()), key=by_number)
+        return sorted((p for p in root.iterdir() if p.is_dir() and not _ASIDE.fullmatch(p.name)), key=by_number)
     except OSError:
         return []
 
@@ -168,11 +231,6 @@ _NOT_READ: dict[Kind, tuple[str, str, str]] = {
         "fsdp-rank-files",
         "each rank saved its own file (LOCAL_STATE_DICT, or accelerate's use_dcp=False); they are not put together",
         "resume the run from it, and save with fsdp_state_dict_type: FULL_STATE_DICT or SHARDED_STATE_DICT",
-    ),
-    "hf-shards": (
-        "dcp-hf-shards",
-        "pieces by HuggingFaceStorageWriter: no file says how many there are, so a lost one would not be noticed",
-        "save with enable_consolidation=True, or consolidate_safetensors_files_on_every_rank of torch, with all files",
     ),
     "rank-metadata": (
         "dcp-rank-metadata",

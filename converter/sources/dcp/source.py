@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.core.checkpoint import Checkpoint
-from converter.errors import Refused, UsageError
+from converter.errors import UsageError
+from converter.sources.base import Held, TrainingSource
 from converter.sources.dcp.files import Kind, folders_in, kind_here, search
 from converter.sources.places import Place
-from converter.sources.survey import Fault, Survey
 from converter.text import show
 
 if TYPE_CHECKING:
@@ -34,11 +34,10 @@ _WORDS: dict[Kind, str] = {
 }
 
 
-class DcpSource:
+class DcpSource(TrainingSource):
     """What `torch.distributed.checkpoint.save` wrote, by itself or through accelerate."""
 
     name = "dcp"
-    precedence = 10
     has_parts = True
 
     def detect(self, root: Path) -> str | None:
@@ -53,20 +52,16 @@ class DcpSource:
         """The checkpoint's folder at or below `root`; see `search`."""
         return search(root, asked, tag=tag, part=part)
 
-    def survey(self, root: Path) -> Survey:
-        """Files, tensors and faults; content never raises."""
-        from converter.sources.dcp.weights import survey_chosen
+    def held(self, root: Path) -> Held:
+        """Files and tensors of the checkpoint that is meant.
 
-        survey = Survey(root)
-        try:
-            survey_chosen(_chosen(root, show(root)), survey)
-        except (Refused, UsageError) as error:
-            survey.faults.append(
-                Fault(
-                    code=error.code, severity="error", text=error.what, where=error.where or show(root), next=error.next
-                )
-            )
-        return survey
+        Raises:
+            UsageError: several checkpoints to choose from (`several-checkpoints`).
+            Refused: files missing, cut short or malformed, each named; a layout that is not read.
+        """
+        from converter.sources.dcp.weights import held_in
+
+        return held_in(_chosen(root, show(root)).folder)
 
     def open(self, root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False) -> Checkpoint:
         """The checkpoint in the dtypes that it was saved in.

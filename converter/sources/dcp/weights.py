@@ -10,19 +10,20 @@ from typing import Any
 from converter.core.checkpoint import Checkpoint, Origin, RecordCheck
 from converter.core.files.opening import Identity, identity
 from converter.core.formats.torch_file import read_torch_file, state_dict
-from converter.core.tensors.byte_runs import leaves
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
+from converter.sources.base import Held
 from converter.sources.beside import find_beside
 from converter.sources.dcp.adapter_names import names_in_memory
 from converter.sources.dcp.chunks import Pieces
 from converter.sources.dcp.files import full_file, kind_here, optimizer_folder, refusal
+from converter.sources.dcp.hf_pieces import WORDS, read_pieces
 from converter.sources.dcp.layout import Moment, optimizer_states, reasons, sort_entries
 from converter.sources.dcp.metadata import METADATA, Metadata, read_metadata
 from converter.sources.deepspeed.files import run_folders
 from converter.sources.places import Place
-from converter.sources.survey import StoredTensor, Survey, file_names, snapshot_of
+from converter.sources.survey import file_names, snapshot_of
 from converter.text import fold, show
 
 KIND = "training"
@@ -38,6 +39,7 @@ class Weights:
         trained: names that the optimizer held; None where that isn't recorded.
         shared: groups of names that are one tensor in the file.
         dropped: entries that are not taken, with the reason.
+        ends_recorded: the files say how large each tensor is; else pieces at its end may be missing unnoticed.
     """
 
     tensors: dict[str, LazyTensor]
@@ -49,6 +51,7 @@ class Weights:
     checks: tuple[RecordCheck, ...]
     inputs: dict[str, Identity]
     said: tuple[str, ...] = ()
+    ends_recorded: bool = True
 
 
 def read_weights(folder: Path) -> Weights:
@@ -60,14 +63,18 @@ def read_weights(folder: Path) -> Weights:
     kind = kind_here(folder)
     if kind == "full":
         return _read_full(folder)
+    if kind == "hf-shards":
+        read = read_pieces(folder, file_names(folder))
+        words = f"{WORDS}, {len(read.inputs)} files"
+        return Weights(read.tensors, words, read.digest, None, (), {}, (), read.inputs, ends_recorded=False)
     if kind != "dcp":
         assert kind is not None
         raise refusal(folder, kind)
     metadata = read_metadata(folder)
     entries = sort_entries(metadata)
     pieces = Pieces(metadata)
-    read = pieces.read(entries.model.values())
-    found = {name: read[key] for name, key in entries.model.items()}
+    tensors = pieces.read(entries.model.values())
+    found = {name: tensors[key] for name, key in entries.model.items()}
     said = [f"the model is `{show(entries.where)}` in it"] if entries.where else []
     aside = [k for k in entries.others if k in metadata.tensors]
     if aside:
@@ -174,7 +181,7 @@ def open_chosen(chosen: Place, root: Path, *, asked: str, revision: str | None, 
     return Checkpoint(
         tensors=found.tensors,
         config=beside.config,
-        origin=Origin(KIND, str(real), asked, _name(real), revision, found.digest, found.words),
+        origin=Origin(KIND, str(real), asked, _name(real), revision, found.digest, found.words, found.ends_recorded),
         side_files=beside.files,
         ties=found.shared,
         config_bytes=beside.config_bytes,
@@ -230,7 +237,7 @@ def moments_of(folder: Path, which: Moment) -> dict[str, LazyTensor]:
             keys = {n: leaves[which] for n, leaves in optimizer_states(metadata).items() if which in leaves}
             read = Pieces(metadata).read(keys.values())
             found = {n: read[k] for n, k in keys.items()}
-    elif kind not in (None, "full"):
+    elif kind not in (None, "full", "hf-shards"):
         raise refusal(folder, kind)
     if not found:
         raise Refused(
@@ -242,10 +249,8 @@ def moments_of(folder: Path, which: Moment) -> dict[str, LazyTensor]:
     return found
 
 
-def survey_chosen(chosen: Place, survey: Survey) -> None:
-    """Files and tensors of a folder, added to a survey."""
-    found = read_weights(chosen.folder)
-    survey.files = {Path(p).name: i.size for p, i in found.inputs.items() if Path(p).parent == chosen.folder.absolute()}
-    for name, tensor in found.tensors.items():
-        first = next(leaves(tensor), None)
-        survey.entries[name] = StoredTensor(tensor, str(chosen.folder) if first is None else first.file)
+def held_in(folder: Path) -> Held:
+    """Files and tensors of a folder."""
+    found = read_weights(folder)
+    files = [Path(p).name for p in found.inputs if Path(p).parent == folder.absolute()]
+    return Held(folder, files, found.tensors)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter.errors import Refused, UsageError
+from converter.sources.base import Held, TrainingSource
 from converter.sources.deepspeed.files import find_tag, holds_ranks, search_tag, tags_in
 from converter.sources.places import Place
-from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind
+from converter.sources.survey import Fault, Survey, file_names, folder_kind
 from converter.text import show
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from converter.core.tensors.nodes import LazyTensor
 
 
-class DeepSpeedSource:
+class DeepSpeedSource(TrainingSource):
     """What DeepSpeed's `save_checkpoint` wrote."""
 
     name = "deepspeed"
-    precedence = 10
+    note_code = "zero-note"
 
     def detect(self, root: Path) -> str | None:
         """Why a folder is DeepSpeed's, or None."""
@@ -71,32 +72,21 @@ class DeepSpeedSource:
         ]
         return quick
 
-    def survey(self, root: Path) -> Survey:
-        """Files, tensors and faults; content never raises."""
-        from converter.core.tensors.byte_runs import leaves
+    def held(self, root: Path) -> Held:
+        """Files and tensors of the tag that is meant.
+
+        Raises:
+            UsageError: several tags to choose from (`several-checkpoints`).
+            Refused: files missing, mixed or malformed, each named.
+        """
         from converter.sources.deepspeed.state import read_shards
         from converter.sources.deepspeed.weights import read_weights
 
-        survey = Survey(root)
-        try:
-            tag = self.place(root, show(root))
-            shards = read_shards(tag.folder)
-            found = read_weights(shards)
-        except (Refused, UsageError) as error:
-            fault = Fault(
-                code=error.code, severity="error", text=error.what, where=error.where or show(root), next=error.next
-            )
-            survey.faults.append(fault)
-            return survey
+        tag = self.place(root, show(root))
+        shards = read_shards(tag.folder)
+        found = read_weights(shards)
         listed = [shards.files.whole, *shards.files.models.values(), *shards.files.optimizers.values()]
-        survey.files = {n: (tag.folder / n).stat().st_size for n in listed if n is not None}
-        for name, tensor in found.tensors.items():
-            first = next(leaves(tensor), None)
-            survey.entries[name] = StoredTensor(tensor, str(tag.folder) if first is None else first.file)
-        survey.faults += [
-            Fault(code="zero-note", severity="cosmetic", text=text, where=show(root)) for text in shards.said
-        ]
-        return survey
+        return Held(tag.folder, [n for n in listed if n is not None], found.tensors, shards.said)
 
     def open(self, root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False) -> Checkpoint:
         """The checkpoint in the training dtype.

@@ -20,7 +20,6 @@ class UniversalSource(DeepSpeedSource):
     """What ds_to_universal.py wrote."""
 
     name = "deepspeed_universal"
-    precedence = 10
 
     def detect(self, root: Path) -> str | None:
         """Why a folder is a universal checkpoint, or None."""

@@ -23,7 +23,7 @@ from converter.sources.hf.source import (
     shared_metadata,
     stored_path,
 )
-from converter.sources.survey import Survey, file_names, is_weights_of_model
+from converter.sources.survey import SourceKind, Survey, file_names, is_weights_of_model
 
 FOLDER = "modeling"
 
@@ -32,6 +32,7 @@ class ModelingSource:
     """A model whose weights are in `modeling/`, with its config above or beside them."""
 
     name = "modeling"
+    kind: SourceKind = "model"
 
     def detect(self, root: Path) -> str | None:
         """Why a folder is ColossalChat's, or None."""

@@ -14,7 +14,7 @@ from converter.sources import survey as folder
 from converter.sources.hf.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.hf.source import identities_of, lazy, origin, parse_config, stored_path
 from converter.sources.hub.names import as_reference
-from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers
+from converter.sources.survey import Fault, SourceKind, StoredTensor, Survey, file_names, folder_kind, leftovers
 from converter.text import show
 
 WEIGHTS = folder.ADAPTER_WEIGHTS
@@ -26,6 +26,7 @@ class PeftSource:
     """An adapter in PEFT's format."""
 
     name = "peft"
+    kind: SourceKind = "adapter"
 
     def detect(self, root: Path) -> str | None:
         """Why a folder is an adapter, or None."""

@@ -17,24 +17,24 @@ from converter.core.files.opening import Identity
 from converter.core.formats.weight_file import WeightFile, read_weights
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
+from converter.families.words import HEAD_FILES
 from converter.sources.survey import MODEL_PICKLED, Fault, StoredTensor, Survey, empty_tensors
 from converter.text import show
 
-VALUE_HEADS = ("value_head.safetensors", "value_head.bin", "value_head.pt")
 OTHER_LAYERS = ("regression_layer.pt", "gating_layer.pt")
 TRL_HEAD = "v_head."
 
 
 def read_sidecars(root: Path, names: Collection[str], survey: Survey, *, adapter: bool = False) -> None:
     """Add the files beside the weights to a survey; a value head that can't be read, or is empty, is a fault."""
-    for name in (*VALUE_HEADS, *OTHER_LAYERS, *((MODEL_PICKLED,) if adapter else ())):
+    for name in (*HEAD_FILES, *OTHER_LAYERS, *((MODEL_PICKLED,) if adapter else ())):
         if name not in names:
             continue
         try:
             file = read_weights(root / name, root=root, named=str(root.resolve() / name))
         except Refused as error:
             # Of another name it may be anything; it stays among the files that are not read.
-            if name in VALUE_HEADS:
+            if name in HEAD_FILES:
                 survey.faults.append(Fault.of(error))
             continue
         if name == MODEL_PICKLED and not _is_head_alone(file):

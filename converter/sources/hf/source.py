@@ -19,18 +19,27 @@ from converter.core.formats.weight_file import WeightFile, read_weights
 from converter.core.side_files import find_side_files
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
-from converter.families.implied import without_wrappers
 from converter.families.ties import find_ties
+from converter.families.words import PEFT_PREFIX, without_wrappers
 from converter.sources import survey as folder
 from converter.sources.hf import set_files
 from converter.sources.hf.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
-from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind, leftovers, snapshot_of
+from converter.sources.survey import (
+    Fault,
+    SourceKind,
+    StoredTensor,
+    Survey,
+    file_names,
+    folder_kind,
+    leftovers,
+    snapshot_of,
+)
 from converter.text import fold, show
 
 WEIGHTS = folder.MODEL_WEIGHTS
 INDEX = folder.MODEL_INDEX
 CONFIG = folder.MODEL_CONFIG
-_PEFT = re.compile(r"^base_model\.model\.(?=.*\.\w+\.)")
+_PEFT = re.compile(rf"^{re.escape(PEFT_PREFIX)}(?=.*\.\w+\.)")
 _AGAIN = "download or copy the folder again"
 
 
@@ -38,6 +47,7 @@ class HfSource:
     """A model in transformers' format."""
 
     name = "hf"
+    kind: SourceKind = "model"
 
     def detect(self, root: Path) -> str | None:
         """Why a folder is a Hugging Face model, or None."""

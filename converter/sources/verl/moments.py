@@ -18,6 +18,7 @@ from typing import Any, Literal
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
+from converter.families.words import OUTPUTS
 from converter.sources.verl.shards import Piece, Ranks, Value
 from converter.sources.verl.weights import Weights
 from converter.text import show
@@ -97,7 +98,7 @@ def _parameters(weights: Weights, tied: bool) -> list[str]:
     """The model's parameters in order, each once."""
     again = {n for group in weights.shared for n in group[1:]}
     if tied and not again:
-        heads = [n for n in weights.sharded if n.endswith("lm_head.weight")]
+        heads = [n for n in weights.sharded if n.endswith(OUTPUTS)]
         again |= {h for h in heads if weights.tensors[h].info == weights.tensors[weights.sharded[0]].info}
     return [n for n in weights.sharded if n not in again]
 

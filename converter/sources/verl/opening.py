@@ -10,6 +10,7 @@ from converter.core.checkpoint import Checkpoint, Origin, SideFile
 from converter.core.files.opening import identity
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
+from converter.families.ties import is_tied
 from converter.sources.beside import Beside, find_beside
 from converter.sources.places import Place
 from converter.sources.survey import MODEL_CONFIG, file_names, is_weights_of_model, name_of
@@ -37,7 +38,7 @@ def open_chosen(
     beside = _beside(chosen.folder, keep_code)
     trained = None
     if any(".lora_" in n for n in found.tensors):
-        trained = trained_names(ranks, found, tied=_is_tied(beside))
+        trained = trained_names(ranks, found, tied=is_tied(beside.config))
     told = [f"{show(chosen.folder.name)}: {chosen.why}"] if chosen.folder != root else []
     if master:
         told += _kept_narrow(found)
@@ -62,11 +63,7 @@ def open_chosen(
 def moments_of(folder: Path, which: Literal["exp_avg", "exp_avg_sq"]) -> dict[str, LazyTensor]:
     """A part's moments; see `moments`."""
     ranks = Ranks(rank_files(folder))
-    return moments(ranks, read_weights(ranks), which, tied=_is_tied(_beside(folder, keep_code=False)))
-
-
-def _is_tied(beside: Beside) -> bool:
-    return beside.config.get("tie_word_embeddings") is True
+    return moments(ranks, read_weights(ranks), which, tied=is_tied(_beside(folder, keep_code=False).config))
 
 
 def _with_dtype(config: Mapping[str, Any], found: Weights) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from converter.errors import Refused, UsageError
+from converter.errors import UsageError
+from converter.sources.base import Held, TrainingSource
 from converter.sources.places import Place
-from converter.sources.survey import Fault, StoredTensor, Survey, file_names, folder_kind
+from converter.sources.survey import file_names, folder_kind
 from converter.sources.verl.files import find_part, holds_ranks, parts_in, rank_files, steps_in
 from converter.text import show
 
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from converter.core.tensors.nodes import LazyTensor
 
 
-class VerlSource:
+class VerlSource(TrainingSource):
     """What verl's FSDPCheckpointManager wrote."""
 
     name = "verl"
-    precedence = 10
+    note_code = "verl-note"
     has_parts = True
 
     def detect(self, root: Path) -> str | None:
@@ -57,31 +58,21 @@ class VerlSource:
             raise UsageError("no-shards", what, where=show(asked), expected=expected)
         return found
 
-    def survey(self, root: Path) -> Survey:
-        """Files, tensors and faults; content never raises."""
-        from converter.core.tensors.byte_runs import leaves
+    def held(self, root: Path) -> Held:
+        """Files and tensors of the part that is meant.
+
+        Raises:
+            UsageError: several steps or parts to choose from.
+            Refused: files missing, of several runs or malformed, each named.
+        """
         from converter.sources.verl.shards import Ranks
         from converter.sources.verl.weights import read_weights
 
-        survey = Survey(root)
-        try:
-            folder = self.place(root, show(root)).folder
-            ranks = Ranks(rank_files(folder))
-            found = read_weights(ranks)
-        except (Refused, UsageError) as error:
-            fault = Fault(
-                code=error.code, severity="error", text=error.what, where=error.where or show(root), next=error.next
-            )
-            survey.faults.append(fault)
-            return survey
+        folder = self.place(root, show(root)).folder
+        ranks = Ranks(rank_files(folder))
+        found = read_weights(ranks)
         listed = [*ranks.files.models.values(), *ranks.files.optimizers.values()]
-        survey.files = {n: (folder / n).stat().st_size for n in listed}
-        for name, tensor in found.tensors.items():
-            first = next(leaves(tensor), None)
-            survey.entries[name] = StoredTensor(tensor, str(folder) if first is None else first.file)
-        notes = [*ranks.files.said, *ranks.said]
-        survey.faults += [Fault(code="verl-note", severity="cosmetic", text=text, where=show(root)) for text in notes]
-        return survey
+        return Held(folder, listed, found.tensors, [*ranks.files.said, *ranks.said])
 
     def open(self, root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False) -> Checkpoint:
         """The checkpoint, in the dtypes that are saved.

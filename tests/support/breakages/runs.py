@@ -169,7 +169,6 @@ RUNS: dict[str, Breakage] = {
         DCP, lambda f: os.rename(only(f, ".metadata"), only(f, ".metadata").with_name("__0.metadata")), "advice"
     ),
     "dcp-malformed": Breakage(DCP, lambda f: only(f, ".metadata").write_bytes(b"\x80\x02}."), "advice"),
-    "dcp-hf-shards": Breakage("dcp/runs/hf-shards-n2", lambda f: None, "advice"),
     "dcp-optimizer-alone": Breakage("dcp/runs/accelerate-n2", lambda f: None, "advice", at="checkpoint-2/optimizer_0"),
     "verl-rank-missing": Breakage(VERL, gone("model_world_size_3_rank_1.pt"), "advice"),
     "verl-mixed": Breakage(VERL, two_worlds, "advice"),

@@ -1,0 +1,240 @@
+"""Whether a checkpoint's tensors are the model that its own loader asks for: names and shapes, the head by its dialect.
+
+What the class asks for is `families.expected`; a head that a dialect names takes the place of the class's own. What is
+found here is what `doctor` names, what `verify` fails on, and what no verb writes without consent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from converter.converters.heads.detect import detect, head_like
+from converter.converters.heads.model import resolve
+from converter.core.checkpoint import Checkpoint
+from converter.dialects.spec import Dialect
+from converter.errors import ConvertError
+from converter.families.expected import Comparison, Expected, Unknown, compare, expected
+from converter.families.family import family
+from converter.families.implied import Shape
+from converter.families.words import OUTPUT_PREFIXES
+from converter.text import fold, show
+
+MISSING, UNEXPECTED, MISSHAPEN = "tensors-missing", "tensors-unexpected", "tensors-misshapen"
+CODES = (MISSHAPEN, MISSING, UNEXPECTED)
+
+_EMPTY: Shape = (0,)
+_NORMALISER = "normalizer."
+_LEAST_RANKS, _MOST_RANKS = 2, 4096
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Tensors that are one part of several: each has 1/ranks of what is asked, along one dimension.
+
+    Attributes:
+        rows: every one is cut along its first dimension, the norms too: FSDP's way, not tensor parallelism's.
+    """
+
+    names: tuple[str, ...]
+    ranks: int
+    rows: bool
+
+    @property
+    def words(self) -> str:
+        """What it is, and what is missing."""
+        how = "FSDP" if self.rows else "tensor-parallel"
+        rest = self.ranks - 1
+        others = f"the other {rest} are" if rest > 1 else "the other one is"
+        return f"one rank of {self.ranks} ({how}) saved its own slices, and {others} not in it"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What keeps a checkpoint from being its model.
+
+    Attributes:
+        unknown: why names and shapes can't be checked, for every verdict; empty where they were.
+        comparison: what differs; nothing where the family is unknown.
+        wanted: what the class asks for.
+        dialect: whose head it has, where that is not the class's own.
+    """
+
+    unknown: str
+    comparison: Comparison
+    wanted: Expected | None = None
+    dialect: Dialect | None = None
+    slices: Slices | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """Codes of what differs, the likeliest cause first."""
+        found = {MISSHAPEN: self.comparison.misshapen, MISSING: self.comparison.missing}
+        found[UNEXPECTED] = self.comparison.unexpected
+        return tuple(code for code in CODES if found[code])
+
+    def names(self, code: str) -> tuple[str, ...]:
+        """Names of the tensors that a code is about, as they are stored."""
+        found: Collection[str] = {
+            MISSING: self.comparison.missing,
+            UNEXPECTED: self.comparison.unexpected,
+            MISSHAPEN: self.comparison.misshapen,
+        }[code]
+        return tuple(self.aliases.get(n, n) for n in found)
+
+    def words(self, code: str) -> str:
+        """One sentence: how many, which, of what shapes, and why, where that shows."""
+        names, found = self.names(code), self.comparison
+        if code == MISSING:
+            shapes = f" {list(next(iter(found.missing.values())))}" if len(names) == 1 else ""
+            text = (
+                f"{len(names)} of {found.asked} tensors that {self._class} asks for are missing: {fold(names)}{shapes}"
+            )
+            return f"{text}; {self._prefix_words() or 'a loader would make them RANDOM'}"
+        if code == UNEXPECTED:
+            text = f"{len(names)} tensors are none that {self._class} asks for: {fold(names)}"
+            return f"{text}; {self._prefix_words() or 'a loader passes over them'}"
+        first, (have, asked) = next(iter(found.misshapen.items()))
+        shown = f"{show(self.aliases.get(first, first))} is {list(have)}, and {list(asked)} is asked for"
+        text = (
+            f"{len(names)} of {found.asked} tensors have other shapes than config.json implies: {fold(names)}; {shown}"
+        )
+        return f"{text}: {self.slices.words}" if self.slices is not None else text
+
+    @property
+    def _class(self) -> str:
+        return show(self.wanted.name) if self.wanted is not None else "the class"
+
+    def _prefix_words(self) -> str:
+        prefix = self.prefix
+        return f"every name has `{show(prefix)}` before it" if prefix else ""
+
+    @property
+    def prefix(self) -> str:
+        """What stands before every name that is too many, where the rest of it is one that is missing; else empty."""
+        return _common_prefix(self.comparison)
+
+
+def judge(checkpoint: Checkpoint, names: Mapping[str, str] | None = None) -> Judgement:
+    """Compare a model's tensors with what its loader asks for, by headers alone.
+
+    Args:
+        names: plain names by stored names, where wrappers are to be looked through.
+    """
+    wanted = expected(checkpoint.config)
+    if isinstance(wanted, Unknown):
+        return Judgement(wanted.words, Comparison({}, {}, {}, 0))
+    plain = names or {}
+    aliases = {plain.get(n, n): n for n in checkpoint.tensors}
+    stored = {plain.get(n, n): t.info.shape for n, t in checkpoint.tensors.items()}
+    dialect = _dialect(checkpoint)
+    heads: frozenset[str] = frozenset()
+    if dialect is not None:
+        stored, heads, back = _canonical(stored, dialect, checkpoint)
+        aliases = {new: aliases.get(old, old) for new, old in back.items()}
+    found = _without_heads(compare(stored, wanted, checkpoint.config), wanted, heads, dialect)
+    whole = {n: pair for n, pair in found.misshapen.items() if pair[0] != _EMPTY}
+    found = Comparison(found.missing, found.unexpected, whole, found.asked)
+    return Judgement("", found, wanted, dialect, _slices(whole, stored), aliases)
+
+
+def _dialect(checkpoint: Checkpoint) -> Dialect | None:
+    """The dialect whose head is here, where it is not simply the class's."""
+    try:
+        found = detect(checkpoint)
+    except ConvertError:
+        return None
+    return None if found is None or found.dialect.head.kind == "none" else found.dialect
+
+
+def _canonical(
+    stored: Mapping[str, Shape], dialect: Dialect, checkpoint: Checkpoint
+) -> tuple[dict[str, Shape], frozenset[str], dict[str, str]]:
+    """Names as transformers has them, those of the dialect's head, and stored names by the new ones."""
+    kind, config = family(checkpoint.config), checkpoint.config
+    try:
+        own = resolve("{P}", kind, config)
+        prefix, stem = (resolve(each, kind, config) for each in (dialect.backbone, dialect.head.stem))
+    except ConvertError:
+        return dict(stored), frozenset(head_like(stored)), {n: n for n in stored}
+    made: dict[str, Shape] = {}
+    back: dict[str, str] = {}
+    heads: set[str] = set()
+    extras = tuple(start for start, _ in dialect.extras)
+    for name, shape in stored.items():
+        new = name
+        if name == stem or name.startswith((f"{stem}.", _NORMALISER, *extras)):
+            heads.add(name)
+        elif prefix != own and name.startswith(prefix):
+            new = own + name.removeprefix(prefix)
+        elif dialect.outer and name.startswith(dialect.outer):
+            new = name.removeprefix(dialect.outer)
+        made[new], back[new] = shape, name
+    return made, frozenset(heads), back
+
+
+def _without_heads(found: Comparison, wanted: Expected, heads: frozenset[str], dialect: Dialect | None) -> Comparison:
+    """What differs, but for a head that is the dialect's: it has names and rows of its own."""
+    if dialect is None:
+        return found
+    of_class = heads & wanted.saved.keys() and dialect.head.kind != "lm-row"
+    lm_head = dialect.head.lm_head
+
+    def is_replaced(name: str) -> bool:
+        """True for the class's head, in whose place the dialect's is."""
+        is_output = name.startswith(OUTPUT_PREFIXES)
+        return not of_class and wanted.is_outside(name) and not (is_output and lm_head)
+
+    missing = {n: s for n, s in found.missing.items() if not is_replaced(n)}
+    is_output_too = lm_head or not wanted.name.endswith(("Classification", "Model"))
+    unexpected = {
+        n: s
+        for n, s in found.unexpected.items()
+        if n not in heads and not (is_output_too and n.startswith(OUTPUT_PREFIXES))
+    }
+    misshapen = {n: p for n, p in found.misshapen.items() if n not in heads or of_class}
+    return Comparison(missing, unexpected, misshapen, found.asked)
+
+
+def _slices(misshapen: Mapping[str, tuple[Shape, Shape]], stored: Mapping[str, Shape]) -> Slices | None:
+    """Where every tensor of another shape is cut along one dimension by the same number."""
+    ranks: set[int] = set()
+    dims: set[int] = set()
+    for have, asked in misshapen.values():
+        cut = [d for d, (a, b) in enumerate(zip(have, asked, strict=False)) if a != b]
+        if len(have) != len(asked) or len(cut) != 1 or not have[cut[0]] or asked[cut[0]] % have[cut[0]]:
+            return None
+        ranks.add(asked[cut[0]] // have[cut[0]])
+        dims.add(cut[0])
+    if len(ranks) != 1 or not _LEAST_RANKS <= (count := ranks.pop()) <= _MOST_RANKS:
+        return None
+    is_all = len(misshapen) > 1 and any(len(a) == 1 and _is_norm(n) for n, (_, a) in misshapen.items())
+    return Slices(tuple(misshapen), count, dims == {0} and is_all)
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name.lower() or ".ln_" in name
+
+
+def _common_prefix(found: Comparison) -> str:
+    if not found.missing or not found.unexpected:
+        return ""
+    prefixes: dict[str, int] = {}
+    for name in found.unexpected:
+        parts = name.split(".")
+        for cut in range(1, len(parts)):
+            if ".".join(parts[cut:]) in found.missing:
+                start = ".".join(parts[:cut]) + "."
+                prefixes[start] = prefixes.get(start, 0) + 1
+                break
+    best = max(prefixes, key=lambda p: prefixes[p], default="")
+    return best if best and prefixes[best] == len(found.unexpected) else ""
+
+
+def rows_of_vocabulary(misshapen: Mapping[str, tuple[Shape, Shape]], names: Iterable[str]) -> bool:
+    """True where all that differs is how many rows these tensors have, the same number each, and not a half or less."""
+    vocabulary = set(names)
+    rows = {(have[:1], have[1:] == asked[1:]) for have, asked in misshapen.values()}
+    is_half = any(2 * have[0] <= asked[0] + 1 for have, asked in misshapen.values() if have and asked)
+    return misshapen.keys() <= vocabulary and len(rows) <= 1 and all(same for _, same in rows) and not is_half

@@ -1,0 +1,92 @@
+"""What an adapter lacks of what PEFT asks for: modules that its siblings in other layers have, and saved modules.
+
+`adapter_config.json` says which modules of the base are adapted. Of these PEFT makes every one that the base has, and
+what the file does not hold stays as it was drawn: a LoRA without effect, a head that was never trained. Names of the
+base count as they are in memory. A module whose like is adapted in no layer is not asked for: a pattern may be meant
+for another class of the same base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from converter.families.memory_names import architectures
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
+_FACTOR = re.compile(r"^(?:base_model\.model\.)*(?P<module>.+)\.lora_(?:A|B|embedding_A|embedding_B)(?:\.|$)")
+_PEFT = re.compile(r"^(?:base_model\.model\.)+")
+_MOST_PATTERN = 2_000
+
+
+def modules_missing(
+    keys: Iterable[str], adapter: Mapping[str, Any], base: Mapping[str, int], config: Mapping[str, Any]
+) -> list[str]:
+    """Modules of the base that PEFT adapts or replaces, and of which the adapter holds nothing.
+
+    Args:
+        keys: the adapter's tensors.
+        adapter: `adapter_config.json`; only LoRA's is read.
+        base: the base's tensors with their numbers of dimensions, as they are on disk.
+        config: the base's `config.json`.
+    """
+    if adapter.get("peft_type") != "LORA" or adapter.get("layer_replication") or adapter.get("target_parameters"):
+        return []
+    held = [_PEFT.sub("", k) for k in keys]
+    adapted = {m["module"] for k in held if (m := _FACTOR.match(k))}
+    linear, every = _modules(base, adapter, config)
+    kinds = {_LAYER.sub("N", name) for name in adapted if _LAYER.search(name)}
+    found = [n for n in linear if n not in adapted and _LAYER.sub("N", n) in kinds and _is_target(n, adapter)]
+    return [*found, *_saved_missing(held, adapter, every)]
+
+
+def _modules(
+    base: Mapping[str, int], adapter: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Modules with a matrix, and all with a weight, by their names in memory; none that a load makes of others."""
+    built = next(iter(architectures(config, adapter)), None)
+    linear, every = [], []
+    met: set[int] = set()
+    for name, dimensions in base.items():
+        memory, converter = (name, None) if built is None else built.in_memory(name, met)
+        if converter is None and memory.endswith(".weight"):
+            every.append(memory.removesuffix(".weight"))
+            if dimensions > 1:
+                linear.append(memory.removesuffix(".weight"))
+    return linear, every
+
+
+def _is_target(name: str, adapter: Mapping[str, Any]) -> bool:
+    """As PEFT matches: a list by the whole name or its end, a string as a pattern; what is excluded is not one."""
+    if _matches(name, adapter.get("exclude_modules")) or not _is_layer(name, adapter.get("layers_to_transform")):
+        return False
+    wanted = adapter.get("target_modules")
+    return wanted == "all-linear" or _matches(name, wanted)
+
+
+def _matches(name: str, wanted: Any) -> bool:
+    if isinstance(wanted, str):
+        try:
+            return len(wanted) <= _MOST_PATTERN and re.fullmatch(wanted, name) is not None
+        except re.error:
+            return False
+    if not isinstance(wanted, list):
+        return False
+    return any(isinstance(w, str) and (name == w or name.endswith(f".{w}")) for w in wanted)
+
+
+def _is_layer(name: str, layers: Any) -> bool:
+    if layers is None:
+        return True
+    wanted = layers if isinstance(layers, list) else [layers]
+    number = _LAYER.search(name)
+    return number is not None and int(number[0]) in wanted
+
+
+def _saved_missing(held: list[str], adapter: Mapping[str, Any], modules: list[str]) -> Iterator[str]:
+    """Modules that the config says were trained whole, which the base has and the adapter does not hold."""
+    saved = adapter.get("modules_to_save")
+    for name in modules if isinstance(saved, list) else []:
+        if _matches(name, saved) and not any(k.startswith(f"{name}.") for k in held):
+            yield name

@@ -1,0 +1,71 @@
+"""Which method an adapter's config asks for, of those registered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from converter.converters.merge.methods.fields import Field
+from converter.converters.merge.methods.method import Method
+from converter.errors import Refused
+from converter.plugins import METHODS, loaded
+from converter.text import fold, show
+
+_NOT_MERGEABLE = {
+    "ADAPTION_PROMPT": "it adds prompts inside attention",
+    "CARTRIDGE": "it is a trained key-value cache",
+    "CPT": "it is a trained prompt",
+    "LILY": "its update depends on the input",
+    "MULTITASK_PROMPT_TUNING": "it is a trained prompt",
+    "POLY": "it mixes adapters by task at run time",
+    "PREFIX_TUNING": "it is a trained prompt",
+    "PROMPT_TUNING": "it is a trained prompt",
+    "P_TUNING": "it is a trained prompt",
+    "SHADOW": "its update depends on the input",
+    "XLORA": "it mixes adapters by input at run time",
+}
+
+
+@cache
+def methods() -> tuple[Method, ...]:
+    """Every registered method, ours and strangers'."""
+    return tuple(m for m in loaded(METHODS) if isinstance(m, Method))
+
+
+def find_method(config: Mapping[str, Any], where: str) -> Method:
+    """The method of `peft_type`: the variant whose switch is set, else the plain one.
+
+    Raises:
+        Refused: no registered method has the type (`peft-type-unsupported`), it has no merged form
+            (`peft-type-unmergeable`), or two variants are switched on at once (`adapter-field-unsupported`).
+    """
+    kind = str(config.get("peft_type") or "")
+    found = [m for m in methods() if m.peft_type == kind]
+    switched = [m for m in found if m.switch and config.get(m.switch)]
+    if len(switched) > 1:
+        listed = " and ".join(f"`{m.switch}`" for m in switched)
+        raise Refused("adapter-field-unsupported", f"{listed} are set: together they are not implemented", where=where)
+    for method in switched or [m for m in found if not m.switch]:
+        return method
+    reason = _NOT_MERGEABLE.get(kind)
+    if reason is not None:
+        raise Refused("peft-type-unmergeable", f"{kind} can't be merged into weights: {reason}", where=where)
+    raise Refused(
+        "peft-type-unsupported",
+        f"PEFT type {show(kind) or 'missing'} is not supported; {fold(sorted({m.peft_type for m in methods()}))} is",
+        where=where,
+        next="merge it with PEFT itself: PeftModel.from_pretrained(...).merge_and_unload()",
+    )
+
+
+def switches(method: Method) -> dict[str, Field]:
+    """Fields that would have made another variant of the method's type: they are off, and checked all the same."""
+    others = [m for m in methods() if m.peft_type == method.peft_type and m.switch and m.switch != method.switch]
+    return {m.switch: m.all_fields[m.switch] for m in others}
+
+
+def variant_of(factor: str, method: Method) -> Method | None:
+    """The variant of the method's type that has a factor which the method itself does not have."""
+    same = [m for m in methods() if m.peft_type == method.peft_type and factor in m.factors]
+    return None if factor in method.factors else next(iter(same), None)

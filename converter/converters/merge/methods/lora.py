@@ -1,0 +1,211 @@
+"""LoRA over linear layers, transformers' Conv1D, embeddings and convolutions: `W + scale * B @ A`; rsLoRA's scale too.
+
+Source: https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/config.py and `layer.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from converter.converters.merge.methods import fields
+from converter.converters.merge.methods.method import Method, Site, Start, Update
+from converter.core.tensors import kernel_specs
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.kernel_specs import Param
+from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again, Steps
+from converter.errors import Refused
+from converter.text import show
+
+Shape = tuple[int, ...]
+
+MAGNITUDE = "lora_magnitude_vector"
+
+_HARMLESS_STARTS = frozenset({"gaussian", "orthogonal", "eva", "mica", "true", "false"})
+
+_LOST_STARTS = {
+    "corda": "the base was moved by covariances of the training data",
+    "lora_ga": "the base was moved by gradients of the training data",
+    "loftq": "the adapter belongs to a quantised base",
+}
+
+_REBUILT_STARTS = ("pissa", "olora")
+"""PEFT computes what these moved out of the base again when it loads the adapter."""
+
+
+def _start(value: Any, key: str, where: str) -> str:
+    """`plain`, `mica`, `pissa` or `olora`."""
+    word = str(value).lower()
+    if value is None or word in _HARMLESS_STARTS:
+        return "mica" if word == "mica" else "plain"
+    if word in _REBUILT_STARTS:
+        return word
+    reason = _LOST_STARTS.get(word)
+    if word.startswith("pissa_niter_"):
+        reason = "the base was moved by a randomised SVD, which can't be drawn again"
+    raise Refused(
+        "adapter-base-moved" if reason else "adapter-field-unknown",
+        f"{key} is {show(value)}: {reason or 'unknown'}",
+        where=where,
+        facts={"field": key},
+        next=Steps(
+            "merge into the base that training saved beside the adapter: ",
+            Again(("--base", "DIR", "--base-is-residual")),
+            "; or convert the adapter with PEFT's path_initial_model_for_weight_conversion",
+        ),
+    )
+
+
+FIELDS = {
+    "r": fields.count(8),
+    "lora_alpha": fields.number(8),
+    "use_rslora": fields.flag(),
+    "lora_bias": fields.flag(),
+    "init_lora_weights": fields.Field(_start, moves_base=True),
+    "rank_pattern": fields.pattern(int),
+    "alpha_pattern": fields.pattern(float),
+    "corda_config": fields.ignored(),
+    "eva_config": fields.ignored(),
+    "fan_in_fan_out": fields.ignored(),
+    "loftq_config": fields.ignored(),
+    "lora_dropout": fields.ignored(),
+    "megatron_core": fields.ignored(),
+    "qalora_group_size": fields.ignored(),
+    "alora_invocation_tokens": fields.refused("activated LoRA switches on at certain tokens and can't be merged"),
+    "arrow_config": fields.refused("Arrow routes between adapters at run time and can't be merged"),
+    "kasa_config": fields.refused("KaSA truncates the base weight, which this version does not rebuild"),
+    "layer_replication": fields.refused("layer replication is not implemented"),
+    "lora_ga_config": fields.refused("LoRA-GA moves the base by gradients that no file holds"),
+    "megatron_config": fields.refused("Megatron's parallel layers are not implemented"),
+    "monteclora_config": fields.refused("MonteCLoRA is not implemented"),
+    "target_parameters": fields.refused("LoRA on bare parameters (fused experts) is not implemented"),
+    "use_bdlora": fields.refused("block-diagonal LoRA is not implemented"),
+    "use_qalora": fields.refused("QA-LoRA belongs to a quantised base"),
+    "velora_config": fields.refused("VeLoRA is not implemented"),
+}
+
+
+def rank_of(site: Site) -> int:
+    """The rank that the config gives the module, by its name in memory."""
+    rank: int = fields.matching(site.field("rank_pattern"), site.module.name, site.field("r"))
+    return rank
+
+
+def scale_of(site: Site) -> float:
+    """`alpha / r`, or `alpha / sqrt(r)` with rank-stabilised LoRA."""
+    alpha: float = fields.matching(site.field("alpha_pattern"), site.module.name, site.field("lora_alpha"))
+    rank = rank_of(site)
+    return alpha / math.sqrt(rank) if site.field("use_rslora") else alpha / rank
+
+
+def update(site: Site) -> tuple[Update, ...]:
+    """The update of the weight, and of the bias where `lora_B` has one.
+
+    Raises:
+        Refused: a factor is missing or has no meaning (`adapter-incomplete`), a shape does not fit
+            (`adapter-shape`), the rank is not the config's (`adapter-rank`), a bias has no place (`adapter-bias`).
+    """
+    return lora_updates(site, magnitude=None)
+
+
+def lora_updates(site: Site, magnitude: LazyTensor | None) -> tuple[Update, ...]:
+    """LoRA's updates of a module; with DoRA's magnitudes `[out]` the weight is rescaled to them."""
+    parts = site.module.factors.keys() - {"lora_B.bias", MAGNITUDE}
+    is_embedding = not parts.isdisjoint({"lora_embedding_A", "lora_embedding_B"})
+    names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
+    a, b = (site.take(name) for name in names)
+    if parts - set(names):
+        raise site.incomplete(f"{show(min(parts - set(names)))} has no place in a LoRA layer")
+    base = site.base["weight"].shape
+    _expect_rank(site, a.info.shape)
+    kind = _kind(site, a.info.shape, b.info.shape, base, is_embedding)
+    is_transposed = kind in ("conv1d", "embedding")
+    if magnitude is not None:
+        outputs = base[1] if is_transposed else base[0]
+        if magnitude.info.numel != outputs:
+            raise site.incomplete(f"the magnitude has {magnitude.info.numel} elements, not {outputs}")
+    factors = (a, b) if magnitude is None else (a, b, tensors.reshape(magnitude, (magnitude.info.numel,)))
+    scale = scale_of(site)
+    params: dict[str, Param] = {
+        "scales": (scale * site.weight,),
+        "dora": (magnitude is not None,),
+        "numerics": site.numerics,
+        "out": site.base["weight"].dtype.value,
+    }
+    found = _bias(site, scale)
+    if kind == "conv":
+        return (Update(kernel_specs.LORA_CONV_MERGE, factors, params, joins=True, scale=scale * site.weight), *found)
+    start = site.field("init_lora_weights") if kind in ("linear", "conv1d") else "plain"
+    is_rounded = kind == "embedding" or start == "mica"
+    params |= {"transposed": is_transposed, "delta_rounded": is_rounded and site.numerics == "peft"}
+    moved = _moved(start, a.info.shape[0], scale, is_transposed)
+    whole = Update(kernel_specs.LORA_MERGE, factors, params, start=moved, joins=True, scale=scale * site.weight)
+    return (whole, *found)
+
+
+def _moved(start: str, rank: int, scale: float, is_transposed: bool) -> Start | None:
+    if start not in _REBUILT_STARTS:
+        return None
+    return Start(kernel_specs.RESIDUAL_BASE, {"init": start, "rank": rank, "scale": scale, "transposed": is_transposed})
+
+
+def _bias(site: Site, scale: float) -> tuple[Update, ...]:
+    """`bias + scale * lora_B.bias`."""
+    bias = site.module.factors.get("lora_B.bias")
+    if bias is None:
+        return ()
+    if "bias" not in site.base:
+        what = f"lora_B of {show(site.module.name)} has a bias, and the base layer has none"
+        raise Refused("adapter-bias", what, where=site.where)
+    params: dict[str, Param] = {
+        "scales": (scale * site.weight,),
+        "numerics": site.numerics,
+        "out": site.base["bias"].dtype.value,
+    }
+    return (Update(kernel_specs.BIAS_MERGE, (bias,), params, "bias", joins=True, scale=scale * site.weight),)
+
+
+def _expect_rank(site: Site, shape: Shape) -> None:
+    expected = rank_of(site)
+    got = shape[0] if shape else 0
+    if got != expected:
+        raise Refused(
+            "adapter-rank",
+            f"the rank of {show(site.module.name)} is not the one in adapter_config.json",
+            where=site.where,
+            expected=f"r = {expected}",
+            got=f"r = {got} in the tensor",
+        )
+
+
+def _kind(site: Site, a: Shape, b: Shape, base: Shape, is_embedding: bool) -> str:
+    """`linear`, `conv1d` (stored `[in, out]`), `embedding` or `conv`."""
+    rank = a[0]
+    if len(a) >= 2 and len(b) >= 2 and b[1] == rank:
+        if len(base) > 2:
+            ones = (1,) * (len(base) - 2)
+            if not is_embedding and len(base) <= 5 and a[1:] == base[1:] and b == (base[0], rank, *ones):
+                return "conv"
+            if not is_embedding and len(a) == len(base) and b[0] == base[0] and a[1] != base[1]:
+                raise Refused("adapter-shape", f"{show(site.target)} is a grouped convolution", where=site.where)
+        elif len(a) == len(b) == 2:
+            across, along = (b[0], a[1]) == base, (a[1], b[0]) == base
+            if is_embedding and along:
+                return "embedding"
+            if not is_embedding and across and along:
+                return "conv1d" if site.is_conv1d else "linear"
+            if not is_embedding and (across or along):
+                return "linear" if across else "conv1d"
+    raise site.misfit(base, f"A {list(a)}, B {list(b)}")
+
+
+METHOD = Method(
+    title="LoRA",
+    peft_type="LORA",
+    factors=("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
+    fields=FIELDS,
+    update=update,
+    pairs=(("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")),
+    zeros=("lora_B", "lora_embedding_B"),
+)

@@ -1,0 +1,111 @@
+"""Tensors against what the class in config.json asks for: missing, mis-shaped and left over; a rank's own slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from converter.converters.heads.whole import MISSHAPEN, MISSING, UNEXPECTED, Judgement, rows_of_vocabulary
+from converter.core.context import Context
+from converter.examine.diagnoses.case import LOST, Case, Finding, Near, diagnosis, folded
+
+_NOT_ALL_READ = frozenset(
+    {"shard-missing", "index-phantom", "weights-missing", "file-truncated", "safetensors-header", "safetensors-not",
+     "torch-zip", "torch-not", "pickle-malformed", "no-tensors", "input-unreadable", "lfs-pointer", "file-empty"}
+)  # fmt: skip
+"""Faults of files that hide tensors: what is not read is not missing."""
+
+_OTHER_MATTERS = ("_flat_param", ".base_layer.", ".lora_", ".modules_to_save.", ".original_module.")
+
+
+def judgement_of(case: Case) -> Judgement | None:
+    """The model's tensors, judged; None where they can't be: no tensors, no config, LoRA in between."""
+    if case.kind != "model" or not case.shapes or not case.config:
+        return None
+    if any(mark in name for name in case.shapes for mark in _OTHER_MATTERS):
+        return None
+    return case.judgement
+
+
+def is_vocabulary_alone(case: Case) -> bool:
+    """True where the rows of the embeddings are all that differs from config.json, and they are not a rank's half."""
+    found = judgement_of(case)
+    if found is None or found.unknown:
+        return True
+    wrong = found.comparison.misshapen
+    rows = case.text_config.get("vocab_size")
+    return rows_of_vocabulary(wrong, [n for n, (_, asked) in wrong.items() if asked[:1] == (rows,)])
+
+
+@diagnosis("tensors-missing", "model")
+def tensors_missing(case: Case, context: Context) -> Iterable[Finding]:
+    """Tensors that the class in config.json asks for are in no file: a save that filtered too much, a merge that lost a
+    module, one file of several without its index. transformers makes them RANDOM and lists them among `newly
+    initialized`; vLLM and SGLang may start with memory that nobody wrote. `repair` fills them from the run's shards or
+    from a proved copy; from the base model only where it is proved that training never changed them.
+    """
+    found = judgement_of(case)
+    hidden = any(f.code in _NOT_ALL_READ for f in case.survey.faults)
+    if found is not None and not hidden:
+        yield from _finding(case, found, MISSING)
+
+
+@diagnosis("tensors-misshapen", "model")
+def tensors_misshapen(case: Case, context: Context) -> Iterable[Finding]:
+    """Tensors have other shapes than config.json implies. Where each is 1/n of what is asked for, the folder is one
+    rank of n: tensor parallelism (AutoTP, vLLM's and Megatron's ranks) or FSDP saved its own slices as if they were the
+    model. Never cut or pad a config to such shapes: the other ranks' files are the rest of the model.
+    """
+    found = judgement_of(case)
+    if found is not None and not (found.comparison.misshapen and is_vocabulary_alone(case)):
+        yield from _finding(case, found, MISSHAPEN)
+
+
+@diagnosis("tensors-unexpected", "model")
+def tensors_unexpected(case: Case, context: Context) -> Iterable[Finding]:
+    """Tensors have names that nothing in the class asks for: a prefix of somebody's own class (`llm.`, `net.`), a head
+    that the class lacks, leftovers of another model. Loaders pass over them, and where the model's own names are behind
+    a prefix everything starts at RANDOM.
+    """
+    found = judgement_of(case)
+    if found is not None:
+        yield from _finding(case, found, UNEXPECTED)
+
+
+@diagnosis("family-unknown", "model")
+def family_unknown(case: Case, context: Context) -> Iterable[Finding]:
+    """Neither our formulas nor the installed transformers know the class in config.json (remote code, a newer release):
+    names and shapes are not checked, and nobody here can say that the folder is whole.
+    """
+    found = judgement_of(case)
+    if found is not None and found.unknown:
+        yield Finding(code="family-unknown", severity="cosmetic", text=found.unknown)
+
+
+def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
+    names = found.names(code)
+    if not names:
+        return
+    near = _place(case)
+    command = None
+    if code != UNEXPECTED:
+        source = ("--weights-from", near.argument) if near is not None else ()
+        base = ("--base", case.base.folder) if case.base is not None else ()
+        command = case.command("repair", *source, *base, out="fixed")
+    recoverability = LOST if near is None else f"from {near.asked}"
+    if found.prefix or code == UNEXPECTED:
+        command, recoverability = None, ""
+    yield Finding(
+        code=code,
+        severity="error",
+        text=found.words(code),
+        tensors=names,
+        evidence=folded(case, names),
+        recoverability=recoverability,
+        fix=("fill",),
+        applicability="display-only",
+        next=command,
+    )
+
+
+def _place(case: Case) -> Near | None:
+    return next(iter(case.training_near()), None)

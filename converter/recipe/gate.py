@@ -1,0 +1,64 @@
+"""The gate: what is about to be written is the model that its own loader asks for, or the user has consented.
+
+Every verb that writes passes here, before the first byte.
+"""
+
+from __future__ import annotations
+
+from converter.converters.heads.whole import MISSHAPEN, MISSING, Judgement, judge
+from converter.converters.merge.asked_modules import modules_missing
+from converter.core.checkpoint import ADAPTER, MODEL, Checkpoint
+from converter.core.context import Context
+from converter.diagnostic import Command, as_argument
+from converter.errors import Refused
+from converter.text import fold, show
+
+FAMILY_UNKNOWN = "family-unknown"
+
+
+def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
+    """Compare what a plan writes with what its loader asks for.
+
+    Raises:
+        Refused: tensors are missing (`tensors-missing`), of other shapes (`tensors-misshapen`) or left over
+            (`tensors-unexpected`), without consent.
+    """
+    if checkpoint.origin.kind != MODEL:
+        return
+    found = judge(checkpoint)
+    if found.unknown:
+        context.note("info", FAMILY_UNKNOWN, found.unknown)
+        return
+    for code in found.codes:
+        context.consent(_refusal(code, found, checkpoint))
+
+
+def expect_whole_adapter(adapter: Checkpoint, base: Checkpoint, context: Context) -> None:
+    """Compare an adapter with the modules of its base that its config names.
+
+    Raises:
+        Refused: it holds nothing of some of them (`adapter-targets-missing`), without consent.
+    """
+    if adapter.origin.kind != ADAPTER or base.origin.kind != MODEL:
+        return
+    dimensions = {n: len(t.info.shape) for n, t in base.tensors.items()}
+    if lacks := modules_missing(adapter.tensors, adapter.config, dimensions, base.config):
+        text = (
+            f"{len(lacks)} modules that adapter_config.json names are not in the adapter: {fold(lacks)}; PEFT would "
+            "leave them as they begin, and the merge would have the base's"
+        )
+        source = as_argument(adapter.origin.asked)
+        next_command = Command("doctor", (source, "--base", as_argument(base.origin.asked)))
+        context.consent(Refused("adapter-targets-missing", text, where=show(adapter.origin.asked), next=next_command))
+
+
+def _refusal(code: str, found: Judgement, checkpoint: Checkpoint) -> Refused:
+    asked = checkpoint.origin.asked
+    source = as_argument(asked)
+    doctor = Command("doctor", (source,))
+    fill = Command("repair", (source, "OUT", "--base", "BASE"))
+    is_hole = code == MISSING and not found.prefix
+    expected = None
+    if code == MISSHAPEN and found.slices is not None:
+        expected = f"all {found.slices.ranks} ranks' files, gathered"
+    return Refused(code, found.words(code), where=show(asked), expected=expected, next=fill if is_hole else doctor)

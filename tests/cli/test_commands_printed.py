@@ -1,0 +1,158 @@
+"""Commands that screens print are typed into bash as they stand, in a folder whose name means much to a shell."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from converter.diagnostic import Again, Command, Steps, as_argument, commands, completed, is_command, quoted
+from doctored import RUN, causal, edit, reward, store
+
+__all__ = ["causal", "reward"]
+
+ODD = """it's a "run" $HOME"""
+PROGRAM = f'rlhf-convert() {{ {sys.executable} -m converter "$@"; }}; '
+
+
+def bash(text: str, here: Path) -> subprocess.CompletedProcess[str]:
+    """What a user's shell does with a line."""
+    return subprocess.run(
+        ["bash", "-c", PROGRAM + text], cwd=here, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def words_in_bash(text: str) -> list[bytes]:
+    """The words that bash makes of a command line."""
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {text}"], capture_output=True, check=True)
+    return done.stdout.split(b"\0")[:-1]
+
+
+def printed_next(screen: str) -> list[str]:
+    """The commands below `Next:`."""
+    block = re.search(r"^Next: +(.*(?:\n {9}.*)*)", screen, re.MULTILINE)
+    assert block is not None, screen
+    return [line.strip() for line in block[1].split("\n")]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / ODD).mkdir()
+    return tmp_path / ODD
+
+
+WORDS = [
+    ODD, f"{ODD}/", "a b", "", "*", "~/x", "a\nb", "\x1b[31mred", "$(id)", "`id`", "back\\slash", "été", "\u202eabc",
+    "hf://owner/name@main", "-rm", "--base", "a'b\x07", "!history", "a;b&c|d", "\udcff",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_bash_reads_a_quoted_word_as_it_was(word: str) -> None:
+    assert words_in_bash(quoted(word)) == [word.encode("utf-8", "surrogateescape")]
+    assert quoted(word).isprintable(), "a terminal acts on what is not"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"])), max_size=4))
+def test_bash_reads_any_command_as_its_words(words: list[str]) -> None:
+    command = Command("gather", tuple(words))
+    assert words_in_bash(str(command)) == [w.encode() for w in command.words]
+
+
+def test_an_option_is_given_once_and_the_last_value_counts() -> None:
+    command = Command("merge-lora", ("a", "out", "--base", "base", "--dtype=bf16", "--", "-x"))
+    changed = command.with_options("--base", "DIR", "--dtype", "float32", "--allow", "no-op")
+    assert changed.arguments == ("a", "out", "--base", "DIR", "--dtype", "float32", "--allow", "no-op", "--", "-x")
+    assert changed.without("--dtype").arguments == ("a", "out", "--base", "DIR", "--allow", "no-op", "--", "-x")
+
+
+def test_the_same_command_is_the_users_own_where_its_verb_takes_the_options() -> None:
+    typed = Command("convert", ("my run", "out", "--to", "trl", "--tag", "old"))
+    step = Steps("try ", Again(("--tag", "new"), otherwise=Command("gather", ("my run", "OUT", "--tag", "new"))))
+    assert str(completed(step, typed)) == "try rlhf-convert convert 'my run' out --to trl --tag new"
+    assert str(completed(step, typed, lambda name: False)) == "try rlhf-convert gather 'my run' OUT --tag new"
+    assert str(step) == "try rlhf-convert gather 'my run' OUT --tag new"
+    assert str(Again(("--memory", "2GB"))) == "the same command with --memory 2GB"
+    assert str(Again()) == "run the same command again"
+
+
+def test_steps_say_which_of_their_parts_can_be_typed() -> None:
+    first, second = Command("", ("a", "a.old"), program="mv"), Command("repair", ("a", "b"))
+    assert str(Steps(first, second)) == "mv a a.old && rlhf-convert repair a b"
+    assert is_command(Steps(first, second)) and not is_command(Steps(second, " helps"))
+    assert commands(Steps("first ", first, ", then ", second)) == (first, second)
+    assert as_argument("-rm") == "./-rm" and as_argument("rm") == "rm"
+
+
+def test_doctors_command_repairs_and_what_that_prints_loads_the_model(here: Path, reward: Path) -> None:
+    folder = here / "my rm"
+    shutil.copytree(reward, folder)
+    edit(folder, num_labels=3, id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": 0, "b": 1, "c": 2})
+    told = bash("rlhf-convert doctor 'my rm'", here)
+    assert told.returncode == 1, told.stderr
+    assert bash(f"rlhf-convert doctor {quoted(str(folder))} -q", here).returncode == 1
+    (command,) = printed_next(bash(f"rlhf-convert doctor {quoted(str(folder))}", here).stdout)
+    assert command.startswith(f"rlhf-convert repair {quoted(str(folder))} ")
+    done = bash(command, here)
+    assert done.returncode == 0, done.stderr
+    for each in printed_next(done.stdout):
+        if each.startswith("rlhf-convert"):
+            assert bash(each, here).returncode == 0, each
+        else:
+            words = words_in_bash(each)
+            assert words[:2] == [b"python", b"-c"]
+            compile(words[2], "next", "exec")
+            assert f"{folder}-fixed" in eval(words[2].decode().partition("from_pretrained(")[2].removesuffix("))"))
+
+
+def test_a_refusal_prints_the_users_own_command_with_what_it_lacked(here: Path) -> None:
+    run = here / "run 1"
+    shutil.copytree(RUN / "embed-lora", run)
+    state = next(p for p in run.rglob("global_step*"))
+    typed = f"rlhf-convert gather {quoted(str(state))} ./out --emit merged --memory 2GB"
+    refused = bash(typed, here)
+    assert refused.returncode in (2, 3), refused.stdout
+    (command,) = printed_next(refused.stderr)[:1]
+    assert command.startswith(f"{typed} --base ")
+    assert command.count("--base") == 1
+    base = next(p for p in run.rglob("base") if p.is_dir())
+    done = bash(command.partition(" --base ")[0] + f" --base {quoted(str(base))}", here)
+    assert done.returncode == 0, done.stderr
+    assert load_file(here / "out" / "model.safetensors")
+
+
+def test_a_head_with_a_bias_is_converted_by_the_command_that_the_refusal_prints(here: Path, reward: Path) -> None:
+    source = here / "with bias"
+    shutil.copytree(reward, source)
+    store(source, lambda t: {n.replace("score.", "value_head."): v for n, v in t.items()})
+    store(source, lambda t: t | {"value_head.bias": torch.full((1,), 0.5)})
+    typed = f"rlhf-convert convert {quoted(str(source))} out --to trl --role reward"
+    refused = bash(typed, here)
+    assert refused.returncode in (2, 3), refused.stdout
+    steps = printed_next(refused.stderr)
+    assert steps[0].startswith(typed)
+    as_json = json.loads(bash(f"{typed} --json", here).stdout)
+    assert as_json["error"]["next"].startswith(f"{typed} --json --")
+    done = bash(steps[0], here)
+    assert done.returncode == 0, (steps, done.stderr)
+
+
+def test_a_folder_that_begins_with_a_dash_is_named_so_that_it_is_no_option(here: Path, causal: Path) -> None:
+    shutil.copytree(causal, here / "-lm")
+    told = bash("rlhf-convert inspect ./-lm", here)
+    assert told.returncode == 0, told.stderr
+    first = printed_next(told.stdout)[0]
+    done = bash(first.replace(" OUT ", " ./-out "), here)
+    assert done.returncode == 0, done.stderr
+    assert printed_next(done.stdout)[0] == "rlhf-convert inspect ./-out"
+    assert bash(printed_next(done.stdout)[0], here).returncode == 0

@@ -1,0 +1,262 @@
+"""Healthy folders with one harm each, and who notices it: transformers' and PEFT's own reports, and ours.
+
+A harm counts where the framework's report does: a tensor that its load passes over may be missing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converter.cli import main
+from converter.examine.doctor import DoctorRequest, examine
+from converter.examine.verify.verify import VerifyRequest
+from converter.examine.verify.verify import examine as verify
+from healthy.adapters import Adapter
+from healthy.adapters import base as write_base
+from healthy.models import MODELS, Saved
+from oracle.bases import quiet, read_tensors, write_tensors
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import peft
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+Tensors = dict[str, torch.Tensor]
+
+MODEL_HARMS = ("removed", "halved", "renamed", "swapped", "zeroed", "unlisted")
+ADAPTER_HARMS = ("removed", "halved", "renamed", "pair removed")
+LAYER = re.compile(r"\.(?:weight|\w*_proj)$")
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What was done, and to which tensors."""
+
+    kind: str
+    names: tuple[str, ...]
+
+
+def harmed(tensors: Tensors, kind: str, draw: random.Random) -> tuple[Tensors, Harm] | None:
+    """The tensors with one harm; None where that kind has no place here."""
+    name = draw.choice(sorted(tensors))
+    made = dict(tensors)
+    if kind == "removed":
+        del made[name]
+    elif kind == "renamed":
+        value = made.pop(name)
+        parts = name.split(".")
+        at = draw.randrange(len(parts))
+        parts[at] = draw.choice((f"{parts[at]}_old", f"my_{parts[at]}", f"net.{parts[at]}"))
+        made[".".join(parts)] = value
+    elif kind == "halved":
+        dims = [d for d, size in enumerate(tensors[name].shape) if size > 1]
+        if not dims:
+            return None
+        dim = draw.choice(dims)
+        made[name] = tensors[name].narrow(dim, 0, tensors[name].shape[dim] // 2).clone()
+    elif kind == "swapped":
+        others = sorted(n for n, t in tensors.items() if t.shape != tensors[name].shape)
+        if not others:
+            return None
+        other = draw.choice(others)
+        made[name], made[other] = tensors[other], tensors[name]
+        return made, Harm(kind, (name, other))
+    elif kind == "zeroed":
+        if (
+            not LAYER.search(name)
+            or min(tensors[name].shape[:2] if tensors[name].dim() > 1 else (0,)) < 2
+            or not tensors[name].any()
+        ):
+            return None  # biases, norms and relative positions of zeros are how training begins
+        made[name] = torch.zeros_like(tensors[name])
+    return made, Harm(kind, (name,))
+
+
+def unlisted(folder: Path, draw: random.Random) -> Harm | None:
+    """Drop a tensor's entry from the index: the file has it, and no loader looks for it there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
+    value = json.loads(index.read_text())
+    name = draw.choice(sorted(value["weight_map"]))
+    del value["weight_map"][name]
+    index.write_text(json.dumps(value))
+    return Harm("unlisted", (name,))
+
+
+def transformers_notices(folder: Path) -> bool:
+    """Whether transformers reports a missing, a left-over or a mis-shaped tensor, or stops."""
+    config = json.loads((folder / "config.json").read_text())
+    named = getattr(transformers, config["architectures"][0])
+    try:
+        with quiet():
+            _, info = named.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+    except (RuntimeError, ValueError, KeyError, OSError, IndexError, TypeError, AttributeError):
+        return True
+    return any(info[k] for k in ("missing_keys", "mismatched_keys", "unexpected_keys"))
+
+
+def peft_notices(folder: Path, base: Path) -> bool:
+    """Whether PEFT finds keys missing or left over, or stops at a size."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    with quiet():
+        named = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
+        auto = {"CAUSAL_LM": transformers.AutoModelForCausalLM}.get(config["task_type"], named)
+        model = peft.get_peft_model(auto.from_pretrained(base), peft.PeftConfig.from_pretrained(folder))
+    state = load_file(folder / WEIGHTS)
+    try:
+        with quiet():
+            found = peft.set_peft_model_state_dict(model, state)
+    except (RuntimeError, ValueError, KeyError):
+        return True
+    wanted = set(peft.get_peft_model_state_dict(model))
+    return bool(found.unexpected_keys) or not wanted <= set(state)
+
+
+def is_named(folder: Path, harm: Harm, *, base: Path | None = None) -> bool:
+    """Whether doctor, or verify, names a tensor of the harm in something worse than cosmetic."""
+    asked = DoctorRequest(str(folder), base=None if base is None else str(base), deep=harm.kind == "zeroed")
+    # A head of zeros is how some trainers begin: that it is zero is named, and is no more than a hint.
+    said = [f for f in examine(asked).findings if f.severity != "cosmetic" or harm.kind == "zeroed"]
+    if any(_names(f"{f.text} {' '.join(f.evidence)}", f.tensors, harm) for f in said):
+        return True
+    if base is not None:
+        return False
+    checks = verify(VerifyRequest(str(folder))).checks
+    return any(c.outcome == "fails" and _names(c.text, (), harm) for c in checks)
+
+
+def _names(text: str, tensors: tuple[str, ...], harm: Harm) -> bool:
+    return any(n in tensors or n in text for n in harm.names)
+
+
+def writers(folder: Path, out: Path, *, base: Path | None = None) -> dict[str, list[str]]:
+    """The verbs that would write something of a folder, by their names."""
+    rest = ["--dry-run", "-q"]
+    if base is not None:
+        return {"merge-lora": ["merge-lora", str(folder), str(out), "--base", str(base), *rest]}
+    found = {"reshard": ["reshard", str(folder), str(out), *rest], "repair": ["repair", str(folder), str(out), *rest]}
+    config = json.loads((folder / "config.json").read_text())
+    if config["architectures"][0].endswith("ForSequenceClassification"):
+        found["convert"] = ["convert", str(folder), str(out), "--to", "trl", "--role", "reward", *rest]
+    return found
+
+
+def refusals(folder: Path, out: Path, *, base: Path | None = None) -> dict[str, int]:
+    """Exit codes of every verb that writes."""
+    return {verb: main(command) for verb, command in writers(folder, out, base=base).items()}
+
+
+@dataclass
+class Sound:
+    """Healthy folders, each made once below a folder."""
+
+    root: Path
+
+    def model(self, saved: Saved) -> Path:
+        folder = self.root / str(saved)
+        if not folder.exists():
+            saved.write(folder)
+        return folder
+
+    def adapter(self, adapter: Adapter) -> tuple[Path, Path]:
+        """The adapter's folder and its base's."""
+        base = self.root / f"base-{adapter.kind}-{adapter.of}"
+        if not base.exists():
+            write_base(base, adapter.kind, adapter.of)
+        folder = self.root / f"adapter-{adapter}"
+        if not folder.exists():
+            adapter.write(folder, base)
+        return folder, base
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case: what was harmed, and what is wrong with our answer; empty where nothing is."""
+
+    case: str
+    harm: Harm
+    wrong: str = ""
+
+
+def model_case(sound: Sound, saved: Saved, seed: int) -> Outcome | None:
+    """One harm to one model; None where it has no place, or no framework notices it."""
+    draw = random.Random(f"{saved} {seed}")
+    source, kind = sound.model(saved), draw.choice(MODEL_HARMS)
+    with tempfile.TemporaryDirectory(dir=sound.root) as scratch:
+        folder = Path(scratch) / "harmed"
+        shutil.copytree(source, folder)
+        if kind == "unlisted":
+            harm = unlisted(folder, draw)
+        else:
+            made = harmed(read_tensors(source), kind, draw)
+            harm = None if made is None else made[1]
+            if made is not None:
+                write_tensors(folder, made[0])
+        if harm is None or (kind != "zeroed" and not transformers_notices(folder)):
+            return None
+        return Outcome(str(saved), harm, _wrong(folder, harm, Path(scratch) / "out"))
+
+
+def _wrong(folder: Path, harm: Harm, out: Path, base: Path | None = None) -> str:
+    wrong = [] if is_named(folder, harm, base=base) else ["not named"]
+    if harm.kind != "zeroed":  # values are read by doctor --deep and verify alone
+        codes = refusals(folder, out, base=base)
+        wrong += [f"{verb} exits {code}" for verb, code in codes.items() if code not in (2, 3)]
+    return ", ".join(wrong)
+
+
+def adapter_case(sound: Sound, adapter: Adapter, seed: int) -> Outcome | None:
+    """One harm to one adapter; None where PEFT does not notice it."""
+    draw = random.Random(f"{adapter} {seed}")
+    source, base = sound.adapter(adapter)
+    tensors, kind = load_file(source / WEIGHTS), draw.choice(ADAPTER_HARMS)
+    with tempfile.TemporaryDirectory(dir=sound.root) as scratch:
+        folder = Path(scratch) / "harmed"
+        shutil.copytree(source, folder)
+        if kind == "pair removed":
+            name = draw.choice(sorted(n for n in tensors if ".lora_" in n))
+            gone = tuple(n for n in tensors if n.startswith(f"{_module(name)}.lora_"))
+            made: Any = ({n: t for n, t in tensors.items() if n not in gone}, Harm(kind, gone))
+        else:
+            made = harmed(tensors, kind, draw)
+        if made is None:
+            return None
+        save_file(made[0], folder / WEIGHTS, {"format": "pt"})
+        if not peft_notices(folder, base):
+            return None
+        modules = dict.fromkeys(_module(n).removeprefix("base_model.model.") for n in made[1].names)
+        harm = Harm(kind, (*made[1].names, *modules))  # a finding about an adapter names the module
+        return Outcome(f"adapter {adapter}", harm, _wrong(folder, harm, Path(scratch) / "out", base))
+
+
+def _module(key: str) -> str:
+    return key.partition(".lora_")[0].removesuffix(".weight")
+
+
+def model_cases(count: int, seed: int) -> Iterator[tuple[Saved, int]]:
+    """Models in turn with seeds of their own."""
+    for number in range(count):
+        yield MODELS[number % len(MODELS)], seed + number
+
+
+MERGED_HERE: Mapping[str, Adapter] = {
+    "llama": Adapter("plain", settings={"target_modules": "all-linear"}),
+    "qwen2": Adapter("over-qwen2", kind="qwen2", settings={"target_modules": "all-linear"}),
+    "gpt2": Adapter("over-gpt2", kind="gpt2", settings={"target_modules": ["c_attn"]}),
+    "reward": Adapter("reward", task="SEQ_CLS", kind="llama", of="seqcls", settings={"target_modules": "all-linear"}),
+    "dora": Adapter("dora", settings={"use_dora": True}),
+}
+"""Adapters that a merge takes."""
