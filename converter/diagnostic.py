@@ -145,6 +145,15 @@ def completed(step: Next | None, command: Command, takes: Callable[[str], bool] 
     return step
 
 
+def renamed(step: Next | None, option: str, to: str) -> Next | None:
+    """A step in which an option of "the same command" has the name that the user's verb gives it."""
+    if isinstance(step, Again):
+        return Again(tuple(to if w == option else w for w in step.options), step.leave_out, step.otherwise)
+    if isinstance(step, Steps):
+        return Steps(*(renamed(part, option, to) for part in step.parts))
+    return step
+
+
 def as_argument(path: str) -> str:
     """A path as an argument: one that begins with a dash is no option."""
     return f"./{path}" if path.startswith("-") and path != "-" else path

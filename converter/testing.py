@@ -5,8 +5,7 @@
         def dialect(self) -> Dialect:
             return my_package.DIALECT
 
-pytest collects what is inherited. What a contract asks for by an argument (`dialect`, `source`, `folder`, ...) is a
-fixture that the inheriting class has. The plug-in has to be installed: its entry point is how it is found.
+A contract's arguments (`dialect`, `folder`, ...) are fixtures of the inheriting class; the plug-in has to be installed.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from converter.converters.merge.methods.method import Method
 from converter.core.checkpoint import Checkpoint
 from converter.core.compute.evaluate import to_torch
 from converter.core.context import MAX_READ, Context
+from converter.core.files.names import MODEL_CONFIG, MODEL_WEIGHTS
 from converter.core.tensors import kernel_specs, nodes
 from converter.core.tensors.byte_runs import leaves
 from converter.core.tensors.nodes import LazyTensor
@@ -369,8 +369,8 @@ def tiny_reward_model(folder: Path) -> Checkpoint:
         "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "tie_word_embeddings": True, "dtype": "float32",
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    write_tensors(folder / "model.safetensors", dict(_llama()))
+    (folder / MODEL_CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    write_tensors(folder / MODEL_WEIGHTS, dict(_llama()))
     return hf.SOURCE.open(folder, asked=str(folder))
 
 

@@ -43,7 +43,23 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {"base": folder / "base"}
     for title, settings in (("LoRA", {}), ("DoRA", {"use_dora": True})):
         made[title] = make_adapter(folder / title, base, **settings)
+    made["LoRA of mlx-lm"] = _of_mlx(make_adapter(folder / "mlx", base, target_modules=["q_proj", "o_proj"]))
     return made
+
+
+def _of_mlx(adapter: Path) -> Path:
+    """An adapter of PEFT's as mlx-lm would have saved it: factors transposed, a scale of its own."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    names = {
+        k: k.removeprefix("base_model.model.").replace("_A.weight", "_a").replace("_B.weight", "_b") for k in tensors
+    }
+    save_file({names[k]: t.T.contiguous() for k, t in tensors.items()}, adapter / "adapters.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    scale = config["lora_alpha"] / config["r"]
+    plain = {"fine_tune_type": "lora", "model": "x/y", "lora_parameters": {"rank": config["r"], "scale": scale}}
+    (adapter / "adapter_config.json").write_text(json.dumps(plain))
+    return adapter
 
 
 class TestDialects(testing.DialectContract):
@@ -101,8 +117,8 @@ class TestConverters(testing.ConverterContract):
 
     @pytest.fixture
     def declared(self, name: str, pair: dict[str, Path]) -> Iterable[LazyTensor]:
-        """A merge asks whether every lora_B is zero."""
-        return [t for n, t in opened(pair["LoRA"]).tensors.items() if "lora_B" in n] if name == "merge-lora" else []
+        """A merge asks whether every lora_B is zero, and whether every tensor of the adapter is finite."""
+        return opened(pair["LoRA"]).tensors.values() if name == "merge-lora" else []
 
 
 class TestDiagnoses(testing.DiagnosisContract):

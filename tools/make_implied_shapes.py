@@ -161,6 +161,7 @@ def _entry(kind: str, cls: Any) -> dict[str, Any] | None:
         "tied": tied,
         "defaults": {f: default[f] for f in sorted(used) if _is_default(kind, f, default.get(f))},
         "assumes": {},
+        "aliases": {k: v for k, v in (configs[0].attribute_map or {}).items() if v in used},
         "passes": _passes(cls, configs[0]),
         "tensors": rows,
     }

@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tools" / "mutations.toml"
-SECONDS = 600
+SECONDS = 300
 """What the named tests of one mutation may take."""
 
 

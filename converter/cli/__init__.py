@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from converter.cli.sink import Failed, error_to_user
-from converter.diagnostic import PROGRAM, Again, Command, Steps, parts
+from converter.diagnostic import PROGRAM, Again, Command, Steps, parts, renamed
 from converter.errors import EXIT_BUG, ConvertError, Interrupted, Refused, UsageError
 from converter.text import show
 
@@ -88,6 +88,8 @@ def _complete(error: ConvertError, arguments: list[str]) -> None:
     from converter.sources.hub.secrets import words_without_token
 
     known = options_of(arguments[0])
+    if "--to" not in known and "--for" in known:  # what writes says --to of a trainer, and what reports says --for
+        error.next = renamed(error.next, "--to", "--for")
     command = Command(arguments[0], tuple(words_without_token(arguments[1:])))
     error.complete(command, lambda name: name in known)
 

@@ -121,6 +121,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         repaired: tensors that were lost and are filled, with the place that each comes from in words.
         beside: weight files beside the main ones (`value_head.safetensors`), by file name: tensors by their names in
             that file. The file's suffix says its container; a step that takes the tensors over takes the file out.
+        unread: weight files of the folder that no loader reads and that are not known to be copies, by file name.
         container: what the main weight files are written in.
         subfolder: folder below the output that they and their index are written to (ColossalChat's `modeling`); the
             config and everything else stay at the top.
@@ -146,6 +147,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     set_aside: Mapping[str, str] = field(default_factory=dict)
     repaired: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
+    unread: Mapping[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
     container: Container = "safetensors"
     subfolder: str = ""
     sets: tuple[WeightSet, ...] = ()

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from converter.core.checkpoint import SideFile
+from converter.core.files.names import ADAPTER_CONFIG, ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZERS
 from converter.core.files.opening import Identity, identity, open_input
 from converter.core.files.strict_json import load_json, parse_json
 from converter.errors import Refused
 from converter.text import show
 
 _TOKENIZER = re.compile(
-    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt|bpe)"
+    "|".join(map(re.escape, (*TOKENIZERS, SPECIAL_TOKENS, ADDED_TOKENS))) + r"|vocab\.(json|txt|bpe)"
     r"|merges\.txt|[\w.-]+\.spm|tekken\.json|normalizer\.json|[\w.-]*\.model(\.v\d[\w.]*)?|[\w.-]+\.tiktoken|sentencepiece\.[\w.]*model|chat_template\.(jinja|json)"
     r"|additional_chat_templates/[\w.-]+\.jinja|chat_templates/[\w.-]+\.jinja"
 )
@@ -88,9 +89,6 @@ def adapter_first(base: Mapping[str, SideFile], adapter: Mapping[str, SideFile])
     brings = any(is_tokenizer_file(n) and not n.startswith(("chat_template", *_FOLDERS)) for n in adapter)
     kept = {n: f for n, f in base.items() if not (brings and is_tokenizer_file(n))}
     return kept | {n: f for n, f in adapter.items() if is_tokenizer_file(n) or n not in kept}
-
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def recorded(files: Mapping[str, SideFile]) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from types import ModuleType
 
 from converter.core.context import Context
 from converter.core.files import sparse
+from converter.core.files.names import ADAPTER_CONFIG
 from converter.diagnostic import Command, Severity
 from converter.dialects.known import trainers
 from converter.errors import ConvertError, Refused, UsageError
@@ -30,7 +31,7 @@ from converter.sources.hf.loose import survey_files
 from converter.sources.hub.names import SCHEME, as_reference, below
 from converter.sources.locate import resolve
 from converter.sources.places import by_number
-from converter.sources.survey import ADAPTER_CONFIG, Survey, file_names, is_weight_file
+from converter.sources.survey import Survey, file_names, is_weight_file
 from converter.text import show
 
 MOST_NEAR = 64

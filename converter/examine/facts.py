@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from converter.converters.heads.detect import detect
-from converter.core.files.links import RECEIPT_FILE
+from converter.core.files.names import CARD, GENERATION_CONFIG, RECEIPT, TRAINER_STATE
 from converter.core.side_files import is_tokenizer_file, travels
 from converter.dialects.known import dialects
 from converter.errors import ConvertError
@@ -17,7 +17,7 @@ from converter.text import fold, show
 if TYPE_CHECKING:
     from converter.examine.diagnoses.case import Case
 
-_SIGNS = (("zero_to_fp32.py", "DeepSpeed"), ("trainer_state.json", "transformers' Trainer"))
+_SIGNS = (("zero_to_fp32.py", "DeepSpeed"), (TRAINER_STATE, "transformers' Trainer"))
 """Files that one library alone leaves; those of trainers stand in their dialects (`files_of_its_own`)."""
 
 _TAG = re.compile(r"^-\s*(trl|llama-factory|unsloth|axolotl|openrlhf|verl|ms-swift)\s*$", re.MULTILINE)
@@ -35,7 +35,7 @@ def made_by(case: Case) -> list[str]:
 
 def versions(case: Case) -> dict[str, str]:
     """Versions of libraries that configs record, by library."""
-    receipt = case.json(RECEIPT_FILE) if RECEIPT_FILE in case.names else {}
+    receipt = case.json(RECEIPT) if RECEIPT in case.names else {}
     found = {
         "rlhf-convert": receipt.get("version"),
         "transformers": case.config.get("transformers_version"),
@@ -65,10 +65,10 @@ def _tags(case: Case) -> list[str]:
     """Trainers among the tags of a model card's front matter."""
     from converter.core.files.opening import open_input, pread
 
-    if "README.md" not in case.names:
+    if CARD not in case.names:
         return []
     try:
-        fd = open_input(case.root / "README.md", root=case.root)
+        fd = open_input(case.root / CARD, root=case.root)
     except ConvertError:
         return []
     try:
@@ -124,6 +124,6 @@ def files_beside(case: Case) -> tuple[list[str], list[str]]:
         missing.append("tokenizer")
     names = case.config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    if case.kind == "model" and name.endswith("ForCausalLM") and "generation_config.json" not in present:
-        missing.append("generation_config.json")
+    if case.kind == "model" and name.endswith("ForCausalLM") and GENERATION_CONFIG not in present:
+        missing.append(GENERATION_CONFIG)
     return present, missing

@@ -20,6 +20,7 @@ from typing import Any
 
 from converter.families import expected_child, implied, memory_names
 from converter.families.implied import Shape
+from converter.text import show
 
 _NAMED = re.compile(r"[A-Za-z_]\w{0,200}", re.ASCII)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
@@ -76,7 +77,7 @@ class Unknown:
     @property
     def words(self) -> str:
         """For every verdict."""
-        return f"names and shapes not checked: family unknown ({self.reason})"
+        return f"names and shapes not checked: family unknown ({show(self.reason)})"
 
 
 def expected(config: Mapping[str, Any]) -> Expected | Unknown:

@@ -20,7 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-_PROGRAM = Path(__file__).with_name("on_meta.py")
+PROGRAM = Path(__file__).with_name("on_meta.py")
+"""What the child runs: this and nothing else."""
 _FORMAT = 3
 """Of what is kept; another number is another digest."""
 
@@ -31,6 +32,10 @@ BUILD_SECONDS = 60
 """For one model: the largest that are published take a second or two."""
 
 MOST_BYTES = 200_000_000
+_KEPT = frozenset(
+    {"PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}
+)
+"""What the child has of the environment: no token."""
 _SILENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -136,11 +141,11 @@ class _Child:
         if self.process is not None and self.owner == os.getpid() and self.process.poll() is None:
             return False
         self.process = subprocess.Popen(
-            [sys.executable, "-I", str(_PROGRAM)],
+            [sys.executable, "-I", str(PROGRAM)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, **_SILENT},
+            env={k: v for k, v in os.environ.items() if k in _KEPT} | _SILENT,
             cwd="/",
             start_new_session=True,
         )

@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from converter.families.ties import is_tied, tie_word
-from converter.families.words import INPUT, OUTPUT, WRAPPED_CLASS, without_wrappers
+from converter.families.words import (
+    CLASSIFIERS,
+    DECODER_CLASSES,
+    INPUT,
+    NOT_TEXT,
+    OLD_BUFFERS,
+    OUTPUT,
+    OUTPUT_MODULES,
+    WRAPPED_CLASS,
+    without_wrappers,
+)
 from converter.text import fold, show
 
 Shape = tuple[int, ...]
@@ -31,13 +41,11 @@ MOST_TENSORS = 1_000_000
 
 _LAYER = re.compile(r"^(?P<list>(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?))\.(?P<number>\d+)\.(?P<rest>.+)$", re.ASCII)
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_TOWER = re.compile(r"vision|visual|audio|image|projector")
+_TOWER = re.compile("|".join((*NOT_TEXT, "projector")))
 _NORM = re.compile(r"norm|(?:^|[._])ln_|layernorm", re.IGNORECASE)
 # Heads of trainers, and output embeddings of classifiers: no part of the class, and no fault of the set.
-_HEAD = re.compile(r"^(?:model\.|transformer\.)?(?:\w*head\w*|score\w*|classifier|value\w*|reward\w*|embed_out)\.")
-# Buffers that older versions saved, and that no class needs.
-_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", ".position_ids", ".rotary_emb.cos_cached",
-            ".rotary_emb.sin_cached")  # fmt: skip
+_HEADS = "|".join((*CLASSIFIERS, *OUTPUT_MODULES))
+_HEAD = re.compile(rf"^(?:model\.|transformer\.)?(?:\w*head\w*|score\w*|value\w*|reward\w*|{_HEADS})\.")
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,12 @@ def evaluate(expression: str, known: Mapping[str, int]) -> int:
 def implied(config: Mapping[str, Any]) -> Implied | None:
     """The tensors of the config's class; None where the table has no such class, or not with these settings."""
     entry = _table()["classes"].get(class_of(config))
-    if entry is None or any(config.get(k, v) != v for k, v in entry["assumes"].items()):
+    if entry is None:
+        return None
+    # Keys by other names that the config class takes too: `num_experts` is what transformers 4 wrote for Qwen3-MoE.
+    aliases = {real: config[other] for other, real in entry.get("aliases", {}).items() if other in config}
+    config = {**aliases, **config}
+    if any(config.get(k, v) != v for k, v in entry["assumes"].items()):
         return None
     known = fields(config, entry["defaults"])
     shapes: dict[str, Shape] = {}
@@ -131,8 +144,9 @@ def implied(config: Mapping[str, Any]) -> Implied | None:
 
 
 def _numbered(name: str, numbers: tuple[int, ...]) -> str:
-    parts = iter(numbers)
-    return re.sub(r"(?<=\.)N(?=\.)", lambda _: str(next(parts)), name)
+    for number in numbers:
+        name = name.replace(".N.", f".{number}.", 1)
+    return name
 
 
 def lacks(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> list[str]:
@@ -165,7 +179,7 @@ def _by_table(stored: Mapping[str, Shape], wanted: Implied) -> Iterator[str]:
             f"{len(other)} tensors have other shapes than config.json implies: "
             f"{show(first)} {_dims(stored[first])} for {_dims(every[first])}"
         )
-    unknown = [n for n in stored if n not in every and not n.endswith(_BUFFERS) and _HEAD.match(n) is None]
+    unknown = [n for n in stored if n not in every and not n.endswith(OLD_BUFFERS) and _HEAD.match(n) is None]
     if unknown:
         yield f"{len(unknown)} tensors are none of the model's: {fold(unknown)}"
 
@@ -242,7 +256,7 @@ def _ends(
         if shape != (0,) and (len(shape) != 2 or rows not in (None, shape[0]) or hidden not in (None, shape[1])):
             yield f"{show(name)} is {_dims(shape)}, and config.json says {rows} rows of {hidden}"
     tied = tie_word(config) is not False
-    if (class_of(config) or "").endswith("ForCausalLM") and not tied and not outputs:
+    if (class_of(config) or "").endswith(DECODER_CLASSES) and not tied and not outputs:
         yield "the output embedding is not in it, and config.json does not tie it"
     inside = any(_NORM.search(r) for layers in lists.values() for layer in layers.values() for r in layer)
     if inside and not any(_NORM.search(n) and not _TOWER.search(n) for n in outside):

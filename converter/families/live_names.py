@@ -15,14 +15,9 @@ from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import stored
 from converter.families.disk_names import taken_apart
 from converter.families.memory_names import Architecture, architecture, auto_class
+from converter.families.words import OLD_BUFFERS
 
 Shape = tuple[int, ...]
-
-OLD_BUFFERS = (
-    ".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", ".position_ids", ".rotary_emb.cos_cached",
-    ".rotary_emb.sin_cached",
-)  # fmt: skip
-"""Buffers that older versions of transformers saved, and that a model computes by itself."""
 
 
 @dataclass(frozen=True)

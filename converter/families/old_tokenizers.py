@@ -11,9 +11,8 @@ from typing import Any
 
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
+from converter.core.files.names import TOKENIZER, TOKENIZER_CONFIG
 from converter.core.side_files import side_json
-
-CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
 
 _ADD_UNASKED = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"})
 """Classes that put a begin-of-text token first in transformers 4 unless their config says no, whatever tokenizer.json
@@ -24,7 +23,7 @@ Source: `update_post_processor`, https://github.com/huggingface/transformers/blo
 
 def with_old_tokenizer(checkpoint: Checkpoint, context: Context) -> Checkpoint:
     """The checkpoint with a tokenizer_config.json that transformers 4 reads, and reads alike."""
-    value = side_json(checkpoint.side_files, CONFIG)
+    value = side_json(checkpoint.side_files, TOKENIZER_CONFIG)
     new = dict(value)
     if new.get("tokenizer_class") == "TokenizersBackend":
         new["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -37,9 +36,9 @@ def with_old_tokenizer(checkpoint: Checkpoint, context: Context) -> Checkpoint:
         new = _added(side_json(checkpoint.side_files, TOKENIZER)) | new
     if new == value:
         return checkpoint
-    context.note("info", "mended", f"{CONFIG}: class and special tokens as transformers 4 reads them")
+    context.note("info", "mended", f"{TOKENIZER_CONFIG}: class and special tokens as transformers 4 reads them")
     content = (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
-    return checkpoint.replace(side_files={**checkpoint.side_files, CONFIG: SideFile(content=content)})
+    return checkpoint.replace(side_files={**checkpoint.side_files, TOKENIZER_CONFIG: SideFile(content=content)})
 
 
 def _added(tokenizer: Mapping[str, Any]) -> dict[str, Any]:

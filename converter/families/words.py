@@ -57,14 +57,16 @@ def input_embedding(names: Iterable[str]) -> str | None:
     return next((n for end in ends for n in held if n.endswith(end) and "position" not in n), None)
 
 
+DECODER_CLASSES = ("ForCausalLM", "LMHeadModel")
+"""Ends of the names of classes that are a decoder with an output embedding."""
+
+CAUSAL_CLASSES = (*DECODER_CLASSES, "ForConditionalGeneration")
+"""Ends of the names of classes that generate text and may carry a value head."""
+
 CLASSES_WITH_OUTPUT = (
-    "ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForConditionalGeneration", "ForImageTextToText", "ForMaskedLM",
-    "ForPreTraining", "MTModel",
+    *CAUSAL_CLASSES, "DoubleHeadsModel", "ForImageTextToText", "ForMaskedLM", "ForPreTraining", "MTModel",
 )  # fmt: skip
 """Ends of the names of classes with an output embedding."""
-
-CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""Ends of the names of classes that generate text and may carry a value head."""
 
 # Wrappers
 
@@ -110,6 +112,9 @@ IN_PEFT = (SAVED_WHOLE, "base_layer", "original_module")
 CLASSIFIERS = ("score", "classifier")
 """Modules of transformers' own classification heads."""
 
+CLASSIFIER_WEIGHT = re.compile(rf"^(?:{'|'.join(CLASSIFIERS)})\.(?:out_proj\.)?weight$")
+"""Names of the last layer of transformers' own classification heads."""
+
 VALUE_HEADS = ("v_head", "value_head")
 """Modules that trainers call their value heads."""
 
@@ -121,3 +126,8 @@ HEAD_FILES = ("value_head.safetensors", "value_head.bin", "value_head.pt")
 
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias")
 """Ends of the names of buffers that older versions saved, and that no class needs."""
+
+OLD_BUFFERS = (
+    *BUFFERS, ".attention.bias", ".position_ids", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached",
+)  # fmt: skip
+"""Buffers that older versions of transformers saved, and that a model computes by itself."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from converter.core.files.names import CARD
 from converter.core.files.strict_yaml import read_values
 from converter.dialects.known import own_classes
 from converter.errors import ConvertError, Refused
@@ -90,7 +91,7 @@ def own_text(card: str) -> str:
 
 def _parse_front(text: str) -> dict[str, Any]:
     try:
-        value = read_values(text.encode(), file="README.md").value
+        value = read_values(text.encode(), file=CARD).value
     except ConvertError as error:
         what = f"the front matter of README.md can't be read: {error.what}"
         raise Refused("card-malformed", what, next="mend or remove it") from error

@@ -9,23 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from converter.core.files.names import ADAPTER_CONFIG, CARD, MODEL_CONFIG, RECEIPT, WEIGHTS_WORD
 from converter.core.files.opening import open_input
 from converter.core.side_files import travels
 from converter.diagnostic import Command
 from converter.errors import Refused
-from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG
 from converter.text import show
 
-RECEIPT, CARD = "rlhf-convert.json", "README.md"
 MAX_FILE = 50_000_000_000
 """Bytes of one file that the Hub takes. Source: https://huggingface.co/docs/hub/repositories-recommendations"""
 
 MOST_FILES = 20_000
 """Files of one commit; the Hub advises 25,000."""
 
-_WEIGHTS = re.compile(
-    r"(?:modeling/)?(?:model|adapter_model|value_head|pytorch_model)[\w.-]*\.(?:safetensors|bin|pt|json)", re.ASCII
-)
+_WEIGHTS = re.compile(rf"(?:modeling/)?(?:{WEIGHTS_WORD}|value_head)[\w.-]*\.(?:safetensors|bin|pt|json)", re.ASCII)
 
 _BLOCK = 1 << 22
 

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from converter.core.files.names import CARD, WEIGHTS_WORD
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
-from converter.publish.manifest import CARD, LocalFile, Manifest
+from converter.publish.manifest import LocalFile, Manifest
 from converter.publish.requests import ATTEMPTS, FIRST_WAIT, Destination, call, is_passing, refuse
 from converter.sources.hub.client import expect_safe_endpoint
 from converter.text import fold, show
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
     from converter.core.writer.reporter import Reporter
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_MODEL_WEIGHTS = re.compile(
-    r"(?:model|pytorch_model|adapter_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?", re.ASCII
-)
+_MODEL_WEIGHTS = re.compile(rf"(?:{WEIGHTS_WORD})(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?", re.ASCII)
 """What transformers and PEFT look for."""
 
 

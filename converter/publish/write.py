@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.core.files import sparse
+from converter.core.files.names import CARD, RECEIPT
 from converter.core.files.opening import open_input, read_exact
 from converter.core.files.reading import InputFiles
 from converter.core.writer.plan import Plan
@@ -42,7 +43,7 @@ from converter.core.writer.write import (
 )
 from converter.diagnostic import Again
 from converter.errors import Interrupted, Refused
-from converter.publish.manifest import CARD, MAX_FILE, RECEIPT, LocalFile, Manifest
+from converter.publish.manifest import MAX_FILE, LocalFile, Manifest
 from converter.publish.push import Pushed, card_there, expect_no_stale, make_repository, upload
 from converter.publish.push import push as commit
 from converter.publish.requests import Destination, call

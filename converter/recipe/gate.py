@@ -11,6 +11,7 @@ from converter.core.checkpoint import ADAPTER, MODEL, Checkpoint
 from converter.core.context import Context
 from converter.diagnostic import Command, as_argument
 from converter.errors import Refused
+from converter.families.words import without_wrappers
 from converter.text import fold, show
 
 FAMILY_UNKNOWN = "family-unknown"
@@ -41,8 +42,9 @@ def expect_whole_adapter(adapter: Checkpoint, base: Checkpoint, context: Context
     """
     if adapter.origin.kind != ADAPTER or base.origin.kind != MODEL:
         return
+    held = {without_wrappers(n): t for n, t in adapter.tensors.items()}
     dimensions = {n: len(t.info.shape) for n, t in base.tensors.items()}
-    if lacks := modules_missing(adapter.tensors, adapter.config, dimensions, base.config):
+    if lacks := modules_missing(held, adapter.config, dimensions, base.config):
         text = (
             f"{len(lacks)} modules that adapter_config.json names are not in the adapter: {fold(lacks)}; PEFT would "
             "leave them as they begin, and the merge would have the base's"

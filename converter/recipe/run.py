@@ -61,11 +61,12 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
         is_over_base = other.origin.kind == ADAPTER and opened[SOURCE].origin.kind != ADAPTER
         if name != SOURCE and is_over_base and SOURCE not in recorded:
             compare_base(opened[SOURCE], other, context)
-        if name != SOURCE and is_over_base:
-            expect_whole_adapter(other, opened[SOURCE], context)
     checkpoint = opened[SOURCE]
     for converter in instantiate(recipe, opened):
         checkpoint = converter(checkpoint, context)
+    for name, other in opened.items():
+        if name != SOURCE:
+            expect_whole_adapter(other, opened[SOURCE], context)
     if checkpoint.origin.kind == TRAINING:
         raise Refused(
             "not-a-model",

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from converter.core.checkpoint import SideFile
+from converter.core.files.names import ADAPTER_CONFIG, MODEL_CONFIG
 from converter.core.files.opening import Identity, identity, read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.core.side_files import find_side_files, is_tokenizer_file
 from converter.sources.hf.source import parse_config
-from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, file_names
+from converter.sources.survey import file_names
 from converter.text import show
 
 

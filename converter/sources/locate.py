@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from converter.core.files.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ADDED_TOKENS,
+    GENERATION_CONFIG,
+    MODEL_CONFIG,
+    MODEL_INDEX,
+    MODEL_WEIGHTS,
+    SPECIAL_TOKENS,
+)
 from converter.core.files.opening import read_limited
 from converter.diagnostic import Again, Command, Steps, quoted
 from converter.errors import Refused, UsageError
 from converter.families.words import HEAD_FILES
 from converter.sources.hub.names import REPO_ID as _REPO_ID
 from converter.sources.hub.names import SCHEME, hub_name
-from converter.sources.survey import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    MODEL_CONFIG,
-    MODEL_INDEX,
-    MODEL_WEIGHTS,
-    file_names,
-    folder_kind,
-    repository_of,
-    snapshot_of,
-)
+from converter.sources.survey import file_names, folder_kind, repository_of, snapshot_of
 from converter.text import show
 
 _OLD_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -39,7 +39,7 @@ __all__ = ["SCHEME", "WANTED", "Located", "hub_name", "missing_files", "resolve"
 WANTED = (
     MODEL_CONFIG, ADAPTER_CONFIG, MODEL_WEIGHTS, MODEL_INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS,
     *HEAD_FILES,
-    "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    GENERATION_CONFIG, "tokenizer*.json", SPECIAL_TOKENS, ADDED_TOKENS, "vocab.*",
     "merges.txt", "*.model", "*.tiktoken", "*.spm", "tokenizer.model.v*", "tekken.json", "normalizer.json",
     "chat_template.*", "chat_templates/*", "additional_chat_templates/*",
     "*processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.py",

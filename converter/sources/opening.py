@@ -11,6 +11,7 @@ from typing import Any
 
 from converter.core.checkpoint import TRAINING, Checkpoint
 from converter.core.context import Context
+from converter.core.files.names import MODEL_CONFIG
 from converter.diagnostic import Again, Command
 from converter.errors import ConvertError, Refused, UsageError
 from converter.sources.finding import KeepsMasters, Source, kind_of, nothing_in, sources
@@ -167,7 +168,7 @@ def _beside_adapter(name: str, adapter: Checkpoint) -> str:
         return name
     for up in ("", ".."):
         found = Path(adapter.origin.path) / up / name
-        if (found / "config.json").is_file():
+        if (found / MODEL_CONFIG).is_file():
             return os.path.normpath(os.path.join(adapter.origin.asked, up, name))
     return name
 

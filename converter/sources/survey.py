@@ -9,6 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from converter.core.checkpoint import WeightSet
+from converter.core.files.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLED,
+    ADAPTER_WEIGHTS,
+    MODEL_INDEX,
+    MODEL_WEIGHTS,
+    PICKLED_INDEX,
+)
 from converter.core.formats.weight_file import WeightFile
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
@@ -20,18 +28,10 @@ FolderKind = Literal["model", "adapter"]
 SourceKind = Literal["model", "adapter", "training", "unread"]
 """What a source's folders are; `unread`: recognised, and refused by name."""
 
-MODEL_CONFIG = "config.json"
-MODEL_WEIGHTS = "model.safetensors"
-MODEL_INDEX = "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_PICKLED = "adapter_model.bin"
 SHARD = re.compile(r"model-(\d{5,6})-of-(\d{5,6})\.safetensors", re.ASCII)
 PICKLED = re.compile(r"(?:pytorch_model|model|consolidated)[\w.-]*\.(?:bin|pt|pth)", re.ASCII)
 _TAG = re.compile(r"global_step\d+", re.ASCII)
 _REPOSITORY = re.compile(r"models--([\w.-]+)", re.ASCII)
-MODEL_PICKLED = "pytorch_model.bin"
-PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_SHARD = re.compile(r"pytorch_model-(\d{5,6})-of-(\d{5,6})\.bin", re.ASCII)
 _WEIGHTS = re.compile(r"[\w.-]+\.(?:safetensors|bin|pt|pth|gguf)", re.ASCII)
 
@@ -75,6 +75,7 @@ class Survey:
         files: weight files in order, name mapped to size in bytes.
         entries: tensors in file order.
         beside: files of a head of its own (`value_head.safetensors`), by name; neither in `files` nor in `entries`.
+        unread: weight files beside an adapter that nothing is known to read, and that are no whole model, by name.
         sets: every set of weight files where there are several; `entries` are those of one.
     """
 
@@ -83,6 +84,7 @@ class Survey:
     entries: dict[str, StoredTensor] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     beside: dict[str, WeightFile] = field(default_factory=dict)
+    unread: dict[str, WeightFile] = field(default_factory=dict)
     sets: tuple[WeightSet, ...] = ()
 
     def error(self) -> Refused | None:
@@ -166,11 +168,16 @@ def leftovers(root: Path, names: Collection[str], read: Collection[str]) -> list
                 code="download-unfinished", severity="cosmetic", text=text, where=show(root), next="download it again"
             )
         )
-    others = sorted(n for n in names if _WEIGHTS.fullmatch(n) and n not in read and not _TRAINING_STATE.fullmatch(n))
+    others = other_weights(names, read)
     if others:
         text = f"weight files that are not read lie beside: {fold(others)}"
         faults.append(Fault(code="stray-weights", severity="cosmetic", text=text, where=show(root)))
     return faults
+
+
+def other_weights(names: Collection[str], read: Collection[str]) -> list[str]:
+    """Weight files by their names, but for those that are read and for what a trainer keeps to resume."""
+    return sorted(n for n in names if _WEIGHTS.fullmatch(n) and n not in read and not _TRAINING_STATE.fullmatch(n))
 
 
 def _download_folders(root: Path) -> list[Path]:

@@ -147,6 +147,18 @@ def test_a_head_with_a_bias_is_converted_by_the_command_that_the_refusal_prints(
     assert done.returncode == 0, (steps, done.stderr)
 
 
+@pytest.mark.parametrize(
+    "typed", ["doctor . --for openrlhf@99", "verify . --for openrlhf@99", "rm-to-critic . out --to openrlhf@99"]
+)
+def test_an_unknown_version_is_answered_with_the_option_of_that_verb(here: Path, causal: Path, typed: str) -> None:
+    shutil.copytree(causal, here, dirs_exist_ok=True)
+    refused = bash(f"rlhf-convert {typed}", here)
+    assert refused.returncode == 2
+    (command,) = printed_next(refused.stderr)
+    verb, option = typed.split(maxsplit=1)[0], typed.split()[-2]
+    assert command.startswith(f"rlhf-convert {verb} . ") and command.endswith(f" {option} openrlhf@0.11.2")
+
+
 def test_a_folder_that_begins_with_a_dash_is_named_so_that_it_is_no_option(here: Path, causal: Path) -> None:
     shutil.copytree(causal, here / "-lm")
     told = bash("rlhf-convert inspect ./-lm", here)

@@ -122,6 +122,7 @@ def test_every_link_leads_somewhere(page: str) -> None:
 @pytest.mark.parametrize("page", sorted(DOCUMENTS))
 def test_every_test_that_a_page_names_exists(page: str) -> None:
     named = re.findall(r"\b((?:[\w.]+/)*(?:test|fuzz|run)_\w+\.py)\b", DOCUMENTS[page])
+    named = [name for name in named if "acme" not in name]  # of the package that the page on plug-ins makes up
     assert [name for name in named if not [*REPOSITORY.glob(f"**/{name}")]] == []
 
 

@@ -28,6 +28,11 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+def block(language: str, word: str) -> str:
+    """The block of the page on plug-ins that has a word in it."""
+    return next(b for b in blocks("plug-ins.md", language) if word in b)
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(FIXTURES / "tiny-qwen2-base", tmp_path / "tiny-qwen2-base")
@@ -47,11 +52,9 @@ def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     site = tmp_path / "site"
     info = site / "your_package-1.0.dist-info"
     info.mkdir(parents=True)
-    (site / "your_package.py").write_text(blocks("plug-ins.md", "python")[0])
+    (site / "your_package.py").write_text(block("python", "StripPrefix"))
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: your-package\nVersion: 1.0\n")
-    points = (
-        blocks("plug-ins.md", "toml")[0].replace('[project.entry-points."', "[").replace('"]', "]").replace('"', "")
-    )
+    points = block("toml", "strip-prefix").replace('[project.entry-points."', "[").replace('"]', "]").replace('"', "")
     (info / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(str(site))
     for cached in (find_converters.find_converter, find_sources.sources, kernel_specs.find):

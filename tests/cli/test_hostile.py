@@ -167,5 +167,5 @@ def test_no_line_of_a_log_keeps_the_patterns_of_explain_busy() -> None:
                     message.regex.search(line[-MAX_LINE:])
                     message.regex.search(line[:MAX_LINE])
                     if time.process_time() - begun > 0.2:
-                        slow.append((message.name, key, between))
+                        slow.append((message.code, key, between))
     assert not slow

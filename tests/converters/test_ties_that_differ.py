@@ -47,7 +47,7 @@ def test_a_merge_that_replaces_one_of_two_that_differ_leaves_the_other(tmp_path:
         adapter / "adapter_model.safetensors",
     )
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"layers_to_transform": [0]}))
     ran = run("merge-lora", adapter, tmp_path / "out", "--base", base)
     assert ran.code == 0, ran.err
     found = load_file(tmp_path / "out" / "model.safetensors")

@@ -151,14 +151,14 @@ def test_too_little_memory_is_refused_with_the_tensor_and_the_option(model: Path
         written(changed(model), tmp_path / "out", memory=200_000_000)
     assert caught.value.code == "no-memory"
     assert " w " in caught.value.what or " half " in caught.value.what
-    assert str(caught.value.next).startswith("--memory 3")
+    assert str(caught.value.next).startswith("the same command with --memory 3")
     assert sorted(os.listdir(tmp_path)) == ["model"]
 
 
 def test_just_enough_memory_for_one_chunk_is_enough_for_many_jobs(model: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused) as caught:
         written(changed(model), tmp_path / "out", memory=1)
-    least = int(str(caught.value.next).removeprefix("--memory ").removesuffix("MB")) * 1_000_000
+    least = int(str(caught.value.next).removeprefix("the same command with --memory ").removesuffix("MB")) * 1_000_000
     written(changed(model), tmp_path / "out", memory=least, jobs=4)
     assert same(load(tmp_path / "out"), reference(model))
 

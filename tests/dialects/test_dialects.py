@@ -149,9 +149,9 @@ def test_a_trainer_that_can_t_use_such_a_model_is_refused_with_the_reason(
     ("asked", "code", "next"),
     [
         ("openrlfh", "unknown-trainer", "did you mean `openrlhf`?"),
-        ("openrlhf@0.2.0", "trainer-version", "--to openrlhf@0.11.2"),
-        ("openrlhf@99", "trainer-version", "--to openrlhf@0.11.2"),
-        ("deepspeed-chat@1", "trainer-version", "--to deepspeed-chat"),
+        ("openrlhf@0.2.0", "trainer-version", "the same command with --to openrlhf@0.11.2"),
+        ("openrlhf@99", "trainer-version", "the same command with --to openrlhf@0.11.2"),
+        ("deepspeed-chat@1", "trainer-version", "the same command with --to deepspeed-chat"),
     ],
 )
 def test_an_unknown_trainer_or_version_is_a_usage_error_with_a_way_out(asked: str, code: str, next: str) -> None:

@@ -131,7 +131,7 @@ def test_a_pad_token_that_ends_texts_is_mentioned_and_no_fault(reward: Path) -> 
 def test_an_architecture_that_is_missing_or_a_wrapper_s_or_openrlhf_s_is_named(causal: Path, reward: Path) -> None:
     edit(causal, drop=("architectures",))
     assert codes(causal) == {"architecture-missing": "cosmetic"}
-    edit(causal, architectures=["FSDPQwen2ForCausalLM"])
+    edit(causal, architectures=["FSDPLlamaForCausalLM"])
     assert codes(causal) == {"architecture-wrapper": "error"}
     edit(reward, architectures=["RewardModel"])
     assert codes(reward) == {"architecture-openrlhf": "cosmetic"}

@@ -58,14 +58,14 @@ def test_a_head_under_another_name_is_an_error_and_nothing_is_lost(reward: Path)
 def test_a_head_that_is_only_wrapped_is_repaired_and_not_converted(reward: Path) -> None:
     store(reward, lambda t: {f"_orig_mod.{n}": v for n, v in t.items()})
     named = finding(reward, "head-named-otherwise").next
-    assert named == f"rlhf-convert repair {reward} {reward}-fixed"
+    assert str(named) == f"rlhf-convert repair {reward} {reward}-fixed"
     assert named == finding(reward, "names-wrapped").next
 
 
 def test_an_empty_head_without_shards_says_where_to_name_them(reward: Path) -> None:
     store(reward, lambda t: {n: v.new_empty(0) if n == "score.weight" else v for n, v in t.items()})
     found = finding(reward, "zero3-empty-tensors")
-    assert (found.recoverability, found.next) == (
+    assert (found.recoverability, str(found.next)) == (
         "lost",
         f"rlhf-convert repair {reward} {reward}-fixed --weights-from DIR",
     )

@@ -114,9 +114,9 @@ def test_a_folder_of_70_billion_parameters_takes_its_headers_and_no_torch(tmp_pa
 def test_experts_in_both_forms_are_an_error(causal: Path) -> None:
     many = {f"model.layers.0.mlp.experts.{n}.gate_proj.weight": torch.ones(2, 2) for n in range(2)}
     store(causal, lambda t: {**t, **many})
-    assert serious(codes(causal)) == set()
+    assert serious(codes(causal)) == {"tensors-unexpected"}
     store(causal, lambda t: {**t, "model.layers.0.mlp.experts.gate_up_proj": torch.ones(2, 2, 2)})
-    assert serious(codes(causal)) == {"experts-twice"}
+    assert serious(codes(causal)) == {"experts-twice", "tensors-unexpected"}
 
 
 def test_a_header_without_a_format_is_mentioned(causal: Path) -> None:

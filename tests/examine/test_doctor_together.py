@@ -28,14 +28,17 @@ COVERS = {
     "index-malformed", "git-lfs-pointer", "names-wrapped", "names-doubled", "lora-unmerged", "shard-missing",
     "safetensors-header", "safetensors-not", "file-truncated", "input-outside", "format-missing", "adapter-keys-named",
     "no-op", "lora-alpha-zero", "adapter-half", "head-named-otherwise", "layers-missing",
-    "adapter-field-unsupported",
+    "adapter-field-unsupported", "family-unknown", "adapter-named-otherwise", "adapter-task-unknown",
+    "adapter-files-unread",
 }  # fmt: skip
 """Breakages that take away what others would be seen by."""
 
 TOUCHED = {
     "the head": ("head", "labels", "normaliser", "architecture-openrlhf", "names-of"),
     "the pad token": ("pad-", "normaliser", "architecture-openrlhf"),
-    "the class": ("architecture", "normaliser", "output-embedding", "vocabulary", "head-dialect", "heads", "labels"),
+    "the class": (
+        "architecture", "normaliser", "output-embedding", "vocabulary", "head-dialect", "heads", "labels", "tensors-",
+    ),
     "the index": ("index", "weight-sets", "shard-missing"),
     "the adapter's tensors": (
         "adapter-shape", "adapter-rank", "adapter-targets", "adapter-incomplete", "adapter-unexpected",

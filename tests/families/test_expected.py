@@ -180,3 +180,16 @@ def test_what_transformers_said_is_kept_for_the_next_command(tmp_path: Path, mon
     assert {n: tuple(s) for n, s in first["memory"].items()} == {
         n: tuple(t.shape) for n, t in model.state_dict().items()
     }
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "qwen2_moe"])
+def test_the_number_of_experts_is_read_under_either_of_its_names(kind: str, tmp_path: Path) -> None:
+    # transformers 4 wrote num_experts for Qwen3-MoE, as the models on the Hub have it; version 5 num_local_experts.
+    folder = Saved("causal", kind).write(tmp_path / "model")
+    config, stored = config_of(folder), shapes_in(folder)
+    own = next(k for k in ("num_local_experts", "num_experts") if k in config)
+    other = {"num_local_experts": "num_experts", "num_experts": "num_local_experts"}[own]
+    if other not in (type(build("causal", kind).config).attribute_map or {}):
+        pytest.skip("transformers knows one name")
+    renamed = {k: v for k, v in config.items() if k != own} | {other: config[own]}
+    assert not compare(stored, known(renamed), renamed)

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 import oracle
-from converter.families.ties import OUTER_FOLLOWS_TEXT, TIED_BY_DEFAULT, find_ties
+from all_families import FAMILIES, input_of, output_of, small
+from converter.families.memory_names import architecture
+from converter.families.ties import _table, find_ties, is_tied, was_tied
 from converter.sources.hf import source as hf
-from oracle.bases import FAMILIES, quiet
+from oracle.bases import FAMILIES as BASES
+from oracle.bases import quiet
 
 LLAMA = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
 CAUSAL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -35,7 +38,7 @@ def transformers_ties(folder: Path) -> set[frozenset[str]]:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BASES)
 def test_ties_of_a_family_are_those_that_transformers_makes(family: str, tied: bool, tmp_path: Path) -> None:
     oracle.make_base(tmp_path / "base", family, tied=tied)
     found = hf.SOURCE.open(tmp_path / "base", asked="base").ties
@@ -44,43 +47,63 @@ def test_ties_of_a_family_are_those_that_transformers_makes(family: str, tied: b
     assert in_memory == transformers_ties(tmp_path / "base")
     assert len(found) == int(tied)
     for group in found:
-        assert FAMILIES[family].embedding in group[0]
+        assert BASES[family].embedding in group[0]
 
 
-@pytest.mark.parametrize(
-    "kind", ["gpt2", "opt", "gemma2", "llama", "qwen2", "mistral", "gpt_neox", "qwen3", "falcon", "phi3"]
-)
-def test_a_silent_config_means_what_its_class_means(kind: str) -> None:
+@pytest.mark.parametrize(("task", "kind"), FAMILIES, ids=[kind for _, kind in FAMILIES])
+def test_a_silent_config_means_what_its_class_means(task: str, kind: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    assert bool(CONFIG_MAPPING[kind]().tie_word_embeddings) == (kind in TIED_BY_DEFAULT)
+    assert is_tied({"model_type": kind}) is bool(CONFIG_MAPPING[kind]().tie_word_embeddings)
+
+
+@pytest.mark.parametrize("own", [True, False, None])
+@pytest.mark.parametrize(("task", "kind"), FAMILIES, ids=[kind for _, kind in FAMILIES])
+def test_is_tied_is_what_the_config_class_makes_of_config_json(task: str, kind: str, own: bool | None) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = {"model_type": kind, **({} if own is None else {"tie_word_embeddings": own})}
+    assert is_tied(config) is bool(CONFIG_MAPPING[kind].from_dict(config).tie_word_embeddings)
+
+
+@pytest.mark.parametrize(("task", "kind"), FAMILIES, ids=[kind for _, kind in FAMILIES])
+def test_groups_are_those_of_the_model_and_its_tied_weights_keys(task: str, kind: str, tmp_path: Path) -> None:
+    model = small(task, kind, tied=True)
+    expected: dict[str, set[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        expected.setdefault(source, {source}).add(target)
+    with quiet():
+        model.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    built = architecture(type(model).__name__, config)
+    assert built is not None
+    found = find_ties(oracle.read_tensors(tmp_path / "m"), config)
+    assert {frozenset(built.in_memory(n)[0] for n in group) for group in found} == {*map(frozenset, expected.values())}
+    assert input_of(kind) == found[0][0]
+    assert output_of(kind) in found[0]
 
 
 @pytest.mark.slow
-def test_the_table_of_defaults_is_that_of_the_installed_transformers() -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+def test_the_table_of_configs_is_that_of_the_installed_transformers() -> None:
+    from make_ties import of_configs
 
-    found, follows = set(), set()
-    for kind in CONFIG_MAPPING:
+    with quiet():
+        made = of_configs()
+    assert {key: made[key] for key in made} == {key: sorted(_table()[key]) for key in made}
+
+
+@pytest.mark.slow
+def test_the_table_of_classes_is_that_of_the_installed_transformers() -> None:
+    from make_memory_names import model_classes
+    from make_ties import of_class
+
+    classes, wrong = model_classes(), []
+    for name, rows in _table()["of_class"].items():
         with quiet():
-            try:
-                config = CONFIG_MAPPING[kind]()
-            except Exception:
-                continue
-            if getattr(config, "tie_word_embeddings", False):
-                found.add(kind)
-            text = getattr(config, "text_config", None)
-            if not hasattr(text, "model_type"):
-                continue
-            given = {"model_type": kind, "text_config": {"model_type": text.model_type, "tie_word_embeddings": True}}
-            try:
-                outer = CONFIG_MAPPING[kind].from_dict({**given, "tie_word_embeddings": False})
-            except Exception:
-                continue
-            if getattr(outer, "tie_word_embeddings", False) is True and kind != "fun_asr_nano":
-                follows.add(kind)
-    assert found == TIED_BY_DEFAULT
-    assert follows | {"perception_lm"} >= OUTER_FOLLOWS_TEXT
+            made = of_class(classes[name])
+        if made is not None and [[p, list(m)] for p, _, m in made] != [[r[0], r[-1]] for r in rows]:
+            wrong.append(name)
+    assert wrong == []
 
 
 # The config's word
@@ -214,3 +237,19 @@ def test_word_of_a_nested_config_counts_where_transformers_lets_it(
     assert CONFIG_MAPPING[kind].from_dict(json.loads(json.dumps(config))).tie_word_embeddings is tied
     names = ["model.embed_tokens.weight", "lm_head.weight"]
     assert bool(find_ties(names, config)) is tied
+
+
+@pytest.mark.parametrize(
+    ("config", "ties"),
+    [
+        ({"model_type": "mistral3"}, False),
+        ({"model_type": "mt5"}, False),
+        ({"model_type": "blip-2"}, True),
+        ({"model_type": "gpt2"}, True),
+        ({"model_type": "llama"}, False),
+        ({"model_type": "qwen3_vl", "text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": False}, True),
+    ],
+)
+def test_transformers_4_asks_the_text_model(config: dict[str, Any], ties: bool) -> None:
+    """Expected: `config.get_text_config(decoder=True).tie_word_embeddings` of transformers 4.57.6."""
+    assert was_tied(config) is ties

@@ -1,4 +1,4 @@
-"""T5's output embedding is the shared one where the config ties them, also where it is stored."""
+"""T5's output embedding is the shared one where config.json ties them or is silent, also where it is stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ SIZES = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "
 
 @pytest.mark.parametrize("flag", [True, None])
 def test_a_stored_head_of_t5_is_tied_where_transformers_ties_it(flag: bool | None) -> None:
-    model = T5ForConditionalGeneration(T5Config(**SIZES))
+    said = {} if flag is None else {"tie_word_embeddings": flag}
+    model = T5ForConditionalGeneration(T5Config(**SIZES, **said))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     same = {n for n, p in parameters.items() if p is parameters["shared.weight"]}
     assert "lm_head.weight" in same

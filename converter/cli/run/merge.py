@@ -23,7 +23,10 @@ def merge(asked: MergeRequest, out: str | None, options: Flags) -> int:
         refuse_swapped(asked, out)
         return merge_recipe(asked, options.plain)
 
-    convert(of_request(asked, out), out, options, recipe=recipe, input_lines=input_lines)
+    def lines(planned: Conversion) -> list[str]:
+        return input_lines(planned, asked.lora_alpha)
+
+    convert(of_request(asked, out), out, options, recipe=recipe, input_lines=lines)
     return 0
 
 
@@ -31,12 +34,15 @@ def of_request(asked: MergeRequest, out: str | None) -> functools.partial[Conver
     """The function with its own arguments."""
     return functools.partial(
         merge_lora, asked.adapter, out, base=asked.base, adapters=asked.more, weights=asked.weights,
-        numerics=asked.numerics, base_is_residual=asked.base_is_residual,
+        numerics=asked.numerics, base_is_residual=asked.base_is_residual, lora_alpha=asked.lora_alpha,
     )  # fmt: skip
 
 
-def input_lines(planned: Conversion) -> list[str]:
-    """The screen's lines about adapters and base."""
+def input_lines(planned: Conversion, alpha: float | None = None) -> list[str]:
+    """The screen's lines about adapters and base, with the alpha that the user gave."""
+    from converter.converters.merge.adapter_values import with_alpha
+
     opened, recorded = planned.prepared.opened, planned.prepared.recorded
-    adapters = [report.adapter_line(c) for name, c in opened.items() if name != SOURCE]
-    return [*adapters, report.base_line("base", opened[SOURCE], recorded=SOURCE in recorded)]
+    adapters = [c for name, c in opened.items() if name != SOURCE]
+    lines = [report.adapter_line(c) for c in with_alpha(adapters, alpha)]
+    return [*lines, report.base_line("base", opened[SOURCE], recorded=SOURCE in recorded)]

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli import lines as report
 from converter.cli.lines import line
+from converter.core.files.names import RECEIPT, TOKENIZER_CONFIG
 from converter.core.files.strict_json import load_json
 from converter.diagnostic import Again, Command, Next, Steps, as_argument, quoted
 from converter.errors import ConvertError, UsageError
+from converter.families.memory_names import class_names
 from converter.publish.outputs import as_loaders_take_it
 from converter.recipe.recipe import SOURCE
 from converter.text import fold, format_size, show
@@ -126,8 +128,6 @@ def finish(done: Conversion, sink: Sink, commands: Sequence[Next]) -> None:
 
 def finish_both(model: Conversion, sink: Sink, next_commands: Callable[[Conversion], Sequence[Next]]) -> None:
     """The same for two outputs."""
-    from converter.core.files.links import RECEIPT_FILE
-
     assert model.adapter is not None
     commands: list[Next] = []
     values: list[dict[str, Any]] = []
@@ -135,7 +135,7 @@ def finish_both(model: Conversion, sink: Sink, next_commands: Callable[[Conversi
         if half.receipt is None:
             assert half.folder is not None
             sink.screen([report.wrote_line(str(half.out), half.checkpoint.config, None) + " (earlier)"])
-            content = json.loads((half.folder / RECEIPT_FILE).read_bytes())
+            content = json.loads((half.folder / RECEIPT).read_bytes())
         else:
             sink.screen(written_lines(half, verbose=sink.verbose))
             commands += load_commands(half) if half is model else next_commands(half)[:1]
@@ -149,7 +149,8 @@ def finish_both(model: Conversion, sink: Sink, next_commands: Callable[[Conversi
 
 def load_commands(written: Conversion) -> Sequence[Next]:
     """The check, then a line that loads the model; a value head is no part of the class that config.json names, which
-    would load without it: there the line is the proof for the trainer that has it.
+    would load without it: there the line is the proof for the trainer that has it. A class that transformers lacks has
+    no such line.
     """
     config: Mapping[str, Any] = written.checkpoint.config
     architectures = config.get("architectures")
@@ -159,7 +160,7 @@ def load_commands(written: Conversion) -> Sequence[Next]:
     checkpoint = written.checkpoint
     if any(n.startswith("v_head.") for n in (*checkpoint.tensors, *(n for f in checkpoint.beside.values() for n in f))):
         commands.append(Command("verify", (out,)))
-    elif isinstance(name, str) and name.isidentifier():
+    elif name in class_names() and not config.get("auto_map"):
         path = as_loaders_take_it(str(written.out))
         loads = f"from transformers import {name} as M; print(M.from_pretrained({path!r}))"
         # Double quotes read better around Python's own, where nothing in the path means something to a shell.
@@ -171,7 +172,7 @@ def load_commands(written: Conversion) -> Sequence[Next]:
 def _pad_token(out: Path) -> str | None:
     """The pad token's text, from the tokenizer that was written; None where there is none."""
     try:
-        config = load_json(out / "tokenizer_config.json", limit=SMALL_FILE)
+        config = load_json(out / TOKENIZER_CONFIG, limit=SMALL_FILE)
     except ConvertError:
         return None
     token = config.get("pad_token") if isinstance(config, dict) else None

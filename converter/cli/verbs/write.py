@@ -57,12 +57,23 @@ def merge_lora(
             rich_help_panel=INPUT,
         ),
     ] = False,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="lora_alpha of training, where adapter_config.json records none or 0.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
 ) -> int:
     """`rlhf-convert merge-lora`."""
     from converter.cli.run.merge import merge
     from converter.recipe.verbs.merge import MergeRequest
 
-    asked = MergeRequest(adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual)
+    asked = MergeRequest(
+        adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual, lora_alpha
+    )
     return merge(asked, options.target(out), options)
 
 

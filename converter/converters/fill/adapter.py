@@ -13,7 +13,7 @@ from converter.converters.gather.adapter_config import HEADS, with_folded_heads
 from converter.converters.gather.gather import Gather
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
-from converter.core.side_files import ADAPTER_CONFIG
+from converter.core.files.names import ADAPTER_CONFIG
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.factors import factor_names, zero_factors

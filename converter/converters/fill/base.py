@@ -24,7 +24,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import Cast, LazyTensor
 from converter.diagnostic import Again, Steps
 from converter.errors import Refused
-from converter.families.words import PEFT_PREFIX
+from converter.families.words import LORA_EMBEDDING_PAIR, LORA_PAIR, PEFT_PREFIX
 from converter.text import fold, show
 
 _BASE_LAYER = ".base_layer."
@@ -108,12 +108,11 @@ class Base:
     def _shape_under_lora(self, name: str, filled: Mapping[str, LazyTensor]) -> tuple[int, ...] | None:
         """The shape of a weight, by the factors on top of it."""
         stem = name.rpartition(_BASE_LAYER)[0]
-        for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_B", "lora_embedding_A")):
-            first, second = filled.get(f"{stem}.{a}"), filled.get(f"{stem}.{b}")
-            if first is not None and second is not None and len(first.info.shape) == len(second.info.shape) == 2:
-                if a.startswith("lora_A"):
-                    return second.info.shape[0], first.info.shape[1]
-                return second.info.shape[1], first.info.shape[0]
+        for pair, leaf in ((LORA_PAIR, ".weight"), (LORA_EMBEDDING_PAIR, "")):
+            a, b = (filled.get(f"{stem}.{factor}{leaf}") for factor in pair)
+            if a is not None and b is not None and len(a.info.shape) == len(b.info.shape) == 2:
+                across = (b.info.shape[0], a.info.shape[1])
+                return across if leaf else across[::-1]
         return None
 
     def _unproved(self, name: str) -> str:

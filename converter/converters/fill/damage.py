@@ -10,6 +10,7 @@ from typing import Any
 from converter.converters.fill.evidence import is_empty
 from converter.converters.gather.adapter_config import HEADS
 from converter.core.checkpoint import Checkpoint
+from converter.core.files.names import ADAPTER_STEM
 from converter.core.tensors.nodes import Filled
 from converter.families.expected import Unknown, compare, expected
 from converter.families.factors import factor_in_name, factor_pairs
@@ -17,8 +18,10 @@ from converter.families.memory_names import classifier
 from converter.families.words import (
     IN_PEFT,
     INPUT_MODULES,
+    INPUTS,
     LORA_MAGNITUDE,
     OUTPUT_MODULES,
+    OUTPUTS,
     PEFT_PREFIX,
 )
 
@@ -89,7 +92,7 @@ def beside_name(file: str, name: str) -> str:
 
 def is_spare(broken: Checkpoint, file: str) -> bool:
     """True for a file that could hold the model or the adapter itself, unlike a value head's."""
-    return file.startswith(("adapter_model",) if broken.origin.kind == "adapter" else ("pytorch_model", "model"))
+    return file.startswith((ADAPTER_STEM,) if broken.origin.kind == "adapter" else ("pytorch_model", "model"))
 
 
 def _is_piece(name: str, loose: Mapping[str, Shape], siblings: Mapping[str, Shape]) -> bool:
@@ -154,10 +157,18 @@ def lacks_of_class(model: Checkpoint) -> list[Damage]:
         return []
     lost = [Damage(n, MISSING, s, s) for n, s in found.missing.items() if not wanted.is_outside(n)]
     rows = {have[1:] == asked[1:] and have[:1] > asked[:1] for have, asked in found.misshapen.values()}
-    if rows == {True}:
-        return lost  # a vocabulary that was grown: a matter of config.json
+    if rows == {True} or _is_of_vocabulary(model, found.misshapen):
+        return lost  # a vocabulary of another height: a matter of config.json
     cut = {n: pair for n, pair in found.misshapen.items() if pair[0] != (0,) and not wanted.is_outside(n)}
     return lost + [Damage(n, f"shape {list(have)}", asked, asked) for n, (have, asked) in cut.items()]
+
+
+def _is_of_vocabulary(model: Checkpoint, misshapen: Mapping[str, tuple[Shape, Shape]]) -> bool:
+    """True where every embedding has one other height, and nothing else differs: no slice of a model is like that."""
+    vocabulary = model.config.get("vocab_size")
+    rows = {have[:1] for have, asked in misshapen.values() if asked[:1] == (vocabulary,) and have[1:] == asked[1:]}
+    embeddings = {n for n in model.tensors if n.endswith((*INPUTS, *OUTPUTS))}
+    return len(rows) == 1 and bool(embeddings) and misshapen.keys() == embeddings
 
 
 def missing_heads(model: Checkpoint) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
+from converter.core.files.names import TRAINER_STATE
 from converter.core.files.strict_json import load_json
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.byte_runs import byte_runs
@@ -27,7 +28,6 @@ Relation = Literal["same", "other", "unknown"]
 COMPARED = 1 << 17
 """Elements of a tensor that are compared where one side has to be rounded first, which is done in plain Python."""
 
-TRAINER_STATE = "trainer_state.json"
 _STEP = re.compile(r"(?:checkpoint|global_step|step|iter)[-_]?(\d{1,15})", re.ASCII)
 _FORMATS = frozenset({DType.F32, DType.BF16, DType.F16})
 

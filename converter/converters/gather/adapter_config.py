@@ -9,15 +9,16 @@ from typing import Any
 from converter.converters.gather.peft_names import PeftNames
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
+from converter.core.files.names import ADAPTER_CONFIG
 from converter.core.files.strict_json import load_json
-from converter.core.side_files import ADAPTER_CONFIG, recorded
+from converter.core.side_files import recorded
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
-from converter.families.words import LORA_EMBEDDING_PAIR, LORA_MAGNITUDE, LORA_PAIR
+from converter.families.words import CLASSIFIERS, LORA_EMBEDDING_PAIR, LORA_MAGNITUDE, LORA_PAIR
 from converter.text import fold, show
 
-HEADS = frozenset({"score", "classifier"})
+HEADS = frozenset(CLASSIFIERS)
 LORA_META = "lora_train_meta.json"
 LORA_FILES = frozenset({ADAPTER_CONFIG, LORA_META})
 """Read here; neither goes along with the tensors as it is."""

@@ -18,6 +18,7 @@ from typing import Literal
 
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
+from converter.core.files.names import MODEL_PICKLED
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.dialects.known import dialect
@@ -78,7 +79,7 @@ class Unwrapped:
         if self.layout == "llamafactory":
             return found.replace(beside={**found.beside, SIDECAR: head})
         if found.origin.kind == "adapter":
-            return found.replace(beside={**found.beside, "pytorch_model.bin": head})
+            return found.replace(beside={**found.beside, MODEL_PICKLED: head})
         return found.replace(tensors={**found.tensors, **head}, one_file=True)
 
 

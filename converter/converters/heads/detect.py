@@ -8,20 +8,21 @@ from dataclasses import dataclass
 
 from converter.converters.heads.model import resolve
 from converter.core.checkpoint import Checkpoint
+from converter.core.files.names import MODEL_PICKLED
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import dialects
 from converter.dialects.spec import Dialect, Marks
 from converter.errors import Refused, UsageError
 from converter.families.family import Family, family
-from converter.families.words import OUTPUT_MODULES
+from converter.families.words import CLASSIFIERS, OUTPUT_MODULES
 from converter.text import fold, show
 
-SPARE_FILE = "pytorch_model.bin"
+SPARE_FILE = MODEL_PICKLED
 """Where TRL saves the head beside an adapter; its names count as if they were among the weights."""
 
 HEADLESS = "hf-causal"
 _HEAD_WORDS = re.compile(
-    r"(?:^|\.)(?:\w*(?:score|value|reward|v|rm|regression|cls)_?(?:head|layer)|score|classifier)\."
+    r"(?:^|\.)(?:\w*(?:score|value|reward|v|rm|regression|cls)_?(?:head|layer)|" + "|".join(CLASSIFIERS) + r")\."
 )
 
 

@@ -9,7 +9,9 @@ from converter.converters.merge.adapter_keys import Module, read_modules
 from converter.converters.merge.layer import merged_alone
 from converter.converters.merge.merge_lora import MergeLora
 from converter.converters.merge.methods.method import AdapterConfig
+from converter.converters.merge.task import task_of_class
 from converter.converters.merge.task_head import TASK_SUFFIX
+from converter.converters.merge.trained_files import trained_files, without_trained_files
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
@@ -30,6 +32,7 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint, wishes: Wishes, context:
         Refused: a LoRA on a head whose own weight is nowhere (`head-base-lost`); whatever a merge refuses.
     """
     where = show(adapter.origin.asked)
+    adapter = _without_class(adapter)
     read = read_modules(adapter.tensors, where)
     heads = {n: m for n, m in read.modules.items() if head_like([f"{n}.weight"])}
     lost = [n for n, m in heads.items() if m.factors and "weight" not in m.replaced and not _is_in(base, n)]
@@ -47,18 +50,27 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint, wishes: Wishes, context:
             if name not in lost and not _is_in(base, name):
                 apart |= _tensors(module, config, where)
                 taken |= set(module.keys)
-    rest = adapter.replace(tensors={n: t for n, t in adapter.tensors.items() if n not in taken}, beside={})
+    rest = adapter.replace(
+        tensors={n: t for n, t in adapter.tensors.items() if n not in taken}, beside=trained_files(adapter)
+    )
     merged = MergeLora(adapters=(rest,))(base, context) if rest.tensors else _with_files(base, adapter)
     if apart:
         context.note("info", "head", f"{fold(apart)} from the adapter")
     return merged.replace(
         tensors={**merged.tensors, **apart},
-        beside={**merged.beside, **adapter.beside},
+        beside={**merged.beside, **without_trained_files(adapter).beside},
         dropped={**adapter.dropped, **merged.dropped, **dropped},
         set_aside={**adapter.set_aside, **merged.set_aside},
         inputs={**adapter.inputs, **merged.inputs},
         repaired={**adapter.repaired, **merged.repaired},
     )
+
+
+def _without_class(adapter: Checkpoint) -> Checkpoint:
+    """The adapter without the classification class that it names: here the head is taken apart, wherever it lies."""
+    if adapter.config.get("task_type") or task_of_class(adapter.config) is None:
+        return adapter
+    return adapter.replace(config={k: v for k, v in adapter.config.items() if k != "auto_mapping"})
 
 
 def _is_in(base: Checkpoint, module: str) -> bool:

@@ -35,6 +35,7 @@ class RemapHead:
         bias: what to do with a constant that the target has no place for.
         normaliser: `fold`: mean and std go into the head where config.json can't keep them; `drop`: they are left out.
         label, label_weights: one row of several, or a fixed sum of them.
+        lora_alpha: the alpha of training, for an adapter that records none or 0.
         init_head: a fresh head where the source has none: `zeros`, or `normal` from `seed`.
     """
 
@@ -52,6 +53,7 @@ class RemapHead:
     label_weights: tuple[float, ...] = ()
     init_head: Init = "none"
     seed: int = 0
+    lora_alpha: float | None = None
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The model as the target reads it.
@@ -66,8 +68,9 @@ class RemapHead:
         assert spec is not None
         if self.adapter is not None:
             from converter.converters.heads.from_adapter import with_adapter
+            from converter.converters.merge.adapter_values import with_alpha
 
-            adapter = self._filled(self.adapter, checkpoint, context)
+            (adapter,) = with_alpha([self._filled(self.adapter, checkpoint, context)], self.lora_alpha)
             checkpoint = with_adapter(checkpoint, adapter, wishes, context)
         else:
             checkpoint = self._filled(checkpoint, self.base, context)

@@ -10,6 +10,7 @@ from converter.converters.heads.fit import Fitted
 from converter.converters.heads.model import Reading, resolve
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
+from converter.core.files.names import MODEL_WEIGHTS
 from converter.core.tensors.byte_runs import reads
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Steps
@@ -20,7 +21,7 @@ from converter.families.ties import is_tied
 from converter.families.words import OUTPUT_PREFIXES, input_embedding
 from converter.text import fold, show
 
-_ONE_FILE = "model.safetensors"
+_ONE_FILE = MODEL_WEIGHTS
 
 
 def write(

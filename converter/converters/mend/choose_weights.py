@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from converter.core.checkpoint import Checkpoint, WeightSet
 from converter.core.context import Context
+from converter.core.files.names import MODEL_INDEX, PICKLED_INDEX
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Steps
 from converter.errors import Refused, UsageError
@@ -105,9 +106,9 @@ def _difference(a: WeightSet, b: WeightSet, context: Context) -> str | None:
 def _note(chosen: Judged, sets: Sequence[Judged], context: Context) -> None:
     if len(sets) == 1:
         if not chosen.set.twice:
-            index = "model.safetensors.index.json"
+            index = MODEL_INDEX
             if not all(f.endswith(".safetensors") for f in chosen.set.files):
-                index = "pytorch_model.bin.index.json"
+                index = PICKLED_INDEX
             text = f"{index} is not believed: {show(chosen.set.name)} has all {chosen.total} tensors by its headers"
             context.note("info", "weight-sets", text)
         return

@@ -5,7 +5,6 @@ No tensor changes. What can't be told from the folder itself is refused, never g
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,12 +16,10 @@ from converter.core.context import Context
 from converter.errors import Refused
 from converter.families.old_spellings import with_old_spellings
 from converter.families.old_tokenizers import with_old_tokenizer
-from converter.families.words import WRAPPED_CLASS
+from converter.families.words import CLASSIFIER_WEIGHT, WRAPPED_CLASS
 from converter.text import show
 
 _WRAPPER = WRAPPED_CLASS
-_HEAD = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
-TOKENIZER = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,10 @@ class MendLabels:
         Raises:
             Refused: there is no head to count by (`head-missing`).
         """
-        rows = next((t.info.shape[0] for n, t in checkpoint.tensors.items() if _HEAD.match(n) and t.info.shape), None)
+        rows = next(
+            (t.info.shape[0] for n, t in checkpoint.tensors.items() if CLASSIFIER_WEIGHT.match(n) and t.info.shape),
+            None,
+        )
         if rows is None:
             what = "there is no head whose rows could be counted"
             raise Refused("head-missing", what, where=show(checkpoint.origin.asked))

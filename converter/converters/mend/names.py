@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from converter.converters.gather.gather import Gather
 from converter.converters.gather.peft_names import without_wrappers
 from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
+from converter.families.expected import Unknown, expected
 from converter.families.plain_names import plain_names
 from converter.families.ties import is_output, ties, untied
 from converter.families.words import LORA_FACTOR_WORD, PEFT_PREFIX
@@ -120,7 +123,22 @@ class MendTies:
         what = f"{differ}, to which the config ties it: transformers 5 keeps both, transformers 4 drops {fold(apart)}"
         context.consent(Refused("untie", what, where=show(checkpoint.origin.asked)))
         context.note("changes-numbers", "untied", "tie_word_embeddings is false now: loaders use both tensors")
-        return checkpoint.replace(config=untied(checkpoint.config), ties=())
+        config = untied(checkpoint.config)
+        return checkpoint.replace(config=config, ties=(), tensors={**checkpoint.tensors, **_apart(checkpoint, config)})
+
+
+def _apart(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    """Tensors that the untied class asks for, and that were stored under the name of a tie alone (a head's bias)."""
+    wanted = expected(config)
+    if isinstance(wanted, Unknown):
+        return {}
+    found: dict[str, LazyTensor] = {}
+    for tie in ties(checkpoint.tensors, checkpoint.config):
+        first = next((n for n in tie.names if n in checkpoint.tensors), None)
+        if first is not None:
+            lacking = [n for n in tie.names if n in wanted.saved and n not in checkpoint.tensors]
+            found |= dict.fromkeys(lacking, checkpoint.tensors[first])
+    return found
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
+from converter.core.files.names import ADDED_TOKENS, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from converter.core.side_files import side_json
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
@@ -242,9 +243,9 @@ def _special_tokens(config: Mapping[str, Any]) -> Iterable[tuple[str, int]]:
 
 def tokens_of(files: Mapping[str, SideFile]) -> int | None:
     """How many rows a tokenizer needs: one more than its largest number; None where no file says that."""
-    whole = side_json(files, "tokenizer.json")
+    whole = side_json(files, TOKENIZER)
     model = whole.get("model")
-    table = model.get("vocab") if isinstance(model, Mapping) else side_json(files, "vocab.json")
+    table = model.get("vocab") if isinstance(model, Mapping) else side_json(files, VOCABULARY)
     numbers = [len(table) - 1] if isinstance(table, list) and table else []
     if isinstance(table, Mapping):
         numbers += [i for i in table.values() if isinstance(i, int)]
@@ -256,7 +257,7 @@ def tokens_of(files: Mapping[str, SideFile]) -> int | None:
         if isinstance(added, list)
         else []
     )
-    numbers += [i for i in side_json(files, "added_tokens.json").values() if isinstance(i, int)]
-    listed = side_json(files, "tokenizer_config.json").get("added_tokens_decoder")
+    numbers += [i for i in side_json(files, ADDED_TOKENS).values() if isinstance(i, int)]
+    listed = side_json(files, TOKENIZER_CONFIG).get("added_tokens_decoder")
     numbers += [int(i) for i in listed if str(i).isdecimal() and len(i) < 10] if isinstance(listed, dict) else []
     return max(numbers) + 1

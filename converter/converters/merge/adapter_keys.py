@@ -14,11 +14,17 @@ from functools import cache
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.factors import alternatives, shared_names
-from converter.families.words import INNER_WRAPPERS, PEFT_PREFIX
+from converter.families.words import IN_PEFT, INNER_WRAPPERS, PEFT_PREFIX, SAVED_WHOLE
 from converter.text import show
 
 _TOKENS = re.compile(r"^(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_delta(?P<tail>(?:\.[^.]+)*)$")
 _MODEL = "base_model."
+
+SAVED, PLAIN, UNDER = "saved", "plain", "under"
+"""Where a whole tensor stands: in PEFT's modules_to_save wrapper, at the module's own name, or frozen below a wrapper
+(`original_module`, `base_layer`), as PEFT saves it with resized embeddings."""
+
+_FROZEN = frozenset((*(word for word in IN_PEFT if word != SAVED_WHOLE), "token_adapter"))
 
 
 @dataclass
@@ -28,17 +34,46 @@ class Module:
     Attributes:
         name: as in memory, without PEFT's prefix.
         factors: `lora_A` and so on, mapped to the tensor; `lora_B.bias` for the bias of lora_B.
-        replaced: `weight`, `bias` ... mapped to a tensor that takes the base's place.
-        token_rows: trained rows of an embedding, `[n, dim]`.
+        whole: `weight`, `bias` ... mapped to the tensors that the adapter holds of it, by where they stand, each with
+            its key.
+        token_rows: trained rows of an embedding, `[n, dim]`; `rows_key` is their key.
         keys: the adapter's own keys, for messages.
     """
 
     name: str
     factors: dict[str, LazyTensor] = field(default_factory=dict)
-    replaced: dict[str, LazyTensor] = field(default_factory=dict)
+    whole: dict[str, dict[str, tuple[str, LazyTensor]]] = field(default_factory=dict)
     token_rows: LazyTensor | None = None
-    saved: bool = False
+    rows_key: str = ""
     keys: list[str] = field(default_factory=list)
+
+    @property
+    def replaced(self) -> dict[str, LazyTensor]:
+        """`weight`, `bias` ... mapped to a tensor that takes the base's place: the trained one where there are more."""
+        return {leaf: self._first(leaf)[1] for leaf in self.whole}
+
+    def key(self, leaf: str) -> str:
+        """The adapter's key of what takes the base's place."""
+        return self._first(leaf)[0]
+
+    def _first(self, leaf: str) -> tuple[str, LazyTensor]:
+        held = self.whole[leaf]
+        return next(held[place] for place in (SAVED, PLAIN, UNDER) if place in held)
+
+    def copy(self, leaf: str) -> tuple[str, LazyTensor] | None:
+        """The tensor under its plain name beside the saved one: the same a second time, with its key."""
+        held = self.whole[leaf]
+        return held.get(PLAIN) if SAVED in held else None
+
+    def under(self, leaf: str) -> tuple[str, LazyTensor] | None:
+        """The frozen tensor that lies below the trained one, with its key."""
+        held = self.whole[leaf]
+        return held.get(UNDER) if len(held) > 1 else None
+
+    @property
+    def saved(self) -> bool:
+        """True where PEFT's modules_to_save wrapper stands in a key."""
+        return any(SAVED in held for held in self.whole.values())
 
 
 @dataclass(frozen=True)
@@ -78,20 +113,20 @@ def read_modules(tensors: Mapping[str, LazyTensor], where: str) -> AdapterModule
         if whole:
             shared[whole] = tensor
             continue
-        module, part, saved = _split(bare, names)
+        module, part, place = _split(bare, names)
         if names:
             stripped[f"adapter name `{show(next(iter(names)))}`"] = None
         entry = modules.setdefault(module, Module(module))
         entry.keys.append(key)
-        entry.saved |= saved
-        slot: dict[str, LazyTensor] = entry.replaced if part.startswith("=") else entry.factors
-        name = part.removeprefix("=")
-        if name in slot or (part == "token_rows" and entry.token_rows is not None):
-            raise Refused("adapter-key-twice", f"two tensors are the {name} of one module", where=where, got=show(key))
-        if part == "token_rows":
-            entry.token_rows = tensor
+        held = entry.whole.setdefault(part, {}) if place else {}
+        if place in held or part in entry.factors or (part == "token_rows" and entry.token_rows is not None):
+            raise Refused("adapter-key-twice", f"two tensors are the {part} of one module", where=where, got=show(key))
+        if place:
+            held[place] = (key, tensor)
+        elif part == "token_rows":
+            entry.token_rows, entry.rows_key = tensor, key
         else:
-            slot[name] = tensor
+            entry.factors[part] = tensor
     return AdapterModules(modules, tuple(stripped), shared)
 
 
@@ -134,8 +169,8 @@ def _adapter_names(tensors: Mapping[str, LazyTensor]) -> frozenset[str]:
     return frozenset(names) if len(names) == 1 else frozenset()
 
 
-def _split(bare: str, names: frozenset[str]) -> tuple[str, str, bool]:
-    """Module, part and whether PEFT's modules_to_save wrapper stands in the key. Parts that replace begin with `=`."""
+def _split(bare: str, names: frozenset[str]) -> tuple[str, str, str]:
+    """Module, part, and for a whole tensor where it stands; nothing for factors and token rows."""
     match = _factor().match(bare)
     if match is not None:
         tail = [t for t in match["tail"].split(".")[1:] if t not in names]
@@ -144,16 +179,19 @@ def _split(bare: str, names: frozenset[str]) -> tuple[str, str, bool]:
             part += ".bias"
         elif tail not in ([], ["weight"]):
             part += "." + ".".join(tail)
-        return match["module"], part, False
+        return match["module"], part, ""
     match = _TOKENS.match(bare)
     if match is not None:
-        return match["module"], "token_rows", False
+        return match["module"], "token_rows", ""
     pieces = bare.split(".")
-    saved = "modules_to_save" in pieces
-    if saved:
+    place = PLAIN
+    if "modules_to_save" in pieces:
         at = pieces.index("modules_to_save")
         named = pieces[at + 1 : at + 2]
         drop = 2 if len(pieces) > at + 2 and named[0] in names | {"default"} else 1
         pieces = pieces[:at] + pieces[at + drop :]
-    pieces = [p for p in pieces if p != "base_layer"]
-    return ".".join(pieces[:-1]), "=" + pieces[-1], saved
+        place = SAVED
+    elif not _FROZEN.isdisjoint(pieces[:-1]):
+        place = UNDER
+    pieces = [*(p for p in pieces[:-1] if p not in _FROZEN), pieces[-1]]
+    return ".".join(pieces[:-1]), pieces[-1], place

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
+from converter.core.files.names import MODEL_PICKLED
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.words import HEAD_FILES
 from converter.text import fold, show
 
-TRL_FILE = "pytorch_model.bin"
+TRL_FILE = MODEL_PICKLED
 """Where TRL's wrapper saves the head beside an adapter; beside a whole model no loader looks there."""
 
 

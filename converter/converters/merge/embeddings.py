@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.ties import untied
 from converter.families.words import INPUT_MODULES, OUTPUT_MODULES
@@ -24,30 +25,36 @@ def untie(checkpoint: Checkpoint, names: Sequence[str], context: Context) -> Che
     return checkpoint.replace(config=untied(checkpoint.config), ties=ties)
 
 
-def with_vocabulary(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
+def with_vocabulary(checkpoint: Checkpoint, base: Checkpoint, prefix: str = "") -> Checkpoint:
     """`vocab_size` as many rows as the embeddings have, where an adapter brought resized ones.
+
+    Args:
+        prefix: what names of the checkpoint have before those of the base.
 
     Raises:
         Refused: only one of an untied pair was resized (`vocab-mismatch`).
     """
+    before_of = {
+        name: base.tensors.get(name) or base.tensors.get(name.removeprefix(prefix)) for name in checkpoint.tensors
+    }
     rows = {
-        name: (base.tensors[name].info.shape[0], tensor.info.shape[0])
-        for name, tensor in checkpoint.tensors.items()
-        if name in base.tensors and tensor.info.shape != base.tensors[name].info.shape
+        name: (old.info.shape[0], checkpoint.tensors[name].info.shape[0])
+        for name, old in before_of.items()
+        if old is not None and old.info.shape != checkpoint.tensors[name].info.shape
     }
     if not rows:
         return checkpoint
     befores, afters = {b for b, _ in rows.values()}, {a for _, a in rows.values()}
     stale = [
         name
-        for name, tensor in checkpoint.tensors.items()
-        if name not in rows and name.endswith(".weight") and len(tensor.info.shape) == 2 and is_vocabulary(name)
-        and tensor.info.shape[0] in befores
-    ]  # fmt: skip
+        for name, old in before_of.items()
+        if old is not None and name not in rows and is_vocabulary(name) and befores & {*old.info.shape[:1]}
+    ]
     if len(befores) != 1 or len(afters) != 1 or stale:
         raise Refused(
             "vocab-mismatch",
-            f"the adapter resizes {fold(rows)} and not {fold(stale) or 'the rest'}",
+            f"the adapter was trained with {fold(map(str, sorted(afters)))} tokens and brings {fold(rows)} for them; "
+            + (f"the new rows of {fold(stale)} were never saved" if stale else "they do not agree"),
             where=show(base.origin.asked),
             expected=f"{sorted(afters)} rows in input and output embeddings",
             got=f"{sorted(befores)} rows in the base",
@@ -64,6 +71,13 @@ def with_vocabulary(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
 
 
 def is_vocabulary(name: str) -> bool:
-    """True for an input or output embedding, by the name of its module."""
-    module = name.split(".")[-2]
-    return module in (*INPUT_MODULES, *OUTPUT_MODULES, "output")
+    """True for an input or output embedding, or a bias of the latter, by the name of its module."""
+    pieces = name.split(".")
+    return len(pieces) > 1 and pieces[-2] in (*INPUT_MODULES, *OUTPUT_MODULES, "output")
+
+
+def has_vocabulary_rows(name: str, tensor: LazyTensor, base: Checkpoint) -> bool:
+    """True for a tensor with a row for each token: by its name, or as many rows as a `vocab_size` of the config."""
+    parts = (base.config, *(v for v in base.config.values() if isinstance(v, Mapping)))
+    rows = tensor.info.shape[0] if tensor.info.shape else 0
+    return is_vocabulary(name) or rows in [part.get("vocab_size") for part in parts]

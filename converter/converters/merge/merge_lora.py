@@ -16,20 +16,30 @@ from typing import ClassVar, Literal
 
 from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import AdapterModules, Module, read_modules
+from converter.converters.merge.adapter_values import expect_finite, with_alpha
 from converter.converters.merge.carried_heads import carried_files
-from converter.converters.merge.embeddings import is_vocabulary, untie, with_prefix, with_vocabulary
+from converter.converters.merge.embeddings import untie, with_prefix, with_vocabulary
+from converter.converters.merge.foreign_adapters import plain_names
 from converter.converters.merge.layer import merged, updates_of, with_token_rows
 from converter.converters.merge.methods.method import AdapterConfig, Method, Site, Update
 from converter.converters.merge.name_rules import AS_IN_BASE, NameRule, find_rule
-from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_head, is_new_head
+from converter.converters.merge.remote_code import tell_of_code
+from converter.converters.merge.task import with_task
+from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_new_head
+from converter.converters.merge.trained_files import (
+    expect_nothing_unread,
+    trained_files,
+    with_trained_files,
+    without_trained_files,
+)
+from converter.converters.merge.whole_tensors import WholeTensors
 from converter.core.checkpoint import Checkpoint, Input, SideFile
 from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.side_files import adapter_first
-from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
-from converter.diagnostic import Again, Steps
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.families.memory_names import architectures, classifier
 from converter.text import fold, show
@@ -46,6 +56,7 @@ class MergeLora:
         weights: a factor for each adapter's update, in order; empty: 1 each.
         numerics: `best` or `peft`.
         base_is_residual: the base is already the one that a PiSSA or OLoRA start left; do not move it again.
+        lora_alpha: the alpha of training, for adapters that record none or 0.
     """
 
     name: ClassVar[str] = "merge-lora"
@@ -54,6 +65,7 @@ class MergeLora:
     weights: tuple[float, ...] = ()
     numerics: Numerics = "best"
     base_is_residual: bool = False
+    lora_alpha: float | None = None
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The merged checkpoint.
@@ -70,10 +82,32 @@ class MergeLora:
         if self.numerics == "peft" and any(w != 1 for w in weights):
             raise UsageError("weights", "PEFT merges with weight 1 only; use --numerics best with --weight")
         _refuse_quantised(checkpoint)
-        merge = _Merge(checkpoint, context, self.numerics)
-        for adapter, weight in zip(self.adapters, weights, strict=True):
-            merge.add(adapter, float(weight), read_adapter_config(adapter, base_is_residual=self.base_is_residual))
-        return merge.result()
+        tell_of_code(checkpoint, context)
+        adapters = [with_task(a, checkpoint) for a in with_alpha(self.adapters, self.lora_alpha)]
+        configs = [read_adapter_config(a, base_is_residual=self.base_is_residual) for a in adapters]
+        for group in _in_order(adapters, configs, context):
+            merge = _Merge(checkpoint, context, self.numerics)
+            for at in group:
+                merge.add(adapters[at], float(weights[at]), configs[at])
+            checkpoint = merge.result()
+        return checkpoint
+
+
+def _in_order(
+    adapters: Sequence[Checkpoint], configs: Sequence[AdapterConfig], context: Context
+) -> Sequence[Sequence[int]]:
+    """Adapters that are merged together, by number: all, or one after another.
+
+    An update that depends on the weight below it (DoRA's norm) and an adapter that records another base than the first:
+    it was trained over what the ones before it made.
+    """
+    bases = {show(a.config.get("base_model_name_or_path")) for a in adapters}
+    if len(bases) < 2 or all(c.method.is_linear for c in configs[1:]):
+        return [range(len(adapters))]
+    listed = ", then ".join(show(a.origin.asked) for a in adapters)
+    text = f"the adapters record different bases, and not all add up: merged one into the result of another, {listed}"
+    context.note("info", "adapters-in-order", text)
+    return [[at] for at in range(len(adapters))]
 
 
 def _refuse_quantised(base: Checkpoint) -> None:
@@ -94,24 +128,28 @@ class _Merge:
     context: Context
     numerics: Numerics
     updates: dict[str, list[Update]] = field(default_factory=dict)
-    replaced: dict[str, LazyTensor] = field(default_factory=dict)
-    token_rows: dict[str, tuple[LazyTensor, tuple[int, ...]]] = field(default_factory=dict)
     heads: list[NewHead] = field(default_factory=list)
-    one_sided: set[str] = field(default_factory=set)
     adapters: list[Checkpoint] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     prefix: str = ""
 
+    def __post_init__(self) -> None:
+        self.whole = WholeTensors(self.context)
+
     def add(self, adapter: Checkpoint, weight: float, config: AdapterConfig) -> None:
         where = show(adapter.origin.asked)
-        read = read_modules(adapter.tensors, where)
-        self.adapters.append(adapter)
+        expect_finite(adapter, self.context)
+        held, said = plain_names(adapter.tensors, where)
+        expect_nothing_unread(adapter, self.context)
+        files = trained_files(adapter)
+        read = with_trained_files(read_modules(held, where), files, where)
+        self.adapters.append(without_trained_files(adapter))
         trained = classifier(self.base.config, adapter.config)
         new = {n for n, m in read.modules.items() if is_new_head(m, config, self._names(), trained)}
         expect_head(config, bool(new), self.base, trained, where)
         needed = _needed((m for n, m in read.modules.items() if n not in new), config.method)
-        rule = self._rule(needed, adapter, where)
-        self._say_names(rule, read.stripped)
+        rule = self._rule(needed, adapter, where, files)
+        self._say_names(rule, (*read.stripped, *said))
         self._settle_ties({rule.tensor(f"{module}.{leaf}") for module, leaves in needed.items() for leaf in leaves})
         self.prefix = rule.lacks or self.prefix
         if config.token_indices and all(m.token_rows is None for m in read.modules.values()):
@@ -119,10 +157,10 @@ class _Merge:
             raise Refused("adapter-tokens", what, where=where)
         for module in read.modules.values():
             if module.name in new:
-                self.heads.append(NewHead(module, config, adapter, trained))
-                continue
-            self._replace(module, rule, config, where)
-            self._token_rows(module, rule.tensor(f"{module.name}.weight"), config, where)
+                self._add_head(NewHead(module, config, adapter, trained), where)
+            else:
+                self.whole.add(self.base, module, rule, config, where)
+        self.whole.add_rows(self.base, (m for n, m in read.modules.items() if n not in new), rule, config, where)
         sites = self._sites(read, new, rule, config, weight, where)
         found = {site.module.name: self._update(site, rule) for site in sites}
         self._refuse_no_op(read, found, config.method, where)
@@ -158,7 +196,10 @@ class _Merge:
 
     def _below(self, module: Module, rule: NameRule, method: Method) -> dict[str, TensorInfo]:
         """The base's tensors of a module: those that the method needs, and its bias where it has one."""
-        found = {leaf: self._stored(rule.tensor(f"{module.name}.{leaf}")).info for leaf in method.leaves(module)}
+        found = {
+            leaf: self.whole.root(self.base, rule.tensor(f"{module.name}.{leaf}")).info
+            for leaf in method.leaves(module)
+        }
         bias = rule.tensor(f"{module.name}.bias")
         return {**found, "bias": self.base.tensors[bias].info} if bias in self.base.tensors else found
 
@@ -178,90 +219,30 @@ class _Merge:
         """Tensors of the base, those that exist only through a tie included."""
         return set(self.base.tensors) | {name for group in self.base.ties for name in group}
 
-    def _rule(self, needed: Mapping[str, Sequence[str]], adapter: Checkpoint, where: str) -> NameRule:
+    def _rule(
+        self, needed: Mapping[str, Sequence[str]], adapter: Checkpoint, where: str, files: Collection[str]
+    ) -> NameRule:
         classes = architectures(self.base.config, adapter.config)
         stored, tied = self.base.tensors, [n for group in self.base.ties for n in group if n not in self.base.tensors]
-        return find_rule(needed, stored, tied, classes, adapter=where, base=show(self.base.origin.asked))
+        try:
+            return find_rule(needed, stored, tied, classes, adapter=where, base=show(self.base.origin.asked))
+        except Refused as error:
+            if files:
+                error.what += f" (the adapter's, and those of {fold(files)} beside it)"
+            raise
 
     def _say_names(self, rule: NameRule, stripped: tuple[str, ...]) -> None:
         taken = [s for s in stripped if s != "`base_model.model.`"]
         if taken or rule.words != AS_IN_BASE:
-            words = [*(f"{s} taken off" for s in taken), rule.words]
+            words = [*(f"{s} taken off" if s.endswith("`") else s for s in taken), rule.words]
             self.context.note("info", "adapter-names", "adapter names: " + "; ".join(words))
 
-    def _stored(self, name: str) -> LazyTensor:
-        """The base's tensor, or the one it is tied to; an adapter's copy of it where there is one."""
-        for candidate in (name, *self.base.tied_to(name)):
-            if candidate in self.replaced and (candidate == name or candidate not in self.one_sided):
-                return self.replaced[candidate]
-        for candidate in (name, *self.base.tied_to(name)):
-            if candidate in self.base.tensors:
-                return self.base.tensors[candidate]
-        raise Refused("adapter-unmatched", f"the base has no {show(name)}", where=show(self.base.origin.asked))
-
-    def _replace(self, module: Module, rule: NameRule, config: AdapterConfig, where: str) -> None:
-        for leaf, tensor in module.replaced.items():
-            name = rule.tensor(f"{module.name}.{leaf}")
-            if name in self.replaced:
-                raise Refused("adapters-conflict", f"two adapters replace {show(name)}; only one can", where=where)
-            old = self._stored(name)
-            saved = module.saved or any(_is_below(module.name, m) for m in config.modules_to_save)
-            if not (saved or is_vocabulary(name) or (leaf == "bias" and config.bias != "none")):
-                raise Refused(
-                    "adapter-unexpected",
-                    f"{show(module.keys[0])} would replace {show(name)}, and the config does not ask for that",
-                    where=where,
-                    expected="its module in modules_to_save, an embedding, or a bias with bias=all",
-                )
-            grows = leaf == "weight" and tensor.info.shape[1:] == old.info.shape[1:] and len(old.info.shape) == 2
-            grows = grows and not is_head(name)
-            if tensor.info.shape != old.info.shape and not grows:
-                raise Refused(
-                    "adapter-shape",
-                    f"{show(module.keys[0])} does not fit the base's {show(name)}",
-                    where=where,
-                    expected=str(list(old.info.shape)),
-                    got=str(list(tensor.info.shape)),
-                )
-            if saved and not config.ensure_weight_tying:
-                self.one_sided.add(name)
-            elif self._has_twin(name, tensor, where):
-                self.dropped[module.keys[0]] = f"identical with {show(name)}, to which it is tied"
-                continue
-            self.replaced[name] = tensors.cast(tensor, old.info.dtype)
-            members = (name,) if name in self.one_sided else (name, *self.base.tied_to(name))
-            self.dropped |= {n: "replaced by the adapter's own" for n in members if n in self.base.tensors}
-
-    def _has_twin(self, name: str, tensor: LazyTensor, where: str) -> bool:
-        """True where the adapter has the tensor a second time, as its tied partner.
-
-        Raises:
-            Refused: the two differ, though the model has one tensor (`tied-copies-differ`).
-        """
-        twins = [n for n in self.base.tied_to(name) if n in self.replaced and n not in self.one_sided]
-        for twin in twins:
-            if not self.context.equal(tensors.cast(tensor, self.replaced[twin].info.dtype), self.replaced[twin]):
-                what = f"{show(name)} and {show(twin)} are one tensor in the base, and the adapter's copies differ"
-                raise Refused("tied-copies-differ", what, where=where)
-        return bool(twins)
-
-    def _token_rows(self, module: Module, name: str, config: AdapterConfig, where: str) -> None:
-        rows = module.token_rows
-        if rows is None:
-            return
-        indices = config.token_indices.get("", ())
-        for key, listed in config.token_indices.items():
-            if key and _names_module(module.name, key):
-                indices = listed
-        if len(indices) != rows.info.shape[0] or len(set(indices)) != len(indices):
-            raise Refused(
-                "adapter-tokens",
-                f"{show(module.keys[0])} has {rows.info.shape[0]} rows, the config lists {len(indices)} token indices",
-                where=where,
-            )
-        if name in self.token_rows:
-            raise Refused("adapters-conflict", f"two adapters train rows of {show(name)}", where=where)
-        self.token_rows[name] = (rows, indices)
+    def _add_head(self, head: NewHead, where: str) -> None:
+        """A head that the base lacks; what PEFT keeps below the trained one is not needed."""
+        self.heads.append(head)
+        self.whole.settle_copies(head.module, where)
+        frozen = [u for leaf in head.module.whole if (u := head.module.under(leaf)) is not None]
+        self.dropped |= {key: "the head as it was before training" for key, _ in frozen}
 
     def _update(self, site: Site, rule: NameRule) -> tuple[Update, ...]:
         updates = updates_of(site)
@@ -287,7 +268,7 @@ class _Merge:
         scales = [update.scale for updates in found.values() for update in updates]
         if scales and not any(scales):
             text = "lora_alpha or the weight is 0: every update is zero, and the result would be the base"
-            self.context.consent(Refused("no-op", text, where=where, next="set the alpha that training used"))
+            self.context.consent(Refused("no-op", text, where=where, next=_alpha_again(where)))
         elif found and len(zero) == len(found):
             count = f"{len(zero)} of {len(found)}"
             text = f"every {what} is zero ({count}): the adapter was never trained, the result would be the base"
@@ -299,21 +280,16 @@ class _Merge:
     def result(self) -> Checkpoint:
         out: dict[str, LazyTensor] = dict(self.base.tensors)
         untied: list[str] = []
-        for name in dict.fromkeys([*self.replaced, *self.token_rows, *self.updates]):
-            tensor = self._merged(name)
-            partners = self.base.tied_to(name)
-            if not partners:
-                out[name] = tensor
-            elif name in self.updates or name in self.one_sided:
-                untied.append(name)
-                out[name] = tensor
-                for partner in partners:
-                    if partner not in self.updates and partner not in self.replaced:
-                        out[partner] = self._partner(name, partner)
-            else:
-                for member in (name, *partners):
-                    if member in out:
-                        out[member] = tensor
+        built: list[str] = []
+        for name in dict.fromkeys([*self.whole.own, *self.whole.rows, *self.updates]):
+            group = [name, *self.base.tied_to(name)]
+            if not set(group) & set(built):
+                apart = any(n in self.updates for n in group) or not self.whole.is_tied_still(self.base, group)
+                members = group if apart else [name]
+                built += members
+                untied += group if apart and len(group) > 1 else []
+                values = {n: self._merged(n) for n in members}
+                out |= values if apart else {n: values[name] for n in group if n in out or len(group) == 1}
         beside, replaced = carried_files(self.base, self.adapters, self.context)
         checkpoint = self.base.replace(
             tensors=out,
@@ -321,35 +297,28 @@ class _Merge:
             inputs=self._inputs(),
             checks=self.base.checks + tuple(c for adapter in self.adapters for c in adapter.checks),
             side_files=self._side_files(),
-            dropped=dict(self.base.dropped) | self.dropped | replaced,
+            dropped={**self.base.dropped, **self.dropped, **self.whole.left_out(self.base, built), **replaced},
         )
         checkpoint = untie(checkpoint, untied, self.context) if untied else checkpoint
-        checkpoint = with_vocabulary(checkpoint, self.base)
         if self.heads:
             checkpoint = add_task_head(
                 checkpoint,
                 self.heads,
                 self.context,
                 prefix=self.prefix,
-                touched={*self.updates, *self.replaced},
+                touched={*self.updates, *self.whole.own},
                 cast_to_base=self.numerics == "peft",
             )
         elif self.prefix and any(n for n in out if n not in self.base.tensors):
             checkpoint = with_prefix(checkpoint, self.prefix, set(self.base.tensors))
-        return checkpoint
-
-    def _partner(self, name: str, partner: str) -> LazyTensor:
-        """The other side of a tie that comes apart: as it was, but for copies and rows that belong to both."""
-        stored = self._stored(partner) if partner not in self.one_sided else self.replaced[partner]
-        rows = self.token_rows.get(partner) or self.token_rows.get(name)
-        return with_token_rows(stored, *rows) if rows else stored
+        return with_vocabulary(checkpoint, self.base, self.prefix)
 
     def _merged(self, name: str) -> LazyTensor:
-        weight = self._stored(name)
+        weight = self.whole.root(self.base, name)
         if name in self.updates:
             weight = merged(weight, self.updates[name], self.numerics)
-        rows = self.token_rows.get(name)
-        return with_token_rows(weight, *rows) if rows else weight
+        rows = self.whole.rows_of(self.base, name)
+        return with_token_rows(weight, rows.rows, rows.indices) if rows else weight
 
     def _side_files(self) -> dict[str, SideFile]:
         """The tokenizer is the first adapter's that brings one; everything else the base's."""
@@ -365,6 +334,12 @@ class _Merge:
         return merged
 
 
+def _alpha_again(where: str) -> Steps:
+    """The same command with the alpha that training used."""
+    merge = Command("merge-lora", (where, "OUT", "--lora-alpha", "N"))
+    return Steps(Again(("--lora-alpha", "N"), otherwise=merge), ", N being the alpha of the training script")
+
+
 def _needed(modules: Iterable[Module], method: Method) -> dict[str, list[str]]:
     """The tensors, by module, that the base must have: what is updated or replaced."""
     needed: dict[str, list[str]] = {}
@@ -375,13 +350,3 @@ def _needed(modules: Iterable[Module], method: Method) -> dict[str, list[str]]:
         )
         needed[module.name] = list(dict.fromkeys([*module.replaced, *changed]))
     return needed
-
-
-def _names_module(module: str, name: str) -> bool:
-    return module == name or module.endswith("." + name)
-
-
-def _is_below(module: str, name: str) -> bool:
-    """True for a module that modules_to_save names, and for what is inside one; PEFT compares the names' ends."""
-    pieces = module.split(".")
-    return any(".".join(pieces[:n]).endswith(name) for n in range(1, len(pieces) + 1))

@@ -15,17 +15,18 @@ from converter.converters.merge.layer import merged_alone
 from converter.converters.merge.methods.method import AdapterConfig
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
+from converter.core.files.names import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from converter.core.side_files import side_json
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.memory_names import Classifier, without_numbers
-from converter.families.words import CLASSIFIERS, OUTPUT_MODULES
+from converter.families.words import CLASSIFIERS, DECODER_CLASSES, OUTPUT_MODULES
 from converter.text import fold, show
 
 TASK_SUFFIX = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
-_BASE_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForTokenClassification", "Model")
+_BASE_SUFFIXES = (*DECODER_CLASSES, "ForSequenceClassification", "ForTokenClassification", "Model")
 
 
 @dataclass(frozen=True)
@@ -247,21 +248,21 @@ def _pad_token(adapter: Checkpoint, base: Checkpoint) -> tuple[int | None, str]:
 def pad_token_of(files: Mapping[str, SideFile]) -> int | None:
     """The id of a tokenizer's pad token, read from its files; None where it has none."""
     token = None
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
         value = side_json(files, name).get("pad_token")
         token = token or (value.get("content") if isinstance(value, dict) else value)
     if not isinstance(token, str):
         return None
-    for identifier, entry in (side_json(files, "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
+    for identifier, entry in (side_json(files, TOKENIZER_CONFIG).get("added_tokens_decoder") or {}).items():
         if isinstance(entry, dict) and entry.get("content") == token and str(identifier).isdigit():
             return int(identifier)
-    tokenizer = side_json(files, "tokenizer.json")
+    tokenizer = side_json(files, TOKENIZER)
     for entry in tokenizer.get("added_tokens") or []:
         if isinstance(entry, dict) and entry.get("content") == token and isinstance(entry.get("id"), int):
             return int(entry["id"])
     model = tokenizer.get("model")
-    vocabularies = [side_json(files, "added_tokens.json"), model.get("vocab") if isinstance(model, dict) else None]
-    for vocabulary in (*vocabularies, side_json(files, "vocab.json")):
+    vocabularies = [side_json(files, ADDED_TOKENS), model.get("vocab") if isinstance(model, dict) else None]
+    for vocabulary in (*vocabularies, side_json(files, VOCABULARY)):
         if isinstance(vocabulary, dict) and isinstance(vocabulary.get(token), int):
             return int(vocabulary[token])
     return None

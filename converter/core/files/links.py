@@ -15,7 +15,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-RECEIPT_FILE = "rlhf-convert.json"
+from converter.core.files.names import RECEIPT
+
 LINKED = "linked"
 """Key of the receipt: file names mapped to `size` in bytes and `header`, the sha256 of the header's bytes."""
 
@@ -30,7 +31,7 @@ def header_digest(raw: bytes) -> str:
 
 def recorded(name: str, root: Path) -> dict[str, Any] | None:
     """What the receipt in `root` says of the link of that name; None where it says nothing."""
-    receipt = root / RECEIPT_FILE
+    receipt = root / RECEIPT
     try:
         status = os.lstat(receipt)
     except OSError:

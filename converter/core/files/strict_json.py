@@ -91,4 +91,4 @@ def _refuse_constant(text: str, where: str) -> NoReturn:
 
 
 def _bad(where: str, why: str) -> Refused:
-    return Refused("json-malformed", f"the JSON can't be trusted: {why}", where=show(where))
+    return Refused("json-malformed", f"the JSON can't be trusted: {why}", where=show(where), facts={"why": why})

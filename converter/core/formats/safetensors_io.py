@@ -165,7 +165,7 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, tuple[TensorInfo, int, in
     try:
         header = parse_json(text, where=str(path), most=MAX_HEADER_VALUES)
     except Refused as error:
-        raise _lies(path, error.what.replace("the JSON", "the header")) from error
+        raise _lies(path, f"the header can't be trusted: {error.facts['why']}") from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _lies(path, "__metadata__ is not an object of strings")

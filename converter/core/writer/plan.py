@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from converter.core.checkpoint import Checkpoint, RecordCheck, SideFile
 from converter.core.context import Context
-from converter.core.files.links import RECEIPT_FILE
+from converter.core.files.names import ADAPTER_CONFIG, ADAPTER_STEM, MODEL_CONFIG, RECEIPT
 from converter.core.files.opening import Identity
 from converter.core.formats.safetensors_io import Header, build_index
 from converter.core.tensors.nodes import Filled, LazyTensor
@@ -33,12 +33,8 @@ DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
 """Source: transformers `save_pretrained`, https://huggingface.co/docs/transformers/v4.57.0/big_models#sharded-checkpoints."""
 
 Layout = Literal["auto", "preserve", "pack"]
-CONFIG_FILE = "config.json"
 WEIGHTS_STEM = "model"
 TORCH_STEM = "pytorch_model"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-ADAPTER_STEM = "adapter_model"
-"""PEFT reads one file of this name, whatever its size."""
 
 _WEIGHT_FILE = re.compile(r"\w[\w.-]{0,199}\.(?:safetensors|bin|pt)", re.ASCII)
 _FOLDER = re.compile(r"\w[\w-]{0,99}", re.ASCII)
@@ -199,7 +195,7 @@ def make_plan(
     beside = [
         lay_out(file, list(tensors.items()), {}, keep=keep) for file, tensors in checkpoint.beside.items() if tensors
     ]
-    config_file = ADAPTER_CONFIG_FILE if is_adapter(checkpoint) else CONFIG_FILE
+    config_file = ADAPTER_CONFIG if is_adapter(checkpoint) else MODEL_CONFIG
     files = dict(checkpoint.side_files) | {config_file: SideFile(content=config_content(checkpoint))}
     if len(main) > 1:
         weight_map = {n: name for name, group in zip(names, groups, strict=True) for n in group}
@@ -251,7 +247,7 @@ def _expect_plain_names(checkpoint: Checkpoint, shards: Sequence[str], files: Ma
     """Names come from steps and dialects, strangers' ones too: none may lead out of the output, or be another's."""
     wrong = [f for f in checkpoint.beside if not _WEIGHT_FILE.fullmatch(f)]
     wrong += [checkpoint.subfolder] if checkpoint.subfolder and not _FOLDER.fullmatch(checkpoint.subfolder) else []
-    taken = {*files, RECEIPT_FILE, *(name.partition("/")[0] for name in checkpoint.side_files)}
+    taken = {*files, RECEIPT, *(name.partition("/")[0] for name in checkpoint.side_files)}
     wrong += [f for i, f in enumerate(shards) if f in taken or f in shards[:i]]
     wrong += [checkpoint.subfolder] if checkpoint.subfolder in taken else []
     if wrong:

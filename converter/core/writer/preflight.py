@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from converter.core.files.links import RECEIPT_FILE
+from converter.core.files.names import RECEIPT
 from converter.core.tensors.nodes import is_separable, rows
 from converter.core.writer.plan import Plan
 from converter.core.writer.shard_plan import chunk_cost
@@ -56,7 +56,7 @@ def check_target(out: Path, inputs: Iterable[str], *, overwrite: bool) -> None:
     if not _is_ours(out):
         raise Refused(
             "output-foreign",
-            f"the folder has files, and no {RECEIPT_FILE}: this tool did not make it",
+            f"the folder has files, and no {RECEIPT}: this tool did not make it",
             where=show(out),
             next="choose another name, or remove the folder yourself",
         )
@@ -64,7 +64,7 @@ def check_target(out: Path, inputs: Iterable[str], *, overwrite: bool) -> None:
 
 def _is_ours(out: Path) -> bool:
     """True for what `--overwrite` may replace: an empty folder, or one with a receipt."""
-    return out.is_dir() and (not os.listdir(out) or (out / RECEIPT_FILE).is_file())
+    return out.is_dir() and (not os.listdir(out) or (out / RECEIPT).is_file())
 
 
 def _protected_target(out: Path) -> Refused:

@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.core.files.links import RECEIPT_FILE
+from converter.core.files.names import RECEIPT
 from converter.core.writer.copying import write_all
 from converter.errors import Refused
 from converter.text import show
@@ -200,7 +200,7 @@ class Stage:
         A finished model of another origin, which its owner may have moved here, must not be taken for that.
         """
         try:
-            receipt = json.loads((self.folder / RECEIPT_FILE).read_bytes())
+            receipt = json.loads((self.folder / RECEIPT).read_bytes())
         except (OSError, ValueError, RecursionError):
             return False
         expected = {} if origin is None else json.loads(json.dumps(dict(origin)))
@@ -272,7 +272,7 @@ class Stage:
         try:
             if self._lock >= 0 and self._is_current():
                 if self.is_ours:
-                    marks = {JOURNAL, RECEIPT_FILE}
+                    marks = {JOURNAL, RECEIPT}
                     self._empty(keep=marks)
                     fsync_folder(self.folder)
                     self._empty(keep=())
@@ -335,7 +335,7 @@ class Stage:
             os.rename(self.old, self.out)
             fsync_folder(self.out.parent)
             self._unmark()
-        elif not (self.out / RECEIPT_FILE).is_file():
+        elif not (self.out / RECEIPT).is_file():
             raise self._foreign(self.out)
         else:
             # A folder takes its lock along when it is renamed: the run that published it may still be clearing up.

@@ -16,7 +16,8 @@ from typing import Any
 from converter.core.compute.allocator import keep_freed_memory
 from converter.core.compute.measures import Measures, with_ratios
 from converter.core.files import sparse
-from converter.core.files.links import LINKED, RECEIPT_FILE, header_digest
+from converter.core.files.links import LINKED, header_digest
+from converter.core.files.names import RECEIPT
 from converter.core.files.reading import InputFiles
 from converter.core.writer.plan import Plan
 from converter.core.writer.preflight import check_space, check_target, memory_limit
@@ -252,13 +253,13 @@ def _write_side_files(plan: Plan, stage: Stage, files: InputFiles, receipt: Mapp
         write_durably(target, content)
         if target.parent != stage.folder:
             fsync_folder(target.parent)
-    write_durably(stage.folder / RECEIPT_FILE, receipt_text(receipt))
+    write_durably(stage.folder / RECEIPT, receipt_text(receipt))
     fsync_folder(stage.folder)
 
 
 def _expect_all_files(plan: Plan, stage: Stage) -> None:
     """The last look before the rename: every file that was planned, and no other."""
-    expected = {s.file for s in plan.shards} | {*plan.side_files, RECEIPT_FILE}
+    expected = {s.file for s in plan.shards} | {*plan.side_files, RECEIPT}
     if wrong := stage.files() ^ expected:
         raise VerificationFailed(
             "written-differs",

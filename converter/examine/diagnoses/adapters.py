@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from converter.converters.merge.asked_modules import modules_missing
 from converter.core.context import Context
-from converter.diagnostic import Next, Severity, completed
+from converter.core.files.names import ADAPTER_CONFIG
+from converter.diagnostic import Next, Severity, Steps, completed
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.examine.diagnoses.commands import filling_command
 from converter.families.factors import alternatives, factor_in_name, factor_pairs, zero_factors
 from converter.families.family import family
-from converter.families.words import OUTPUT_MODULES, PEFT_PREFIX, without_wrappers
+from converter.families.words import LORA_MAGNITUDE, OUTPUT_MODULES, PEFT_PREFIX, without_wrappers
 from converter.sources.finding import sources
 from converter.sources.survey import StoredTensor
 from converter.text import fold, show
@@ -31,6 +32,9 @@ REFUSALS: dict[str, str] = {
         "another "
         "base, a prefix that is doubled or missing, or an adapter of another version's names."
     ),
+    "adapter-files-unread": "Weight files lie beside the adapter that are not merged: a part of what was trained may "
+    "be in them. A file that holds the adapter's own tensors again is a copy; what else is there has to be looked at.",
+    "adapter-task-unknown": "The adapter brings a head and has no task type, and more than one class has such a head.",
     "adapter-shape": "A tensor of the adapter has another shape than the base's layer: another base, or another "
     "size of it.",
     "adapter-rank": "The ranks in adapter_config.json are not those of the tensors: the config is of another run.",
@@ -180,11 +184,10 @@ def lora_alpha_zero(case: Case, context: Context) -> Iterable[Finding]:
     model, byte for byte. verl's merger writes 0 where it does not know the value. The number is in the training script.
     """
     if case.adapter_config.get("lora_alpha") == 0:
-        text = "lora_alpha is 0: a merge would give the base model back. Put the training script's value there"
-        advice = "set lora_alpha in adapter_config.json"
-        yield Finding(
-            code="lora-alpha-zero", severity="error", text=text, evidence=("adapter_config.json",), next=advice
-        )
+        text = "lora_alpha is 0: a merge would give the base model back. The training script has the value"
+        merge = case.command("merge-lora", out="merged").with_options("--lora-alpha", "N")
+        advice = Steps(merge, ", N being the alpha of the training script")
+        yield Finding(code="lora-alpha-zero", severity="error", text=text, evidence=(ADAPTER_CONFIG,), next=advice)
 
 
 @diagnosis("no-op", "adapter")
@@ -220,12 +223,19 @@ def _is_zero(entry: StoredTensor, context: Context) -> bool:
 
 
 def _halves(case: Case) -> tuple[tuple[str, ...], int]:
-    """Modules with one factor only, and how many there are."""
+    """Modules that lack one of their factors, and how many modules there are."""
     found: dict[str, set[str]] = {}
     for name in case.shapes:
         if match := factor_in_name().match(name):
             found.setdefault(match["module"], set()).add(match["kind"])
-    alone = [m for m, kinds in found.items() if any(len(kinds & set(pair)) == 1 for pair in factor_pairs())]
+    has_magnitude = case.adapter_config.get("use_dora") is True
+
+    def is_half(kinds: set[str]) -> bool:
+        """One factor of a pair, or DoRA's magnitude without factors, or factors without it."""
+        lacks = has_magnitude and (LORA_MAGNITUDE in kinds) != bool(kinds - {LORA_MAGNITUDE})
+        return lacks or any(len(kinds & set(pair)) == 1 for pair in factor_pairs())
+
+    alone = [m for m, kinds in found.items() if is_half(kinds)]
     return tuple(sorted(alone)), len(found)
 
 
@@ -236,7 +246,8 @@ def adapter_half(case: Case, context: Context) -> Iterable[Finding]:
     """
     alone, count = _halves(case)
     if alone:
-        text = f"{len(alone)} of {count} modules have one LoRA factor only: {fold(alone)}"
+        what = "lack a LoRA factor" if case.adapter_config.get("use_dora") is True else "have one LoRA factor only"
+        text = f"{len(alone)} of {count} modules {what}: {fold(alone)}"
         places = case.training_near()
         found = f"from {places[0].asked}" if places else LOST
         yield Finding(

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from converter.converters.heads.whole import Judgement, judge
 from converter.core.checkpoint import Checkpoint, Origin
 from converter.core.context import Context
+from converter.core.files.names import ADAPTER_CONFIG, MODEL_CONFIG
 from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
 from converter.core.tensors.dtypes import TensorInfo
 from converter.diagnostic import Command, Diagnostic, Severity, as_argument, spelled
@@ -20,7 +21,7 @@ from converter.errors import ConvertError, Refused
 from converter.examine.diagnoses.script import Launch
 from converter.families.plain_names import plain_names
 from converter.sources.finding import sources
-from converter.sources.survey import ADAPTER_CONFIG, MODEL_CONFIG, SourceKind, StoredTensor, Survey, file_names
+from converter.sources.survey import SourceKind, StoredTensor, Survey, file_names
 from converter.text import fold, show
 
 T = TypeVar("T")
@@ -102,8 +103,16 @@ class Near:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """Its config.json, or nothing."""
+        return self._json(MODEL_CONFIG)
+
+    @cached_property
+    def adapter_config(self) -> Mapping[str, Any]:
+        """Its adapter_config.json, or nothing."""
+        return self._json(ADAPTER_CONFIG)
+
+    def _json(self, name: str) -> Mapping[str, Any]:
         try:
-            value = load_json(self.path / MODEL_CONFIG, limit=_TOKENIZER_BYTES, root=self.path, allow_nan=True)
+            value = load_json(self.path / name, limit=_TOKENIZER_BYTES, root=self.path, allow_nan=True)
         except (ConvertError, OSError):
             return {}
         return value if isinstance(value, dict) else {}

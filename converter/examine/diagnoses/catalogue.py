@@ -43,7 +43,7 @@ ROWS: dict[str, Row] = {
     "A15": _row("torch's distributed checkpoint", "training-state"),
     "A16": _row("Megatron's shards", "megatron"),
     "A17": _row("resumed at another world size", unseen="the files are sound: the new job has another number of ranks"),
-    "A18": _row("flat parameters of FSDP", "fsdp-flat"),
+    "A18": _row("flat parameters of FSDP", "fsdp-flat", "adapter-named-otherwise"),
     "B1": _row("the head is absent", "head-missing"),
     "B2": _row("the head in a file of its own", "head-dialect", "heads-several", "loader-random"),
     "B3": _row("the head under another name", "head-named-otherwise", "head-dialect", "launch-head-name"),

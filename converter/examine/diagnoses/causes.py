@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from converter.converters.heads.detect import head_like
+from converter.core.files.names import GENERATION_CONFIG, MODEL_INDEX
 from converter.diagnostic import Again, Command, Next, Steps, is_command
 from converter.examine.diagnoses.case import SEVERITIES, Case, Finding
 from converter.examine.diagnoses.commands import convert_command, role_word
@@ -57,8 +58,15 @@ def _is_said(finding: Finding, every: Sequence[Finding]) -> bool:
     """True where other findings name every one of its tensors."""
     others = [f for f in every if f.code not in _SAME_TENSORS]
     named = {n for f in others if f.severity != "cosmetic" or f.code in _OTHER_NAMES for n in f.tensors}
+    behind = {end for f in others if f.code in _OTHER_NAMES for n in f.tensors for end in _ends(n)}
     heads = any(f.code in _NAMES_THE_HEAD for f in others)
-    return all(n in named or (heads and is_of_head(n)) for n in finding.tensors)
+    return all(n in named or n in behind or (heads and is_of_head(n)) for n in finding.tensors)
+
+
+def _ends(name: str) -> list[str]:
+    """What a name is without its first words: the model's own, behind a prefix."""
+    words = name.split(".")
+    return [".".join(words[at:]) for at in range(1, len(words))]
 
 
 def is_of_head(name: str) -> bool:
@@ -116,7 +124,7 @@ def _restored(finding: Finding, case: Case) -> str:
 
 def _index_moved(finding: Finding, case: Case) -> Next:
     """The command that puts a wrong index aside, after which a new one is made from the headers."""
-    name = finding.evidence[0] if finding.evidence else "model.safetensors.index.json"
+    name = finding.evidence[0] if finding.evidence else MODEL_INDEX
     index = f"{case.folder.rstrip('/')}/{name}"
     return Steps(_move(index, f"{index}.old"), case.repair())
 
@@ -134,15 +142,10 @@ def _named_rightly(finding: Finding, case: Case) -> Next | None:
     return _move(f"{folder}/{file}", f"{folder}/pytorch_model.bin")
 
 
-def _config_aside(finding: Finding, case: Case) -> Next:
-    file = f"{case.folder.rstrip('/')}/adapter_config.json"
-    return _move(file, f"{file}.merged")
-
-
 def _ends_copied(finding: Finding, case: Case) -> Next | None:
     if case.base is None:
         return None
-    name = "generation_config.json"
+    name = GENERATION_CONFIG
     source, out = f"{case.base.folder.rstrip('/')}/{name}", f"{case.folder.rstrip('/')}/{name}"
     return Command("", (source, out), program="cp")
 
@@ -197,7 +200,6 @@ _STEPS: Mapping[str, Next | Callable[[Finding, Case], Next | None]] = {
     **dict.fromkeys(("index-malformed", "index-conflict"), _index_moved),
     "pickled-weights": _named_rightly,
     "tensor-twice": "keep the file that is of this save, and move the other out of the folder",
-    "adapter-config-stray": _config_aside,
     "input-unreadable": "ask whoever owns the file for the right to read it",
     "input-not-a-file": "copy the file itself into the folder",
     "remote-code-missing": _of_base("those files, once you have read them,"),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.core.context import Context
+from converter.core.files.names import ADAPTER_CONFIG, GENERATION_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG
 from converter.diagnostic import Next, Severity
 from converter.dialects.known import entries_of, own_classes
 from converter.errors import Refused
@@ -15,7 +16,7 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosi
 from converter.examine.diagnoses.whole import is_vocabulary_alone
 from converter.families.family import family
 from converter.families.old_spellings import missing_spellings
-from converter.families.words import INPUT, NOT_TEXT, OUTPUT
+from converter.families.words import CLASSIFIER_WEIGHT, INPUT, NOT_TEXT, OUTPUT
 from converter.text import fold, show
 
 _CLASSIFIER = re.compile(r"For(?:Sequence|Token)Classification$")
@@ -25,7 +26,6 @@ _MORE_ROWS = {"mllama_text_model": 8, "moshi": 1}
 
 Source: `nn.Embedding(config.vocab_size + 8, ...)` of MllamaTextModel, `+ 1` of MoshiModel, transformers 5.23.
 """
-_HEADS = re.compile(r"^(?:score|classifier)\.(?:out_proj\.)?weight$")
 _MAX_FIXED_LABELS = 1024
 
 
@@ -46,10 +46,10 @@ def config_unreadable(case: Case, context: Context) -> Iterable[Finding]:
     order mark. Loaders either stop at it or go on with defaults, which changes numbers. Restore it from the base model
     or from another checkpoint of the run.
     """
-    for name in ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json"):
+    for name in (MODEL_CONFIG, ADAPTER_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG):
         error = case.json_error(name)
         if error is not None and not any(f.code == error.code for f in case.survey.faults):
-            severity: Severity = "error" if name in ("config.json", "adapter_config.json") else "changes-numbers"
+            severity: Severity = "error" if name in (MODEL_CONFIG, ADAPTER_CONFIG) else "changes-numbers"
             yield Finding(code="config-unreadable", severity=severity, text=f"{name}: {error.what}", evidence=(name,))
 
 
@@ -106,7 +106,7 @@ def labels_mismatch(case: Case, context: Context) -> Iterable[Finding]:
         return
     labels = label_count(case.config)
     for name, info in case.shapes.items():
-        if _HEADS.match(name) and info.shape and info.numel and info.shape[0] != labels:
+        if CLASSIFIER_WEIGHT.match(name) and info.shape and info.numel and info.shape[0] != labels:
             rows = "1 row" if info.shape[0] == 1 else f"{info.shape[0]} rows"
             text = f"{show(name)} has {rows} and config.json says {labels} labels"
             yield Finding(
@@ -222,11 +222,11 @@ def end_tokens_lost(case: Case, context: Context) -> Iterable[Finding]:
     """generation_config.json knows fewer end-of-text tokens than config.json or the base model's: a chat model with two
     of them ([151645, 151643]) that is left with one does not stop where it should, and generates to the limit.
     """
-    own = _ends(case.json("generation_config.json")) or _ends(case.config)
+    own = _ends(case.json(GENERATION_CONFIG)) or _ends(case.config)
     base = case.base
     if base is None or not own:
         return
-    theirs = _ends(base.json("generation_config.json"))
+    theirs = _ends(base.json(GENERATION_CONFIG))
     lost = sorted(theirs - own)
     if len(theirs) > 1 and own & theirs and lost:
         text = f"the base model ends its answers at {sorted(theirs)}, this one only at {sorted(own)}: {lost} got lost"
@@ -249,7 +249,7 @@ def tokenizer_of_transformers_5(case: Case, context: Context) -> Iterable[Findin
     """
     if not is_transformers_4(case.target) and not any(s.pins_transformers == "4" for s in entries_of(case.trainer)):
         return
-    config = case.json("tokenizer_config.json")
+    config = case.json(TOKENIZER_CONFIG)
     marks = {
         "tokenizer_class": config.get("tokenizer_class") == "TokenizersBackend",
         "extra_special_tokens": isinstance(config.get("extra_special_tokens"), list),
@@ -304,13 +304,9 @@ def remote_code_missing(case: Case, context: Context) -> Iterable[Finding]:
     """`auto_map` in the config names Python files that are not in the folder: `does not appear to have a file named
     modeling_x.py`. They have to be copied from the base model; look at them before running them.
     """
-    table = case.config.get("auto_map")
-    named: set[str] = set()
-    for value in table.values() if isinstance(table, dict) else ():
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, str) and "--" not in each and each.count(".") == 1:
-                named.add(f"{each.split('.')[0]}.py")
-    missing = sorted(named - case.names)
+    from converter.converters.merge.remote_code import code_files
+
+    missing = sorted(code_files(case.config) - case.names)
     if missing:
         text = f"auto_map names {fold(missing)}, and the folder does not have {'it' if len(missing) == 1 else 'them'}"
         yield Finding(

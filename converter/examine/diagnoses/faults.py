@@ -15,11 +15,21 @@ from converter.text import show
 
 _COPY = "from another copy of the file"
 _WRITTEN_ANEW = frozenset(
-    {"index-missing", "index-unlisted", "index-total-size", "stale-shards", "stray-weights", "adapter-empty-twin"}
+    {
+        "index-missing",
+        "index-unlisted",
+        "index-total-size",
+        "stale-shards",
+        "stray-weights",
+        "adapter-empty-twin",
+        "adapter-named-otherwise",
+        "adapter-config-stray",
+    }
 )
 """Faults that no output has: its index is made from its headers, and only what is read is written."""
 
 _WORSE: dict[str, Severity] = {
+    "adapter-named-otherwise": "error",
     "index-missing": "error",
     "index-unlisted": "changes-numbers",
     "adapter-config-stray": "changes-numbers",
@@ -143,10 +153,18 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
         HERE,
         (
             "adapter_config.json lies beside the weights of a whole model. transformers then looks for an adapter, and "
-            "either fails or applies LoRA a second time. After a merge it has no use: move it away."
+            "either fails or applies LoRA a second time. After a merge it has no use: `repair` writes "
+            "the model without it."
         ),
     ),
     "adapter-and-model": (HERE, "An adapter and a whole model lie in one folder; transformers takes the adapter."),
+    "adapter-named-otherwise": (
+        HERE,
+        (
+            "The adapter lies in pytorch_model_fsdp.bin, as accelerate saves the state of a PEFT model under FSDP. "
+            "PEFT looks for adapter_model.safetensors and finds none; `repair` writes it."
+        ),
+    ),
     "adapter-empty-twin": (
         HERE,
         (

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.core.context import Context
+from converter.core.files.names import MODEL_CONFIG
 from converter.core.formats.safetensors_io import read_header
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
@@ -54,7 +55,7 @@ def rope_lost(case: Case, context: Context) -> Iterable[Finding]:
             code="rope-lost",
             severity="changes-numbers",
             text=text,
-            evidence=("config.json",),
+            evidence=(MODEL_CONFIG,),
             recoverability=f"from {show(case.base.asked)}",
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from converter.converters.heads.detect import Detected, detect
 from converter.core.context import Context
+from converter.core.files.names import MODEL_CONFIG, MODEL_PICKLED
 from converter.diagnostic import Command, Next
 from converter.dialects.known import own_classes
 from converter.errors import ConvertError
@@ -92,7 +93,7 @@ def head_missing(case: Case, context: Context) -> Iterable[Finding]:
 def _adapter_lacks_head(case: Case) -> bool:
     if case.adapter_config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
         return False
-    beside = {*_SIDECARS, "pytorch_model.bin"} & case.names
+    beside = {*_SIDECARS, MODEL_PICKLED} & case.names
     in_base = case.base is not None and (
         any(map(_is_of_a_head, case.base.shapes)) or any(n in case.base.shapes for n in wanted_head(case.base))
     )
@@ -325,7 +326,7 @@ def normaliser_broken(case: Case, context: Context) -> Iterable[Finding]:
     if values and (len(values) == 1 or odd):
         text = f"config.json has {' and '.join(values)}; OpenRLHF needs mean and std as one number each, or neither"
         yield Finding(
-            code="normaliser-broken", severity="error", text=text, evidence=("config.json",), recoverability=HERE
+            code="normaliser-broken", severity="error", text=text, evidence=(MODEL_CONFIG,), recoverability=HERE
         )
 
 

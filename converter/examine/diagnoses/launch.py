@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 
 from converter.core.context import Context
+from converter.core.files.names import ADAPTER_CONFIG
 from converter.examine.diagnoses.case import Case, Finding, diagnosis
 from converter.examine.diagnoses.config import architecture
 from converter.examine.diagnoses.heads import dialect_of, heads_here
@@ -98,7 +99,7 @@ def launch_lora(case: Case, context: Context) -> Iterable[Finding]:
         said, own = case.launch.ending(*names), case.adapter_config.get(key)
         if said is not None and isinstance(own, int | float) and said.isdigit() and int(said) not in (0, own):
             text = f"the script's LoRA {word} is {said}, and the adapter's is {own}"
-            yield Finding(code="launch-lora", severity="changes-numbers", text=text, evidence=("adapter_config.json",))
+            yield Finding(code="launch-lora", severity="changes-numbers", text=text, evidence=(ADAPTER_CONFIG,))
 
 
 @diagnosis("launch-reward-type")
@@ -113,7 +114,7 @@ def launch_reward_type(case: Case, context: Context) -> Iterable[Finding]:
     if place is None or not place.is_dir():
         return
     said = case.launch.options.get("reward_model_type", "lora")
-    kind = "lora" if "adapter_config.json" in file_names(place) else "full"
+    kind = "lora" if ADAPTER_CONFIG in file_names(place) else "full"
     if said in ("lora", "full") and said != kind:
         text = f"reward_model_type is {said}, and {show(value)} is {'an adapter' if kind == 'lora' else 'a full model'}"
         yield Finding(

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.core.context import Context
+from converter.core.files.names import CHAT_TEMPLATE, MODEL_CONFIG, RECEIPT, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from converter.core.files.opening import read_limited
-from converter.diagnostic import Command
+from converter.diagnostic import Command, Steps
 from converter.errors import Refused
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
 from converter.examine.diagnoses.config import is_part_of_vision
@@ -54,9 +55,9 @@ def pair_tokenizer(case: Case, context: Context) -> Iterable[Finding]:
 
 def _vocabulary(case: Case) -> dict[str, int]:
     """Tokens and their numbers of tokenizer.json, else of vocab.json."""
-    whole = case.json("tokenizer.json")
+    whole = case.json(TOKENIZER)
     model = whole.get("model")
-    table = model.get("vocab") if isinstance(model, Mapping) else case.json("vocab.json")
+    table = model.get("vocab") if isinstance(model, Mapping) else case.json(VOCABULARY)
     if isinstance(table, list):  # Unigram: pairs of token and score, in order
         listed = {str(p[0]): n for n, p in enumerate(table) if isinstance(p, list) and p}
     else:
@@ -103,10 +104,10 @@ def pair_chat_template(case: Case, context: Context) -> Iterable[Finding]:
 
 def _template(case: Case) -> str | None:
     try:
-        path = case.root / "chat_template.jinja"
+        path = case.root / CHAT_TEMPLATE
         return read_limited(path, limit=_TEMPLATE_BYTES, root=case.root).decode("utf-8", "replace")
     except Refused:
-        value = case.json("tokenizer_config.json").get("chat_template")
+        value = case.json(TOKENIZER_CONFIG).get("chat_template")
         return value if isinstance(value, str) else None
 
 
@@ -121,7 +122,7 @@ def pair_special_tokens(case: Case, context: Context) -> Iterable[Finding]:
         own, theirs = case.config.get(key), case.actor.config.get(key)
         if own is not None and theirs is not None and own != theirs:
             text = f"{key} is {show(own)} here, {show(theirs)} in {show(case.actor.asked)}"
-            yield Finding(code="pair-special-tokens", severity="changes-numbers", text=text, evidence=("config.json",))
+            yield Finding(code="pair-special-tokens", severity="changes-numbers", text=text, evidence=(MODEL_CONFIG,))
 
 
 @diagnosis("pair-lora", "adapter")
@@ -168,17 +169,19 @@ def _main_dtype(case: Case) -> str:
 def adapter_left_beside(case: Case, context: Context) -> Iterable[Finding]:
     """verl's merger writes the base model and leaves the trained adapter in `lora_adapter/` inside of it, with a
     lora_alpha of 0: whoever serves the folder serves the untrained model. Merge the adapter into it, with the alpha of
-    the training script in its adapter_config.json. A folder whose adapter was merged already has no use for it.
+    the training script: --lora-alpha. A folder whose adapter was merged already has no use for it.
     """
     inside = [n for n in case.near if n.kind == "adapter" and n.path == case.root / "lora_adapter"]
-    if inside and not (case.root / "rlhf-convert.json").exists():
+    if inside and not (case.root / RECEIPT).exists():
         text = "verl's adapter lies in lora_adapter/: this model is the base, without what was trained"
         merge = Command("merge-lora", (inside[0].argument, case.out("merged"), "--base", case.folder))
+        has_alpha = inside[0].adapter_config.get("lora_alpha")
+        step = merge if has_alpha else Steps(merge.with_options("--lora-alpha", "N"), ", N as in the training script")
         yield Finding(
             code="adapter-left-beside",
             severity="changes-numbers",
             text=text,
             evidence=("lora_adapter/",),
             recoverability=HERE,
-            next=merge,
+            next=step,
         )

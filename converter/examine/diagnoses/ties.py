@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from converter.converters.heads.whole import MISSING
 from converter.core.context import Context
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.config import architecture, is_classifier
 from converter.examine.diagnoses.places import heads_among
-from converter.families.ties import Tie, is_said, stored_pair, tie_word, ties, version
-from converter.families.words import OUTPUTS, input_embedding
+from converter.examine.diagnoses.whole import judgement_of
+from converter.families.ties import Tie, is_output, is_said, stored_pair, tie_word, ties, version
+from converter.families.words import DECODER_CLASSES, OUTPUTS, input_embedding
 from converter.text import show
 
 _LAYER = re.compile(r"\.\d+\.", re.ASCII)
@@ -25,10 +27,15 @@ def output_embedding_missing(case: Case, context: Context) -> Iterable[Finding]:
     stored = [n for n, i in case.shapes.items() if i.numel]
     inputs, outputs = stored_pair(stored, case.config)
     inputs = inputs or _input(case)
-    if not architecture(case).endswith(("ForCausalLM", "LMHeadModel")) or tie_word(case.config) is not False:
+    if not architecture(case).endswith(DECODER_CLASSES) or tie_word(case.config) is not False:
         return
-    if inputs is not None and outputs is None and not _is_named_otherwise(case, inputs):
+    if outputs is not None or heads_among(case.shapes) or any(is_output(n) for n in stored):
+        return
+    if inputs is not None and not _is_named_otherwise(case, inputs):
         text = f"tie_word_embeddings is false and there is no output embedding; {show(inputs)} is there"
+        found = judgement_of(case)
+        lacks = [] if found is None or found.wanted is None else filter(found.wanted.is_outside, found.names(MISSING))
+        text += "".join(f", and {show(n)} is not" for n in lacks)
         yield Finding(
             code="output-embedding-missing",
             severity="error",

@@ -10,11 +10,12 @@ from itertools import islice
 from pathlib import Path
 
 from converter.core.context import Context
+from converter.core.files.names import ADAPTER_PICKLED, ADAPTER_WEIGHTS
 from converter.core.files.opening import read_limited
 from converter.diagnostic import Command
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis
-from converter.sources.survey import ADAPTER_PICKLED, ADAPTER_WEIGHTS, file_names, is_weights_of_model
+from converter.sources.survey import file_names, is_weights_of_model
 from converter.text import fold, show
 
 _UNFINISHED = re.compile(r"(?:tmp-checkpoint-\d+|.*\.(?:partial|tmp))", re.ASCII)

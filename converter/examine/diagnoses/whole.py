@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from converter.converters.heads.whole import MISSHAPEN, MISSING, UNEXPECTED, Judgement, rows_of_vocabulary
 from converter.core.context import Context
+from converter.diagnostic import Next, Steps
 from converter.examine.diagnoses.case import LOST, Case, Finding, Near, diagnosis, folded
 
 _NOT_ALL_READ = frozenset(
@@ -86,14 +87,15 @@ def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
     if not names:
         return
     near = _place(case)
-    command = None
+    command: Next | None = None
     if code != UNEXPECTED:
-        source = ("--weights-from", near.argument) if near is not None else ()
         base = ("--base", case.base.folder) if case.base is not None else ()
+        place = near.argument if near is not None else "DIR"
+        source = ("--weights-from", place) if near is not None or not base else ()
         command = case.command("repair", *source, *base, out="fixed")
     recoverability = LOST if near is None else f"from {near.asked}"
     if found.prefix or code == UNEXPECTED:
-        command, recoverability = None, ""
+        command, recoverability = Steps("every tensor is listed by ", case.command("inspect", "--tensors")), ""
     yield Finding(
         code=code,
         severity="error",

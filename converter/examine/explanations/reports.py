@@ -149,7 +149,7 @@ MESSAGES = (
         severity="error",
         keys=("Unexpected key(s) in state_dict", "Missing key(s) in state_dict"),
         pattern=r"(?:Unexpected|Missing) key\(s\) in state_dict: "
-        r".{0,1200}?(?P<name>[\w.]{1,120}(?:base_layer|lora_[AB])"
+        r"(?:(?!in state_dict: ).){0,1200}?(?<![\w.])(?P<name>[\w.]{1,200}?(?:base_layer|lora_[AB])"
         r"[\w.]{0,80})",
         text="LoRA's wrappers are on one side only ({name}): a full model was saved with its adapter inside, or an "
         "adapter is "

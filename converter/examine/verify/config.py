@@ -10,6 +10,7 @@ from converter.converters.heads.config import class_name
 from converter.converters.heads.model import Reading
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ
+from converter.core.files.names import TOKENIZER_CONFIG, TOKENIZERS
 from converter.core.files.strict_json import load_json
 from converter.diagnostic import Command
 from converter.dialects.known import Target, numbers
@@ -93,7 +94,7 @@ def check_tokens(checkpoint: Checkpoint, target: Target) -> list[Check]:
     """The tokenizer's files, and the pad token where the scored position is found by it."""
     found: list[Check] = []
     names = set(checkpoint.side_files)
-    if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json"}:
+    if not names.intersection(TOKENIZERS):
         found.append(
             note("tokens", "tokenizer-missing", "there is no tokenizer in the folder; name one to the trainer")
         )
@@ -120,7 +121,7 @@ def check_tokens(checkpoint: Checkpoint, target: Target) -> list[Check]:
 
 def _tokenizer_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What tokenizer_config.json says; nothing where it isn't there or isn't JSON."""
-    file = checkpoint.side_files.get("tokenizer_config.json")
+    file = checkpoint.side_files.get(TOKENIZER_CONFIG)
     if file is None or file.source is None:
         return {}
     try:

@@ -7,7 +7,7 @@ what the class in config.json asks for (`converters.heads.whole`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from converter.converters.heads.detect import detect
@@ -46,7 +46,7 @@ def check_for(checkpoint: Checkpoint, target: Target, context: Context, *, remed
         checks += _actor(checkpoint, remedy)
     else:
         verdict.reading = _head(checkpoint, target, context, checks, remedy)
-    checks += _names(checkpoint, target, context, remedy)
+    checks += _names(checkpoint, target, context, remedy, head_fails=any(c.outcome == "fails" for c in checks))
     reading = verdict.reading
     if reading is not None:
         checks += _backbone(reading, target, remedy)
@@ -177,22 +177,34 @@ def _actor(checkpoint: Checkpoint, remedy: Command) -> list[Check]:
 # The backbone
 
 
-_CODES = {MISSING: "backbone-missing", UNEXPECTED: "backbone-unknown", MISSHAPEN: "backbone-shape"}
+_FAILS: dict[str, Callable[[str, Command], Check]] = {
+    MISSING: lambda text, remedy: fails("backbone", "backbone-missing", text, remedy),
+    UNEXPECTED: lambda text, remedy: fails("backbone", "backbone-unknown", text, remedy),
+    MISSHAPEN: lambda text, remedy: fails("backbone", "backbone-shape", text, remedy),
+}
 
 
-def _names(checkpoint: Checkpoint, target: Target, context: Context, remedy: Command) -> list[Check]:
-    """Every tensor against what the class in config.json asks for; an unknown family fails without consent."""
+def _names(
+    checkpoint: Checkpoint, target: Target, context: Context, remedy: Command, *, head_fails: bool
+) -> list[Check]:
+    """Every tensor against what the class in config.json asks for; an unknown family fails without consent.
+
+    Args:
+        head_fails: what is wrong with the head is said already, and not said again.
+    """
     found = judge(checkpoint)
     if found.unknown:
         outcome = note if "family-unknown" in context.allow else fails
         return [outcome("backbone", "family-unknown", found.unknown)]
     checks = []
-    for code in found.codes:
+    outside = found.wanted.is_outside if found.wanted is not None else (lambda _: False)
+    codes = [c for c in found.codes if not (head_fails and all(map(outside, found.names(c))))]
+    for code in codes:
         text = found.words(code)
         if code == MISSING and target.dialect.container == "torch":
             text += "; they would be uninitialised memory"
-        checks.append(fails("backbone", _CODES[code], text, remedy))
-    if not checks:
+        checks.append(_FAILS[code](text, remedy))
+    if not found.codes:
         count = found.comparison.asked
         assert found.wanted is not None
         words = f"{count} tensors, names and shapes as {found.wanted.name} asks for ({found.wanted.source})"

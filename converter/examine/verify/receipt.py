@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.core.files.links import RECEIPT_FILE
+from converter.core.files.names import RECEIPT
 from converter.core.files.strict_json import load_json
 from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note
@@ -18,15 +18,15 @@ def check_receipt(root: Path, header_names: frozenset[str]) -> list[Check]:
 
     A folder without a receipt gets a note: it was not made by this tool, or the receipt was taken away.
     """
-    path = root / RECEIPT_FILE
+    path = root / RECEIPT
     if not path.is_file():
-        return [note("receipt", "receipt-missing", f"there is no {RECEIPT_FILE}: what made this folder isn't recorded")]
+        return [note("receipt", "receipt-missing", f"there is no {RECEIPT}: what made this folder isn't recorded")]
     try:
         receipt = load_json(path, root=root)
     except ConvertError as error:
-        return [fails("receipt", "receipt-broken", f"{RECEIPT_FILE}: {error.what}")]
+        return [fails("receipt", "receipt-broken", f"{RECEIPT}: {error.what}")]
     if not isinstance(receipt, dict):
-        return [fails("receipt", "receipt-broken", f"{RECEIPT_FILE} is no JSON object")]
+        return [fails("receipt", "receipt-broken", f"{RECEIPT} is no JSON object")]
     return _tensors(receipt, header_names) or [holds("receipt", _made(receipt))]
 
 
@@ -63,7 +63,7 @@ def check_source(root: Path, digest: str, asked: str) -> list[Check]:
 def _read(root: Path) -> Any:
     """The receipt's content; None where there is none that can be read."""
     try:
-        return load_json(root / RECEIPT_FILE, root=root) if (root / RECEIPT_FILE).is_file() else None
+        return load_json(root / RECEIPT, root=root) if (root / RECEIPT).is_file() else None
     except ConvertError:
         return None
 

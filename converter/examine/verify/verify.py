@@ -14,12 +14,13 @@ from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.verify.check import Check, failed, fails
+from converter.families.words import CAUSAL_CLASSES
 from converter.text import show
 
 if TYPE_CHECKING:
     from converter.converters.heads.model import Reading
 
-_OUTPUTS_TOKENS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText", "ForMultimodalLM")
+_OUTPUTS_TOKENS = (*CAUSAL_CLASSES, "ForImageTextToText", "ForMultimodalLM")
 """Ends of the names of classes that an actor is of."""
 
 

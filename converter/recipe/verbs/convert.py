@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack
 
 from converter.converters.heads.detect import head_like
+from converter.core.files.names import ADAPTER_PICKLED, ADAPTER_WEIGHTS
 from converter.diagnostic import Again, Steps
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
@@ -158,7 +159,7 @@ def find(src: str, options: HeadOptions) -> Found:
     kind = None if name is None else sources()[name].kind
     is_plain = kind in ("model", "adapter")
     if name is not None and is_plain and (_has_weights(root) or not _has_shards(root, src)):
-        _refuse_run_options(src, options)
+        _refuse_run_options(src, options, is_adapter=kind == "adapter")
         return Found("adapter" if kind == "adapter" else "model", src, damaged=_is_damaged(root, name))
     part = options.part
     place, inner = place_of(root, as_reference(src), tag=options.tag, part=part)
@@ -168,9 +169,10 @@ def find(src: str, options: HeadOptions) -> Found:
     return Found("training", path, f"tag {show(place.folder.name)}: {place.why}", part=inner)
 
 
-def _refuse_run_options(src: str, options: HeadOptions) -> None:
-    """Options that choose inside a trainer's state say nothing of a model or an adapter."""
-    given = {"--part": options.part, "--tag": options.tag, "--lora-alpha": options.lora_alpha}
+def _refuse_run_options(src: str, options: HeadOptions, *, is_adapter: bool) -> None:
+    """Options that choose inside a trainer's state say nothing of a model or an adapter, but for an adapter's alpha."""
+    alpha = None if is_adapter else options.lora_alpha
+    given = {"--part": options.part, "--tag": options.tag, "--lora-alpha": alpha}
     named = [name for name, value in given.items() if value is not None]
     if named:
         what = f"{' and '.join(named)} goes with a trainer's state, and this is a model or an adapter"
@@ -180,7 +182,7 @@ def _refuse_run_options(src: str, options: HeadOptions) -> None:
 def _has_weights(root: Path) -> bool:
     """True where weights lie in the folder itself, or in ColossalChat's `modeling/`; those are then what is meant."""
     from converter.sources.hf.colossalchat import FOLDER
-    from converter.sources.survey import ADAPTER_PICKLED, ADAPTER_WEIGHTS, file_names, is_weights_of_model
+    from converter.sources.survey import file_names, is_weights_of_model
 
     names = file_names(root)
     inside = file_names(root / FOLDER) if (root / FOLDER).is_dir() else ()
@@ -230,6 +232,7 @@ def remap_recipe(
         inputs[SOURCE] = base or InputSpec(base_of="adapter")
         inputs["adapter"] = source
         fields["adapter"] = "adapter"
+        fields |= {} if options.lora_alpha is None else {"lora-alpha": options.lora_alpha}
     else:
         inputs[SOURCE] = source
         if base is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.examine import facts
+from converter.families.words import CLASSIFIERS, OUTPUT_MODULES, VALUE_HEADS
 from converter.recipe.verbs.pieces import allowing
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from converter.examine.doctor import Report
     from converter.sources.survey import Survey
 
-HEADS = ("score", "classifier", "v_head", "value_head", "lm_head", "embed_out")
+HEADS = (*CLASSIFIERS, *VALUE_HEADS, *OUTPUT_MODULES)
 """Modules that come after a backbone, as transformers, TRL and the common trainers name them."""
 
 LORA_MARK = ".lora_"

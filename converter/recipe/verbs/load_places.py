@@ -10,7 +10,8 @@ from converter.core.tensors.byte_runs import byte_runs
 from converter.core.tensors.dtypes import DType, TensorInfo, widens
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused
-from converter.families.live_names import OLD_BUFFERS, Place, find_places
+from converter.families.live_names import Place, find_places
+from converter.families.words import OLD_BUFFERS
 from converter.text import fold, show
 
 if TYPE_CHECKING:

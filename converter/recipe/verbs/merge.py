@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+from converter.core.files.names import ADAPTER_CONFIG, MODEL_CONFIG, RECEIPT
 from converter.diagnostic import Command
 from converter.errors import ConvertError, UsageError
 from converter.recipe.options import WriteOptions
@@ -17,8 +18,6 @@ from converter.recipe.verbs.pieces import allowing, cast_steps, output
 from converter.sources.hub.names import is_on_hub
 from converter.sources.locate import resolve
 from converter.sources.opening import InputSpec, input_spec
-
-RECEIPT = "rlhf-convert.json"
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class MergeRequest:
     weights: tuple[float, ...] = ()
     numerics: str = "best"
     base_is_residual: bool = False
+    lora_alpha: float | None = None
 
 
 def merge_lora(
@@ -42,6 +42,7 @@ def merge_lora(
     weights: Sequence[float] = (),
     numerics: str = "best",
     base_is_residual: bool = False,
+    lora_alpha: float | None = None,
     **writing: Unpack[Writing],
 ) -> Conversion:
     """Merge one or more LoRA adapters into their base model; a reward-model adapter gives a reward model.
@@ -53,6 +54,7 @@ def merge_lora(
         adapters: more adapters (`--adapter`), and `weights` one number for each, the first one's included.
         numerics: `best` rounds once; `peft` is bit-identical to PEFT's merge.
         base_is_residual: the base is the residual model that a PiSSA or OLoRA start saved.
+        lora_alpha: lora_alpha of training, where adapter_config.json records none or 0.
         writing: see `Writing`.
 
     Raises:
@@ -61,8 +63,9 @@ def merge_lora(
         VerificationFailed: what was written is not what it should be; it is not published.
     """
     options, going = options_of(WriteOptions, writing)
-    more = tuple(map(str, adapters))
-    request = MergeRequest(str(adapter), optional(base), more, tuple(weights), numerics, base_is_residual)
+    request = MergeRequest(
+        str(adapter), optional(base), tuple(map(str, adapters)), tuple(weights), numerics, base_is_residual, lora_alpha
+    )
     with allowing(options.allow_name):
         refuse_swapped(request, optional(out))
         recipe = merge_recipe(request, options)
@@ -89,6 +92,8 @@ def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
         fields["weights"] = list(asked.weights)
     if asked.base_is_residual:
         fields["base-is-residual"] = True
+    if asked.lora_alpha is not None:
+        fields["lora-alpha"] = asked.lora_alpha
     base = InputSpec(base_of="adapter") if asked.base is None else input_spec(asked.base)
     steps = (Step("merge-lora", fields), *cast_steps(options))
     return Recipe({SOURCE: base, **adapters}, steps, output(options), file="merge-lora")
@@ -125,9 +130,9 @@ def _kind(text: str) -> str | None:
             folder = resolve(text, in_parts=True).path
         except ConvertError:
             return None  # whoever opens it says why
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return "adapter"
-    return "model" if (folder / "config.json").is_file() else None
+    return "model" if (folder / MODEL_CONFIG).is_file() else None
 
 
 def _swapped(what: str, command: Command) -> UsageError:

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.core.files.names import ADAPTER_CONFIG, CARD, MODEL_CONFIG, RECEIPT
 from converter.core.files.opening import read_limited
 from converter.diagnostic import Command, Steps
 from converter.errors import ConvertError, Refused, UsageError
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from converter.publish.manifest import LocalFile, Manifest
     from converter.publish.push import Pushed
     from converter.publish.requests import Destination
-
-CARD = "README.md"
 
 MAX_CARD = 5_000_000
 """Bytes of a README.md that is extended."""
@@ -252,9 +251,9 @@ def _with_card(
     from converter.publish.outputs import repository
     from converter.publish.push import licence_of
 
-    receipt = _read_json(folder / "rlhf-convert.json")
-    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    config = _read_json(folder / ("adapter_config.json" if is_adapter else "config.json"))
+    receipt = _read_json(folder / RECEIPT)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / MODEL_CONFIG).is_file()
+    config = _read_json(folder / (ADAPTER_CONFIG if is_adapter else MODEL_CONFIG))
     total = sum(f.size for f in files if f.name.endswith((".safetensors", ".bin", ".pt")))
     facts = CardFacts(
         repository(asked.repo_id, "main")[0], receipt, config, is_adapter, total, consents=consents,

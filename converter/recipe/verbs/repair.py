@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from converter.core.files.names import ADAPTER_CONFIG, ADAPTER_STEM
 from converter.errors import ConvertError, Refused, UsageError
 from converter.recipe.options import Going, WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
@@ -168,7 +169,8 @@ def _with_vocabulary(mends: Mends, to: str) -> Mends:
     steps = [s for s in mends.steps if s.name != "mend-vocabulary"]
     at = max((n for n, s in enumerate(steps, 1) if s.name in _NAMES_FIRST), default=0)
     left = tuple(each for each in mends.left if each[0] != "vocabulary-rows")
-    unmended = tuple(f for f in mends.unmended if f.code != "vocabulary-rows")
+    # What the gate finds in the result is refused there.
+    unmended = tuple(f for f in mends.unmended if f.code not in ("vocabulary-rows", "tensors-misshapen"))
     return dataclasses.replace(
         mends,
         steps=(*steps[:at], wanted, *steps[at:]),
@@ -289,12 +291,12 @@ def mend_recipe(asked: RepairRequest, mends: Mends, options: WriteOptions) -> Re
 def shards_alone(root: Path, asked: RepairRequest, found: Search) -> str | None:
     """The shards of a folder that has no weight file at all: then a repair is a gather."""
     from converter.sources.finding import source_kind
-    from converter.sources.survey import ADAPTER_CONFIG, file_names, is_weights_of_model
+    from converter.sources.survey import file_names, is_weights_of_model
 
     if source_kind(root) == "training":
         return asked.src
     names = file_names(root)
-    if ADAPTER_CONFIG in names or is_weights_of_model(names) or any(n.startswith("adapter_model.") for n in names):
+    if ADAPTER_CONFIG in names or is_weights_of_model(names) or any(n.startswith(f"{ADAPTER_STEM}.") for n in names):
         return None  # an adapter's config is in the folder, and what belongs to it is filled
     return next((p.path for p in found.places if not p.is_copy), None)
 

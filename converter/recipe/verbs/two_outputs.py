@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converter.core.files.names import RECEIPT
 from converter.errors import ConvertError, UsageError, VerificationFailed
 from converter.publish.outputs import goes_to_hub
 from converter.recipe.options import Going, WriteOptions
@@ -101,14 +102,13 @@ def _halves(planned_of: Callable[[str], C], out: str | None, options: WriteOptio
 
 def _is_made_of(plan: Plan, folder: Path) -> bool:
     """True where a folder is what this plan would write: the receipt's words, every header, and sampled values."""
-    from converter.core.files.links import RECEIPT_FILE
     from converter.core.files.reading import InputFiles
     from converter.core.writer.proof import check_written
 
     if folder.is_symlink() or not folder.is_dir():
         return False
     try:
-        found = json.loads((folder / RECEIPT_FILE).read_bytes())
+        found = json.loads((folder / RECEIPT).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
     promised = {**plan.provenance, "counts": plan.counts, "dropped": dict(plan.dropped)}

@@ -11,6 +11,14 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from converter.core.checkpoint import Checkpoint, RecordCheck
+from converter.core.files.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_STEM,
+    MODEL_CONFIG,
+    MODEL_INDEX,
+    MODEL_WEIGHTS,
+    PICKLED_INDEX,
+)
 from converter.core.files.opening import Identity, read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.core.formats.safetensors_io import read_index
@@ -19,7 +27,6 @@ from converter.core.side_files import find_side_files
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.errors import Refused
-from converter.sources import survey as folder
 from converter.sources.hf import peft, set_files
 from converter.sources.hf import source as hf
 from converter.sources.hf.sidecars import checks_beside, identities_beside, tensors_beside
@@ -37,7 +44,7 @@ OF_FILES = frozenset(
 """Faults of one set of weight files, which another may not have."""
 
 _SPARE_MODEL = re.compile(r"(?:pytorch_model|model)[\w.-]*\.(?:bin|safetensors)", re.ASCII)
-_SPARE_ADAPTER = re.compile(r"adapter_model[\w.-]*\.(?:bin|safetensors)", re.ASCII)
+_SPARE_ADAPTER = re.compile(rf"{ADAPTER_STEM}[\w.-]*\.(?:bin|safetensors)", re.ASCII)
 
 
 def open_broken(root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False) -> Checkpoint:
@@ -47,10 +54,10 @@ def open_broken(root: Path, *, asked: str, revision: str | None = None, keep_cod
         Refused: faults that no other file can make good.
     """
     names = file_names(root)
-    is_adapter = folder.folder_kind(names) == "adapter"
+    is_adapter = peft.SOURCE.detect(root) is not None
     survey, headers = _read_adapter(root) if is_adapter else hf.read_folder(root, every=True)
     _refuse_others(survey)
-    config_file = folder.ADAPTER_CONFIG if is_adapter else folder.MODEL_CONFIG
+    config_file = ADAPTER_CONFIG if is_adapter else MODEL_CONFIG
     config_bytes = read_limited(root / config_file, limit=MAX_JSON_BYTES, root=root)
     config = hf.parse_config(config_bytes, root / config_file)
     side_files, identities = find_side_files(root, keep_code=keep_code)
@@ -100,9 +107,9 @@ def _refuse_others(survey: Survey) -> None:
 
 def _promised(root: Path, names: Iterable[str], survey: Survey) -> dict[str, LazyTensor]:
     """Placeholders for tensors that the index lists and no file holds."""
-    index = next((n for n in (folder.MODEL_INDEX, folder.PICKLED_INDEX) if n in names), None)
+    index = next((n for n in (MODEL_INDEX, PICKLED_INDEX) if n in names), None)
     chosen = survey.sets and all(f.code == set_files.CODE for f in survey.faults if f.severity == "error")
-    if index is None or folder.MODEL_WEIGHTS in names or chosen:
+    if index is None or MODEL_WEIGHTS in names or chosen:
         return {}
     sizes: dict[DType, int] = {}
     for entry in survey.entries.values():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.core.checkpoint import WeightSet
+from converter.core.files.names import MODEL_CONFIG, MODEL_INDEX, MODEL_PICKLED, MODEL_WEIGHTS, PICKLED_INDEX
 from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
 from converter.core.formats.safetensors_io import read_index
 from converter.core.formats.weight_file import WeightFile
@@ -46,9 +47,9 @@ def find_sets(root: Path, names: frozenset[str], *, pickled: bool = True) -> lis
 
 
 def _sets(root: Path, names: frozenset[str], *, pickled: bool) -> Iterator[SetFiles]:
-    kinds = [(folder.MODEL_WEIGHTS, folder.MODEL_INDEX, folder.SHARD)]
+    kinds = [(MODEL_WEIGHTS, MODEL_INDEX, folder.SHARD)]
     if pickled:
-        kinds.append((folder.MODEL_PICKLED, folder.PICKLED_INDEX, folder.PICKLED_SHARD))
+        kinds.append((MODEL_PICKLED, PICKLED_INDEX, folder.PICKLED_SHARD))
     for whole, index, shard in kinds:
         if whole in names:
             yield SetFiles(whole, (whole,))
@@ -125,7 +126,7 @@ def choose(root: Path, names: frozenset[str], survey: Survey, read: Read, *, eve
 
 def _config(root: Path) -> Mapping[str, Any] | None:
     try:
-        value = load_json(root / folder.MODEL_CONFIG, limit=MAX_JSON_BYTES, root=root, allow_nan=True)
+        value = load_json(root / MODEL_CONFIG, limit=MAX_JSON_BYTES, root=root, allow_nan=True)
     except (Refused, OSError):
         return None
     return value if isinstance(value, dict) else None

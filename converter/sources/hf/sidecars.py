@@ -13,28 +13,36 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from converter.core.checkpoint import RecordCheck
+from converter.core.files.names import MODEL_PICKLED
 from converter.core.files.opening import Identity
 from converter.core.formats.weight_file import WeightFile, read_weights
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.words import HEAD_FILES
-from converter.sources.survey import MODEL_PICKLED, Fault, StoredTensor, Survey, empty_tensors
+from converter.sources.survey import Fault, StoredTensor, Survey, empty_tensors
 from converter.text import show
 
 OTHER_LAYERS = ("regression_layer.pt", "gating_layer.pt")
 TRL_HEAD = "v_head."
 
+TRAINED_BESIDE = ("non_lora_trainables.bin", "non_lora_state_dict.bin", "mm_projector.bin")
+"""Where trainers of multi-modal models keep what they trained whole beside an adapter: a projector, a vision tower.
+
+Source: `safe_save_model_for_hf_trainer` and `train`,
+https://github.com/haotian-liu/LLaVA/blob/v1.2.0/llava/train/train.py
+"""
+
 
 def read_sidecars(root: Path, names: Collection[str], survey: Survey, *, adapter: bool = False) -> None:
     """Add the files beside the weights to a survey; a value head that can't be read, or is empty, is a fault."""
-    for name in (*HEAD_FILES, *OTHER_LAYERS, *((MODEL_PICKLED,) if adapter else ())):
+    for name in (*HEAD_FILES, *OTHER_LAYERS, *((MODEL_PICKLED, *TRAINED_BESIDE) if adapter else ())):
         if name not in names:
             continue
         try:
             file = read_weights(root / name, root=root, named=str(root.resolve() / name))
         except Refused as error:
             # Of another name it may be anything; it stays among the files that are not read.
-            if name in HEAD_FILES:
+            if name in (*HEAD_FILES, *TRAINED_BESIDE):
                 survey.faults.append(Fault.of(error))
             continue
         if name == MODEL_PICKLED and not _is_head_alone(file):

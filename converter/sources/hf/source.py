@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from converter.core.checkpoint import Checkpoint, Origin
+from converter.core.files.names import (
+    ADAPTER_CONFIG,
+    MODEL_CONFIG,
+    MODEL_INDEX,
+    MODEL_PICKLED,
+    MODEL_WEIGHTS,
+    PICKLED_INDEX,
+)
 from converter.core.files.opening import Identity, identity, read_limited
 from converter.core.files.strict_json import MAX_JSON_BYTES, parse_json
 from converter.core.formats.safetensors_io import Index, read_index
@@ -23,6 +31,7 @@ from converter.families.ties import find_ties
 from converter.families.words import PEFT_PREFIX, without_wrappers
 from converter.sources import survey as folder
 from converter.sources.hf import set_files
+from converter.sources.hf.adapter_alone import holds_adapter_alone
 from converter.sources.hf.sidecars import checks_beside, identities_beside, read_sidecars, tensors_beside
 from converter.sources.survey import (
     Fault,
@@ -36,9 +45,9 @@ from converter.sources.survey import (
 )
 from converter.text import fold, show
 
-WEIGHTS = folder.MODEL_WEIGHTS
-INDEX = folder.MODEL_INDEX
-CONFIG = folder.MODEL_CONFIG
+WEIGHTS = MODEL_WEIGHTS
+INDEX = MODEL_INDEX
+CONFIG = MODEL_CONFIG
 _PEFT = re.compile(rf"^{re.escape(PEFT_PREFIX)}(?=.*\.\w+\.)")
 _AGAIN = "download or copy the folder again"
 
@@ -53,7 +62,7 @@ class HfSource:
         """Why a folder is a Hugging Face model, or None."""
         names = file_names(root)
         kind = folder_kind(names)
-        if kind == "model":
+        if kind == "model" and not holds_adapter_alone(root, names):
             found = sorted(n for n in names if folder.is_weights_of_model([n]))
             return f"{show(found[0])} is there"
         if kind is None and CONFIG in names and not _holds_checkpoints(root):
@@ -146,9 +155,9 @@ def is_safetensors(files: Iterable[str]) -> bool:
 
 def _indexes_read(files: Collection[str]) -> list[str]:
     """Index files that say which of these files belong together; a single whole file needs none."""
-    if WEIGHTS in files or folder.MODEL_PICKLED in files:
+    if WEIGHTS in files or MODEL_PICKLED in files:
         return []
-    return [INDEX if is_safetensors(files) else folder.PICKLED_INDEX]
+    return [INDEX if is_safetensors(files) else PICKLED_INDEX]
 
 
 def shared_metadata(headers: Iterable[WeightFile]) -> dict[str, str]:
@@ -255,8 +264,8 @@ def _read(root: Path, chosen: tuple[str, ...] = (), also: Collection[str] = ()) 
         empty = [n for n, e in survey.entries.items() if e.info.shape == (0,)]
         if empty:
             survey.faults.append(folder.empty_tensors(empty, survey.entries, where))
-        if folder.ADAPTER_CONFIG in names:
-            text = f"{folder.ADAPTER_CONFIG} lies beside a whole model: transformers will look for an adapter here"
+        if ADAPTER_CONFIG in names:
+            text = f"{ADAPTER_CONFIG} lies beside a whole model: transformers will look for an adapter here"
             survey.faults.append(Fault(code="adapter-config-stray", severity="cosmetic", text=text, where=where))
         read_sidecars(root, names, survey)
         survey.faults += leftovers(root, names, {*files, WEIGHTS, *survey.beside, *also})
@@ -279,10 +288,10 @@ def _weight_files(root: Path, names: frozenset[str], survey: Survey) -> tuple[li
         return _indexed(root, names, INDEX, survey)
     if numbered:
         return _numbered(root, numbered, survey), None
-    if folder.MODEL_PICKLED in names:
-        return [folder.MODEL_PICKLED], None
-    if folder.PICKLED_INDEX in names:
-        return _indexed(root, names, folder.PICKLED_INDEX, survey)
+    if MODEL_PICKLED in names:
+        return [MODEL_PICKLED], None
+    if PICKLED_INDEX in names:
+        return _indexed(root, names, PICKLED_INDEX, survey)
     survey.faults.append(_no_weights(root, names))
     return [], None
 
@@ -339,7 +348,7 @@ def _no_weights(root: Path, names: frozenset[str]) -> Fault:
             severity="error",
             text=f"the weights are in {fold(pickled)}, which is no name that transformers reads",
             where=show(root),
-            next=f"name a whole file {folder.MODEL_PICKLED}, or restore {folder.PICKLED_INDEX}",
+            next=f"name a whole file {MODEL_PICKLED}, or restore {PICKLED_INDEX}",
             facts=(("file", pickled[0]),) if len(pickled) == 1 else (),
         )
     return Fault(

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converter.core.checkpoint import Checkpoint, Origin, SideFile
+from converter.core.files.names import MODEL_CONFIG
 from converter.core.files.opening import identity
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.families.ties import is_tied
 from converter.sources.beside import Beside, find_beside
 from converter.sources.places import Place
-from converter.sources.survey import MODEL_CONFIG, file_names, is_weights_of_model, name_of
+from converter.sources.survey import file_names, is_weights_of_model, name_of
 from converter.sources.verl.files import FSDP_CONFIG, HUGGINGFACE, LORA_ADAPTER, rank_files
 from converter.sources.verl.moments import moments, trained_names
 from converter.sources.verl.shards import Ranks

@@ -13,6 +13,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertModel,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -62,6 +63,25 @@ def over_bert(folder: Path, extra: str = "") -> None:
         more = {f"base_model.model.{extra}.lora_A.weight": torch.ones(2, HIDDEN),
                 f"base_model.model.{extra}.lora_B.weight": torch.ones(HIDDEN, 2)}  # fmt: skip
         store(folder, lambda t: {**t, **more}, FILE)
+
+
+def without_a_task(folder: Path) -> None:
+    """A head that classifies sequences as well as tokens, and nothing that says which."""
+    config = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    BertModel(config).save_pretrained(folder.parent / "bert")
+    model = BertForSequenceClassification.from_pretrained(folder.parent / "bert", num_labels=1)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    wrapped.save_pretrained(folder)
+    edit(folder, "adapter_config.json", base_model_name_or_path="./bert", task_type=None)
+
+
+def as_fsdp_state(folder: Path) -> None:
+    """As accelerate leaves the state of a PEFT model under FSDP."""
+    torch.save(load_file(folder / FILE), folder / "pytorch_model_fsdp.bin")
+    (folder / FILE).unlink()
 
 
 def over_experts(folder: Path) -> None:
@@ -125,6 +145,11 @@ ADAPTERS: dict[str, Breakage] = {
     ),
     "peft-type-unsupported": Breakage("adapter", config(peft_type="LOHA"), "told"),
     "peft-type-unmergeable": Breakage("adapter", config(peft_type="PROMPT_TUNING"), "told"),
+    "adapter-task-unknown": Breakage("adapter", without_a_task, "advice"),
+    "adapter-named-otherwise": Breakage("adapter", as_fsdp_state, "mended"),
+    "adapter-files-unread": Breakage(
+        "adapter", lambda f: save_file({"tower.weight": torch.ones(3)}, f / "extra.safetensors", metadata=PT), "advice"
+    ),
     "lora-alpha-zero": Breakage("adapter", config(lora_alpha=0), "advice"),
     "no-op": Breakage(
         "adapter", having(lambda t: {n: torch.zeros_like(v) if "lora_B" in n else v for n, v in t.items()}), "lost"

@@ -219,6 +219,20 @@ def cut_pickle(file: Path) -> None:
             new.writestr(name, raw[:-40] if name.endswith("data.pkl") else raw)
 
 
+MATRIX = "model.layers.1.mlp.up_proj.weight"
+
+
+def changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """A model whose tensors are changed."""
+
+    def do(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return do
+
+
 CONFIGS: dict[str, Breakage] = {
     "architecture-missing": Breakage("whole", config(drop=("architectures",)), "told"),
     "architecture-wrapper": Breakage("whole", config(architectures=["FSDPLlamaForCausalLM"]), "mended"),
@@ -227,6 +241,12 @@ CONFIGS: dict[str, Breakage] = {
     ),
     "labels-mismatch": Breakage("reward", config(id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1}), "mended"),
     "pad-token-missing": Breakage("reward", config(pad_token_id=None), "mended"),
+    "tensors-missing": Breakage("whole", changed(lambda t: t.pop(MATRIX)), "lost"),
+    "tensors-misshapen": Breakage(
+        "whole", changed(lambda t: t.update({MATRIX: t[MATRIX][: t[MATRIX].shape[0] // 2].clone()})), "lost"
+    ),
+    "tensors-unexpected": Breakage("whole", changed(lambda t: t.update({"odd.weight": t[MATRIX].clone()})), "advice"),
+    "family-unknown": Breakage("whole", config(model_type="unheard-of", architectures=["UnheardOf"]), "told"),
     "pad-is-eos": Breakage("reward", config(pad_token_id=2), "told"),
     "vocabulary-rows": Breakage("whole", config(vocab_size=31), "mended"),
     "end-tokens-lost": Breakage(

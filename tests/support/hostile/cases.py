@@ -119,7 +119,8 @@ def without_weights(folder: Path) -> Path:
     root = model(folder)
     for each in (*root.glob("*.safetensors"), root / "model.safetensors.index.json"):
         each.unlink()
-    with_config(root / "config.json", num_hidden_layers=0)  # what comes next may be one tensor
+    # What comes next may be one tensor, which is the whole of no class that is known.
+    with_config(root / "config.json", model_type="unheard-of", architectures=["UnheardOf"], num_hidden_layers=0)
     return root
 
 

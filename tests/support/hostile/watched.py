@@ -17,12 +17,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from converter.families import expected_child
 from converter.shipped import shipped
 from places import SUPPORT
 
@@ -73,6 +75,7 @@ class Watcher:
 
     def __init__(self) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "RLHF_"))}
+        environment["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="watched-cache-")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "hostile.watched"],
             cwd=SUPPORT,
@@ -110,12 +113,15 @@ class Watcher:
 def note_attempts(folder: Path, closed: Sequence[str], attempts: list[str]) -> None:
     """Watch this process from here on; a hook can't be taken off again."""
     inside = f"{os.path.realpath(folder)}{os.sep}"
+    cache = f"{os.path.realpath(os.environ.get('XDG_CACHE_HOME', '/no-cache'))}{os.sep}"
 
     def is_inside(path: Any) -> bool:
-        return os.path.realpath(os.fsdecode(path)).startswith(inside)
+        return os.path.realpath(os.fsdecode(path)).startswith((inside, cache))
 
     def wrong(event: str, args: tuple[Any, ...]) -> bool:
         match event:
+            case "subprocess.Popen":
+                return list(args[1]) != [sys.executable, "-I", str(expected_child.PROGRAM)]
             case _ if event in FORBIDDEN:
                 return True
             case "import":
@@ -130,7 +136,7 @@ def note_attempts(folder: Path, closed: Sequence[str], attempts: list[str]) -> N
                     return True
                 flags = args[2] if isinstance(args[2], int) else 0
                 return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) and not (
-                    path.startswith((f"{inside}out", "/dev/null"))
+                    path.startswith((f"{inside}out", "/dev/null", cache))
                 )
             case _ if event in WRITES:
                 return not all(is_inside(a) for a in args if isinstance(a, str | bytes))

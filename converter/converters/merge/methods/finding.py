@@ -51,9 +51,10 @@ def find_method(config: Mapping[str, Any], where: str) -> Method:
     reason = _NOT_MERGEABLE.get(kind)
     if reason is not None:
         raise Refused("peft-type-unmergeable", f"{kind} can't be merged into weights: {reason}", where=where)
+    read = fold(sorted({m.peft_type for m in methods()}))
     raise Refused(
         "peft-type-unsupported",
-        f"PEFT type {show(kind) or 'missing'} is not supported; {fold(sorted({m.peft_type for m in methods()}))} is",
+        f"PEFT type {show(kind) or 'missing'} is not supported; read are {read}",
         where=where,
         next="merge it with PEFT itself: PeftModel.from_pretrained(...).merge_and_unload()",
     )

@@ -16,11 +16,12 @@ from converter.core.tensors.kernel_specs import Param
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Steps
 from converter.errors import Refused
+from converter.families.words import LORA_EMBEDDING_PAIR, LORA_MAGNITUDE, LORA_MATRICES, LORA_PAIR
 from converter.text import show
 
 Shape = tuple[int, ...]
 
-MAGNITUDE = "lora_magnitude_vector"
+MAGNITUDE = LORA_MAGNITUDE
 
 _HARMLESS_STARTS = frozenset({"gaussian", "orthogonal", "eva", "mica", "true", "false"})
 
@@ -70,6 +71,11 @@ FIELDS = {
     "fan_in_fan_out": fields.ignored(),
     "loftq_config": fields.ignored(),
     "lora_dropout": fields.ignored(),
+    # Of ms-swift 2: a dtype and LoRA+'s learning rates.
+    # Source: https://github.com/modelscope/ms-swift/blob/v2.6.1/swift/tuners/peft.py (`LoraConfig`)
+    "lora_dtype": fields.ignored(),
+    "lorap_emb_lr": fields.ignored(),
+    "lorap_lr_ratio": fields.ignored(),
     "megatron_core": fields.ignored(),
     "qalora_group_size": fields.ignored(),
     "alora_invocation_tokens": fields.refused("activated LoRA switches on at certain tokens and can't be merged"),
@@ -112,8 +118,8 @@ def update(site: Site) -> tuple[Update, ...]:
 def lora_updates(site: Site, magnitude: LazyTensor | None) -> tuple[Update, ...]:
     """LoRA's updates of a module; with DoRA's magnitudes `[out]` the weight is rescaled to them."""
     parts = site.module.factors.keys() - {"lora_B.bias", MAGNITUDE}
-    is_embedding = not parts.isdisjoint({"lora_embedding_A", "lora_embedding_B"})
-    names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
+    is_embedding = not parts.isdisjoint(LORA_EMBEDDING_PAIR)
+    names = LORA_EMBEDDING_PAIR if is_embedding else LORA_PAIR
     a, b = (site.take(name) for name in names)
     if parts - set(names):
         raise site.incomplete(f"{show(min(parts - set(names)))} has no place in a LoRA layer")
@@ -203,9 +209,9 @@ def _kind(site: Site, a: Shape, b: Shape, base: Shape, is_embedding: bool) -> st
 METHOD = Method(
     title="LoRA",
     peft_type="LORA",
-    factors=("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
+    factors=LORA_MATRICES,
     fields=FIELDS,
     update=update,
-    pairs=(("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")),
-    zeros=("lora_B", "lora_embedding_B"),
+    pairs=(LORA_PAIR, LORA_EMBEDDING_PAIR),
+    zeros=(LORA_PAIR[1], LORA_EMBEDDING_PAIR[1]),
 )

@@ -1,0 +1,38 @@
+"""Names of the files that a checkpoint consists of, each once: configs, weights, indexes, tokenizers, the receipt."""
+
+from __future__ import annotations
+
+MODEL_CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+MODEL_WEIGHTS = "model.safetensors"
+MODEL_INDEX = "model.safetensors.index.json"
+MODEL_PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+
+ADAPTER_STEM = "adapter_model"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PICKLED = "adapter_model.bin"
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_MODEL = "tokenizer.model"
+VOCABULARY = "vocab.json"
+SENTENCE_PIECE = "spiece.model"
+ADDED_TOKENS = "added_tokens.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+TOKENIZERS = (TOKENIZER, TOKENIZER_MODEL, VOCABULARY, SENTENCE_PIECE, TOKENIZER_CONFIG)
+"""Files of which a tokenizer has at least one."""
+
+CHAT_TEMPLATE = "chat_template.jinja"
+
+TRAINER_STATE = "trainer_state.json"
+"""What transformers' Trainer leaves beside the weights."""
+
+CARD = "README.md"
+RECEIPT = "rlhf-convert.json"
+"""What this program writes beside every folder that it makes."""
+
+WEIGHTS_WORD = f"model|pytorch_model|{ADAPTER_STEM}"
+"""Alternatives of a regular expression: how the names of weight files begin."""
