@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from converter.core.context import Note
     from converter.core.writer.plan import Plan
     from converter.core.writer.reporter import Reporter
-    from converter.core.writer.write import Receipt
+    from converter.core.writer.write import Accept, Receipt
     from converter.publish.requests import Destination
     from converter.publish.write import Published
     from converter.recipe.recipe import Recipe
@@ -151,23 +151,43 @@ def _expect_room(planned: Conversion) -> None:
 
 def write_folder(planned: Conversion, going: Going) -> Receipt:
     """Write what was planned into its folder."""
-    from converter.core.writer.reporter import Silent
-    from converter.core.writer.write import write
     from converter.recipe.run import refuse_no_op
 
     assert planned.folder is not None
-    options = planned.options
+    return write_plan(
+        planned.plan, planned.folder, planned.options, going,
+        accept=lambda measures: refuse_no_op(planned.prepared, measures),
+    )  # fmt: skip
+
+
+def write_plan(
+    plan: Plan, out: Path | str | None, options: WriteOptions, going: Going, accept: Accept | None = None
+) -> Receipt:
+    """Write a plan into a folder.
+
+    Raises:
+        UsageError: no folder is named (`usage`).
+    """
+    from converter.core.writer.reporter import Silent
+    from converter.core.writer.write import write
+
+    if out is None or goes_to_hub(str(out)):
+        raise _no_folder()
     return write(
-        planned.plan,
-        planned.folder,
-        jobs=planned.jobs,
-        memory=planned.memory,
+        plan,
+        Path(out).expanduser(),
+        jobs=options.jobs or threads(),
+        memory=memory_of(options),
         overwrite=options.overwrite,
         resume=options.resume,
         verify=options.verify,
         reporter=going.reporter or Silent(),
-        accept=lambda measures: refuse_no_op(planned.prepared, measures),
+        accept=accept,
     )
+
+
+def _no_folder() -> UsageError:
+    return UsageError("usage", "a plan is written to a folder", expected="write(planned, out)")
 
 
 def write_planned(planned: C, out: str | None, reporter: Reporter | None) -> C:
@@ -180,7 +200,7 @@ def write_planned(planned: C, out: str | None, reporter: Reporter | None) -> C:
 
     named = out or planned.out
     if named is None or goes_to_hub(named):
-        raise UsageError("usage", "a plan is written to a folder", expected="write(planned, out)")
+        raise _no_folder()
     going = Going(reporter=reporter)
     planned = dataclasses.replace(planned, out=named)
     if planned.adapter is not None:

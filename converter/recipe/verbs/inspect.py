@@ -111,8 +111,8 @@ def inspect(path: str | Path, *, revision: str | None = None, allow_name: Sequen
         allow_name: patterns of names of your own classes that pickled files may mention.
 
     Raises:
-        UsageError: nothing that can be inspected has that name.
-        Refused: a Hub id that is not in the cache and can't be read from the Hub (`hub-download`).
+        UsageError: a file that is no part of a checkpoint, or two revisions.
+        Refused: nothing local has that name (`path-missing`), or it can't be read from the Hub (`hub-download`).
     """
     from converter.examine.doctor import DoctorRequest, examine
     from converter.sources.locate import resolve

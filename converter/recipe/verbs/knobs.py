@@ -18,7 +18,18 @@ Where = str | Path
 """A folder, or `owner/name` on the Hub."""
 
 
-class Writing(TypedDict, total=False):
+class Effort(TypedDict, total=False):
+    """Keyword arguments that say how a plan is written, and not what."""
+
+    jobs: int | None
+    memory: str | int | None
+    overwrite: bool
+    resume: bool
+    verify: bool
+    reporter: Reporter | None
+
+
+class Writing(Effort, total=False):
     """Keyword arguments of every function that writes a checkpoint: see `WriteOptions`, and how it goes on.
 
     `dry_run` checks and plans everything and writes nothing, as leaving `out` out does. `reporter` hears how far it is.
@@ -34,14 +45,8 @@ class Writing(TypedDict, total=False):
     allow: Sequence[str]
     allow_name: Sequence[str]
     keep_code: bool
-    jobs: int | None
-    memory: str | int | None
-    overwrite: bool
-    resume: bool
-    verify: bool
     public: bool
     dry_run: bool
-    reporter: Reporter | None
     on_plan: Callable[[Conversion], None] | None
 
 

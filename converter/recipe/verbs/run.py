@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, overload
 
 from converter.recipe.options import WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, load_recipe
-from converter.recipe.verbs.conversion import C, Conversion, convert_recipe, write_planned
-from converter.recipe.verbs.knobs import Where, Writing, optional, options_of
+from converter.recipe.verbs.conversion import C, Conversion, convert_recipe, write_plan, write_planned
+from converter.recipe.verbs.knobs import Effort, Where, Writing, optional, options_of
 from converter.recipe.verbs.pieces import allowing, cast_steps, output
 from converter.sources.opening import InputSpec, input_spec
 
 if TYPE_CHECKING:
+    from converter.core.writer.plan import Plan
     from converter.core.writer.reporter import Reporter
+    from converter.core.writer.write import Receipt
 
 
 def plan(
@@ -73,16 +75,27 @@ def run_recipe(recipe: str | Path | Recipe, inputs: Mapping[str, Where], options
     return dataclasses.replace(loaded, inputs={**loaded.inputs, SOURCE: source})
 
 
-def write(planned: C, out: Where | None = None, *, reporter: Reporter | None = None) -> C:
+@overload
+def write(planned: C, out: Where | None = None, *, reporter: Reporter | None = None) -> C: ...
+
+
+@overload
+def write(planned: Plan, out: Where, **how: Unpack[Effort]) -> Receipt: ...
+
+
+def write(planned: C | Plan, out: Where | None = None, **how: Unpack[Effort]) -> C | Receipt:
     """Write what was planned, as the options that it was planned with say.
 
     Args:
-        planned: the result of `plan`, or of a verb without `out` or with `dry_run=True`.
+        planned: the result of `plan`, or of a verb without `out` or with `dry_run=True`; or a plan of `make_plan`.
         out: a folder; None: the one that it was planned for.
+        how: `reporter`; of a plan of `make_plan`, which has no options, those of `Effort` too.
 
     Raises:
         UsageError: there is no folder to write to, or it is on the Hub (`usage`): name it where you plan.
         Refused: the target, the disk, the memory or a changed input does not allow it; nothing is published.
         VerificationFailed: what was written is not what it should be; it is not published.
     """
-    return write_planned(planned, optional(out), reporter)
+    if isinstance(planned, Conversion):
+        return write_planned(planned, optional(out), how.get("reporter"))
+    return write_plan(planned, optional(out), *options_of(WriteOptions, how))
