@@ -90,9 +90,9 @@ def _telling(sink: Sink) -> Iterator[tuple[Reporter, bool]]:
 
 
 def _goes_by_chunks() -> bool:
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    return find_spec("hf_xet") is not None and not huggingface_hub.constants.HF_HUB_DISABLE_XET
+    return find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET
 
 
 def _plan(planned: Push, *, public: bool) -> list[str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.errors import ConvertError, Refused
+from converter.recipe.verbs.knobs import allowing
 from converter.recipe.verbs.open import opened
-from converter.recipe.verbs.pieces import allowing
 
 if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint

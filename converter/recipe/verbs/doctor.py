@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.recipe.verbs.knobs import Where, optional
-from converter.recipe.verbs.pieces import allowing
+from converter.recipe.verbs.knobs import Where, allowing, optional
 
 if TYPE_CHECKING:
     from converter.examine.doctor import Report

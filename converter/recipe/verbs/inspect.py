@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.examine import facts
 from converter.families.words import CLASSIFIERS, OUTPUT_MODULES, VALUE_HEADS
-from converter.recipe.verbs.pieces import allowing
+from converter.recipe.verbs.knobs import allowing
 
 if TYPE_CHECKING:
     from converter.core.tensors.dtypes import DType
