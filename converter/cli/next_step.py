@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.diagnostic import Again, Command, Next, Steps, as_argument, commands, completed, parts, renamed
-from converter.errors import EXIT_BUG, ConvertError, UsageError
+from converter.errors import ConvertError, UsageError
 
 _PLACEHOLDERS = ("OUT", "./NEW_FOLDER")
 """Words that stand for an output."""
@@ -27,13 +27,11 @@ def complete(error: ConvertError, verb: str, arguments: list[str]) -> None:
     Args:
         arguments: what the user typed behind the verb.
     """
-    if error.exit_code not in (2, 3, 4, EXIT_BUG):
-        return
     typed = _parsed(verb, arguments)
     if any(isinstance(p, Again) for p in parts(error.next)):
         _complete_again(error, verb, arguments, typed)
     error.next = _with_output(error.next, typed)
-    if error.exit_code != EXIT_BUG and not commands(error.next):
+    if error.exit_code in (2, 3, 4) and not commands(error.next):
         error.next = _with_command(error, verb, typed)
 
 
