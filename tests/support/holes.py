@@ -34,7 +34,9 @@ with warnings.catch_warnings():
 
 Tensors = dict[str, torch.Tensor]
 
-MODEL_HARMS = ("removed", "halved", "renamed", "swapped", "zeroed", "unlisted")
+MODEL_HARMS = ("removed", "halved", "renamed", "swapped", "zeroed", "unlisted", "retyped", "rows zeroed")
+UNREPORTED = ("zeroed", "retyped", "rows zeroed")
+"""Harms of which no load says anything: they are harms by what they do to the numbers."""
 ADAPTER_HARMS = ("removed", "halved", "renamed", "pair removed")
 LAYER = re.compile(r"\.(?:weight|\w*_proj)$")
 WEIGHTS = "adapter_model.safetensors"
@@ -81,6 +83,17 @@ def harmed(tensors: Tensors, kind: str, draw: random.Random) -> tuple[Tensors, H
         ):
             return None  # biases, norms and relative positions of zeros are how training begins
         made[name] = torch.zeros_like(tensors[name])
+    elif kind == "retyped":
+        if not name.endswith(".weight"):
+            return None  # buffers of other types are their class's own
+        made[name] = tensors[name].to(draw.choice((torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn)))
+    elif kind == "rows zeroed":
+        value = tensors[name]
+        is_matrix = LAYER.search(name) and value.dim() > 1 and min(value.shape) > 1 and "embed" not in name
+        if not is_matrix or value.shape[0] < 16 or name.startswith(("lm_head", "embed_out", "output")):
+            return None
+        made[name] = value.clone()
+        made[name][value.shape[0] // 2 :] = 0
     return made, Harm(kind, (name,))
 
 
@@ -127,7 +140,7 @@ def peft_notices(folder: Path, base: Path) -> bool:
 
 def is_named(folder: Path, harm: Harm, *, base: Path | None = None) -> bool:
     """Whether doctor, or verify, names a tensor of the harm in something worse than cosmetic."""
-    asked = DoctorRequest(str(folder), base=None if base is None else str(base), deep=harm.kind == "zeroed")
+    asked = DoctorRequest(str(folder), base=None if base is None else str(base), deep="zeroed" in harm.kind)
     # A head of zeros is how some trainers begin: that it is zero is named, and is no more than a hint.
     said = [f for f in examine(asked).findings if f.severity != "cosmetic" or harm.kind == "zeroed"]
     if any(_names(f"{f.text} {' '.join(f.evidence)}", f.tensors, harm) for f in said):
@@ -205,14 +218,14 @@ def model_case(sound: Sound, saved: Saved, seed: int) -> Outcome | None:
             harm = None if made is None else made[1]
             if made is not None:
                 write_tensors(folder, made[0])
-        if harm is None or (kind != "zeroed" and not transformers_notices(folder)):
+        if harm is None or (kind not in UNREPORTED and not transformers_notices(folder)):
             return None
         return Outcome(str(saved), harm, _wrong(folder, harm, Path(scratch) / "out"))
 
 
 def _wrong(folder: Path, harm: Harm, out: Path, base: Path | None = None) -> str:
     wrong = [] if is_named(folder, harm, base=base) else ["not named"]
-    if harm.kind != "zeroed":  # values are read by doctor --deep and verify alone
+    if "zeroed" not in harm.kind:  # values are read by doctor --deep and verify alone
         codes = refusals(folder, out, base=base)
         wrong += [f"{verb} exits {code}" for verb, code in codes.items() if code not in (2, 3)]
     return ", ".join(wrong)

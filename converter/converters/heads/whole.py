@@ -6,12 +6,14 @@ found here is what `doctor` names, what `verify` fails on, and what no verb writ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from converter.converters.heads.detect import detect, head_like
 from converter.converters.heads.model import resolve
 from converter.core.checkpoint import Checkpoint
+from converter.core.tensors.dtypes import DType
 from converter.dialects.spec import Dialect
 from converter.errors import ConvertError
 from converter.families.expected import Comparison, Expected, Unknown, compare, expected
@@ -21,7 +23,8 @@ from converter.families.words import OUTPUT_PREFIXES
 from converter.text import fold, show
 
 MISSING, UNEXPECTED, MISSHAPEN = "tensors-missing", "tensors-unexpected", "tensors-misshapen"
-CODES = (MISSHAPEN, MISSING, UNEXPECTED)
+MISTYPED = "tensors-mistyped"
+CODES = (MISSHAPEN, MISSING, UNEXPECTED, MISTYPED)
 
 _EMPTY: Shape = (0,)
 _NORMALISER = "normalizer."
@@ -58,6 +61,7 @@ class Judgement:
         comparison: what differs; nothing where the family is unknown.
         wanted: what the class asks for.
         dialect: whose head it has, where that is not the class's own.
+        mistyped: weights of types that only quantised models store, in one that is none.
     """
 
     unknown: str
@@ -66,12 +70,14 @@ class Judgement:
     dialect: Dialect | None = None
     slices: Slices | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
+    mistyped: Mapping[str, DType] = field(default_factory=dict)
 
     @property
     def codes(self) -> tuple[str, ...]:
         """Codes of what differs, the likeliest cause first."""
-        found = {MISSHAPEN: self.comparison.misshapen, MISSING: self.comparison.missing}
+        found: dict[str, Collection[str]] = {MISSHAPEN: self.comparison.misshapen, MISSING: self.comparison.missing}
         found[UNEXPECTED] = self.comparison.unexpected
+        found |= {MISTYPED: self.mistyped}
         return tuple(code for code in CODES if found[code])
 
     def names(self, code: str) -> tuple[str, ...]:
@@ -80,6 +86,7 @@ class Judgement:
             MISSING: self.comparison.missing,
             UNEXPECTED: self.comparison.unexpected,
             MISSHAPEN: self.comparison.misshapen,
+            MISTYPED: self.mistyped,
         }[code]
         return tuple(self.aliases.get(n, n) for n in found)
 
@@ -95,6 +102,10 @@ class Judgement:
         if code == UNEXPECTED:
             text = f"{len(names)} tensors are none that {self._class} asks for: {fold(names)}"
             return f"{text}; {self._prefix_words() or 'a loader passes over them'}"
+        if code == MISTYPED:
+            kinds = " and ".join(sorted({t.value for t in self.mistyped.values()}))
+            text = f"{len(names)} weights are {kinds}, and nothing says that the model is quantised: {fold(names)}"
+            return f"{text}; loaders take such numbers for weights"
         first, (have, asked) = next(iter(found.misshapen.items()))
         shown = f"{show(self.aliases.get(first, first))} is {list(have)}, and {list(asked)} is asked for"
         text = (
@@ -136,7 +147,23 @@ def judge(checkpoint: Checkpoint, names: Mapping[str, str] | None = None) -> Jud
     found = _without_heads(compare(stored, wanted, checkpoint.config), wanted, heads, dialect)
     whole = {n: pair for n, pair in found.misshapen.items() if pair[0] != _EMPTY}
     found = Comparison(found.missing, found.unexpected, whole, found.asked)
-    return Judgement("", found, wanted, dialect, _slices(whole, stored), aliases)
+    return Judgement("", found, wanted, dialect, _slices(whole, stored), aliases, _mistyped(checkpoint))
+
+
+def _mistyped(checkpoint: Checkpoint) -> dict[str, DType]:
+    """Weights of integers, truths or narrow floats, where neither the config nor a scale says what they stand for."""
+    inner = [v for v in checkpoint.config.values() if isinstance(v, Mapping)]
+    if any(_SAYS_QUANTISED.search(key) for each in (checkpoint.config, *inner) for key in each):
+        return {}
+    if any(_OF_QUANTISED.search(n) for n in checkpoint.tensors):
+        return {}
+    typed = {n: t.info.dtype for n, t in checkpoint.tensors.items() if n.endswith(".weight") and t.info.numel}
+    return {n: dtype for n, dtype in typed.items() if dtype not in _PLAIN}
+
+
+_SAYS_QUANTISED = re.compile(r"quantiz|compression")
+_OF_QUANTISED = re.compile(r"scale|qweight|qzeros|g_idx|absmax|weight_packed|_blocks$|\.SCB$|zero_point")
+_PLAIN = (DType.F64, DType.F32, DType.F16, DType.BF16)
 
 
 def _dialect(checkpoint: Checkpoint) -> Dialect | None:

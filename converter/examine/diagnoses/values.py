@@ -9,12 +9,14 @@ from pathlib import Path
 
 from converter.converters.heads.read import values
 from converter.core.context import MAX_READ, Context
-from converter.core.tensors.nodes import LazyTensor
+from converter.core.tensors.byte_runs import byte_runs
+from converter.core.tensors.nodes import LazyTensor, narrow
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.heads import heads_here
 from converter.examine.diagnoses.places import heads_in
 from converter.families.family import hidden_size
+from converter.families.words import OUTPUT_MODULES
 from converter.sources.hf import peft
 from converter.sources.hf import source as hf
 from converter.sources.places import by_number
@@ -25,6 +27,9 @@ _CHECKPOINT = re.compile(r"(?:checkpoint|step|epoch|iter)[-_]?\d+", re.ASCII)
 _MASKS = re.compile(r"(?:mask|masked_bias|attn\.bias)$")
 _LAYERS = re.compile(r"(?:^|\.)(?:weight|in_proj_weight|\w*_proj|w[123])$", re.ASCII)
 """Weights of layers by their names, stacked experts among them; other matrices may be zero by design."""
+
+_PARTS, _LEAST_ROWS = 8, 2
+"""A matrix is looked at in so many stretches of rows, each of so many at least."""
 
 _MOST_SIBLINGS = 2
 _MIN_SAMPLE = 8
@@ -72,27 +77,50 @@ def nonfinite(case: Case, context: Context) -> Iterable[Finding]:
 
 @diagnosis("zero-tensors", "model", "weights", deep=True)
 def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
-    """Whole matrices of a model are zero, heads apart: filled with zeros by a repair, or a save from a rank that did
-    not hold them. (Biases, relative positions, buffers, and all LoRA's B at the start are zero by design.)
+    """Whole matrices of a model are zero, heads apart, or an eighth of their rows or more in one stretch: filled with
+    zeros by a repair, or a save from a rank that did not hold them. (Biases, relative positions, buffers, and all
+    LoRA's B at the start are zero by design; an embedding's rows of tokens that nobody has may be.)
     """
     heads = set(heads_here(case))
-    found = []
+    found: list[str] = []
+    parts: dict[str, tuple[int, int]] = {}
     for name, tensor in _stored(case):
         is_matrix = len(tensor.info.shape) > 1 and min(tensor.info.shape) > 1 and _LAYERS.search(name)
         if not is_matrix or not tensor.info.dtype.is_float or name in heads or ".lora_" in name:
             continue
         if context.is_zero(tensor):
             found.append(name)
-    if found:
-        text = f"{len(found)} matrices are zero everywhere: {fold(found)}"
+        elif not name.startswith(OUTPUT_MODULES) and "embed" not in name and (rows := _zero_rows(tensor, context)):
+            parts[name] = rows
+    texts = {
+        f"{len(found)} matrices are zero everywhere: {fold(found)}": found,
+        f"{len(parts)} matrices have rows of zeros in one stretch: {fold(parts)}": list(parts),
+    }
+    for text, names in texts.items():
+        if not names:
+            continue
+        stretches = tuple(f"{show(n)} rows {a} to {b - 1}" for n, (a, b) in list(parts.items())[:3] if n in names)
         yield Finding(
             code="zero-tensors",
             severity="changes-numbers",
             text=text,
-            tensors=tuple(found),
-            evidence=folded(case, found),
+            tensors=tuple(names),
+            evidence=stretches or folded(case, names),
             recoverability=LOST,
         )
+
+
+def _zero_rows(tensor: LazyTensor, context: Context) -> tuple[int, int] | None:
+    """The first stretch of rows, in eighths of the matrix, that are zero; None where there is none."""
+    rows = tensor.info.shape[0]
+    height = rows // _PARTS
+    if height < _LEAST_ROWS or byte_runs(tensor) is None:
+        return None
+    zero = [k for k in range(_PARTS) if context.is_zero(narrow(tensor, 0, k * height, height))]
+    if not zero:
+        return None
+    last = next((k for k in range(zero[0], _PARTS) if k not in zero), _PARTS)
+    return zero[0] * height, rows if last == _PARTS else last * height
 
 
 def _head_weights(case: Case) -> dict[str, LazyTensor]:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from converter.converters.heads.whole import MISSHAPEN, MISSING, UNEXPECTED, Judgement, rows_of_vocabulary
+from converter.converters.heads.whole import (
+    MISSHAPEN,
+    MISSING,
+    MISTYPED,
+    UNEXPECTED,
+    Judgement,
+    rows_of_vocabulary,
+)
 from converter.core.context import Context
 from converter.diagnostic import Next, Steps
 from converter.examine.diagnoses.case import LOST, Case, Finding, Near, diagnosis, folded
@@ -72,6 +79,17 @@ def tensors_unexpected(case: Case, context: Context) -> Iterable[Finding]:
         yield from _finding(case, found, UNEXPECTED)
 
 
+@diagnosis("tensors-mistyped", "model")
+def tensors_mistyped(case: Case, context: Context) -> Iterable[Finding]:
+    """Weights are stored as integers, truths or narrow floats, and neither config.json (quantization_config) nor a
+    scale beside them says what they stand for: a quantised file under a plain config, or a cast that went wrong.
+    transformers reports nothing, and copies the numbers into the model's own type.
+    """
+    found = judgement_of(case)
+    if found is not None:
+        yield from _finding(case, found, MISTYPED)
+
+
 @diagnosis("family-unknown", "model")
 def family_unknown(case: Case, context: Context) -> Iterable[Finding]:
     """Neither our formulas nor the installed transformers know the class in config.json (remote code, a newer release):
@@ -94,7 +112,7 @@ def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
         source = ("--weights-from", place) if near is not None or not base else ()
         command = case.command("repair", *source, *base, out="fixed")
     recoverability = LOST if near is None else f"from {near.asked}"
-    if found.prefix or code == UNEXPECTED:
+    if found.prefix or code in (UNEXPECTED, MISTYPED):
         command, recoverability = Steps("every tensor is listed by ", case.command("inspect", "--tensors")), ""
     yield Finding(
         code=code,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from converter.converters.heads.detect import detect
 from converter.converters.heads.model import Linear, Mlp, Reading
 from converter.converters.heads.read import read, values
-from converter.converters.heads.whole import MISSHAPEN, MISSING, UNEXPECTED, judge
+from converter.converters.heads.whole import MISSHAPEN, MISSING, MISTYPED, UNEXPECTED, judge
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import MAX_READ, Context
 from converter.diagnostic import Command
@@ -181,6 +181,7 @@ _FAILS: dict[str, Callable[[str, Command], Check]] = {
     MISSING: lambda text, remedy: fails("backbone", "backbone-missing", text, remedy),
     UNEXPECTED: lambda text, remedy: fails("backbone", "backbone-unknown", text, remedy),
     MISSHAPEN: lambda text, remedy: fails("backbone", "backbone-shape", text, remedy),
+    MISTYPED: lambda text, remedy: fails("backbone", "backbone-type", text, remedy),
 }
 
 

@@ -246,6 +246,7 @@ CONFIGS: dict[str, Breakage] = {
         "whole", changed(lambda t: t.update({MATRIX: t[MATRIX][: t[MATRIX].shape[0] // 2].clone()})), "lost"
     ),
     "tensors-unexpected": Breakage("whole", changed(lambda t: t.update({"odd.weight": t[MATRIX].clone()})), "advice"),
+    "tensors-mistyped": Breakage("whole", changed(lambda t: t.update({MATRIX: t[MATRIX].to(torch.int32)})), "advice"),
     "family-unknown": Breakage("whole", config(model_type="unheard-of", architectures=["UnheardOf"]), "told"),
     "pad-is-eos": Breakage("reward", config(pad_token_id=2), "told"),
     "vocabulary-rows": Breakage("whole", config(vocab_size=31), "mended"),
