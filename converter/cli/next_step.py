@@ -117,6 +117,9 @@ def _with_command(error: ConvertError, verb: str, typed: _Typed) -> Next:
     if error.code == "path-missing":
         return Steps(*_sentence(error.next), Command("", (_parent(typed),), program="ls"))
     is_about_words = isinstance(error, UsageError) and error.where is None
+    elsewhere = _folder_of(error)
+    if not is_about_words and elsewhere is not None and (folder is None or verb == "doctor"):
+        return Steps(*_sentence(error.next), Command("", ("-l", as_argument(elsewhere)), program="ls"))
     if folder is None or is_about_words or verb == "doctor":
         return Steps(*_sentence(error.next), Command(verb, ("--help",)))
     look = Command("doctor", (as_argument(folder),))
@@ -132,7 +135,16 @@ def _folder(error: ConvertError, typed: _Typed) -> str | None:
     """The folder that the user named and that the error is about, else the first that there is."""
     there = [w for w in typed.inputs if os.path.isdir(os.path.expanduser(w))]
     held = [w for w in there if error.where and _is_below(error.where, w)]
-    return max(held, key=len) if held else there[0] if there else None
+    is_elsewhere = bool(error.where) and os.path.lexists(os.path.expanduser(error.where or ""))
+    return max(held, key=len) if held else there[0] if there and not is_elsewhere else None
+
+
+def _folder_of(error: ConvertError) -> str | None:
+    """The folder that an error is about by its own words; None where it names none."""
+    path = os.path.expanduser(error.where or "")
+    if not path or not os.path.lexists(path):
+        return None
+    return path if os.path.isdir(path) else os.path.dirname(path) or "."
 
 
 def _is_below(where: str, folder: str) -> bool:

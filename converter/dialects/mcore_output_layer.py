@@ -12,7 +12,7 @@ DIALECT = Dialect(
     writable=False,
     refused="the weights are in Megatron's own names and sharded layout, which isn't read; slime and NeMo-RL draw the "
     "head anew when it isn't in their own checkpoint. Export the model with the trainer's own tools first",
-    marks=(Marks(("output_layer.weight",)), Marks((), backbone="decoder.layers.0.self_attention.linear_qkv")),
+    marks=(Marks((), backbone="decoder.layers.0.self_attention.linear_qkv"),),
     serves=(
         Serves("slime", ("critic",)),
         Serves("nemo-rl-megatron", ("critic",)),

@@ -12,7 +12,7 @@ DIALECT = Dialect(
     writable=False,
     refused=".nemo archives hold Megatron's names and sharded layout, which isn't read. NeMo's own converter writes a "
     "Hugging Face folder; begin with that",
-    marks=(Marks(("rm_head.weight",)),),
+    marks=(Marks(("rm_head.weight",), backbone="decoder.layers."),),
     serves=(Serves("nemo-aligner", ("reward", "critic"), "0.7.0", "0.7.0"),),
     evidence=(Evidence("source", "nemo_aligner/models/nlp/gpt of 0.7.0"),),
 )

@@ -257,9 +257,9 @@ def test_a_critic_that_another_trainer_aligns_in_another_way_changes_numbers(tmp
     ("extra", "says"),
     [
         ({"regression_layer.weight": (19, 16), "gating.layers.0.weight": (16, 16)}, "a gate computes from the prompt"),
-        ({"reward_head.weight": (1, 16)}, "verl's Megatron loader"),
-        ({"rm_head.weight": (3, 16)}, ".nemo archives"),
-        ({"output_layer.weight": (1, 16)}, "Megatron's own names"),
+        ({"lm_head.weight": (1, 16)}, "verl's Megatron loader"),
+        ({"rm_head.weight": (3, 16), "decoder.layers.0.mlp.linear_fc1.weight": (16, 16)}, ".nemo archives"),
+        ({"decoder.layers.0.self_attention.linear_qkv.weight": (16, 16)}, "Megatron's own names"),
     ],
 )
 def test_heads_that_nobody_can_convert_are_recognised_and_refused_with_the_reason(

@@ -44,12 +44,11 @@ def detect(checkpoint: Checkpoint) -> Detected | None:
             that none has (`dialect-unknown`).
     """
     found = sorted(_candidates(checkpoint), key=lambda each: (-each[0], each[1].name))
-    if not found or found[0][1].refused:
+    if not found:
         stem = plain_head(checkpoint)
-        if stem is not None and not _is_encoders_own(checkpoint) and not any(_is_marked(d, stem) for _, d, _ in found):
+        if stem is not None and not _is_encoders_own(checkpoint):
             shape = list(checkpoint.tensors[f"{stem}.weight"].info.shape)
             return Detected(linear_head(stem), f"{show(stem)}.weight {shape} is all that the backbone has beside it")
-    if not found:
         _refuse_unknown(checkpoint)
         return None
     best = [each for each in found if each[0] == found[0][0]]
@@ -76,13 +75,6 @@ def _candidates(checkpoint: Checkpoint) -> Iterator[tuple[int, Dialect, list[str
         if fitting:
             best = max(fitting, key=len)
             yield len(best), dialect, best
-
-
-def _is_marked(dialect: Dialect, stem: str) -> bool:
-    """True where a folder of this dialect shows more of its maker than what its head is called."""
-    return not any(
-        set(m.tensors) <= {f"{stem}.weight", f"{stem}.bias"} and m == Marks(m.tensors) for m in dialect.marks
-    )
 
 
 def _names(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
