@@ -59,7 +59,8 @@ def check_checksums(
     changed = [r for r in recorded if not same[r.name]]
     if not changed:
         size = format_size(sum(r.size for r in recorded))
-        return [holds("bytes", f"{size} in {len(recorded)} files, equal in CRC-32 to what was written")]
+        files = "one file" if len(recorded) == 1 else f"{len(recorded)} files"
+        return [holds("bytes", f"{size} in {files}, equal in CRC-32 to what was written")]
     tensors = stored()
     pairs = [(n, crc) for r in changed for n, crc in r.tensors.items() if n in tensors]
     differ = [n for n, crc in pairs if _checksum_of(tensors[n]) != crc]
