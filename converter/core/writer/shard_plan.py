@@ -211,9 +211,7 @@ def to_json(shard: ShardPlan) -> dict[str, Any]:
 def from_json(obj: Mapping[str, Any]) -> ShardPlan:
     """The plan that `to_json` wrote."""
     entries = tuple(
-        Entry(
-            e["name"], tensor_json.from_json(e["tensor"]), e["offset"], e["chunk_rows"], e.get("is_storage", False)
-        )
+        Entry(e["name"], tensor_json.from_json(e["tensor"]), e["offset"], e["chunk_rows"], e.get("is_storage", False))
         for e in obj["entries"]
     )
     return ShardPlan(

@@ -28,8 +28,7 @@ def lay_out_tree(file: str, tree: Any, source: Container) -> ShardPlan:
     named = [(f"data/{i}", t) for i, t in enumerate(storages.tensors)]
     archive = torch_zip.archive(file, [(n, t.info) for n, t in named], pickled)
     placed = [
-        Entry(n, t, r.offset, chunk_rows(t), is_storage=True)
-        for (n, t), r in zip(named, archive.tensors, strict=True)
+        Entry(n, t, r.offset, chunk_rows(t), is_storage=True) for (n, t), r in zip(named, archive.tensors, strict=True)
     ]
     return ShardPlan(file, archive.head, tuple(placed), b"", archive.size, pickled=pickled)
 

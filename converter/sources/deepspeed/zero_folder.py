@@ -14,7 +14,7 @@ Source: https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/checkpoi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from converter.core.tensors import nodes as tensors

@@ -43,7 +43,9 @@ class Rules:
         zero = config.get("zero_optimization") if isinstance(config, dict) else None
         zero = zero if isinstance(zero, dict) else {}
         size = zero.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE)
-        aligned = ALIGNED_BYTES // math.gcd(ALIGNED_BYTES, element_bytes) if zero.get("parameter_alignment") is True else 1
+        aligned = (
+            ALIGNED_BYTES // math.gcd(ALIGNED_BYTES, element_bytes) if zero.get("parameter_alignment") is True else 1
+        )
         return cls(
             int(size) if isinstance(size, int | float) and not isinstance(size, bool) else DEFAULT_SUB_GROUP_SIZE,
             zero.get("round_robin_gradients") is True,

@@ -5,22 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from converter.core.checkpoint import SideFile
+from converter.core.files.opening import Identity
 from converter.core.formats.torch_container import Container
 from converter.core.writer.accounting import checks_of
 from converter.core.writer.plan import Plan
-from converter.core.writer.shard_plan import ShardPlan
 from converter.core.writer.torch_trees import lay_out_tree
 from converter.sources.deepspeed.files import LATEST
 from converter.sources.deepspeed.resharding import trees
 from converter.sources.deepspeed.resharding.cuts import Rules
 from converter.sources.deepspeed.resharding.training import Training, read_training
 from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, expect_one_step
-from converter.sources.deepspeed.weights import training_dtype
-from converter.text import show
+from converter.sources.deepspeed.weights import described, training_dtype
 
 MAX_RANKS = 65_536
 _RANK = re.compile(r"(?<=zero_pp_rank_)\d+", re.ASCII)
@@ -31,6 +29,8 @@ class Resharded:
     """A plan, and what a screen says of it.
 
     Attributes:
+        format_before, format_after: as `ZeRO-3, 4 ranks`.
+        batch: what keeps the run's global batch on the new number of ranks, where its settings say it.
         said: what was chosen, found or left behind.
     """
 
@@ -39,10 +39,15 @@ class Resharded:
     stage: int
     ranks_before: int
     ranks: int
+    format_before: str
+    format_after: str
+    batch: str | None
     said: tuple[str, ...]
 
 
-def plan_resharding(shards: Shards, ranks: int, *, side_files: Mapping[str, SideFile], inputs: Mapping[str, Any]) -> Resharded:
+def plan_resharding(
+    shards: Shards, ranks: int, *, side_files: Mapping[str, SideFile], inputs: Mapping[str, Identity]
+) -> Resharded:
     """Every file of a ZeRO run, for `ranks` ranks.
 
     Args:
@@ -56,16 +61,35 @@ def plan_resharding(shards: Shards, ranks: int, *, side_files: Mapping[str, Side
     rules = _rules(shards)
     training = read_training(shards, rules)
     tag = shards.folder.name
-    files = _stage_3(shards, training, rules, ranks) if shards.stage == 3 else _stages_1_and_2(shards, training, rules, ranks)
-    plan = Plan(
-        tuple(lay_out_tree(f"{tag}/{name}", tree, source) for name, (tree, source) in files.items()),
-        {**side_files, LATEST: SideFile(content=tag.encode())},
-        {**inputs, **shards.inputs},
-        {},
-        {},
+    make = _stage_3 if shards.stage == 3 else _stages_1_and_2
+    files = make(shards, training, rules, ranks)
+    laid_out = tuple(lay_out_tree(f"{tag}/{name}", tree, source) for name, (tree, source) in files.items())
+    checks = checks_of((e.tensor for s in laid_out for e in s.entries), shards.checks)
+    beside = {**side_files, LATEST: SideFile(content=tag.encode())}
+    return Resharded(
+        Plan(laid_out, beside, {**inputs, **shards.inputs}, {}, {}, checks=checks),
+        tag,
+        shards.stage,
+        shards.ranks,
+        ranks,
+        described(shards, shards.stage, shards.ranks),
+        described(shards, shards.stage, ranks),
+        batch_words(shards.model().get("ds_config"), shards.ranks, ranks),
+        tuple(shards.said),
     )
-    checks = checks_of((e.tensor for e in plan.entries), shards.checks)
-    return Resharded(Plan(plan.shards, plan.side_files, plan.inputs, {}, {}, checks=checks), tag, shards.stage, shards.ranks, ranks, tuple(shards.said))
+
+
+def batch_words(config: Any, before: int, after: int) -> str | None:
+    """What keeps a run's global batch on another number of ranks; None where the settings don't say it."""
+    config = config if isinstance(config, dict) else {}
+    micro, steps = config.get("train_micro_batch_size_per_gpu"), config.get("gradient_accumulation_steps", 1)
+    if type(micro) is not int or type(steps) is not int or min(micro, steps) < 1 or before == after:
+        return None
+    whole = micro * steps * before
+    same = f"a step had {whole} rows: {micro} a rank x {steps} accumulated x {before} ranks"
+    if whole % (micro * after):
+        return f"{same}; no accumulation of {micro} a rank gives as many on {after}"
+    return f"{same}; as many on {after} take gradient_accumulation_steps {whole // (micro * after)}"
 
 
 def _rules(shards: Shards) -> Rules:

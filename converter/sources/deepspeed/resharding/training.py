@@ -74,7 +74,7 @@ def read_training(shards: Shards, rules: Rules) -> Training:
     own = [_states_of_flats(shards, state, len(flats)) for state in ranks]
     keys, elements = _keys(shards, own, ranks[0])
     by_name = {key: trained_tensors(shards, key) for key in (MASTER, *elements)}
-    groups = []
+    groups: list[Group] = []
     for group, home in zip(settings, homes, strict=True):
         shapes = {n: s for flat in home for n, s in flats[flat].items()}
         _expect_known_layout(shards, rules, [flats[flat] for flat in home], len(groups))
@@ -113,7 +113,9 @@ def _settings(shards: Shards) -> list[Mapping[Any, Any]]:
             next="gather the weights, or save again with elastic_checkpoint off",
         )
     groups = base.get("param_groups") if isinstance(base, dict) else None
-    if not isinstance(groups, list) or not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups):
+    if not isinstance(groups, list) or not all(
+        isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups
+    ):
         raise shards.refuse("zero-malformed", "the optimizer's state has no param_groups", file=file)
     return groups
 

@@ -53,9 +53,7 @@ def model_of_stage_3(model: Mapping[Any, Any], training: Training, rules: Rules,
     return changed(model, **values)
 
 
-def optimizer_of_stage_3(
-    outer: Mapping[Any, Any], training: Training, rules: Rules, ranks: int, rank: int
-) -> Any:
+def optimizer_of_stage_3(outer: Mapping[Any, Any], training: Training, rules: Rules, ranks: int, rank: int) -> Any:
     """A rank's optimizer file of stage 3."""
     groups = sub_groups_of(training, ranks, rules)
     homes = [(group, names) for group, own in zip(training.groups, groups, strict=True) for names in own]
