@@ -1,6 +1,6 @@
 """The whole matrix of `reshard --world-size`: real DeepSpeed saves runs, and goes on with them on other ranks. Slow.
 
-    python tests/runs/run_reshard_matrix.py OUT                   builds an environment with DeepSpeed, once, and uses it
+    python tests/runs/run_reshard_matrix.py OUT                   builds an environment with DeepSpeed, once
     python tests/runs/run_reshard_matrix.py OUT --trainer PYTHON  a Python that has deepspeed, transformers and peft
     python tests/runs/run_reshard_matrix.py OUT --before 2 3 --after 1 4 --case odd-fp32
 
@@ -59,14 +59,24 @@ def tries(cases: Iterable[str], before: Iterable[int], after: Iterable[int]) -> 
 
 
 def run_jobs(python: str, out: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
-    """One launch of `ranks` processes that do all jobs."""
-    if not jobs:
-        return
-    file = out / f"jobs-{jobs[0]['do']}-{ranks}.json"
-    file.write_text(json.dumps(jobs))
-    with (out / f"{file.stem}.log").open("w") as log:
-        command = [python, str(HERE / "zero" / "resume.py"), str(file), "--ranks", str(ranks)]
-        subprocess.run(command, check=False, stdout=log, stderr=log)
+    """A launch of `ranks` processes that do all jobs; one that fails ends it, and the rest are done by another."""
+    while jobs:
+        file = out / f"jobs-{jobs[0]['do']}-{ranks}.json"
+        file.write_text(json.dumps(jobs))
+        with (out / f"{file.stem}.log").open("a") as log:
+            command = [python, str(HERE / "zero" / "resume.py"), str(file), "--ranks", str(ranks)]
+            subprocess.run(command, check=False, stdout=log, stderr=log)
+        left = [job for job in jobs if not is_done(job)]
+        if len(left) == len(jobs):
+            left = left[1:]
+        jobs = left
+
+
+def is_done(job: dict[str, Any]) -> bool:
+    """Whether a job has left what it found, or why it found nothing."""
+    if job["do"] == "save":
+        return (Path(job["run"]) / "losses.json").is_file()
+    return any((Path(job["out"]) / name).is_file() for name in ("resumed.json", "error.txt"))
 
 
 def save(python: str, out: Path, asked: Iterable[Try]) -> None:
@@ -90,6 +100,8 @@ def reshard(out: Path, each: Try) -> str:
 
 def resume(python: str, out: Path, asked: Iterable[Try]) -> None:
     """Load and go on, each number of ranks in one launch."""
+    for each in asked:
+        shutil.rmtree(f"{out / each.name}-live", ignore_errors=True)
     for ranks in sorted({t.after for t in asked}):
         jobs = [
             {"do": "resume", "run": str(out / t.name), "out": f"{out / t.name}-live", "case": t.case, "stage": t.stage}

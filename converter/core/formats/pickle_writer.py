@@ -4,7 +4,7 @@ Objects that were one object are one again, and what isn't there before (a conta
 with that protocol's opcode, which unpicklers take whatever the header says. A tree that was read and not changed gives
 the bytes that it was read from, where torch.save wrote them.
 
-Source: https://docs.python.org/3/library/pickletools.html, and CPython's Modules/_pickle.c (what gets a number, batches).
+Sources: https://docs.python.org/3/library/pickletools.html, CPython's Modules/_pickle.c (what gets a number, batches).
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ class _Pickler:
             raise Refused("pickle-malformed", f"values are nested deeper than {MAX_DEPTH}")
         if self._plain(value):
             return
-        number = self._numbers.get(value if isinstance(value, Global) else id(value))
-        if number is not None:
-            self.out += struct.pack("<cB", b"h", number) if number < 256 else struct.pack("<cI", b"j", number)
+        if self._again(value):
             return
         match value:
             case str() | bytes() | bytearray():
@@ -88,6 +86,13 @@ class _Pickler:
                 self._built(value, depth)
             case _:
                 raise Refused("pickle-malformed", f"a {type(value).__name__} has no place in a checkpoint")
+
+    def _again(self, value: Any) -> bool:
+        """Refer to an object that was written; False where it wasn't."""
+        number = self._numbers.get(value if isinstance(value, Global) else id(value))
+        if number is not None:
+            self.out += struct.pack("<cB", b"h", number) if number < 256 else struct.pack("<cI", b"j", number)
+        return number is not None
 
     def _note(self, value: Any) -> None:
         """Give the object on the stack its number."""
@@ -143,16 +148,17 @@ class _Pickler:
         self._note(value)
 
     def _tuple(self, value: tuple[Any, ...], depth: int) -> None:
-        if len(value) > 3:
-            self._marked(value, b"t", depth)
-        else:
-            for item in value:
-                self.save(item, depth + 1)
-            self.out += (b"\x85", b"\x86", b"\x87")[len(value) - 1]
+        is_long = len(value) > 3
+        self._marked(value, b"", depth, mark=b"(" if is_long else b"")
+        if id(value) in self._numbers:  # something in it refers to it: it is there already
+            self.out += b"1" if is_long else b"0" * len(value)
+            self._again(value)
+            return
+        self.out += b"t" if is_long else (b"\x85", b"\x86", b"\x87")[len(value) - 1]
         self._note(value)
 
-    def _marked(self, items: Sequence[Any], opcode: bytes, depth: int) -> None:
-        self.out += b"("
+    def _marked(self, items: Sequence[Any], opcode: bytes, depth: int, *, mark: bytes = b"(") -> None:
+        self.out += mark
         for item in items:
             self.save(item, depth + 1)
         self.out += opcode

@@ -63,7 +63,7 @@ def tensor(info: TensorInfo, key: Any, *, requires_grad: bool = False) -> Built:
     kind = _STORAGES.get(info.dtype)
     storage = Global("torch", f"{kind}Storage") if kind else Global("torch.storage", "UntypedStorage")
     identity = (_STORAGE, storage, key, _CPU, info.numel if kind else info.nbytes)
-    args = (Persistent(identity), 0, tuple([*info.shape]), _strides(info.shape), requires_grad, Ordered())
+    args = (Persistent(identity), 0, (*info.shape,), _strides(info.shape), requires_grad, Ordered())
     if kind:
         return Built(Global("torch._utils", "_rebuild_tensor_v2"), args)
     return Built(Global("torch._utils", "_rebuild_tensor_v3"), (*args, Global("torch", info.dtype.torch_name)))
@@ -71,7 +71,7 @@ def tensor(info: TensorInfo, key: Any, *, requires_grad: bool = False) -> Built:
 
 def size(shape: Sequence[int]) -> Built:
     """A `torch.Size`."""
-    return Built(Global("torch", "Size"), (tuple([*shape]),))
+    return Built(Global("torch", "Size"), ((*shape,),))
 
 
 def by_name(tensors: Sequence[tuple[str, TensorInfo]]) -> bytes:

@@ -56,6 +56,8 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
     place, _ = place_of(root, as_reference(asked.src), tag=asked.tag, part=None)
     _expect_zero(kind_of(place.folder), place.folder, asked.src)
     shards = read_shards(place.folder)
+    if shards.stage == 0:
+        raise _any_ranks("without ZeRO every rank has the whole state, in one file", place.folder)
     if place.folder != root:
         shards.said.insert(0, f"tag {show(place.folder.name)}: {place.why}")
     side_files, inputs, said = _beside(place.folder.parent, asked.world_size, keep_code=keep_code)
@@ -71,12 +73,7 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
 
 def _expect_zero(kind: str | None, folder: Path, asked: str) -> None:
     if kind == "dcp":
-        raise Refused(
-            "reshard-any-ranks",
-            "this is a checkpoint of torch.distributed.checkpoint, which torch loads on any number of ranks as it is",
-            where=show(folder),
-            next="resume from it on as many ranks as you like",
-        )
+        raise _any_ranks("this is a checkpoint of torch.distributed.checkpoint, which torch cuts as it loads", folder)
     if kind != "deepspeed":
         is_model = kind in ("hf", "peft", None)
         raise Refused(

@@ -171,7 +171,7 @@ def resume(folder: Path, out: Path, case: Case, stage: int) -> None:
     from safetensors.torch import save_file
 
     engine, _ = start(case, stage, changed=True)
-    path, client = engine.load_checkpoint(str(folder))
+    path, client = engine.load_checkpoint(str(folder), load_module_strict=not case.exclude_frozen)
     if path is None:
         raise RuntimeError("DeepSpeed loaded nothing")
     found = oracle(engine, case, stage)
