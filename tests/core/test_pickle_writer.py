@@ -115,12 +115,12 @@ def test_a_state_on_a_dictionary_is_kept(tmp_path: Path) -> None:
 def test_what_is_in_itself_is_so_again() -> None:
     inside: list[Any] = []
     inside.append(inside)
-    found = pickle.loads(again(pickle.dumps(inside, 2)))  # noqa: S301
+    found = pickle.loads(again(pickle.dumps(inside, 2)))
     assert found[0] is found
     for more in ((), (1, 2, 3)):
         outside: tuple[Any, ...] = ([], *more)
         outside[0].append(outside)
-        found = pickle.loads(again(pickle.dumps(outside, 2)))  # noqa: S301
+        found = pickle.loads(again(pickle.dumps(outside, 2)))
         assert found[0][0] is found
         assert found[1:] == more
 

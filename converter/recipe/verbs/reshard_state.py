@@ -86,6 +86,15 @@ def _expect_zero(kind: str | None, folder: Path, asked: str) -> None:
         )
 
 
+def _any_ranks(what: str, folder: Path) -> Refused:
+    return Refused(
+        "reshard-any-ranks",
+        f"{what}: it loads on any number of ranks as it is",
+        where=show(folder),
+        next="resume from it on as many ranks as you like",
+    )
+
+
 def _beside(folder: Path, ranks: int, *, keep_code: bool) -> tuple[dict[str, SideFile], dict[str, Identity], list[str]]:
     """Files beside the tag that whoever resumes reads: config, tokenizer, the trainer's own; and what is left there."""
     found = find_beside([folder], keep_code=keep_code)
