@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle  # noqa: TID251
 import shutil
@@ -21,6 +22,7 @@ Z3, Z2, DCP, VERL = (
     "dcp/runs/nested-n4",
     "verl_saves/runs/critic-fsdp1-n3",
 )
+MEGATRON = "mcore/runs/llama-layers-pp2"
 UNIVERSAL = "zero/universal_runs/lora-z3-n2"
 
 
@@ -118,12 +120,11 @@ def as_verl(folder: Path, *parts: str, tracker: str = "") -> None:
         (folder / "latest_checkpointed_iteration.txt").write_text(tracker)
 
 
-def by_megatron(folder: Path) -> None:
-    shutil.rmtree(folder)
-    shards = folder / "global_step_3" / "actor" / "dist_ckpt"
-    shards.mkdir(parents=True)
-    for name in (".metadata", "common.pt", "__0_0.distcp"):
-        (shards / name).write_bytes(b"")
+def saved_as(backend: str) -> Change:
+    def change(folder: Path) -> None:
+        only(folder, "metadata.json").write_text(json.dumps({"sharded_backend": backend}))
+
+    return change
 
 
 def with_others(folder: Path) -> None:
@@ -212,7 +213,8 @@ RUNS: dict[str, Breakage] = {
     "verl-note": Breakage(VERL, with_others, "told"),
     "verl-latest": Breakage(VERL, lambda f: as_verl(f, "critic", tracker="11"), "mended"),
     "several-parts": Breakage(VERL, lambda f: as_verl(f, "actor", "critic", tracker="9"), "mended"),
-    "verl-megatron": Breakage(VERL, by_megatron, "advice"),
+    "megatron-backend": Breakage(MEGATRON, saved_as("fsdp_dtensor"), "advice", at="iter_0000010"),
+    "megatron-unfinished": Breakage(MEGATRON, gone("metadata.json"), "advice", at="iter_0000010"),
     "zero-offloaded": Breakage(Z3, lambda f: offloaded(f / "global_step2"), "advice", at="global_step2"),
     "zero-note": Breakage(Z3, left_over, "told"),
 }
