@@ -58,22 +58,24 @@ DOCUMENTED: dict[str, tuple[str, str]] = {
     "verl-note": ("", "Something about verl's files that is good to know and changes nothing."),
     "megatron": (
         "",
-        "Megatron's old format, in which each rank wrote a file of its own (mp_rank_*/model_optim_rng.pt). It is not "
-        "read; saved again by Megatron-LM with --ckpt-format torch_dist it is.",
+        (
+            "Megatron's old format, in which each rank wrote a file of its own (mp_rank_*/model_optim_rng.pt). It is "
+            "not read; saved again by Megatron-LM with --ckpt-format torch_dist it is."
+        ),
     ),
     "megatron-unfinished": (
         "",
         (
-            "Megatron-core writes metadata.json last, and it is missing: the save was cut off before it was whole, or a "
-            "copy left it out. What is here may look complete and hold pieces of two steps."
+            "Megatron-core writes metadata.json last, and it is missing: the save was cut off before it was whole, or "
+            "a copy left it out. What is here may look complete and hold pieces of two steps."
         ),
     ),
     "megatron-backend": (
         "",
         (
             "metadata.json names a layout that is not read: zarr (a folder for each tensor, of older versions), "
-            "Megatron-FSDP's, torch's FSDP2; or the weights themselves are stretches of flat buffers. The same of weights "
-            "whose values mean something else than those of transformers (rotary_interleaved)."
+            "Megatron-FSDP's, torch's FSDP2; or the weights themselves are stretches of flat buffers. The same of "
+            "weights whose values mean something else than those of transformers (rotary_interleaved)."
         ),
     ),
     "several-parts": ("", "The run holds several models (actor, critic, ...): say with --part which one is meant."),

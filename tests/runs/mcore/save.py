@@ -96,9 +96,8 @@ def work(out: Path, asked: argparse.Namespace) -> None:
 def _whole(out: Path, config: Any, asked: argparse.Namespace) -> dict[str, Any]:
     """The oracle's tensors as Megatron's modules hold them; a critic's head in place of the output."""
     import torch
-    from safetensors.torch import load_file, save_file
-
     import torch.distributed as dist
+    from safetensors.torch import load_file, save_file
 
     held = load_file(out / "hf" / "model.safetensors")
     whole = in_megatron(held, config)
@@ -118,15 +117,15 @@ def _whole(out: Path, config: Any, asked: argparse.Namespace) -> dict[str, Any]:
 
 def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
     """Megatron's config for a model of transformers."""
-    import torch.nn.functional as F
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+    from torch.nn.functional import silu
 
     kind = config.model_type
     fields: dict[str, Any] = {
         "num_layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_key_value_heads,
         "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "ffn_hidden_size": config.intermediate_size, "gated_linear_unit": True, "activation_func": F.silu,
+        "ffn_hidden_size": config.intermediate_size, "gated_linear_unit": True, "activation_func": silu,
         "normalization": "RMSNorm", "layernorm_epsilon": config.rms_norm_eps, "add_bias_linear": False,
         "add_qkv_bias": kind in ("qwen2", "qwen2_moe", "glm4_moe"),
         "qk_layernorm": kind in ("qwen3", "qwen3_moe", "deepseek_v3", "deepseek_v2", "glm4_moe"),
@@ -147,7 +146,7 @@ def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
         fields |= {
             "num_moe_experts": experts, "moe_router_topk": config.num_experts_per_tok, "moe_ffn_hidden_size": width,
             "moe_layer_freq": [int(n >= dense) for n in range(config.num_hidden_layers)] if dense else 1,
-            "moe_router_pre_softmax": kind == "qwen2_moe", "moe_token_dispatcher_type": "alltoall",
+            "moe_router_pre_softmax": kind == "qwen2_moe", "moe_token_dispatcher_type": "allgather",
             "moe_grouped_gemm": False, "moe_router_load_balancing_type": "none",
             "moe_router_score_function": "sigmoid" if kind in ("deepseek_v3", "glm4_moe") else "softmax",
             "moe_router_enable_expert_bias": kind in ("deepseek_v3", "glm4_moe"),
