@@ -81,12 +81,67 @@ _MLP = (
 
 _DENSE = (*_ENDS, *_ATTENTION, *_MLP)
 
+
+def _experts(theirs: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """Experts and their router, below a module of a name; `{E}` numbers them."""
+    each = f"{theirs}.experts.{{E}}."
+    return (
+        _layer("mlp.router.weight", "same", f"{theirs}.gate.weight"),
+        _layer("mlp.experts.experts.linear_fc1.weight", "expert-halves", f"{each}{gate}.weight", f"{each}{up}.weight"),
+        _layer("mlp.experts.experts.linear_fc2.weight", "experts", f"{each}{down}.weight"),
+    )
+
+
+def _shared(theirs: str) -> tuple[Row, ...]:
+    """An expert that every token goes to."""
+    halves = (f"mlp.{theirs}.gate_proj.weight", f"mlp.{theirs}.up_proj.weight")
+    return (
+        _layer("mlp.shared_experts.linear_fc1.weight", "halves", *halves),
+        _layer("mlp.shared_experts.linear_fc2.weight", "same", f"mlp.{theirs}.down_proj.weight"),
+    )
+
+
+_MOE = (_AFTER_ATTENTION, *_experts("mlp", "gate_proj", "up_proj", "down_proj"))
+_EXPERT_BIAS = (_layer("mlp.router.expert_bias", "same", "mlp.gate.e_score_correction_bias"),)
+_LATENT = (
+    _ATTENTION[0],
+    _layer("self_attention.linear_q_proj.weight", "same", "self_attn.q_proj.weight"),
+    _layer("self_attention.linear_q_down_proj.weight", "same", "self_attn.q_a_proj.weight"),
+    _layer("self_attention.linear_q_up_proj.weight", "same", "self_attn.q_b_proj.weight"),
+    _layer("self_attention.linear_kv_down_proj.weight", "same", "self_attn.kv_a_proj_with_mqa.weight"),
+    _layer("self_attention.linear_kv_up_proj.weight", "same", "self_attn.kv_b_proj.weight"),
+    _layer(
+        "self_attention.linear_q_up_proj.layer_norm_weight", "same", "self_attn.q_a_layernorm.weight",
+        others=("self_attention.q_layernorm.weight",),
+    ),
+    _layer(
+        "self_attention.linear_kv_up_proj.layer_norm_weight", "same", "self_attn.kv_a_layernorm.weight",
+        others=("self_attention.kv_layernorm.weight",),
+    ),
+    _layer("self_attention.linear_proj.weight", "same", "self_attn.o_proj.weight"),
+)  # fmt: skip
+_DENSE_FIRST = _MLP[1:]
+"""Layers without experts, which some mixtures begin with."""
+_MIXTURE = (*_ENDS, *_ATTENTION, *_MOE)
+_LATENT_MIXTURE = (*_ENDS, *_LATENT, *_MOE, *_DENSE_FIRST, *_shared("shared_experts"))
+
 ROWS: Mapping[str, tuple[Row, ...]] = {
     "llama": _DENSE,
     "mistral": _DENSE,
     "qwen2": (*_DENSE, *_QKV_BIAS),
     "qwen3": (*_DENSE, *_QK_NORM),
-}
+    "mixtral": (*_ENDS, *_ATTENTION, _AFTER_ATTENTION, *_experts("block_sparse_moe", "w1", "w3", "w2")),
+    "qwen2_moe": (
+        *_MIXTURE, *_DENSE_FIRST, *_QKV_BIAS, *_shared("shared_expert"),
+        _layer("mlp.shared_experts.gate_weight", "same", "mlp.shared_expert_gate.weight"),
+    ),
+    "qwen3_moe": (*_MIXTURE, *_DENSE_FIRST, *_QK_NORM),
+    "deepseek_v2": _LATENT_MIXTURE,
+    "deepseek_v3": (*_LATENT_MIXTURE, *_EXPERT_BIAS),
+    "glm4_moe": (
+        *_MIXTURE, *_DENSE_FIRST, *_QKV_BIAS, *_QK_NORM, *_EXPERT_BIAS, *_shared("shared_experts"),
+    ),
+}  # fmt: skip
 """Rows by `model_type`."""
 
 EMBEDDING, OUTPUT, OUTPUT_BIAS = "embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"

@@ -54,12 +54,15 @@ def work(out: Path, asked: argparse.Namespace) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import router
 
     tracker = random.CudaRNGStatesTracker
     # There is no GPU, and no dropout that would need its random numbers.
     tracker.fork = lambda self, name="": contextlib.nullcontext()
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None
+    # Without TransformerEngine this calls a function of it that is not there.
+    router.router_gating_linear = lambda x, weight, bias, dtype: torch.nn.functional.linear(x, weight, bias).to(dtype)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(
