@@ -36,7 +36,7 @@ _WORSE: dict[str, Severity] = {
 }
 """Faults that are read here all the same, and that transformers stops at or applies twice."""
 
-NOT_READ_HERE = frozenset({"megatron", "megatron-backend", "zero-pipeline", "zero-experts", "zero-tensor-parallel"})
+NOT_READ_HERE = frozenset({"megatron-backend", "zero-pipeline", "zero-experts", "zero-tensor-parallel"})
 """Layouts that their own trainers resume from: no fault of the folder, as a state that `gather` reads is none."""
 
 # Code: (recoverability, what `explain` says).

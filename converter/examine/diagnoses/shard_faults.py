@@ -56,13 +56,22 @@ DOCUMENTED: dict[str, tuple[str, str]] = {
     "verl-placement": ("", "A tensor is laid over the ranks in a way that is not read (not sharded or replicated)."),
     "verl-optimizer": ("", "The ranks' optimizer files are missing or not of these model files."),
     "verl-note": ("", "Something about verl's files that is good to know and changes nothing."),
-    "megatron": (
-        "",
+    "megatron-rank-missing": (
+        _NODES,
         (
-            "Megatron's old format, in which each rank wrote a file of its own (mp_rank_*/model_optim_rng.pt). It is "
-            "not read; saved again by Megatron-LM with --ckpt-format torch_dist it is."
+            "Files of Megatron's old format (mp_rank_*/model_optim_rng.pt) are missing: on several nodes each saved "
+            "its own on a local disk. With each, a part of every tensor on that rank is lost."
         ),
     ),
+    "megatron-mixed": ("", "Files of Megatron runs with other sizes or other numbers of ranks lie in one folder."),
+    "megatron-copies": (
+        "",
+        (
+            "A tensor that every TP rank holds a copy of (a norm, a router) is not the same on all of them: files of "
+            "two saves lie in one folder."
+        ),
+    ),
+    "megatron-malformed": ("", "A rank's file lacks what Megatron's saves have in it: a model, and the arguments."),
     "megatron-unfinished": (
         "",
         (

@@ -23,7 +23,8 @@ from converter.sources.survey import file_names
 COMMON_STATE = "common_state/shard_0_1"
 """The key of the same in a distributed checkpoint."""
 
-_ANY = re.compile(r"[\w.<>]+", re.ASCII)
+ANY = re.compile(r"[\w.<>]+", re.ASCII)
+"""Names of a trainer's own classes: any that runs no code."""
 _HARMLESS = frozenset({"functools.partial"})
 """How configs keep a function for initialising weights; it says nothing and does nothing here."""
 
@@ -68,7 +69,7 @@ def expect_inert(pickle: PickleValue, path: Path) -> None:
     Raises:
         Refused: there are such (`pickle-names`).
     """
-    check_names(pickle.names - _HARMLESS, where=str(path), allow=_ANY)
+    check_names(pickle.names - _HARMLESS, where=str(path), allow=ANY)
 
 
 def plain_fields(value: Any) -> dict[str, Value] | None:

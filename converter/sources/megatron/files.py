@@ -16,12 +16,13 @@ from converter.core.files.opening import read_limited
 from converter.core.files.strict_json import load_json
 from converter.errors import ConvertError, Refused
 from converter.sources.survey import file_names
-from converter.text import fold, show
+from converter.text import show
 
 Kind = Literal["torch_dist", "other", "unfinished", "legacy"]
 
 METADATA, MANIFEST, COMMON = ".metadata", "metadata.json", "common.pt"
-RANK_FILES = ("model_optim_rng.pt", "model_rng.pt", "distrib_optim.pt")
+RANK_FILE = "model_optim_rng.pt"
+"""A rank's model in the old format."""
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3}))?(?:_(\d{3}))?", re.ASCII)
 _READ = "torch_dist"
 _MAX_MANIFEST = 1_000_000
@@ -64,29 +65,21 @@ def rank_folders(root: Path) -> list[Path]:
         below = [p for p in root.iterdir() if RANK_FOLDER.fullmatch(p.name) and p.is_dir()]
     except OSError:
         return []
-    return sorted(p for p in below if not file_names(p).isdisjoint(RANK_FILES))
+    return sorted(p for p in below if (p / RANK_FILE).is_file())
 
 
 def expect_read(root: Path) -> None:
-    """Go on with a folder in the layout that is read.
+    """Go on with a folder in the newer format, in the layout that is read.
 
     Raises:
-        Refused: another layout (`megatron-backend`), one that was not finished (`megatron-unfinished`), the old format
-            (`megatron`), or `.metadata` is missing (`dcp-metadata-missing`).
+        Refused: another layout (`megatron-backend`), one that was not finished (`megatron-unfinished`), or `.metadata`
+            is missing (`dcp-metadata-missing`).
     """
     kind = kind_here(root)
     if kind == "other":
         raise _other(root, str(backend_of(root)))
     if kind == "unfinished":
         raise unfinished(root)
-    if kind == "legacy":
-        names = fold([p.name for p in rank_folders(root)])
-        raise Refused(
-            "megatron",
-            f"this is a checkpoint of Megatron's old format, one file a rank, which is not read: {names}",
-            where=show(root),
-            next="load it with Megatron-LM and save it with --ckpt-format torch_dist",
-        )
     if METADATA not in file_names(root):
         raise Refused(
             "dcp-metadata-missing",

@@ -27,7 +27,7 @@ _WORDS: dict[Kind, str] = {
     "torch_dist": "a Megatron-core checkpoint is there",
     "other": "a Megatron-core checkpoint in a layout that is not read is there",
     "unfinished": "a Megatron-core checkpoint that was not finished is there",
-    "legacy": "a checkpoint of Megatron's old format is there",
+    "legacy": "a checkpoint of Megatron's old format, with a file for each rank, is there",
 }
 
 

@@ -7,6 +7,7 @@ PP, VPP and EP ranks is not in it. Layers that are alike are one tensor, `decode
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -18,13 +19,15 @@ from converter.core.checkpoint import Checkpoint, Origin, RecordCheck, SideFile
 from converter.core.files.opening import Identity, identity
 from converter.core.tensors.nodes import LazyTensor, concat, narrow, reshape
 from converter.diagnostic import Again, Command, Steps
+from converter.errors import Refused
 from converter.families.megatron.names import ARGUMENTS_FILE, Value
 from converter.sources.base import Held
 from converter.sources.beside import Beside, find_beside
 from converter.sources.dcp.chunks import Pieces
 from converter.sources.dcp.metadata import Metadata, read_metadata
 from converter.sources.megatron.arguments import read_arguments
-from converter.sources.megatron.files import MANIFEST, expect_read
+from converter.sources.megatron.files import MANIFEST, expect_read, kind_here
+from converter.sources.megatron.legacy import read_ranks, whole_tensors
 from converter.sources.megatron.places import STEP
 from converter.sources.places import Place
 from converter.sources.survey import file_names, is_weights_of_model, snapshot_of
@@ -73,6 +76,8 @@ def read_weights(folder: Path, *, master: bool = False) -> Weights:
         Refused: see `expect_read`; files missing, cut short or malformed; no model (`dcp-no-model`); no masters
             (`dcp-no-masters`).
     """
+    if kind_here(folder) == "legacy":
+        return _of_ranks(folder, master=master)
     expect_read(folder)
     metadata = read_metadata(folder)
     arguments, inputs = read_arguments(metadata)
@@ -91,6 +96,21 @@ def read_weights(folder: Path, *, master: bool = False) -> Weights:
     words = f"Megatron-core torch_dist, {files} {'file' if files == 1 else 'files'}"
     dropped = _reasons(metadata, own, is_master=master)
     return Weights(found, arguments, words, pieces.digest, dropped, tuple(pieces.checks), pieces.inputs | inputs)
+
+
+def _of_ranks(folder: Path, *, master: bool) -> Weights:
+    """The same of the old format."""
+    ranks = read_ranks(folder)
+    found = {k: t for k, t in whole_tensors(ranks).items() if not _BUFFERS.fullmatch(k)}
+    low = [k for k, t in found.items() if t.info.dtype.is_float and t.info.dtype.bits < 32]
+    if master and low:
+        what = f"{len(low)} weights were saved in less than fp32, and Megatron's old format has no names for masters"
+        raise ranks.refuse("dcp-no-masters", f"{what}: {fold(low)}")
+    sizes = ", ".join(f"{word} {n}" for word, n in (("TP", ranks.tp), ("PP", ranks.pp), ("EP", ranks.ep)) if n > 1)
+    words = f"Megatron's old format, {sizes or 'one rank'}"
+    dropped = dict.fromkeys(sorted(ranks.others), "no part of a model: it lies beside it in the trainer's state")
+    digest = hashlib.sha256("\n".join(ranks.digests).encode()).hexdigest()
+    return Weights(found, ranks.arguments, words, digest, dropped, tuple(ranks.checks), ranks.inputs)
 
 
 def _masters(metadata: Metadata, own: Mapping[str, str]) -> dict[str, str]:
@@ -235,6 +255,9 @@ def moments_of(folder: Path, which: Moment) -> dict[str, LazyTensor]:
     Raises:
         Refused: no optimizer was saved, or not by names (`dcp-no-moments`).
     """
+    if kind_here(folder) == "legacy":
+        what = "Megatron's old format has no names for the optimizer's state"
+        raise Refused("dcp-no-moments", what, where=show(folder))
     expect_read(folder)
     metadata = read_metadata(folder)
     keys = states(metadata, which)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from breakages.sound import Breakage, only
+from megatron_ranks import edit_rank
 from places import RUNS as SAVED
 
 Change = Callable[[Path], object]
@@ -22,7 +23,7 @@ Z3, Z2, DCP, VERL = (
     "dcp/runs/nested-n4",
     "verl_saves/runs/critic-fsdp1-n3",
 )
-MEGATRON = "mcore/runs/llama-layers-pp2"
+MEGATRON, OLD_MEGATRON = "mcore/runs/llama-layers-pp2", "mcore/runs/old-qwen2-tp2-pp2"
 UNIVERSAL = "zero/universal_runs/lora-z3-n2"
 
 
@@ -127,6 +128,15 @@ def saved_as(backend: str) -> Change:
     return change
 
 
+def old_rank(folder: Path, change: Callable[[Any], object]) -> None:
+    """Change the file of one rank in Megatron's old format."""
+    edit_rank(folder / "iter_0000010", "01_000", change)
+
+
+def other_norm(state: dict[str, Any]) -> None:
+    state["model"]["decoder.layers.0.input_layernorm.weight"] += 1
+
+
 def with_others(folder: Path) -> None:
     for path in (SAVED / "verl_saves/runs/critic-fsdp2-n4").glob("model_world_size_*"):
         shutil.copy(path, folder)
@@ -184,19 +194,15 @@ RUNS: dict[str, Breakage] = {
         "repair/runs/reward", lambda f: shutil.rmtree(f / "checkpoint-2" / "global_step2"), "lost", at="checkpoint-2"
     ),
     "run-folder": Breakage("repair/runs/reward", lambda f: None, "told"),
-    "megatron": Breakage(
-        Z2,
-        lambda f: (
-            (f / "config.json").unlink(),
-            only(f, "oracle.safetensors").unlink(),
-            shutil.rmtree(f / "global_step2"),
-            (f / "latest").unlink(),
-            (f / "iter_0000001" / "mp_rank_00").mkdir(parents=True),
-            (f / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b""),
-            (f / "latest_checkpointed_iteration.txt").write_text("1"),
-        ),
-        "advice",
-        at="iter_0000001",
+    "megatron-rank-missing": Breakage(
+        OLD_MEGATRON, lambda f: shutil.rmtree(only(f, "mp_rank_01_000")), "advice", at="iter_0000010"
+    ),
+    "megatron-mixed": Breakage(
+        OLD_MEGATRON, lambda f: old_rank(f, lambda s: setattr(s["args"], "num_layers", 4)), "advice", at="iter_0000010"
+    ),
+    "megatron-copies": Breakage(OLD_MEGATRON, lambda f: old_rank(f, other_norm), "advice", at="iter_0000010"),
+    "megatron-malformed": Breakage(
+        OLD_MEGATRON, lambda f: old_rank(f, lambda s: s.pop("model")), "advice", at="iter_0000010"
     ),
     "dcp-chunks": Breakage(
         "dcp/runs/odd-n3",
