@@ -42,6 +42,11 @@ RUNS: dict[str, list[str]] = {
     "deepseek_v2": ["--case", "deepseek_v2"],
     "deepseek_v3": ["--case", "deepseek_v3"],
     "glm4_moe": ["--case", "glm4_moe"],
+    "old-qwen2-tied-tp2-pp2": ["--case", "qwen2-tied", "--tp", "2", "--pp", "2", "--format", "torch"],
+    "old-qwen3-critic-tp2": ["--case", "qwen3", "--tp", "2", "--critic", "1", "--format", "torch"],
+    "old-qwen3_moe-ep2": ["--case", "qwen3_moe", "--ep", "2", "--format", "torch"],
+    "old-qwen3_moe-tp2-ep2": ["--case", "qwen3_moe", "--tp", "2", "--ep", "2", "--format", "torch"],
+    "old-deepseek_v3-tp2": ["--case", "deepseek_v3", "--tp", "2", "--format", "torch"],
 }
 
 

@@ -54,6 +54,7 @@ def work(out: Path, asked: argparse.Namespace) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.moe import router
 
     tracker = random.CudaRNGStatesTracker
@@ -63,6 +64,13 @@ def work(out: Path, asked: argparse.Namespace) -> None:
     torch.cuda.synchronize = lambda device=None: None
     # Without TransformerEngine this calls a function of it that is not there.
     router.router_gating_linear = lambda x, weight, bias, dtype: torch.nn.functional.linear(x, weight, bias).to(dtype)
+    # Latent attention gives it two sizes that only TransformerEngine's takes; no latent model is run here.
+    plain = DotProductAttention.__init__
+
+    def without_sizes(self: Any, *given: Any, **named: Any) -> None:
+        plain(self, *given, **{n: v for n, v in named.items() if n not in ("k_channels", "v_channels")})
+
+    DotProductAttention.__init__ = without_sizes
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(
@@ -80,7 +88,7 @@ def work(out: Path, asked: argparse.Namespace) -> None:
     chunks = _chunks(theirs.config, asked)
     for chunk in chunks:
         _fill(chunk, whole, asked)
-    if dist.get_world_size() == 1 and not asked.critic:
+    if dist.get_world_size() == 1 and not asked.critic and not hasattr(theirs.config, "kv_lora_rank"):
         _compare_logits(chunks[0], theirs, theirs.config)
     for chunk in chunks:
         chunk.to(torch.bfloat16 if asked.dtype == "bf16" else torch.float32)
@@ -278,8 +286,9 @@ def _arguments(config: Any, asked: argparse.Namespace) -> argparse.Namespace:
             "normalization", "add_qkv_bias", "add_bias_linear", "qk_layernorm", "moe_ffn_hidden_size",
             "moe_layer_freq", "multi_latent_attention", "tensor_model_parallel_size", "pipeline_model_parallel_size",
             "virtual_pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
-            "attention_backend", "rotary_interleaved",
+            "attention_backend", "rotary_interleaved", "q_lora_rank", "kv_lora_rank", "qk_pos_emb_head_dim",
         )
+        if hasattr(settings, n)
     }  # fmt: skip
     return argparse.Namespace(
         **kept, group_query_attention=True, num_experts=settings.num_moe_experts, params_dtype=torch.bfloat16,
