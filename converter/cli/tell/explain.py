@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.lines import wrapped_step
 from converter.cli.options import Display, Speaking
 from converter.cli.tell.doctor import WIDTH
-from converter.diagnostic import Command, Next, as_argument, parts
+from converter.diagnostic import Command, Next, as_argument
 from converter.errors import UsageError
 from converter.text import show
 
@@ -51,7 +51,7 @@ def explain(subject: str | None, fail_on: str | None, options: Speaking) -> int:
         return _explain(_file(path), fail_on, options, live=False)
     if _CODE.fullmatch(code) and match(code) is None:
         return _explain_code(code, options)
-    return _explain(iter([subject.encode("utf-8", "replace")]), fail_on, options, live=False, pasted=True)
+    return _explain(iter([subject.encode("utf-8", "replace")]), fail_on, options, live=False, pasted=subject)
 
 
 def _names_a_file(path: Path) -> bool:
@@ -74,7 +74,7 @@ def explained(code: str) -> tuple[str, tuple[Next, ...]] | None:
         return found.text, (found.next,) if found.next else ()
     for message in MESSAGES:
         if message.code == code:
-            return message.general, (*parts(message.next), *(Command("explain", (c,)) for c in message.codes))
+            return message.general, (*message.steps, *(Command("explain", (c,)) for c in message.codes))
     return None
 
 
@@ -104,8 +104,9 @@ def _explain_code(code: str, options: Speaking) -> int:
     text, next_ = found
     zh = chinese.of_code(code)
     above = [zh] if zh and options.in_chinese else []
-    options.sink.screen([code, *above, *textwrap.wrap(text, WIDTH), *_advice(next_)])
-    options.sink.json({"code": code, "text": text, "zh": zh, "next": list(map(str, next_))})
+    seen_in = _seen_in(code)
+    options.sink.screen([code, *above, *textwrap.wrap(text, WIDTH), *_printed_by(seen_in), *_advice(next_)])
+    options.sink.json({"code": code, "text": text, "zh": zh, "next": list(map(str, next_)), "seen_in": seen_in})
     return 0
 
 
@@ -143,15 +144,15 @@ def _stdin() -> Iterator[bytes]:
 
 
 def _explain(
-    blocks: Iterator[bytes], fail_on: str | None, options: Speaking, *, live: bool, pasted: bool = False
+    blocks: Iterator[bytes], fail_on: str | None, options: Speaking, *, live: bool, pasted: str | None = None
 ) -> int:
-    from converter.examine.explanations.log import read
+    from converter.examine.explanations.log import read, unknown_error
 
     limit = len(_ORDER) if fail_on is None else _ORDER.index(fail_on)
     failed = fail_on is not None
     found: list[Seen] = []
     bad = False
-    for seen, is_new in read(blocks):
+    for seen, is_new in read(blocks, live=live):
         if not is_new:
             continue
         found.append(seen)
@@ -160,13 +161,15 @@ def _explain(
             options.sink.screen(_screen(seen, numbered=True, in_chinese=options.in_chinese))
         if live and bad:
             break  # a job can be ended early
+    if not found and pasted is not None and (unknown := unknown_error(pasted)) is not None:
+        found.append(unknown)
     if not live:
         found.sort(key=lambda s: (_ORDER.index(s.message.severity), s.line))
         for seen in found:
-            options.sink.screen(_screen(seen, numbered=not pasted, in_chinese=options.in_chinese))
+            options.sink.screen(_screen(seen, numbered=pasted is None, in_chinese=options.in_chinese))
     bad = failed and any(_ORDER.index(s.message.severity) <= limit for s in found)
     if not found:
-        options.sink.screen(_nothing(pasted))
+        options.sink.screen(_nothing(pasted is not None))
     options.sink.json({"messages": [_json(s) for s in found]})
     return 1 if bad else 0
 
@@ -188,8 +191,20 @@ def _screen(seen: Seen, *, numbered: bool, in_chinese: bool) -> list[str]:
     if zh and in_chinese:
         lines.append(f"  {zh}")
     lines += textwrap.wrap(seen.text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
-    lines += _advice([*parts(seen.message.next), *(Command("explain", (code,)) for code in seen.message.codes)], "  ")
+    lines += _printed_by(seen.message.seen_in, "  ")
+    lines += _advice([*seen.message.steps, *(Command("explain", (code,)) for code in seen.message.codes)], "  ")
     return lines
+
+
+def _seen_in(code: str) -> list[str]:
+    """Where a message's text was found; nothing for other codes."""
+    from converter.examine.explanations.log import MESSAGES
+
+    return [place for message in MESSAGES if message.code == code for place in message.seen_in]
+
+
+def _printed_by(places: Sequence[str], indent: str = "") -> list[str]:
+    return [f"{indent}{'seen in ' if at == 0 else '        '}{place}" for at, place in enumerate(places)]
 
 
 def _json(seen: Seen) -> dict[str, Any]:
@@ -204,6 +219,8 @@ def _json(seen: Seen) -> dict[str, Any]:
         "example": seen.example,
         "text": seen.text,
         "zh": chinese.of_message(message.code),
-        "next": list(map(str, parts(message.next))),
+        "next": list(map(str, message.steps)),
         "codes": list(message.codes),
+        "seen_in": list(message.seen_in),
+        "names": seen.groups,
     }
