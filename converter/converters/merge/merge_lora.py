@@ -11,7 +11,7 @@ PEFT's merge moves both sides, which is not what the adapter computes.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from converter.converters.merge.adapter_config import read_adapter_config
@@ -175,7 +175,9 @@ class _Merge:
         where: str,
     ) -> list[Site]:
         """Modules with factors, each with the base's tensors below it."""
-        changed = [m for n, m in read.modules.items() if m.factors and n not in new]
+        changed = [
+            self._without_training(m, config.method) for n, m in read.modules.items() if m.factors and n not in new
+        ]
         below = {m.name: self._below(m, rule, config.method) for m in changed}
         bases = {name: {leaf: x.info for leaf, x in held.items()} for name, held in below.items()}
         peers = {name: base["weight"] for name, base in bases.items() if "weight" in base}
@@ -195,6 +197,13 @@ class _Merge:
             )
             for m in changed
         ]
+
+    def _without_training(self, module: Module, method: Method) -> Module:
+        """A module without the factors that only training reads."""
+        left = {name for name in module.factors if name.partition(".")[0] in method.training}
+        keys = {id(tensor): key for adapter in self.adapters for key, tensor in adapter.tensors.items()}
+        self.dropped |= {keys[id(module.factors[n])]: f"only the training of {method.title} reads it" for n in left}
+        return replace(module, factors={n: t for n, t in module.factors.items() if n not in left}) if left else module
 
     def _below(self, module: Module, rule: NameRule, method: Method) -> dict[str, LazyTensor]:
         """The base's tensors of a module: those that the method needs, and its bias where it has one."""

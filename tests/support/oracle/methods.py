@@ -49,7 +49,8 @@ def make_method_adapter(path: Path, base: Base, kind: str, *, seed: int = 1, **s
     """Builds an adapter of a PEFT config class over a base, draws every tensor of it, and saves it with PEFT."""
     with quiet():
         torch.manual_seed(seed)
-        config = getattr(peft, kind)(target_modules=settings.pop("target_modules", base.targets), **settings)
+        made = {k: getattr(peft, v[0])(**v[1]) if isinstance(v, tuple) else v for k, v in settings.items()}
+        config = getattr(peft, kind)(target_modules=made.pop("target_modules", base.targets), **made)
         wrapped = peft.get_peft_model(base.load(), config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

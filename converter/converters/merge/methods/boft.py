@@ -26,6 +26,8 @@ def update(site: Site) -> tuple[Update, ...]:
     shape = r.info.shape
     factors, blocks, size = shape[:3] if len(shape) == 4 else (0, 0, 0)
     sound = factors > 0 and shape == (factors, blocks, size, size) and blocks * size == inputs
+    # Without its CUDA extension PEFT trains one factor, whatever the config says.
+    sound = sound and factors in (1, site.field("boft_n_butterfly_factor"))
     sound = sound and (factors == 1 or (size % 2 == 0 and blocks % 2 ** (factors - 1) == 0))
     if not sound:
         raise site.misfit(site.base["weight"].shape, f"boft_R {list(shape)}")
@@ -87,9 +89,8 @@ METHOD = Method(
     peft_type="BOFT",
     factors=("boft_R", "boft_s"),
     fields={
-        **fields.of_training(
-            "boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout", only="boft_only"
-        ),
+        **fields.of_training("boft_block_size", "boft_block_num", "boft_dropout", only="boft_only"),
+        "boft_n_butterfly_factor": fields.count(1),
     },
     update=update,
     pairs=(("boft_R", "boft_s"),),

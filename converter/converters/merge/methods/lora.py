@@ -80,15 +80,11 @@ FIELDS = {
     "qalora_group_size": fields.ignored(),
     "alora_invocation_tokens": fields.refused("activated LoRA switches on at certain tokens and can't be merged"),
     "arrow_config": fields.refused("Arrow routes between adapters at run time and can't be merged"),
-    "kasa_config": fields.refused("KaSA truncates the base weight, which this version does not rebuild"),
     "layer_replication": fields.refused("layer replication is not implemented"),
     "lora_ga_config": fields.refused("LoRA-GA moves the base by gradients that no file holds"),
     "megatron_config": fields.refused("Megatron's parallel layers are not implemented"),
-    "monteclora_config": fields.refused("MonteCLoRA is not implemented"),
     "target_parameters": fields.refused("LoRA on bare parameters (fused experts) is not implemented"),
-    "use_bdlora": fields.refused("block-diagonal LoRA is not implemented"),
     "use_qalora": fields.refused("QA-LoRA belongs to a quantised base"),
-    "velora_config": fields.refused("VeLoRA is not implemented"),
 }
 
 

@@ -42,7 +42,9 @@ class AdapterConfig:
     @property
     def token_indices(self) -> Mapping[str, tuple[int, ...]]:
         """Rows that were trained, per embedding module name; the key `""` stands for the input embedding."""
-        indices: Mapping[str, tuple[int, ...]] = self.fields["trainable_token_indices"]
+        indices: Mapping[str, tuple[int, ...]] = (
+            self.fields.get("token_indices") or self.fields["trainable_token_indices"]
+        )
         return indices
 
     @property
@@ -261,6 +263,7 @@ class Method:
         shared: names of tensors that it has once for the model (`base_model.vera_A`).
         pairs: factors that mean something only together.
         zeros: factors that begin as zeros: where all of them still are, nothing was trained.
+        training: those of its factors that only training reads; they are left out, and the receipt says so.
         is_linear: an update can be weighted (`--weight`): twice the factor is twice the update.
         leaves: which of a module's tensors the base must have.
         kernels: those that no other package registers; found by name like all others.
@@ -275,6 +278,7 @@ class Method:
     shared: tuple[str, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
     zeros: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
     is_linear: bool = True
     leaves: Callable[[Module], tuple[str, ...]] = only_the_weight
     kernels: tuple[KernelSpec, ...] = ()

@@ -34,7 +34,7 @@ def update(site: Site) -> tuple[Update, ...]:
     rank, form, block = site.field("r"), site.field("init_weights"), site.take(name)
     shape = block.info.shape
     site.expect_rank(rank, shape[-1 if form == "bat" else 0] if shape else 0)
-    mini = site.field("mini_r") if form == "mini" else outputs
+    mini = site.config.fields.get("mini_r", 1) if form == "mini" else outputs
     divides = outputs % rank == 0 and inputs % rank == 0 if form == "bat" else outputs % mini == 0 and rank <= inputs
     if site.is_turned or not divides:
         raise site.misfit(site.base["weight"].shape, f"{name} {list(shape)} of form {form}")
