@@ -50,7 +50,11 @@ def find_method(config: Mapping[str, Any], where: str) -> Method:
         return method
     reason = _NOT_MERGEABLE.get(kind)
     if reason is not None:
-        raise Refused("peft-type-unmergeable", f"{kind} can't be merged into weights: {reason}", where=where)
+        inner = config.get("adapters")
+        held = [show(path) for path in inner.values()] if isinstance(inner, Mapping) else []
+        what = f"{kind} can't be merged into weights: {reason}"
+        step = f"merge one of the adapters inside of it: {fold(held)}" if held else None
+        raise Refused("peft-type-unmergeable", what, where=where, next=step)
     read = fold(sorted({m.peft_type for m in methods()}))
     raise Refused(
         "peft-type-unsupported",

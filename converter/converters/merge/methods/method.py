@@ -233,6 +233,7 @@ class Update:
         joins: several adapters' updates of this kernel are one call of it, and so are rounded once: their inputs stand
             one after another, parameters that are tuples likewise, and all other parameters have to agree.
         scale: a factor of the whole update; where it is 0 nothing changes.
+        weighted: the two numbers that make the scale: the user's weight, and the method's own.
     """
 
     kernel: KernelSpec
@@ -242,6 +243,7 @@ class Update:
     start: Start | None = None
     joins: bool = False
     scale: float = 1.0
+    weighted: tuple[float, float] = (1.0, 1.0)
 
 
 def only_the_weight(module: Module) -> tuple[str, ...]:
