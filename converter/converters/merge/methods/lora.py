@@ -196,6 +196,8 @@ METHOD = Method(
     factors=LORA_MATRICES,
     fields=FIELDS,
     update=update,
+    layers="Linear, Conv1D, Embedding, convolutions",
+    remark="rank-stabilised too; PiSSA and OLoRA starts are rebuilt",
     pairs=(LORA_PAIR, LORA_EMBEDDING_PAIR),
     zeros=(LORA_PAIR[1], LORA_EMBEDDING_PAIR[1]),
 )

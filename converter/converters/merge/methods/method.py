@@ -268,6 +268,8 @@ class Method:
         training: those of its factors that only training reads; they are left out, and the receipt says so.
         is_linear: an update can be weighted (`--weight`): twice the factor is twice the update.
         leaves: which of a module's tensors the base must have.
+        layers: which layers it is of, for the documents.
+        remark: what a user has to know of its merge, for the documents.
         kernels: those that no other package registers; found by name like all others.
     """
 
@@ -283,6 +285,8 @@ class Method:
     training: tuple[str, ...] = ()
     is_linear: bool = True
     leaves: Callable[[Module], tuple[str, ...]] = only_the_weight
+    layers: str = "Linear"
+    remark: str = ""
     kernels: tuple[KernelSpec, ...] = ()
 
     @property
