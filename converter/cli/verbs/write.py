@@ -8,7 +8,7 @@ import typer
 
 from converter.cli.app import Out, verb
 from converter.cli.options import INPUT, OUTPUT, Conversion
-from converter.recipe.options import EmitChoice, NumericsChoice, PartChoice
+from converter.recipe.options import CombineChoice, EmitChoice, NumericsChoice, PartChoice
 
 
 @verb(
@@ -66,14 +66,28 @@ def merge_lora(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    combine: Annotated[
+        CombineChoice, typer.Option(help="How several adapters become one: sum is exact, the others are PEFT's.")
+    ] = CombineChoice.sum,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            metavar="D", help="Share of elements that ties, magnitude_prune and dare keep.", show_default=False
+        ),
+    ] = None,
+    svd_rank: Annotated[
+        int, typer.Option("--svd-rank", metavar="R", help="Rank of --combine svd; 0: the adapters' largest.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of what dare draws.")] = 0,
 ) -> int:
     """`rlhf-convert merge-lora`."""
     from converter.cli.run.merge import merge
     from converter.recipe.verbs.merge import MergeRequest
 
     asked = MergeRequest(
-        adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual, lora_alpha
-    )
+        adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual, lora_alpha,
+        combine.value, density, svd_rank, seed,
+    )  # fmt: skip
     return merge(asked, options.target(out), options)
 
 

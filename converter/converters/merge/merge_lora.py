@@ -18,6 +18,7 @@ from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import AdapterModules, Module, read_modules
 from converter.converters.merge.adapter_values import expect_finite, with_alpha
 from converter.converters.merge.carried_heads import carried_files
+from converter.converters.merge.combining import Combination, How
 from converter.converters.merge.embeddings import untie, with_prefix, with_vocabulary
 from converter.converters.merge.foreign_adapters import plain_names
 from converter.converters.merge.layer import merged, updates_of, with_token_rows
@@ -56,6 +57,11 @@ class MergeLora:
         numerics: `best` or `peft`.
         base_is_residual: the base is already the one that a PiSSA or OLoRA start left; do not move it again.
         lora_alpha: the alpha of training, for adapters that record none or 0.
+        combine: how several adapters become one: `sum`, which is exact, or one of PEFT's ways.
+        density: the share of elements that `ties`, `magnitude_prune` and `dare_*` keep.
+        svd_rank: of what `svd` gives; 0: the largest rank of the adapters.
+        seed: of what `dare_*` draws.
+        majority_sign: `total` or `frequency`, for `ties`.
     """
 
     name: ClassVar[str] = "merge-lora"
@@ -65,6 +71,11 @@ class MergeLora:
     numerics: Numerics = "best"
     base_is_residual: bool = False
     lora_alpha: float | None = None
+    combine: How = "sum"
+    density: float | None = None
+    svd_rank: int = 0
+    seed: int = 0
+    majority_sign: Literal["total", "frequency"] = "total"
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The merged checkpoint.
@@ -78,14 +89,17 @@ class MergeLora:
         weights = self.weights or (1.0,) * len(self.adapters)
         if len(weights) != len(self.adapters):
             raise UsageError("weights", f"{len(weights)} weights were given for {len(self.adapters)} adapters")
-        if self.numerics == "peft" and any(w != 1 for w in weights):
+        combination = Combination(self.combine, self.density, self.svd_rank, self.seed, self.majority_sign)
+        combination.expect_sound()
+        if self.numerics == "peft" and self.combine == "sum" and any(w != 1 for w in weights):
             raise UsageError("weights", "PEFT merges with weight 1 only; use --numerics best with --weight")
         _refuse_quantised(checkpoint)
         tell_of_code(checkpoint, context)
         adapters = [with_task(a, checkpoint) for a in with_alpha(self.adapters, self.lora_alpha)]
         configs = [read_adapter_config(a, base_is_residual=self.base_is_residual) for a in adapters]
+        combination = combination.over(configs, [show(a.origin.asked) for a in adapters])
         for group in _in_order(adapters, configs, context):
-            merge = _Merge(checkpoint, context, self.numerics)
+            merge = _Merge(checkpoint, context, self.numerics, combination)
             for at in group:
                 merge.add(adapters[at], float(weights[at]), configs[at])
             checkpoint = merge.result()
@@ -126,6 +140,7 @@ class _Merge:
     base: Checkpoint
     context: Context
     numerics: Numerics
+    combination: Combination
     updates: dict[str, list[Update]] = field(default_factory=dict)
     heads: list[NewHead] = field(default_factory=list)
     adapters: list[Checkpoint] = field(default_factory=list)
@@ -336,7 +351,8 @@ class _Merge:
     def _merged(self, name: str) -> LazyTensor:
         weight = self.whole.root(self.base, name)
         if name in self.updates:
-            weight = merged(weight, self.updates[name], self.numerics)
+            updates = self.combination.of(self.updates[name], name, self.numerics)
+            weight = merged(weight, updates, self.numerics)
         rows = self.whole.rows_of(self.base, name)
         return with_token_rows(weight, rows.rows, rows.indices) if rows else weight
 

@@ -85,6 +85,8 @@ METHOD = Method(
         "rank_pattern": fields.Field(_ranks),
     },
     update=update,
+    layers="Linear, Conv1D, Conv2d",
+    remark="after its ranks were cut too",
     pairs=(("lora_A", "lora_B"),),
     zeros=("lora_E",),
     kernels=(KERNEL,),

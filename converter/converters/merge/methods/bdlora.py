@@ -74,6 +74,8 @@ METHOD = dataclasses.replace(
     lora.METHOD,
     title="BD-LoRA",
     switch="use_bdlora",
+    layers="Linear, Conv1D",
+    remark="",
     fields={**lora.FIELDS, "use_bdlora": fields.Field(_blocks)},
     update=update,
     kernels=(KERNEL,),

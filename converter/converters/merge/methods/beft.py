@@ -45,6 +45,7 @@ METHOD = Method(
     factors=("beft_bias",),
     fields=fields.of_training(),
     update=update,
+    layers="biases of Linear",
     zeros=("beft_bias",),
     kernels=(KERNEL,),
 )

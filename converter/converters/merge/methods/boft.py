@@ -93,6 +93,8 @@ METHOD = Method(
         "boft_n_butterfly_factor": fields.count(1),
     },
     update=update,
+    layers="Linear, Conv2d",
+    remark="several butterfly factors, which PEFT itself takes with CUDA only",
     pairs=(("boft_R", "boft_s"),),
     is_linear=False,
     kernels=(KERNEL,),

@@ -62,6 +62,7 @@ METHOD = Method(
         "decomposition_method": fields.choice("relu", "qr"),
     },
     update=update,
+    layers="Linear, Conv1D",
     is_linear=False,
     kernels=(KERNEL,),
 )

@@ -85,6 +85,8 @@ METHOD = Method(
         "random_loc_seed": fields.count(777, least=0),
     },
     update=update,
+    layers="Linear, Conv1D",
+    remark="places drawn again from their seed",
     zeros=("fourierft_spectrum",),
     kernels=(KERNEL,),
 )

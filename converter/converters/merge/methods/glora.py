@@ -103,6 +103,7 @@ METHOD = Method(
         "r": fields.count(8),
     },
     update=update,
+    remark="biases too",
     zeros=tuple(f"glora_{name}.{part}" for name in "ABCDE" for part in ("Xd", "X", "zeros")),
     is_linear=False,
     kernels=(KERNEL, BIAS_KERNEL),

@@ -76,6 +76,8 @@ METHOD = Method(
         "gralora_k": fields.count(2),
     },
     update=update,
+    layers="Linear, Conv1D",
+    remark="hybrid ranks too",
     pairs=(("gralora_A", "gralora_B"), _GENERAL),
     zeros=("gralora_B", "gralora_B_general"),
     kernels=(KERNEL,),

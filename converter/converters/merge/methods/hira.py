@@ -72,6 +72,7 @@ METHOD = Method(
         "rank_pattern": fields.pattern(int),
     },
     update=update,
+    layers="Linear, Conv1D, Embedding, convolutions",
     pairs=(_PAIR, _EMBEDDING),
     zeros=("hira_B", "hira_embedding_A"),
     is_linear=False,

@@ -72,6 +72,7 @@ METHOD = Method(
     factors=("hra_u",),
     fields={**fields.of_training(only="hra_only"), "r": fields.count(8), "apply_GS": fields.flag()},
     update=update,
+    layers="Linear, Conv2d",
     is_linear=False,
     kernels=(KERNEL,),
 )

@@ -101,6 +101,8 @@ METHOD = Method(
     factors=("ia3_l",),
     fields={**fields.of_training("init_ia3_weights"), "feedforward_modules": fields.Field(_modules)},
     update=update,
+    layers="Linear, Conv1D, Conv2d, Conv3d",
+    remark="biases are scaled with outputs",
     is_linear=False,
     kernels=(KERNEL,),
 )

@@ -75,6 +75,8 @@ METHOD = dataclasses.replace(
     title="KaSA",
     switch="kasa_config",
     factors=(*lora.METHOD.factors, DIAGONAL),
+    layers="Linear",
+    remark="the base is cut to its first singular directions, as PEFT does",
     fields={**lora.FIELDS, "kasa_config": fields.Field(lambda v, key, where: v is not None, moves_base=True)},
     update=update,
     is_linear=False,

@@ -52,6 +52,7 @@ METHOD = Method(
     peft_type="LN_TUNING",
     factors=(_FACTOR,),
     update=update,
+    layers="norms, or any other",
     is_linear=False,
     leaves=leaves,
     kernels=(KERNEL,),

@@ -98,6 +98,7 @@ METHOD = Method(
     factors=(*_FLAT, *_CORES),
     fields=FIELDS,
     update=update,
+    layers="Linear, Conv1d, Conv2d",
     pairs=(("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"), _CORES),
     zeros=("hada_w2_b",),
     kernels=(KERNEL,),

@@ -97,6 +97,7 @@ METHOD = Method(
         "rank_dropout_scale": fields.ignored(),
     },
     update=update,
+    layers="Linear, Conv1d, Conv2d",
     pairs=_PAIRS,
     zeros=("lokr_w1", "lokr_w1_a"),
     kernels=(KERNEL,),

@@ -136,13 +136,14 @@ def lora_updates(site: Site, magnitude: LazyTensor | None) -> tuple[Update, ...]
         "out": site.base["weight"].dtype.value,
     }
     found = _bias(site, scale)
+    scales: dict[str, Any] = {"scale": scale * site.weight, "weighted": (site.weight, scale)}
     if kind == "conv":
-        return (Update(kernel_specs.LORA_CONV_MERGE, factors, params, joins=True, scale=scale * site.weight), *found)
+        return (Update(kernel_specs.LORA_CONV_MERGE, factors, params, joins=True, **scales), *found)
     start = site.field("init_lora_weights") if kind in ("linear", "conv1d") else "plain"
     is_rounded = kind == "embedding" or start == "mica"
     params |= {"transposed": is_transposed, "delta_rounded": is_rounded and site.numerics == "peft"}
     moved = _moved(start, a.info.shape[0], scale, is_transposed)
-    whole = Update(kernel_specs.LORA_MERGE, factors, params, start=moved, joins=True, scale=scale * site.weight)
+    whole = Update(kernel_specs.LORA_MERGE, factors, params, start=moved, joins=True, **scales)
     return (whole, *found)
 
 
@@ -195,6 +196,8 @@ METHOD = Method(
     factors=LORA_MATRICES,
     fields=FIELDS,
     update=update,
+    layers="Linear, Conv1D, Embedding, convolutions",
+    remark="rank-stabilised too; PiSSA and OLoRA starts are rebuilt",
     pairs=(LORA_PAIR, LORA_EMBEDDING_PAIR),
     zeros=(LORA_PAIR[1], LORA_EMBEDDING_PAIR[1]),
 )

@@ -233,6 +233,7 @@ class Update:
         joins: several adapters' updates of this kernel are one call of it, and so are rounded once: their inputs stand
             one after another, parameters that are tuples likewise, and all other parameters have to agree.
         scale: a factor of the whole update; where it is 0 nothing changes.
+        weighted: the two numbers that make the scale: the user's weight, and the method's own.
     """
 
     kernel: KernelSpec
@@ -242,6 +243,7 @@ class Update:
     start: Start | None = None
     joins: bool = False
     scale: float = 1.0
+    weighted: tuple[float, float] = (1.0, 1.0)
 
 
 def only_the_weight(module: Module) -> tuple[str, ...]:
@@ -266,6 +268,8 @@ class Method:
         training: those of its factors that only training reads; they are left out, and the receipt says so.
         is_linear: an update can be weighted (`--weight`): twice the factor is twice the update.
         leaves: which of a module's tensors the base must have.
+        layers: which layers it is of, for the documents.
+        remark: what a user has to know of its merge, for the documents.
         kernels: those that no other package registers; found by name like all others.
     """
 
@@ -281,6 +285,8 @@ class Method:
     training: tuple[str, ...] = ()
     is_linear: bool = True
     leaves: Callable[[Module], tuple[str, ...]] = only_the_weight
+    layers: str = "Linear"
+    remark: str = ""
     kernels: tuple[KernelSpec, ...] = ()
 
     @property

@@ -77,6 +77,7 @@ METHOD = Method(
         "init_weights": fields.Field(_form),
     },
     update=update,
+    remark="`bat` and `mini` too",
     zeros=("miss_block",),
     kernels=(KERNEL,),
 )

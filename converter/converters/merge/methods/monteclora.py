@@ -15,5 +15,7 @@ METHOD = dataclasses.replace(
     switch="monteclora_config",
     factors=(*lora.METHOD.factors, "lora_monteclora_sampler"),
     training=("lora_monteclora_sampler",),
+    layers="Linear",
+    remark="what only training reads is left out",
     fields={**lora.FIELDS, "monteclora_config": fields.ignored()},
 )

@@ -151,6 +151,8 @@ METHOD = Method(
         "num_cayley_neumann_terms": fields.Field(_terms),
     },
     update=update,
+    layers="Linear, Embedding, 1x1 convolutions",
+    remark="larger kernels are refused: PEFT's own forward there is of no weight",
     zeros=("oft_R", "oft_embedding_R"),
     is_linear=False,
     kernels=(KERNEL,),

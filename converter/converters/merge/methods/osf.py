@@ -66,6 +66,7 @@ METHOD = Method(
     factors=("osf_svd_params",),
     fields=fields.of_training("effective_rank", "rank_pattern", "target_svd_config"),
     update=update,
+    remark="singular directions of the base are computed again, as PEFT does",
     is_linear=False,
     kernels=(KERNEL,),
 )

@@ -143,6 +143,7 @@ METHOD = Method(
         "cayley_neumann_eps": fields.number(0),
     },
     update=update,
+    remark="singular directions of the base are computed again, as PEFT does",
     is_linear=False,
     kernels=(KERNEL,),
 )

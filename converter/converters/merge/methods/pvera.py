@@ -82,6 +82,8 @@ METHOD = Method(
         "sample_at_inference": fields.refused("the adapter draws at random in each forward"),
     },
     update=update,
+    layers="Linear, Conv1D",
+    remark="the mean; `sample_at_inference` is refused",
     shared=("pvera_A", "pvera_B"),
     pairs=(("pvera_lambda_b", "pvera_lambda_d"),),
     zeros=("pvera_lambda_b",),

@@ -117,6 +117,8 @@ METHOD = Method(
         "very_sparse": fields.flag(),
     },
     update=update,
+    layers="Linear, Conv1D",
+    remark="bases from the file, or drawn again from their seed",
     shared=("randlora_A", "randlora_B"),
     pairs=(("randlora_lambda", "randlora_gamma"),),
     zeros=("randlora_lambda",),

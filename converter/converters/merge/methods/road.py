@@ -94,6 +94,7 @@ METHOD = Method(
         "group_size": fields.count(64),
     },
     update=update,
+    remark="PEFT rounds the rotation to the base's dtype; `best` does not",
     pairs=(("road_theta", "road_alpha"),),
     is_linear=False,
     kernels=(KERNEL,),

@@ -80,6 +80,8 @@ METHOD = Method(
         "save_projection": fields.Field(_saved),
     },
     update=update,
+    layers="Linear, Conv1D, Embedding",
+    remark="one vector for all layers (`weight_tying` 1); others are refused: no file says which vector is whose",
     shared=(_VECTOR,),
     pairs=(("tinylora_A", "tinylora_B"),),
     kernels=(KERNEL,),

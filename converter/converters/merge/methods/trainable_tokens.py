@@ -20,5 +20,7 @@ METHOD = Method(
     factors=(),
     fields={**fields.of_training(), "token_indices": fields.tokens()},
     update=update,
+    layers="Embedding",
+    remark="rows take the base's place",
     is_linear=False,
 )

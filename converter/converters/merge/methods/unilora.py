@@ -68,6 +68,8 @@ METHOD = Method(
         "save_indices": fields.Field(_saved),
     },
     update=update,
+    layers="Linear, Conv1D",
+    remark="with `save_indices`; without, the indices depend on the order of the model's layers",
     shared=("unilora_theta_d",),
     is_linear=False,
     kernels=(KERNEL,),

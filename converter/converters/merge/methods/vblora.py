@@ -93,6 +93,8 @@ METHOD = Method(
         "save_only_topk_weights": fields.flag(),
     },
     update=update,
+    layers="Linear, Conv1D",
+    remark="`save_only_topk_weights` too",
     shared=("vblora_vector_bank",),
     pairs=(_SIDES,),
     kernels=(KERNEL,),

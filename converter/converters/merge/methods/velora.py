@@ -15,5 +15,7 @@ METHOD = dataclasses.replace(
     switch="velora_config",
     factors=(*lora.METHOD.factors, "lora_velora_embed"),
     training=("lora_velora_embed",),
+    layers="Linear",
+    remark="what only training reads is left out",
     fields={**lora.FIELDS, "velora_config": fields.ignored()},
 )

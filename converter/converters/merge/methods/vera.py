@@ -95,6 +95,8 @@ METHOD = Method(
         "save_projection": fields.flag(True),
     },
     update=update,
+    layers="Linear, Conv1D",
+    remark="projections from the file, or drawn again from their seed",
     shared=("vera_A", "vera_B"),
     pairs=(("vera_lambda_b", "vera_lambda_d"),),
     zeros=("vera_lambda_b",),

@@ -88,6 +88,8 @@ METHOD = Method(
         "proportional_parameters": fields.flag(),
     },
     update=update,
+    layers="Linear, Conv1D",
+    remark="places drawn again from their seed",
     zeros=("waveft_spectrum",),
     kernels=(KERNEL,),
 )
