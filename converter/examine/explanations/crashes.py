@@ -72,7 +72,7 @@ MESSAGES = (
         next=Steps(
             "look for the first rank that stopped; before the run goes on: ", Command("doctor", ("LAST_CHECKPOINT",))
         ),
-        seen_in=("torch 2.13.0: torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp",),
+        seen_in=("torch 2.0.1: torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp",),
     ),
     Message(
         code="crash-below-python",
@@ -202,4 +202,4 @@ def _next(frames: tuple[Frame, ...], package: str | None) -> Next:
             "the whole traceback shows what the program was doing: paste it, or ", Command("explain", ("LOG",))
         )
     whose = f"{package}'s issues" if package else "your own script"
-    return f"no checkpoint was being read or written, so no command here helps: look for the error in {whose}"
+    return f"the traceback shows no checkpoint being read or written, so no command here helps: see {whose}"
