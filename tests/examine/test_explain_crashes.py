@@ -199,7 +199,7 @@ def test_a_log_that_is_still_written_is_answered_with_the_errors_own_line() -> N
         ("load_adapter", "rlhf-convert doctor ADAPTER --base BASE"),
         ("load_checkpoint", "rlhf-convert doctor CHECKPOINT"),
         ("from_pretrained", "rlhf-convert doctor DIR; where that finds nothing the files are sound"),
-        ("sample", "no command here helps: look for the error in trl's issues"),
+        ("sample", "no command here helps: see trl's issues"),
     ],
 )
 def test_the_advice_follows_from_what_the_program_was_doing(function: str, advice: str) -> None:

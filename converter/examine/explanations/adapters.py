@@ -168,7 +168,7 @@ MESSAGES = (
         "carries a prefix, and what does not fit is left out or zero.",
         next=_DOCTOR,
         codes=("adapter-unmatched", "names-doubled"),
-        seen_in=("transformers 4.57.6: src/transformers/integrations/peft.py",),
+        seen_in=("transformers 4.57.6: transformers/integrations/peft.py",),
     ),
     Message(
         code="finetuning-quantised",
@@ -194,8 +194,8 @@ MESSAGES = (
         next=Command("doctor", ("DIR",)),
         codes=("quantisation-left", "base-quantised"),
         seen_in=(
-            "transformers 4.57.6: src/transformers/quantizers/quantizer_bnb_4bit.py",
-            "bitsandbytes 0.48.2: bitsandbytes/nn/modules.py",
+            "transformers 4.51.3: transformers/quantizers/quantizer_bnb_4bit.py",
+            "bitsandbytes 0.50.2: bitsandbytes/nn/modules.py",
         ),
     ),
     Message(

@@ -58,10 +58,7 @@ MESSAGES = (
         text="The run was stopped from outside: by hand, by a scheduler, or by its time limit. It did not fail by "
         "itself, and a checkpoint that it was writing then is not whole.",
         next=Command("doctor", ("LAST_CHECKPOINT",)),
-        seen_in=(
-            "torch 2.13.0: torch/distributed/elastic/multiprocessing/api.py",
-            "slurm 24.05: src/slurmd/slurmstepd/req.c",
-        ),
+        seen_in=("torch 2.13.0: torch/distributed/elastic/multiprocessing/api.py",),
     ),
     Message(
         code="collective-timeout",
@@ -75,7 +72,7 @@ MESSAGES = (
         next=Steps(
             "look for the first rank that stopped; before the run goes on: ", Command("doctor", ("LAST_CHECKPOINT",))
         ),
-        seen_in=("torch 2.13.0: torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp",),
+        seen_in=("torch 2.0.1: torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp",),
     ),
     Message(
         code="crash-below-python",
@@ -109,12 +106,12 @@ MESSAGES = (
     Message(
         code="actor-died",
         severity="error",
-        keys=("ActorDiedError", "RayActorError", "WorkerCrashedError", "worker died or was killed"),
-        pattern=r"ActorDiedError|RayActorError|WorkerCrashedError|[Tt]he worker died or was killed",
+        keys=("ActorDiedError", "RayActorError", "WorkerCrashedError", "The worker died unexpectedly"),
+        pattern=r"ActorDiedError|RayActorError|WorkerCrashedError|The worker died unexpectedly",
         text="A Ray worker died and took its part of the model with it. Ray names what it saw; the cause is in the "
         "output of that worker, or it was killed for memory.",
         next=Command("doctor", ("LAST_CHECKPOINT",)),
-        seen_in=("ray 2.52.0: python/ray/exceptions.py",),
+        seen_in=("ray 2.60.0: ray/exceptions.py",),
     ),
 )
 
@@ -205,4 +202,4 @@ def _next(frames: tuple[Frame, ...], package: str | None) -> Next:
             "the whole traceback shows what the program was doing: paste it, or ", Command("explain", ("LOG",))
         )
     whose = f"{package}'s issues" if package else "your own script"
-    return f"no checkpoint was being read or written, so no command here helps: look for the error in {whose}"
+    return f"the traceback shows no checkpoint being read or written, so no command here helps: see {whose}"
