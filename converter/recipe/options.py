@@ -19,6 +19,19 @@ class LayoutChoice(StrEnum):
     pack = "pack"
 
 
+class CombineChoice(StrEnum):
+    """How several adapters become one."""
+
+    sum = "sum"
+    cat = "cat"
+    linear = "linear"
+    svd = "svd"
+    ties = "ties"
+    magnitude_prune = "magnitude_prune"
+    dare_linear = "dare_linear"
+    dare_ties = "dare_ties"
+
+
 class NumericsChoice(StrEnum):
     """How a merge rounds."""
 
