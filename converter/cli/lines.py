@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from converter.core.compute.measures import has_update, relative_size, surviving_share
 from converter.diagnostic import Again, Command, Next, is_command, parts
 from converter.errors import ConvertError, Refused
+from converter.families.family import label_count
 from converter.text import fold, format_duration, format_size, show
 
 if TYPE_CHECKING:
@@ -291,14 +292,6 @@ def wrote_line(out: str, config: Mapping[str, Any], pad_token: str | None) -> st
         pad = config.get("pad_token_id")
         words.append(f"pad {show(pad_token if pad_token is not None else pad)}" if pad is not None else "no pad token")
     return line("wrote", f"{show(out)}  {', '.join(words)}")
-
-
-def label_count(config: Mapping[str, Any]) -> int | None:
-    """Number of labels as transformers understands a config: `num_labels`, else the entries of `id2label`."""
-    if isinstance(config.get("num_labels"), int):
-        return int(config["num_labels"])
-    named = config.get("id2label")
-    return len(named) if isinstance(named, Mapping) else None
 
 
 def wrapped_step(step: Next, width: int, arrow: str) -> list[str]:

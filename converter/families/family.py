@@ -111,3 +111,11 @@ def hidden_size(config: Mapping[str, Any]) -> int | None:
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
+
+
+def label_count(config: Mapping[str, Any]) -> int | None:
+    """Number of labels as transformers understands a config: `num_labels`, else the entries of `id2label`."""
+    if isinstance(config.get("num_labels"), int):
+        return int(config["num_labels"])
+    named = config.get("id2label")
+    return len(named) if isinstance(named, Mapping) else None

@@ -164,7 +164,7 @@ ADAPTERS: dict[str, Break] = {
     "vocab-mismatch": lambda f: with_weights(
         f, lambda t: {**t, "base_model.model.model.embed_tokens.weight": torch.ones(40, 16)}
     ),
-    "peft-type-unsupported": config(peft_type="LOHA"),
+    "peft-type-unsupported": config(peft_type="NOVEL"),
     "peft-type-unmergeable": config(peft_type="PROMPT_TUNING"),
 }
 

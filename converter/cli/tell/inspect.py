@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.lines import adapter_kind, dtype_word, label_count, line, next_lines, short_revision
+from converter.cli.lines import adapter_kind, dtype_word, line, next_lines, short_revision
 from converter.cli.options import Display
 from converter.diagnostic import PROGRAM, Command, Next, as_argument, commands, is_command
 from converter.errors import ConvertError
 from converter.examine import facts
+from converter.families.family import label_count
 from converter.recipe.verbs import inspect as verb
 from converter.recipe.verbs.inspect import LORA_MARK
 from converter.text import fold, format_size, show

@@ -272,7 +272,7 @@ def repair(
 @verb(
     "reshard",
     Conversion,
-    short_help="Rewrite a model in other files, or a run's state for other ranks.",
+    short_help="Rewrite a model in other files, a run for other ranks.",
     help="Rewrite a model folder in other files or another dtype; names, values and side files are kept. With "
     "--world-size: rewrite a DeepSpeed run's state (ZeRO-1, 2, 3) so that training goes on with another number of "
     "ranks, with its masters, optimizer states, steps, schedules and client state, bit by bit.",

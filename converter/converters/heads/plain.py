@@ -12,7 +12,7 @@ from converter.core.checkpoint import Checkpoint
 from converter.dialects.spec import Dialect, HeadSpec
 from converter.errors import Refused
 from converter.families.expected import Expected, expected
-from converter.families.family import family
+from converter.families.family import family, label_count
 from converter.families.words import OUTPUT_PREFIXES
 from converter.text import fold, show
 
@@ -28,6 +28,9 @@ LINEAR = Dialect(
 
 _MOST_ROWS = 1024
 """Rows beyond which a layer is a vocabulary's and not one of labels."""
+
+_FEW_ROWS = 32
+"""Rows up to which a layer is a head where config.json says no number of labels: projections have more."""
 
 
 def linear_head(stem: str) -> Dialect:
@@ -47,6 +50,9 @@ def plain_head(checkpoint: Checkpoint) -> str | None:
     if len(stems) != 1 or not stem or {n.rpartition(".")[2] for n in outside} - {"weight", "bias"}:
         return None
     if not _is_head(checkpoint, stem, kind.hidden):
+        return None
+    rows = checkpoint.tensors[f"{stem}.weight"].info.shape[0]
+    if rows > min(_FEW_ROWS, kind.hidden - 1) and rows != label_count(checkpoint.config):
         return None
     wanted = expected(checkpoint.config)
     is_of_class = isinstance(wanted, Expected) and not wanted.free and f"{stem}.weight" in wanted.saved

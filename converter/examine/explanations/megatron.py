@@ -21,7 +21,6 @@ MESSAGES = (
         "folder "
         "is meant. The path is a level off, or the file was not copied. --exit-on-missing-checkpoint makes it stop.",
         next=_INSPECT,
-        codes=("megatron",),
         seen_in=(_LM,),
     ),
     Message(
@@ -39,7 +38,7 @@ MESSAGES = (
         "one "
         "of them lacks, LoRA on one side, or another version of Transformer Engine.",
         next=_INSPECT,
-        codes=("megatron",),
+        codes=("megatron-keys",),
         seen_in=(_CORE + "dist_checkpointing/validation.py", _CORE + "dist_checkpointing/strategies/torch.py"),
     ),
     Message(
@@ -53,7 +52,7 @@ MESSAGES = (
         "another "
         "tensor-parallel size, or another size of model.",
         next=_INSPECT,
-        codes=("megatron", "vocabulary-rows"),
+        codes=("megatron-config", "vocabulary-rows"),
         seen_in=(_CORE + "dist_checkpointing/strategies/torch.py",),
     ),
     Message(
@@ -67,7 +66,7 @@ MESSAGES = (
         "a "
         "level off (iter_0000100, dist_ckpt), a Hugging Face model, or does not exist.",
         next=_INSPECT,
-        codes=("megatron",),
+        codes=("megatron-unfinished",),
         seen_in=(_CORE + "dist_checkpointing/validation.py", _LM),
     ),
     Message(
@@ -138,8 +137,8 @@ MESSAGES = (
         text="verl's converter from Megatron does not know a tensor ({name}): a value head, LoRA, experts or a vision "
         "part "
         "of an architecture that it was not written for.",
-        next=_INSPECT,
-        codes=("verl-megatron", "megatron"),
+        next=_GATHER,
+        codes=("megatron-keys",),
         seen_in=(_VERL + "models/mcore/weight_converter.py", _VERL + "model_merger/megatron_model_merger.py"),
     ),
     Message(
@@ -153,7 +152,6 @@ MESSAGES = (
         "verl's own script moves them.",
         next="python scripts/migrate_megatron_checkpoint_layout.py of the same verl moves them in place: copy them "
         "first",
-        codes=("verl-megatron",),
         seen_in=(_VERL + "utils/checkpoint/megatron_checkpoint_manager.py",),
     ),
     Message(

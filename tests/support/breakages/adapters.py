@@ -143,7 +143,7 @@ ADAPTERS: dict[str, Breakage] = {
     "vocab-mismatch": Breakage(
         "adapter", having(lambda t: {**t, "base_model.model.model.embed_tokens.weight": torch.ones(40, 16)}), "advice"
     ),
-    "peft-type-unsupported": Breakage("adapter", config(peft_type="LOHA"), "told"),
+    "peft-type-unsupported": Breakage("adapter", config(peft_type="NOVEL"), "told"),
     "peft-type-unmergeable": Breakage("adapter", config(peft_type="PROMPT_TUNING"), "told"),
     "adapter-task-unknown": Breakage("adapter", without_a_task, "advice"),
     "adapter-named-otherwise": Breakage("adapter", as_fsdp_state, "mended"),
