@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from converter.converters.cast import Cast
 from converter.converters.finding import Converter
 from converter.converters.heads.remap import RemapHead
 from converter.converters.merge.merge_lora import MergeLora
-from converter.converters.merge.methods.finding import methods
+from converter.converters.merge.methods.finding import find_method, methods
 from converter.converters.merge.methods.method import Method
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.nodes import LazyTensor
@@ -28,6 +30,7 @@ from converter.examine.doctor import diagnoses
 from converter.shipped import shipped
 from converter.sources.finding import Source, kind_of, sources
 from oracle.adapters import make_adapter
+from oracle.bare_adapters import Bare, bare_adapters
 from oracle.bases import Base, make_base
 
 
@@ -43,6 +46,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {"base": folder / "base"}
     for title, settings in (("LoRA", {}), ("DoRA", {"use_dora": True})):
         made[title] = make_adapter(folder / title, base, **settings)
+    made["biased"] = make_base(folder / "biased", "qwen2", hidden=96, intermediate=160).path
+    beft = Bare("BEFT", {}, {"beft_bias": (1, 96)})
+    made["BEFT"] = beft.write(folder / "BEFT")
+    for bare in bare_adapters(96).values():
+        title = find_method({"peft_type": bare.peft_type} | bare.config, "").title
+        if title not in made:
+            made[title] = bare.write(folder / title)
     made["LoRA of mlx-lm"] = _of_mlx(make_adapter(folder / "mlx", base, target_modules=["q_proj", "o_proj"]))
     return made
 
@@ -84,7 +94,7 @@ class TestSources(testing.SourceContract):
 
 
 class TestMethods(testing.MethodContract):
-    @pytest.fixture(params=[m.title for m in methods()])
+    @pytest.fixture(params=[m.title for m in methods() if m.factors])
     def method(self, request: pytest.FixtureRequest) -> Method:
         return next(m for m in methods() if m.title == request.param)
 
@@ -93,8 +103,15 @@ class TestMethods(testing.MethodContract):
         return pair[method.title]
 
     @pytest.fixture
-    def base(self, pair: dict[str, Path]) -> Path:
-        return pair["base"]
+    def base(self, method: Method, pair: dict[str, Path]) -> Path:
+        return pair["biased" if method.title == "BEFT" else "base"]
+
+    def test_planning_imports_no_torch(self, pair: dict[str, Path]) -> None:
+        """All methods in one process: each would cost a second of its own."""
+        adapters = [str(folder) for title, folder in pair.items() if title not in ("base", "biased", "BEFT")]
+        command = [sys.executable, "-c", testing.PLANNED_WITHOUT_TORCH, *adapters, str(pair["base"])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 class TestConverters(testing.ConverterContract):

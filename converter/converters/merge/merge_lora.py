@@ -23,7 +23,7 @@ from converter.converters.merge.embeddings import untie, with_prefix, with_vocab
 from converter.converters.merge.foreign_adapters import plain_names
 from converter.converters.merge.layer import merged, updates_of, with_token_rows
 from converter.converters.merge.methods.method import AdapterConfig, Method, Site, Update
-from converter.converters.merge.name_rules import AS_IN_BASE, NameRule, find_rule
+from converter.converters.merge.name_rules import AS_IN_BASE, Biases, NameRule, find_rule
 from converter.converters.merge.remote_code import tell_of_code
 from converter.converters.merge.task import with_task
 from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_new_head
@@ -149,6 +149,7 @@ class _Merge:
 
     def __post_init__(self) -> None:
         self.whole = WholeTensors(self.context)
+        self.biases = Biases(self.base.config, tuple(self.base.tensors))
 
     def add(self, adapter: Checkpoint, weight: float, config: AdapterConfig) -> None:
         where = show(adapter.origin.asked)
@@ -225,7 +226,7 @@ class _Merge:
         found = {
             leaf: self.whole.root(self.base, rule.tensor(f"{module.name}.{leaf}")) for leaf in method.leaves(module)
         }
-        bias = rule.tensor(f"{module.name}.bias")
+        bias = self.biases.on_disk(f"{module.name}.bias", rule)
         return {**found, "bias": self.base.tensors[bias]} if bias in self.base.tensors else found
 
     def _settle_ties(self, touched: Collection[str]) -> None:
@@ -276,7 +277,8 @@ class _Merge:
                 "adapters-conflict", "PiSSA and OLoRA move the base and can't be merged with others", where=site.where
             )
         for update in updates:
-            self.updates.setdefault(rule.tensor(f"{site.module.name}.{update.leaf}"), []).append(update)
+            name = self.biases.on_disk(f"{site.module.name}.{update.leaf}", rule)
+            self.updates.setdefault(name, []).append(update)
         return updates
 
     def _settle_shared(self, read: AdapterModules, adapter: Checkpoint, where: str) -> None:

@@ -11,10 +11,11 @@ import functools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from converter.diagnostic import Again, Steps
 from converter.errors import Refused
-from converter.families.memory_names import Architecture, MemoryNames, version
+from converter.families.memory_names import Architecture, MemoryNames, architectures, version
 from converter.text import fold
 
 AS_IN_BASE = "names as in the base"
@@ -47,11 +48,32 @@ class NameRule:
         return name if weight is None else f"{weight.rpartition('.')[0]}.{leaf}"
 
 
+class Biases:
+    """Names on disk of biases that transformers calls otherwise in memory: VideoMAE's `q_bias` is `query.bias` there.
+
+    A rule is found by weights, and a bias that it does not find may be one of these.
+    """
+
+    def __init__(self, config: Mapping[str, Any], stored: tuple[str, ...]) -> None:
+        self._config, self._stored = config, frozenset(stored)
+        self._memories: list[MemoryNames] | None = None
+
+    def on_disk(self, name: str, rule: NameRule) -> str:
+        """The name on disk of a tensor that is called `name` in the adapter."""
+        plain = rule.tensor(name)
+        if plain in self._stored or not name.endswith(".bias"):
+            return plain
+        if self._memories is None:
+            self._memories = [MemoryNames.of(a, self._stored, ()) for a in _distinct(architectures(self._config, {}))]
+        found = (memory.find(name) for memory in self._memories)
+        return next((disk for disk in found if disk in self._stored), plain)
+
+
 def find_rule(
     needed: Mapping[str, Collection[str]],
     stored: Collection[str],
     tied: Collection[str],
-    architectures: Sequence[Architecture],
+    built: Sequence[Architecture],
     *,
     adapter: str,
     base: str,
@@ -62,7 +84,7 @@ def find_rule(
         needed: tensor leaf names (`weight`, `bias`) by module.
         stored: tensors of the base.
         tied: names of the base that exist only through a tie.
-        architectures: classes that the adapter may have been trained on.
+        built: classes that the adapter may have been trained on.
 
     Raises:
         Refused: no rule resolves all (`adapter-unmatched`), several do and differ (`adapter-ambiguous`), or all would
@@ -73,7 +95,7 @@ def find_rule(
 
     @functools.cache
     def memories() -> list[MemoryNames]:
-        return [MemoryNames.of(a, stored, tied) for a in _distinct(architectures)]
+        return [MemoryNames.of(a, stored, tied) for a in _distinct(built)]
 
     best = names
     for stage in _stages(names, known, memories):
@@ -93,8 +115,8 @@ def find_rule(
     raise _fused(best, known, memories(), adapter) or _unmatched(best, len(names), known, adapter, base)
 
 
-def _distinct(architectures: Sequence[Architecture]) -> list[Architecture]:
-    return list({(a.prefix, a.transforms): a for a in reversed(architectures)}.values())[::-1]
+def _distinct(built: Sequence[Architecture]) -> list[Architecture]:
+    return list({(a.prefix, a.transforms): a for a in reversed(built)}.values())[::-1]
 
 
 def _stages(

@@ -36,6 +36,19 @@ def make_method_base(path: Path, family: str, dtype: str) -> Base:
     return make_base(path, family, dtype=dtype, **SMALL)
 
 
+def make_video_base(path: Path) -> Base:
+    """A classifier of videos: its patches are a convolution of three dimensions, its biases have names of their own."""
+    with quiet():
+        config = transformers.VideoMAEConfig(
+            image_size=32, patch_size=16, num_frames=4, tubelet_size=2, hidden_size=48, num_hidden_layers=1,
+            num_attention_heads=4, intermediate_size=80,
+        )  # fmt: skip
+        model = transformers.VideoMAEForVideoClassification(config)
+        _randomise(model, 0)
+        model.save_pretrained(path)
+    return Base(path, "videomae", False, auto="AutoModelForVideoClassification")
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderBase(Base):
     """A base of BERT's kind."""
@@ -50,7 +63,7 @@ def make_method_adapter(path: Path, base: Base, kind: str, *, seed: int = 1, **s
     with quiet():
         torch.manual_seed(seed)
         made = {k: getattr(peft, v[0])(**v[1]) if isinstance(v, tuple) else v for k, v in settings.items()}
-        config = getattr(peft, kind)(target_modules=made.pop("target_modules", base.targets), **made)
+        config = getattr(peft, kind)(target_modules=made.pop("target_modules", None) or base.targets, **made)
         wrapped = peft.get_peft_model(base.load(), config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

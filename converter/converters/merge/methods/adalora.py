@@ -11,6 +11,7 @@ from converter.converters.merge.methods import fields
 from converter.converters.merge.methods.lora import FIELDS as LORA_FIELDS
 from converter.converters.merge.methods.method import Method, Site, Update
 from converter.converters.merge.methods.site_kernels import Given, Tensors, of_weight
+from converter.families.words import LORA_PAIR
 
 _EPSILON = 1e-5
 
@@ -33,7 +34,7 @@ def update(site: Site) -> tuple[Update, ...]:
         Refused: a factor is missing (`adapter-incomplete`) or does not fit (`adapter-shape`), or the rank is not the
             config's (`adapter-rank`).
     """
-    site.nothing_beside("lora_A", "lora_B", "lora_E")
+    site.nothing_beside(*LORA_PAIR, "lora_E")
     outputs, inputs = site.sides
     first, ranks = site.field("init_r"), site.field("rank_pattern")
     e = site.take("lora_E")
@@ -70,7 +71,7 @@ KERNEL = of_weight("adalora-merge", "adalora:merged", (None, 0, None))
 METHOD = Method(
     title="AdaLoRA",
     peft_type="ADALORA",
-    factors=("lora_A", "lora_B", "lora_E"),
+    factors=(*LORA_PAIR, "lora_E"),
     fields={
         **{name: field for name, field in LORA_FIELDS.items() if field.refused},
         **dict.fromkeys(LORA_FIELDS.keys() - {n for n, f in LORA_FIELDS.items() if f.refused}, fields.ignored()),
@@ -87,7 +88,7 @@ METHOD = Method(
     update=update,
     layers="Linear, Conv1D, Conv2d",
     remark="after its ranks were cut too",
-    pairs=(("lora_A", "lora_B"),),
+    pairs=(LORA_PAIR,),
     zeros=("lora_E",),
     kernels=(KERNEL,),
 )
