@@ -252,7 +252,7 @@ def test_classes_of_older_versions_in_the_metadata_are_data(tmp_path: Path) -> N
     raw = (folder / ".metadata").read_bytes()
     metadata = pickle.loads(raw)
     metadata.mcore_data = {}
-    plain = pickle.dumps(metadata, protocol=0)
+    plain = pickle.dumps(metadata, protocol=2)
     old = plain.replace(
         b"ctorch.distributed.checkpoint.metadata\nMetadata\n",
         b"cmegatron.core.dist_checkpointing.strategies.torch\nMCoreMetadata\n",
