@@ -17,7 +17,7 @@ from converter.core.formats.pickle_machine import Built, Global, PickleValue, ch
 from converter.core.formats.torch_container import read_container, read_member
 from converter.families.megatron.names import Value
 from converter.sources.dcp.metadata import Metadata
-from converter.sources.megatron.files import COMMON
+from converter.sources.megatron_folder import COMMON
 from converter.sources.survey import file_names
 
 COMMON_STATE = "common_state/shard_0_1"
