@@ -84,6 +84,16 @@ def test_a_critic_becomes_a_classifier_with_one_label(tmp_path: Path) -> None:
     assert facts(CRITIC)["args"] is False
 
 
+def test_a_critic_goes_to_another_trainer_in_one_pass(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("convert", str(CRITIC), str(out), "--to", "verl", "--role", "critic")
+    assert done.code == 0, done.err
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForTokenClassification"]
+    wanted = oracle(CRITIC) | {"score.bias": torch.zeros(1, dtype=torch.bfloat16)}
+    assert differences(written(out), wanted) == []
+
+
 def test_without_a_config_the_base_is_asked_for(tmp_path: Path) -> None:
     folder = _without_hf(tmp_path, LLAMA)
     found = _refused("config-missing", str(folder), str(tmp_path / "out"))

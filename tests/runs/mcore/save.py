@@ -54,6 +54,7 @@ def work(out: Path, asked: argparse.Namespace) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.moe import router
 
@@ -64,6 +65,7 @@ def work(out: Path, asked: argparse.Namespace) -> None:
     torch.cuda.synchronize = lambda device=None: None
     # Without TransformerEngine this calls a function of it that is not there.
     router.router_gating_linear = lambda x, weight, bias, dtype: torch.nn.functional.linear(x, weight, bias).to(dtype)
+    multi_latent_attention.HAVE_TE = False  # it says that there is one
     # Latent attention gives it two sizes that only TransformerEngine's takes; no latent model is run here.
     plain = DotProductAttention.__init__
 
