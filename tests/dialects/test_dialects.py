@@ -25,7 +25,7 @@ ROWS = {
     8: "dschat", 9: "dschat-old", 10: "trlx", 11: "trlx-rm", 12: "coati", 13: "safe-rlhf", 14: "torchtune",
     15: "ms-swift", 16: "verl-megatron", 17: "mcore-output-layer", 18: "areal-mcore", 19: "nemo-aligner", 20: "ultrarm",
     21: "starling34", 22: "internlm2-reward", 23: "score-mlp", 24: "grm", 25: "oasst", 26: "gated-multi-objective",
-    27: "lm-head-row0", 28: "verl-megatron-reward",
+    27: "lm-head-row0",
 }  # fmt: skip
 REFUSED = {19, 26}
 

@@ -15,7 +15,7 @@ from typing import Literal
 from converter.core.files.opening import read_limited
 from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
-from converter.sources.megatron_folder import kind_here as megatron_here
+from converter.sources.megatron_files import kind_here as megatron_here
 from converter.sources.places import Place, by_number
 from converter.sources.survey import file_names, folder_kind
 from converter.text import fold, show

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from converter.core.files.opening import Identity, identity, read_limited
-from converter.core.formats.pickle_machine import MAX_PICKLE_BYTES, Built, Global, check_names, read_pickle
+from converter.core.formats.pickle_machine import MAX_PICKLE_BYTES, check_names, read_pickle
+from converter.core.formats.pickle_values import Built, Global
 from converter.core.formats.torch_file import MAX_ELEMENTS, dtype_named
 from converter.core.tensors.dtypes import DType
 from converter.diagnostic import Next

@@ -23,7 +23,7 @@ from converter.sources.dcp.hf_pieces import WORDS, read_pieces
 from converter.sources.dcp.layout import Moment, optimizer_states, reasons, sort_entries
 from converter.sources.dcp.metadata import METADATA, Metadata, read_metadata
 from converter.sources.deepspeed.files import run_folders
-from converter.sources.megatron_folder import unfinished
+from converter.sources.megatron_files import unfinished
 from converter.sources.places import Place
 from converter.sources.survey import file_names, snapshot_of
 from converter.text import fold, show

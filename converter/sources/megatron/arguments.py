@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from converter.core.files.opening import Identity, open_input
-from converter.core.formats.pickle_machine import Built, Global, PickleValue, check_names
+from converter.core.formats.pickle_machine import PickleValue, check_names
+from converter.core.formats.pickle_values import Built, Global
 from converter.core.formats.torch_container import read_container, read_member
 from converter.families.megatron.names import Value
 from converter.sources.dcp.metadata import Metadata
-from converter.sources.megatron_folder import COMMON
+from converter.sources.megatron_files import COMMON
 from converter.sources.survey import file_names
 
 COMMON_STATE = "common_state/shard_0_1"

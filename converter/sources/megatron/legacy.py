@@ -24,7 +24,7 @@ from converter.core.tensors.nodes import LazyTensor, Stored, concat, narrow, res
 from converter.errors import Refused
 from converter.families.megatron.names import Value
 from converter.sources.megatron.arguments import ANY, plain_fields
-from converter.sources.megatron_folder import RANK_FILE, RANK_FOLDER, rank_folders
+from converter.sources.megatron_files import RANK_FILE, RANK_FOLDER, rank_folders
 from converter.text import fold, show
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)", re.ASCII)

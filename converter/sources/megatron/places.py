@@ -14,7 +14,7 @@ from pathlib import Path
 
 from converter.diagnostic import Again, Command
 from converter.errors import UsageError
-from converter.sources.megatron_folder import kind_here, tracked
+from converter.sources.megatron_files import kind_here, tracked
 from converter.sources.places import Place, by_number
 from converter.text import show
 

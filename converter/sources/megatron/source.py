@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from converter.errors import UsageError
 from converter.sources.base import Held, TrainingSource
 from converter.sources.megatron.places import holds, search
-from converter.sources.megatron_folder import Kind, kind_here
+from converter.sources.megatron_files import Kind, kind_here
 from converter.sources.places import Place
 from converter.sources.survey import file_names, folder_kind
 from converter.text import show

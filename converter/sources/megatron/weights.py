@@ -28,7 +28,7 @@ from converter.sources.dcp.metadata import Metadata, read_metadata
 from converter.sources.megatron.arguments import read_arguments
 from converter.sources.megatron.legacy import read_ranks, whole_tensors
 from converter.sources.megatron.places import STEP
-from converter.sources.megatron_folder import MANIFEST, expect_read, kind_here
+from converter.sources.megatron_files import MANIFEST, expect_read, kind_here
 from converter.sources.places import Place
 from converter.sources.survey import file_names, is_weights_of_model, snapshot_of
 from converter.text import fold, show
