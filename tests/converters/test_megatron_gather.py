@@ -65,6 +65,12 @@ def test_a_gathered_model_is_loaded_by_transformers_without_a_word(tmp_path: Pat
     assert model.config.vocab_size == model.model.embed_tokens.weight.shape[0] == 99
 
 
+def test_sizes_of_the_run_are_said_and_what_is_no_weight_is_counted(tmp_path: Path) -> None:
+    done = run("gather", str(shards(QWEN2)), str(tmp_path / "out"))
+    assert "the run had TP 2, PP 2, EP 1" in done.out
+    assert "1 dropped: *._extra_state" in done.out
+
+
 def test_rows_that_no_token_has_are_cut_and_it_is_said(tmp_path: Path) -> None:
     done = run("gather", str(shards(LLAMA)), str(tmp_path / "out"))
     assert "13 of 112 rows of the vocabulary are padding that no token has; they are cut" in done.out
@@ -82,6 +88,16 @@ def test_a_critic_becomes_a_classifier_with_one_label(tmp_path: Path) -> None:
     wanted = oracle(CRITIC)["score.weight"]
     assert torch.equal(model.score.weight, wanted)
     assert facts(CRITIC)["args"] is False
+
+
+def test_a_critic_goes_to_another_trainer_in_one_pass(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("convert", str(CRITIC), str(out), "--to", "verl", "--role", "critic")
+    assert done.code == 0, done.err
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForTokenClassification"]
+    wanted = oracle(CRITIC) | {"score.bias": torch.zeros(1, dtype=torch.bfloat16)}
+    assert differences(written(out), wanted) == []
 
 
 def test_without_a_config_the_base_is_asked_for(tmp_path: Path) -> None:

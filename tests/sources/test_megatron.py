@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from converter.errors import ConvertError, UsageError
 from converter.sources.dcp.metadata import read_metadata
@@ -47,7 +48,7 @@ def _saved(folder: Path, state: dict[str, Any]) -> Path:
     """A distributed checkpoint that torch itself writes, with Megatron's manifest."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that one process saves alone
-        dcp.save(state, checkpoint_id=folder, no_dist=True)
+        dcp.save(state, checkpoint_id=folder, planner=DefaultSavePlanner(flatten_state_dict=False), no_dist=True)
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     return folder
 
@@ -246,13 +247,24 @@ def test_arguments_of_any_class_are_data(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_arguments_of_newer_versions_lie_in_the_checkpoint(tmp_path: Path) -> None:
+    """Since 0.19 there is no `common.pt`."""
+    common = [{"args": argparse.Namespace(num_layers=1, params_dtype=torch.bfloat16), "iteration": 10}]
+    state = {"common_state/shard_0_1": common, "decoder.final_layernorm.weight": torch.ones(2)}
+    folder = _saved(tmp_path / "iter_0000001", state)
+    assert not (folder / "common.pt").exists()
+    found, _ = read_arguments(read_metadata(folder))
+    assert found == {"num_layers": 1, "params_dtype": "bfloat16"}
+    assert set(SOURCE.open(folder, asked="x").tensors) == {"decoder.final_layernorm.weight"}
+
+
 def test_classes_of_older_versions_in_the_metadata_are_data(tmp_path: Path) -> None:
     """Until 0.15 plans and the table itself were of Megatron's own classes."""
     folder = _copy(tmp_path, LLAMA)
     raw = (folder / ".metadata").read_bytes()
     metadata = pickle.loads(raw)
     metadata.mcore_data = {}
-    plain = pickle.dumps(metadata, protocol=0)
+    plain = pickle.dumps(metadata, protocol=2)
     old = plain.replace(
         b"ctorch.distributed.checkpoint.metadata\nMetadata\n",
         b"cmegatron.core.dist_checkpointing.strategies.torch\nMCoreMetadata\n",

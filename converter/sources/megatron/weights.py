@@ -41,6 +41,7 @@ _STATE = re.compile(
     r"(?:chained_\d+\.)?optimizer\.state\.(?P<leaf>exp_avg|exp_avg_sq|fp32_param)\.(?P<key>.+)", re.ASCII
 )
 _BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_", re.ASCII)
+_EXTRA = re.compile(r".+\._extra_state(?:/shard_[\d.]+_[\d.]+)?", re.ASCII)
 _BUFFERS = re.compile(r".+\.(?:local|global)_tokens_per_expert(?:_ema)?", re.ASCII)
 _HALF = re.compile(r"(?P<stem>.+\.linear_fc1\.(?:weight|bias))_(?P<which>[wv])", re.ASCII)
 _EXPERT = re.compile(r"(?P<stem>.+\.mlp\.experts\.experts\.)(?P<number>\d+)\.(?P<rest>.+)", re.ASCII)
@@ -194,8 +195,10 @@ def _reasons(metadata: Metadata, own: Iterable[str], *, is_master: bool) -> dict
         found["optimizer.*"] = f"the optimizer's state, {count} entries: no part of a model"
     if is_master:
         found["decoder.*"] = "weights in the dtype of training, in whose place their fp32 masters are"
+    if count := sum(1 for k in metadata.blobs if _EXTRA.fullmatch(k)):
+        found["*._extra_state"] = f"what TransformerEngine keeps of its scales, {count} entries: no weights"
     for key in keys:
-        if key in taken or _OPTIMIZER.match(key):
+        if key in taken or _OPTIMIZER.match(key) or _EXTRA.fullmatch(key):
             continue
         is_buffer = key in metadata.tensors
         found[key] = "counts tokens while training" if is_buffer else "it is no tensor, but state of the trainer's own"
@@ -209,6 +212,7 @@ def open_chosen(
     found = read_weights(chosen.folder, master=master)
     beside = _beside(chosen.folder.absolute(), keep_code)
     told = [f"{show(chosen.folder.name)}: {chosen.why}"] if chosen.folder != root else []
+    told += _sizes_said(found.arguments)
     if found.arguments is not None:
         beside.files[ARGUMENTS_FILE] = SideFile(content=json.dumps(found.arguments, sort_keys=True).encode())
     real = chosen.folder.resolve()
@@ -223,6 +227,18 @@ def open_chosen(
         checks=found.checks,
         said=(*told, *beside.said),
     )
+
+
+_SIZES = {
+    "TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size", "EP": "expert_model_parallel_size",
+}  # fmt: skip
+
+
+def _sizes_said(arguments: Mapping[str, Value] | None) -> list[str]:
+    """Over how many ranks the run split its model, where that is recorded: nothing depends on it."""
+    found = {word: (arguments or {}).get(key) for word, key in _SIZES.items()}
+    many = [f"{word} {n}" for word, n in found.items() if type(n) is int and n > 0]
+    return [f"the run had {', '.join(many)}"] if many else []
 
 
 def _name(folder: Path) -> str:

@@ -6,6 +6,7 @@ Nothing of rlhf-convert takes part.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -67,6 +68,56 @@ def built(name: str) -> Any:
         around = 1.0 if parameter.ndim == 1 else 0.0
         parameter.data = (around + 0.2 * torch.randn(parameter.shape, generator=generator)).bfloat16().float()
     return model.eval()
+
+
+def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
+    """Megatron's config for a model of transformers."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+    from torch.nn.functional import silu
+
+    kind = config.model_type
+    fields: dict[str, Any] = {
+        "num_layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_key_value_heads,
+        "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "ffn_hidden_size": config.intermediate_size, "gated_linear_unit": True, "activation_func": silu,
+        "normalization": "RMSNorm", "layernorm_epsilon": config.rms_norm_eps, "add_bias_linear": False,
+        "add_qkv_bias": kind in ("qwen2", "qwen2_moe", "glm4_moe"),
+        "qk_layernorm": kind in ("qwen3", "qwen3_moe", "deepseek_v3", "deepseek_v2", "glm4_moe"),
+        "attention_dropout": 0.0, "hidden_dropout": 0.0, "bias_activation_fusion": False,
+        "masked_softmax_fusion": False, "bias_dropout_fusion": False, "apply_rope_fusion": False,
+        "use_cpu_initialization": True, "tensor_model_parallel_size": asked.tp,
+        "pipeline_model_parallel_size": asked.pp, "virtual_pipeline_model_parallel_size": asked.vpp,
+        "expert_model_parallel_size": asked.ep, "expert_tensor_parallel_size": 1 if asked.ep > 1 else asked.tp,
+        "gradient_accumulation_fusion": False, "pipeline_dtype": __import__("torch").float32,
+        "hetereogenous_dist_checkpoint": asked.per_layer,
+    }  # fmt: skip
+    latent = hasattr(config, "kv_lora_rank")
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    experts = getattr(config, "n_routed_experts", None) or experts
+    if experts:
+        dense = getattr(config, "first_k_dense_replace", 0)
+        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        fields |= {
+            "num_moe_experts": experts, "moe_router_topk": config.num_experts_per_tok, "moe_ffn_hidden_size": width,
+            "moe_layer_freq": [int(n >= dense) for n in range(config.num_hidden_layers)] if dense else 1,
+            "moe_router_pre_softmax": kind == "qwen2_moe", "moe_token_dispatcher_type": "allgather",
+            "moe_grouped_gemm": False, "moe_router_load_balancing_type": "none",
+            "moe_router_score_function": "sigmoid" if kind in ("deepseek_v3", "glm4_moe") else "softmax",
+            "moe_router_enable_expert_bias": kind in ("deepseek_v3", "glm4_moe"),
+        }  # fmt: skip
+        shared = getattr(config, "shared_expert_intermediate_size", None)
+        shared = shared or width * getattr(config, "n_shared_experts", 0) or None
+        fields |= {"moe_shared_expert_intermediate_size": shared}
+        if kind == "qwen2_moe":
+            fields["moe_shared_expert_gate"] = True
+    if not latent:
+        return TransformerConfig(**fields)
+    fields |= {
+        "q_lora_rank": config.q_lora_rank, "kv_lora_rank": config.kv_lora_rank, "qk_head_dim": config.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": config.qk_rope_head_dim, "v_head_dim": config.v_head_dim, "rope_type": "rope",
+    }  # fmt: skip
+    return MLATransformerConfig(multi_latent_attention=True, **fields)
 
 
 def in_megatron(hf: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
