@@ -77,18 +77,6 @@ def test_real_loha_adapter_is_refused_by_name(shop: Workshop) -> None:
     shop.refuses(shop.folder / "loha", words=("LOHA",))
 
 
-def test_adapter_over_expert_parameters_is_refused_by_name(shop: Workshop) -> None:
-    """`target_parameters` on a plain matrix, as PEFT itself saves it."""
-    import peft
-
-    with quiet():
-        config = peft.LoraConfig(
-            task_type="CAUSAL_LM", target_modules=[], target_parameters=["self_attn.q_proj.weight"], r=2
-        )
-        peft.get_peft_model(shop.base.load(), config).save_pretrained(shop.folder / "parameters")
-    shop.refuses(shop.folder / "parameters", words=("target_parameters",))
-
-
 def test_dora_without_magnitudes_is_refused(shop: Workshop) -> None:
     """PEFT merges this with exit 0: it invents the magnitudes."""
     shop.refuses(shop.configured(use_dora=True), words=("use_dora", "magnitude"))

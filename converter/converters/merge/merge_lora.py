@@ -10,6 +10,7 @@ PEFT's merge moves both sides, which is not what the adapter computes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -19,6 +20,8 @@ from converter.converters.merge.adapter_keys import AdapterModules, Module, read
 from converter.converters.merge.adapter_values import expect_finite, with_alpha
 from converter.converters.merge.carried_heads import carried_files
 from converter.converters.merge.embeddings import untie, with_prefix, with_vocabulary
+from converter.converters.merge.expert_sites import ExpertSites, Placed
+from converter.converters.merge.experts import Experts, find_experts, is_parameter
 from converter.converters.merge.foreign_adapters import plain_names
 from converter.converters.merge.layer import merged, updates_of, with_token_rows
 from converter.converters.merge.methods.method import AdapterConfig, Method, Site, Update
@@ -147,9 +150,13 @@ class _Merge:
         trained = classifier(self.base.config, adapter.config)
         new = {n for n, m in read.modules.items() if is_new_head(m, config, self._names(), trained)}
         expect_head(config, bool(new), self.base, trained, where)
-        needed = _needed((m for n, m in read.modules.items() if n not in new), config.method)
+        classes = architectures(self.base.config, adapter.config)
+        infos = {n: t.info for n, t in self.base.tensors.items()}
+        experts = find_experts(read.modules, infos, classes, adapter.config, where)
+        apart = new | experts.found.keys()
+        needed = _needed((m for n, m in read.modules.items() if n not in apart), config.method)
         rule = self._rule(needed, adapter, where, files)
-        self._say_names(rule, (*read.stripped, *said))
+        self._say_names(rule, (*read.stripped, *said), experts)
         self._settle_ties({rule.tensor(f"{module}.{leaf}") for module, leaves in needed.items() for leaf in leaves})
         self.prefix = rule.lacks or self.prefix
         if config.token_indices and all(m.token_rows is None for m in read.modules.values()):
@@ -158,24 +165,28 @@ class _Merge:
         for module in read.modules.values():
             if module.name in new:
                 self._add_head(NewHead(module, config, adapter, trained), where)
-            else:
+            elif module.name not in apart:
                 self.whole.add(self.base, module, rule, config, where)
-        self.whole.add_rows(self.base, (m for n, m in read.modules.items() if n not in new), rule, config, where)
-        sites = self._sites(read, new, rule, config, weight, where)
+        self.whole.add_rows(self.base, (m for n, m in read.modules.items() if n not in apart), rule, config, where)
+        parameters = {n for n in read.modules if is_parameter(n, adapter.config, classes)}
+        sites = self._sites(read, apart, parameters, rule, config, weight, where)
         found = {site.module.name: self._update(site, rule) for site in sites}
+        placed = ExpertSites(self.base, config, adapter.config, weight, self.numerics, where)
+        found |= {name: self._update_experts(each) for name, each in placed.placed(experts.found)}
         self._refuse_no_op(read, found, config.method, where)
 
     def _sites(
         self,
         read: AdapterModules,
-        new: Collection[str],
+        apart: Collection[str],
+        parameters: Collection[str],
         rule: NameRule,
         config: AdapterConfig,
         weight: float,
         where: str,
     ) -> list[Site]:
         """Modules with factors, each with the base's tensors below it."""
-        changed = [m for n, m in read.modules.items() if m.factors and n not in new]
+        changed = [m for n, m in read.modules.items() if m.factors and n not in apart]
         bases = {m.name: self._below(m, rule, config.method) for m in changed}
         peers = {name: base["weight"] for name, base in bases.items() if "weight" in base}
         return [
@@ -190,6 +201,7 @@ class _Merge:
                 where=where,
                 shared=read.shared,
                 peers=peers,
+                is_parameter=m.name in parameters,
             )
             for m in changed
         ]
@@ -231,11 +243,13 @@ class _Merge:
                 error.what += f" (the adapter's, and those of {fold(files)} beside it)"
             raise
 
-    def _say_names(self, rule: NameRule, stripped: tuple[str, ...]) -> None:
+    def _say_names(self, rule: NameRule, stripped: tuple[str, ...], experts: Experts) -> None:
         taken = [s for s in stripped if s != "`base_model.model.`"]
         if taken or rule.words != AS_IN_BASE:
             words = [*(f"{s} taken off" if s.endswith("`") else s for s in taken), rule.words]
             self.context.note("info", "adapter-names", "adapter names: " + "; ".join(words))
+        if experts.found:
+            self.context.note("info", "adapter-experts", f"{len(experts.found)} modules are over {experts.words}")
 
     def _add_head(self, head: NewHead, where: str) -> None:
         """A head that the base lacks; what PEFT keeps below the trained one is not needed."""
@@ -253,6 +267,15 @@ class _Merge:
         for update in updates:
             self.updates.setdefault(rule.tensor(f"{site.module.name}.{update.leaf}"), []).append(update)
         return updates
+
+    def _update_experts(self, placed: Sequence[Placed]) -> tuple[Update, ...]:
+        updates: list[Update] = []
+        for each in placed:
+            for update in updates_of(each.site):
+                found = dataclasses.replace(update, region=each.region)
+                self.updates.setdefault(each.disk, []).append(found)
+                updates.append(found)
+        return tuple(updates)
 
     def _refuse_no_op(
         self, read: AdapterModules, found: Mapping[str, Sequence[Update]], method: Method, where: str

@@ -85,7 +85,7 @@ FIELDS = {
     "lora_ga_config": fields.refused("LoRA-GA moves the base by gradients that no file holds"),
     "megatron_config": fields.refused("Megatron's parallel layers are not implemented"),
     "monteclora_config": fields.refused("MonteCLoRA is not implemented"),
-    "target_parameters": fields.refused("LoRA on bare parameters (fused experts) is not implemented"),
+    "target_parameters": fields.names(),
     "use_bdlora": fields.refused("block-diagonal LoRA is not implemented"),
     "use_qalora": fields.refused("QA-LoRA belongs to a quantised base"),
     "velora_config": fields.refused("VeLoRA is not implemented"),
@@ -143,7 +143,7 @@ def lora_updates(site: Site, magnitude: LazyTensor | None) -> tuple[Update, ...]
     if kind == "conv":
         return (Update(kernel_specs.LORA_CONV_MERGE, factors, params, joins=True, scale=scale * site.weight), *found)
     start = site.field("init_lora_weights") if kind in ("linear", "conv1d") else "plain"
-    is_rounded = kind == "embedding" or start == "mica"
+    is_rounded = kind == "embedding" or start == "mica" or site.is_parameter
     params |= {"transposed": is_transposed, "delta_rounded": is_rounded and site.numerics == "peft"}
     moved = _moved(start, a.info.shape[0], scale, is_transposed)
     whole = Update(kernel_specs.LORA_MERGE, factors, params, start=moved, joins=True, scale=scale * site.weight)
