@@ -42,7 +42,7 @@ def of_transformers_4(tmp_path: Path, base: MixtureBase, modules: Iterable[str],
 
 
 def added(expected: dict[str, Any], base: MixtureBase, adapter: Path) -> dict[str, Any]:
-    """PEFT's merge of attention, and every expert's own update by arithmetic, rounded first as PEFT does for experts."""
+    """PEFT's merge of attention, and every expert's update by arithmetic, rounded first as PEFT does for experts."""
     before = oracle.read_tensors(base.path)
     from safetensors.torch import load_file
 
