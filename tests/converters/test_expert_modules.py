@@ -67,7 +67,7 @@ def test_all_experts_are_merged_to_pefts_bits(family: str, stacked: bool, tmp_pa
     base = make_mixture(tmp_path / "stacked", family, dtype="bfloat16", stacked=True) if stacked else apart
     merged(adapter, tmp_path / "out", "--base", base.path, "--numerics", "peft")
     assert sorted(oracle.read_tensors(tmp_path / "out")) == sorted(oracle.read_tensors(base.path))
-    oracle.same_bits(as_saved(tmp_path / "out", base, dtype="bfloat16"), expected)
+    oracle.same_bits(as_saved(tmp_path / "out", base, dtype="bfloat16", apart=True), expected)
 
 
 @STACKED
@@ -82,7 +82,7 @@ def test_some_modules_of_some_experts_are_merged_alone(family: str, stacked: boo
     expected = added(oracle.peft_merge(apart, tmp_path / "attention"), apart, adapter)
     base = make_mixture(tmp_path / "stacked", family, dtype="bfloat16", stacked=True) if stacked else apart
     merged(adapter, tmp_path / "out", "--base", base.path, "--numerics", "peft")
-    oracle.same_bits(as_saved(tmp_path / "out", base, dtype="bfloat16"), expected)
+    oracle.same_bits(as_saved(tmp_path / "out", base, dtype="bfloat16", apart=True), expected)
 
 
 @STACKED
@@ -107,7 +107,7 @@ def test_dora_over_single_experts_is_merged_into_either_form(stacked: bool, tmp_
     edit_config(dora, "adapter_config.json", use_dora=True, target_modules=["up_proj"])
     base = make_mixture(tmp_path / "stacked", "qwen3_moe", stacked=True) if stacked else apart
     merged(dora, tmp_path / "out", "--base", base.path)
-    found = as_saved(tmp_path / "out", base, dtype="float32")
+    found = as_saved(tmp_path / "out", base, dtype="float32", apart=True)
     for name in modules:
         assert (found[f"{name}.weight"] - expected[f"{name}.weight"]).abs().max() < 1e-6
 
@@ -185,7 +185,7 @@ def test_tinkers_stacks_are_merged_into_either_form(stacked: bool, tmp_path: Pat
 
     adapter = oracle.rewrite_adapter(attention, tmp_path / "adapter", change=add)
     merged(adapter, tmp_path / "out", "--base", base.path, "--numerics", "peft")
-    oracle.same_bits(as_saved(tmp_path / "out", base, dtype="float32"), expected)
+    oracle.same_bits(as_saved(tmp_path / "out", base, dtype="float32", apart=True), expected)
 
 
 @pytest.mark.slow

@@ -94,6 +94,7 @@ def find_experts(
         find = _Finder(stacks, built, raw, where)
         found = find.all(asked)
         if found is not None:
+            find.expect_once(found, modules)
             expect_known_layout(raw, found.values(), where)
             name = built.name if built is not None else "names as in the base"
             kinds = "stacks" if any(e.expert is None for e in found.values()) else "one by one"
@@ -142,7 +143,6 @@ class _Finder:
             found |= self._levels(bare, names, asked)
         for each in found.values():
             self._expect_whole(each)
-        self._expect_once(found)
         return found
 
     def _spelled(self, name: str, known: Collection[str]) -> str | None:
@@ -241,19 +241,21 @@ class _Finder:
                 where=self.where,
             )
 
-    def _expect_once(self, found: Mapping[str, ExpertModule]) -> None:
+    def expect_once(self, found: Mapping[str, ExpertModule], modules: Mapping[str, Module]) -> None:
         """Refuse factors of all experts beside factors of one of them.
 
         Raises:
             Refused: `adapter-key-twice`.
         """
         stacked = {e.stack.name: n for n, e in found.items() if e.expert is None}
-        for name, each in found.items():
-            other = stacked.get(each.stack.name)
+        for name, module in modules.items() if stacked else ():
+            place = one_of(f"{name}.weight", self.built) if module.factors and name not in found else None
+            stack = found[name].stack.name if name in found else place and self._spelled(place.stack, self.stacks)
+            other = stacked.get(stack or "")
             if other not in (None, name):
                 raise Refused(
                     "adapter-key-twice",
-                    f"{show(name)} and {show(other)} are both over {show(each.stack.name)}",
+                    f"{show(name)} and {show(other)} are both over {show(stack)}",
                     where=self.where,
                     got="factors of all experts and of one of them",
                 )

@@ -197,11 +197,12 @@ def make_mixture(
     return MixtureBase(path, family, False, auto)
 
 
-def as_saved(path: Path, base: MixtureBase, *, dtype: str) -> dict[str, Any]:
-    """The tensors of a folder as transformers saves them after it has loaded them: stacks are taken apart."""
+def as_saved(path: Path, base: MixtureBase, *, dtype: str, apart: bool = False) -> dict[str, Any]:
+    """The tensors of a folder as transformers saves them after it has loaded them; `apart`: experts one by one."""
     with quiet():
         model = load_output(path, base.auto, DTYPES[dtype])
-        model._weight_conversions = None  # else it saves what it has loaded in the same form
+        if apart:
+            model._weight_conversions = None  # else it saves what it has loaded in the same form
         model.save_pretrained(path.with_name(path.name + "-saved"))
     return read_tensors(path.with_name(path.name + "-saved"))
 

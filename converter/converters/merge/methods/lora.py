@@ -71,6 +71,9 @@ FIELDS = {
     "fan_in_fan_out": fields.ignored(),
     "loftq_config": fields.ignored(),
     "lora_dropout": fields.ignored(),
+    # Of unsloth: how the experts of a stack's lora_B are laid out; `merge/experts.py` reads it.
+    # Source: https://github.com/unslothai/unsloth-zoo/pull/1232
+    "lora_B_layout": fields.ignored(),
     # Of ms-swift 2: a dtype and LoRA+'s learning rates.
     # Source: https://github.com/modelscope/ms-swift/blob/v2.6.1/swift/tuners/peft.py (`LoraConfig`)
     "lora_dtype": fields.ignored(),
