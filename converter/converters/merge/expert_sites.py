@@ -16,6 +16,7 @@ Source: `_did_swap_in_out_features` of `ParamWrapper`, https://github.com/huggin
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ from typing import Any
 
 from converter.converters.merge.adapter_keys import Module
 from converter.converters.merge.experts import ExpertModule, needs_pair
+from converter.converters.merge.layer import updates_of
 from converter.converters.merge.methods import fields
-from converter.converters.merge.methods.method import AdapterConfig, Region, Site
+from converter.converters.merge.methods.method import AdapterConfig, Region, Site, Update
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors import nodes as tensors
-from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.stacks import Part, expert_count, is_transposed
@@ -76,6 +77,13 @@ class ExpertSites:
         turned = self._turned(found)
         for name, each in found.items():
             yield name, tuple(p for e in each.experts for p in self._of_expert(each, e, turned[name]))
+
+    def updates(self, found: Mapping[str, ExpertModule]) -> Iterator[tuple[str, str, Update]]:
+        """Every update, with the adapter's module that it is of and the tensor on disk that it changes."""
+        for name, placed in self.placed(found):
+            for each in placed:
+                for update in updates_of(each.site):
+                    yield name, each.disk, dataclasses.replace(update, region=each.region)
 
     # What is expected
 
@@ -215,7 +223,17 @@ class ExpertSites:
             whole = not is_stack and (start, stop) == (part.start, part.stop)
             region = None if whole else Region(expert if is_stack else None, start - part.start, stop - part.start)
             own = self._cut(factors, each, start - each.rows[0], stop - start, turned)
-            yield Placed(self._site(each, own, part, stop - start, turned), part.disk, region)
+            below = self._below(part, region)
+            yield Placed(self._site(each, own, part, below, turned), part.disk, region)
+
+    def _below(self, part: Part, region: Region | None) -> LazyTensor:
+        """The base's own matrix, or the rows of it that a site is of."""
+        stored = self.base.tensors[part.disk]
+        if region is None:
+            return stored
+        if region.expert is not None:
+            stored = tensors.reshape(tensors.narrow(stored, 0, region.expert, 1), stored.info.shape[1:])
+        return tensors.narrow(stored, 0, region.start, region.stop - region.start)
 
     def _factors(self, each: ExpertModule, expert: int) -> dict[str, LazyTensor]:
         held = each.module.factors
@@ -248,13 +266,15 @@ class ExpertSites:
             return {LORA_PAIR[0]: tensors.narrow(a, 1, start, length), LORA_PAIR[1]: b}
         return {LORA_PAIR[0]: a, LORA_PAIR[1]: tensors.narrow(b, 0, start, length)}
 
-    def _site(self, each: ExpertModule, factors: dict[str, LazyTensor], part: Part, height: int, turned: bool) -> Site:
-        info = TensorInfo(self.base.tensors[part.disk].info.dtype, (height, each.stack.matrix[1]))
+    def _site(
+        self, each: ExpertModule, factors: dict[str, LazyTensor], part: Part, below: LazyTensor, turned: bool
+    ) -> Site:
         return Site(
             module=Module(each.name, factors=factors, keys=each.module.keys),
             config=self.config,
             target=part.disk,
-            base={"weight": info},
+            base={"weight": below.info},
+            below={"weight": below},
             model_config=self.base.config,
             weight=self.weight,
             numerics=self.numerics,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from converter.converters.merge.adapter_keys import Module
-from converter.core.tensors.dtypes import TensorInfo
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.memory_names import Architecture
 from converter.families.stacks import Stack, find_stacks, one_of, parameter_order
@@ -71,7 +71,7 @@ class Experts:
 
 def find_experts(
     modules: Mapping[str, Module],
-    stored: Mapping[str, TensorInfo],
+    tensors: Mapping[str, LazyTensor],
     architectures: Sequence[Architecture],
     raw: Mapping[str, Any],
     where: str,
@@ -79,16 +79,18 @@ def find_experts(
     """The modules that are over stacks, where one class of the base has a stack for each of them.
 
     Args:
-        stored: tensors of the base.
+        tensors: of the base.
         architectures: classes that the adapter may have been trained on.
         raw: `adapter_config.json`.
 
     Raises:
         Refused: what is said by `_levels` and `_expect_whole`.
     """
-    asked = {n: m for n, m in modules.items() if _may_be(n, m, stored)}
+    _expect_targets(modules, raw, where)
+    asked = {n: m for n, m in modules.items() if _may_be(n, m, tensors)}
     if not asked:
         return Experts()
+    stored = {n: t.info for n, t in tensors.items()}
     for built in (*dict.fromkeys(architectures), None):
         stacks = find_stacks(built, stored)
         find = _Finder(stacks, built, raw, where)
@@ -100,6 +102,20 @@ def find_experts(
             kinds = "stacks" if any(e.expert is None for e in found.values()) else "one by one"
             return Experts(found, f"experts of {name}, {kinds}")
     return Experts()
+
+
+def _expect_targets(modules: Collection[str], raw: Mapping[str, Any], where: str) -> None:
+    """Refuse a config that targets parameters, of which the adapter holds none.
+
+    Raises:
+        Refused: `adapter-incomplete`.
+    """
+    targets = [t for t in raw.get("target_parameters") or () if isinstance(t, str)]
+    bare = [f".{match['module']}" for name in modules if (match := _WRAPPED.match(name))]
+    owners = [t.rpartition(".")[0] for t in targets]
+    if targets and not any(n.endswith(f".{o}" if o else "") for o in owners for n in bare):
+        what = f"adapter_config.json has target_parameters {fold(targets)}, and the adapter holds factors of none"
+        raise Refused("adapter-incomplete", what, where=where)
 
 
 def _may_be(name: str, module: Module, stored: Collection[str]) -> bool:
