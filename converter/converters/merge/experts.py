@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from converter.converters.merge.adapter_keys import Module
+from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.memory_names import Architecture
@@ -67,6 +68,11 @@ class Experts:
 
     found: dict[str, ExpertModule] = field(default_factory=dict)
     words: str = ""
+
+    def tell(self, context: Context) -> None:
+        """Note how the modules were found, where there are some."""
+        if self.found:
+            context.note("info", "adapter-experts", f"{len(self.found)} modules are over {self.words}")
 
 
 def find_experts(

@@ -169,8 +169,7 @@ class _Merge:
         needed = _needed((m for n, m in read.modules.items() if n not in apart), config.method)
         rule = self._rule(needed, classes, where, files)
         self._say_names(rule, (*read.stripped, *said))
-        if experts.found:
-            self.context.note("info", "adapter-experts", f"{len(experts.found)} modules are over {experts.words}")
+        experts.tell(self.context)
         self._settle_ties({rule.tensor(f"{module}.{leaf}") for module, leaves in needed.items() for leaf in leaves})
         self.prefix = rule.lacks or self.prefix
         if config.token_indices and all(m.token_rows is None for m in read.modules.values()):
@@ -185,8 +184,8 @@ class _Merge:
         parameters = {n for n in read.modules if is_parameter(n, adapter.config, classes)}
         sites = self._sites(read, apart, parameters, rule, config, weight, where)
         found = {site.module.name: self._update(site, rule) for site in sites}
-        placed = ExpertSites(self.base, config, adapter.config, weight, self.numerics, where)
-        for name, disk, update in placed.updates(experts.found):
+        over = ExpertSites(self.base, config, adapter.config, weight, self.numerics, where)
+        for name, disk, update in over.updates(experts.found):
             self.updates.setdefault(disk, []).append(update)
             found[name] = (*found.get(name, ()), update)
         self._settle_shared(read, adapter, where)
