@@ -249,6 +249,66 @@ def _compared(
     return adds, lacks
 
 
+def bare(classes: dict[str, type[PreTrainedModel]]) -> dict[str, Any]:
+    """Parameters that modules of experts have without a module of their own.
+
+    Returns:
+        `order`: their names, in an order that is that of every class; `transposed`: model types whose class says that
+        it keeps a matrix `[in, out]`; `counts`: keys of configs that are the number of experts, each with the model
+        types where it is another number.
+    """
+    after: dict[str, set[str]] = {}
+    transposed: set[str] = set()
+    counts: dict[str, dict[str, bool]] = {}
+    for cls in classes.values():
+        model = build(cls) if _has_experts(cls) else None
+        for path, module in [] if model is None else model.named_modules():
+            own = [(n, p) for n, p in module.named_parameters(recurse=False) if p.dim() > 1]
+            if "experts" not in path.split(".") or not own or {n for n, _ in own} <= {"weight", "bias"}:
+                continue
+            for at, (name, _) in enumerate(own):
+                after.setdefault(name, set()).update(n for n, _ in own[at + 1 :])
+            if getattr(module, "is_transposed", False):
+                transposed.add(cls.config_class.model_type)
+            stack = next((p for _, p in own if p.dim() == 3), None)
+            for kind, key, value in _counted(model.config) if stack is not None else ():
+                equal = counts.setdefault(key, {})
+                equal[kind] = equal.get(kind, True) and value == stack.shape[0]
+    return {
+        "order": _sorted_by(after),
+        "transposed": sorted(transposed),
+        "counts": {
+            key: sorted(kind for kind, is_equal in equal.items() if not is_equal)
+            for key, equal in sorted(counts.items())
+            if 2 * sum(equal.values()) > len(equal)
+        },
+    }
+
+
+def _has_experts(cls: type[PreTrainedModel]) -> bool:
+    return "experts" in inspect.getsource(sys.modules[cls.__module__])
+
+
+def _counted(config: Any) -> Iterator[tuple[str, str, int]]:
+    """Whole numbers of a config, and of those inside it, that are of experts by their names, with the model type."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, int) and not isinstance(value, bool) and key.endswith("experts"):
+            yield config.model_type, key, value
+    for key in config.sub_configs:
+        if getattr(config, key, None) is not None:
+            yield from _counted(getattr(config, key))
+
+
+def _sorted_by(after: dict[str, set[str]]) -> list[str]:
+    """Names so that each stands before those that come after it somewhere."""
+    rest, found = dict(after), []
+    while rest:
+        first = next(n for n in sorted(rest) if not any(n in others for others in rest.values()))
+        found.append(first)
+        del rest[first]
+    return found
+
+
 def main() -> None:
     classes = model_classes()
     types = {name: cls.config_class.model_type for name, cls in classes.items() if cls.config_class is not None}
@@ -266,6 +326,7 @@ def main() -> None:
         "parts": _relevant(inner | trees, table),
         "auto": {task: {kind: _chosen(name, kind)[0] for kind in getattr(auto, name)} for task, name in AUTO.items()},
         "heads": heads(classes),
+        "bare": bare(classes),
     }
     OUT.write_text(_lines(data), encoding="utf-8")
 

@@ -28,7 +28,8 @@ _GENERAL_TASKS = ("CAUSAL_LM", "IMAGE_TEXT", "SEQ_2_SEQ_LM", "base")
 
 
 @functools.cache
-def _data() -> dict[str, Any]:
+def table() -> dict[str, Any]:
+    """`memory_names.json`."""
     data: dict[str, Any] = json.loads(_DATA.read_text(encoding="utf-8"))
     return data
 
@@ -38,7 +39,7 @@ def _classes() -> dict[str, tuple[str, str]]:
     """Model type and backbone prefix of each class."""
     return {
         name: (kind, prefix)
-        for kind, prefixes in _data()["families"].items()
+        for kind, prefixes in table()["families"].items()
         for prefix, names in prefixes.items()
         for name in names
     }
@@ -56,11 +57,11 @@ def sorted_names(names: Iterable[str]) -> list[str]:
 
 def version() -> str:
     """The transformers release that the data was taken from."""
-    return str(_data()["transformers"])
+    return str(table()["transformers"])
 
 
 @dataclass(frozen=True)
-class _Transform:
+class Transform:
     """One entry of the conversion mapping.
 
     Attributes:
@@ -82,15 +83,11 @@ class _Transform:
 
     def apply(self, name: str, met: set[int]) -> str | None:
         """The new name, or None where the pattern does not match; `met` remembers groups that have begun."""
-        head = self.head(name)
-        if head is None:
+        found = self.found(name)
+        if found is None:
             return None
-        rest = name[len(head) :]
-        match = self.pattern.search(rest)
-        if match is None:
-            return None
-        group = next(g for g, text in match.groupdict().items() if text is not None)
-        index, first = int(group[1:]), self.pattern.groupindex[group]
+        head, index, match = found
+        rest, first = name[len(head) :], self.pattern.groupindex[f"g{index}"]
         if self.kind == "group":
             if index == 0:
                 met.add(id(self))
@@ -103,6 +100,15 @@ class _Transform:
             target = _BACK_REFERENCE.sub(lambda back: match[first + int(back[1])], target)
         return head + rest.replace(match[0], target, 1)
 
+    def found(self, name: str) -> tuple[str, int, re.Match[str]] | None:
+        """What leads to the sub-model, which alternative of the pattern matches the rest of the name, and the match."""
+        head = self.head(name)
+        match = None if head is None else self.pattern.search(name[len(head) :])
+        if head is None or match is None:
+            return None
+        group = next(g for g, text in match.groupdict().items() if text is not None)
+        return head, int(group[1:]), match
+
     def head(self, name: str) -> str | None:
         """The part of the name that leads to the sub-model, with or without the backbone's prefix."""
         if self.scope is None:
@@ -113,16 +119,16 @@ class _Transform:
 
 
 @functools.cache
-def _rules(identifier: str) -> tuple[_Transform, ...] | None:
-    rows = _data()["rules"].get(identifier)
+def _rules(identifier: str) -> tuple[Transform, ...] | None:
+    rows = table()["rules"].get(identifier)
     return None if rows is None else tuple(_transform(row) for row in rows)
 
 
-def _transform(row: list[Any]) -> _Transform:
+def _transform(row: list[Any]) -> Transform:
     kind, pattern, *rest = row
     offset = rest.pop() if kind == "shift" else 0
     operations = rest.pop() if kind == "convert" else ""
-    return _Transform(kind, re.compile(pattern), tuple(rest), offset, operations)
+    return Transform(kind, re.compile(pattern), tuple(rest), offset, operations)
 
 
 @dataclass(frozen=True)
@@ -136,10 +142,10 @@ class Architecture:
 
     name: str
     prefix: str
-    transforms: tuple[_Transform, ...]
+    transforms: tuple[Transform, ...]
 
     @property
-    def own(self) -> tuple[_Transform, ...]:
+    def own(self) -> tuple[Transform, ...]:
         """The transforms but for those of old spellings, which every class reads and no save writes."""
         return self.transforms[: len(self.transforms) - len(_rules("legacy") or ())]
 
@@ -151,7 +157,7 @@ class Architecture:
                 name = transform.apply(name, met) or name
         return name
 
-    def in_memory(self, name: str, met: set[int] | None = None) -> tuple[str, _Transform | None]:
+    def in_memory(self, name: str, met: set[int] | None = None) -> tuple[str, Transform | None]:
         """The name in memory, and the entry that also changes the values, if one does."""
         met = set() if met is None else met
         name = self.renamed(name, met)
@@ -168,7 +174,7 @@ def architecture(name: object, config: Mapping[str, Any]) -> Architecture | None
     if not isinstance(name, str) or name not in _classes():
         return None
     prefix = _classes()[name][1]
-    transforms: list[_Transform] = []
+    transforms: list[Transform] = []
     seen: dict[str, list[str]] = {}
     for path, each, kind in _submodels(name, config):
         if _is_inside(path, seen.get(each, [])):
@@ -195,20 +201,20 @@ def _submodels(
 ) -> Iterator[tuple[str, str, str]]:
     """Path, class and model type of a model and of all models inside it, from the outside in."""
     yield path, name, kind or _classes()[name][0]
-    for below, chosen, kind, *how in _data()["parts"].get(name, ()):
+    for below, chosen, kind, *how in table()["parts"].get(name, ()):
         key, task = (*how, None, None)[:2]
         inner = config.get(key) if key else config
         inner = inner if isinstance(inner, Mapping) else {}
         asked = inner.get("model_type")
         if task and isinstance(asked, str) and asked != kind:
-            chosen, kind = _data()["auto"][task].get(asked), asked
+            chosen, kind = table()["auto"][task].get(asked), asked
         if chosen in _classes():
             yield from _submodels(chosen, inner, f"{path}.{below}" if path else below, kind)
 
 
 def auto_class(task: str, kind: str) -> str | None:
     """The class that transformers has for a task (`CAUSAL_LM`, `SEQ_CLS`, `TOKEN_CLS`, `base`) and a model type."""
-    found = _data()["auto"][task].get(kind)
+    found = table()["auto"][task].get(kind)
     return found if isinstance(found, str) else None
 
 
@@ -221,7 +227,7 @@ def architectures(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> tupl
     """
     listed = config.get("architectures")
     names: list[object] = [_trained_class(adapter), *(listed if isinstance(listed, list) else [])]
-    auto = _data()["auto"]
+    auto = table()["auto"]
     kind = config.get("model_type")
     if isinstance(kind, str):
         tasks = [t for t in (adapter.get("task_type"),) if isinstance(t, str) and t in auto]
@@ -268,8 +274,8 @@ def classifier(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> Classif
     """The classification class that an adapter was trained on, if it was one and transformers has it."""
     task, name = adapter.get("task_type"), _trained_class(adapter)
     if task in ("SEQ_CLS", "TOKEN_CLS"):
-        name = _data()["auto"][task].get(str(config.get("model_type")))
-    entry = _data()["heads"].get(name) if isinstance(name, str) else None
+        name = table()["auto"][task].get(str(config.get("model_type")))
+    entry = table()["heads"].get(name) if isinstance(name, str) else None
     built = architecture(name, config) if entry else None
     if entry is None or built is None:
         return None

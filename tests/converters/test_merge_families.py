@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import oracle
 from converter.converters.merge.orientation import is_conv1d
 from converter.families import memory_names
-from oracle.bases import edit_config, quiet, write_tensors
-from oracle.command import merged, run
+from oracle.bases import quiet, write_tensors
+from oracle.command import merged
 from oracle.expected import inputs_for
 from oracle.families import CASES, EXPERTS, RENAMED, make_family, marked, tie
 
@@ -155,26 +155,6 @@ def test_backbone_alone_keeps_its_names(tmp_path: Path) -> None:
 # Mixtures of experts
 
 
-@pytest.mark.parametrize("family", EXPERTS)
-def test_adapter_on_fused_experts_is_refused_by_name(family: str, tmp_path: Path) -> None:
-    base = make_family(tmp_path / "base", family)
-    adapter = oracle.make_adapter(
-        tmp_path / "adapter",
-        base,
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        lora_dropout=0.0,
-    )
-    ran = run("merge-lora", adapter, tmp_path / "out", "--base", base.path)
-    assert ran.code == 3
-    assert "target_parameters" in ran.text
-    edit_config(adapter, "adapter_config.json", target_parameters=...)
-    ran = run("merge-lora", adapter, tmp_path / "out", "--base", base.path)
-    assert ran.code == 3
-    assert "fused expert weights is not implemented" in ran.text
-    assert "mlp.experts" in ran.text
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(("family", "experts"), [("mixtral", "block_sparse_moe.experts"), ("qwen2_moe", "mlp.experts")])
 def test_adapter_of_transformers_4_on_single_experts_is_plain_arithmetic(
     family: str, experts: str, tmp_path: Path
@@ -204,19 +184,6 @@ def test_adapter_of_transformers_4_on_single_experts_is_plain_arithmetic(
     oracle.same_bits(oracle.read_tensors(tmp_path / "out"), expected)
 
 
-def test_adapter_of_single_experts_over_a_base_with_fused_ones_is_refused(tmp_path: Path) -> None:
-    base = make_family(tmp_path / "base", "qwen3_moe")
-    adapter = oracle.make_adapter(tmp_path / "adapter", base)
-    with quiet():
-        write_tensors(base.path, {k: v.clone() for k, v in base.load().state_dict().items()})
-    older = oracle.rewrite_adapter(
-        adapter, tmp_path / "older", rename=lambda k: k.replace("self_attn.q_proj", "mlp.experts.2.down_proj")
-    )
-    ran = run("merge-lora", older, tmp_path / "out", "--base", base.path)
-    assert ran.code == 3
-    assert "fused expert weights" in ran.text
-
-
 # The data
 
 
@@ -224,7 +191,7 @@ def test_data_is_what_the_installed_transformers_says() -> None:
     make = pytest.importorskip("make_memory_names")
     if make.transformers.__version__ != memory_names.version():
         pytest.skip("another transformers is installed than the data was taken from")
-    assert memory_names._data()["rules"] == make.rules()
+    assert memory_names.table()["rules"] == make.rules()
 
 
 @pytest.mark.parametrize("family", [*RENAMED, *EXPERTS, "bert", "whisper", "t5"])
@@ -249,7 +216,7 @@ def test_transforms_of_a_model_are_those_of_transformers_in_its_order(family: st
 
 def test_no_conversion_of_values_keeps_the_name_of_a_weight() -> None:
     """Else `names as in the base` would be accepted for a weight with other values in memory; experts are refused."""
-    for name, rows in memory_names._data()["rules"].items():
+    for name, rows in memory_names.table()["rules"].items():
         for kind, pattern, *rest in rows:
             if kind == "convert":
                 kept = [target for target in rest[:-1] if re.search(pattern, target) and "experts" not in target]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import oracle
-from oracle.bases import make_vision_base, quiet
+from oracle.bases import make_vision_base
 from oracle.command import run
 from oracle.workshop import Workshop
 
@@ -68,18 +68,6 @@ def test_peft_type_that_has_no_merge_is_refused_by_name(shop: Workshop, kind: st
 def test_the_adapters_inside_of_an_x_lora_are_named(shop: Workshop) -> None:
     inner = {"math": "hub/math-lora", "code": "./code"}
     shop.refuses(shop.configured(peft_type="XLORA", adapters=inner), words=("XLORA", "hub/math-lora", "./code"))
-
-
-def test_adapter_over_expert_parameters_is_refused_by_name(shop: Workshop) -> None:
-    """`target_parameters` on a plain matrix, as PEFT itself saves it."""
-    import peft
-
-    with quiet():
-        config = peft.LoraConfig(
-            task_type="CAUSAL_LM", target_modules=[], target_parameters=["self_attn.q_proj.weight"], r=2
-        )
-        peft.get_peft_model(shop.base.load(), config).save_pretrained(shop.folder / "parameters")
-    shop.refuses(shop.folder / "parameters", words=("target_parameters",))
 
 
 def test_dora_without_magnitudes_is_refused(shop: Workshop) -> None:

@@ -17,6 +17,7 @@ from converter.families.memory_names import architectures
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 _PEFT = re.compile(r"^(?:base_model\.model\.)+")
+_WRAPPER = re.compile(r"(?:\.base_layer)+$")
 _MOST_PATTERN = 2_000
 
 
@@ -31,33 +32,40 @@ def modules_missing(
         base: the base's tensors with their numbers of dimensions, as they are on disk.
         config: the base's `config.json`.
     """
-    if adapter.get("layer_replication") or adapter.get("target_parameters"):
+    if adapter.get("layer_replication"):
         return []
     held = [_PEFT.sub("", k) for k in keys]
     adapted = {m["module"] for k in held if (m := factor_in_name().match(k))}
     if not adapted and adapter.get("peft_type") != "LORA":
         return []
-    linear, every = _modules(base, adapter, config)
+    linear, every, bare = _modules(base, adapter, config)
     kinds = {_LAYER.sub("N", name) for name in adapted if _LAYER.search(name)}
     candidates = linear if adapted <= set(linear) else every
+    if adapter.get("target_parameters"):
+        candidates = linear
     found = [n for n in candidates if n not in adapted and _LAYER.sub("N", n) in kinds and _is_target(n, adapter)]
-    return [*found, *_saved_missing(held, adapter, every)]
+    return [*found, *_saved_missing(held, adapter, every), *_parameters_missing(adapted, adapter, bare)]
 
 
 def _modules(
     base: Mapping[str, int], adapter: Mapping[str, Any], config: Mapping[str, Any]
-) -> tuple[list[str], list[str]]:
-    """Modules with a matrix, and all with a weight, by their names in memory; none that a load makes of others."""
+) -> tuple[list[str], list[str], list[str]]:
+    """Modules with a matrix, and all with a weight, by their names in memory, none that a load makes of others; and
+    parameters of other names, stacks of experts that a load makes among them.
+    """
     built = next(iter(architectures(config, adapter)), None)
     linear, every = [], []
+    bare: dict[str, None] = {}
     met: set[int] = set()
     for name, dimensions in base.items():
         memory, converter = (name, None) if built is None else built.in_memory(name, met)
+        if not memory.endswith((".weight", ".bias")):
+            bare[memory] = None
         if converter is None and memory.endswith(".weight"):
             every.append(memory.removesuffix(".weight"))
             if dimensions > 1:
                 linear.append(memory.removesuffix(".weight"))
-    return linear, every
+    return linear, every, list(bare)
 
 
 def _is_target(name: str, adapter: Mapping[str, Any]) -> bool:
@@ -85,6 +93,17 @@ def _is_layer(name: str, layers: Any) -> bool:
     wanted = layers if isinstance(layers, list) else [layers]
     number = _LAYER.search(name)
     return number is not None and int(number[0]) in wanted
+
+
+def _parameters_missing(adapted: set[str], adapter: Mapping[str, Any], bare: list[str]) -> list[str]:
+    """Modules with targeted parameters of which the adapter holds no factor, and of their like in other layers some."""
+    targets = adapter.get("target_parameters")
+    if not isinstance(targets, list) or not targets:
+        return []
+    held = {_WRAPPER.sub("", name) for name in adapted}
+    kinds = {_LAYER.sub("N", name) for name in held if _LAYER.search(name)}
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in bare if _matches(name, targets))
+    return [n for n in modules if n not in held and _LAYER.sub("N", n) in kinds]
 
 
 def _saved_missing(held: list[str], adapter: Mapping[str, Any], modules: list[str]) -> Iterator[str]:

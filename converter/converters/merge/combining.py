@@ -128,6 +128,9 @@ class Combination:
             what = f"--combine {self.how} adds factors element by element, and those of {show(name)} have ranks"
             raise Refused("adapters-conflict", f"{what} {sorted(ranks)}", next="use --combine sum, cat or svd")
         first = updates[0]
+        if any(u.region is not None for u in updates):
+            what = f"--combine {self.how} is not made for experts that are one tensor, and {show(name)} has them"
+            raise Refused("adapters-conflict", what, next="merge them with --combine sum")
         # Of a `cat` PEFT keeps the factors in the base's dtype, and rounds the update before it adds it.
         is_rounded = self.how == "cat" and numerics == "peft"
         wide = numerics == "best" and first.params["out"] in ("F32", "F64")

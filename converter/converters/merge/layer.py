@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 from converter.converters.merge.adapter_keys import Module
 from converter.converters.merge.methods.finding import variant_of
-from converter.converters.merge.methods.method import AdapterConfig, Site, Update
+from converter.converters.merge.methods.method import AdapterConfig, Region, Site, Update
 from converter.core.tensors import nodes as tensors
-from converter.core.tensors.dtypes import DType
+from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.kernel_specs import Param
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
@@ -49,6 +51,8 @@ def merged(base: LazyTensor, updates: Sequence[Update], numerics: str) -> LazyTe
     Updates of one kernel that can be taken together are; others follow one another. `best` rounds once, at the end:
     between two kernels a value stays in 32 bits, or in 64 over a base of 32.
     """
+    if any(update.region is not None for update in updates):
+        return _merged_by_region(base, updates, numerics)
     weight = base
     groups = _groups(updates)
     for at, group in enumerate(groups):
@@ -60,6 +64,55 @@ def merged(base: LazyTensor, updates: Sequence[Update], numerics: str) -> LazyTe
             params["out"] = (DType.F64 if base.info.dtype in (DType.F32, DType.F64) else DType.F32).value
         weight = tensors.apply(first.kernel, [weight, *(t for update in group for t in update.inputs)], params)
     return tensors.cast(weight, base.info.dtype)
+
+
+def _merged_by_region(base: LazyTensor, updates: Sequence[Update], numerics: str) -> LazyTensor:
+    """A matrix, or a stack of matrices, with updates of parts of it: put together of what changes and what stays."""
+    shape = base.info.shape
+    if len(shape) == 2:
+        return _merged_rows(base, updates, numerics)
+    by_expert: dict[int | None, list[Update]] = {}
+    for update in updates:
+        by_expert.setdefault(None if update.region is None else update.region.expert, []).append(update)
+    experts = []
+    for number in range(shape[0]):
+        one = tensors.reshape(tensors.narrow(base, 0, number, 1), shape[1:])
+        own = by_expert.get(number)
+        experts.append(one if own is None else _merged_rows(one, own, numerics))
+    return tensors.reshape(tensors.concat(experts, 0), shape)
+
+
+def _merged_rows(matrix: LazyTensor, updates: Sequence[Update], numerics: str) -> LazyTensor:
+    """A matrix with updates of some of its rows; where several overlap, each is cut to what they have in common."""
+    height = matrix.info.shape[0]
+    regions = [update.region or Region(None, 0, height) for update in updates]
+    cuts = sorted({0, height, *(r.start for r in regions), *(r.stop for r in regions)})
+    parts = []
+    for start, stop in itertools.pairwise(cuts):
+        rows = tensors.narrow(matrix, 0, start, stop - start)
+        own = [
+            _cut(update, r, start, stop, rows)
+            for update, r in zip(updates, regions, strict=True)
+            if r.start <= start < r.stop
+        ]
+        parts.append(merged(rows, own, numerics) if own else rows)
+    return tensors.concat(parts, 0)
+
+
+def _cut(update: Update, region: Region, start: int, stop: int, rows: LazyTensor) -> Update:
+    """The update of rows `[start, stop)` of the matrix, of one of all rows of its region."""
+    if (start, stop) == (region.start, region.stop):
+        return dataclasses.replace(update, region=None)
+    whole = TensorInfo(rows.info.dtype, (region.stop - region.start, *rows.info.shape[1:]))
+    infos = (whole, *(i.info for i in update.inputs))
+    needs = update.kernel.needs(start - region.start, stop - region.start, infos, update.params)
+    if needs is None or update.start is not None:
+        raise Refused("adapters-conflict", "the adapters change rows of one matrix that can't be taken apart")
+    inputs = tuple(
+        i if n is None else tensors.narrow(i, n.dim, n.start, n.length)
+        for i, n in zip(update.inputs, needs[1:], strict=True)
+    )
+    return dataclasses.replace(update, inputs=inputs, region=None)
 
 
 def _groups(updates: Sequence[Update]) -> list[list[Update]]:

@@ -20,6 +20,8 @@ from converter.converters.merge.adapter_values import expect_finite, with_alpha
 from converter.converters.merge.carried_heads import carried_files
 from converter.converters.merge.combining import Combination, How
 from converter.converters.merge.embeddings import untie, with_prefix, with_vocabulary
+from converter.converters.merge.expert_sites import ExpertSites
+from converter.converters.merge.experts import find_experts, is_parameter
 from converter.converters.merge.foreign_adapters import plain_names
 from converter.converters.merge.layer import merged, updates_of, with_token_rows
 from converter.converters.merge.methods.method import AdapterConfig, Method, Site, Update
@@ -41,7 +43,7 @@ from converter.core.side_files import adapter_first
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
-from converter.families.memory_names import architectures, classifier
+from converter.families.memory_names import Architecture, architectures, classifier
 from converter.text import fold, show
 
 Numerics = Literal["best", "peft"]
@@ -162,9 +164,13 @@ class _Merge:
         trained = classifier(self.base.config, adapter.config)
         new = {n for n, m in read.modules.items() if is_new_head(m, config, self._names(), trained)}
         expect_head(config, bool(new), self.base, trained, where)
-        needed = _needed((m for n, m in read.modules.items() if n not in new), config.method)
-        rule = self._rule(needed, adapter, where, files)
+        classes = architectures(self.base.config, adapter.config)
+        experts = find_experts(read.modules, self.base.tensors, classes, adapter.config, where)
+        apart = new | experts.found.keys()
+        needed = _needed((m for n, m in read.modules.items() if n not in apart), config.method)
+        rule = self._rule(needed, classes, where, files)
         self._say_names(rule, (*read.stripped, *said))
+        experts.tell(self.context)
         self._settle_ties({rule.tensor(f"{module}.{leaf}") for module, leaves in needed.items() for leaf in leaves})
         self.prefix = rule.lacks or self.prefix
         if config.token_indices and all(m.token_rows is None for m in read.modules.values()):
@@ -173,18 +179,24 @@ class _Merge:
         for module in read.modules.values():
             if module.name in new:
                 self._add_head(NewHead(module, config, adapter, trained), where)
-            else:
+            elif module.name not in apart:
                 self.whole.add(self.base, module, rule, config, where)
-        self.whole.add_rows(self.base, (m for n, m in read.modules.items() if n not in new), rule, config, where)
-        sites = self._sites(read, new, rule, config, weight, where)
+        self.whole.add_rows(self.base, (m for n, m in read.modules.items() if n not in apart), rule, config, where)
+        parameters = {n for n in read.modules if is_parameter(n, adapter.config, classes)}
+        sites = self._sites(read, apart, parameters, rule, config, weight, where)
         found = {site.module.name: self._update(site, rule) for site in sites}
+        over = ExpertSites(self.base, config, adapter.config, weight, self.numerics, where)
+        for name, disk, update in over.updates(experts.found):
+            self.updates.setdefault(disk, []).append(update)
+            found[name] = (*found.get(name, ()), update)
         self._settle_shared(read, adapter, where)
         self._refuse_no_op(read, found, config.method, where)
 
     def _sites(
         self,
         read: AdapterModules,
-        new: Collection[str],
+        apart: Collection[str],
+        parameters: Collection[str],
         rule: NameRule,
         config: AdapterConfig,
         weight: float,
@@ -192,7 +204,7 @@ class _Merge:
     ) -> list[Site]:
         """Modules with factors, each with the base's tensors below it."""
         changed = [
-            self._without_training(m, config.method) for n, m in read.modules.items() if m.factors and n not in new
+            self._without_training(m, config.method) for n, m in read.modules.items() if m.factors and n not in apart
         ]
         below = {m.name: self._below(m, rule, config.method) for m in changed}
         bases = {name: {leaf: x.info for leaf, x in held.items()} for name, held in below.items()}
@@ -209,6 +221,7 @@ class _Merge:
                 where=where,
                 shared=read.shared,
                 peers=peers,
+                is_parameter=m.name in parameters,
                 below=below[m.name],
             )
             for m in changed
@@ -246,9 +259,8 @@ class _Merge:
         return set(self.base.tensors) | {name for group in self.base.ties for name in group}
 
     def _rule(
-        self, needed: Mapping[str, Sequence[str]], adapter: Checkpoint, where: str, files: Collection[str]
+        self, needed: Mapping[str, Sequence[str]], classes: Sequence[Architecture], where: str, files: Collection[str]
     ) -> NameRule:
-        classes = architectures(self.base.config, adapter.config)
         stored, tied = self.base.tensors, [n for group in self.base.ties for n in group if n not in self.base.tensors]
         try:
             return find_rule(needed, stored, tied, classes, adapter=where, base=show(self.base.origin.asked))

@@ -159,9 +159,14 @@ def _finite(value: torch.Tensor) -> int:
 
 
 def shared_nodes(tensor: LazyTensor) -> frozenset[LazyTensor]:
-    """Inputs of an entry's outermost kernel that its chunks need whole or by columns: read and computed once."""
+    """What chunks need whole or by columns of an entry's outermost kernel: read and computed once.
+
+    These are its inputs; of a tensor that is made of several, what their inputs are columns of.
+    """
     while isinstance(tensor, Cast | Reshape | Narrow):
         tensor = tensor.source
+    if isinstance(tensor, Concat):
+        return frozenset(cut for part in tensor.parts for node in shared_nodes(part) if (cut := _cut_columns(node)))
     if not isinstance(tensor, Apply) or not tensor.info.shape or tensor.info.shape[0] < 2:
         return frozenset()
     infos = tuple(i.info for i in tensor.inputs)
@@ -169,6 +174,13 @@ def shared_nodes(tensor: LazyTensor) -> frozenset[LazyTensor]:
     if needs is None:
         return frozenset()
     return frozenset(i for i, n in zip(tensor.inputs, needs, strict=True) if n is None or n.dim != 0)
+
+
+def _cut_columns(node: LazyTensor) -> LazyTensor | None:
+    """What the node is a slice of in an inner dimension: reading the slice reads all of that."""
+    while isinstance(node, Cast | Reshape):
+        node = node.source
+    return node.source if isinstance(node, Narrow) else None
 
 
 def to_torch(tensor: LazyTensor) -> torch.Tensor:

@@ -119,7 +119,7 @@ def chunk_memory(plan: Plan) -> list[tuple[int, str]]:
     for entry in plan.entries:
         if entry.runs is None:
             start, stop = max(entry.chunks(), key=lambda c: c[1] - c[0], default=(0, 0))
-            piece = rows(entry.tensor, start, stop) if is_separable(entry.tensor) else entry.tensor
+            piece = rows(entry.matrix, start, stop) if is_separable(entry.matrix) else entry.matrix
             costs.append((chunk_cost(piece), entry.name))
     return sorted(costs, reverse=True)
 

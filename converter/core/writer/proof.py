@@ -119,8 +119,8 @@ def _check_piece(path: Path, entry: Entry, digest: int, files: InputFiles) -> No
     else:
         chunks = entry.chunks()
         start, stop = chunks[digest % len(chunks)]
-        shape = entry.tensor.info.shape
-        piece = entry.tensor if not shape or stop - start == shape[0] else rows(entry.tensor, start, stop)
+        shape = entry.matrix.info.shape
+        piece = entry.matrix if not shape or stop - start == shape[0] else rows(entry.matrix, start, stop)
         expected = as_bytes(Evaluator(files).evaluate(piece, {}))
         offset, _ = entry.extents[digest % len(chunks)]
     if not _is_on_disk(path, offset, expected):

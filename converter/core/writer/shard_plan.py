@@ -12,7 +12,7 @@ from converter.core.formats.safetensors_io import Header, build_header
 from converter.core.tensors import as_json as tensor_json
 from converter.core.tensors import kernel_specs
 from converter.core.tensors.byte_runs import ByteRun, byte_runs, leaves, reads
-from converter.core.tensors.nodes import Apply, Cast, LazyTensor, Narrow, Strided, is_separable
+from converter.core.tensors.nodes import Apply, Cast, Concat, LazyTensor, Narrow, Reshape, Strided, is_separable
 
 CHUNK_ELEMENTS = 1 << 19
 """Elements of a row chunk, about: 2 MiB in fp32. Smaller ones fit the L2 cache better, but what Python does for each
@@ -50,15 +50,20 @@ class Entry:
         return byte_runs(self.tensor, zeros=self.is_storage)
 
     @cached_property
+    def matrix(self) -> LazyTensor:
+        """The tensor with the rows that chunks are made of: of a computed stack of matrices, the rows of all."""
+        return as_matrix(self.tensor)
+
+    @cached_property
     def extents(self) -> list[tuple[int, int]]:
         """Offset in the file and bytes of each chunk of a computed entry."""
-        shape = self.tensor.info.shape
+        shape = self.matrix.info.shape
         row = self.length // (shape[0] if shape else 1) if self.length else 0
         return [(self.offset + start * row, (stop - start) * row) for start, stop in self.chunks()]
 
     def chunks(self) -> list[tuple[int, int]]:
         """Row ranges `[start, stop)` in which a computed entry is evaluated; the remainder joins the last one."""
-        shape = self.tensor.info.shape
+        shape = self.matrix.info.shape
         count = shape[0] if shape else 1
         height = self.chunk_rows
         edges = [*range(0, max(count - height, 0) + 1, height)] or [0]
@@ -96,13 +101,31 @@ class ShardPlan:
         return torch_zip.archive(self.file, [(e.name, e.tensor.info) for e in self.entries], self.pickled)
 
 
+def as_matrix(tensor: LazyTensor) -> LazyTensor:
+    """A stack of matrices that is put together row by row as one matrix, so that a chunk may be a part of one of them;
+    any other tensor as it is.
+    """
+    if isinstance(tensor, Reshape) and isinstance(tensor.source, Concat):
+        inner, outer = tensor.source.info.shape, tensor.shape
+        if tensor.source.dim == 0 and len(inner) == 2 and len(outer) > 2 and inner[1] == outer[-1]:
+            return tensor.source
+    return tensor
+
+
 def chunk_rows(tensor: LazyTensor) -> int:
-    """The height of a chunk: a fixed function of the tensor's shape, whatever the memory or the number of jobs."""
-    shape = tensor.info.shape
-    if not shape or not is_separable(tensor):
+    """The height of a chunk: a fixed function of the tensor's shape, whatever the memory or the number of jobs.
+
+    A matrix of a stack is cut at multiples of `ROW_MULTIPLE` of its own rows, or not at all.
+    """
+    matrix = as_matrix(tensor)
+    shape = matrix.info.shape
+    if not shape or not is_separable(matrix):
         return max(shape[0] if shape else 1, 1)
-    width = max(tensor.info.numel // max(shape[0], 1), 1)
-    return max(CHUNK_ELEMENTS // width // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+    width = max(matrix.info.numel // max(shape[0], 1), 1)
+    unit = ROW_MULTIPLE
+    if matrix is not tensor and tensor.info.shape[-2] % unit:
+        unit = tensor.info.shape[-2]
+    return max(CHUNK_ELEMENTS // width // unit, 1) * unit
 
 
 def lay_out(
@@ -179,6 +202,8 @@ def chunk_cost(tensor: LazyTensor) -> int:
             return held + spec.workspace(infos, dict(tensor.params)) + tensor.info.nbytes
         case Cast() | Narrow():
             return chunk_cost(tensor.source) + tensor.info.nbytes
+        case Concat() if any(isinstance(p, Apply | Reshape) for p in tensor.parts):
+            return 2 * tensor.info.nbytes + max(chunk_cost(p) - p.info.nbytes for p in tensor.parts)
         case Strided():
             return sum(r.length for r in reads(tensor)) + tensor.info.nbytes
         case _:

@@ -58,7 +58,7 @@ class _Job:
     def of(cls, entry: Entry, files: InputFiles) -> Self:
         """A job with everything still to come."""
         count = len(entry.extents)
-        evaluator = Evaluator(files, shared_nodes(entry.tensor))
+        evaluator = Evaluator(files, shared_nodes(entry.matrix))
         return cls(evaluator, [0] * count, [{} for _ in range(count)], count)
 
     def cost(self, tensor: LazyTensor, height: int) -> int:
@@ -226,8 +226,8 @@ class ShardWriter:
 
     def _compute(self, piece: _Piece) -> None:
         entry, job = piece.entry, piece.shard.jobs[piece.entry.name]
-        whole = piece.start == 0 and piece.stop == (entry.tensor.info.shape or (1,))[0]
-        tensor = entry.tensor if whole else rows(entry.tensor, piece.start, piece.stop)
+        whole = piece.start == 0 and piece.stop == (entry.matrix.info.shape or (1,))[0]
+        tensor = entry.matrix if whole else rows(entry.matrix, piece.start, piece.stop)
         cost = job.cost(tensor, piece.stop - piece.start)
         self._take(cost)
         try:

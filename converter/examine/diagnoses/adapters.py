@@ -44,9 +44,17 @@ REFUSALS: dict[str, str] = {
     "one).",
     "adapter-ambiguous": "The adapter's names fit the base in two ways that differ; it has to be said which is meant.",
     "adapter-fused": (
-        "The adapter has factors for weights that transformers 5 fuses, splits or permutes when it loads them "
-        "(experts). "
-        "How they were laid out in training can't be proved from the file."
+        "The adapter has factors for weights that transformers 5 splits, interleaves or permutes when it loads them: "
+        "no tensor on disk is what they are over. Experts that are only stacked are merged."
+    ),
+    "adapter-expert-layout": (
+        "The factors of all experts of a layer are one tensor, and nothing says how it is laid out: the matrix is "
+        "square and no peft_version is recorded, or unsloth wrote it, whose older versions had the experts of lora_B "
+        "in another order under the same names. Read in the wrong way the update goes to the wrong experts."
+    ),
+    "base-experts": (
+        "The experts that the base holds are not those that its config counts, or one of them is missing: which one an "
+        "adapter's factors belong to can't be said."
     ),
     "adapter-base-moved": "This start (CorDA, LoRA-GA, LoftQ, pissa_niter_N, ...) moves the base by something that "
     "no file holds. PEFT draws it anew when it loads the adapter, and answers are others than in training (CorDA's it "

@@ -157,7 +157,7 @@ def _filling(prepared: Prepared, name: str, entry: Entry, place: Place, live: Li
             got=str(list(entry.tensor.shape)),
             next="build the model from the source's config.json",
         )
-    return Filling(name, entry.tensor, live, place.start, entry.chunks())
+    return Filling(name, entry.matrix, live, place.start, entry.chunks())
 
 
 def _expect_all(prepared: Prepared, live: Sequence[Live], found: Matched) -> None:

@@ -16,6 +16,8 @@ from transformers import (
     BertModel,
     MixtralConfig,
     MixtralForCausalLM,
+    NomicBertConfig,
+    NomicBertModel,
 )
 
 from breakages.sound import HIDDEN, PT, Breakage, Tensors, beside, edit, store
@@ -85,15 +87,39 @@ def as_fsdp_state(folder: Path) -> None:
 
 
 def over_experts(folder: Path) -> None:
-    """LoRA on experts that transformers fuses when it loads them."""
+    """LoRA on the experts of a mixture."""
+    mixture(folder)
+    stem = "base_model.model.model.layers.0.mlp.experts"
+    own = {f"{stem}.lora_A.weight": torch.ones(4, 16), f"{stem}.lora_B.weight": torch.ones(64, 4)}
+    save_file(own, folder / FILE, metadata=PT)
+    edit(folder, "adapter_config.json", target_modules=[], target_parameters=["experts.gate_up_proj"], r=2)
+
+
+def mixture(folder: Path) -> Path:
     config = MixtralConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         vocab_size=32, num_local_experts=2,
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(folder.parent / "moe")
-    stem = "base_model.model.model.layers.0.mlp.experts.base_layer"
-    own = {f"{stem}.lora_A.weight": torch.ones(4, 16), f"{stem}.lora_B.weight": torch.ones(64, 4)}
+    return folder.parent / "moe"
+
+
+def without_an_expert(folder: Path) -> None:
+    """LoRA on the experts of a mixture whose base lacks one of them."""
+    over_experts(folder)
+    store(folder.parent / "moe", lambda t: {n: v for n, v in t.items() if "experts.1.w3" not in n})
+
+
+def over_split(folder: Path) -> None:
+    """LoRA on a projection that transformers cuts out of a larger one when it loads it."""
+    config = NomicBertConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    NomicBertModel(config).save_pretrained(folder.parent / "bert")
+    stem = "base_model.model.layers.0.self_attn.q_proj"
+    own = {f"{stem}.lora_A.weight": torch.ones(4, 16), f"{stem}.lora_B.weight": torch.ones(16, 4)}
     save_file(own, folder / FILE, metadata=PT)
+    edit(folder, "adapter_config.json", task_type=None)
 
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -182,6 +208,10 @@ ADAPTERS: dict[str, Breakage] = {
         "advice",
         ("--base", "{here}/bert"),
     ),
-    "adapter-fused": Breakage("adapter", over_experts, "told", ("--base", "{here}/moe")),
+    "adapter-fused": Breakage("adapter", over_split, "told", ("--base", "{here}/bert")),
+    "adapter-expert-layout": Breakage(
+        "adapter", both(over_experts, config(lora_B_layout="sideways")), "advice", ("--base", "{here}/moe")
+    ),
+    "base-experts": Breakage("adapter", without_an_expert, "advice", ("--base", "{here}/moe")),
     "config-unreadable-adapter": Breakage("adapter", lambda f: (f / "adapter_config.json").write_text("{"), "advice"),
 }

@@ -71,6 +71,9 @@ FIELDS = {
     "fan_in_fan_out": fields.ignored(),
     "loftq_config": fields.ignored(),
     "lora_dropout": fields.ignored(),
+    # Of unsloth: how the experts of a stack's lora_B are laid out; `merge/experts.py` reads it.
+    # Source: https://github.com/unslothai/unsloth-zoo/pull/1232
+    "lora_B_layout": fields.ignored(),
     # Of ms-swift 2: a dtype and LoRA+'s learning rates.
     # Source: https://github.com/modelscope/ms-swift/blob/v2.6.1/swift/tuners/peft.py (`LoraConfig`)
     "lora_dtype": fields.ignored(),
@@ -83,7 +86,7 @@ FIELDS = {
     "layer_replication": fields.refused("layer replication is not implemented"),
     "lora_ga_config": fields.refused("LoRA-GA moves the base by gradients that no file holds"),
     "megatron_config": fields.refused("Megatron's parallel layers are not implemented"),
-    "target_parameters": fields.refused("LoRA on bare parameters (fused experts) is not implemented"),
+    "target_parameters": fields.names(),
     "use_qalora": fields.refused("QA-LoRA belongs to a quantised base"),
 }
 
@@ -140,7 +143,7 @@ def lora_updates(site: Site, magnitude: LazyTensor | None) -> tuple[Update, ...]
     if kind == "conv":
         return (Update(kernel_specs.LORA_CONV_MERGE, factors, params, joins=True, **scales), *found)
     start = site.field("init_lora_weights") if kind in ("linear", "conv1d") else "plain"
-    is_rounded = kind == "embedding" or start == "mica"
+    is_rounded = kind == "embedding" or start == "mica" or site.is_parameter
     params |= {"transposed": is_transposed, "delta_rounded": is_rounded and site.numerics == "peft"}
     moved = _moved(start, a.info.shape[0], scale, is_transposed)
     whole = Update(kernel_specs.LORA_MERGE, factors, params, start=moved, joins=True, **scales)

@@ -78,6 +78,8 @@ class Site:
         shared: tensors that the adapter has once for all modules, by the names that the method declares.
         peers: the base's weight of every module that the adapter has factors for, for methods whose random
             projections are drawn once over all of them.
+        is_parameter: PEFT reaches the weight as a bare parameter, and rounds an update to its dtype before adding it.
+        turned: the base has the matrix `[in, out]`, or not; None where names and shapes say it.
         below: the tensors of `base` themselves, for an update that reads more than the tensor that it changes.
     """
 
@@ -91,11 +93,15 @@ class Site:
     where: str
     shared: Mapping[str, LazyTensor] = field(default_factory=dict)
     peers: Mapping[str, TensorInfo] = field(default_factory=dict)
+    is_parameter: bool = False
+    turned: bool | None = None
     below: Mapping[str, LazyTensor] = field(default_factory=dict)
 
     @property
     def is_conv1d(self) -> bool:
         """True where the family stores the weight `[in, out]`; for square weights the shapes do not tell."""
+        if self.turned is not None:
+            return self.turned
         return is_conv1d(self.target, self.model_config)
 
     def field(self, key: str) -> Any:
@@ -222,6 +228,15 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Region:
+    """A part of a tensor of the base: rows `[start, stop)` of its matrix, or of one expert's in a stack of them."""
+
+    expert: int | None
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Update:
     """What an adapter does to one tensor of a module: a kernel over the base's tensor and the adapter's.
 
@@ -233,6 +248,7 @@ class Update:
         joins: several adapters' updates of this kernel are one call of it, and so are rounded once: their inputs stand
             one after another, parameters that are tuples likewise, and all other parameters have to agree.
         scale: a factor of the whole update; where it is 0 nothing changes.
+        region: the part of the tensor that it is of; None for all of it.
         weighted: the two numbers that make the scale: the user's weight, and the method's own.
     """
 
@@ -243,6 +259,7 @@ class Update:
     start: Start | None = None
     joins: bool = False
     scale: float = 1.0
+    region: Region | None = None
     weighted: tuple[float, float] = (1.0, 1.0)
 
 
