@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from converter.recipe.verbs.reshard import reshard
     from converter.recipe.verbs.run import plan, run, write
     from converter.recipe.verbs.verify import verify
+    from converter.recipe.verbs.watch import Watched, watch
     from converter.sources.moments import adam_moments
 
 
@@ -73,6 +74,7 @@ _HOME = {
     "UsageError": "errors",
     "VerificationFailed": "errors",
     "Verified": "examine.verify.verify",
+    "Watched": "recipe.verbs.watch",
     "adam_moments": "sources.moments",
     "convert": "recipe.verbs.convert",
     "critic_to_rm": "recipe.verbs.convert",
@@ -94,6 +96,7 @@ _HOME = {
     "run": "recipe.verbs.run",
     "to_torch": "core.compute.evaluate",
     "verify": "recipe.verbs.verify",
+    "watch": "recipe.verbs.watch",
     "write": "recipe.verbs.run",
 }
 
@@ -129,6 +132,7 @@ __all__ = [
     "UsageError",
     "VerificationFailed",
     "Verified",
+    "Watched",
     "__version__",
     "adam_moments",
     "convert",
@@ -151,6 +155,7 @@ __all__ = [
     "run",
     "to_torch",
     "verify",
+    "watch",
     "write",
 ]
 

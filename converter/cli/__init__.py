@@ -27,6 +27,7 @@ VERBS = (
     "run",
     "inspect",
     "doctor",
+    "watch",
     "verify",
     "explain",
     "diff",
@@ -35,6 +36,9 @@ VERBS = (
     "env",
     "push",
 )
+
+READING = ("inspect", "doctor", "watch", "verify", "explain", "diff", "list", "env")
+"""Those that write nothing but what they print."""
 
 
 class Bug(ConvertError):
@@ -76,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.next = Steps("report it with the output of `", env, "` and of this command under RLHF_CONVERT_DEBUG=1")
         error.__cause__ = bug
     _complete(error, arguments)
-    writes = bool(arguments) and arguments[0] not in ("inspect", "doctor", "verify", "explain", "diff", "list", "env")
+    writes = bool(arguments) and arguments[0] not in READING
     return error_to_user(error, as_json="--json" in arguments, writes=writes)
 
 
