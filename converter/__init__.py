@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from converter.examine.doctor import Report
     from converter.examine.verify.verify import Verified
     from converter.recipe.recipe import Recipe, load_recipe
+    from converter.recipe.verbs.average import average, interpolate
     from converter.recipe.verbs.conversion import Conversion
     from converter.recipe.verbs.convert import Converted, convert, critic_to_rm, rm_to_critic
     from converter.recipe.verbs.diff import Compared, diff
@@ -76,6 +77,7 @@ _HOME = {
     "Verified": "examine.verify.verify",
     "Watched": "recipe.verbs.watch",
     "adam_moments": "sources.moments",
+    "average": "recipe.verbs.average",
     "convert": "recipe.verbs.convert",
     "critic_to_rm": "recipe.verbs.convert",
     "diff": "recipe.verbs.diff",
@@ -83,6 +85,7 @@ _HOME = {
     "explain": "recipe.verbs.explain",
     "gather": "recipe.verbs.gather",
     "inspect": "recipe.verbs.inspect",
+    "interpolate": "recipe.verbs.average",
     "load": "recipe.verbs.load",
     "load_recipe": "recipe.recipe",
     "make_plan": "core.writer.plan",
@@ -135,6 +138,7 @@ __all__ = [
     "Watched",
     "__version__",
     "adam_moments",
+    "average",
     "convert",
     "critic_to_rm",
     "diff",
@@ -142,6 +146,7 @@ __all__ = [
     "explain",
     "gather",
     "inspect",
+    "interpolate",
     "load",
     "load_recipe",
     "make_plan",

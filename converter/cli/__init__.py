@@ -24,6 +24,8 @@ VERBS = (
     "gather",
     "repair",
     "reshard",
+    "average",
+    "interpolate",
     "run",
     "inspect",
     "doctor",

@@ -2,8 +2,9 @@
 
     PY tests/runs/zero/ungathered.py OUT WAY
 
-Needs `deepspeed`, `transformers`, `accelerate`. WAY is `trainer` (transformers' Trainer with CheckpointDoctor) or
-`script` (a loop that calls `save_pretrained` on rank 0, as scripts over accelerate do, and then `examine_after_save`).
+Needs `deepspeed`, `transformers`, `accelerate`. WAY is `trainer` (transformers' Trainer with CheckpointDoctor),
+`overridden` (the same, with a `save_model` that saves what rank 0 holds, as training scripts have it) or `script` (a
+loop that calls `save_pretrained` on rank 0, as scripts over accelerate do, and then `examine_after_save`).
 OUT gets `rank-R.json`: the steps that were done, the error, and the count of parameters that are still in memory.
 """
 
@@ -60,7 +61,10 @@ def work(out: Path, way: str) -> None:
     model, rows = _model_and_rows()
     steps, error = [0], None
     try:
-        (_trainer if way == "trainer" else _script)(out, model, rows, steps)
+        if way == "script":
+            _script(out, model, rows, steps)
+        else:
+            _trainer(out, model, rows, steps, overridden=way == "overridden")
     except BrokenCheckpoint as broken:
         error = {"code": broken.code, "what": broken.what, "next": str(broken.next), "where": broken.where}
     held = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
@@ -78,7 +82,7 @@ def _model_and_rows() -> tuple[Any, list[dict[str, Any]]]:
     return model, rows
 
 
-def _trainer(out: Path, model: Any, rows: list[dict[str, Any]], steps: list[int]) -> None:
+def _trainer(out: Path, model: Any, rows: list[dict[str, Any]], steps: list[int], *, overridden: bool) -> None:
     from transformers import Trainer, TrainingArguments
 
     from converter.integrations.transformers import CheckpointDoctor
@@ -89,7 +93,14 @@ def _trainer(out: Path, model: Any, rows: list[dict[str, Any]], steps: list[int]
         deepspeed=config | {"zero_force_ds_cpu_optimizer": False}, disable_tqdm=True, optim="adamw_torch",
         save_only_model=True,
     )  # fmt: skip
-    run = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[CheckpointDoctor(strict=True)])
+
+    class OwnSaver(Trainer):  # type: ignore[misc]
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            if self.args.should_save:
+                self.model.save_pretrained(output_dir)
+
+    kind = OwnSaver if overridden else Trainer
+    run = kind(model=model, args=arguments, train_dataset=rows, callbacks=[CheckpointDoctor(strict=True)])
     try:
         run.train()
     finally:
