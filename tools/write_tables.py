@@ -111,11 +111,32 @@ def recipes() -> str:
     return _table(["recipe", ""], ((f"`{name}`", about) for name, about in told.items()))
 
 
+def methods() -> str:
+    """The PEFT methods that are merged, each as its own file describes it."""
+    from converter.converters.merge.methods.finding import methods as registered
+
+    rows = []
+    for method in sorted(registered(), key=lambda m: (m.peft_type != "LORA", m.title.lower())):
+        switch = f" with `{method.switch}`" if method.switch else ""
+        weighted = "yes" if method.is_linear else "no"
+        rows.append((method.title, f"`{method.peft_type}`{switch}", method.layers, weighted, method.remark))
+    return _table(["method", "`peft_type`", "layers", "`--weight`", ""], rows)
+
+
+def methods_refused() -> str:
+    """The PEFT methods that have no merge, with the reason."""
+    from converter.converters.merge.methods.finding import NOT_MERGEABLE
+
+    return _table(["`peft_type`", "why it is refused"], ((f"`{kind}`", why) for kind, why in NOT_MERGEABLE.items()))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "coverage": coverage,
     "dialect-matrix": dialect_matrix,
     "failures": failures,
     "flags": flags,
+    "methods": methods,
+    "methods-refused": methods_refused,
     "recipes": recipes,
     "trainer-matrix": trainer_matrix,
     "trainers": trainers,

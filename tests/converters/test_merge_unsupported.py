@@ -24,10 +24,8 @@ from oracle.workshop import Workshop
         ("alora_invocation_tokens", [5, 6]),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("kasa_config", {"alpha": 1.0}),
-        ("use_bdlora", {"target_modules_bd_a": ["q_proj"]}),
+        ("use_bdlora", {"blocks": ["q_proj"]}),
         ("arrow_config", {"top_k": 2}),
-        ("monteclora_config", {"use_entropy": True}),
-        ("velora_config", {"scale": 1.0}),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
         ("lora_ga_config", {"direction": "ArB2r"}),
     ],
@@ -57,24 +55,19 @@ def test_initialisation_that_cannot_be_rebuilt_needs_no_rebuilding_over_its_resi
 
 
 PEFT_TYPES = [
-    "LOHA", "LOKR", "IA3", "ADALORA", "OFT", "BOFT", "HRA", "VERA", "FOURIERFT", "VBLORA", "LN_TUNING", "SHIRA", "MISS",
-    "BONE", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "XLORA", "POLY", "TRAINABLE_TOKENS",
-    "A_TYPE_OF_NEXT_YEAR",
+    "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE",
+    "XLORA", "POLY", "LILY", "SHADOW", "A_TYPE_OF_NEXT_YEAR",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", PEFT_TYPES)
-def test_peft_type_other_than_lora_is_refused_by_name(shop: Workshop, kind: str) -> None:
+def test_peft_type_that_has_no_merge_is_refused_by_name(shop: Workshop, kind: str) -> None:
     shop.refuses(shop.configured(peft_type=kind), words=(kind,))
 
 
-def test_real_loha_adapter_is_refused_by_name(shop: Workshop) -> None:
-    import peft
-
-    with quiet():
-        config = peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2)
-        peft.get_peft_model(shop.base.load(), config).save_pretrained(shop.folder / "loha")
-    shop.refuses(shop.folder / "loha", words=("LOHA",))
+def test_the_adapters_inside_of_an_x_lora_are_named(shop: Workshop) -> None:
+    inner = {"math": "hub/math-lora", "code": "./code"}
+    shop.refuses(shop.configured(peft_type="XLORA", adapters=inner), words=("XLORA", "hub/math-lora", "./code"))
 
 
 def test_adapter_over_expert_parameters_is_refused_by_name(shop: Workshop) -> None:

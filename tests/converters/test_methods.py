@@ -94,7 +94,7 @@ def test_two_switches_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     ("config", "code", "words"),
     [
         ({"peft_type": "PREFIX_TUNING"}, "peft-type-unmergeable", "it is a trained prompt"),
-        ({"peft_type": "NOBODYS"}, "peft-type-unsupported", "NOBODYS is not supported; read are LORA"),
+        ({"peft_type": "NOBODYS"}, "peft-type-unsupported", "NOBODYS is not supported; read are ADALORA"),
         ({}, "peft-type-unsupported", "missing is not supported"),
     ],
 )

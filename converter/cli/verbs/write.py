@@ -8,7 +8,7 @@ import typer
 
 from converter.cli.app import Out, verb
 from converter.cli.options import INPUT, OUTPUT, Conversion
-from converter.recipe.options import EmitChoice, NumericsChoice, PartChoice
+from converter.recipe.options import CombineChoice, EmitChoice, NumericsChoice, PartChoice
 
 
 @verb(
@@ -66,14 +66,28 @@ def merge_lora(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    combine: Annotated[
+        CombineChoice, typer.Option(help="How several adapters become one: sum is exact, the others are PEFT's.")
+    ] = CombineChoice.sum,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            metavar="D", help="Share of elements that ties, magnitude_prune and dare keep.", show_default=False
+        ),
+    ] = None,
+    svd_rank: Annotated[
+        int, typer.Option("--svd-rank", metavar="R", help="Rank of --combine svd; 0: the adapters' largest.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of what dare draws.")] = 0,
 ) -> int:
     """`rlhf-convert merge-lora`."""
     from converter.cli.run.merge import merge
     from converter.recipe.verbs.merge import MergeRequest
 
     asked = MergeRequest(
-        adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual, lora_alpha
-    )
+        adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual, lora_alpha,
+        combine.value, density, svd_rank, seed,
+    )  # fmt: skip
     return merge(asked, options.target(out), options)
 
 
@@ -258,20 +272,51 @@ def repair(
 @verb(
     "reshard",
     Conversion,
-    short_help="Rewrite a model in other files or another dtype.",
-    help="Rewrite a model folder in other files or another dtype; names, values and side files are kept.",
+    short_help="Rewrite a model in other files, or a run's state for other ranks.",
+    help="Rewrite a model folder in other files or another dtype; names, values and side files are kept. With "
+    "--world-size: rewrite a DeepSpeed run's state (ZeRO-1, 2, 3) so that training goes on with another number of "
+    "ranks, with its masters, optimizer states, steps, schedules and client state, bit by bit.",
     examples=(
         "rlhf-convert reshard ./model ./model-2gb --max-shard-size 2GB",
-        "rlhf-convert reshard ./model ./model-bf16 --dtype bf16",
         "rlhf-convert reshard ./model ./one-file --layout pack --max-shard-size 1TB",
+        "rlhf-convert reshard ./run/checkpoint-500 ./checkpoint-500-on-4 --world-size 4",
     ),
 )
 def reshard(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="Model folder or Hub id.", show_default=False)],
+    src: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Model folder or Hub id; with --world-size a folder of shards, its parent, or the run's.",
+            show_default=False,
+        ),
+    ],
     options: Conversion,
     out: Out = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Write a run's state for N data-parallel ranks.", show_default=False),
+    ] = None,
+    tag: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T",
+            help="Which checkpoint of the run; default: what `latest` says.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
 ) -> int:
     """`rlhf-convert reshard`."""
+    if world_size is not None:
+        from converter.cli.run.reshard_state import reshard_state
+        from converter.recipe.verbs.reshard_state import ReshardRequest
+
+        return reshard_state(ReshardRequest(src, world_size, tag), options.target(out), options)
+    if tag is not None:
+        from converter.errors import UsageError
+
+        raise UsageError("usage", "--tag names a checkpoint of a run, and goes with --world-size")
     from converter.cli.run.reshard import reshard
 
     return reshard(src, options.target(out), options)

@@ -24,7 +24,6 @@ MESSAGES = (
         "(removing --gradient_checkpointing) cures no checkpoint: not a head that is random, not "
         "torch.Size([0]), not a "
         "size mismatch.",
-        next=Command("doctor", ("DIR",)),
     ),
     Message(
         code="mismatched-sizes-ignored",
@@ -72,6 +71,7 @@ MESSAGES = (
         "fit.",
         next=Command("doctor", ("DIR",)),
         codes=("labels-mismatch",),
+        seen_in=("transformers 5.23.0: transformers/configuration_utils.py",),
     ),
     Message(
         code="target-modules-missing",
@@ -83,6 +83,7 @@ MESSAGES = (
         "or the base is not the one that it was trained on.",
         next=Command("doctor", ("ADAPTER", "--base", "BASE")),
         codes=("adapter-targets-missing",),
+        seen_in=("peft 0.21.2: peft/tuners/tuners_utils.py",),
     ),
     Message(
         code="adapter-key-error",
@@ -111,6 +112,7 @@ MESSAGES = (
         "it is "
         "served as a model.",
         next=Command("merge-lora", ("ADAPTER", "OUT", "--base", "BASE")),
+        seen_in=("vllm 0.33.0: vllm/lora/utils.py",),
     ),
     Message(
         code="score-unsupported",
@@ -197,6 +199,7 @@ MESSAGES = (
         "are sound; "
         "files are converted here without model classes.",
         next=Steps(Command("merge-lora", ("ADAPTER", "OUT", "--base", "BASE")), Command("gather", ("DIR", "OUT"))),
+        seen_in=("transformers 5.23.0: transformers/core_model_loading.py",),
     ),
     Message(
         code="model-type-unknown",
@@ -213,6 +216,7 @@ MESSAGES = (
         "below), or transformers is too old for it.",
         next=Command("inspect", ("DIR",)),
         codes=("config-missing",),
+        seen_in=("transformers 5.23.0: transformers/models/auto/configuration_auto.py",),
     ),
     Message(
         code="hub-unreachable-offline",
@@ -237,6 +241,7 @@ MESSAGES = (
         text="The folder has no config.json: it is an adapter, a trainer's shards, or the wrong level of a run.",
         next=Command("inspect", ("DIR",)),
         codes=("config-missing",),
+        seen_in=("transformers 5.23.0: transformers/utils/hub.py",),
     ),
     Message(
         code="size-zero",

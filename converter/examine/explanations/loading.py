@@ -22,6 +22,7 @@ MESSAGES = (
             Command("repair", ("DIR", "OUT", "--weights-from", "THE_RUNS_global_step_FOLDER")),
         ),
         codes=("zero3-empty-tensors",),
+        seen_in=("torch 2.13.0: torch/nn/modules/module.py",),
     ),
     Message(
         code="size-mismatch-empty-model",
@@ -34,8 +35,10 @@ MESSAGES = (
         "partitions the "
         "model, "
         "or with from_pretrained, which knows of ZeRO-3.",
-        next=Command("doctor", ("DIR",)),
+        next="load the weights before DeepSpeed partitions the model, or inside of GatheredParameters; no file has to "
+        "change",
         codes=("zero3-empty-tensors",),
+        seen_in=("torch 2.13.0: torch/nn/modules/module.py",),
     ),
     Message(
         code="head-newly-initialised",
@@ -53,6 +56,7 @@ MESSAGES = (
             Command("doctor", ("DIR", "--for", "TRAINER")), Command("rm-to-critic", ("DIR", "OUT", "--to", "TRAINER"))
         ),
         codes=("head-missing", "head-base-lost"),
+        seen_in=("transformers 4.57.6: transformers/modeling_utils.py",),
     ),
     Message(
         code="weights-newly-initialised",
@@ -63,6 +67,7 @@ MESSAGES = (
         "another "
         "architecture, a prefix (module., base_model.), or a tensor that was not saved.",
         next=Command("doctor", ("DIR",)),
+        seen_in=("transformers 4.57.6: transformers/modeling_utils.py",),
     ),
     Message(
         code="labels-mismatch",
@@ -74,6 +79,7 @@ MESSAGES = (
         "config says "
         "nothing. Set num_labels to 1 in the config (a converted folder has it). " + _NO_CURE,
         next=Command("doctor", ("DIR",)),
+        seen_in=("torch 2.13.0: torch/nn/modules/module.py",),
     ),
     Message(
         code="vocabulary-mismatch",
@@ -90,6 +96,7 @@ MESSAGES = (
         "padded. Resize the model to the tokenizer before loading, or use the base that the adapter was "
         "trained on.",
         next=Command("doctor", ("DIR", "--base", "BASE")),
+        seen_in=("torch 2.13.0: torch/nn/modules/module.py",),
     ),
     Message(
         code="size-mismatch",
@@ -103,6 +110,7 @@ MESSAGES = (
         "or a "
         "head with another number of labels. " + _NO_CURE,
         next=Command("doctor", ("DIR", "--base", "BASE")),
+        seen_in=("torch 2.13.0: torch/nn/modules/module.py",),
     ),
     Message(
         code="size-mismatch-cut",
@@ -116,6 +124,7 @@ MESSAGES = (
         "outside of a gather. Neither: another architecture, vocabulary, LoRA rank or number of labels. " + _NO_CURE,
         next=Command("doctor", ("DIR",)),
         codes=("zero3-empty-tensors",),
+        seen_in=("torch 2.13.0: torch/nn/modules/module.py",),
     ),
     Message(
         code="weights-not-used",
@@ -125,6 +134,7 @@ MESSAGES = (
         r"\[(?P<name>'(?:lm_head|embed_out)\.(?:weight|bias)'"
         r"(?:[,/ ]*'(?:lm_head|embed_out)\.(?:weight|bias)')*)\]",
         text="Harmless: the output embedding ({name}) of the language model has no place in a reward model or critic.",
+        seen_in=("transformers 4.57.6: transformers/modeling_utils.py",),
     ),
     Message(
         code="weights-not-used-others",
@@ -135,6 +145,10 @@ MESSAGES = (
         "module. or "
         "base_model. is among them, what should take their place is random.",
         next=Command("doctor", ("DIR",)),
+        seen_in=(
+            "transformers 4.57.6: transformers/modeling_utils.py",
+            "accelerate 1.15.0: accelerate/utils/modeling.py",
+        ),
     ),
     Message(
         code="adapter-keys-missing",
@@ -148,6 +162,7 @@ MESSAGES = (
             Command("doctor", ("ADAPTER", "--base", "BASE")),
             Command("merge-lora", ("ADAPTER", "OUT", "--base", "BASE")),
         ),
+        seen_in=("peft 0.21.2: peft/peft_model.py",),
     ),
     Message(
         code="tokens-need-padding",
@@ -156,6 +171,7 @@ MESSAGES = (
         pattern=r"Cannot handle batch sizes > 1 if no padding token is defined",
         text="The config has no pad_token_id, and a reward model needs it to find each answer's last token.",
         next=Steps(Command("doctor", ("DIR",)), Command("repair", ("DIR", "OUT"))),
+        seen_in=("transformers 5.23.0: transformers/modeling_layers.py",),
     ),
     Message(
         code="no-weight-file",
@@ -168,6 +184,7 @@ MESSAGES = (
         "in verl's `huggingface` folder, they are in the trainer's shards, in this folder, below or above it.",
         next=Steps(Command("doctor", ("DIR",)), Command("gather", ("DIR", "OUT"))),
         codes=("weights-missing",),
+        seen_in=("transformers 5.23.0: transformers/modeling_utils.py",),
     ),
     Message(
         code="not-a-repository",
@@ -187,6 +204,7 @@ MESSAGES = (
         text="The folder is no adapter, or the path is wrong: see what is there.",
         next=Command("inspect", ("DIR",)),
         codes=("adapter-config-missing",),
+        seen_in=("peft 0.21.2: peft/config.py",),
     ),
     Message(
         code="architecture-unsupported",
@@ -197,6 +215,10 @@ MESSAGES = (
         "RewardModel, "
         "CriticModel), or one that needs a newer version.",
         next=Command("doctor", ("DIR", "--for", "vllm")),
+        seen_in=(
+            "vllm 0.33.0: vllm/model_executor/models/registry.py",
+            "sglang 0.5.23: sglang/srt/models/registry.py",
+        ),
     ),
     Message(
         code="embedding-key-error",
@@ -232,5 +254,6 @@ MESSAGES = (
         "Harmless where PPO makes a new head, or where the other file is there; otherwise the reward model is "
         "random.",
         next=Command("doctor", ("DIR", "--for", "llamafactory")),
+        seen_in=("llamafactory 0.9.5: llamafactory/model/model_utils/valuehead.py",),
     ),
 )

@@ -35,6 +35,7 @@ MESSAGES = (
             Command("repair", ("DIR", "OUT", "--weights-from", "THE_RUNS_global_step_FOLDER")),
         ),
         codes=("zero3-empty-tensors",),
+        seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
     ),
     Message(
         code="mismatch-report-empty-model",
@@ -44,8 +45,10 @@ MESSAGES = (
         text=_REPORT + "the file is sound ({name}), and the model that loads it is empty: it was built under ZeRO-3 "
         "without "
         "from_pretrained knowing of it. Nothing in the files needs repair.",
-        next=Command("doctor", ("DIR",)),
+        next="load the weights before DeepSpeed partitions the model, or inside of GatheredParameters; no file has to "
+        "change",
         codes=("zero3-empty-tensors",),
+        seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
     ),
     Message(
         code="mismatch-report-labels",
@@ -57,6 +60,7 @@ MESSAGES = (
         "the head's rows. ignore_mismatched_sizes=True is no cure: the head is then random.",
         next=Steps(Command("doctor", ("DIR",)), Command("repair", ("DIR", "OUT"))),
         codes=("labels-mismatch",),
+        seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
     ),
     Message(
         code="mismatch-report",
@@ -68,6 +72,7 @@ MESSAGES = (
         "vocabulary, "
         "size or architecture. ignore_mismatched_sizes=True is no cure: it fills the tensor with random values.",
         next=Command("doctor", ("DIR",)),
+        seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
     ),
     Message(
         code="head-missing-report",
@@ -81,6 +86,7 @@ MESSAGES = (
             Command("doctor", ("DIR", "--for", "TRAINER")), Command("rm-to-critic", ("DIR", "OUT", "--to", "TRAINER"))
         ),
         codes=("head-missing",),
+        seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
     ),
     Message(
         code="weights-missing-report",
@@ -91,6 +97,7 @@ MESSAGES = (
         + "{name} is not in the checkpoint, and is random now: another prefix or architecture, or a tensor that "
         "was not saved.",
         next=Command("doctor", ("DIR",)),
+        seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
     ),
     Message(
         code="output-embedding-unused-report",
@@ -98,6 +105,7 @@ MESSAGES = (
         keys=("UNEXPECTED",),
         pattern=r"(?P<name>(?:lm_head|embed_out)\.(?:weight|bias))\s{0,200}+\|\s{0,20}UNEXPECTED",
         text="Harmless: the output embedding ({name}) of the language model has no place in a reward model or critic.",
+        seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
     ),
     Message(
         code="head-unused-report",
@@ -111,6 +119,7 @@ MESSAGES = (
         "thrown away.",
         next=Command("convert", ("DIR", "OUT", "--to", "TRAINER", "--role", "reward")),
         codes=("head-named-otherwise", "head-dialect"),
+        seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
     ),
     Message(
         code="prefix-report",
@@ -122,6 +131,7 @@ MESSAGES = (
         "random.",
         next=Steps(Command("doctor", ("DIR",)), Command("repair", ("DIR", "OUT"))),
         codes=("names-wrapped",),
+        seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
     ),
     Message(
         code="weights-unused-report",
@@ -132,6 +142,7 @@ MESSAGES = (
         + "the file holds a tensor ({name}) that the model has no place for; it is left out. Harmless for buffers "
         "and for parts that this class does not use; not where the same table has MISSING rows.",
         next=Command("doctor", ("DIR",)),
+        seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
     ),
     Message(
         code="state-dict-prefix",
@@ -143,6 +154,7 @@ MESSAGES = (
         "cure: nothing would be loaded, silently.",
         next=Steps(Command("doctor", ("DIR",)), Command("repair", ("DIR", "OUT"))),
         codes=("names-wrapped",),
+        seen_in=("torch 2.13.0: torch/nn/modules/module.py",),
     ),
     Message(
         code="state-dict-lora",
@@ -156,6 +168,7 @@ MESSAGES = (
         "loaded as a model.",
         next=Steps(Command("doctor", ("DIR",)), Command("inspect", ("DIR",))),
         codes=("lora-unmerged",),
+        seen_in=("torch 2.13.0: torch/nn/modules/module.py",),
     ),
     Message(
         code="state-dict-keys",
@@ -165,6 +178,7 @@ MESSAGES = (
         text="{which} names ({name}, ...): the file is of another architecture, carries a prefix, or lacks tensors. "
         "strict=False is no cure: what is missing stays RANDOM, and what is unexpected is left out.",
         next=Command("doctor", ("DIR",)),
+        seen_in=("torch 2.13.0: torch/nn/modules/module.py",),
     ),
     Message(
         code="state-dict-errors",
@@ -175,6 +189,7 @@ MESSAGES = (
         "checkpoint: the file "
         "is empty there. torch.Size([0]) in current model: the loader is.",
         next=Command("doctor", ("DIR",)),
+        seen_in=("torch 2.13.0: torch/nn/modules/module.py",),
     ),
     Message(
         code="shapes-reported-empty-file",
@@ -188,6 +203,7 @@ MESSAGES = (
             Command("repair", ("DIR", "OUT", "--weights-from", "THE_RUNS_global_step_FOLDER")),
         ),
         codes=("zero3-empty-tensors",),
+        seen_in=("transformers 4.57.6: transformers/modeling_utils.py",),
     ),
     Message(
         code="shapes-reported",
@@ -199,6 +215,7 @@ MESSAGES = (
         text="{name} is {have} in the file and {want} in the model, and is RANDOM now: another number of labels, "
         "vocabulary or size. ignore_mismatched_sizes=True is what lets this pass.",
         next=Command("doctor", ("DIR",)),
+        seen_in=("transformers 4.57.6: transformers/modeling_utils.py",),
     ),
     Message(
         code="resumed-without-output-embedding",
@@ -207,6 +224,10 @@ MESSAGES = (
         pattern=r"missing keys in the checkpoint model loaded: \['(?:lm_head|embed_out)\.weight'\]|Removed "
         r"shared tensor",
         text="Harmless: the output embedding is tied to the input's and is stored once.",
+        seen_in=(
+            "transformers 5.23.0: transformers/trainer.py",
+            "accelerate 1.15.0: accelerate/utils/other.py",
+        ),
     ),
     Message(
         code="resumed-without-weights",
@@ -216,6 +237,7 @@ MESSAGES = (
         text="The run went on from a checkpoint with {which} names ({name}, ...): what is missing keeps the values "
         "that it had before, random or the base model's.",
         next=Command("doctor", ("DIR",)),
+        seen_in=("transformers 5.23.0: transformers/trainer.py",),
     ),
     Message(
         code="report-notes",
@@ -228,5 +250,6 @@ MESSAGES = (
         pattern=r"those params were newly init|ckpt weights were loaded, but they did not match|"
         r"can be ignored when loading from",
         text="The notes under transformers' load report: a legend that says nothing by itself. The rows above it do.",
+        seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
     ),
 )

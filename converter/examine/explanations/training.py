@@ -14,6 +14,7 @@ MESSAGES = (
         "missing.",
         next=Steps(Command("doctor", ("DIR",)), Command("gather", ("DIR", "OUT"))),
         codes=("zero-mixed", "zero-rank-missing"),
+        seen_in=("deepspeed 0.19.8: deepspeed/utils/zero_to_fp32.py",),
     ),
     Message(
         code="zero-stage-unknown",
@@ -22,6 +23,7 @@ MESSAGES = (
         pattern=r"unknown zero stage(?: (?P<stage>\d))?",
         text="zero_to_fp32 reads stages 2 and 3; other stages ({stage}) are gathered by rlhf-convert.",
         next=Command("gather", ("DIR", "OUT")),
+        seen_in=("deepspeed 0.19.8: deepspeed/utils/zero_to_fp32.py",),
     ),
     Message(
         code="zero-not-a-checkpoint",
@@ -30,6 +32,7 @@ MESSAGES = (
         pattern=r"is not a zero checkpoint",
         text="zero_to_fp32 does not know this layout (BF16_Optimizer, or stage 0); rlhf-convert does.",
         next=Command("gather", ("DIR", "OUT")),
+        seen_in=("deepspeed 0.19.8: deepspeed/utils/zero_to_fp32.py",),
     ),
     Message(
         code="zero-consumed",
@@ -41,6 +44,7 @@ MESSAGES = (
         "paddings, and names the parameter where sizes part otherwise.",
         next=Command("gather", ("DIR", "OUT")),
         codes=("zero-sizes",),
+        seen_in=("deepspeed 0.19.8: deepspeed/utils/zero_to_fp32.py",),
     ),
     Message(
         code="world-size-changed",
@@ -51,6 +55,7 @@ MESSAGES = (
         "weights can "
         "be gathered with any number.",
         next=Command("gather", ("DIR", "OUT")),
+        seen_in=("deepspeed 0.19.8: deepspeed/runtime/engine.py",),
     ),
     Message(
         code="flat-parameters",
@@ -124,7 +129,8 @@ MESSAGES = (
         "save "
         "that "
         "stopped here wrote nothing, or an unfinished folder.",
-        next=Command("doctor", ("DIR",)),
+        next="save with model.save_pretrained(), or safetensors.torch.save_model(), which know of ties",
+        seen_in=("safetensors 0.8.0: safetensors/torch.py",),
     ),
     Message(
         code="pickle-vulnerability",
@@ -135,6 +141,10 @@ MESSAGES = (
         "reads them "
         "without running anything.",
         next=Command("reshard", ("DIR", "OUT")),
+        seen_in=(
+            "transformers 5.23.0: transformers/utils/import_utils.py",
+            "torch 2.13.0: torch/serialization.py",
+        ),
     ),
     Message(
         code="probabilities-not-finite",
@@ -169,6 +179,7 @@ MESSAGES = (
         pattern=r"loaded_weight\.shape\[output_dim\] == self\.org_vocab_size|token_embd\.weight.* has wrong shape",
         text="The embedding has other rows than config.json's vocab_size: padded in training, or cut.",
         next=Command("doctor", ("DIR",)),
+        seen_in=("sglang 0.5.23: sglang/srt/layers/vocab_parallel_embedding.py",),
     ),
     Message(
         code="merge-four-bit",
@@ -178,13 +189,23 @@ MESSAGES = (
         text="A merge into a quantised base rounds twice. Merge into the base in bf16 or fp32.",
         next=Command("merge-lora", ("ADAPTER", "OUT", "--base", "FULL_PRECISION_BASE")),
         codes=("base-quantised",),
+        seen_in=("peft 0.21.2: peft/tuners/lora/bnb.py",),
     ),
     Message(
         code="out-of-memory",
         severity="error",
-        keys=("OutOfMemoryError", "out of memory", "Killed", "oom-kill", "oom_kill", "SIGKILL"),
+        keys=(
+            "OutOfMemoryError",
+            "out of memory",
+            "Killed",
+            "oom-kill",
+            "oom_kill",
+            "SIGKILL",
+            "exitcode",
+            "return code = -9",
+        ),
         pattern=r"CUDA out of memory|OutOfMemoryError|^\s*Killed\s*$|\d+ Killed {2}|oom[-_]kill|Out of memory: Killed|"
-        r"exitcode +: -9|Signal 9 \(SIGKILL\)",
+        r"exitcode *: -9\b|return code = -9\b|Signal 9 \(SIGKILL\)",
         text="Memory ran out. Merging and gathering need neither a GPU nor the whole model in memory: "
         "rlhf-convert streams.",
         next=Steps(

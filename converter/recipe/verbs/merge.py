@@ -31,6 +31,10 @@ class MergeRequest:
     numerics: str = "best"
     base_is_residual: bool = False
     lora_alpha: float | None = None
+    combine: str = "sum"
+    density: float | None = None
+    svd_rank: int = 0
+    seed: int = 0
 
 
 def merge_lora(
@@ -43,6 +47,10 @@ def merge_lora(
     numerics: str = "best",
     base_is_residual: bool = False,
     lora_alpha: float | None = None,
+    combine: str = "sum",
+    density: float | None = None,
+    svd_rank: int = 0,
+    seed: int = 0,
     **writing: Unpack[Writing],
 ) -> Conversion:
     """Merge one or more LoRA adapters into their base model; a reward-model adapter gives a reward model.
@@ -55,6 +63,8 @@ def merge_lora(
         numerics: `best` rounds once; `peft` is bit-identical to PEFT's merge.
         base_is_residual: the base is the residual model that a PiSSA or OLoRA start saved.
         lora_alpha: lora_alpha of training, where adapter_config.json records none or 0.
+        combine: `sum`, which is exact, or a way of PEFT's `add_weighted_adapter`: `cat`, `linear`, `svd`, `ties`,
+            `magnitude_prune`, `dare_linear`, `dare_ties`; with `density`, `svd_rank` and `seed`.
         writing: see `Writing`.
 
     Raises:
@@ -64,8 +74,9 @@ def merge_lora(
     """
     options, going = options_of(WriteOptions, writing)
     request = MergeRequest(
-        str(adapter), optional(base), tuple(map(str, adapters)), tuple(weights), numerics, base_is_residual, lora_alpha
-    )
+        str(adapter), optional(base), tuple(map(str, adapters)), tuple(weights), numerics, base_is_residual, lora_alpha,
+        combine, density, svd_rank, seed,
+    )  # fmt: skip
     with allowing(options.allow_name):
         refuse_swapped(request, optional(out))
         recipe = merge_recipe(request, options)
@@ -94,6 +105,9 @@ def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
         fields["base-is-residual"] = True
     if asked.lora_alpha is not None:
         fields["lora-alpha"] = asked.lora_alpha
+    chosen = {"combine": asked.combine, "density": asked.density, "svd-rank": asked.svd_rank, "seed": asked.seed}
+    default = {"combine": "sum", "density": None, "svd-rank": 0, "seed": 0}
+    fields |= {key: value for key, value in chosen.items() if value != default[key]}
     base = InputSpec(base_of="adapter") if asked.base is None else input_spec(asked.base)
     steps = (Step("merge-lora", fields), *cast_steps(options))
     return Recipe({SOURCE: base, **adapters}, steps, output(options), file="merge-lora")

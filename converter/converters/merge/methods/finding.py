@@ -12,10 +12,12 @@ from converter.errors import Refused
 from converter.plugins import METHODS, loaded
 from converter.text import fold, show
 
-_NOT_MERGEABLE = {
+NOT_MERGEABLE = {
+    "ADAMSS": "its subspaces come from clusters of the base's singular directions, which no file holds",
     "ADAPTION_PROMPT": "it adds prompts inside attention",
     "CARTRIDGE": "it is a trained key-value cache",
     "CPT": "it is a trained prompt",
+    "FROD": "what it trains belongs to a decomposition of all bases together, which no file holds",
     "LILY": "its update depends on the input",
     "MULTITASK_PROMPT_TUNING": "it is a trained prompt",
     "POLY": "it mixes adapters by task at run time",
@@ -25,6 +27,7 @@ _NOT_MERGEABLE = {
     "SHADOW": "its update depends on the input",
     "XLORA": "it mixes adapters by input at run time",
 }
+"""PEFT's types without a merge, each with the reason."""
 
 
 @cache
@@ -48,9 +51,13 @@ def find_method(config: Mapping[str, Any], where: str) -> Method:
         raise Refused("adapter-field-unsupported", f"{listed} are set: together they are not implemented", where=where)
     for method in switched or [m for m in found if not m.switch]:
         return method
-    reason = _NOT_MERGEABLE.get(kind)
+    reason = NOT_MERGEABLE.get(kind)
     if reason is not None:
-        raise Refused("peft-type-unmergeable", f"{kind} can't be merged into weights: {reason}", where=where)
+        inner = config.get("adapters")
+        held = [show(path) for path in inner.values()] if isinstance(inner, Mapping) else []
+        what = f"{kind} can't be merged into weights: {reason}"
+        step = f"merge one of the adapters inside of it: {fold(held)}" if held else None
+        raise Refused("peft-type-unmergeable", what, where=where, next=step)
     read = fold(sorted({m.peft_type for m in methods()}))
     raise Refused(
         "peft-type-unsupported",
