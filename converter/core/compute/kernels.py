@@ -249,7 +249,7 @@ def weighted_sum(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tenso
     for share, other in zip(params["shares"][1:], inputs[1:], strict=True):
         exact += other.to(torch.float64) * float(share)
     mean = exact.to(_out_dtype(params))
-    return mean, _measure(base, exact - base, mean, inputs)
+    return mean, measured(base, exact - base, mean, inputs)
 
 
 def head_rows(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
