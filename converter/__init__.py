@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from converter.examine.doctor import Report
     from converter.examine.verify.verify import Verified
     from converter.recipe.recipe import Recipe, load_recipe
+    from converter.recipe.verbs.average import average, interpolate
     from converter.recipe.verbs.conversion import Conversion
     from converter.recipe.verbs.convert import Converted, convert, critic_to_rm, rm_to_critic
     from converter.recipe.verbs.diff import Compared, diff
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from converter.recipe.verbs.reshard import reshard
     from converter.recipe.verbs.run import plan, run, write
     from converter.recipe.verbs.verify import verify
+    from converter.recipe.verbs.watch import Watched, watch
     from converter.sources.moments import adam_moments
 
 
@@ -73,7 +75,9 @@ _HOME = {
     "UsageError": "errors",
     "VerificationFailed": "errors",
     "Verified": "examine.verify.verify",
+    "Watched": "recipe.verbs.watch",
     "adam_moments": "sources.moments",
+    "average": "recipe.verbs.average",
     "convert": "recipe.verbs.convert",
     "critic_to_rm": "recipe.verbs.convert",
     "diff": "recipe.verbs.diff",
@@ -81,6 +85,7 @@ _HOME = {
     "explain": "recipe.verbs.explain",
     "gather": "recipe.verbs.gather",
     "inspect": "recipe.verbs.inspect",
+    "interpolate": "recipe.verbs.average",
     "load": "recipe.verbs.load",
     "load_recipe": "recipe.recipe",
     "make_plan": "core.writer.plan",
@@ -94,6 +99,7 @@ _HOME = {
     "run": "recipe.verbs.run",
     "to_torch": "core.compute.evaluate",
     "verify": "recipe.verbs.verify",
+    "watch": "recipe.verbs.watch",
     "write": "recipe.verbs.run",
 }
 
@@ -129,8 +135,10 @@ __all__ = [
     "UsageError",
     "VerificationFailed",
     "Verified",
+    "Watched",
     "__version__",
     "adam_moments",
+    "average",
     "convert",
     "critic_to_rm",
     "diff",
@@ -138,6 +146,7 @@ __all__ = [
     "explain",
     "gather",
     "inspect",
+    "interpolate",
     "load",
     "load_recipe",
     "make_plan",
@@ -151,6 +160,7 @@ __all__ = [
     "run",
     "to_torch",
     "verify",
+    "watch",
     "write",
 ]
 

@@ -151,8 +151,9 @@ def test_no_contract_lists_modules_by_hand() -> None:
     for name, contract in CONTRACTS.items():
         for field in ("source_modules", "forbidden_modules", "modules", "ignore_imports"):
             ours = [m for m in contract.get(field, []) if m.startswith("converter")]
-            # Exceptions by room, and the child that asks transformers; a list of modules grows with each module.
-            assert len(ours) <= 6, f"{name}: {field} lists {ours}"
+            # Exceptions by room, the child that asks transformers and the callback that is one of transformers'; a list
+            # of modules grows with each module.
+            assert len(ours) <= 7, f"{name}: {field} lists {ours}"
         assert set(contract.get("ignored_layers", [])) == set()
 
 

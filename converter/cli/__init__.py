@@ -25,6 +25,8 @@ VERBS = (
     "repair",
     "reshard",
     "run",
+    "average",
+    "interpolate",
     "inspect",
     "doctor",
     "verify",
@@ -33,8 +35,12 @@ VERBS = (
     "demo",
     "list",
     "env",
+    "watch",
     "push",
 )
+
+READING = ("inspect", "doctor", "watch", "verify", "explain", "diff", "list", "env")
+"""Those that write nothing but what they print."""
 
 
 class Bug(ConvertError):
@@ -76,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.next = Steps("report it with the output of `", env, "` and of this command under RLHF_CONVERT_DEBUG=1")
         error.__cause__ = bug
     _complete(error, arguments)
-    writes = bool(arguments) and arguments[0] not in ("inspect", "doctor", "verify", "explain", "diff", "list", "env")
+    writes = bool(arguments) and arguments[0] not in READING
     return error_to_user(error, as_json="--json" in arguments, writes=writes)
 
 

@@ -40,7 +40,7 @@ MOST_NEAR = 64
 MOST_LISTED = 4000
 """Entries of a folder that are looked at: a home folder or a bucket's mount may have any number."""
 
-_RUN_FOLDER = re.compile(r"(?:tmp-)?(?:checkpoint|global_step|step|epoch|iter)[-_]?\d+(?:_hf)?", re.ASCII)
+RUN_FOLDER = re.compile(r"(?:tmp-)?(?:checkpoint|global_step|step|epoch|iter)[-_]?\d+(?:_hf)?", re.ASCII)
 _WORD = re.compile(r"[A-Za-z]{2,}", re.ASCII)
 
 
@@ -206,8 +206,8 @@ def _shards_in(root: Path, asked: str) -> str | None:
 def checkpoints_in(root: Path) -> list[Path]:
     """Folders of a run that some source reads, by the numbers in their names."""
     inside = _folders(root)
-    likely = [p for p in inside if _RUN_FOLDER.fullmatch(p.name)]
-    others = [p for p in inside if not _RUN_FOLDER.fullmatch(p.name)][:MOST_NEAR]
+    likely = [p for p in inside if RUN_FOLDER.fullmatch(p.name)]
+    others = [p for p in inside if not RUN_FOLDER.fullmatch(p.name)][:MOST_NEAR]
     found = [p for p in (*likely[-MOST_NEAR:], *others) if any(s.detect(p) for s in sources().values())]
     return sorted(found, key=by_number)
 
@@ -238,7 +238,7 @@ def _akin(root: Path) -> list[Path]:
     real = Path(os.path.realpath(root))
     words = {w.lower() for w in _WORD.findall(real.name)}
     beside = [p for p in _folders(real.parent) if p != real]
-    return [p for p in beside if _RUN_FOLDER.fullmatch(p.name) or words & {w.lower() for w in _WORD.findall(p.name)}]
+    return [p for p in beside if RUN_FOLDER.fullmatch(p.name) or words & {w.lower() for w in _WORD.findall(p.name)}]
 
 
 def _place(path: Path, asked: str, seen: set[str], *, given: bool) -> Iterable[Near]:

@@ -27,6 +27,7 @@ TYPES = (
     "VerificationFailed",
     "Failed",
     "Bug",
+    "BrokenCheckpoint",
     "Fault",
     "Finding",
     "Diagnosis",

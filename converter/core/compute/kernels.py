@@ -242,6 +242,16 @@ def _residual(weight: Tensor, params: Mapping[str, Any]) -> Tensor:
     return left.T.contiguous() if transposed else left
 
 
+def weighted_sum(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor, Measures]:
+    """Models' tensors times their shares; see `converter.core.tensors.kernel_specs.WEIGHTED_SUM`."""
+    base = inputs[0].to(torch.float64)
+    exact = base * float(params["shares"][0])
+    for share, other in zip(params["shares"][1:], inputs[1:], strict=True):
+        exact += other.to(torch.float64) * float(share)
+    mean = exact.to(_out_dtype(params))
+    return mean, measured(base, exact - base, mean, inputs)
+
+
 def head_rows(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
     """Sums of a head's rows, in fp32, or in fp64 where 32 bits are written; see `kernel_specs.HEAD_ROWS`."""
     weight = inputs[0]

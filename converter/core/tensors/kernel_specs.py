@@ -181,6 +181,16 @@ HEAD_ROWS = KernelSpec(
 """Rows of a small head as sums of others: `(C @ W + shift) / divisor`, rounded once. Input: W `[n, h]`, or a bias
 `[n]`. Params: `coefficients` (C, row by row), `shift` and `divisor` (one for each row that comes out), `out`."""
 
+WEIGHTED_SUM = KernelSpec(
+    "weighted-sum",
+    "converter.core.compute.kernels:weighted_sum",
+    _merge_info,
+    lambda start, stop, inputs, params: tuple(Slice(0, start, stop - start) for _ in inputs),
+    lambda inputs, params: 40 * inputs[0].numel,
+    rounds=True,
+)
+"""`sum(share_i * W_i)` in fp64, in order, rounded once; all of one shape. Params: `shares`, `out`."""
+
 HEAD_NORMAL = KernelSpec(
     "head-normal",
     "converter.core.compute.kernels:head_normal",

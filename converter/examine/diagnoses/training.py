@@ -18,8 +18,8 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosi
 from converter.sources.survey import file_names, is_weights_of_model
 from converter.text import fold, show
 
-_UNFINISHED = re.compile(r"(?:tmp-checkpoint-\d+|.*\.(?:partial|tmp))", re.ASCII)
-_TEMPORARY = re.compile(
+UNFINISHED = re.compile(r"(?:tmp-checkpoint-\d+|.*\.(?:partial|tmp))", re.ASCII)
+TEMPORARY = re.compile(
     r"tmp\w{8}|[\w.-]+\.(?:tmp|temp|partial)|\.[\w.-]+\.(?:safetensors|bin|pt)\.\w{6}",  # the last: rsync's
     re.ASCII,
 )
@@ -81,7 +81,7 @@ def being_written(case: Case, context: Context) -> Iterable[Finding]:
     nothing writes there any more, the save failed, and the checkpoint before it is the last sound one.
     """
     name = case.root.resolve().name
-    if _UNFINISHED.fullmatch(name):
+    if UNFINISHED.fullmatch(name):
         text = f"{show(name)} is the name of a save that is not finished"
         yield Finding(
             code="being-written",
@@ -91,7 +91,7 @@ def being_written(case: Case, context: Context) -> Iterable[Finding]:
             next="wait, or take the checkpoint before it",
         )
         return
-    temporary = sorted(n for n in case.names if _TEMPORARY.fullmatch(n))
+    temporary = sorted(n for n in case.names if TEMPORARY.fullmatch(n))
     if temporary:
         text = f"temporary files of a save lie here: {fold(temporary)}"
         yield Finding(

@@ -1,0 +1,69 @@
+"""`rlhf-convert watch`: one line for each checkpoint of a run.
+
+`watch --json` prints one object a line, each with
+
+    version   1; it changes with the shape of what follows
+    path      the checkpoint
+    verdict   sound, numbers, error or not examined
+    failed    why it could not be examined, or null
+    findings  as `doctor --json` prints them
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+from converter.cli.options import Display
+from converter.errors import UsageError
+from converter.examine.glance import glance_of
+from converter.recipe.verbs import watch as verb
+from converter.text import show
+
+
+def watch(
+    run: str, fail_on: str, options: Display, *, on_error: str | None, fail_fast: bool, once: bool, **knobs: Any
+) -> int:
+    """Tell of each checkpoint once it is complete; exit code 1 where one of them is as bad as `fail_on` or worse."""
+    command = None if on_error is None else command_of(on_error)
+    sink, code = options.sink, 0
+    checkpoints = verb.watch(run, once=once, **knobs)
+    sink.tell(f"watching {show(run)}; {'ends when all that is there was examined' if once else 'Ctrl-C ends it'}")
+    for each in checkpoints:
+        glance = glance_of(each.path, each.findings, fail_on, failed=each.failed)
+        sink.screen([glance.line])
+        if sink.as_json:
+            told = {"version": 1, "path": each.path, "verdict": glance.word, "failed": each.failed}
+            sink.data(json.dumps({**told, "findings": list(each.findings)}))
+        if not glance.bad and each.failed is None:
+            continue
+        code = 1
+        if command is not None and (status := _run(command, each.path)):
+            sink.tell(f"--on-error: {show(command[0])} ended with {status}")
+        if fail_fast:
+            return code
+    return code
+
+
+def command_of(text: str) -> list[str]:
+    """A command as words; no shell takes part.
+
+    Raises:
+        UsageError: it is no command, or no program has its name (`on-error`).
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError("on-error", f"--on-error can't be split into words: {error}") from None
+    if not words or shutil.which(words[0]) is None:
+        raise UsageError("on-error", f"--on-error: no program is named {show(words[0] if words else '')}")
+    return words
+
+
+def _run(command: Sequence[str], path: str) -> int:
+    """Run it, `{}` being the checkpoint; what it prints goes to stderr, since stdout is for data."""
+    return subprocess.run([w.replace("{}", path) for w in command], stdout=2, check=False).returncode

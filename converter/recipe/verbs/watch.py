@@ -1,0 +1,173 @@
+"""What `watch` does: doctor for each checkpoint of a run, once, as soon as it is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converter.errors import ConvertError, UsageError
+from converter.recipe.verbs.at_rest import Look, is_unfinished, look, open_for_writing
+from converter.recipe.verbs.knobs import Where
+from converter.text import show
+
+INTERVAL = 5.0
+"""Seconds between two looks."""
+
+SETTLE = 10.0
+"""Seconds for which no file of a checkpoint changes before it is read."""
+
+PATIENCE = 12
+"""Settling times after which a checkpoint is examined that rests without its last file: its save was cut off."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One checkpoint that was examined.
+
+    Attributes:
+        path: as the user would type it.
+        findings: as `doctor --json` prints them, the worst first.
+        failed: why it could not be examined; None where it was.
+    """
+
+    path: str
+    findings: tuple[Mapping[str, Any], ...] = ()
+    failed: str | None = None
+
+
+def watch(
+    run: Where,
+    *,
+    for_: str | None = None,
+    deep: bool = False,
+    ignore: Sequence[str] = (),
+    once: bool = False,
+    interval: float = INTERVAL,
+    settle: float = SETTLE,
+    state: Where | None = None,
+) -> Iterator[Watched]:
+    """Every checkpoint in a run's folder, examined once when it is complete; goes on until the caller stops.
+
+    A checkpoint is complete when none of its files has changed, been added or been open for writing for `settle`
+    seconds, and no name says that a save is under way. What changes while it is examined is examined again.
+
+    Args:
+        run: the folder in which a trainer saves checkpoints.
+        for_: a trainer: what its loader does with each.
+        deep: read values too.
+        ignore: codes to leave out.
+        once: examine what is there now, and end; what is being written then is left for another time.
+        interval: seconds between two looks.
+        settle: seconds for which nothing may change.
+        state: a file that remembers what was examined; None: one for this run in the user's own state folder.
+
+    Raises:
+        UsageError: there is no such folder (`path-missing`), or no trainer is known by that name.
+    """
+    root = Path(run).expanduser()
+    if not root.is_dir():
+        raise UsageError("path-missing", f"there is no folder {show(str(run))}", expected="a run's folder")
+    memory = Memory(Path(state).expanduser() if state is not None else _state_file(root), f"{for_} {deep} {[*ignore]}")
+    return _watched(str(run), root, memory, {"for_": for_, "deep": deep, "ignore": ignore}, once, interval, settle)
+
+
+def _watched(
+    asked: str, root: Path, memory: Memory, knobs: Mapping[str, Any], once: bool, interval: float, settle: float
+) -> Iterator[Watched]:
+    since: dict[str, tuple[Look, float]] = {}
+    first_look: float | None = None
+    while True:
+        began = time.monotonic()
+        for folder in _candidates(root):
+            seen, now = look(folder), time.monotonic()
+            if seen is None or memory.holds(folder.name, seen):
+                continue
+            before = since.get(folder.name)
+            if before is None or before[0] != seen:
+                since[folder.name] = (seen, now)
+                continue
+            if not _is_complete(folder, seen, now - before[1], settle):
+                continue
+            found = _examined(os.path.join(asked, folder.name), folder, knobs)
+            if look(folder) != seen:
+                since.pop(folder.name, None)  # it was written to meanwhile, or rotated away
+                continue
+            yield found
+            memory.add(folder.name, seen)
+        # At the end of `settle` all that rested since the first look was examined; the rest is being written.
+        first_look = time.monotonic() if first_look is None else first_look
+        if once and began - first_look >= settle:
+            return
+        time.sleep(interval)
+
+
+def _candidates(root: Path) -> list[Path]:
+    """Folders of the run that are checkpoints by name or content, by their numbers; never one that is being made."""
+    from converter.examine.doctor import RUN_FOLDER
+    from converter.sources.finding import kind_of
+    from converter.sources.places import by_number
+
+    try:
+        with os.scandir(root) as listed:
+            names = [e.name for e in listed if e.is_dir() and not e.name.startswith(".") and not is_unfinished(e.name)]
+    except OSError:
+        return []
+    folders = sorted((root / name for name in names), key=by_number)
+    return [f for f in folders if RUN_FOLDER.fullmatch(f.name) or kind_of(f) is not None]
+
+
+def _is_complete(folder: Path, seen: Look, rested: float, settle: float) -> bool:
+    if rested < settle or seen.is_empty or seen.has_temporary or open_for_writing(folder):
+        return False
+    return not seen.lacks_its_last_file or rested >= settle * PATIENCE
+
+
+def _examined(asked: str, folder: Path, knobs: Mapping[str, Any]) -> Watched:
+    from converter.recipe.verbs.doctor import doctor
+
+    try:
+        return Watched(asked, tuple(f.to_json() for f in doctor(asked, **knobs).findings))
+    except ConvertError as error:
+        if error.code in ("unknown-trainer", "unknown-code", "trainer-version"):
+            raise
+        return Watched(asked, failed=error.what)
+    except OSError as error:
+        return Watched(asked, failed=error.strerror or str(error))
+
+
+class Memory:
+    """What was examined, in a file: a restart repeats nothing. Another question about the run has its own answers."""
+
+    def __init__(self, file: Path, question: str) -> None:
+        self._file, self._question = file, question
+        try:
+            told = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError):
+            told = {}
+        self._all: dict[str, dict[str, str]] = told if isinstance(told, dict) else {}
+
+    def holds(self, name: str, seen: Look) -> bool:
+        """True where this state of the folder was examined."""
+        answers = self._all.get(self._question)
+        return isinstance(answers, dict) and answers.get(name) == seen.digest
+
+    def add(self, name: str, seen: Look) -> None:
+        """Remember it; the file is replaced whole."""
+        answers = self._all.get(self._question)
+        self._all[self._question] = {**(answers if isinstance(answers, dict) else {}), name: seen.digest}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        new = self._file.with_name(f"{self._file.name}.new")
+        new.write_text(json.dumps(self._all), "utf-8")
+        os.replace(new, self._file)
+
+
+def _state_file(root: Path) -> Path:
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    digest = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
+    return Path(home) / "rlhf-convert" / f"watch-{digest}.json"
