@@ -46,11 +46,15 @@ MESSAGES = (
         code="world-size-changed",
         severity="error",
         keys=("world size",),
-        pattern=r"DP world size of (?P<have>\d+) .*(?:current|different)|checkpoint.* world size",
-        text="The run was saved with another number of GPUs, and its optimizer state can't be resumed as it is. The "
-        "weights can "
-        "be gathered with any number.",
-        next=Command("gather", ("DIR", "OUT")),
+        pattern=r"DP world size of (?P<have>\d+) .{0,80}?(?:current world size is (?P<want>\d+)|current|different)"
+        r"|checkpoint.* world size",
+        text="The run was saved on another number of ranks ({have}), and DeepSpeed resumes on as many only. reshard "
+        "writes its state for those that there are now ({want}), the optimizer's included, bit by bit.",
+        next=Steps(
+            Command("reshard", ("DIR", "OUT", "--world-size", "RANKS")),
+            ", and resume from OUT; for the weights alone: ",
+            Command("gather", ("DIR", "OUT")),
+        ),
     ),
     Message(
         code="flat-parameters",
