@@ -46,15 +46,11 @@ MESSAGES = (
         code="world-size-changed",
         severity="error",
         keys=("world size",),
-        pattern=r"DP world size of (?P<have>\d+) .{0,80}?(?:current world size is (?P<want>\d+)|current|different)"
-        r"|checkpoint.* world size",
+        pattern=r"(?:checkpoint.{0,80}?)?DP world size of (?P<have>\d+) .{0,80}?"
+        r"(?:current world size is (?P<want>\d+)|current|different)|checkpoint.* world size",
         text="The run was saved on another number of ranks ({have}), and DeepSpeed resumes on as many only. reshard "
         "writes its state for those that there are now ({want}), the optimizer's included, bit by bit.",
-        next=Steps(
-            Command("reshard", ("DIR", "OUT", "--world-size", "RANKS")),
-            ", and resume from OUT; for the weights alone: ",
-            Command("gather", ("DIR", "OUT")),
-        ),
+        next=Steps(Command("reshard", ("DIR", "OUT", "--world-size", "RANKS")), Command("gather", ("DIR", "OUT"))),
     ),
     Message(
         code="flat-parameters",
