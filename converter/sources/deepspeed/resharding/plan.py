@@ -142,7 +142,7 @@ class _Run:
     stage: int
 
     def model(self, rank: int) -> tuple[Any, Container]:
-        """A model file's tree of the new stage. Ranks that there were before keep their buffers; new ones get rank 0's."""
+        """A model file's tree of the new stage. Ranks of before keep their buffers; new ones get those of rank 0."""
         shards = self.shards
         own = shards.tree(shards.files.whole or shards.files.models.get(rank, shards.files.models[0]))
         tree = own.pickle.value
