@@ -171,7 +171,7 @@ def _files(run: _Run) -> dict[str, tuple[Any, Container]]:
     if shards.stage == 3:
         expect_one_step(shards, shards.files.models)
     whole = _PREFIX.sub("", shards.model_file())
-    files = {} if run.stage == 3 else {whole: run.model(0)}
+    files: dict[str, tuple[Any, Container]] = {} if run.stage == 3 else {whole: run.model(0)}
     for rank in range(run.ranks):
         if run.stage == 3:
             files[f"zero_pp_rank_{rank}_{whole}"] = run.model(rank)

@@ -61,6 +61,7 @@ def optimizer_of_stage(outer: Mapping[Any, Any], stage: int) -> Any:
     inner = outer["optimizer_state_dict"]
     number = {"zero_stage": Built(_STAGE, (stage,))}
     kept = {k: inner[k] for k in _OF_3 if k in inner}
+    own: Any
     if stage == 3:
         own = {**number, **kept, "partition_count": None, "optimizer_state_dict": {}, "fp32_flat_groups": None}
     elif "single_partition_of_fp32_groups" in inner:
