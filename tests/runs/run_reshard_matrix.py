@@ -2,7 +2,7 @@
 
     python tests/runs/run_reshard_matrix.py OUT                   builds an environment with DeepSpeed, once
     python tests/runs/run_reshard_matrix.py OUT --trainer PYTHON  a Python that has deepspeed, transformers and peft
-    python tests/runs/run_reshard_matrix.py OUT --before 2 3 --after 1 4 --case odd-fp32
+    python tests/runs/run_reshard_matrix.py OUT --before 2 3 --after 1 4 --case odd-fp32 --to-stage 1
 
 Every run is resharded by the command line. What lives after DeepSpeed has loaded it has to be what lived when it was
 saved, bit by bit: weights, buffers, masters, both moments, by name; learning rates, decays, steps, scheduler and client
@@ -41,6 +41,7 @@ class Try:
     stage: int
     before: int
     after: int
+    to: int
 
     @property
     def saved(self) -> str:
@@ -48,14 +49,15 @@ class Try:
 
     @property
     def name(self) -> str:
-        return f"{self.saved}-m{self.after}"
+        return f"{self.saved}-m{self.after}" + (f"-z{self.to}" if self.to != self.stage else "")
 
 
-def tries(cases: Iterable[str], before: Iterable[int], after: Iterable[int]) -> list[Try]:
-    """All that `train` knows stages of."""
+def tries(cases: Iterable[str], before: Iterable[int], after: Iterable[int], to: int | None) -> list[Try]:
+    """All that `train` knows stages of; `to` another stage, or as they were saved."""
     from zero.resume import cases as known
 
-    return [Try(c, s, n, m) for c in cases for s in known()[c].stages if s for n in before for m in after]
+    stages = [(c, s) for c in cases for s in known()[c].stages if s and s != to]
+    return [Try(c, s, n, m, to or s) for c, s in stages for n in before for m in after]
 
 
 def run_jobs(python: str, out: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
@@ -91,7 +93,16 @@ def reshard(out: Path, each: Try) -> str:
     """What the command line says where it refuses; empty where it wrote."""
     target = out / each.name
     shutil.rmtree(target, ignore_errors=True)
-    command = ["reshard", str(out / each.saved), str(target), "--world-size", str(each.after), "-q"]
+    command = [
+        "reshard",
+        str(out / each.saved),
+        str(target),
+        "--world-size",
+        str(each.after),
+        "--stage",
+        str(each.to),
+        "-q",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "converter", *command], check=False, capture_output=True, text=True, cwd=HERE.parents[1]
     )
@@ -104,7 +115,7 @@ def resume(python: str, out: Path, asked: Iterable[Try]) -> None:
         shutil.rmtree(f"{out / each.name}-live", ignore_errors=True)
     for ranks in sorted({t.after for t in asked}):
         jobs = [
-            {"do": "resume", "run": str(out / t.name), "out": f"{out / t.name}-live", "case": t.case, "stage": t.stage}
+            {"do": "resume", "run": str(out / t.name), "out": f"{out / t.name}-live", "case": t.case, "stage": t.to}
             for t in asked
             if t.after == ranks
         ]
@@ -162,12 +173,13 @@ def main() -> int:
     parser.add_argument("--before", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--after", type=int, nargs="+", default=[1, 2, 3, 4, 6])
     parser.add_argument("--case", action="append")
+    parser.add_argument("--to-stage", type=int, help="resume in this stage; default: the one that saved")
     given = parser.parse_args()
     from run_zero_matrix import DEFAULT, trainer
 
     python = given.trainer or trainer(DEFAULT)
     given.out.mkdir(parents=True, exist_ok=True)
-    asked = tries(given.case or DEFAULT_CASES, given.before, given.after)
+    asked = tries(given.case or DEFAULT_CASES, given.before, given.after, given.to_stage)
     save(python, given.out, asked)
     refused = {t.name: said for t in asked if (said := reshard(given.out, t))}
     resume(python, given.out, [t for t in asked if t.name not in refused])

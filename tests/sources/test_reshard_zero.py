@@ -6,6 +6,7 @@ Oracles: what lived when real DeepSpeed saved the stored runs, and DeepSpeed's o
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -156,6 +157,27 @@ def test_round_robin_deals_anew_for_the_new_ranks(ranks: int, order: list[int], 
         assert torch.equal(state["single_partition_of_fp32_groups"][0], mine)
         assert state["group_paddings"][0] == part - len(mine)
         assert state["base_optimizer_state"]["state"][0]["exp_avg"].shape == (part,)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("name", ["aligned-z1-n2", "lora-frozen-head-z3-n2", "roundrobin-z2-n3", "lora-lean-z2-n2"])
+def test_another_stage_has_what_lived(name: str, stage: int, place: Path) -> None:
+    run, out = RUNS / name, place / "out"
+    made = plan_state(ReshardRequest(str(run), stage=stage), revision=None, token=None, keep_code=False)
+    write(made.plan, out, reporter=Quiet())
+    shutil.copy(run / "oracle.safetensors", out)
+    (out / "fixture.json").write_text(json.dumps(facts(run) | {"stage": stage}))
+    assert faults(out) == []
+    first = loaded(min(tag(out).glob("*optim_states.pt")))
+    assert first["optimizer_state_dict"]["zero_stage"].args == (stage,)
+    assert first["ds_config"]["zero_optimization"]["stage"] == stage
+    assert len(list(tag(out).glob("*model_states.pt"))) == (facts(run)["ranks"] if stage == 3 else 1)
+
+
+def test_bf16_optimizer_keeps_its_stage() -> None:
+    asked = ReshardRequest(str(RUNS / "bf16-optimizer-z1-n2"), stage=2)
+    with pytest.raises(Refused, match="no loss scaler"):
+        plan_state(asked, revision=None, token=None, keep_code=False)
 
 
 # What can't be cut is refused by its name, and nothing is written.

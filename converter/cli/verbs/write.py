@@ -297,6 +297,12 @@ def reshard(
         int | None,
         typer.Option(metavar="N", min=1, help="Write a run's state for N data-parallel ranks.", show_default=False),
     ] = None,
+    stage: Annotated[
+        int | None,
+        typer.Option(
+            metavar="1|2|3", min=1, max=3, help="Write a run's state for this stage of ZeRO.", show_default=False
+        ),
+    ] = None,
     tag: Annotated[
         str | None,
         typer.Option(
@@ -308,15 +314,15 @@ def reshard(
     ] = None,
 ) -> int:
     """`rlhf-convert reshard`."""
-    if world_size is not None:
+    if world_size is not None or stage is not None:
         from converter.cli.run.reshard_state import reshard_state
         from converter.recipe.verbs.reshard_state import ReshardRequest
 
-        return reshard_state(ReshardRequest(src, world_size, tag), options.target(out), options)
+        return reshard_state(ReshardRequest(src, world_size, tag, stage), options.target(out), options)
     if tag is not None:
         from converter.errors import UsageError
 
-        raise UsageError("usage", "--tag names a checkpoint of a run, and goes with --world-size")
+        raise UsageError("usage", "--tag names a checkpoint of a run, and goes with --world-size or --stage")
     from converter.cli.run.reshard import reshard
 
     return reshard(src, options.target(out), options)

@@ -91,6 +91,17 @@ def read_torch_file(path: Path, *, root: Path | None = None, allow_names: re.Pat
     return _torch_file(container, allow_names)
 
 
+def read_tree(path: Path, *, root: Path) -> Container:
+    """The same file as what its pickle says, with the places of its storages: for those who write it again.
+
+    Raises:
+        Refused: of the container and of the names in it, as `read_torch_file` does.
+    """
+    container = sparse.read_again(path, lambda: read_container(path, root=root))
+    check_names(container.pickle.names, where=str(path))
+    return container
+
+
 def read_torch_member(fd: int, path: Path, *, start: int, length: int) -> TorchFile:
     """The value in a stretch of a file that is a file of torch.save itself; `fd` is the open file.
 

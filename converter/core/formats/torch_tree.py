@@ -7,14 +7,10 @@ written the key may be anything that whoever writes it knows: the key of a file 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from converter.core.files import sparse
-from converter.core.formats.pickle_machine import check_names
 from converter.core.formats.pickle_values import Built, Global, Ordered, Persistent
 from converter.core.formats.pickle_writer import write_pickle
-from converter.core.formats.torch_container import Container, read_container
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.errors import Refused
 from converter.text import show
@@ -38,17 +34,6 @@ _STORAGE, _CPU = "storage", "cpu"
 def is_writable(dtype: DType) -> bool:
     """True where torch has a type that a file can name."""
     return dtype in _STORAGES or dtype in _UNTYPED
-
-
-def read_tree(path: Path, *, root: Path) -> Container:
-    """A file of torch.save as what its pickle says, with the places of its storages.
-
-    Raises:
-        Refused: as `read_torch_file` does of the container and of the names in it.
-    """
-    container = sparse.read_again(path, lambda: read_container(path, root=root))
-    check_names(container.pickle.names, where=str(path))
-    return container
 
 
 def tensor(info: TensorInfo, key: Any, *, requires_grad: bool = False) -> Built:

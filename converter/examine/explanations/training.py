@@ -50,11 +50,11 @@ MESSAGES = (
         code="world-size-changed",
         severity="error",
         keys=("world size",),
-        pattern=r"DP world size of (?P<have>\d+) .*(?:current|different)|checkpoint.* world size",
-        text="The run was saved with another number of GPUs, and its optimizer state can't be resumed as it is. The "
-        "weights can "
-        "be gathered with any number.",
-        next=Command("gather", ("DIR", "OUT")),
+        pattern=r"(?:checkpoint.{0,80}?)?DP world size of (?P<have>\d+) .{0,80}?"
+        r"(?:current world size is (?P<want>\d+)|current|different)|checkpoint.* world size",
+        text="The run was saved on another number of ranks ({have}), and DeepSpeed resumes on as many only. reshard "
+        "writes its state for those that there are now ({want}), the optimizer's included, bit by bit.",
+        next=Steps(Command("reshard", ("DIR", "OUT", "--world-size", "RANKS")), Command("gather", ("DIR", "OUT"))),
         seen_in=("deepspeed 0.19.8: deepspeed/runtime/engine.py",),
     ),
     Message(

@@ -33,11 +33,12 @@ _LEFT = re.compile(r".*\.(?:safetensors|bin)|optimizer\.pt", re.ASCII)
 
 @dataclass(frozen=True)
 class ReshardRequest:
-    """What the user asked for."""
+    """What the user asked for; what isn't given stays as it is."""
 
     src: str
-    world_size: int
+    world_size: int | None = None
     tag: str | None = None
+    stage: int | None = None
 
 
 def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None, keep_code: bool) -> Resharded:
@@ -48,7 +49,7 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
         Refused: a trainer's state that isn't cut by ranks (`reshard-any-ranks`), or that isn't read (`reshard-kind`);
             see `plan_resharding`.
     """
-    if not 1 <= asked.world_size <= MAX_RANKS:
+    if asked.world_size is not None and not 1 <= asked.world_size <= MAX_RANKS:
         raise UsageError(
             "usage", f"--world-size {asked.world_size} is not a number of ranks", expected=f"1 to {MAX_RANKS}"
         )
@@ -60,11 +61,12 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
         raise _any_ranks("without ZeRO every rank has the whole state, in one file", place.folder)
     if place.folder != root:
         shards.said.insert(0, f"tag {show(place.folder.name)}: {place.why}")
-    side_files, inputs, said = _beside(place.folder.parent, asked.world_size, keep_code=keep_code)
-    made = plan_resharding(shards, asked.world_size, side_files=side_files, inputs=inputs)
+    ranks = asked.world_size or shards.ranks
+    side_files, inputs, said = _beside(place.folder.parent, ranks, keep_code=keep_code)
+    made = plan_resharding(shards, ranks, stage=asked.stage, side_files=side_files, inputs=inputs)
     provenance = {
         "version": __version__,
-        "recipe": {"reshard": {"world-size": asked.world_size}},
+        "recipe": {"reshard": {"world-size": made.ranks, "stage": made.stage}},
         "inputs": {"source": {"kind": "training", "name": place.folder.resolve().name, "header_digest": shards.digest}},
     }
     plan = dataclasses.replace(made.plan, provenance=provenance)

@@ -13,8 +13,7 @@ from typing import Any
 from converter.core.checkpoint import RecordCheck
 from converter.core.files.opening import Identity, open_input, read_exact
 from converter.core.formats.torch_container import Container
-from converter.core.formats.torch_file import Opaque, read_torch_file
-from converter.core.formats.torch_tree import read_tree
+from converter.core.formats.torch_file import Opaque, read_torch_file, read_tree
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused
@@ -77,7 +76,10 @@ class Shards:
         """What a file's pickle says, for those who write it again; the dictionary in it is sure to be one."""
         if file not in self._trees:
             self.open(file)
-            self._trees[file] = read_tree(self.folder / file, root=self.folder)
+            found = read_tree(self.folder / file, root=self.folder)
+            if not isinstance(found.pickle.value, dict):
+                raise self.refuse("zero-malformed", "the file holds no plain dictionary", file=file)
+            self._trees[file] = found
         return self._trees[file]
 
     def open(self, file: str) -> Mapping[Any, Any]:

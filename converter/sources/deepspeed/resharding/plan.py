@@ -14,7 +14,7 @@ from converter.core.writer.accounting import checks_of
 from converter.core.writer.plan import Plan
 from converter.core.writer.torch_trees import lay_out_tree
 from converter.sources.deepspeed.files import LATEST
-from converter.sources.deepspeed.resharding import trees
+from converter.sources.deepspeed.resharding import stages, trees
 from converter.sources.deepspeed.resharding.cuts import Rules
 from converter.sources.deepspeed.resharding.training import Training, read_training
 from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, expect_one_step
@@ -22,6 +22,7 @@ from converter.sources.deepspeed.weights import described, training_dtype
 
 MAX_RANKS = 65_536
 _RANK = re.compile(r"(?<=zero_pp_rank_)\d+", re.ASCII)
+_PREFIX = re.compile(r"(?:bf16_)?zero_pp_rank_\d+_", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,18 @@ class Resharded:
 
 
 def plan_resharding(
-    shards: Shards, ranks: int, *, side_files: Mapping[str, SideFile], inputs: Mapping[str, Identity]
+    shards: Shards,
+    ranks: int | None,
+    *,
+    stage: int | None = None,
+    side_files: Mapping[str, SideFile],
+    inputs: Mapping[str, Identity],
 ) -> Resharded:
     """Every file of a ZeRO run, for `ranks` ranks.
 
     Args:
+        ranks: None: as many as before.
+        stage: None: that of the run.
         side_files: what goes beside the tag's folder; `latest` is among what is written.
         inputs: identities of those files.
 
@@ -61,19 +69,22 @@ def plan_resharding(
     rules = _rules(shards)
     training = read_training(shards, rules)
     tag = shards.folder.name
-    make = _stage_3 if shards.stage == 3 else _stages_1_and_2
-    files = make(shards, training, rules, ranks)
+    ranks, stage = ranks or shards.ranks, stage or shards.stage
+    if stage != shards.stage:
+        _expect_movable(shards)
+        training = stages.with_frozen(shards, training)
+    files = _files(_Run(shards, training, rules, ranks, stage))
     laid_out = tuple(lay_out_tree(f"{tag}/{name}", tree, source) for name, (tree, source) in files.items())
     checks = checks_of((e.tensor for s in laid_out for e in s.entries), shards.checks)
     beside = {**side_files, LATEST: SideFile(content=tag.encode())}
     return Resharded(
         Plan(laid_out, beside, {**inputs, **shards.inputs}, {}, {}, checks=checks),
         tag,
-        shards.stage,
+        stage,
         shards.ranks,
         ranks,
         described(shards, shards.stage, shards.ranks),
-        described(shards, shards.stage, ranks),
+        described(shards, stage, ranks),
         batch_words(shards.model().get("ds_config"), shards.ranks, ranks),
         tuple(shards.said),
     )
@@ -114,31 +125,55 @@ def _expect_plain(shards: Shards) -> None:
         raise shards.refuse("zero-experts", text)
 
 
-def _stage_3(shards: Shards, training: Training, rules: Rules, ranks: int) -> dict[str, tuple[Any, Container]]:
-    """Model and optimizer files of each rank. A rank that there was before keeps its buffers; new ones get rank 0's."""
-    expect_one_step(shards, shards.files.models)
-    files: dict[str, tuple[Any, Container]] = {}
-    optimizer = shards.tree(shards.files.optimizers[0])
-    for rank in range(ranks):
-        own = shards.tree(shards.files.models.get(rank, shards.files.models[0]))
-        tree = trees.model_of_stage_3(own.pickle.value, training, rules, ranks, rank)
-        files[_of_rank(shards.files.models[0], rank)] = (tree, own)
-        tree = trees.optimizer_of_stage_3(optimizer.pickle.value, training, rules, ranks, rank)
-        files[_of_rank(shards.files.optimizers[0], rank)] = (tree, optimizer)
+def _expect_movable(shards: Shards) -> None:
+    if shards.optimizer == BF16_OPTIMIZER:
+        text = "BF16_Optimizer keeps no loss scaler, which DeepSpeed's other optimizers expect in their files"
+        raise shards.refuse("zero-stage", text, next="reshard with --world-size alone, which keeps the optimizer")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run, and what it is to become."""
+
+    shards: Shards
+    training: Training
+    rules: Rules
+    ranks: int
+    stage: int
+
+    def model(self, rank: int) -> tuple[Any, Container]:
+        """A model file's tree of the new stage. Ranks of before keep their buffers; new ones get those of rank 0."""
+        shards = self.shards
+        own = shards.tree(shards.files.whole or shards.files.models.get(rank, shards.files.models[0]))
+        tree = own.pickle.value
+        if self.stage != shards.stage:
+            tree = stages.model_of_stage(shards, self.training, tree, self.stage)
+        if self.stage == 3:
+            return trees.model_of_stage_3(tree, self.training, self.rules, self.ranks, rank), own
+        return trees.model_of_stages_1_and_2(tree, self.training, self.rules, self.ranks), own
+
+    def optimizer(self, rank: int) -> tuple[Any, Container]:
+        """A rank's optimizer file's tree of the new stage."""
+        own = self.shards.tree(self.shards.files.optimizers[0])
+        tree = own.pickle.value
+        if self.stage != self.shards.stage:
+            tree = stages.optimizer_of_stage(tree, self.stage)
+        if self.stage == 3:
+            return trees.optimizer_of_stage_3(tree, self.training, self.rules, self.ranks, rank), own
+        is_lean = self.shards.optimizer != BF16_OPTIMIZER
+        given = (tree, self.training, self.rules, self.ranks, rank)
+        return trees.optimizer_of_stages_1_and_2(*given, is_lean=is_lean), own
+
+
+def _files(run: _Run) -> dict[str, tuple[Any, Container]]:
+    """Trees by file name, each with the file that it was taken from."""
+    shards = run.shards
+    if shards.stage == 3:
+        expect_one_step(shards, shards.files.models)
+    whole = _PREFIX.sub("", shards.model_file())
+    files: dict[str, tuple[Any, Container]] = {} if run.stage == 3 else {whole: run.model(0)}
+    for rank in range(run.ranks):
+        if run.stage == 3:
+            files[f"zero_pp_rank_{rank}_{whole}"] = run.model(rank)
+        files[_RANK.sub(str(rank), shards.files.optimizers[0])] = run.optimizer(rank)
     return files
-
-
-def _stages_1_and_2(shards: Shards, training: Training, rules: Rules, ranks: int) -> dict[str, tuple[Any, Container]]:
-    """The model file, and each rank's optimizer file."""
-    model, optimizer = shards.tree(shards.model_file()), shards.tree(shards.files.optimizers[0])
-    files = {shards.model_file(): (trees.model_of_stages_1_and_2(model.pickle.value, training, rules, ranks), model)}
-    is_lean = shards.optimizer != BF16_OPTIMIZER
-    for rank in range(ranks):
-        tree = trees.optimizer_of_stages_1_and_2(optimizer.pickle.value, training, rules, ranks, rank, is_lean=is_lean)
-        files[_of_rank(shards.files.optimizers[0], rank)] = (tree, optimizer)
-    return files
-
-
-def _of_rank(name: str, rank: int) -> str:
-    """A rank's file by the name of another rank's."""
-    return _RANK.sub(str(rank), name)

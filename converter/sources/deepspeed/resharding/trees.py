@@ -16,7 +16,7 @@ from converter.sources.deepspeed.zero_folder import MASTER, Shapes
 _FRAGMENT = Global("deepspeed.utils.tensor_fragment", "fragment_address")
 
 
-def changed(tree: Mapping[Any, Any], **values: Any) -> Any:
+def changed(tree: Mapping[Any, Any], /, **values: Any) -> Any:
     """A dictionary of a tree with other values, of the same kind and in the same order; new keys come last."""
     made: Any = Ordered(tree) if isinstance(tree, Ordered) else dict(tree)
     if isinstance(tree, Ordered):
