@@ -65,13 +65,20 @@ class Keys:
         """Of lines without digits those that may hold a key."""
         fresh = set(stripped) - self._cold
         joined = b"\n".join(fresh)
-        present = tuple(key for key in self._without_digits if key in joined)
-        search = _any_of(present).search if present else None
-        hot = {line for line in fresh if search(line)} if search else set[bytes]()
+        hot = {line for key in self._without_digits for line in _lines_with(key, joined)}
         if len(self._cold) + len(fresh) > _REMEMBERED:
             self._cold.clear()
         self._cold.update(line for line in fresh if len(line) <= _REMEMBERED_LENGTH and line not in hot)
         return hot
+
+
+def _lines_with(key: bytes, data: bytes) -> Iterator[bytes]:
+    at = data.find(key)
+    while at >= 0:
+        end = data.find(b"\n", at)
+        end = len(data) if end < 0 else end
+        yield data[data.rfind(b"\n", 0, at) + 1 : end]
+        at = data.find(key, end)
 
 
 def _shortest(keys: Iterable[bytes]) -> tuple[bytes, ...]:

@@ -35,6 +35,7 @@ MESSAGES: tuple[Message, ...] = (
 )
 """In the order in which they are tried: the first that matches a line explains it."""
 
+_POSITIONS = tuple((key, position) for position, message in enumerate(MESSAGES) for key in message.keys)
 _KEYS = frozenset(key.encode() for message in MESSAGES for key in message.keys)
 
 _MOST_KINDS = 500
@@ -67,10 +68,10 @@ class Seen:
 
 def match(text: str) -> tuple[Message, dict[str, str]] | None:
     """The first known message in a line, with what its names matched."""
-    for message in MESSAGES:
-        if any(key in text for key in message.keys) and (found := message.regex.search(text)):
+    for position in sorted({position for key, position in _POSITIONS if key in text}):
+        if found := MESSAGES[position].regex.search(text):
             groups = {k: show(v.strip("'\"")) for k, v in found.groupdict().items() if v is not None}
-            return message, groups
+            return MESSAGES[position], groups
     return None
 
 
