@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from converter.cli.options import Conversion
 from converter.cli.run.folder import convert
-from converter.recipe.recipe import SOURCE, Recipe
+from converter.recipe.recipe import SOURCE, Recipe, Step
 from converter.recipe.verbs.pieces import cast_steps, output
 from converter.sources.opening import input_spec
 
@@ -14,11 +14,10 @@ if TYPE_CHECKING:
     from converter.recipe.run import Prepared
 
 
-def reshard(src: str, out: str | None, options: Conversion) -> int:
+def reshard(src: str, out: str | None, options: Conversion, *, dequantize: bool = False) -> int:
     """Rewrite a model folder."""
-    recipe = Recipe(
-        {SOURCE: input_spec(src, options.revision)}, cast_steps(options.plain), output(options.plain), file="reshard"
-    )
+    steps = (*((Step("dequantize", {}),) if dequantize else ()), *cast_steps(options.plain))
+    recipe = Recipe({SOURCE: input_spec(src, options.revision)}, steps, output(options.plain), file="reshard")
     return convert(recipe, out, options, input_lines=input_lines)
 
 

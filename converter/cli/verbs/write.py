@@ -10,6 +10,15 @@ from converter.cli.app import Out, verb
 from converter.cli.options import INPUT, OUTPUT, Conversion
 from converter.recipe.options import EmitChoice, NumericsChoice, PartChoice
 
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize",
+        help="Make a quantised model's weights whole first, as the vendor's own code does, to the bit.",
+        rich_help_panel=INPUT,
+    ),
+]
+
 
 @verb(
     "merge-lora",
@@ -66,13 +75,14 @@ def merge_lora(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    dequantize: Dequantize = False,
 ) -> int:
     """`rlhf-convert merge-lora`."""
     from converter.cli.run.merge import merge
     from converter.recipe.verbs.merge import MergeRequest
 
     asked = MergeRequest(
-        adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual, lora_alpha
+        adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual, lora_alpha, dequantize
     )
     return merge(asked, options.target(out), options)
 
@@ -270,11 +280,12 @@ def reshard(
     src: Annotated[str, typer.Argument(metavar="SRC", help="Model folder or Hub id.", show_default=False)],
     options: Conversion,
     out: Out = None,
+    dequantize: Dequantize = False,
 ) -> int:
     """`rlhf-convert reshard`."""
     from converter.cli.run.reshard import reshard
 
-    return reshard(src, options.target(out), options)
+    return reshard(src, options.target(out), options, dequantize=dequantize)
 
 
 @verb(

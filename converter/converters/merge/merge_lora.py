@@ -23,6 +23,7 @@ from converter.converters.merge.foreign_adapters import plain_names
 from converter.converters.merge.layer import merged, updates_of, with_token_rows
 from converter.converters.merge.methods.method import AdapterConfig, Method, Site, Update
 from converter.converters.merge.name_rules import AS_IN_BASE, NameRule, find_rule
+from converter.converters.merge.quantised_base import over_quantised
 from converter.converters.merge.remote_code import tell_of_code
 from converter.converters.merge.task import with_task
 from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_new_head
@@ -81,7 +82,13 @@ class MergeLora:
             raise UsageError("weights", f"{len(weights)} weights were given for {len(self.adapters)} adapters")
         if self.numerics == "peft" and any(w != 1 for w in weights):
             raise UsageError("weights", "PEFT merges with weight 1 only; use --numerics best with --weight")
-        _refuse_quantised(checkpoint)
+
+        def merge(base: Checkpoint) -> Checkpoint:
+            return self._merged(base, weights, context)
+
+        return over_quantised(checkpoint, self.adapters, context, merge)
+
+    def _merged(self, checkpoint: Checkpoint, weights: Sequence[float], context: Context) -> Checkpoint:
         tell_of_code(checkpoint, context)
         adapters = [with_task(a, checkpoint) for a in with_alpha(self.adapters, self.lora_alpha)]
         configs = [read_adapter_config(a, base_is_residual=self.base_is_residual) for a in adapters]
@@ -108,16 +115,6 @@ def _in_order(
     text = f"the adapters record different bases, and not all add up: merged one into the result of another, {listed}"
     context.note("info", "adapters-in-order", text)
     return [[at] for at in range(len(adapters))]
-
-
-def _refuse_quantised(base: Checkpoint) -> None:
-    if base.config.get("quantization_config"):
-        raise Refused(
-            "base-quantised",
-            "the base is quantised; a merge needs the 16 or 32 bit weights it was made from",
-            where=show(base.origin.asked),
-            next=Steps("name the unquantised base: ", Again(("--base", "DIR"))),
-        )
 
 
 @dataclass

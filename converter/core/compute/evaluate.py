@@ -156,7 +156,7 @@ def _finite(value: torch.Tensor) -> int:
 
 
 def shared_nodes(tensor: LazyTensor) -> frozenset[LazyTensor]:
-    """Inputs of an entry's outermost kernel that its chunks need whole or by columns: read and computed once."""
+    """Inputs of an entry's kernels that its chunks need whole or by columns: read and computed once."""
     while isinstance(tensor, Cast | Reshape | Narrow):
         tensor = tensor.source
     if not isinstance(tensor, Apply) or not tensor.info.shape or tensor.info.shape[0] < 2:
@@ -165,7 +165,13 @@ def shared_nodes(tensor: LazyTensor) -> frozenset[LazyTensor]:
     needs = kernel_specs.find(tensor.kernel).needs(0, 1, infos, dict(tensor.params))
     if needs is None:
         return frozenset()
-    return frozenset(i for i, n in zip(tensor.inputs, needs, strict=True) if n is None or n.dim != 0)
+    found: set[LazyTensor] = set()
+    for each, need in zip(tensor.inputs, needs, strict=True):
+        if need is None or need.dim != 0:
+            found.add(each)
+        else:
+            found |= shared_nodes(each)
+    return frozenset(found)
 
 
 def to_torch(tensor: LazyTensor) -> torch.Tensor:

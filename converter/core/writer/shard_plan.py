@@ -95,7 +95,8 @@ def chunk_rows(tensor: LazyTensor) -> int:
     if not shape or not is_separable(tensor):
         return max(shape[0] if shape else 1, 1)
     width = max(tensor.info.numel // max(shape[0], 1), 1)
-    return max(CHUNK_ELEMENTS // width // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+    multiple = ROW_MULTIPLE if len(shape) < 3 else 1  # a stack: each expert is a product of its own
+    return max(CHUNK_ELEMENTS // width // multiple, 1) * multiple
 
 
 def lay_out(

@@ -28,6 +28,7 @@ class MergeRequest:
     numerics: str = "best"
     base_is_residual: bool = False
     lora_alpha: float | None = None
+    dequantize: bool = False
 
 
 def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
@@ -53,7 +54,8 @@ def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
     if asked.lora_alpha is not None:
         fields["lora-alpha"] = asked.lora_alpha
     base = InputSpec(base_of="adapter") if asked.base is None else input_spec(asked.base)
-    steps = (Step("merge-lora", fields), *cast_steps(options))
+    first = (Step("dequantize", {}),) if asked.dequantize else ()
+    steps = (*first, Step("merge-lora", fields), *cast_steps(options))
     return Recipe({SOURCE: base, **adapters}, steps, output(options), file="merge-lora")
 
 
