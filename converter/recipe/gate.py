@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from converter.converters.heads.whole import MISSHAPEN, MISSING, Judgement, judge
 from converter.converters.merge.asked_modules import modules_missing
-from converter.converters.quantised.whole import expect_parts, found_in
+from converter.converters.merge.quantised.whole import expect_parts, found_in
 from converter.core.checkpoint import ADAPTER, MODEL, Checkpoint
 from converter.core.context import Context
 from converter.diagnostic import Command, as_argument

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from converter.converters.quantised.whole import found_in, whole
+from converter.converters.merge.quantised.whole import found_in, whole
 from converter.core.checkpoint import Checkpoint
 from converter.core.compute.evaluate import to_torch
 from converter.core.context import Context

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from converter.converters.quantised.dequantise import DEQUANTISED
-from converter.converters.quantised.full_precision import full_precision_of, is_quantised_name
-from converter.converters.quantised.whole import expect_parts, found_in, whole
+from converter.converters.merge.quantised.dequantise import DEQUANTISED
+from converter.converters.merge.quantised.full_precision import full_precision_of, is_quantised_name
+from converter.converters.merge.quantised.whole import expect_parts, found_in, whole
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.diagnostic import Again, Command, Steps

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from converter.core.context import Context
@@ -24,18 +24,20 @@ from converter.text import show
 _STATE = ".quant_state.bitsandbytes__"
 _TABLES = ("nf4", "fp4")
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_USUAL_BLOCK = 64
 _CODES = 256
-_NF4_MAP_BYTES = 64
 
 
 def find_four_bit(infos: Infos, config: Mapping[str, Any]) -> Iterator[Found]:
     """Weights that have a `quant_state`, and parts of such weights without one."""
     seen: set[str] = set()
+    found: list[Found] = []
     for name in infos:
         if _STATE in name:
             weight, _, table = name.partition(_STATE)
             seen.add(weight)
-            yield _four_bit(infos, weight, table, name)
+            found.append(_four_bit(infos, weight, table, name))
+    yield from _of_one_block_size(found)
     for name, info in infos.items():
         weight, _, part = name.rpartition(".")
         if part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map") and weight not in seen:
@@ -45,6 +47,18 @@ def find_four_bit(infos: Infos, config: Mapping[str, Any]) -> Iterator[Found]:
         if is_packed and name not in seen and not any(_STATE in n and n.startswith(name) for n in infos):
             seen.add(name)
             yield missing(name, f"{name}{_STATE}nf4")
+
+
+def _of_one_block_size(found: Sequence[Found]) -> Iterator[Found]:
+    """A model's weights are in blocks of one size, which no header says: one that is not in the others' has lost some."""
+    sizes = [b for each in found if isinstance(each, Weight) for b in each.params["blocks"]]
+    block = max(_BLOCKS, key=lambda b: (sizes.count(b), b == _USUAL_BLOCK))
+    for each in found:
+        if isinstance(each, Weight) and block not in each.params["blocks"]:
+            parts = f"{show(each.parts['absmax'])} of {show(each.name)}"
+            yield Fault(each.name, f"{parts} is not one for each {block} elements, as in the other weights")
+        else:
+            yield each
 
 
 def _four_bit(infos: Infos, weight: str, table: str, state: str) -> Found:
@@ -65,10 +79,11 @@ def _four_bit(infos: Infos, weight: str, table: str, state: str) -> Found:
         return misshapen(weight, parts["nested_quant_map"], infos[parts["nested_quant_map"]].shape, (_CODES,))
     size = infos[weight].nbytes
     count = absmax.numel
-    if not any(-(-2 * size // b) == count or -(-(2 * size - 1) // b) == count for b in _BLOCKS):
+    blocks = tuple(b for b in _BLOCKS if count in (-(-2 * size // b), -(-(2 * size - 1) // b)))
+    if not blocks:
         return misshapen(weight, parts["absmax"], absmax.shape, f"one for each block of {2 * size} elements")
     scheme = table.upper() + (", doubly quantised" if is_nested else "")
-    return Weight(weight, scheme, {**parts, "state": state}, None, (2 * size - 1, 2 * size))
+    return Weight(weight, scheme, {**parts, "state": state}, None, (2 * size - 1, 2 * size), params={"blocks": blocks})
 
 
 def whole_four_bit(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType, context: Context) -> LazyTensor:

@@ -167,7 +167,7 @@ def list_of(shape: tuple[int, ...]) -> str:
 
 
 def whole_columns(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType, context: Context) -> LazyTensor:
-    """`((code - zero) * scale)` of `[in, out]` in the scale's dtype, transposed, then in the model's.
+    """`((code - zero) * scale)` of `[in, out]`, transposed, rounded once.
 
     Raises:
         Refused: a zero point of GPTQ's first format has overflowed into its neighbour, or a group is past the scales
@@ -183,9 +183,9 @@ def whole_columns(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType,
         inputs.append(parts["order"])
     values = {
         "layout": params["layout"], "bits": params["bits"], "group": params["group"], "zero": int(is_first),
-        "first": 0, "out": scales.info.dtype.value if scales.info.dtype is not DType.F32 else dtype.value,
+        "first": 0, "out": dtype.value,
     }  # fmt: skip
-    return nodes.cast(nodes.apply(kernels.DEQUANTISE_PACKED_COLUMNS, inputs, values), dtype)
+    return nodes.apply(kernels.DEQUANTISE_PACKED_COLUMNS, inputs, values)
 
 
 def _expect_no_overflow(weight: Weight, zeros: LazyTensor, context: Context) -> None:

@@ -7,7 +7,8 @@ https://github.com/vllm-project/compressed-tensors/blob/0.20.0/src/compressed_te
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from converter.core.context import Context
@@ -109,50 +110,62 @@ def find_compressed(infos: Infos, config: Mapping[str, Any]) -> Iterator[Found]:
             if not is_packed and (weight not in infos or infos[weight].dtype not in (DType.F8_E4M3, DType.I8)):
                 yield orphan(name, weight)
         elif name.endswith(".weight") and info.dtype in (DType.F8_E4M3, DType.I8):
-            yield _compressed(infos, name, module, _block_structure(config))
+            yield _compressed(infos, name, module, _strategies(config))
 
 
-def _block_structure(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of a block, where a group of the config says them."""
+def _strategies(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What the groups of a config say of weights: `strategy`, `group_size`, `block_structure`."""
     groups = config.get("config_groups")
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        held = group.get("weights") if isinstance(group, Mapping) else None
-        if isinstance(held, Mapping) and held.get("strategy") == "block":
-            return block_size({"weight_block_size": held.get("block_structure")})
-    return None
+    held = [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+    return [each for each in held if isinstance(each, Mapping)]
 
 
-def _compressed(infos: Infos, name: str, module: str, structure: tuple[int, int] | None) -> Found:
+def _block_of(shape: Shape, weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that one scale is for, in a matrix of that shape."""
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if strategy == "tensor":
+        return shape[0], shape[1]
+    if strategy == "block":
+        return block_size({"weight_block_size": weights.get("block_structure")})
+    if strategy == "group":
+        return (1, size) if type(size) is int and size > 0 else None
+    return 1, shape[1]
+
+
+def _compressed(infos: Infos, name: str, module: str, strategies: Sequence[Mapping[str, Any]]) -> Found:
     scale, zero, shape = f"{module}{_SCALE}", f"{module}{_ZERO}", infos[name].shape
     if scale not in infos:
         return missing(name, scale)
     held = infos[scale]
     if held.dtype not in _FLOATS or len(shape) != _MATRIX:
         return Fault(scale, f"{show(scale)} is {held.dtype.value} {list(held.shape)} of a weight {list(shape)}")
-    kind = "FP8" if infos[name].dtype is DType.F8_E4M3 else "int8"
-    parts = {"weight": name, "scale": scale, **({"zero": zero} if zero in infos else {}), **_beside(infos, name)}
-    if structure is not None and held.shape == _grid(shape, structure):
-        block, how = structure, f"in blocks of {structure[0]} x {structure[1]}"
-    elif held.numel == 1:
-        block, how = (shape[0], shape[1]), "one scale each"
-    elif held.shape in (shape[:1], (shape[0], 1)):
-        block, how = (1, shape[1]), "a scale each row"
-    elif len(held.shape) == _MATRIX and all(h and s % h == 0 for h, s in zip(held.shape, shape, strict=True)):
-        block = (shape[0] // held.shape[0], shape[1] // held.shape[1])
-        how = f"in blocks of {block[0]} x {block[1]}"
-    else:
-        return misshapen(name, scale, held.shape, f"[1], {[shape[0], 1]} or whole blocks of {list(shape)}")
+    blocks = [b for b in (_block_of(shape, w) for w in strategies) if b is not None]
+    fitting = [
+        b for b in blocks if held.numel == math.prod(_grid(shape, b)) and held.shape[:1] in ((1,), _grid(shape, b)[:1])
+    ]
+    if not fitting:
+        grids = " or ".join(str(list(_grid(shape, b))) for b in blocks) or "what a group of the config says"
+        return misshapen(name, scale, held.shape, grids)
     if zero in infos and infos[zero].shape != held.shape:
         return misshapen(name, zero, infos[zero].shape, held.shape)
-    return Weight(name, f"{kind} of compressed-tensors, {how}", parts, shape, params={"block": block, "rounds": True})
+    block = fitting[0]
+    how = (
+        "one scale each"
+        if block == shape
+        else "a scale each row"
+        if block == (1, shape[1])
+        else f"in blocks of {block[0]} x {block[1]}"
+    )
+    kind = "FP8" if infos[name].dtype is DType.F8_E4M3 else "int8"
+    parts = {"weight": name, "scale": scale, **({"zero": zero} if zero in infos else {}), **_beside(infos, name)}
+    params = {"block": block, "grid": _grid(shape, block), "rounds": True}
+    return Weight(name, f"{kind} of compressed-tensors, {how}", parts, shape, params=params)
 
 
 def whole_compressed(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType, context: Context) -> LazyTensor:
     """`(W - zero) * scale`, rounded to the scale's dtype, then to the model's."""
-    shape = parts["weight"].info.shape
-    columns = 1 if weight.params["block"][1] == shape[1] else parts["scale"].info.shape[1]
-    rows = parts["scale"].info.numel // columns
-    grids = {k: nodes.reshape(t, (rows, columns)) if k in ("scale", "zero") else t for k, t in parts.items()}
+    grid = weight.params["grid"]
+    grids = {k: nodes.reshape(t, grid) if k in ("scale", "zero") else t for k, t in parts.items()}
     return whole(weight, grids, dtype, context)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from converter.converters.quantised.whole import found_in, whole
+from converter.converters.merge.quantised.whole import found_in, whole
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.errors import Refused
