@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from converter.cli.options import Display
 from converter.diagnostic import PROGRAM, Command, Next, as_argument, commands, is_command
 from converter.errors import ConvertError
 from converter.examine import facts
+from converter.families.quantised.reading import Quantised, read
 from converter.families.words import CLASSIFIERS, OUTPUT_MODULES, VALUE_HEADS
 from converter.text import fold, format_size, show
 
@@ -169,7 +171,7 @@ def _family(config: Mapping[str, Any]) -> str:
 
 
 def _model(found: Found) -> list[str]:
-    lines = [_weights(found.survey), *_beside(found.survey), *_shape(found.config)]
+    lines = [_weights(found), *_quantised(found), *_beside(found.survey), *_shape(found.config)]
     heads = _heads(found.survey)
     if heads:
         lines.append(line("head", "; ".join(f"{show(n)} {_shape_of(found.survey, n)}" for n in heads)))
@@ -185,12 +187,24 @@ def _model(found: Found) -> list[str]:
     return lines
 
 
-def _weights(survey: Survey) -> str:
+def _quantised_of(found: Found) -> Quantised:
+    return read({n: e.info for n, e in found.survey.entries.items()}, found.config)
+
+
+def _quantised(found: Found) -> list[str]:
+    """`quantised 196 NF4, doubly quantised`: weights by how they are stored; the other tensors are whole."""
+    held = _quantised_of(found)
+    words = held.words or held.unsupported
+    return [line("", f"quantised: {words}")] if words else []
+
+
+def _weights(found: Found) -> str:
     """`weights  7.07 B parameters in 339 tensors, bf16, 14.1 GB in 4 files`."""
+    survey = found.survey
     files = len(survey.files)
     return line(
         "weights",
-        f"{_count(_parameters(survey))} parameters in {len(survey.entries)} tensors, {_dtypes(survey)}, "
+        f"{_count(_parameters(found))} parameters in {len(survey.entries)} tensors, {_dtypes(survey)}, "
         f"{format_size(sum(survey.files.values()))} in {files} {'file' if files == 1 else 'files'}",
     )
 
@@ -206,8 +220,12 @@ def _beside(survey: Survey) -> list[str]:
     ]
 
 
-def _parameters(survey: Survey) -> int:
-    return sum(e.info.numel for e in survey.entries.values())
+def _parameters(found: Found) -> int:
+    """Values of the whole weights: several are in one element of a packed tensor, and scales are none."""
+    held = _quantised_of(found)
+    parts = {p for w, _ in held.weights for p in w.parts.values()}
+    plain = sum(e.info.numel for n, e in found.survey.entries.items() if n not in parts)
+    return plain + sum(w.elements[1] if w.shape is None else math.prod(w.shape) for w, _ in held.weights)
 
 
 def _dtypes(survey: Survey) -> str:
@@ -358,7 +376,8 @@ def _json(found: Found) -> dict[str, Any]:
         "model_type": found.config.get("model_type"),
         "peft_type": found.config.get("peft_type"),
         "base": found.config.get("base_model_name_or_path"),
-        "parameters": _parameters(survey),
+        "parameters": _parameters(found),
+        "quantised": _quantised_of(found).schemes,
         "tensors": len(survey.entries),
         "dtypes": sorted({e.info.dtype.value for e in survey.entries.values()}),
         "files": dict(survey.files),

@@ -50,7 +50,7 @@ def find_four_bit(infos: Infos, config: Mapping[str, Any]) -> Iterator[Found]:
 
 
 def _of_one_block_size(found: Sequence[Found]) -> Iterator[Found]:
-    """A model's weights are in blocks of one size, which no header says: one that is not in the others' has lost some."""
+    """A model's weights are in blocks of one size, which no header says: one of another size has lost some."""
     sizes = [b for each in found if isinstance(each, Weight) for b in each.params["blocks"]]
     block = max(_BLOCKS, key=lambda b: (sizes.count(b), b == _USUAL_BLOCK))
     for each in found:
