@@ -17,64 +17,140 @@ if TYPE_CHECKING:
     from converter.core.tensors.dtypes import DType, TensorInfo
     from converter.core.tensors.kernel_specs import KernelSpec
     from converter.core.writer.plan import Plan, make_plan
-    from converter.core.writer.write import write
-    from converter.errors import ConvertError, Refused, UsageError, VerificationFailed
+    from converter.core.writer.write import Receipt
+    from converter.errors import ConvertError, Interrupted, Refused, UsageError, VerificationFailed
+    from converter.examine.diagnoses.case import Finding
+    from converter.examine.doctor import Report
+    from converter.examine.verify.verify import Verified
     from converter.recipe.recipe import Recipe, load_recipe
+    from converter.recipe.verbs.conversion import Conversion
+    from converter.recipe.verbs.convert import Converted, convert, critic_to_rm, rm_to_critic
+    from converter.recipe.verbs.diff import Compared, diff
+    from converter.recipe.verbs.doctor import doctor
+    from converter.recipe.verbs.explain import Explanation, Messages, explain
+    from converter.recipe.verbs.gather import Gathered, gather
+    from converter.recipe.verbs.inspect import Inspection, inspect
     from converter.recipe.verbs.load import Loaded, load
+    from converter.recipe.verbs.merge import merge_lora
     from converter.recipe.verbs.open import open
+    from converter.recipe.verbs.push import Push, push
+    from converter.recipe.verbs.repair import Repaired, Sound, repair
+    from converter.recipe.verbs.reshard import reshard
+    from converter.recipe.verbs.run import plan, run, write
+    from converter.recipe.verbs.verify import verify
     from converter.sources.moments import adam_moments
 
 
 _HOME = {
     "Checkpoint": "core.checkpoint",
+    "Compared": "recipe.verbs.diff",
     "Context": "core.context",
+    "Conversion": "recipe.verbs.conversion",
     "ConvertError": "errors",
+    "Converted": "recipe.verbs.convert",
     "DType": "core.tensors.dtypes",
+    "Explanation": "recipe.verbs.explain",
+    "Finding": "examine.diagnoses.case",
+    "Gathered": "recipe.verbs.gather",
     "Input": "core.checkpoint",
+    "Inspection": "recipe.verbs.inspect",
+    "Interrupted": "errors",
     "KernelSpec": "core.tensors.kernel_specs",
+    "Loaded": "recipe.verbs.load",
+    "Messages": "recipe.verbs.explain",
     "Note": "core.context",
     "Origin": "core.checkpoint",
     "Plan": "core.writer.plan",
+    "Push": "recipe.verbs.push",
+    "Receipt": "core.writer.write",
     "Recipe": "recipe.recipe",
     "Refused": "errors",
+    "Repaired": "recipe.verbs.repair",
+    "Report": "examine.doctor",
     "SideFile": "core.checkpoint",
+    "Sound": "recipe.verbs.repair",
     "TensorInfo": "core.tensors.dtypes",
     "UsageError": "errors",
     "VerificationFailed": "errors",
+    "Verified": "examine.verify.verify",
     "adam_moments": "sources.moments",
-    "Loaded": "recipe.verbs.load",
+    "convert": "recipe.verbs.convert",
+    "critic_to_rm": "recipe.verbs.convert",
+    "diff": "recipe.verbs.diff",
+    "doctor": "recipe.verbs.doctor",
+    "explain": "recipe.verbs.explain",
+    "gather": "recipe.verbs.gather",
+    "inspect": "recipe.verbs.inspect",
     "load": "recipe.verbs.load",
     "load_recipe": "recipe.recipe",
-    "open": "recipe.verbs.open",
     "make_plan": "core.writer.plan",
+    "merge_lora": "recipe.verbs.merge",
+    "open": "recipe.verbs.open",
+    "plan": "recipe.verbs.run",
+    "push": "recipe.verbs.push",
+    "repair": "recipe.verbs.repair",
+    "reshard": "recipe.verbs.reshard",
+    "rm_to_critic": "recipe.verbs.convert",
+    "run": "recipe.verbs.run",
     "to_torch": "core.compute.evaluate",
-    "write": "core.writer.write",
+    "verify": "recipe.verbs.verify",
+    "write": "recipe.verbs.run",
 }
 
 __all__ = [
     "Checkpoint",
+    "Compared",
     "Context",
+    "Conversion",
     "ConvertError",
+    "Converted",
     "DType",
+    "Explanation",
+    "Finding",
+    "Gathered",
     "Input",
+    "Inspection",
+    "Interrupted",
     "KernelSpec",
     "Loaded",
+    "Messages",
     "Note",
     "Origin",
     "Plan",
+    "Push",
+    "Receipt",
     "Recipe",
     "Refused",
+    "Repaired",
+    "Report",
     "SideFile",
+    "Sound",
     "TensorInfo",
     "UsageError",
     "VerificationFailed",
+    "Verified",
     "__version__",
     "adam_moments",
+    "convert",
+    "critic_to_rm",
+    "diff",
+    "doctor",
+    "explain",
+    "gather",
+    "inspect",
     "load",
     "load_recipe",
     "make_plan",
+    "merge_lora",
     "open",
+    "plan",
+    "push",
+    "repair",
+    "reshard",
+    "rm_to_critic",
+    "run",
     "to_torch",
+    "verify",
     "write",
 ]
 

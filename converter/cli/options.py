@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -28,6 +28,9 @@ from converter.recipe.options import (
 
 INPUT, OUTPUT, RESOURCES, HUB, CONSENT = PANELS = ("Input", "Output", "Resources", "Hub", "Consent")
 """Panels of `--help`, in their order. An option without one is the verb's own and stands before them."""
+
+if TYPE_CHECKING:
+    from converter.core.writer.reporter import Reporter
 
 
 class FailOnChoice(StrEnum):
@@ -237,7 +240,15 @@ class Conversion(Fetch, Reading):
     def _plain_values(self) -> dict[str, Any]:
         """Values of the fields that `WriteOptions` has, under its names."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(WriteOptions) if hasattr(self, f.name)}
-        return values | {"allow": tuple(self.allow or ()), "resume": not self.no_resume, "verify": not self.no_verify}
+        lists = {"allow": tuple(self.allow or ()), "allow_name": tuple(self.allow_name or ())}
+        return values | lists | {"resume": not self.no_resume, "verify": not self.no_verify}
+
+    def knobs(self, reporter: Reporter, on_plan: Callable[[Any], None]) -> dict[str, Any]:
+        """The keyword arguments that the functions of `converter` take for these flags."""
+        values = dataclasses.asdict(self.plain)
+        if "source" in values:
+            values["from_"] = values.pop("source")
+        return values | {"dry_run": self.dry_run, "reporter": reporter, "on_plan": on_plan}
 
     def target(self, argument: str | None) -> str | None:
         """The output folder, from the argument or from `--out`.
@@ -270,7 +281,7 @@ def with_options(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[...
         @functools.wraps(command)
         def parsed(**values: Any) -> Callable[[], int]:
             options = kind(**{f.name: values.pop(f.name) for f in fields})
-            return functools.partial(_with_names, functools.partial(command, **values, options=options), options)
+            return functools.partial(command, **values, options=options)
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in arguments] + shared
         parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -278,16 +289,6 @@ def with_options(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[...
         return parsed
 
     return decorate
-
-
-def _with_names(command: Callable[[], int], options: Display) -> int:
-    """Run a command with the names that `--allow-name` gives allowed, in whatever it opens."""
-    if not isinstance(options, Reading) or not options.allow_name:
-        return command()
-    from converter.core.formats.pickle_names import allowing_names
-
-    with allowing_names(options.allow_name):
-        return command()
 
 
 @dataclass(frozen=True)

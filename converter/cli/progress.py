@@ -47,7 +47,7 @@ class Lines:
 
 
 class Bar:
-    """A bar that rich draws."""
+    """A bar that rich draws, from the start of a run on; a second start begins it anew."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -55,7 +55,10 @@ class Bar:
 
     def start(self, total_bytes: int, shards: int) -> None:
         """Show the bar."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
         self._task = self._progress.add_task("", total=total_bytes)
+        self._progress.start()
 
     def advance(self, count: int, tensor: str) -> None:
         """Move it; the tensor's name stands beside it."""
@@ -83,5 +86,8 @@ def progress(sink: Sink) -> Iterator[Reporter]:
     columns = (BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     name = TextColumn("{task.description}", markup=False)
     # Transient: the screen's own line about the shards takes the bar's place.
-    with Progress(*columns, name, console=Console(stderr=True), transient=True) as bar:
+    bar = Progress(*columns, name, console=Console(stderr=True), transient=True)
+    try:
         yield Bar(bar)
+    finally:
+        bar.stop()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from converter.core.writer.reporter import Reporter
 
 
 class LayoutChoice(StrEnum):
@@ -73,12 +78,14 @@ class WriteOptions:
         layout: how tensors are spread over files; None: the recipe's, else `auto`.
         link_unchanged: symbolic links to files of the source that stay as they are.
         allow: codes of refusals that the user consented to.
+        allow_name: patterns of names of the user's own classes that pickled files may mention; none is imported.
         keep_code: `.py` files of the source travel along.
         jobs: threads; None: one a core.
         memory: to stay under, as `2GB`.
         overwrite: replace an output that this tool made.
         resume: go on where an interrupted run stopped.
         verify: read the output back and compare.
+        public: a new repository on the Hub is public.
     """
 
     revision: str | None = None
@@ -88,12 +95,14 @@ class WriteOptions:
     layout: LayoutChoice | None = None
     link_unchanged: bool = False
     allow: tuple[str, ...] = ()
+    allow_name: tuple[str, ...] = ()
     keep_code: bool = False
     jobs: int | None = None
     memory: str | None = None
     overwrite: bool = False
     resume: bool = True
     verify: bool = True
+    public: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,3 +136,12 @@ class HeadOptions(WriteOptions):
     label_weights: str | None = None
     init_head: str | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Going:
+    """How a run goes on, and who hears of it: what is no part of what is written."""
+
+    dry_run: bool = False
+    reporter: Reporter | None = None
+    on_plan: Callable[[Any], None] | None = None

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from converter.cli.tell.explain import explained, known_codes
 from converter.examine.doctor import diagnoses
 from converter.examine.explanations import chinese
 from converter.examine.explanations.log import MESSAGES
+from converter.recipe.verbs.explain import explained, known_codes
 from oracle.command import run
 
 HAN = re.compile(r"[\u4e00-\u9fff]")

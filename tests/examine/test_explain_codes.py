@@ -13,11 +13,11 @@ import pytest
 
 import converter
 from converter.cli import VERBS, main
-from converter.cli.tell.explain import explained
 from converter.diagnostic import parts
 from converter.examine.doctor import diagnoses
 from converter.examine.explanations.codes import codes
 from converter.examine.explanations.log import MESSAGES
+from converter.recipe.verbs.explain import explained
 
 PACKAGE = Path(converter.__file__).parent
 TYPES = (

@@ -1,6 +1,6 @@
 """Feeds mutated headers, indexes, configs, recipes and logs to the command line, within 1 GB of address space.
 
-    python tests/fuzz/fuzz_texts.py SCRATCH [--seconds 10] [--seed 0] [--only N]
+    python tests/fuzz/fuzz_texts.py SCRATCH [--seconds 10] [--cases N] [--seed 0] [--only N]
 
 As `fuzz_pickles.py`, whose mutations it shares: a case is made from the seed and its number alone. Each is refused or
 done, soon, in printable words, with nothing new on the disk; anything else stops the run with exit code 1 and its
@@ -125,10 +125,11 @@ def expect_clean(line: str, code: int, text: str) -> None:
 
 
 def main() -> int:
-    """Runs cases until the time is up."""
+    """Runs cases until the time is up and there were enough of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--cases", type=int, default=0, help="at least so many, however long they take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="repeat this case")
     given = parser.parse_args()
@@ -143,7 +144,7 @@ def main() -> int:
     found: Counter[str] = Counter()
     slowest, number = 0.0, given.only or 0
     began: float | None = None
-    while began is None or time.monotonic() - began < given.seconds:
+    while began is None or number < given.cases or time.monotonic() - began < given.seconds:
         faulthandler.dump_traceback_later(HANG, exit=True)
         start = time.monotonic()
         try:

@@ -1,118 +1,125 @@
-"""From a recipe to a written checkpoint, with the screen around it. Every verb that writes goes through here."""
+"""From arguments to a written checkpoint, with the screen around it. Every verb that writes goes through here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from converter.cli.options import Conversion
-from converter.cli.run.hub import check_push, convert_to_hub, push_written, with_command
+from converter.cli.options import Conversion as Flags
+from converter.cli.progress import progress
+from converter.cli.run.hub import check_push, finish_on_hub, hub_lines, push_written, with_command
 from converter.cli.run.planned import (
-    Written,
+    dry_run,
+    finish,
+    finish_both,
     load_commands,
     missing_output,
-    notes_json,
-    plan_recipe,
-    write_prepared,
+    plan_lines,
+    plans_of_two,
 )
-from converter.cli.sink import Sink
 from converter.diagnostic import Next
-from converter.errors import Refused
+from converter.errors import Interrupted, Refused, UsageError
 from converter.publish.outputs import goes_to_hub
+from converter.recipe.verbs.conversion import SUFFIX, Conversion
 
 if TYPE_CHECKING:
+    from converter.core.writer.reporter import Reporter
     from converter.recipe.recipe import Recipe
-    from converter.recipe.run import Prepared
+
+V = TypeVar("V")
 
 
 def convert(
-    recipe: Recipe,
+    verb: Callable[..., V],
     out: str | None,
-    options: Conversion,
+    options: Flags,
     *,
-    input_lines: Callable[[Prepared], list[str]],
-    next_commands: Callable[[Written], Sequence[Next]] | None = None,
-) -> int:
-    """Run a recipe as the options say and return the exit code; `input_lines` tells the screen of the inputs."""
-    sink = options.sink
+    recipe: Callable[[], Recipe],
+    input_lines: Callable[[Any], list[str]],
+    next_commands: Callable[[Any], Sequence[Next]] = load_commands,
+) -> V | None:
+    """Run a function of `converter` as the flags say, with its plan and its result on the screen.
+
+    Args:
+        verb: takes the shared keyword arguments, its own are given already.
+        recipe: for `--print-recipe`, after which there is no result.
+        input_lines: what the screen says of the inputs, of the planned result.
+        next_commands: what to type next, of the finished one.
+    """
     if options.print_recipe:
-        if sink.as_json:
-            sink.json({"recipe": recipe.to_yaml()})
-        else:
-            sink.data(recipe.to_yaml().rstrip("\n"))
-        return 0
+        print_recipe(recipe(), options)
+        return None
     if out is None and not options.dry_run:
         raise missing_output()
-    if out is not None and goes_to_hub(out) and not options.dry_run:
-        return convert_to_hub(
-            recipe, out, options, input_lines=input_lines, next_commands=next_commands or load_commands
-        )
+    if goes_to_hub(out) and not options.dry_run and options.push_to_hub is not None:
+        raise UsageError("usage", f"{out} is on the Hub already; leave --push-to-hub out")
     check_push(options)
-    written = write_recipe(recipe, out, options, input_lines=input_lines)
-    if written is not None:
-        commands = next_commands or load_commands
-        _finish(written, sink, commands(written))
-        push_written(written.out, options)
-    return 0
+    done = written(verb, out, options, input_lines=input_lines)
+    if isinstance(done, Conversion):
+        _finish(done, options, next_commands)
+    return done
 
 
-def write_recipe(
-    recipe: Recipe, out: str | None, options: Conversion, *, input_lines: Callable[[Prepared], list[str]]
-) -> Written | None:
-    """Plan, show the plan and write; None after a dry run."""
-    target = None if out is None or goes_to_hub(out) else Path(out).expanduser()
-    planned = plan_recipe(recipe, target, options, input_lines=input_lines)
+def written(verb: Callable[..., V], out: str | None, options: Flags, *, input_lines: Callable[[Any], list[str]]) -> V:
+    """Plan, show the plan and write."""
+
+    def show_plan(planned: Conversion) -> None:
+        options.sink.screen(input_lines(planned))
+        lines = plan_lines if planned.adapter is None else plans_of_two
+        options.sink.screen(lines(planned, verbose=options.verbose))
+        options.sink.screen(hub_lines(planned))
+
+    with running(out, options) as reporter:
+        return verb(**options.knobs(reporter, show_plan))
+
+
+def print_recipe(recipe: Recipe, options: Flags) -> None:
+    """The recipe as data."""
+    if options.as_json:
+        options.sink.json({"recipe": recipe.to_yaml()})
+    else:
+        options.sink.data(recipe.to_yaml().rstrip("\n"))
+
+
+@contextmanager
+def running(out: str | None, options: Flags) -> Iterator[Reporter]:
+    """What hears how a run goes on; errors of the run get what the command line knows.
+
+    Raises:
+        Interrupted: a signal came; nothing is published.
+    """
     try:
-        if options.dry_run:
-            _dry_run(planned.prepared, target, planned.memory, options)
-            return None
-        assert target is not None
-        assert out is not None
-        receipt = write_prepared(planned.prepared, target, planned.jobs, planned.memory, options)
+        with progress(options.sink) as reporter:
+            yield reporter
     except Refused as error:
         raise with_command(error, out or "") from error.__cause__
-    return Written(planned.prepared, receipt, out)
+    except KeyboardInterrupt as stop:
+        if out is None or goes_to_hub(out) or options.dry_run:
+            raise
+        number = stop.args[0] if stop.args else signal.SIGINT
+        raise Interrupted(number, f"interrupted, nothing published: {_kept(out)}") from None
 
 
-def _dry_run(prepared: Prepared, target: Path | None, memory: int | None, options: Conversion) -> None:
-    """The refusals that a real run would make before its first byte, then the plan as data."""
-    from converter.cli import lines as report
-    from converter.core.writer import preflight
-
-    plan = prepared.plan
-    preflight.memory_limit(plan, memory)
-    if target is not None:
-        preflight.check_target(target, plan.inputs, overwrite=options.overwrite)
-        preflight.check_space(plan, target)
-    options.sink.screen(["dry run: nothing written"])
-    options.sink.json(
-        {
-            "dry_run": True,
-            "counts": plan.counts,
-            "total_bytes": plan.total_bytes,
-            "fingerprint": plan.fingerprint,
-            "files": report.files_json(plan),
-            "dropped": dict(plan.dropped),
-            "notes": notes_json(prepared),
-            "repaired": dict(prepared.checkpoint.repaired),
-        }
-    )
+def _kept(out: str) -> str:
+    folder = Path(out).expanduser()
+    partials = (folder.with_name(f"{folder.name}{suffix}.partial") for suffix in ("", SUFFIX))
+    partial = next((p for p in partials if p.exists()), None)
+    if partial is None:
+        return "the same command begins anew"
+    return f"what is done is kept in {partial}; the same command again resumes it"
 
 
-def _finish(written: Written, sink: Sink, commands: Sequence[Next]) -> None:
+def _finish(done: Conversion, options: Flags, next_commands: Callable[[Any], Sequence[Next]]) -> None:
     """The screen's last lines, and what to type next."""
-    from converter.cli import lines as report
-
-    receipt = written.receipt
-    sink.screen(written.screen(verbose=sink.verbose))
-    sink.screen(report.next_lines(commands))
-    sink.json(
-        {
-            "out": written.out,
-            "receipt": dict(receipt.content),
-            "notes": notes_json(written.prepared),
-            "seconds": round(receipt.seconds, 3),
-            "next": list(map(str, commands)),
-        }
-    )
+    if done.receipt is None and not done.earlier:
+        dry_run(done, options.sink)
+    elif done.published is not None:
+        finish_on_hub(done, options.sink, next_commands(done))
+    elif done.adapter is not None:
+        finish_both(done, options.sink, next_commands)
+    else:
+        finish(done, options.sink, next_commands(done))
+        push_written(str(done.out), options)

@@ -3,84 +3,74 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from converter.cli.options import Conversion
+from converter.cli import lines as report
+from converter.cli.options import Conversion as Flags
 from converter.cli.run.folder import convert
-from converter.cli.run.two_outputs import Split, write_both
-from converter.diagnostic import Command, Next, Steps, as_argument
-from converter.errors import ConvertError
+from converter.cli.run.planned import load_commands
+from converter.diagnostic import Command, Next, as_argument
+from converter.errors import UsageError
 from converter.recipe.recipe import SOURCE
-from converter.recipe.verbs.gather import GatherRequest, gather_recipe, with_masters
-from converter.recipe.verbs.run_state import with_recorded_base
+from converter.recipe.verbs import gather as verb
+from converter.recipe.verbs.gather import Gathered, GatherRequest, gather_recipe, with_masters
 from converter.text import show
 
 if TYPE_CHECKING:
-    from converter.cli.run.planned import Written
-    from converter.recipe.run import Prepared
+    from converter.recipe.recipe import Recipe
 
 
-def gather(asked: GatherRequest, out: str | None, options: Conversion) -> int:
+def gather(asked: GatherRequest, out: str | None, options: Flags) -> int:
     """Gather a trainer's shards into a model or an adapter."""
-    options = dataclasses.replace(options, dtype=with_masters(asked, options.dtype))
-
-    def attempt(recorded: bool) -> int:
-        return _gather(dataclasses.replace(asked, recorded=recorded), out, options)
-
-    try:
-        return with_recorded_base(attempt, given=asked.base is not None)
-    except ConvertError as error:
-        if error.code == "lora-alpha-unknown":
-            error.next = Steps(error.next, ", and --rslora if it set use_rslora")
-        raise
-
-
-def _gather(asked: GatherRequest, out: str | None, options: Conversion) -> int:
     if asked.emit == "both":
-        return gather_both(asked, out, options)
-    recipe, said = gather_recipe(asked, options.plain)
-    return convert(
-        recipe,
-        out,
-        options,
-        input_lines=lambda prepared: input_lines(prepared, said),
-        next_commands=lambda w: next_commands(w, asked),
-    )
+        expect_one_use(options)
+
+    def recipe() -> Recipe:
+        return gather_recipe(asked, dataclasses.replace(options.plain, dtype=with_masters(asked, options.dtype)))[0]
+
+    own = functools.partial(
+        verb.gather, asked.src, out, tag=asked.tag, base=asked.base, master=asked.master, emit=asked.emit,
+        part=asked.part, lora_alpha=asked.lora_alpha, rslora=asked.rslora,
+    )  # fmt: skip
+    convert(own, out, options, recipe=recipe, input_lines=input_lines, next_commands=next_commands)
+    return 0
 
 
-def input_lines(prepared: Prepared, said: str) -> list[str]:
+def expect_one_use(options: Flags) -> None:
+    """What goes with one output only.
+
+    Raises:
+        UsageError: a recipe or a repository is asked of two outputs (`usage`).
+    """
+    if options.print_recipe:
+        what = "two outputs are two recipes"
+        raise UsageError("usage", what, expected="--print-recipe with --emit merged, or with --emit adapter")
+    if options.push_to_hub is not None:
+        what = "two outputs are two repositories"
+        raise UsageError("usage", what, expected="--emit merged or --emit adapter, once for each repository")
+
+
+def input_lines(planned: Gathered) -> list[str]:
     """The screen's lines about the shards, the tag that was chosen, and the base."""
-    from converter.cli import lines as report
-
-    source = prepared.opened[SOURCE]
+    opened, recorded = planned.prepared.opened, planned.prepared.recorded
+    source = opened[SOURCE]
     words = report.dtype_words(source)
     lines = [report.line("shards", f"{show(source.origin.asked)}  {source.origin.stored_format}, {words}")]
-    if said:
-        lines.append(report.line("", said))
-    if "base" in prepared.opened:
-        lines.append(report.base_line("base", prepared.opened["base"], recorded="base" in prepared.recorded))
+    if planned.said:
+        lines.append(report.line("", planned.said))
+    if "base" in opened:
+        lines.append(report.base_line("base", opened["base"], recorded="base" in recorded))
     return lines
 
 
-def next_commands(written: Written, asked: GatherRequest) -> Sequence[Next]:
+def next_commands(done: Gathered) -> Sequence[Next]:
     """The check, then what loads the result."""
-    from converter.cli.run.planned import load_commands
-
-    if written.prepared.checkpoint.origin.kind != "adapter":
-        return load_commands(written)
-    out = as_argument(written.out)
-    base = written.prepared.checkpoint.config.get("base_model_name_or_path")
-    named = [] if isinstance(base, str) and base and asked.base is None else ["--base", asked.base or "BASE"]
+    if done.checkpoint.origin.kind != "adapter":
+        return load_commands(done)
+    out = as_argument(str(done.out))
+    base = done.checkpoint.config.get("base_model_name_or_path")
+    named = [] if isinstance(base, str) and base and done.base is None else ["--base", done.base or "BASE"]
     merge = Command("merge-lora", (out, f"{out.rstrip('/')}-merged", *named))
     return [Command("inspect", (out,)), merge]
-
-
-def gather_both(asked: GatherRequest, out: str | None, options: Conversion) -> int:
-    """Gather the model and the adapter."""
-    split = Split(
-        lambda emit: gather_recipe(dataclasses.replace(asked, emit=emit), options.plain),
-        input_lines,
-        lambda written: next_commands(written, asked),
-    )
-    return write_both(split, out, options)

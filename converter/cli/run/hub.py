@@ -2,93 +2,43 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from converter.cli.lines import checked_line, line, next_lines, update_lines
-from converter.cli.options import Conversion
-from converter.cli.progress import progress
-from converter.cli.run.planned import source_lines
+from converter.cli.options import Conversion as Flags
+from converter.cli.run.planned import notes_json, source_lines
 from converter.diagnostic import Command, Next, Steps, as_argument
-from converter.errors import Refused, UsageError
-from converter.publish.outputs import SCHEME, STALE, repository
+from converter.errors import Refused
+from converter.publish.outputs import SCHEME
 from converter.sources.hub.secrets import words_without_token
 from converter.text import show
 
 if TYPE_CHECKING:
-    from converter.cli.run.planned import Written
-    from converter.publish.requests import Destination
+    from converter.cli.sink import Sink
     from converter.publish.write import Published
-    from converter.recipe.recipe import Recipe
-    from converter.recipe.run import Prepared
+    from converter.recipe.verbs.conversion import Conversion
 
 
-def destination(out: str, options: Conversion) -> Destination:
-    """The repository that `hf://owner/name[@branch]` names.
-
-    Raises:
-        UsageError: no repository of that form (`hub-repo-id`), or `--push-to-hub` beside it (`usage`).
-    """
-    from converter.publish.requests import Destination
-    from converter.sources.locate import hub_name
-
-    named = hub_name(out)
-    assert named is not None
-    if named.folder:
-        what = f"{show(out)} is a folder in a repository; an output is the whole of one"
-        raise UsageError("hub-repo-id", what, expected=f"{SCHEME}owner/name or {SCHEME}owner/name@branch")
-    if options.push_to_hub is not None:
-        raise UsageError("usage", f"{show(out)} is on the Hub already; leave --push-to-hub out")
-    name, branch, _ = named
-    message = f"Upload {name.rpartition('/')[2]} with rlhf-convert"
-    removes = STALE in (options.allow or ())
-    return Destination(name, options.token, options.public, branch or "main", message=message, removes_stale=removes)
-
-
-def convert_to_hub(
-    recipe: Recipe,
-    out: str,
-    options: Conversion,
-    *,
-    input_lines: Callable[[Prepared], list[str]],
-    next_commands: Callable[[Written], Sequence[Next]],
-) -> int:
-    """Run a recipe whose output goes to the Hub file by file, with room for one of them."""
-    from converter.cli.run.planned import Written, notes_json, plan_recipe
-    from converter.publish.push import check_destination
-    from converter.publish.write import write_to_hub
-    from converter.recipe.run import refuse_no_op
-
-    where = destination(out, options)
-    if recipe.output.link_unchanged:
-        raise UsageError("link-remote", "the Hub has no links; leave --link-unchanged out", where=show(out))
-    sink = options.sink
-    # Before any input is opened: a token that can't write shall not cost a conversion.
-    me = check_destination(where)
-    planned = plan_recipe(recipe, None, options, input_lines=input_lines)
-    prepared, plan = planned.prepared, planned.prepared.plan
+def hub_lines(planned: Conversion) -> list[str]:
+    """Where an output on the Hub goes."""
+    where = planned.destination
+    if where is None:
+        return []
     how = "public" if where.public else "private, if it is new"
-    sink.screen([line("to", f"{show(where.repo_id)} ({how}), as {show(me)}; one file at a time on this disk")])
-    with progress(sink) as reporter:
-        done = write_to_hub(
-            plan,
-            where,
-            reporter=reporter,
-            card=lambda receipt, existing: _card(prepared, where, receipt, existing),
-            jobs=planned.jobs,
-            memory=planned.memory,
-            resume=not options.no_resume,
-            verify=not options.no_verify,
-            accept=lambda measures: refuse_no_op(prepared, measures),
-        )
+    return [line("to", f"{show(where.repo_id)} ({how}), as {show(planned.account)}; one file at a time on this disk")]
+
+
+def finish_on_hub(written: Conversion, sink: Sink, commands: Sequence[Next]) -> None:
+    """The screen's last lines of an output on the Hub."""
+    done, plan = written.published, written.plan
+    assert done is not None
     receipt, sent = done.receipt, len(done.pushed.sent) - len(done.copied)
     copied = f", {len(done.copied)} copied there from the source" if done.copied else ""
-    commands = list(next_commands(Written(prepared, receipt, out)))
     sink.screen(
         [
-            *_checked(done, verified=not options.no_verify),
+            *_checked(done, verified=written.options.verify),
             *update_lines(receipt.measures, plan),
             *source_lines(),
             line("pushed", f"{done.pushed.url}  {max(sent, 0)} files sent{copied}"),
@@ -97,17 +47,16 @@ def convert_to_hub(
     )
     sink.json(
         {
-            "out": out,
+            "out": written.out,
             "url": done.pushed.url,
             "sent": list(done.pushed.sent),
             "copied": list(done.copied),
             "receipt": dict(receipt.content),
-            "notes": notes_json(prepared),
+            "notes": notes_json(written),
             "seconds": round(receipt.seconds, 3),
             "next": list(map(str, commands)),
         }
     )
-    return 0
 
 
 def _checked(done: Published, *, verified: bool) -> list[str]:
@@ -117,51 +66,36 @@ def _checked(done: Published, *, verified: bool) -> list[str]:
     return [checked_line(done.receipt.reread, done.receipt.recomputed, done.receipt.measures)]
 
 
-def _card(prepared: Prepared, where: Destination, receipt: Mapping[str, Any], existing: str) -> str:
-    from converter.publish.card import CardFacts, base_models, model_card
-    from converter.publish.push import licence_of
-
-    checkpoint = prepared.checkpoint
-    is_adapter = checkpoint.origin.kind == "adapter"
-    facts = CardFacts(where.repo_id, receipt, checkpoint.config, is_adapter, prepared.plan.total_bytes)
-    if bases := base_models(facts):
-        facts = dataclasses.replace(facts, licence=licence_of(bases[0], where.token))
-    return model_card(facts, existing)
-
-
-def check_push(options: Conversion) -> None:
+def check_push(options: Flags) -> None:
     """Ask the Hub whether `--push-to-hub` will succeed, before the work is done.
 
     Raises:
-        UsageError, Refused: see `converter.publish.push.check_destination`.
+        UsageError, Refused: see `converter.recipe.verbs.push.expect_writable`.
     """
     if options.push_to_hub is None or options.dry_run:
         return
-    from converter.publish.push import check_destination
-    from converter.publish.requests import Destination
+    from converter.recipe.verbs.push import expect_writable
 
-    repo_id, branch = repository(options.push_to_hub, "main")
-    check_destination(Destination(repo_id, options.token, revision=branch))
+    expect_writable(options.push_to_hub, token=options.token)
 
 
-def push_written(out: str, options: Conversion) -> None:
+def push_written(out: str, options: Flags) -> None:
     """Push what was written, as `rlhf-convert push` does; its JSON object is the conversion's to print."""
     if options.push_to_hub is None:
         return
     from converter.cli.options import Reading
-    from converter.cli.run.push import PushRequest, push
+    from converter.cli.run.push import push
 
-    asked = PushRequest(
-        out,
-        options.push_to_hub,
-        token=options.token,
-        public=options.public,
-        keep_code=options.keep_code,
-        allow=tuple(options.allow or ()),
-    )
+    knobs = {
+        "token": options.token,
+        "public": options.public,
+        "keep_code": options.keep_code,
+        "allow": options.allow or (),
+        "allow_name": options.allow_name or (),
+    }
     shown = Reading(quiet=options.quiet or options.as_json, verbose=options.verbose)
     try:
-        push(asked, shown)
+        push(out, options.push_to_hub, shown, **knobs)
     except Refused as error:
         command = Command("push", (as_argument(out), options.push_to_hub))
         error.what += f"; {show(out)} is whole"

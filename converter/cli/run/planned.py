@@ -1,59 +1,29 @@
-"""A recipe planned and written, for every verb that writes: what a screen needs to know of both."""
+"""The screens and the data of what a verb that writes has planned and written."""
 
 from __future__ import annotations
 
-import signal
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.cli import lines as report
 from converter.cli.lines import line
-from converter.cli.options import Conversion
-from converter.cli.progress import progress
-from converter.core.files.names import TOKENIZER_CONFIG
+from converter.core.files.names import RECEIPT, TOKENIZER_CONFIG
 from converter.core.files.strict_json import load_json
 from converter.diagnostic import Again, Command, Next, Steps, as_argument, quoted
-from converter.errors import ConvertError, Interrupted, UsageError
+from converter.errors import ConvertError, UsageError
 from converter.families.memory_names import class_names
 from converter.publish.outputs import as_loaders_take_it
-from converter.recipe.verbs.pieces import threads
-from converter.text import fold, format_size, parse_size, show
+from converter.recipe.recipe import SOURCE
+from converter.text import fold, format_size, show
 
 if TYPE_CHECKING:
-    from converter.core.writer.write import Receipt
-    from converter.recipe.recipe import Recipe
-    from converter.recipe.run import Prepared
+    from converter.cli.sink import Sink
+    from converter.recipe.verbs.conversion import Conversion
 
 SMALL_FILE = 4_000_000
 """Bytes of a tokenizer_config.json that are read for the name of the pad token."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """A finished conversion."""
-
-    prepared: Prepared
-    receipt: Receipt
-    out: str
-
-    def screen(self, *, verbose: bool = False) -> list[str]:
-        """What was written, what was checked and what rounding cost."""
-        from converter.cli import lines as report
-        from converter.recipe.recipe import SOURCE
-
-        receipt, plan = self.receipt, self.prepared.plan
-        count = len(plan.written)
-        pad = _pad_token(Path(self.out).expanduser())
-        return [
-            *([report.shards_line(count, count, plan.total_bytes, receipt.seconds)] if count else []),
-            *report.linked_lines(plan, self.prepared.opened[SOURCE].origin.asked),
-            report.checked_line(receipt.reread, receipt.recomputed, receipt.measures),
-            *report.update_lines(receipt.measures, plan),
-            *(report.by_projection(receipt.measures) if verbose else []),
-            *source_lines(),
-            report.wrote_line(self.out, self.prepared.checkpoint.config, pad),
-        ]
 
 
 def missing_output() -> UsageError:
@@ -62,94 +32,136 @@ def missing_output() -> UsageError:
     return UsageError("usage", what, expected=expected, next=Steps(Again(("--out", "./NEW_FOLDER")), ", or --dry-run"))
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What is known before the first byte, and what the options allow for the rest."""
-
-    prepared: Prepared
-    jobs: int
-    memory: int | None
+# Plans
 
 
-def plan_recipe(
-    recipe: Recipe, target: Path | None, options: Conversion, *, input_lines: Callable[[Prepared], list[str]]
-) -> Planned:
-    """Plan, and show the plan; `target` is None where nothing will be written, or on the Hub."""
-    from converter.cli import lines as report
+def plan_lines(planned: Conversion, *, verbose: bool) -> list[str]:
+    """Notes, what happens to the tensors, and what it needs."""
     from converter.core.writer import preflight
-    from converter.recipe.run import prepare
 
-    sink = options.sink
-    memory = None if options.memory is None else parse_size(options.memory, what="--memory")
-    if target is not None:
-        # Before any input is opened: a mistyped output shall not cost a download.
-        preflight.check_target(target, (), overwrite=options.overwrite)
-    prepared = prepare(recipe, allow=frozenset(options.allow or ()), token=options.token, keep_code=options.keep_code)
-    plan, jobs = prepared.plan, options.jobs or threads()
-    sink.screen(input_lines(prepared))
-    sink.screen(report.note_lines(prepared.context.notes, verbose=options.verbose))
-    adapters = [c for c in prepared.opened.values() if c.origin.kind == "adapter"]
-    sink.screen([report.plan_line(plan, prepared.checkpoint, adapters)])
-    free = None if target is None else preflight.free_bytes(target)
-    needed = preflight.needed_memory(plan, jobs)
-    sink.screen([report.needs_line(plan.total_bytes, free, needed)])
-    return Planned(prepared, jobs, memory)
+    adapters = [c for c in planned.prepared.opened.values() if c.origin.kind == "adapter"]
+    free = None if planned.folder is None else preflight.free_bytes(planned.folder)
+    needed = preflight.needed_memory(planned.plan, planned.jobs)
+    return [
+        *report.note_lines(planned.notes, verbose=verbose),
+        report.plan_line(planned.plan, planned.checkpoint, adapters),
+        report.needs_line(planned.plan.total_bytes, free, needed),
+    ]
 
 
-def notes_json(prepared: Prepared) -> list[dict[str, str]]:
-    """A run's notes as JSON objects."""
-    return [{"severity": n.severity, "code": n.code, "text": n.text} for n in prepared.context.notes]
+def plans_of_two(model: Conversion, *, verbose: bool) -> list[str]:
+    """The same of two outputs."""
+    from converter.core.writer import preflight
+
+    assert model.adapter is not None
+    lines = report.note_lines(dict.fromkeys([*model.notes, *model.adapter.notes]), verbose=verbose)
+    for word, half in (("model", model), ("adapter", model.adapter)):
+        lines.append(line(word, show(half.out or "OUT is not named")))
+        if half.earlier:
+            lines.append(line("", "whole already: an earlier run made it, and it was compared with the plan"))
+        else:
+            lines.append(report.plan_line(half.plan, half.checkpoint, []))
+    todo = [h for h in (model, model.adapter) if not h.earlier]
+    free = None if model.folder is None else preflight.free_bytes(model.folder)
+    needed = max(preflight.needed_memory(h.plan, h.jobs) for h in todo)
+    return [*lines, report.needs_line(sum(h.plan.total_bytes for h in todo), free, needed)]
 
 
-def write_prepared(prepared: Prepared, out: Path, jobs: int, memory: int | None, options: Conversion) -> Receipt:
-    """Write what was prepared.
-
-    Raises:
-        Interrupted: a signal came; nothing is published.
-    """
-    from converter.core.writer.write import write
-    from converter.recipe.run import refuse_no_op
-
-    try:
-        with progress(options.sink) as reporter:
-            return write(
-                prepared.plan,
-                out,
-                jobs=jobs,
-                memory=memory,
-                overwrite=options.overwrite,
-                resume=not options.no_resume,
-                verify=not options.no_verify,
-                reporter=reporter,
-                accept=lambda measures: refuse_no_op(prepared, measures),
-            )
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        raise Interrupted(number, f"interrupted, nothing published: {_kept(out)}") from None
+def dry_run(planned: Conversion, sink: Sink) -> None:
+    """The plan as data."""
+    sink.screen(["dry run: nothing written"])
+    if planned.adapter is None:
+        more = {"dropped": dict(planned.plan.dropped), "notes": notes_json(planned)}
+        sink.json({"dry_run": True, **_counts(planned), **more, "repaired": dict(planned.checkpoint.repaired)})
+        return
+    halves = {h: {"out": x.out, **_counts(x)} for h, x in (("merged", planned), ("adapter", planned.adapter))}
+    sink.json({"dry_run": True, **halves, "notes": notes_json(planned, planned.adapter)})
 
 
-def _kept(out: Path) -> str:
-    partial = out.with_name(out.name + ".partial")
-    if not partial.exists():
-        return "the same command begins anew"
-    return f"what is done is kept in {partial}; the same command again resumes it"
+def _counts(planned: Conversion) -> dict[str, Any]:
+    plan = planned.plan
+    files = report.files_json(plan)
+    return {"counts": plan.counts, "total_bytes": plan.total_bytes, "fingerprint": plan.fingerprint, "files": files}
 
 
-def load_commands(written: Written) -> Sequence[Next]:
+def notes_json(*done: Conversion) -> list[dict[str, str]]:
+    """A run's notes as JSON objects, each once."""
+    found = [{"severity": n.severity, "code": n.code, "text": n.text} for each in done for n in each.notes]
+    return [n for i, n in enumerate(found) if n not in found[:i]]
+
+
+# Results
+
+
+def written_lines(done: Conversion, *, verbose: bool = False) -> list[str]:
+    """What was written, what was checked and what rounding cost."""
+    receipt, plan = done.receipt, done.plan
+    assert receipt is not None
+    assert done.folder is not None
+    count = len(plan.written)
+    return [
+        *([report.shards_line(count, count, plan.total_bytes, receipt.seconds)] if count else []),
+        *report.linked_lines(plan, done.prepared.opened[SOURCE].origin.asked),
+        report.checked_line(receipt.reread, receipt.recomputed, receipt.measures),
+        *report.update_lines(receipt.measures, plan),
+        *(report.by_projection(receipt.measures) if verbose else []),
+        *source_lines(),
+        report.wrote_line(str(done.out), done.checkpoint.config, _pad_token(done.folder)),
+    ]
+
+
+def finish(done: Conversion, sink: Sink, commands: Sequence[Next]) -> None:
+    """The screen's last lines, and what to type next."""
+    assert done.receipt is not None
+    sink.screen(written_lines(done, verbose=sink.verbose))
+    sink.screen(report.next_lines(commands))
+    sink.json(
+        {
+            "out": done.out,
+            "receipt": dict(done.receipt.content),
+            "notes": notes_json(done),
+            "seconds": round(done.receipt.seconds, 3),
+            "next": list(map(str, commands)),
+        }
+    )
+
+
+def finish_both(model: Conversion, sink: Sink, next_commands: Callable[[Conversion], Sequence[Next]]) -> None:
+    """The same for two outputs."""
+    assert model.adapter is not None
+    commands: list[Next] = []
+    values: list[dict[str, Any]] = []
+    for half in (model, model.adapter):
+        if half.receipt is None:
+            assert half.folder is not None
+            sink.screen([report.wrote_line(str(half.out), half.checkpoint.config, None) + " (earlier)"])
+            content = json.loads((half.folder / RECEIPT).read_bytes())
+        else:
+            sink.screen(written_lines(half, verbose=sink.verbose))
+            commands += load_commands(half) if half is model else next_commands(half)[:1]
+            content = dict(half.receipt.content)
+        values.append({"out": half.out, "receipt": content, "earlier": half.receipt is None})
+    sink.screen(report.next_lines(commands))
+    seconds = sum(h.receipt.seconds for h in (model, model.adapter) if h.receipt is not None)
+    more = {"notes": notes_json(model, model.adapter), "seconds": round(seconds, 3), "next": list(map(str, commands))}
+    sink.json({**values[0], "adapter": values[1], **more})
+
+
+def load_commands(written: Conversion) -> Sequence[Next]:
     """The check, then a line that loads the model; a value head is no part of the class that config.json names, which
     would load without it: there the line is the proof for the trainer that has it. A class that transformers lacks has
     no such line.
     """
-    config: Mapping[str, Any] = written.prepared.checkpoint.config
+    config: Mapping[str, Any] = written.checkpoint.config
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
-    out = as_argument(written.out)
+    out = as_argument(str(written.out))
     commands: list[Next] = [Command("inspect", (out,))]
-    checkpoint = written.prepared.checkpoint
+    checkpoint = written.checkpoint
     if any(n.startswith("v_head.") for n in (*checkpoint.tensors, *(n for f in checkpoint.beside.values() for n in f))):
         commands.append(Command("verify", (out,)))
     elif name in class_names() and not config.get("auto_map"):
-        path = as_loaders_take_it(written.out)
+        path = as_loaders_take_it(str(written.out))
         loads = f"from transformers import {name} as M; print(M.from_pretrained({path!r}))"
         # Double quotes read better around Python's own, where nothing in the path means something to a shell.
         command = Command("", ("-c", loads), program="python")

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
 
-from converter.cli.options import Conversion
+from converter.cli import lines as report
+from converter.cli.options import Conversion as Flags
 from converter.cli.run.folder import convert
-from converter.recipe.recipe import SOURCE, Recipe, Step
-from converter.recipe.verbs.pieces import cast_steps, output
-from converter.sources.opening import input_spec
-
-if TYPE_CHECKING:
-    from converter.recipe.run import Prepared
+from converter.recipe.recipe import SOURCE, Recipe
+from converter.recipe.verbs import reshard as verb
+from converter.recipe.verbs.conversion import Conversion
+from converter.recipe.verbs.reshard import reshard_recipe
 
 
-def reshard(src: str, out: str | None, options: Conversion, *, dequantize: bool = False) -> int:
+def reshard(src: str, out: str | None, options: Flags, *, dequantize: bool = False) -> int:
     """Rewrite a model folder."""
-    steps = (*((Step("dequantize", {}),) if dequantize else ()), *cast_steps(options.plain))
-    recipe = Recipe({SOURCE: input_spec(src, options.revision)}, steps, output(options.plain), file="reshard")
-    return convert(recipe, out, options, input_lines=input_lines)
+    own = functools.partial(verb.reshard, src, out, dequantize=dequantize)
+
+    def recipe() -> Recipe:
+        return reshard_recipe(src, options.plain, dequantize=dequantize)
+
+    convert(own, out, options, recipe=recipe, input_lines=input_lines)
+    return 0
 
 
-def input_lines(prepared: Prepared) -> list[str]:
+def input_lines(planned: Conversion) -> list[str]:
     """The screen's line about the source."""
-    from converter.cli import lines as report
-
-    return [report.base_line("source", prepared.opened[SOURCE], recorded=False)]
+    return [report.base_line("source", planned.prepared.opened[SOURCE], recorded=False)]

@@ -18,17 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.cli.options import Conversion, Display
-from converter.cli.run.folder import write_recipe
+from converter.cli.options import Conversion as Flags
+from converter.cli.options import Display
+from converter.cli.run import merge as merging
+from converter.cli.run import repair as repairing
+from converter.cli.run.folder import written
 from converter.cli.run.hub import check_push, push_written
-from converter.cli.run.merge import input_lines as merge_lines
-from converter.cli.run.planned import Written
-from converter.cli.run.repair import input_lines as repair_lines
+from converter.cli.run.planned import written_lines
 from converter.cli.tell.inspect import screen
 from converter.diagnostic import Command, Next, Steps
 from converter.errors import Refused, VerificationFailed
-from converter.recipe.verbs.merge import MergeRequest, merge_recipe
-from converter.recipe.verbs.repair import RepairRequest, repair_recipe
+from converter.recipe.verbs.conversion import Conversion
+from converter.recipe.verbs.merge import MergeRequest
+from converter.recipe.verbs.repair import Repaired, RepairRequest
 from converter.shipped import shipped
 from converter.text import show
 
@@ -63,7 +65,7 @@ class Loading:
 
 def demo_and_push(out: str, repo_id: str | None, options: Display) -> int:
     """Tell the story and push the merged model; whether the Hub will take it is asked first."""
-    shown = Conversion(as_json=options.as_json, verbose=options.verbose, quiet=options.quiet, push_to_hub=repo_id)
+    shown = Flags(as_json=options.as_json, verbose=options.verbose, quiet=options.quiet, push_to_hub=repo_id)
     try:
         check_push(shown)
     except Refused as error:
@@ -99,7 +101,7 @@ def demo(out: str, options: Display) -> int:
     before = load(folder / BASE, folder / CHECKPOINT)
     sink.screen(_said(before))
 
-    writing = Conversion(as_json=options.as_json, verbose=options.verbose, quiet=options.quiet, overwrite=True)
+    writing = Flags(as_json=options.as_json, verbose=options.verbose, quiet=options.quiet, overwrite=True)
     sink.screen(["", "3. Repair it from the shards beside it, and ask PEFT again", ""])
     fixed = _repaired(broken, repaired, writing)
     after = load(folder / BASE, folder / REPAIRED)
@@ -109,15 +111,13 @@ def demo(out: str, options: Display) -> int:
 
     command = Command("merge-lora", (repaired, merged, "--base", base))
     sink.screen(["", "4. Merge", "", f"$ {command}"])
-    written = write_recipe(
-        merge_recipe(MergeRequest(repaired, base), writing.plain), merged, writing, input_lines=merge_lines
-    )
-    assert written is not None
-    sink.screen([*written.screen(), ""])
+    asked = MergeRequest(repaired, base)
+    done = written(merging.of_request(asked, merged), merged, writing, input_lines=merging.input_lines)
+    sink.screen([*written_lines(done), ""])
 
     sink.screen(["5. Does it say the same? transformers loads it and scores answers that training never saw", ""])
     scored = score(folder / MERGED, folder / RUN)
-    sink.screen([*_scores(scored), "", "6. What changed", "", *_changes(written), ""])
+    sink.screen([*_scores(scored), "", "6. What changed", "", *_changes(done), ""])
     sink.screen([f"Done in {time.monotonic() - begun:.0f} s. The merged model is in {merged}, the receipt beside it:"])
     sink.screen([f"  {merged}/rlhf-convert.json"])
     sink.screen(["Next:    your own checkpoint:  rlhf-convert inspect PATH"])
@@ -126,25 +126,27 @@ def demo(out: str, options: Display) -> int:
             "out": merged,
             "before": vars(before),
             "after": vars(after),
-            "repair": dict(fixed.receipt.content),
-            "receipt": dict(written.receipt.content),
+            "repair": _receipt(fixed),
+            "receipt": _receipt(done),
             "scores": [vars(s) for s in scored],
         }
     )
     return 0
 
 
-def _repaired(broken: str, repaired: str, writing: Conversion) -> Written:
-    """The adapter with its empty tensors filled from the shards, as `repair` fills them."""
-    from converter.recipe.verbs.repair_places import search
-
+def _repaired(broken: str, repaired: str, writing: Flags) -> Conversion:
+    """The adapter with its empty tensors filled from the shards beside it."""
     writing.sink.screen([f"$ {Command('repair', (broken, repaired))}"])
-    asked = RepairRequest(broken)
-    recipe = repair_recipe(asked, search(broken, ()), writing.plain)
-    written = write_recipe(recipe, repaired, writing, input_lines=repair_lines)
-    assert written is not None
-    writing.sink.screen(written.screen())
-    return written
+    own = repairing.of_request(RepairRequest(broken), repaired)
+    done = written(own, repaired, writing, input_lines=repairing.input_lines)
+    assert isinstance(done, Repaired)
+    writing.sink.screen(written_lines(done))
+    return done
+
+
+def _receipt(done: Conversion) -> dict[str, Any]:
+    assert done.receipt is not None
+    return dict(done.receipt.content)
 
 
 def lay_out(folder: Path) -> None:
@@ -280,17 +282,18 @@ def _scores(scored: list[Scored]) -> list[str]:
     return lines
 
 
-def _changes(written: Written) -> list[str]:
+def _changes(done: Conversion) -> list[str]:
     from converter.cli.lines import by_projection, line
 
-    prepared = written.prepared
+    prepared = done.prepared
+    assert done.receipt is not None
     base, after = prepared.opened["source"].config, prepared.checkpoint.config
     lines = [line("model", f"{_class(base)} -> {_class(after)}")]
     dropped = ", ".join(f"{n} ({why})" for n, why in prepared.checkpoint.dropped.items())
     added = ", ".join(n for n in prepared.checkpoint.tensors if n not in prepared.opened["source"].tensors)
     lines += [line("added", added)] if added else []
     lines += [line("dropped", dropped)] if dropped else []
-    return [*lines, line("update", "by projection"), *by_projection(written.receipt.measures)]
+    return [*lines, line("update", "by projection"), *by_projection(done.receipt.measures)]
 
 
 def _class(config: Any) -> str:

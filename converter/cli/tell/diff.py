@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.lines import line
 from converter.cli.options import Display
 from converter.cli.progress import progress
-from converter.errors import ConvertError, Refused
-from converter.recipe.verbs.open import opened
+from converter.recipe.verbs import diff as verb
 from converter.text import fold, show
 
 if TYPE_CHECKING:
-    from converter.core.checkpoint import Checkpoint
     from converter.examine.diff import Difference, Pair
 
 MOST = 8
@@ -24,51 +21,20 @@ MOST = 8
 MAX_VALUE = 60
 
 
-def diff(a: str, b: str, ignore_prefix: tuple[str, ...], options: Display) -> int:
+def diff(a: str, b: str, options: Display, **knobs: Any) -> int:
     """Compare; exit code 0 where all is equal, else 1."""
-    from converter.examine.diff import compare
-
-    (one, lost, fault), (two, others, other_fault) = _open(a), _open(b)
     with progress(options.sink) as reporter:
-        reporter.start(one.total_bytes, 0)
-        found = compare(one, two, ignore_prefixes=ignore_prefix, told=lambda name, size: reporter.advance(size, name))
-    found = dataclasses.replace(found, lost=(lost, others), broken=(fault, other_fault))
+        done = verb.diff(a, b, reporter=reporter, **knobs)
+    found = done.difference
     options.sink.screen(
         [
-            line("a", f"{show(a)}  {one.origin.kind}, {len(one.tensors)} tensors"),
-            line("b", f"{show(b)}  {two.origin.kind}, {len(two.tensors)} tensors"),
+            line("a", f"{show(a)}  {done.a.origin.kind}, {len(done.a)} tensors"),
+            line("b", f"{show(b)}  {done.b.origin.kind}, {len(done.b)} tensors"),
             *screen(found, verbose=options.verbose),
         ]
     )
     options.sink.json(to_json(found))
-    return 0 if found.is_empty else 1
-
-
-def _open(text: str) -> tuple[Checkpoint, tuple[str, ...], str]:
-    """A checkpoint as `opened` finds it, its tensors that are empty or in files that are gone, and why they are.
-
-    Raises:
-        UsageError, Refused: see `opened`; faults other than lost tensors.
-    """
-    from converter.sources.hf.broken import LOST
-    from converter.sources.opening import input_spec, open_checkpoint
-
-    try:
-        return opened(text), (), ""
-    except Refused as error:
-        if error.code not in LOST:
-            raise
-        refusal = error
-    try:
-        spec = dataclasses.replace(input_spec(text), broken=True)
-        found = open_checkpoint(spec, token=None, keep_code=False)
-    except ConvertError:
-        raise refusal from None
-    lost = tuple(n for n, t in found.tensors.items() if t.info.shape == (0,))
-    if len(lost) == len(found.tensors):
-        raise refusal
-    kept = {n: t for n, t in found.tensors.items() if n not in lost}
-    return found.replace(tensors=kept, ties=(), beside={}), lost, f"{refusal.code}: {refusal.what}"
+    return 0 if done.is_equal else 1
 
 
 def screen(found: Difference, *, verbose: bool = False) -> list[str]:

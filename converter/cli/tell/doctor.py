@@ -33,7 +33,7 @@ from converter.text import show
 
 if TYPE_CHECKING:
     from converter.examine.diagnoses.case import Case, Finding
-    from converter.examine.doctor import DoctorRequest, Report
+    from converter.examine.doctor import Report
 
 WIDTH = 79
 """Columns that every line of a report fits into, but for names and commands, which are never cut."""
@@ -50,11 +50,12 @@ _KINDS = {
 }
 
 
-def doctor(asked: DoctorRequest, fail_on: str, options: Display) -> int:
+def doctor(path: str, fail_on: str, options: Display, **knobs: Any) -> int:
     """Examine a folder; exit code 1 where a finding is as bad as `fail_on` or worse."""
-    from converter.examine.doctor import at_or_above, examine
+    from converter.examine.doctor import at_or_above
+    from converter.recipe.verbs.doctor import doctor
 
-    report = examine(asked)
+    report = doctor(path, **knobs)
     code = 1 if at_or_above(fail_on, report.findings) else 0
     options.sink.screen([*screen(report, verbose=options.verbose), _verdict(report, code)])
     options.sink.json(to_json(report))

@@ -3,110 +3,69 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import wrapped_step
 from converter.cli.options import Display, Speaking
 from converter.cli.tell.doctor import WIDTH
-from converter.diagnostic import Command, Next, as_argument, parts
+from converter.diagnostic import Command, Next, parts
 from converter.errors import UsageError
-from converter.text import show
+from converter.recipe.verbs import explain as verb
+from converter.recipe.verbs.explain import Explanation, Messages, known_codes
 
 if TYPE_CHECKING:
     from converter.examine.explanations.log import Seen
 
-_CODE = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*", re.ASCII)
 _BLOCK = 1 << 20
 _WORDS = {"error": "ERROR", "changes-numbers": "NUMBERS", "cosmetic": "harmless"}
-_ORDER = ("error", "changes-numbers", "cosmetic")
 
 
 def explain(subject: str | None, fail_on: str | None, options: Speaking) -> int:
     """Explain what was asked for; exit code 1 only where `--fail-on` says so.
 
     Raises:
-        UsageError: no text (`usage`), an unknown code (`unknown-code`), or a path that is no file (`path-not-a-file`).
+        UsageError: see `converter.explain`.
     """
-    from converter.examine.explanations.log import match
-
     if subject is None:
         return _list_codes(options)
     if subject == "-":
-        return _explain(_stdin(), fail_on, options, live=True)
-    if not subject.strip():
-        raise UsageError("usage", "the text is empty", next=Command("explain", ("--help",)))
-    path = Path(subject).expanduser()
-    code = subject.strip()
-    if _names_a_file(path) and not (path.is_dir() and explained(code) is not None):
-        if path.is_dir():
-            look = Command("doctor", (as_argument(subject),))
-            raise UsageError("path-not-a-file", "this is a folder", where=show(subject), next=look)
-        return _explain(_file(path), fail_on, options, live=False)
-    if _CODE.fullmatch(code) and match(code) is None:
-        return _explain_code(code, options)
-    return _explain(iter([subject.encode("utf-8", "replace")]), fail_on, options, live=False, pasted=True)
+        return _live(fail_on, options)
+    found = verb.explain(subject)
+    if isinstance(found, Explanation):
+        _tell_code(found, options)
+        return 0
+    for seen in found.found:
+        options.sink.screen(_screen(seen, numbered=found.is_log, in_chinese=options.in_chinese))
+    return _ended(found, fail_on, options)
 
 
-def _names_a_file(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False  # a pasted text may be longer than a path can be
+def _live(fail_on: str | None, options: Speaking) -> int:
+    """A log as it is written: each message when it comes; a job can be ended at the first that is bad enough."""
+
+    def tell(seen: Seen) -> bool:
+        options.sink.screen(_screen(seen, numbered=True, in_chinese=options.in_chinese))
+        return Messages((seen,)).at_or_above(fail_on)
+
+    found = verb.explain(_stdin(), on_message=tell)
+    assert isinstance(found, Messages)
+    return _ended(found, fail_on, options)
 
 
-def explained(code: str) -> tuple[str, tuple[Next, ...]] | None:
-    """What a code means and what to do: a diagnosis's, a refusal's, a check's, a note's, or a message's name."""
-    from converter.examine.doctor import diagnoses
-    from converter.examine.explanations.codes import codes
-    from converter.examine.explanations.log import MESSAGES
-
-    if code in diagnoses():
-        return " ".join(diagnoses()[code].doc.split()), ()
-    if code in codes():
-        found = codes()[code]
-        return found.text, (found.next,) if found.next else ()
-    for message in MESSAGES:
-        if message.code == code:
-            return message.general, (*parts(message.next), *(Command("explain", (c,)) for c in message.codes))
-    return None
+def _ended(found: Messages, fail_on: str | None, options: Speaking) -> int:
+    if not found.found:
+        options.sink.screen(_nothing(not found.is_log))
+    options.sink.json({"messages": [_json(s) for s in found.found]})
+    return 1 if found.at_or_above(fail_on) else 0
 
 
-def known_codes() -> list[str]:
-    """Every code that can be explained."""
-    from converter.examine.doctor import diagnoses
-    from converter.examine.explanations.codes import codes
-    from converter.examine.explanations.log import MESSAGES
-
-    return sorted({*diagnoses(), *codes(), *(m.code for m in MESSAGES)})
-
-
-def _explain_code(code: str, options: Speaking) -> int:
-    from converter.examine.explanations import chinese
-
-    found = explained(code)
-    if found is None:
-        known = known_codes()
-        near = get_close_matches(code, known, n=3, cutoff=0.7) or [c for c in known if f"-{code}-" in f"-{c}-"][:3]
-        command = Command("explain", (near[0] if near else "the pasted error",))
-        raise UsageError(
-            "unknown-code",
-            f"nothing here has the code {show(code)}, and there is no file of that name",
-            expected=", ".join(near) if near else None,
-            next=command,
-        )
-    text, next_ = found
-    zh = chinese.of_code(code)
-    above = [zh] if zh and options.in_chinese else []
-    options.sink.screen([code, *above, *textwrap.wrap(text, WIDTH), *_advice(next_)])
-    options.sink.json({"code": code, "text": text, "zh": zh, "next": list(map(str, next_))})
-    return 0
+def _tell_code(found: Explanation, options: Speaking) -> None:
+    above = [found.zh] if found.zh and options.in_chinese else []
+    options.sink.screen([found.code, *above, *textwrap.wrap(found.text, WIDTH), *_advice(found.next)])
+    options.sink.json({"code": found.code, "text": found.text, "zh": found.zh, "next": list(map(str, found.next))})
 
 
 def _advice(steps: Sequence[Next], indent: str = "") -> list[str]:
@@ -121,17 +80,6 @@ def _list_codes(options: Display) -> int:
     return 0
 
 
-def _file(path: Path) -> Iterator[bytes]:
-    from converter.core.files.opening import open_input
-
-    fd = open_input(path)
-    try:
-        while block := os.read(fd, _BLOCK):
-            yield block
-    finally:
-        os.close(fd)
-
-
 def _stdin() -> Iterator[bytes]:
     """What comes, when it comes: a block is not waited for until it is full."""
     stream = sys.stdin.buffer
@@ -140,35 +88,6 @@ def _stdin() -> Iterator[bytes]:
         raise UsageError("path-not-a-file", "standard input is a folder")
     while block := os.read(fd, _BLOCK):
         yield block
-
-
-def _explain(
-    blocks: Iterator[bytes], fail_on: str | None, options: Speaking, *, live: bool, pasted: bool = False
-) -> int:
-    from converter.examine.explanations.log import read
-
-    limit = len(_ORDER) if fail_on is None else _ORDER.index(fail_on)
-    failed = fail_on is not None
-    found: list[Seen] = []
-    bad = False
-    for seen, is_new in read(blocks):
-        if not is_new:
-            continue
-        found.append(seen)
-        bad = failed and _ORDER.index(seen.message.severity) <= limit
-        if live:
-            options.sink.screen(_screen(seen, numbered=True, in_chinese=options.in_chinese))
-        if live and bad:
-            break  # a job can be ended early
-    if not live:
-        found.sort(key=lambda s: (_ORDER.index(s.message.severity), s.line))
-        for seen in found:
-            options.sink.screen(_screen(seen, numbered=not pasted, in_chinese=options.in_chinese))
-    bad = failed and any(_ORDER.index(s.message.severity) <= limit for s in found)
-    if not found:
-        options.sink.screen(_nothing(pasted))
-    options.sink.json({"messages": [_json(s) for s in found]})
-    return 1 if bad else 0
 
 
 def _nothing(pasted: bool) -> Sequence[str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,65 +13,21 @@ from converter.cli.options import Display
 from converter.diagnostic import PROGRAM, Command, Next, as_argument, commands, is_command
 from converter.errors import ConvertError
 from converter.examine import facts
-from converter.families.quantised.reading import Quantised, read
-from converter.families.words import CLASSIFIERS, OUTPUT_MODULES, VALUE_HEADS
+from converter.recipe.verbs import inspect as verb
+from converter.recipe.verbs.inspect import LORA_MARK
 from converter.text import fold, format_size, show
 
 if TYPE_CHECKING:
     from converter.core.tensors.dtypes import TensorInfo
-    from converter.examine.doctor import Report
+    from converter.recipe.verbs.inspect import Inspection
     from converter.sources.survey import Survey
 
-HEADS = (*CLASSIFIERS, *VALUE_HEADS, *OUTPUT_MODULES)
-"""Modules that come after a backbone, as transformers, TRL and the common trainers name them."""
 
-LORA_MARK = ".lora_"
-
-
-@dataclass(frozen=True)
-class Found:
-    """A folder, the source that knows it, what lies in it, and what doctor says of it."""
-
-    asked: str
-    path: Path
-    revision: str | None
-    report: Report
-
-    @property
-    def survey(self) -> Survey:
-        """Files and tensors."""
-        return self.report.case.survey
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """config.json, or adapter_config.json of an adapter."""
-        case = self.report.case
-        return case.adapter_config if self.is_adapter else case.config
-
-    @property
-    def is_adapter(self) -> bool:
-        """True for an adapter, false for a model."""
-        return self.kind == "adapter"
-
-    @property
-    def is_training(self) -> bool:
-        """True for a trainer's state, which has to be gathered."""
-        return self.kind == "training"
-
-    @property
-    def kind(self) -> str:
-        """`adapter`, `model`, or `training` for a trainer's state."""
-        return self.report.case.kind
-
-    @property
-    def has_errors(self) -> bool:
-        """True where a fault stops every verb."""
-        return self.report.worst() == "error"
-
-
-def inspect(asked: str, revision: str | None, options: Display, *, tensors: bool = False) -> int:
+def inspect(
+    asked: str, revision: str | None, options: Display, *, tensors: bool = False, allow_name: Sequence[str] = ()
+) -> int:
     """Show what a folder holds; exit code 1 where something is wrong with it."""
-    found = look(asked, revision)
+    found = verb.inspect(asked, revision=revision, allow_name=allow_name)
     options.sink.screen(_screen(found, tensors=tensors))
     options.sink.json(_json(found))
     return 1 if found.report.worst() in ("error", "changes-numbers") else 0
@@ -81,24 +35,10 @@ def inspect(asked: str, revision: str | None, options: Display, *, tensors: bool
 
 def screen(asked: str) -> list[str]:
     """What `inspect` prints."""
-    return _screen(look(asked, None))
+    return _screen(verb.inspect(asked))
 
 
-def look(asked: str, revision: str | None) -> Found:
-    """Find the folder, read its headers and ask doctor.
-
-    Raises:
-        UsageError: nothing that can be inspected has that name.
-        Refused: a Hub id that is not in the cache and can't be read from the Hub (`hub-download`).
-    """
-    from converter.examine.doctor import DoctorRequest, examine
-    from converter.sources.locate import resolve
-
-    located = resolve(asked, revision=revision, in_parts=True)
-    return Found(asked, located.path, located.revision, examine(DoctorRequest(asked, revision=revision)))
-
-
-def _screen(found: Found, *, tensors: bool = False) -> list[str]:
+def _screen(found: Inspection, *, tensors: bool = False) -> list[str]:
     case = found.report.case
     at = f"@{show(short_revision(found.revision))}" if found.revision else ""
     if case.kind == "run":
@@ -119,7 +59,7 @@ def _screen(found: Found, *, tensors: bool = False) -> list[str]:
     ]
 
 
-def _around(found: Found) -> list[str]:
+def _around(found: Inspection) -> list[str]:
     """Its stacks of layers, the files beside the weights, and who saved it."""
     case = found.report.case
     present, missing = facts.files_beside(case)
@@ -132,7 +72,7 @@ def _around(found: Found) -> list[str]:
     ]
 
 
-def _read(found: Found) -> list[str]:
+def _read(found: Inspection) -> list[str]:
     """How little of a model on the Hub was transferred."""
     from converter.core.files import sparse
 
@@ -143,7 +83,7 @@ def _read(found: Found) -> list[str]:
     return [line("read", f"{format_size(count)} of the {format_size(sum(f.size for f in read))} on the Hub")]
 
 
-def _inside(found: Found) -> list[str]:
+def _inside(found: Inspection) -> list[str]:
     """The checkpoints that lie in a run's folder, by the numbers in their names."""
     from converter.examine.doctor import checkpoints_in
     from converter.sources.finding import kind_of
@@ -152,7 +92,7 @@ def _inside(found: Found) -> list[str]:
     return [line("", f"{show(_below(found, p))} ({kind_of(p)})") for p in below[-20:]]
 
 
-def _below(found: Found, folder: Path) -> str:
+def _below(found: Inspection, folder: Path) -> str:
     from converter.sources.hub.names import as_reference
 
     return f"{as_reference(found.asked).rstrip('/')}/{folder.name}"
@@ -170,9 +110,9 @@ def _family(config: Mapping[str, Any]) -> str:
     return name + family + ("" if labels is None else f", {labels} {'label' if labels == 1 else 'labels'}")
 
 
-def _model(found: Found) -> list[str]:
+def _model(found: Inspection) -> list[str]:
     lines = [_weights(found), *_quantised(found), *_beside(found.survey), *_shape(found.config)]
-    heads = _heads(found.survey)
+    heads = found.heads
     if heads:
         lines.append(line("head", "; ".join(f"{show(n)} {_shape_of(found.survey, n)}" for n in heads)))
     known, norm = facts.dialect(found.report.case), facts.normaliser(found.config)
@@ -187,24 +127,18 @@ def _model(found: Found) -> list[str]:
     return lines
 
 
-def _quantised_of(found: Found) -> Quantised:
-    return read({n: e.info for n, e in found.survey.entries.items()}, found.config)
-
-
-def _quantised(found: Found) -> list[str]:
-    """`quantised 196 NF4, doubly quantised`: weights by how they are stored; the other tensors are whole."""
-    held = _quantised_of(found)
-    words = held.words or held.unsupported
+def _quantised(found: Inspection) -> list[str]:
+    """`quantised: 196 NF4, doubly quantised`: weights by how they are stored; the other tensors are whole."""
+    words = found.quantised.words or found.quantised.unsupported
     return [line("", f"quantised: {words}")] if words else []
 
 
-def _weights(found: Found) -> str:
+def _weights(found: Inspection) -> str:
     """`weights  7.07 B parameters in 339 tensors, bf16, 14.1 GB in 4 files`."""
-    survey = found.survey
-    files = len(survey.files)
+    survey, files = found.survey, len(found.survey.files)
     return line(
         "weights",
-        f"{_count(_parameters(found))} parameters in {len(survey.entries)} tensors, {_dtypes(survey)}, "
+        f"{_count(found.parameters)} parameters in {len(survey.entries)} tensors, {_dtypes(survey)}, "
         f"{format_size(sum(survey.files.values()))} in {files} {'file' if files == 1 else 'files'}",
     )
 
@@ -218,14 +152,6 @@ def _beside(survey: Survey) -> list[str]:
         )
         for file, found in survey.beside.items()
     ]
-
-
-def _parameters(found: Found) -> int:
-    """Values of the whole weights: several are in one element of a packed tensor, and scales are none."""
-    held = _quantised_of(found)
-    parts = {p for w, _ in held.weights for p in w.parts.values()}
-    plain = sum(e.info.numel for n, e in found.survey.entries.items() if n not in parts)
-    return plain + sum(w.elements[1] if w.shape is None else math.prod(w.shape) for w, _ in held.weights)
 
 
 def _dtypes(survey: Survey) -> str:
@@ -261,10 +187,6 @@ def _shape(config: Mapping[str, Any]) -> list[str]:
     return [line("shape", ", ".join(words))] if words else []
 
 
-def _heads(survey: Survey) -> list[str]:
-    return [n for n in survey.entries if any(part in HEADS for part in n.split(".")[:-1]) and LORA_MARK not in n]
-
-
 def _shape_of(survey: Survey, name: str) -> str:
     return _shape_and_type(survey.entries[name].info)
 
@@ -276,12 +198,12 @@ def _shape_and_type(info: TensorInfo) -> str:
 # Adapters
 
 
-def _adapter(found: Found) -> list[str]:
+def _adapter(found: Inspection) -> list[str]:
     survey = found.survey
     modules = {n.partition(LORA_MARK)[0] for n in survey.entries if LORA_MARK in n}
     kinds = Counter(m.rpartition(".")[2] for m in modules)
     whole = [n for n in survey.entries if LORA_MARK not in n]
-    lines = [line("base", _base(found.config)), _weights(survey)]
+    lines = [line("base", _base(found.config)), _weights(found)]
     if modules:
         listed = ", ".join(f"{show(k)}" for k in sorted(kinds))
         lines.append(line("targets", f"{len(modules)} modules: {listed}"))
@@ -321,13 +243,13 @@ def _tensors(survey: Survey) -> list[str]:
 # Faults and what to do
 
 
-def _verdict(found: Found) -> list[str]:
+def _verdict(found: Inspection) -> list[str]:
     """Doctor's findings, a line or two each."""
     from converter.cli.tell.doctor import WIDTH, WORDS
     from converter.examine.doctor import file_of
 
     lines = []
-    for finding in found.report.findings:
+    for finding in found.findings:
         how = {"": "", "lost": "; lost", "here": ""}.get(finding.recoverability, f"; {finding.recoverability}")
         file = file_of(finding, found.report.case)
         about = f"{file}: " if file else ""
@@ -339,21 +261,21 @@ def _verdict(found: Found) -> list[str]:
     return [line("faults", "none found in headers and configs")]
 
 
-def _next(found: Found) -> list[Next]:
+def _next(found: Inspection) -> list[Next]:
     path = as_argument(found.asked)
     if found.kind == "run":
         from converter.examine.doctor import checkpoints_in
 
         return [Command("inspect", (_below(found, checkpoints_in(found.path)[-1]),))]
     if found.has_errors:
-        held = (command for f in found.report.findings for command in commands(f.next)[:1] if is_command(f.next))
+        held = (command for f in found.findings for command in commands(f.next)[:1] if is_command(f.next))
         return [c for c in dict.fromkeys(held) if c.program == PROGRAM]
     if found.report.is_for_others():
         return []
     if found.is_training:
         return [Command("gather", (path, "OUT"))]
     # A head that only its own trainer finds: no other command moves it to where others look.
-    steps: list[Next] = [f.next for f in found.report.findings if f.code == "head-dialect" and f.next]
+    steps: list[Next] = [f.next for f in found.findings if f.code == "head-dialect" and f.next]
     if found.is_adapter:
         from converter.sources.hub.names import as_base
 
@@ -365,7 +287,7 @@ def _next(found: Found) -> list[Next]:
     return steps + ([Command("merge-lora", ("ADAPTER", "OUT", "--base", path))] if is_causal else [])
 
 
-def _json(found: Found) -> dict[str, Any]:
+def _json(found: Inspection) -> dict[str, Any]:
     survey = found.survey
     return {
         "path": found.asked,
@@ -376,13 +298,12 @@ def _json(found: Found) -> dict[str, Any]:
         "model_type": found.config.get("model_type"),
         "peft_type": found.config.get("peft_type"),
         "base": found.config.get("base_model_name_or_path"),
-        "parameters": _parameters(found),
-        "quantised": _quantised_of(found).schemes,
+        "parameters": found.parameters,
         "tensors": len(survey.entries),
-        "dtypes": sorted({e.info.dtype.value for e in survey.entries.values()}),
+        "dtypes": [d.value for d in found.dtypes],
         "files": dict(survey.files),
-        "heads": {n: list(survey.entries[n].info.shape) for n in _heads(survey)},
-        "saved_by": facts.made_by(found.report.case),
-        "side_files": facts.files_beside(found.report.case)[0],
-        "findings": [f.to_json() for f in found.report.findings],
+        "heads": {n: list(shape) for n, shape in found.heads.items()},
+        "saved_by": list(found.saved_by),
+        "side_files": list(found.side_files),
+        "findings": [f.to_json() for f in found.findings],
     }

@@ -47,8 +47,9 @@ def convert(
 ) -> int:
     """`rlhf-convert convert`."""
     from converter.cli.run.convert import convert
+    from converter.recipe.verbs.convert import ConvertRequest
 
-    return convert(src, options.target(out), to, role.value, options)
+    return convert(ConvertRequest(src, to, role.value), options.target(out), options)
 
 
 @verb(
@@ -66,8 +67,9 @@ def convert(
 def rm_to_critic(src: Src, options: HeadFlags, to: To, out: Out = None) -> int:
     """`rlhf-convert rm-to-critic`."""
     from converter.cli.run.convert import convert
+    from converter.recipe.verbs.convert import ConvertRequest
 
-    return convert(src, options.target(out), to, "critic", options, verb="rm-to-critic")
+    return convert(ConvertRequest(src, to, "critic", "rm-to-critic"), options.target(out), options)
 
 
 @verb(
@@ -84,5 +86,6 @@ def rm_to_critic(src: Src, options: HeadFlags, to: To, out: Out = None) -> int:
 def critic_to_rm(src: Src, options: HeadFlags, to: To, out: Out = None) -> int:
     """`rlhf-convert critic-to-rm`."""
     from converter.cli.run.convert import convert
+    from converter.recipe.verbs.convert import ConvertRequest
 
-    return convert(src, options.target(out), to, "reward", options, verb="critic-to-rm")
+    return convert(ConvertRequest(src, to, "reward", "critic-to-rm"), options.target(out), options)

@@ -65,9 +65,10 @@ def push(
     ] = None,
 ) -> int:
     """`rlhf-convert push`."""
-    from converter.cli.run.push import PushRequest, push
+    from converter.cli.run.push import push
 
-    codes = tuple(allow or ())
     return push(
-        PushRequest(folder, repo, token, public, revision, create_pr, message, keep_code, dry_run, codes), options
-    )
+        folder, repo, options, token=token, public=public, revision=revision, create_pr=create_pr,
+        commit_message=message, keep_code=keep_code, dry_run=dry_run, allow=allow or (),
+        allow_name=options.allow_name or (),
+    )  # fmt: skip

@@ -34,7 +34,7 @@ def inspect(
     """`rlhf-convert inspect`."""
     from converter.cli.tell.inspect import inspect
 
-    return inspect(path, revision, options, tensors=tensors)
+    return inspect(path, revision, options, tensors=tensors, allow_name=options.allow_name or ())
 
 
 @verb(
@@ -103,12 +103,11 @@ def doctor(
 ) -> int:
     """`rlhf-convert doctor`."""
     from converter.cli.tell.doctor import doctor
-    from converter.examine.doctor import DoctorRequest
 
-    asked = DoctorRequest(
-        path, base, tuple(weights_from or ()), target, actor, tuple(ignore or ()), deep, launch=launch
-    )
-    return doctor(asked, fail_on.value, options)
+    return doctor(
+        path, fail_on.value, options, base=base, weights_from=weights_from or (), for_=target, with_actor=actor,
+        ignore=ignore or (), deep=deep, launch=launch, allow_name=options.allow_name or (),
+    )  # fmt: skip
 
 
 @verb(
@@ -176,21 +175,11 @@ def verify(
 ) -> int:
     """`rlhf-convert verify`."""
     from converter.cli.tell.verify import verify
-    from converter.examine.verify.verify import VerifyRequest
 
-    asked = VerifyRequest(
-        folder,
-        trainer,
-        None if role is None else role.value,
-        against,
-        source,
-        base,
-        live,
-        python,
-        probe,
-        tuple(allow or ()),
-    )
-    return verify(asked, options)
+    return verify(
+        folder, options, for_=trainer, role=None if role is None else role.value, against=against, from_=source,
+        base=base, live=live, python=python, probe=probe, allow=allow or (),
+    )  # fmt: skip
 
 
 @verb(
@@ -246,7 +235,7 @@ def diff(
     """`rlhf-convert diff`."""
     from converter.cli.tell.diff import diff
 
-    return diff(a, b, tuple(ignore_prefix or ()), options)
+    return diff(a, b, options, ignore_prefix=ignore_prefix or (), allow_name=options.allow_name or ())
 
 
 @verb(

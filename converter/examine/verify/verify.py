@@ -13,7 +13,7 @@ from converter.diagnostic import Command, Steps, as_argument, quoted
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, Refused, UsageError
-from converter.examine.verify.check import Check, fails
+from converter.examine.verify.check import Check, failed, fails
 from converter.families.words import CAUSAL_CLASSES
 from converter.text import show
 
@@ -40,13 +40,29 @@ class VerifyRequest:
     allow: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verified:
-    """What was found."""
+    """What was found.
+
+    Attributes:
+        aim: the trainer and role that it was verified for.
+        checks: what was looked at, in order.
+        table: of `probe`: each pair with its rewards.
+    """
 
     aim: Target
-    checks: list[Check]
-    table: list[dict[str, Any]]
+    checks: tuple[Check, ...]
+    table: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that fail."""
+        return tuple(failed(self.checks))
+
+    @property
+    def holds(self) -> bool:
+        """True where no check fails."""
+        return not self.failed
 
 
 def examine(asked: VerifyRequest) -> Verified:
@@ -67,7 +83,7 @@ def examine(asked: VerifyRequest) -> Verified:
             raise  # it was not looked at
         # What no tool can open, no trainer loads: the verdict is that it fails, and why.
         text = f"{error.where}: {error.what}" if error.where else error.what
-        return Verified(_aim(asked, None), [fails("files", error.code, text, error.next)], [])
+        return Verified(_aim(asked, None), (fails("files", error.code, text, error.next),))
     aim = _aim(asked, checkpoint)
     root = resolve(asked.folder, in_parts=True).path
     if asked.live:
@@ -147,7 +163,7 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
         is_plain = checkpoint.origin.kind == "adapter" and not is_reward
         remedy = merge if is_plain else _remedy(asked, aim)
         text = f"this is {'an adapter' if checkpoint.origin.kind == 'adapter' else 'a training state'}, not a model"
-        return Verified(aim, [fails("files", "not-a-model", text, remedy)], [])
+        return Verified(aim, (fails("files", "not-a-model", text, remedy),))
     verdict = check_for(checkpoint, aim, context, remedy=_remedy(asked, aim))
     names = {*checkpoint.tensors, *(n for tensors in checkpoint.beside.values() for n in tensors)}
     checks = [*verdict.checks, *check_receipt(root, frozenset(names))]
@@ -172,7 +188,7 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
     if asked.probe is not None and reading is not None:
         more, table = _pairs(asked, aim, reading, there)
         checks += more
-    return Verified(aim, checks, table)
+    return Verified(aim, tuple(checks), tuple(table))
 
 
 def _headless(checkpoint: Checkpoint, context: Context) -> Reading:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeVar, Unpack
 
 from converter.converters.heads.detect import head_like
 from converter.core.files.names import ADAPTER_PICKLED, ADAPTER_WEIGHTS
-from converter.dialects.known import Target
+from converter.diagnostic import Again, Steps
+from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, UsageError
+from converter.recipe.options import Going, HeadOptions
 from converter.recipe.recipe import SOURCE, Output, Recipe, Step
+from converter.recipe.verbs.conversion import Conversion, convert_recipe
+from converter.recipe.verbs.knobs import HeadWriting, Where, allowing, optional, options_of
 from converter.recipe.verbs.pieces import cast_steps, output
-from converter.recipe.verbs.run_state import place_of
+from converter.recipe.verbs.run_state import for_role, place_of, with_recorded_base
 from converter.sources.opening import InputSpec, input_spec
 from converter.text import show
 
-if TYPE_CHECKING:
-    from converter.recipe.options import HeadOptions
-
+T = TypeVar("T")
 Kind = Literal["model", "adapter", "training"]
 
 
@@ -40,6 +42,104 @@ class Found:
     damaged: bool = False
     part: str | None = None
     recorded: bool = False
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """What the user asked for; `verb` is what errors call it."""
+
+    src: str
+    to: str
+    role: Role = "critic"
+    verb: str = "convert"
+
+    @property
+    def aim(self) -> Target:
+        """The trainer that is to read it."""
+        return target(self.to, self.role)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted(Conversion):
+    """A model of one trainer made into one of another: what the source was, and who reads the output."""
+
+    request: ConvertRequest
+    found: Found
+
+
+def convert(
+    src: Where, out: Where | None = None, *, to: str, role: Role = "critic", **writing: Unpack[HeadWriting]
+) -> Converted:
+    """Make a reward model, critic or actor of one trainer into one of another: gathered, merged, remapped in one pass.
+
+    Args:
+        src: a model, an adapter, a trainer's state, a run, or a name on the Hub.
+        out: the folder to write, or `hf://owner/name`; None: only plan.
+        to: `TRAINER` or `TRAINER@VERSION`.
+        role: `reward`, `critic` or `actor`: what that trainer uses it as.
+        writing: see `HeadWriting`; `from_` is the trainer or dialect of the source.
+
+    Raises:
+        UsageError: an unknown trainer, or several checkpoints or models to choose from.
+        Refused: the head is lost, or something else; nothing is on the disk.
+        VerificationFailed: what was written is not what it should be; it is not published.
+    """
+    options, going = options_of(HeadOptions, writing)
+    return converted(ConvertRequest(str(src), to, role), optional(out), options, going)
+
+
+def rm_to_critic(src: Where, out: Where | None = None, *, to: str, **writing: Unpack[HeadWriting]) -> Converted:
+    """Make a reward model of any trainer into the critic that another begins with: `convert` with `role="critic"`."""
+    options, going = options_of(HeadOptions, writing)
+    return converted(ConvertRequest(str(src), to, "critic", "rm-to-critic"), optional(out), options, going)
+
+
+def critic_to_rm(src: Where, out: Where | None = None, *, to: str, **writing: Unpack[HeadWriting]) -> Converted:
+    """Make a critic of any trainer into a reward model of another: `convert` with `role="reward"`."""
+    options, going = options_of(HeadOptions, writing)
+    return converted(ConvertRequest(str(src), to, "reward", "critic-to-rm"), optional(out), options, going)
+
+
+def converted(request: ConvertRequest, out: str | None, options: HeadOptions, going: Going) -> Converted:
+    """What `convert` and its presets do, of plain values."""
+
+    def attempt(state: Found, recipe: Recipe) -> Converted:
+        return convert_recipe(
+            recipe, out, options, going,
+            lambda p: Converted(prepared=p, options=options, request=request, found=state),
+        )  # fmt: skip
+
+    with allowing(options.allow_name):
+        return each_recipe(request, options, attempt)
+
+
+def each_recipe(request: ConvertRequest, options: HeadOptions, attempt: Callable[[Found, Recipe], T]) -> T:
+    """Call `attempt` with the recipe that the arguments mean, and again with the base that a run records, if needed.
+
+    Raises:
+        ConvertError: what `attempt` raised, with where lost tensors were looked for.
+    """
+    looked: list[str] = []
+    found: Found | None = None
+    aim = request.aim
+
+    def with_base(recorded: bool) -> T:
+        assert found is not None
+        places, looked[:] = lost_and_found(found, options)
+        state = dataclasses.replace(found, recorded=recorded)
+        return attempt(state, remap_recipe(state, request.to, request.role, aim, options, places, request.verb))
+
+    try:
+        found = find(request.src, options)
+        return with_recorded_base(with_base, given=found.kind != "training" or options.base is not None)
+    except ConvertError as error:
+        for_role(error, request.role)
+        if error.code == "head-missing" and found is not None and found.kind == "training":
+            fresh = Again(("--init-head", "zeros"))
+            error.next = Steps("name the model of the run that has a head; for a fresh critic: ", fresh)
+        if error.code == "head-base-lost" and looked and error.got is None:
+            error.got = "looked: " + "; ".join(looked)
+        raise
 
 
 def find(src: str, options: HeadOptions) -> Found:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from converter.core.tensors.dtypes import DType
-from converter.diagnostic import Command
-from converter.errors import UsageError
-from converter.recipe.options import WriteOptions
+from converter.diagnostic import Command, Steps
+from converter.errors import ConvertError, UsageError
+from converter.recipe.options import Going, WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
+from converter.recipe.verbs.conversion import Conversion, convert_recipe, prepared_of
+from converter.recipe.verbs.knobs import Where, Writing, allowing, optional, options_of
 from converter.recipe.verbs.pieces import cast_steps, output
-from converter.recipe.verbs.run_state import place_of
+from converter.recipe.verbs.run_state import place_of, with_recorded_base
+from converter.recipe.verbs.two_outputs import convert_both
 from converter.sources.opening import InputSpec, input_spec
 from converter.text import show
 
@@ -33,6 +38,88 @@ class GatherRequest:
     part: str | None = None
     rslora: bool = False
     recorded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered(Conversion):
+    """A gathered run.
+
+    Attributes:
+        said: which tag was taken, and why, in words; empty where only one is there.
+        base: the base that was named.
+    """
+
+    said: str = ""
+    base: str | None = None
+
+
+def gather(
+    src: Where,
+    out: Where | None = None,
+    *,
+    tag: str | None = None,
+    base: Where | None = None,
+    master: bool = False,
+    emit: str | None = None,
+    part: str | None = None,
+    lora_alpha: float | None = None,
+    rslora: bool = False,
+    **writing: Unpack[Writing],
+) -> Gathered:
+    """Make a model, or the LoRA adapter that was trained, of a trainer's shards: DeepSpeed, FSDP, DCP, verl.
+
+    Args:
+        src: the folder of shards, its parent, or the run's.
+        out: the folder to write, or `hf://owner/name`; None: only plan.
+        tag: which checkpoint; None: what `latest` says.
+        base: for config, tokenizer and weights that aren't saved; None: the one that the run records, if needed.
+        master: keep the fp32 masters, as `dtype="float32"`.
+        emit: after LoRA `adapter`, `merged`, or `both`: the model in `out`, and the adapter in `out`-adapter, whose
+            result is `found.adapter`. None: the adapter where one was trained.
+        part: which model, where the state holds several.
+        lora_alpha: lora_alpha of training, where no config records it; `rslora` likewise.
+        writing: see `Writing`.
+
+    Raises:
+        UsageError: several tags or models to choose from.
+        Refused: shards are missing, or the output can't be written; nothing is on the disk.
+        VerificationFailed: what was written is not what it should be; it is not published.
+    """
+    options, going = options_of(WriteOptions, writing)
+    request = GatherRequest(
+        str(src), tag=tag, base=optional(base), master=master, emit=emit, lora_alpha=lora_alpha, part=part,
+        rslora=rslora,
+    )  # fmt: skip
+    with allowing(options.allow_name):
+        return gathered(request, optional(out), options, going)
+
+
+def gathered(request: GatherRequest, out: str | None, options: WriteOptions, going: Going) -> Gathered:
+    """What `gather` does, of plain values."""
+    options = dataclasses.replace(options, dtype=with_masters(request, options.dtype))
+
+    def recipe_of(recorded: bool, emit: str | None) -> tuple[Recipe, str]:
+        return gather_recipe(dataclasses.replace(request, recorded=recorded, emit=emit), options)
+
+    def planned(recorded: bool, emit: str) -> Gathered:
+        recipe, said = recipe_of(recorded, emit)
+        return Gathered(prepared=prepared_of(recipe, options), options=options, said=said, base=request.base)
+
+    def attempt(recorded: bool) -> Gathered:
+        if request.emit == "both":
+            return convert_both(functools.partial(planned, recorded), out, options, going)
+        recipe, said = recipe_of(recorded, request.emit)
+        return convert_recipe(
+            recipe, out, options, going,
+            lambda p: Gathered(prepared=p, options=options, said=said, base=request.base),
+        )  # fmt: skip
+
+    try:
+        return with_recorded_base(attempt, given=request.base is not None)
+    except ConvertError as error:
+        if error.code == "lora-alpha-unknown":
+            error.next = Steps(error.next, ", and --rslora if it set use_rslora")
+        raise
 
 
 def gather_command(asked: GatherRequest, out: str | None) -> Command:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from converter.errors import UsageError
 from converter.recipe.options import HeadOptions
+from converter.recipe.verbs.knobs import allowing
 from converter.recipe.verbs.load_places import Matched, match
-from converter.recipe.verbs.pieces import allowing, threads
+from converter.recipe.verbs.pieces import threads
 
 if TYPE_CHECKING:
     from converter.core.compute.filling import Module

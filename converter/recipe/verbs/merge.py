@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from converter.core.files.names import ADAPTER_CONFIG, MODEL_CONFIG, RECEIPT
 from converter.diagnostic import Command
 from converter.errors import ConvertError, UsageError
 from converter.recipe.options import WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
+from converter.recipe.verbs.conversion import Conversion, convert_recipe
+from converter.recipe.verbs.knobs import Where, Writing, allowing, optional, options_of
 from converter.recipe.verbs.pieces import cast_steps, output
 from converter.sources.hub.names import is_on_hub
 from converter.sources.locate import resolve
@@ -29,6 +32,48 @@ class MergeRequest:
     base_is_residual: bool = False
     lora_alpha: float | None = None
     dequantize: bool = False
+
+
+def merge_lora(
+    adapter: Where,
+    out: Where | None = None,
+    *,
+    base: Where | None = None,
+    adapters: Sequence[Where] = (),
+    weights: Sequence[float] = (),
+    numerics: str = "best",
+    base_is_residual: bool = False,
+    lora_alpha: float | None = None,
+    dequantize: bool = False,
+    **writing: Unpack[Writing],
+) -> Conversion:
+    """Merge one or more LoRA adapters into their base model; a reward-model adapter gives a reward model.
+
+    Args:
+        adapter: a folder or a name on the Hub.
+        out: the folder to write, or `hf://owner/name`; None: only plan.
+        base: None: the one that the adapter records.
+        adapters: more adapters (`--adapter`), and `weights` one number for each, the first one's included.
+        numerics: `best` rounds once; `peft` is bit-identical to PEFT's merge.
+        base_is_residual: the base is the residual model that a PiSSA or OLoRA start saved.
+        lora_alpha: lora_alpha of training, where adapter_config.json records none or 0.
+        dequantize: make a quantised base's weights whole first.
+        writing: see `Writing`.
+
+    Raises:
+        UsageError: arguments the wrong way round (`arguments-swapped`), or not one weight for each adapter (`usage`).
+        Refused: the merge is refused, or the output can't be written; nothing is on the disk.
+        VerificationFailed: what was written is not what it should be; it is not published.
+    """
+    options, going = options_of(WriteOptions, writing)
+    request = MergeRequest(
+        str(adapter), optional(base), tuple(map(str, adapters)), tuple(weights), numerics, base_is_residual, lora_alpha,
+        dequantize,
+    )  # fmt: skip
+    with allowing(options.allow_name):
+        refuse_swapped(request, optional(out))
+        recipe = merge_recipe(request, options)
+        return convert_recipe(recipe, optional(out), options, going, lambda p: Conversion(prepared=p, options=options))
 
 
 def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 from converter.core.tensors.dtypes import DType
 from converter.recipe.options import WriteOptions
@@ -25,19 +23,6 @@ def output(options: WriteOptions, recipe: Recipe | None = None) -> Output:
         size = parse_size(options.max_shard_size, what="--max-shard-size")
     layout = given.layout if options.layout is None else options.layout.value
     return Output(layout, size, options.link_unchanged or given.link_unchanged)
-
-
-def allowing(names: Sequence[str]) -> AbstractContextManager[object]:
-    """While it is entered, pickled files may mention names that match one of the patterns.
-
-    Raises:
-        UsageError: a pattern is not one that is understood (`allow-name`).
-    """
-    if not names:
-        return nullcontext()
-    from converter.core.formats.pickle_names import allowing_names
-
-    return allowing_names(names)
 
 
 def threads() -> int:

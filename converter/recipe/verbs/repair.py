@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from converter.core.files.names import ADAPTER_CONFIG, ADAPTER_STEM
 from converter.errors import ConvertError, Refused, UsageError
-from converter.recipe.options import WriteOptions
+from converter.recipe.options import Going, WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
+from converter.recipe.verbs.conversion import Conversion, convert_recipe, prepared_of
+from converter.recipe.verbs.gather import Gathered, GatherRequest, gather_command, gather_recipe, gathered
+from converter.recipe.verbs.knobs import Where, Writing, allowing, optional, options_of
 from converter.recipe.verbs.pieces import cast_steps, output
+from converter.recipe.verbs.two_outputs import convert_both
 from converter.sources.opening import InputSpec, input_spec
 from converter.text import show
 
 if TYPE_CHECKING:
+    from converter.diagnostic import Next
+    from converter.recipe.run import Prepared
     from converter.recipe.verbs.repair_mends import Mends
     from converter.recipe.verbs.repair_places import Search
 
@@ -32,6 +39,117 @@ class RepairRequest:
     vocab: str | None = None
     weights: str | None = None
     emit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repaired(Conversion):
+    """A repaired folder.
+
+    Attributes:
+        mends: what is fixed beside lost tensors, and what is left.
+        is_whole: no tensor was lost: names, config and the like are fixed, and no value.
+    """
+
+    mends: Mends
+    is_whole: bool = False
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A folder in which there is nothing to repair.
+
+    Attributes:
+        what: why, in words; `next` what to do then.
+        left: findings that would be fixed with consent, and the code to consent to.
+    """
+
+    what: str
+    next: Next | None
+    left: tuple[tuple[str, str], ...]
+
+
+def repair(
+    src: Where,
+    out: Where | None = None,
+    *,
+    weights_from: Sequence[Where] = (),
+    base: Where | None = None,
+    for_: str | None = None,
+    lora_alpha: float | None = None,
+    vocab: str | int | None = None,
+    set: str | None = None,
+    emit: str | None = None,
+    **writing: Unpack[Writing],
+) -> Repaired | Gathered | Sound:
+    """Fill what is empty or lost from where it still exists, and fix what else doctor finds, where that is safe.
+
+    A folder without any weight file beside a run's shards is gathered (`Gathered`); of a folder in which nothing is
+    wrong nothing is written (`Sound`).
+
+    Args:
+        src: a model or an adapter.
+        out: the folder to write, or `hf://owner/name`; None: only plan.
+        weights_from: where lost weights may be: shards, a run, a copy.
+        base: None: what is recorded, if it is at hand.
+        for_: `transformers@4` adds old spellings.
+        lora_alpha: merges LoRA layers left in a full model, with this alpha; `emit` says what is written of them.
+        vocab: `rows`, `tokenizer` or a number of rows: reconcile the vocabulary.
+        set: of several sets of weight files, that of this file.
+        writing: see `Writing`.
+
+    Raises:
+        Refused: what was lost exists nowhere, or an error would be in the output too; nothing is on the disk.
+        VerificationFailed: what was written is not what it should be; it is not published.
+    """
+    options, going = options_of(WriteOptions, writing)
+    request = RepairRequest(
+        str(src), tuple(map(str, weights_from)), optional(base), for_, lora_alpha,
+        None if vocab is None else str(vocab), set, emit,
+    )  # fmt: skip
+    with allowing(options.allow_name):
+        return repaired(request, optional(out), options, going)
+
+
+def repaired(asked: RepairRequest, out: str | None, options: WriteOptions, going: Going) -> Repaired | Gathered | Sound:
+    """What `repair` does, of plain values."""
+    from converter.converters.fill.refusals import NothingToRepair
+
+    found = _look_around(asked, options)
+    if found.shards is not None:
+        request = GatherRequest(found.shards, base=asked.base)
+        try:
+            return gathered(request, out, options, going)
+        except ConvertError as error:
+            error.complete(gather_command(request, out))
+            raise
+    asked = found.asked
+    if asked.emit == "both":
+        return _both(found, out, options, going)
+    mends = mends_of(asked, options)
+    recipe = repair_recipe(asked, found.search, options, mends=mends.steps)
+
+    def made(prepared: Prepared) -> Repaired:
+        from converter.recipe.verbs.repair_mends import NEVER_FILLED
+
+        expect_sound(asked, mends, only=NEVER_FILLED)
+        return Repaired(prepared=prepared, options=options, mends=mends)
+
+    try:
+        return convert_recipe(recipe, out, options, going, made)
+    except NothingToRepair as healthy:
+        expect_sound(asked, mends)
+        if not mends.codes:
+            return Sound(healthy.what, healthy.next, mends.left)
+        recipe = mend_recipe(asked, mends, options)
+        return convert_recipe(
+            recipe, out, options, going,
+            lambda p: Repaired(prepared=p, options=options, mends=mends, is_whole=True),
+        )  # fmt: skip
+    except Refused as error:
+        looked = found.search.looked
+        if looked and error.code in ("tensors-lost", "head-base-lost", "repair-mismatch", "older-weights"):
+            error.got = (error.got or "nothing:") + "".join(f"\n    {each}" for each in looked)
+        raise
 
 
 _NAMES_FIRST = ("choose-weights", "split-lora", "mend-names", "mend-disk-names", "mend-adapter-names", "mend-ties")
@@ -60,6 +178,55 @@ def _with_vocabulary(mends: Mends, to: str) -> Mends:
         left=left,
         unmended=unmended,
     )
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What lies around a folder: places that may help, and shards where there is no weight file at all."""
+
+    asked: RepairRequest
+    search: Search
+    shards: str | None
+
+
+def _look_around(asked: RepairRequest, options: WriteOptions) -> _Around:
+    from converter.recipe.verbs.repair_places import search
+    from converter.sources.hub.names import as_reference
+    from converter.sources.locate import resolve
+
+    if options.revision is not None:
+        asked = dataclasses.replace(asked, src=as_reference(asked.src, options.revision))
+    root = resolve(asked.src, revision=options.revision, token=options.token, in_parts=True, whole=True).path
+    found = search(asked.src, asked.weights_from, token=options.token)
+    return _Around(asked, found, shards_alone(root, asked, found))
+
+
+def recipe_of(asked: RepairRequest, options: WriteOptions) -> Recipe:
+    """The recipe that the arguments mean.
+
+    Raises:
+        UsageError: two outputs are two recipes (`usage`).
+    """
+    found = _look_around(asked, options)
+    if found.shards is not None:
+        return gather_recipe(GatherRequest(found.shards, base=asked.base), options)[0]
+    mends = mends_of(found.asked, options)
+    recipe = repair_recipe(found.asked, found.search, options, mends=mends.steps)
+    # `fill` would stop a run that has nothing to fill.
+    return mend_recipe(found.asked, mends, options) if mends.codes and is_whole(recipe, options) else recipe
+
+
+def _both(found: _Around, out: str | None, options: WriteOptions, going: Going) -> Repaired:
+    """LoRA layers left in a full model: the merged model in OUT, the adapter in OUT-adapter."""
+
+    def planned(emit: str) -> Repaired:
+        mends = mends_of(dataclasses.replace(found.asked, emit=emit), options)
+        filling = repair_recipe(found.asked, found.search, options, mends=mends.steps)
+        whole = is_whole(filling, options)
+        recipe = mend_recipe(found.asked, mends, options) if whole else filling
+        return Repaired(prepared=prepared_of(recipe, options), options=options, mends=mends, is_whole=True)
+
+    return convert_both(planned, out, options, going)
 
 
 def mends_of(asked: RepairRequest, options: WriteOptions) -> Mends:

@@ -1,0 +1,280 @@
+"""A recipe planned and written, for every verb that writes: to a folder, or to the Hub file by file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from converter.errors import UsageError
+from converter.publish.outputs import SCHEME, STALE, goes_to_hub
+from converter.recipe.options import Going, WriteOptions
+from converter.recipe.verbs.pieces import threads
+from converter.text import parse_size, show
+
+if TYPE_CHECKING:
+    from converter.core.checkpoint import Checkpoint
+    from converter.core.context import Note
+    from converter.core.writer.plan import Plan
+    from converter.core.writer.reporter import Reporter
+    from converter.core.writer.write import Accept, Receipt
+    from converter.publish.requests import Destination
+    from converter.publish.write import Published
+    from converter.recipe.recipe import Recipe
+    from converter.recipe.run import Prepared
+
+
+SUFFIX = "-adapter"
+"""Of two outputs, the second one's folder is the first one's with this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a verb that writes has planned, and once it has written, its receipt.
+
+    Attributes:
+        prepared: all that is known before the first byte: the inputs, the checkpoint, the plan.
+        options: what was asked of the output.
+        out: where it goes; None where nothing was to be written.
+        receipt: what the run did; None before it is written, and after a dry run.
+        published: where the output is on the Hub: what was sent.
+        destination: the repository that it goes to, and `account` whose it is.
+        adapter: of two outputs the other one, in `OUT-adapter`.
+        earlier: an earlier run wrote it, and it was compared with the plan.
+    """
+
+    prepared: Prepared
+    options: WriteOptions
+    out: str | None = None
+    receipt: Receipt | None = None
+    published: Published | None = None
+    destination: Destination | None = None
+    account: str = ""
+    adapter: Conversion | None = None
+    earlier: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the arguments meant; `recipe.to_yaml()` is what `rlhf-convert run` takes."""
+        return self.prepared.recipe
+
+    @property
+    def plan(self) -> Plan:
+        """Every file that is or would be written."""
+        return self.prepared.plan
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What the output holds, as a mapping of lazy tensors over the inputs."""
+        return self.prepared.checkpoint
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """What a user should know of this run."""
+        return tuple(self.prepared.context.notes)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the output goes to; None where there is none, or it is on the Hub."""
+        return None if self.out is None or goes_to_hub(self.out) else Path(self.out).expanduser()
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that the run may hold; None: what the machine has free."""
+        return memory_of(self.options)
+
+    @property
+    def jobs(self) -> int:
+        """Threads."""
+        return self.options.jobs or threads()
+
+
+C = TypeVar("C", bound=Conversion)
+
+
+def memory_of(options: WriteOptions) -> int | None:
+    """Bytes that a run may hold.
+
+    Raises:
+        UsageError: not a size (`usage`).
+    """
+    return None if options.memory is None else parse_size(options.memory, what="--memory")
+
+
+def convert_recipe(
+    recipe: Recipe, out: str | None, options: WriteOptions, going: Going, made: Callable[[Prepared], C]
+) -> C:
+    """Plan a recipe and write it; only planned where there is no `out`, and in a dry run.
+
+    Args:
+        made: the result, of what was prepared.
+
+    Raises:
+        UsageError, Refused, VerificationFailed: see `prepare`, `write` and `write_to_hub`.
+    """
+    if out is not None and goes_to_hub(out) and not going.dry_run:
+        return _convert_to_hub(recipe, out, options, going, made)
+    target = None if out is None or goes_to_hub(out) else Path(out).expanduser()
+    memory_of(options)
+    if target is not None:
+        from converter.core.writer.preflight import check_target
+
+        # Before any input is opened: a mistyped output shall not cost a download.
+        check_target(target, (), overwrite=options.overwrite)
+    planned = dataclasses.replace(made(prepared_of(recipe, options)), out=out)
+    if going.on_plan is not None:
+        going.on_plan(planned)
+    if out is None or going.dry_run:
+        _expect_room(planned)
+        return planned
+    return dataclasses.replace(planned, receipt=write_folder(planned, going))
+
+
+def prepared_of(recipe: Recipe, options: WriteOptions) -> Prepared:
+    """The recipe's inputs opened, its steps applied, its output laid out."""
+    from converter.recipe.run import prepare
+
+    return prepare(recipe, allow=frozenset(options.allow), token=options.token, keep_code=options.keep_code)
+
+
+def _expect_room(planned: Conversion) -> None:
+    """The refusals that a real run would make before its first byte."""
+    from converter.core.writer import preflight
+
+    preflight.memory_limit(planned.plan, planned.memory)
+    if planned.folder is not None:
+        preflight.check_target(planned.folder, planned.plan.inputs, overwrite=planned.options.overwrite)
+        preflight.check_space(planned.plan, planned.folder)
+
+
+def write_folder(planned: Conversion, going: Going) -> Receipt:
+    """Write what was planned into its folder."""
+    from converter.recipe.run import refuse_no_op
+
+    assert planned.folder is not None
+    return write_plan(
+        planned.plan, planned.folder, planned.options, going,
+        accept=lambda measures: refuse_no_op(planned.prepared, measures),
+    )  # fmt: skip
+
+
+def write_plan(
+    plan: Plan, out: Path | str | None, options: WriteOptions, going: Going, accept: Accept | None = None
+) -> Receipt:
+    """Write a plan into a folder.
+
+    Raises:
+        UsageError: no folder is named (`usage`).
+    """
+    from converter.core.writer.reporter import Silent
+    from converter.core.writer.write import write
+
+    if out is None or goes_to_hub(str(out)):
+        raise _no_folder()
+    return write(
+        plan,
+        Path(out).expanduser(),
+        jobs=options.jobs or threads(),
+        memory=memory_of(options),
+        overwrite=options.overwrite,
+        resume=options.resume,
+        verify=options.verify,
+        reporter=going.reporter or Silent(),
+        accept=accept,
+    )
+
+
+def _no_folder() -> UsageError:
+    return UsageError("usage", "a plan is written to a folder", expected="write(planned, out)")
+
+
+def write_planned(planned: C, out: str | None, reporter: Reporter | None) -> C:
+    """Write a plan to a folder; of two outputs both.
+
+    Raises:
+        UsageError: no folder is named (`usage`).
+    """
+    from converter.core.writer.preflight import check_target
+
+    named = out or planned.out
+    if named is None or goes_to_hub(named):
+        raise _no_folder()
+    going = Going(reporter=reporter)
+    planned = dataclasses.replace(planned, out=named)
+    if planned.adapter is not None:
+        second = dataclasses.replace(planned.adapter, out=named.rstrip("/") + SUFFIX)
+        for each in (planned, second):
+            if each.folder is not None and not each.earlier:
+                check_target(each.folder, each.plan.inputs, overwrite=each.options.overwrite)
+        receipt = planned.receipt if planned.earlier else write_folder(planned, going)
+        second = dataclasses.replace(second, receipt=write_folder(second, going))
+        return dataclasses.replace(planned, receipt=receipt, adapter=second)
+    return dataclasses.replace(planned, receipt=write_folder(planned, going))
+
+
+# The Hub
+
+
+def _destination(out: str, options: WriteOptions) -> Destination:
+    """The repository that `hf://owner/name[@branch]` names.
+
+    Raises:
+        UsageError: no repository of that form (`hub-repo-id`).
+    """
+    from converter.publish.requests import Destination
+    from converter.sources.locate import hub_name
+
+    named = hub_name(out)
+    assert named is not None
+    if named.folder:
+        what = f"{show(out)} is a folder in a repository; an output is the whole of one"
+        raise UsageError("hub-repo-id", what, expected=f"{SCHEME}owner/name or {SCHEME}owner/name@branch")
+    name, branch, _ = named
+    message = f"Upload {name.rpartition('/')[2]} with rlhf-convert"
+    removes = STALE in options.allow
+    return Destination(name, options.token, options.public, branch or "main", message=message, removes_stale=removes)
+
+
+def _convert_to_hub(recipe: Recipe, out: str, options: WriteOptions, going: Going, made: Callable[[Prepared], C]) -> C:
+    """A recipe whose output goes to the Hub file by file, with room for one of them."""
+    from converter.core.writer.reporter import Silent
+    from converter.publish.push import check_destination
+    from converter.publish.write import write_to_hub
+    from converter.recipe.run import refuse_no_op
+
+    where = _destination(out, options)
+    if recipe.output.link_unchanged:
+        raise UsageError("link-remote", "the Hub has no links; leave --link-unchanged out", where=show(out))
+    # Before any input is opened: a token that can't write shall not cost a conversion.
+    account = check_destination(where)
+    memory_of(options)
+    planned = made(prepared_of(recipe, options))
+    planned = dataclasses.replace(planned, out=out, destination=where, account=account)
+    if going.on_plan is not None:
+        going.on_plan(planned)
+    done = write_to_hub(
+        planned.plan,
+        where,
+        reporter=going.reporter or Silent(),
+        card=lambda receipt, existing: _card(planned.prepared, where, receipt, existing),
+        jobs=planned.jobs,
+        memory=planned.memory,
+        resume=options.resume,
+        verify=options.verify,
+        accept=lambda measures: refuse_no_op(planned.prepared, measures),
+    )
+    return dataclasses.replace(planned, receipt=done.receipt, published=done)
+
+
+def _card(prepared: Prepared, where: Destination, receipt: Mapping[str, Any], existing: str) -> str:
+    from converter.publish.card import CardFacts, base_models, model_card
+    from converter.publish.push import licence_of
+
+    checkpoint = prepared.checkpoint
+    is_adapter = checkpoint.origin.kind == "adapter"
+    facts = CardFacts(where.repo_id, receipt, checkpoint.config, is_adapter, prepared.plan.total_bytes)
+    if bases := base_models(facts):
+        facts = dataclasses.replace(facts, licence=licence_of(bases[0], where.token))
+    return model_card(facts, existing)
