@@ -35,7 +35,7 @@ def of_request(asked: MergeRequest, out: str | None) -> functools.partial[Conver
     return functools.partial(
         merge_lora, asked.adapter, out, base=asked.base, adapters=asked.more, weights=asked.weights,
         numerics=asked.numerics, base_is_residual=asked.base_is_residual, lora_alpha=asked.lora_alpha,
-        dequantize=asked.dequantize,
+        dequantize=asked.dequantize, requantize=asked.requantize,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import typer
 
 from converter.cli.app import Out, verb
 from converter.cli.options import INPUT, OUTPUT, Conversion
-from converter.recipe.options import EmitChoice, NumericsChoice, PartChoice
+from converter.recipe.options import EmitChoice, NumericsChoice, PartChoice, RequantizeChoice
 
 Dequantize = Annotated[
     bool,
@@ -76,13 +76,29 @@ def merge_lora(
         ),
     ] = None,
     dequantize: Dequantize = False,
+    requantize: Annotated[
+        RequantizeChoice | None,
+        typer.Option(
+            help="same: write adapted weights of an FP8 base back in its own blocks, rounded a second time.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
 ) -> int:
     """`rlhf-convert merge-lora`."""
     from converter.cli.run.merge import merge
     from converter.recipe.verbs.merge import MergeRequest
 
     asked = MergeRequest(
-        adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual, lora_alpha, dequantize
+        adapter,
+        base,
+        tuple(more or ()),
+        tuple(weight or ()),
+        numerics.value,
+        base_is_residual,
+        lora_alpha,
+        dequantize,
+        None if requantize is None else requantize.value,
     )
     return merge(asked, options.target(out), options)
 

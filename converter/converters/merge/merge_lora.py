@@ -58,6 +58,7 @@ class MergeLora:
         numerics: `best` or `peft`.
         base_is_residual: the base is already the one that a PiSSA or OLoRA start left; do not move it again.
         lora_alpha: the alpha of training, for adapters that record none or 0.
+        requantize: `same` writes adapted weights that are quantised back in their own format.
     """
 
     name: ClassVar[str] = "merge-lora"
@@ -67,6 +68,7 @@ class MergeLora:
     numerics: Numerics = "best"
     base_is_residual: bool = False
     lora_alpha: float | None = None
+    requantize: Literal["same"] | None = None
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The merged checkpoint.
@@ -86,7 +88,7 @@ class MergeLora:
         def merge(base: Checkpoint) -> Checkpoint:
             return self._merged(base, weights, context)
 
-        return over_quantised(checkpoint, self.adapters, context, merge)
+        return over_quantised(checkpoint, self.adapters, context, merge, back=self.requantize is not None)
 
     def _merged(self, checkpoint: Checkpoint, weights: Sequence[float], context: Context) -> Checkpoint:
         tell_of_code(checkpoint, context)

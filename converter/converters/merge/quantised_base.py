@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from converter.converters.merge.quantised.dequantise import DEQUANTISED
 from converter.converters.merge.quantised.full_precision import full_precision_of, is_quantised_name
+from converter.converters.merge.quantised.requantise import requantised
 from converter.converters.merge.quantised.whole import expect_parts, found_in, whole
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
@@ -19,9 +20,17 @@ _OVER_OTHER_NAMES = frozenset({"adapter-unmatched", "adapter-shape", "base-quant
 
 
 def over_quantised(
-    base: Checkpoint, adapters: Sequence[Checkpoint], context: Context, merge: Callable[[Checkpoint], Checkpoint]
+    base: Checkpoint,
+    adapters: Sequence[Checkpoint],
+    context: Context,
+    merge: Callable[[Checkpoint], Checkpoint],
+    *,
+    back: bool = False,
 ) -> Checkpoint:
     """Merge into a base of which some weights may be quantised.
+
+    Args:
+        back: adapted weights that are quantised are written back in their own format.
 
     Raises:
         Refused: an adapted weight is quantised (`base-quantised`), or a quantised weight lacks a part
@@ -46,7 +55,10 @@ def over_quantised(
     if held is None:
         return _as_it_is(base, found, adapters, merge)
     result = merge(held.after)
-    if touched := held.changed(result):
+    touched = held.changed(result)
+    if touched and back:
+        return requantised(held, result, touched, context)
+    if touched:
         what = (
             f"{len(touched)} adapted weights are quantised ({found.words} in all): {fold(touched)}; a merge needs "
             "them whole"

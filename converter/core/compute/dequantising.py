@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from converter.core.compute.evaluate import torch_dtype
+from converter.core.compute.measures import Measures
 from converter.core.tensors.dtypes import DType
 
 _NF4 = (
@@ -34,6 +35,7 @@ _TABLES = {
     "fp4": (*_FP4_HALF, *(0.0 - v for v in _FP4_HALF)),
     "e2m1": (*_E2M1_HALF, *(-v for v in _E2M1_HALF)),
 }
+_FP8_MAX = 448.0
 _INT8_STEP = 7.874015718698502e-3
 """1/127 as bitsandbytes writes it."""
 
@@ -183,3 +185,40 @@ def packed_columns(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
     at = inputs[3].long() if len(inputs) > 3 else torch.arange(codes.shape[0]) // group
     whole = (codes - zero[at]).to(torch.float32) * scales.to(torch.float32)[at]
     return whole.to(_out_dtype(params)).T.contiguous()
+
+
+def _block_scales(weight: Tensor, params: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of each block the factor before rounding and the scale that is stored, as `Fp8Quantize` of transformers has them.
+
+    A scale that is stored in 16 bits is rounded first: what a loader multiplies by is what the values were divided by.
+    """
+    rows, columns = int(params["rows"]), int(params["columns"])
+    high, wide = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
+    padded = torch.zeros((high * rows, wide * columns), dtype=weight.dtype)
+    padded[: weight.shape[0], : weight.shape[1]] = weight.abs()
+    largest = padded.view(high, rows, wide, columns).amax(dim=(1, 3))
+    factor = torch.where(largest > 0, _FP8_MAX / torch.where(largest > 0, largest, 1.0), 1.0)
+    scale = (1.0 / factor).to(_out_dtype(params))
+    return (factor if scale.dtype is torch.float32 else 1.0 / scale.to(torch.float32)), scale
+
+
+def fp8_scales(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
+    """Scales of blocks; see `quantised_specs.QUANTISE_FP8_SCALES`."""
+    return _block_scales(inputs[0], params)[1]
+
+
+def fp8_codes(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor, Measures]:
+    """Codes under the blocks' scales, and how far off they are; see `quantised_specs.QUANTISE_FP8_CODES`."""
+    weight = inputs[0]
+    rows, columns, first, count = (int(params[k]) for k in ("rows", "columns", "first", "count"))
+    factor, scale = _block_scales(weight, params)
+
+    def over(grid: Tensor) -> Tensor:
+        tall = grid.repeat_interleave(rows, 0)[first : first + count]
+        return tall.repeat_interleave(columns, 1)[:, : weight.shape[1]]
+
+    wanted = weight[first : first + count]
+    codes = (wanted * over(factor)).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+    error = (codes.to(torch.float32) * over(scale.to(torch.float32))).sub_(wanted).flatten()
+    flat = wanted.flatten()
+    return codes, {"requantised_error": float(torch.dot(error, error)), "requantised": float(torch.dot(flat, flat))}

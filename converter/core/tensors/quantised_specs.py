@@ -208,3 +208,49 @@ DEQUANTISE_PACKED_COLUMNS = KernelSpec(
 """GPTQ and AWQ: `((code - zero) * scale)` of `[in, out]`, transposed. Inputs: words, zero points packed along `out`,
 scales `[groups, out]`, and with act order the group of each input `[in]` i32. Params: `layout` (`gptq`: words along
 `in`; `awq`: along `out`, interleaved), `bits`, `group`, `zero` (added to a stored zero point), `first`, `out`."""
+
+
+# Back into FP8
+
+
+def _grid(inputs: Infos, params: Params) -> tuple[int, int]:
+    rows, columns = inputs[0].shape
+    return -(-rows // _int(params, "rows")), -(-columns // _int(params, "columns"))
+
+
+def _scale_needs(start: int, stop: int, inputs: Infos, params: Params) -> tuple[Slice | None, ...]:
+    block, height = _int(params, "rows"), inputs[0].shape[0]
+    return (Slice(0, start * block, min(stop * block, height) - start * block),)
+
+
+QUANTISE_FP8_SCALES = KernelSpec(
+    "quantise-fp8-scales",
+    f"{_BODIES}:fp8_scales",
+    lambda inputs, params: TensorInfo(_out(params), _grid(inputs, params)),
+    _scale_needs,
+    lambda inputs, params: 8 * inputs[0].numel,
+)
+"""The scale of each block, largest magnitude over 448, as transformers has it. Input: W `[out, in]` fp32. Params:
+`rows` and `columns` of a block, `out`."""
+
+
+def _code_needs(start: int, stop: int, inputs: Infos, params: Params) -> tuple[Slice | None, ...]:
+    block = _int(params, "rows")
+    begin, count = _span(start, stop, block, _int(params, "first"))
+    return (Slice(0, begin * block, min((begin + count) * block, inputs[0].shape[0]) - begin * block),)
+
+
+QUANTISE_FP8_CODES = KernelSpec(
+    "quantise-fp8-codes",
+    f"{_BODIES}:fp8_codes",
+    lambda inputs, params: TensorInfo(DType.F8_E4M3, (_int(params, "count"), inputs[0].shape[1])),
+    _code_needs,
+    lambda inputs, params: 24 * inputs[0].numel,
+    cut=lambda start, stop, inputs, params: {
+        **params,
+        "first": (_int(params, "first") + start) % _int(params, "rows"),
+        "count": stop - start,
+    },
+)
+"""The nearest FP8 number of each value under its block's scale. Input: W `[out, in]` fp32, whole blocks of rows.
+Params: as of the scales, `out` being their dtype; `first` and `count`, the rows that are wanted."""

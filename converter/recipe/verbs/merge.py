@@ -32,6 +32,7 @@ class MergeRequest:
     base_is_residual: bool = False
     lora_alpha: float | None = None
     dequantize: bool = False
+    requantize: str | None = None
 
 
 def merge_lora(
@@ -45,6 +46,7 @@ def merge_lora(
     base_is_residual: bool = False,
     lora_alpha: float | None = None,
     dequantize: bool = False,
+    requantize: str | None = None,
     **writing: Unpack[Writing],
 ) -> Conversion:
     """Merge one or more LoRA adapters into their base model; a reward-model adapter gives a reward model.
@@ -58,6 +60,7 @@ def merge_lora(
         base_is_residual: the base is the residual model that a PiSSA or OLoRA start saved.
         lora_alpha: lora_alpha of training, where adapter_config.json records none or 0.
         dequantize: make a quantised base's weights whole first.
+        requantize: `same` writes adapted weights of a quantised base back in their own format (FP8 in blocks).
         writing: see `Writing`.
 
     Raises:
@@ -68,7 +71,7 @@ def merge_lora(
     options, going = options_of(WriteOptions, writing)
     request = MergeRequest(
         str(adapter), optional(base), tuple(map(str, adapters)), tuple(weights), numerics, base_is_residual, lora_alpha,
-        dequantize,
+        dequantize, requantize,
     )  # fmt: skip
     with allowing(options.allow_name):
         refuse_swapped(request, optional(out))
@@ -80,7 +83,7 @@ def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
     """The recipe that the arguments mean.
 
     Raises:
-        UsageError: not one weight for each adapter (`usage`).
+        UsageError: not one weight for each adapter, or two ways to write a quantised base (`usage`).
     """
     adapters = {"adapter": input_spec(asked.adapter, options.revision)}
     adapters |= {f"adapter-{n}": input_spec(path) for n, path in enumerate(asked.more, 2)}
@@ -99,6 +102,10 @@ def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
     if asked.lora_alpha is not None:
         fields["lora-alpha"] = asked.lora_alpha
     base = InputSpec(base_of="adapter") if asked.base is None else input_spec(asked.base)
+    if asked.requantize is not None:
+        fields["requantize"] = asked.requantize
+    if asked.dequantize and asked.requantize is not None:
+        raise UsageError("usage", "--dequantize writes whole weights, --requantize quantised ones: give one of them")
     first = (Step("dequantize", {}),) if asked.dequantize else ()
     steps = (*first, Step("merge-lora", fields), *cast_steps(options))
     return Recipe({SOURCE: base, **adapters}, steps, output(options), file="merge-lora")

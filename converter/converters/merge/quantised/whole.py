@@ -78,14 +78,18 @@ class Whole:
             if w.name not in result.dropped and result.tensors.get(w.name) is not self.after.tensors[w.name]
         ]
 
-    def as_it_lay(self, result: Checkpoint) -> Checkpoint:
-        """What steps made of `after`, with the parts of every quantised weight in its place, and the config's word."""
+    def as_it_lay(self, result: Checkpoint, made: Mapping[str, LazyTensor] | None = None) -> Checkpoint:
+        """What steps made of `after`, with the parts of every quantised weight in its place, and the config's word.
+
+        Args:
+            made: parts that are others than they were.
+        """
         parts = {w.name: tuple(w.parts.values()) for w, _ in self.found.weights}
         tensors: dict[str, LazyTensor] = {}
         shards: dict[str, str] = {}
         for name, tensor in result.tensors.items():
             for each in parts.get(name, (name,)):
-                tensors[each] = self.before.tensors[each] if name in parts else tensor
+                tensors[each] = {**self.before.tensors, **(made or {})}[each] if name in parts else tensor
                 file = self.before.shards.get(each) if name in parts else result.shards.get(name)
                 shards |= {each: file} if file is not None else {}
         left = {p: result.dropped[n] for n, held in parts.items() if n in result.dropped for p in held}
