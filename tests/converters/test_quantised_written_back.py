@@ -21,12 +21,12 @@ SIZE = (32, 16)
 
 
 def exact_merge(folder: quantised.Folder, adapter: Path, name: str) -> torch.Tensor:
-    """W + (alpha / r) B A in fp32, W being the dequantised weight in the model's dtype."""
-    weight = read_tensors(folder.whole.path)[name].float()
+    """W + (alpha / r) B A, rounded once to fp32, W being the dequantised weight in the model's dtype."""
+    weight = read_tensors(folder.whole.path)[name].double()
     factors = load_file(adapter / "adapter_model.safetensors")
-    a, b = (factors[f"base_model.model.{name.removesuffix('.weight')}.lora_{f}.weight"].float() for f in "AB")
+    a, b = (factors[f"base_model.model.{name.removesuffix('.weight')}.lora_{f}.weight"].double() for f in "AB")
     held = json.loads((adapter / "adapter_config.json").read_text())
-    return weight + (b @ a) * (held["lora_alpha"] / held["r"])
+    return (weight + (b @ a) * (held["lora_alpha"] / held["r"])).float()
 
 
 def of_transformers(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
