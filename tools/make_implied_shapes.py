@@ -72,12 +72,17 @@ SIZES = (
 )
 
 
+_UNDECLARED_HEAD_DIM = frozenset({"qwen3_moe"})
+"""Types whose configs do not declare `head_dim`, and whose published models have one of their own."""
+
+
 def _config(kind: str, settings: dict[str, Any], **more: Any) -> Any:
     cls = transformers.CONFIG_MAPPING[kind]
     known = cls().to_dict()
     names = {**{v: k for k, v in (cls.attribute_map or {}).items()}}
     kept = {k: v for k, v in settings.items() if k in known or k == "num_labels" or k in names}
-    if "head_dim" in known and "hidden_size" in settings and "num_attention_heads" in settings:
+    has_heads = "hidden_size" in settings and "num_attention_heads" in settings
+    if has_heads and ("head_dim" in known or kind in _UNDECLARED_HEAD_DIM):
         kept["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"] + 2
     return cls(**{**kept, **more})
 

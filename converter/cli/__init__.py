@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from converter.cli.sink import Failed, error_to_user
-from converter.diagnostic import PROGRAM, Again, Command, Steps, parts, renamed
+from converter.diagnostic import PROGRAM, Command, Steps
 from converter.errors import EXIT_BUG, ConvertError, Interrupted, Refused, UsageError
 from converter.text import show
 
@@ -81,17 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complete(error: ConvertError, arguments: list[str]) -> None:
-    """Put the user's own command line where the error says "the same command", if its verb takes the options."""
-    if not arguments or arguments[0] not in VERBS or not any(isinstance(p, Again) for p in parts(error.next)):
+    """Put the user's own words into what the error says to do next."""
+    if not arguments or arguments[0] not in VERBS:
         return
-    from converter.cli.verbs.all import options_of
-    from converter.sources.hub.secrets import words_without_token
+    from converter.cli.next_step import complete
 
-    known = options_of(arguments[0])
-    if "--to" not in known and "--for" in known:  # what writes says --to of a trainer, and what reports says --for
-        error.next = renamed(error.next, "--to", "--for")
-    command = Command(arguments[0], tuple(words_without_token(arguments[1:])))
-    error.complete(command, lambda name: name in known)
+    complete(error, arguments[0], arguments[1:])
 
 
 def with_verb(arguments: list[str]) -> list[str]:

@@ -305,6 +305,15 @@ class HeadFlags(Conversion):
             rich_help_panel=INPUT,
         ),
     ] = None
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The linear layer that is SRC's head, as reward_head; default: told from its names.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
+    ] = None
     base: Annotated[
         str | None,
         typer.Option(

@@ -114,7 +114,7 @@ def write_to_hub(
             if accept is not None:
                 accept(measures)
             compare_records(plan.checks, files, jobs)
-            content = receipt_content(plan, measures, verified=verify)
+            content = receipt_content(plan, measures, sender.lines, verified=verify)
             beside = _beside(plan, files, content)
             files.check_unchanged()
         reporter.checking()

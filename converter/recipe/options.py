@@ -117,6 +117,7 @@ class HeadOptions(WriteOptions):
 
     Attributes:
         source: trainer or dialect of the source; None: inferred from its files.
+        head: the linear layer that is the head, where names do not tell; None: inferred.
         base: base of an adapter, or where a missing output embedding is; None: as recorded.
         weights_from: folders in which lost tensors may still be.
         part: which model, where the source is a trainer's state that holds several.
@@ -131,6 +132,7 @@ class HeadOptions(WriteOptions):
     """
 
     source: str | None = None
+    head: str | None = None
     base: str | None = None
     weights_from: tuple[str, ...] = ()
     part: str | None = None

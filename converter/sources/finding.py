@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from converter.diagnostic import Again, Command
+from converter.diagnostic import Command
 from converter.errors import UsageError
 from converter.plugins import SOURCES, load, named
+from converter.sources.places import no_parts
 from converter.text import show
 
 if TYPE_CHECKING:
@@ -133,9 +134,7 @@ def find_place(root: Path, asked: str, *, tag: str | None = None, part: str | No
             next=Command("inspect", (asked,)),
         )
     if part is not None and without_parts:
-        what = f"--part {show(part)}: what {without_parts} saved here is of one model, and has no parts"
-        step = Again(leave_out=("--part",), otherwise=Command("gather", (asked, "OUT")))
-        raise UsageError("no-parts", what, where=show(asked), next=step)
+        raise no_parts(without_parts, asked, part)
     return next(iter(found.values()))
 
 

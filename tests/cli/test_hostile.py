@@ -156,7 +156,8 @@ def test_files_of_the_working_folder_are_no_modules_of_the_program(tmp_path: Pat
 
 
 def test_no_line_of_a_log_keeps_the_patterns_of_explain_busy() -> None:
-    from converter.examine.explanations.log import MAX_LINE, MESSAGES
+    from converter.examine.explanations.lines import MAX_LINE
+    from converter.examine.explanations.log import MESSAGES
 
     slow = []
     for message in MESSAGES:

@@ -27,7 +27,7 @@ ROWS = {
     21: "starling34", 22: "internlm2-reward", 23: "score-mlp", 24: "grm", 25: "oasst", 26: "gated-multi-objective",
     27: "lm-head-row0",
 }  # fmt: skip
-REFUSED = {16, 17, 19, 26}
+REFUSED = {19, 26}
 
 COLUMNS = [
     "hf-seqcls", "hf-tokcls", "openrlhf", "skyrl", "trl-vhead", "llamafactory", "dschat", "trlx", "coati", "safe-rlhf",

@@ -170,14 +170,6 @@ def test_a_weight_file_without_a_config_is_told_with_what_is_in_it(tmp_path: Pat
     assert examine(DoctorRequest(str(tmp_path / name))).findings == report.findings
 
 
-def test_megatron_s_shards_are_recognised_and_the_tool_that_converts_them_is_named(tmp_path: Path) -> None:
-    (tmp_path / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
-    torch.save({"model": {}}, tmp_path / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt")
-    found = finding(tmp_path / "iter_0000100", "megatron")
-    assert found.severity == "cosmetic"
-    assert "Megatron-Bridge" in str(found.next)
-
-
 def test_a_neighbour_s_run_is_not_recommended_as_a_source(tmp_path: Path) -> None:
     folder = shutil.copytree(RUN / "reward" / "checkpoint-2", tmp_path / "rm")
     shutil.rmtree(folder / "global_step2")

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
 from transformers.utils import logging as transformers_logging
 
 from converter.cli import main
-from converter.examine.explanations.log import MAX_LINE, MESSAGES, match, read
+from converter.examine.explanations.lines import MAX_LINE
+from converter.examine.explanations.log import MESSAGES, match, read
 
 TINY = LlamaConfig(
     hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16, num_labels=1

@@ -257,9 +257,7 @@ def test_a_critic_that_another_trainer_aligns_in_another_way_changes_numbers(tmp
     ("extra", "says"),
     [
         ({"regression_layer.weight": (19, 16), "gating.layers.0.weight": (16, 16)}, "a gate computes from the prompt"),
-        ({"reward_head.weight": (1, 16)}, "verl's Megatron loader"),
         ({"rm_head.weight": (3, 16)}, ".nemo archives"),
-        ({"output_layer.weight": (1, 16)}, "Megatron's own names"),
     ],
 )
 def test_heads_that_nobody_can_convert_are_recognised_and_refused_with_the_reason(
@@ -272,6 +270,17 @@ def test_heads_that_nobody_can_convert_are_recognised_and_refused_with_the_reaso
     save_file(tensors | {n: torch.ones(*s) for n, s in extra.items()}, source / "model.safetensors")
     (source / "config.json").write_text(json.dumps(config_of(source) | {"architectures": ["Special"]}))
     assert says in refused("dialect-refused", "rm-to-critic", source, tmp_path / "out", "--to", "openrlhf").text
+
+
+@pytest.mark.parametrize("name", ["reward_head.weight", "output_layer.weight", "lm_head.weight"])
+def test_heads_that_megatron_s_trainers_name_are_read(name: str, tmp_path: Path) -> None:
+    source = zoo.save(SEQCLS, zoo.live("llama"), tmp_path / "rm")
+    tensors = load_file(source / "model.safetensors")
+    head = tensors.pop("score.weight")
+    save_file(tensors | {name: head}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(config_of(source) | {"architectures": ["Special"]}))
+    done("rm-to-critic", source, tmp_path / "out", "--to", "openrlhf")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["score.weight"], head)
 
 
 def test_internlm2_s_backbone_is_its_own_code_s_alone(tmp_path: Path) -> None:

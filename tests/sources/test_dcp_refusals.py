@@ -43,21 +43,13 @@ def test_pieces_in_safetensors_come_without_an_optimizer() -> None:
     assert caught.value.code == "dcp-no-moments"
 
 
-@pytest.mark.parametrize("also", ["common.pt", "metadata.json"])
-def test_megatrons_sharded_checkpoints_are_refused_with_the_tool_that_can(tmp_path: Path, also: str) -> None:
+def test_what_megatron_saved_is_left_to_the_source_for_it(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(RUNS / "nested-n4" / "step-2", tmp_path / "iter_0000002"))
-    (folder / also).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     for place in (folder, tmp_path):
-        assert kind_of(place) == "unread"
-        with pytest.raises(Refused, match="Megatron-Bridge") as caught:
-            find_place(place, "x")
-        assert caught.value.code == "megatron"
-
-
-def test_megatrons_metadata_is_told_by_what_it_says(tmp_path: Path) -> None:
-    run = copied(tmp_path, "nested-n4")
-    edit(run / "step-2", lambda m: setattr(m, "mcore_data", {}))
-    refused(run, "megatron")
+        assert kind_of(place) == "megatron"
+        assert find_place(place, "x").folder == folder
+        assert SOURCE.find(place, "x") is None
 
 
 def test_a_missing_file_is_named_with_what_is_lost(tmp_path: Path) -> None:

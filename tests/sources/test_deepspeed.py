@@ -226,7 +226,6 @@ _FOREIGN = {
     "zero-experts": ["layer_0_expert_1_mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt"],
     "zero-tensor-parallel": ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"],
     "zero-offloaded": ["offloaded_tensors/rank00/x.swp", "zero_pp_rank_0_mp_rank_00_model_states.pt"],
-    "megatron": ["mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"],
 }
 
 

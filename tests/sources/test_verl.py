@@ -368,18 +368,6 @@ def test_fine_tuning_saves_shards_in_the_step_itself(tmp_path: Path) -> None:
         find_place(step, "x", part="critic")
 
 
-def test_what_verl_saved_with_megatron_is_refused_with_verls_own_tool(tmp_path: Path) -> None:
-    shards = tmp_path / "run" / "global_step_3" / "actor" / "dist_ckpt"
-    shards.mkdir(parents=True)
-    for name in (".metadata", "common.pt", "__0_0.distcp"):
-        (shards / name).write_bytes(b"")
-    for place in (shards, shards.parent, shards.parent.parent, tmp_path / "run"):
-        with pytest.raises(ConvertError) as caught:
-            find_place(place, "x")
-        assert caught.value.code == "verl-megatron"
-        assert "verl.model_merger merge --backend megatron" in str(caught.value.next)
-
-
 def test_a_survey_lists_tensors_and_never_raises_on_content(tmp_path: Path) -> None:
     run = _copy(tmp_path, "critic-fsdp1-n3")
     found = SOURCE.survey(run)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from converter.cli.lines import wrapped_step
 from converter.cli.options import Display, Speaking
 from converter.cli.tell.doctor import WIDTH
-from converter.diagnostic import Command, Next, parts
+from converter.diagnostic import Command, Next
 from converter.errors import UsageError
 from converter.recipe.verbs import explain as verb
 from converter.recipe.verbs.explain import Explanation, Messages, known_codes
@@ -64,8 +64,16 @@ def _ended(found: Messages, fail_on: str | None, options: Speaking) -> int:
 
 def _tell_code(found: Explanation, options: Speaking) -> None:
     above = [found.zh] if found.zh and options.in_chinese else []
-    options.sink.screen([found.code, *above, *textwrap.wrap(found.text, WIDTH), *_advice(found.next)])
-    options.sink.json({"code": found.code, "text": found.text, "zh": found.zh, "next": list(map(str, found.next))})
+    lines = [found.code, *above, *textwrap.wrap(found.text, WIDTH), *_printed_by(found.seen_in), *_advice(found.next)]
+    options.sink.screen(lines)
+    steps = list(map(str, found.next))
+    told = {"code": found.code, "text": found.text, "zh": found.zh, "next": steps, "seen_in": list(found.seen_in)}
+    options.sink.json(told)
+
+
+def _printed_by(places: Sequence[str], indent: str = "") -> list[str]:
+    """Where a message's text was found, one place a line."""
+    return [f"{indent}{'seen in ' if at == 0 else '        '}{place}" for at, place in enumerate(places)]
 
 
 def _advice(steps: Sequence[Next], indent: str = "") -> list[str]:
@@ -107,7 +115,8 @@ def _screen(seen: Seen, *, numbered: bool, in_chinese: bool) -> list[str]:
     if zh and in_chinese:
         lines.append(f"  {zh}")
     lines += textwrap.wrap(seen.text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
-    lines += _advice([*parts(seen.message.next), *(Command("explain", (code,)) for code in seen.message.codes)], "  ")
+    lines += _printed_by(seen.message.seen_in, "  ")
+    lines += _advice([*seen.message.steps, *(Command("explain", (code,)) for code in seen.message.codes)], "  ")
     return lines
 
 
@@ -123,6 +132,8 @@ def _json(seen: Seen) -> dict[str, Any]:
         "example": seen.example,
         "text": seen.text,
         "zh": chinese.of_message(message.code),
-        "next": list(map(str, parts(message.next))),
+        "next": list(map(str, message.steps)),
         "codes": list(message.codes),
+        "seen_in": list(message.seen_in),
+        "names": seen.groups,
     }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from converter.cli.options import Display
-from converter.diagnostic import Next
+from converter.diagnostic import Command, Next, as_argument, commands
 from converter.dialects.known import Target
 from converter.errors import VerificationFailed
 from converter.examine.verify.check import Check
@@ -27,12 +27,12 @@ def verify(folder: str, options: Display, **knobs: Any) -> int:
         from converter.examine.verify.pairs import table_lines
 
         sink.screen(table_lines(found.table))
-    commands = _next(folder, found.aim, broken)
+    following = _next(folder, found.aim, broken)
     verdict = "verified" if not broken else f"{len(broken)} of {len(found.checks)} checks fail"
     sink.screen([verdict])
     from converter.cli.lines import next_lines
 
-    sink.screen(next_lines(commands))
+    sink.screen(next_lines(following))
     sink.json(
         {
             "folder": folder,
@@ -41,7 +41,7 @@ def verify(folder: str, options: Display, **knobs: Any) -> int:
             "verified": not broken,
             "checks": [c.to_json() for c in found.checks],
             "pairs": list(found.table),
-            "next": list(map(str, commands)),
+            "next": list(map(str, following)),
         }
     )
     return VerificationFailed.exit_code if broken else 0
@@ -50,7 +50,8 @@ def verify(folder: str, options: Display, **knobs: Any) -> int:
 def _next(folder: str, aim: Target, broken: Sequence[Check]) -> list[Next]:
     """What mends it; or the trainer's launch line and its traps."""
     if broken:
-        return list(dict.fromkeys(c.next for c in broken if c.next))
+        found = list(dict.fromkeys(c.next for c in broken if c.next))
+        return found if any(map(commands, found)) else [*found, Command("doctor", (as_argument(folder),))]
     from converter.sources.hub.names import as_reference, hub_name
 
     path = folder if folder.startswith(("/", ".", "~")) else f"./{folder}"

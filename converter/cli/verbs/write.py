@@ -284,21 +284,55 @@ def repair(
 @verb(
     "reshard",
     Conversion,
-    short_help="Rewrite a model in other files or another dtype.",
-    help="Rewrite a model folder in other files or another dtype; names, values and side files are kept.",
+    short_help="Rewrite a model in other files, or a run's state for other ranks.",
+    help="Rewrite a model folder in other files or another dtype; names, values and side files are kept. With "
+    "--world-size: rewrite a DeepSpeed run's state (ZeRO-1, 2, 3) so that training goes on with another number of "
+    "ranks, with its masters, optimizer states, steps, schedules and client state, bit by bit.",
     examples=(
         "rlhf-convert reshard ./model ./model-2gb --max-shard-size 2GB",
-        "rlhf-convert reshard ./model ./model-bf16 --dtype bf16",
         "rlhf-convert reshard ./model ./one-file --layout pack --max-shard-size 1TB",
+        "rlhf-convert reshard ./run/checkpoint-500 ./checkpoint-500-on-4 --world-size 4",
     ),
 )
 def reshard(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="Model folder or Hub id.", show_default=False)],
+    src: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Model folder or Hub id; with --world-size a folder of shards, its parent, or the run's.",
+            show_default=False,
+        ),
+    ],
     options: Conversion,
     out: Out = None,
+<<<<<<< HEAD
     dequantize: Dequantize = False,
+=======
+    world_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Write a run's state for N data-parallel ranks.", show_default=False),
+    ] = None,
+    tag: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T",
+            help="Which checkpoint of the run; default: what `latest` says.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+>>>>>>> main
 ) -> int:
     """`rlhf-convert reshard`."""
+    if world_size is not None:
+        from converter.cli.run.reshard_state import reshard_state
+        from converter.recipe.verbs.reshard_state import ReshardRequest
+
+        return reshard_state(ReshardRequest(src, world_size, tag), options.target(out), options)
+    if tag is not None:
+        from converter.errors import UsageError
+
+        raise UsageError("usage", "--tag names a checkpoint of a run, and goes with --world-size")
     from converter.cli.run.reshard import reshard
 
     return reshard(src, options.target(out), options, dequantize=dequantize)

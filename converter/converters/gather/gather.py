@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from converter.converters.gather.adapter_config import HEADS, LORA_FILES, adapter_config, head_task, with_folded_heads
+from converter.converters.gather.megatron import from_megatron, refuse_lora
 from converter.converters.gather.peft_names import PeftNames, has_factors, peft_names, without_wrappers
 from converter.converters.gather.ties import without_tied_copies
 from converter.converters.gather.wrappers import (
@@ -30,6 +31,7 @@ from converter.core.tensors.nodes import Cast, LazyTensor, Stored
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.families.disk_names import with_disk_names
+from converter.families.megatron.names import is_megatron
 from converter.families.words import PEFT_PREFIX
 from converter.text import fold, show
 
@@ -74,6 +76,8 @@ class Gather:
             context.note("info", "wrappers", "taken off the names: " + ", ".join(f"`{show(t)}`" for t in taken))
         inner = unwrap(names, checkpoint, self.part, context)
         _say_masters({n: checkpoint.tensors[n] for n in (*inner.names, *inner.head)}, context)
+        if is_megatron(inner.names.values()):
+            refuse_lora(inner.names, show(checkpoint.origin.asked))
         if has_factors(inner.names.values()):
             found = peft_names(inner.names, show(checkpoint.origin.asked))
             lora = _Lora(checkpoint, found, context, self.lora_alpha, self.rslora)
@@ -119,6 +123,8 @@ def _model(checkpoint: Checkpoint, inner: Unwrapped, base: Checkpoint | None, co
     found = _with_config(found, base, context)
     if inner.part == "value":
         found = for_value_model(found, base, context)
+    if is_megatron(found.tensors):
+        found = from_megatron(found, context)
     expect_known_ends(found)
     if not inner.is_raw:
         found = without_foreign_prefix(found, context)

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from converter.converters.heads.model import resolve
+from converter.converters.heads.plain import linear_head, plain_head
 from converter.core.checkpoint import Checkpoint
 from converter.core.files.names import MODEL_PICKLED
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again
 from converter.dialects.known import dialects
 from converter.dialects.spec import Dialect, Marks
 from converter.errors import Refused, UsageError
@@ -42,6 +44,11 @@ def detect(checkpoint: Checkpoint) -> Detected | None:
             that none has (`dialect-unknown`).
     """
     found = sorted(_candidates(checkpoint), key=lambda each: (-each[0], each[1].name))
+    if not found or found[0][1].refused:
+        stem = plain_head(checkpoint)
+        if stem is not None and not _is_encoders_own(checkpoint) and not any(_is_marked(d, stem) for _, d, _ in found):
+            shape = list(checkpoint.tensors[f"{stem}.weight"].info.shape)
+            return Detected(linear_head(stem), f"{show(stem)}.weight {shape} is all that the backbone has beside it")
     if not found:
         _refuse_unknown(checkpoint)
         return None
@@ -69,6 +76,13 @@ def _candidates(checkpoint: Checkpoint) -> Iterator[tuple[int, Dialect, list[str
         if fitting:
             best = max(fitting, key=len)
             yield len(best), dialect, best
+
+
+def _is_marked(dialect: Dialect, stem: str) -> bool:
+    """True where a folder of this dialect shows more of its maker than what its head is called."""
+    return not any(
+        set(m.tensors) <= {f"{stem}.weight", f"{stem}.bias"} and m == Marks(m.tensors) for m in dialect.marks
+    )
 
 
 def _names(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
@@ -125,18 +139,31 @@ def _reading(dialect: Dialect, kind: Family, checkpoint: Checkpoint) -> tuple[ob
 
 def _refuse_unknown(checkpoint: Checkpoint) -> None:
     heads = head_like(_names(checkpoint))
-    listed = checkpoint.config.get("architectures")
-    first = str(listed[0]) if isinstance(listed, list) and listed else ""
-    if heads and first.endswith("ForSequenceClassification") and family(checkpoint.config).is_encoder:
-        what = f"{show(first)} scores with other layers than one linear on one token: no decoder's head says the same"
+    if heads and _is_encoders_own(checkpoint):
+        first = show(checkpoint.config["architectures"][0])
+        what = f"{first} scores with other layers than one linear on one token: no decoder's head says the same"
         raise Refused("head-not-linear", what, where=show(checkpoint.origin.asked))
     if heads:
         raise UsageError(
             "dialect-unknown",
             f"there is a head that no known dialect has here: {fold(heads)}",
             where=show(checkpoint.origin.asked),
-            expected="--from " + ", ".join(n for n, d in dialects().items() if not d.refused and n != HEADLESS),
+            expected="--head NAME, for one of them that is a linear layer, or --from "
+            + ", ".join(n for n, d in dialects().items() if not d.refused and n != HEADLESS),
+            next=Again(("--head", _layer(heads[0]))),
         )
+
+
+def _layer(name: str) -> str:
+    """The layer that a tensor is of."""
+    return name.rpartition(".")[0]
+
+
+def _is_encoders_own(checkpoint: Checkpoint) -> bool:
+    """True for a class of transformers that pools by more than one linear layer on one token."""
+    listed = checkpoint.config.get("architectures")
+    first = str(listed[0]) if isinstance(listed, list) and listed else ""
+    return first.endswith("ForSequenceClassification") and family(checkpoint.config).is_encoder
 
 
 def head_like(names: Iterable[str]) -> list[str]:

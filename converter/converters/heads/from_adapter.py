@@ -87,7 +87,7 @@ def _tensors(module: Module, config: AdapterConfig, where: str) -> dict[str, Laz
     return {f"{module.name}.{leaf}": t for leaf, t in merged_alone(module, module.replaced, config, where).items()}
 
 
-_OF_THE_RUN = Command("convert", ("RUN/global_stepN", "OUT"))
+_OF_THE_RUN = Command("gather", ("RUN/global_stepN", "OUT"))
 
 
 def lost_base(module: str, adapter: Checkpoint) -> Refused:
@@ -100,7 +100,7 @@ def lost_base(module: str, adapter: Checkpoint) -> Refused:
         expected="W0, from a DeepSpeed checkpoint of the run (frozen_param_fragments: exact), or another checkpoint "
         f"that has the head whole. {NO_CURE}",
         next=Steps(
-            _OF_THE_RUN,
+            Again(("--weights-from", "RUN/global_stepN"), otherwise=_OF_THE_RUN),
             ", the run's DeepSpeed folder; or for a fresh critic, never a reward model, ",
             Again(("--init-head", "zeros")),
         ),

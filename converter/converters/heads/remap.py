@@ -9,6 +9,7 @@ from typing import ClassVar
 from converter.converters.heads.detect import HEADLESS, Detected, detect, head_like
 from converter.converters.heads.fit import BiasWish, Init, NormaliserWish, Wishes, fit, fresh
 from converter.converters.heads.model import Reading, main_dtype
+from converter.converters.heads.plain import named_head
 from converter.converters.heads.read import read
 from converter.converters.heads.write import write
 from converter.core.checkpoint import Checkpoint, Input
@@ -29,6 +30,7 @@ class RemapHead:
         to: `TRAINER` or `TRAINER@VERSION`, or a dialect's own name.
         role: what the trainer uses the model as.
         read_as: the source's dialect or trainer, where files don't tell.
+        head: the source's head is the linear layer of this name.
         adapter: the source is this adapter over the checkpoint that flows through.
         base: where a missing output embedding comes from.
         weights: where tensors that are empty or missing may still exist; they are filled first.
@@ -44,6 +46,7 @@ class RemapHead:
     to: str
     role: Role = "critic"
     read_as: str | None = None
+    head: str | None = None
     adapter: Input | None = None
     base: Input | None = None
     weights: tuple[Input, ...] = ()
@@ -77,7 +80,7 @@ class RemapHead:
         checkpoint = _unwrapped(checkpoint, context)
         found = self._dialect(checkpoint)
         reading = read(checkpoint, found.dialect, context)
-        if self.read_as is not None:
+        if self.read_as is not None or self.head is not None:
             reading = _without_others(reading, context)
         _say(found, aim, context)
         if self.role == "actor":
@@ -108,6 +111,10 @@ class RemapHead:
 
     def _dialect(self, checkpoint: Checkpoint) -> Detected:
         """The source's dialect, from the files or as the user says."""
+        if self.head is not None:
+            if self.read_as is not None:
+                raise UsageError("usage", "--from and --head are two ways to say what the head is; give one")
+            return Detected(named_head(checkpoint, self.head), f"--head {show(self.head)}")
         if self.read_as is None:
             return detect(checkpoint) or Detected(dialects()[HEADLESS], "no head")
         named = spoken(self.read_as)

@@ -133,7 +133,8 @@ def read_modules(tensors: Mapping[str, LazyTensor], where: str) -> AdapterModule
 def _shared(bare: str, names: frozenset[str]) -> str:
     """The name of a tensor that belongs to the model as a whole; empty where the key is not of one."""
     pieces = [p for p in bare.removeprefix(_MODEL).split(".") if p not in names]
-    return pieces[0] if len(pieces) == 1 and pieces[0] in shared_names() else ""
+    name = ".".join(pieces)
+    return name if name in shared_names() else ""
 
 
 def _bare(key: str, stripped: dict[str, None]) -> str:

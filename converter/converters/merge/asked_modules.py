@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from converter.families.factors import factor_in_name
 from converter.families.memory_names import architectures
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
-_FACTOR = re.compile(r"^(?:base_model\.model\.)*(?P<module>.+)\.lora_(?:A|B|embedding_A|embedding_B)(?:\.|$)")
 _PEFT = re.compile(r"^(?:base_model\.model\.)+")
 _MOST_PATTERN = 2_000
 
@@ -27,17 +27,20 @@ def modules_missing(
 
     Args:
         keys: the adapter's tensors.
-        adapter: `adapter_config.json`; only LoRA's is read.
+        adapter: `adapter_config.json`.
         base: the base's tensors with their numbers of dimensions, as they are on disk.
         config: the base's `config.json`.
     """
-    if adapter.get("peft_type") != "LORA" or adapter.get("layer_replication") or adapter.get("target_parameters"):
+    if adapter.get("layer_replication") or adapter.get("target_parameters"):
         return []
     held = [_PEFT.sub("", k) for k in keys]
-    adapted = {m["module"] for k in held if (m := _FACTOR.match(k))}
+    adapted = {m["module"] for k in held if (m := factor_in_name().match(k))}
+    if not adapted and adapter.get("peft_type") != "LORA":
+        return []
     linear, every = _modules(base, adapter, config)
     kinds = {_LAYER.sub("N", name) for name in adapted if _LAYER.search(name)}
-    found = [n for n in linear if n not in adapted and _LAYER.sub("N", n) in kinds and _is_target(n, adapter)]
+    candidates = linear if adapted <= set(linear) else every
+    found = [n for n in candidates if n not in adapted and _LAYER.sub("N", n) in kinds and _is_target(n, adapter)]
     return [*found, *_saved_missing(held, adapter, every)]
 
 

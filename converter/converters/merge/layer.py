@@ -28,7 +28,7 @@ def updates_of(site: Site) -> tuple[Update, ...]:
     method = site.config.method
     for factor in site.module.factors:
         name = factor.partition(".")[0]
-        if name not in method.factors:
+        if name not in method.factors and factor not in method.factors:
             other = variant_of(name, method)
             why = f"which is of {other.title}, and {other.switch} is not set" if other else f"not of {method.title}"
             raise site.incomplete(f"the layer has a {show(name)}, {why}")

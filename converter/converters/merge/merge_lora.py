@@ -11,7 +11,7 @@ PEFT's merge moves both sides, which is not what the adapter computes.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from converter.converters.merge.adapter_config import read_adapter_config
@@ -33,12 +33,11 @@ from converter.converters.merge.trained_files import (
     with_trained_files,
     without_trained_files,
 )
-from converter.converters.merge.whole_tensors import WholeTensors
+from converter.converters.merge.whole_tensors import WholeTensors, is_same
 from converter.core.checkpoint import Checkpoint, Input, SideFile
 from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.side_files import adapter_first
-from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
@@ -162,6 +161,7 @@ class _Merge:
         self.whole.add_rows(self.base, (m for n, m in read.modules.items() if n not in new), rule, config, where)
         sites = self._sites(read, new, rule, config, weight, where)
         found = {site.module.name: self._update(site, rule) for site in sites}
+        self._settle_shared(read, adapter, where)
         self._refuse_no_op(read, found, config.method, where)
 
     def _sites(
@@ -174,8 +174,11 @@ class _Merge:
         where: str,
     ) -> list[Site]:
         """Modules with factors, each with the base's tensors below it."""
-        changed = [m for n, m in read.modules.items() if m.factors and n not in new]
-        bases = {m.name: self._below(m, rule, config.method) for m in changed}
+        changed = [
+            self._without_training(m, config.method) for n, m in read.modules.items() if m.factors and n not in new
+        ]
+        below = {m.name: self._below(m, rule, config.method) for m in changed}
+        bases = {name: {leaf: x.info for leaf, x in held.items()} for name, held in below.items()}
         peers = {name: base["weight"] for name, base in bases.items() if "weight" in base}
         return [
             Site(
@@ -189,18 +192,25 @@ class _Merge:
                 where=where,
                 shared=read.shared,
                 peers=peers,
+                below=below[m.name],
             )
             for m in changed
         ]
 
-    def _below(self, module: Module, rule: NameRule, method: Method) -> dict[str, TensorInfo]:
+    def _without_training(self, module: Module, method: Method) -> Module:
+        """A module without the factors that only training reads."""
+        left = {name for name in module.factors if name.partition(".")[0] in method.training}
+        keys = {id(tensor): key for adapter in self.adapters for key, tensor in adapter.tensors.items()}
+        self.dropped |= {keys[id(module.factors[n])]: f"only the training of {method.title} reads it" for n in left}
+        return replace(module, factors={n: t for n, t in module.factors.items() if n not in left}) if left else module
+
+    def _below(self, module: Module, rule: NameRule, method: Method) -> dict[str, LazyTensor]:
         """The base's tensors of a module: those that the method needs, and its bias where it has one."""
         found = {
-            leaf: self.whole.root(self.base, rule.tensor(f"{module.name}.{leaf}")).info
-            for leaf in method.leaves(module)
+            leaf: self.whole.root(self.base, rule.tensor(f"{module.name}.{leaf}")) for leaf in method.leaves(module)
         }
         bias = rule.tensor(f"{module.name}.bias")
-        return {**found, "bias": self.base.tensors[bias].info} if bias in self.base.tensors else found
+        return {**found, "bias": self.base.tensors[bias]} if bias in self.base.tensors else found
 
     def _settle_ties(self, touched: Collection[str]) -> None:
         """A config may tie two tensors that are stored with different values; loaders then do not tie them."""
@@ -252,6 +262,16 @@ class _Merge:
         for update in updates:
             self.updates.setdefault(rule.tensor(f"{site.module.name}.{update.leaf}"), []).append(update)
         return updates
+
+    def _settle_shared(self, read: AdapterModules, adapter: Checkpoint, where: str) -> None:
+        """What the adapter has for the model, and once more for each layer (RandLoRA's bases), must be the same."""
+        for name, tensor in read.shared.items():
+            copies = [m.factors[name] for m in read.modules.values() if name in m.factors]
+            if not all(is_same(self.context, tensor, copy) for copy in copies):
+                what = f"{show(name)} of the model and that of a layer differ, and they are one tensor"
+                raise Refused("adapter-key-twice", what, where=where)
+            keys = [key for key, held in adapter.tensors.items() if held is tensor] if copies else []
+            self.dropped |= dict.fromkeys(keys, "identical with what its layers have")
 
     def _refuse_no_op(
         self, read: AdapterModules, found: Mapping[str, Sequence[Update]], method: Method, where: str

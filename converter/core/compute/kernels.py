@@ -110,11 +110,11 @@ def _merge(
         rounded = bool(params.get("delta_rounded"))
         merged, exact = _merge_in_turn(weight.to(out_dtype), adapters, rounded, delta, norm, along)
         base = weight.to(exact.dtype)
-        return merged, _measure(base, exact - base, merged, inputs)
+        return merged, measured(base, exact - base, merged, inputs)
     base = weight.to(accumulate)
     exact, update = _merge_exactly(base, adapters, delta, norm, along)
     merged = exact.to(out_dtype)
-    return merged, _measure(base, update, merged, inputs)
+    return merged, measured(base, update, merged, inputs)
 
 
 def _merge_exactly(base: Tensor, adapters: list[_Factors], delta: Any, norm: Any, along: Any) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ def _merge_in_turn(
     return merged, exact
 
 
-def _measure(base: Tensor, update: Tensor, merged: Tensor, inputs: list[Tensor]) -> Measures:
+def measured(base: Tensor, update: Tensor, merged: Tensor, inputs: list[Tensor]) -> Measures:
     """Norms of base and update, and how much of the update survived the rounding. The finite check rides along:
     a value that is not finite makes `update` or `effective` not finite, and only then is it counted exactly.
     """
@@ -208,7 +208,7 @@ def bias_merge(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor,
         merged = exact if params["numerics"] == "best" else exact.to(out_dtype)
     merged = merged.to(out_dtype)
     base = inputs[0].to(exact.dtype)
-    return merged, _measure(base, exact - base, merged, inputs)
+    return merged, measured(base, exact - base, merged, inputs)
 
 
 def residual_base(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:

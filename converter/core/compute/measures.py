@@ -31,10 +31,17 @@ def relative_size(measured: Sequence[Mapping[str, float]]) -> float:
 
 
 def with_ratios(measures: Mapping[str, float]) -> dict[str, float | None]:
-    """The sums and the two ratios, for the receipt; None for what is not finite, since JSON has no word for it."""
+    """The sums and the two ratios, for the receipt; None for what is not finite, since JSON has no word for it.
+
+    Nine digits: the order in which a machine adds shows in the last ones, and a receipt is the same bytes everywhere.
+    """
     ratios: dict[str, float] = {}
     if has_update(measures):
         ratios = {"relative_size": relative_size([measures]), "surviving_share": surviving_share([measures])}
+<<<<<<< HEAD
     if measures.get("requantised", 0) > 0:
         ratios["requantised_relative_error"] = math.sqrt(measures["requantised_error"] / measures["requantised"])
     return {k: v if math.isfinite(v) else None for k, v in sorted({**measures, **ratios}.items())}
+=======
+    return {k: float(f"{v:.9g}") if math.isfinite(v) else None for k, v in sorted({**measures, **ratios}.items())}
+>>>>>>> main

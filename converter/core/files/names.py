@@ -34,5 +34,9 @@ CARD = "README.md"
 RECEIPT = "rlhf-convert.json"
 """What this program writes beside every folder that it makes."""
 
+FILES = "files"
+"""Key of the receipt: names of weight files mapped to `size` in bytes, `crc32` of the file, and `tensors`, the CRC-32
+of each of its tensors; checksums are 8 hexadecimal digits."""
+
 WEIGHTS_WORD = f"model|pytorch_model|{ADAPTER_STEM}"
 """Alternatives of a regular expression: how the names of weight files begin."""

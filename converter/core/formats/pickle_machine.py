@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import IO, Any, NoReturn, cast
 
 from converter.core.formats.pickle_names import MAX_NAMES, AllowedNames, allowed_names, runs_code
+from converter.core.formats.pickle_values import Built, FrozenItems, Global, Ordered, Persistent, SetItems
 from converter.diagnostic import Again, Steps
 from converter.errors import Refused
 from converter.text import fold, show
@@ -28,44 +29,6 @@ MAX_OPCODES = 10_000_000
 MAX_INTEGER_BITS = 128
 MAX_LINE = 65_536
 MAX_NAME = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Global:
-    """A name that the stream would import."""
-
-    module: str
-    name: str
-
-    @property
-    def path(self) -> str:
-        """`module.name`."""
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Persistent:
-    """A reference that the container resolves: in torch's files, a storage."""
-
-    identity: Any
-
-
-class Built:
-    """What a call would make: the callable, its arguments, and what was then set or added. Compared by identity."""
-
-    __slots__ = ("args", "function", "items", "kwargs", "state")
-
-    def __init__(self, function: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
-        self.function = function
-        self.args = args
-        self.kwargs = kwargs
-        self.state: Any = None
-        self.items: list[Any] = []
-
-    @property
-    def path(self) -> str:
-        """The callable's dotted name; empty where it is no name."""
-        return self.function.path if isinstance(self.function, Global) else ""
 
 
 class _Mark:
@@ -199,30 +162,44 @@ class _Machine:
         self.names.add(f"{module}.{name}")
         self.stack.append(Global(module, name))
 
-    def call(self, function: Any, args: Any, kwargs: Any = None) -> None:
+    def call(self, function: Any, args: Any, kwargs: Any = None, *, is_new: bool = False) -> None:
         if not isinstance(args, tuple):
             self.fail("a call's arguments are no tuple")
         path = function.path if isinstance(function, Global) else ""
-        if path in ("collections.OrderedDict", "builtins.dict", "__builtin__.dict") and not args and not kwargs:
+        if path == "collections.OrderedDict" and not args and not kwargs:
+            self.stack.append(Ordered())
+        elif path in ("builtins.dict", "__builtin__.dict") and not args and not kwargs:
             self.stack.append({})
         else:
-            self.stack.append(Built(function, args, kwargs))
+            self.stack.append(Built(function, args, kwargs, is_new=is_new))
+
+    def fill(self, target: Built, how: str, items: list[Any]) -> None:
+        if items and target.filled not in ("", how):
+            self.fail("it fills an object in two ways")
+        target.filled = how if items else target.filled
+        target.items += items
 
     def set_items(self, target: Any, items: list[Any]) -> None:
         if len(items) % 2:
             self.fail("a key has no value")
         pairs = list(zip(items[::2], items[1::2], strict=True))
         if isinstance(target, Built):
-            target.items += pairs
+            self.fill(target, "set", pairs)
             return
         for key, value in pairs:
             if not _is_key(key):
                 self.fail("a key is neither a scalar nor a flat tuple")
             target[key] = value
 
+    def append_items(self, target: Any, items: list[Any]) -> None:
+        if isinstance(target, Built):
+            self.fill(target, "append", items)
+        else:
+            target.extend(items)
+
     def add_items(self, target: Any, items: list[Any]) -> None:
         if isinstance(target, Built):
-            target.items += items
+            self.fill(target, "add", items)
         else:
             target.extend(items)
 
@@ -232,6 +209,8 @@ class _Machine:
         if isinstance(target, dict):
             if not isinstance(state, dict | None):
                 self.fail("a dictionary gets a state that is none")
+            if isinstance(target, Ordered):
+                target.state = state
             return
         if not isinstance(target, Built):
             self.fail("it sets the state of something that has none")
@@ -244,13 +223,13 @@ class _Machine:
         name, module = self.pop(), self.pop()
         self.push_global(module, name)
 
-    def reduce(self) -> None:
+    def reduce(self, *, is_new: bool = False) -> None:
         args, function = self.pop(), self.pop()
-        self.call(function, args)
+        self.call(function, args, is_new=is_new)
 
     def new_with_keywords(self) -> None:
         kwargs, args, function = self.pop(), self.pop(), self.pop()
-        self.call(function, args, kwargs)
+        self.call(function, args, kwargs, is_new=True)
 
     def instance(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
@@ -264,7 +243,7 @@ class _Machine:
 
     def append(self) -> None:
         item = self.pop()
-        self.add_items(self.top((list, Built)), [item])
+        self.append_items(self.top((list, Built)), [item])
 
     def set_item(self) -> None:
         value, key = self.pop(), self.pop()
@@ -309,7 +288,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
     "EMPTY_LIST": list,
-    "EMPTY_SET": list,
+    "EMPTY_SET": SetItems,
     "EMPTY_DICT": dict,
     "EMPTY_TUPLE": tuple,
     "MARK": lambda: _MARK,
@@ -322,10 +301,10 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     "POP_MARK": lambda m, a: m.to_mark(),
     "DUP": lambda m, a: m.stack.append(m.stack[-1]),
     "APPEND": lambda m, a: m.append(),
-    "APPENDS": lambda m, a: m.many((list, Built), m.add_items),
+    "APPENDS": lambda m, a: m.many((list, Built), m.append_items),
     "ADDITEMS": lambda m, a: m.many((list, Built), m.add_items),
     "LIST": lambda m, a: m.stack.append(m.to_mark()),
-    "FROZENSET": lambda m, a: m.stack.append(m.to_mark()),
+    "FROZENSET": lambda m, a: m.stack.append(FrozenItems(m.to_mark())),
     "TUPLE": lambda m, a: m.stack.append(tuple(m.to_mark())),
     "TUPLE1": lambda m, a: m.tuple_of(1),
     "TUPLE2": lambda m, a: m.tuple_of(2),
@@ -343,7 +322,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     "GLOBAL": _split_global,
     "STACK_GLOBAL": lambda m, a: m.stack_global(),
     "REDUCE": lambda m, a: m.reduce(),
-    "NEWOBJ": lambda m, a: m.reduce(),
+    "NEWOBJ": lambda m, a: m.reduce(is_new=True),
     "NEWOBJ_EX": lambda m, a: m.new_with_keywords(),
     "INST": lambda m, a: m.instance(a),
     "OBJ": lambda m, a: m.old_object(),

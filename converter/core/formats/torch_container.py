@@ -21,7 +21,8 @@ from typing import Any
 from converter.core.files import sparse
 from converter.core.files.checksums import crc32
 from converter.core.files.opening import Identity, open_input, pread, read_exact
-from converter.core.formats.pickle_machine import Built, Persistent, PickleValue, read_pickle
+from converter.core.formats.pickle_machine import PickleValue, read_pickle
+from converter.core.formats.pickle_values import Built, Persistent
 from converter.errors import Refused
 from converter.text import show
 

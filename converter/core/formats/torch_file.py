@@ -15,7 +15,8 @@ from typing import Any
 from converter.core.checkpoint import RecordCheck
 from converter.core.files import sparse
 from converter.core.files.opening import Identity
-from converter.core.formats.pickle_machine import Built, Global, Persistent, check_names
+from converter.core.formats.pickle_machine import check_names
+from converter.core.formats.pickle_values import Built, Global, Persistent
 from converter.core.formats.torch_container import (
     Container,
     Record,

@@ -1,12 +1,11 @@
 """Torch's zip format, written: the pickle, the records and the directory around tensors that are written in place.
 
-The bytes are those that torch.save (2.7 and later) writes of an OrderedDict of contiguous CPU tensors, but for the
-serialization id, which torch derives from the order of a C++ hash set. A zip says each record's CRC-32 after its data
+The bytes are those that torch.save (2.7 and later) writes, but for the serialization id, which torch derives from the
+order of a C++ hash set. A zip says each record's CRC-32 after its data
 and in its directory: `archive` knows every place before any byte is written, `closing` fills in the checksums.
 
 Sources: https://github.com/pytorch/pytorch/blob/v2.9.0/torch/serialization.py (`_save`),
-https://github.com/pytorch/pytorch/blob/v2.9.0/caffe2/serialize/inline_container.cc (records, alignment, ids),
-https://docs.python.org/3/library/pickletools.html (protocol 2).
+https://github.com/pytorch/pytorch/blob/v2.9.0/caffe2/serialize/inline_container.cc (records, alignment, ids).
 """
 
 from __future__ import annotations
@@ -18,27 +17,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from converter.core.files.checksums import crc32
-from converter.core.tensors.dtypes import DType, TensorInfo
-from converter.errors import Refused
-from converter.text import show
+from converter.core.formats.torch_tree import by_name
+from converter.core.tensors.dtypes import TensorInfo
 
 ALIGNMENT = 64
 """Storages begin at multiples of this, and so does every other record."""
-
-_STORAGES = {
-    DType.F32: "Float", DType.F64: "Double", DType.F16: "Half", DType.BF16: "BFloat16", DType.I64: "Long",
-    DType.I32: "Int", DType.I16: "Short", DType.I8: "Char", DType.U8: "Byte", DType.BOOL: "Bool",
-    DType.C64: "ComplexFloat",
-}  # fmt: skip
-"""Element types with a storage class of their own."""
-
-_UNTYPED = frozenset(
-    (DType.F8_E4M3, DType.F8_E5M2, DType.F8_E4M3FNUZ, DType.F8_E5M2FNUZ, DType.F8_E8M0, DType.U16, DType.U32, DType.U64)
-)
-"""Newer ones: bytes in the file, and the type beside the shape."""
-
-_BATCH = 1000
-"""Items that the C pickler sets with one opcode. Source: `BATCHSIZE` in CPython's Modules/_pickle.c."""
 
 _LARGE = 0xFFFFFFFF
 """Sizes and offsets from here on are written in zip64 fields."""
@@ -101,26 +84,21 @@ class Archive:
         return known + _local_header(self.tensors[0])
 
 
-def is_writable(dtype: DType) -> bool:
-    """True where torch has a type that a file can name."""
-    return dtype in _STORAGES or dtype in _UNTYPED
-
-
-def archive(file: str, tensors: Sequence[tuple[str, TensorInfo]]) -> Archive:
+def archive(file: str, tensors: Sequence[tuple[str, TensorInfo]], pickled: bytes | None = None) -> Archive:
     """The layout of `file` with these tensors, at least one; each gets a storage of its own.
+
+    Args:
+        pickled: what the file says of them; None: they are a dictionary by name.
 
     Raises:
         Refused: a type that torch doesn't have, or packs differently (`torch-dtype`).
     """
-    for name, info in tensors:
-        if not is_writable(info.dtype):
-            what = f"torch's files can't hold {show(name)}: torch has no {info.dtype.value} as it is stored here"
-            raise Refused("torch-dtype", what, next="write safetensors, or another --dtype")
+    pickled = by_name(tensors) if pickled is None else pickled
     stem = file.rpartition("/")[2].rpartition(".")[0].encode()
     contents: list[tuple[str, bytes | None, int]] = [
         (name, content, len(content))
         for name, content in (
-            ("data.pkl", _pickle(tensors)),
+            ("data.pkl", pickled),
             (".format_version", b"1"),
             (".storage_alignment", str(ALIGNMENT).encode()),
             ("byteorder", b"little"),
@@ -211,119 +189,3 @@ def _end(file: Archive) -> bytes:
     return (
         large + locator + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, few, few, min(length, _LARGE), min(begin, _LARGE), 0)
     )
-
-
-# The pickle
-
-
-class _Pickler:
-    """Opcodes of protocol 2, as CPython's pickler writes them: objects are noted, and referred to when used again."""
-
-    def __init__(self) -> None:
-        self.out = bytearray(b"\x80\x02")
-        self._noted: dict[str, int] = {}
-        self._count = 0
-
-    def note(self, name: str | None = None) -> None:
-        """Give the object on the stack its number."""
-        number = self._count
-        self._count += 1
-        self.out += struct.pack("<cB", b"q", number) if number < 256 else struct.pack("<cI", b"r", number)
-        if name is not None:
-            self._noted[name] = number
-
-    def _again(self, name: str) -> bool:
-        number = self._noted.get(name)
-        if number is not None:
-            self.out += struct.pack("<cB", b"h", number) if number < 256 else struct.pack("<cI", b"j", number)
-        return number is not None
-
-    def symbol(self, module: str, name: str) -> None:
-        """A class or function, by name."""
-        if not self._again(f"{module} {name}"):
-            self.out += f"c{module}\n{name}\n".encode()
-            self.note(f"{module} {name}")
-
-    def text(self, value: str, *, constant: bool = False) -> None:
-        """A string; a constant is one object wherever it stands."""
-        if not (constant and self._again("'" + value)):
-            raw = value.encode(errors="surrogatepass")
-            self.out += struct.pack("<cI", b"X", len(raw)) + raw
-            self.note("'" + value if constant else None)
-
-    def count(self, value: int) -> None:
-        """A number from 0."""
-        if value < 1 << 8:
-            self.out += struct.pack("<cB", b"K", value)
-        elif value < 1 << 16:
-            self.out += struct.pack("<cH", b"M", value)
-        elif value < 1 << 31:
-            self.out += struct.pack("<ci", b"J", value)
-        else:
-            raw = value.to_bytes(value.bit_length() // 8 + 1, "little")
-            self.out += struct.pack("<cB", b"\x8a", len(raw)) + raw
-
-    def counts(self, values: Sequence[int]) -> None:
-        """A tuple of numbers."""
-        if not values:
-            self.out += b")"
-            return
-        if len(values) > 3:
-            self.out += b"("
-        for value in values:
-            self.count(value)
-        self.out += {1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(values), b"t")
-        self.note()
-
-    def empty_dict(self, name: str | None = None) -> None:
-        """An OrderedDict."""
-        self.symbol("collections", "OrderedDict")
-        self.out += b")R"
-        self.note(name)
-
-
-def _pickle(tensors: Sequence[tuple[str, TensorInfo]]) -> bytes:
-    """An OrderedDict of tensors, each on a storage named by its number."""
-    made = _Pickler()
-    made.empty_dict()
-    for begin in range(0, len(tensors), _BATCH):
-        batch = tensors[begin : begin + _BATCH]
-        made.out += b"(" if len(batch) > 1 else b""
-        for key, (name, info) in enumerate(batch, begin):
-            made.text(name)
-            _pickle_tensor(made, key, info)
-        made.out += b"u" if len(batch) > 1 else b"s"
-    return bytes(made.out + b".")
-
-
-def _pickle_tensor(made: _Pickler, key: int, info: TensorInfo) -> None:
-    kind = _STORAGES.get(info.dtype)
-    made.symbol("torch._utils", "_rebuild_tensor_v2" if kind else "_rebuild_tensor_v3")
-    made.out += b"(("
-    made.text("storage", constant=True)
-    made.symbol(*(("torch", f"{kind}Storage") if kind else ("torch.storage", "UntypedStorage")))
-    made.text(str(key))
-    made.text("cpu", constant=True)
-    made.count(info.numel if kind else info.nbytes)
-    made.out += b"t"
-    made.note()
-    made.out += b"Q"
-    made.count(0)
-    made.counts(info.shape)
-    made.counts(_strides(info.shape))
-    made.out += b"\x89"  # requires_grad: False
-    made.empty_dict()  # backward hooks
-    if not kind:
-        made.symbol("torch", info.dtype.torch_name)
-    made.out += b"t"
-    made.note()
-    made.out += b"R"
-    made.note()
-
-
-def _strides(shape: Sequence[int]) -> list[int]:
-    """Elements from one index to the next of each dimension, rows after rows; torch counts empty ones as 1."""
-    strides = [1]
-    for length in reversed(shape[1:]):
-        strides.append(strides[-1] * max(length, 1))
-    return strides[::-1] if shape else []

@@ -16,30 +16,36 @@ MIN_COPY_RUN = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ByteRun:
-    """`length` bytes of `file` from `offset`."""
+    """`length` bytes of `file` from `offset`; of no file: zeros."""
 
     file: str
     offset: int
     length: int
 
 
-def byte_runs(x: LazyTensor) -> tuple[ByteRun, ...] | None:
-    """The bytes of the tensor, in order, where they lie in files as they are; None where they must be computed."""
+def byte_runs(x: LazyTensor, *, zeros: bool = False) -> tuple[ByteRun, ...] | None:
+    """The bytes of the tensor, in order, where they lie in files as they are; None where they must be computed.
+
+    Args:
+        zeros: zeros need not lie anywhere; a new file has them where nothing is written.
+    """
     if x.info.numel == 0:
         return ()
     match x:
         case Stored():
             return (ByteRun(x.file, x.offset, x.info.nbytes),)
         case Reshape():
-            return byte_runs(x.source)
+            return byte_runs(x.source, zeros=zeros)
         case Narrow():
             return _cut_runs(x)
+        case Filled() if zeros and x.value == 0:
+            return (ByteRun("", 0, x.info.nbytes),)
         case Concat():
             if math.prod(x.info.shape[: x.dim]) != 1:
                 return None
             runs: list[ByteRun] = []
             for part in x.parts:
-                own = byte_runs(part)
+                own = byte_runs(part, zeros=zeros)
                 if own is None:
                     return None
                 runs += own

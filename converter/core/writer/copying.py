@@ -33,10 +33,15 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Non
 def copy_run(files: InputFiles, run: ByteRun, out: int, offset: int, advance: Callable[[int], None]) -> None:
     """Copy one run of an input to `offset` of the descriptor `out`; `advance` is told of bytes as they are copied.
 
+    Zeros, which lie in no input, are what a new file has there.
+
     Raises:
         Refused: the input ends before the run does (`input-cut`).
         OSError: the output can't be written (no space, a failing disk).
     """
+    if not run.file:
+        advance(run.length)
+        return
     done = 0
     for piece in _pieces(run, offset):
         _copy_piece(files, run, out, offset, done, piece, advance)

@@ -112,7 +112,8 @@ def _check_piece(path: Path, entry: Entry, digest: int, files: InputFiles) -> No
         run = entry.runs[number]
         skip = digest % max(run.length - COPY_SAMPLE + 1, 1)
         buffer = bytearray(min(run.length, COPY_SAMPLE))
-        files.read_into(run.file, run.offset + skip, buffer)
+        if run.file:
+            files.read_into(run.file, run.offset + skip, buffer)
         expected = memoryview(buffer)
         offset = entry.offset + sum(r.length for r in entry.runs[:number]) + skip
     else:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converter.core.files.checksums import crc32
+from converter.core.files.checksums import crc32, joined
 from converter.core.formats import torch_zip_writer as torch_zip
 from converter.core.writer.copying import write_all
 from converter.core.writer.shard_plan import ShardPlan
@@ -38,6 +38,16 @@ def checksum(fd: int, offset: int, length: int, between: Callable[[], None] = la
     return found
 
 
+def whole_checksum(fd: int, shard: ShardPlan, sums: Sequence[int]) -> int:
+    """CRC-32 of a file whose tensors have the CRC-32 `sums`: joined from them where nothing else lies between."""
+    if shard.is_torch:
+        return checksum(fd, 0, shard.size)
+    found = crc32(shard.header)
+    for entry, crc in zip(shard.entries, sums, strict=True):
+        found = joined(found, crc, entry.length)
+    return found
+
+
 def close_archive(fd: int, shard: ShardPlan, sums: Sequence[int]) -> None:
     """Write what a torch file has between and after its tensors, whose CRC-32 are `sums`."""
     for offset, data in torch_zip.closing(shard.archive, sums):
@@ -56,15 +66,16 @@ def is_still_there(shard: ShardPlan, line: Mapping[str, Any], folder: Path) -> b
         computed = [entry for entry in shard.entries if entry.runs is None]
         if not all(line["crc"].get(e.name) == [checksum(fd, *at) for at in e.extents] for e in computed):
             return False
-        return not shard.is_torch or _is_closed(fd, shard, line.get("sums"))
+        sums = line.get("sums")
+        if not isinstance(sums, list) or len(sums) != len(shard.entries):
+            return False
+        if not all(type(n) is int and 0 <= n < 1 << 32 for n in (*sums, line.get("whole"))):
+            return False
+        return not shard.is_torch or _is_closed(fd, shard, sums)
     finally:
         os.close(fd)
 
 
-def _is_closed(fd: int, shard: ShardPlan, sums: Any) -> bool:
+def _is_closed(fd: int, shard: ShardPlan, sums: Sequence[int]) -> bool:
     """True where the archive says of its tensors what the journal says."""
-    if not isinstance(sums, list) or len(sums) != len(shard.entries):
-        return False
-    if not all(type(n) is int and 0 <= n < 1 << 32 for n in sums):
-        return False
     return all(os.pread(fd, len(data), offset) == data for offset, data in torch_zip.closing(shard.archive, sums))

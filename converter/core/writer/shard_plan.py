@@ -27,12 +27,17 @@ PAGE = 4096
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a shard: `length` bytes at `offset` of the file, computed in chunks of `chunk_rows` rows."""
+    """One tensor of a shard: `length` bytes at `offset` of the file, computed in chunks of `chunk_rows` rows.
+
+    Attributes:
+        is_storage: bytes under no name, of which zeros are left as a new file has them.
+    """
 
     name: str
     tensor: LazyTensor
     offset: int
     chunk_rows: int
+    is_storage: bool = False
 
     @property
     def length(self) -> int:
@@ -42,7 +47,7 @@ class Entry:
     @cached_property
     def runs(self) -> tuple[ByteRun, ...] | None:
         """Where the bytes lie as they are; None where they are computed."""
-        return byte_runs(self.tensor)
+        return byte_runs(self.tensor, zeros=self.is_storage)
 
     @cached_property
     def extents(self) -> list[tuple[int, int]]:
@@ -69,6 +74,7 @@ class ShardPlan:
 
     Attributes:
         link: a file of the source that is this one, byte by byte; the output gets a symbolic link to it.
+        pickled: what a torch file says of its storages, where it holds more than tensors by name.
     """
 
     file: str
@@ -77,6 +83,7 @@ class ShardPlan:
     tail: bytes
     size: int
     link: str | None = None
+    pickled: bytes | None = None
 
     @property
     def is_torch(self) -> bool:
@@ -86,7 +93,7 @@ class ShardPlan:
     @property
     def archive(self) -> torch_zip.Archive:
         """The records of a torch file."""
-        return torch_zip.archive(self.file, [(e.name, e.tensor.info) for e in self.entries])
+        return torch_zip.archive(self.file, [(e.name, e.tensor.info) for e in self.entries], self.pickled)
 
 
 def chunk_rows(tensor: LazyTensor) -> int:
@@ -182,7 +189,13 @@ def chunk_cost(tensor: LazyTensor) -> int:
 def to_json(shard: ShardPlan) -> dict[str, Any]:
     """A shard's plan as JSON values."""
     entries = [
-        {"name": e.name, "tensor": tensor_json.to_json(e.tensor), "offset": e.offset, "chunk_rows": e.chunk_rows}
+        {
+            "name": e.name,
+            "tensor": tensor_json.to_json(e.tensor),
+            "offset": e.offset,
+            "chunk_rows": e.chunk_rows,
+            **({"is_storage": True} if e.is_storage else {}),
+        }
         for e in shard.entries
     ]
     return {
@@ -192,14 +205,22 @@ def to_json(shard: ShardPlan) -> dict[str, Any]:
         "tail": shard.tail.hex(),
         "size": shard.size,
         **({} if shard.link is None else {"link": shard.link}),
+        **({} if shard.pickled is None else {"pickled": shard.pickled.hex()}),
     }
 
 
 def from_json(obj: Mapping[str, Any]) -> ShardPlan:
     """The plan that `to_json` wrote."""
     entries = tuple(
-        Entry(e["name"], tensor_json.from_json(e["tensor"]), e["offset"], e["chunk_rows"]) for e in obj["entries"]
+        Entry(e["name"], tensor_json.from_json(e["tensor"]), e["offset"], e["chunk_rows"], e.get("is_storage", False))
+        for e in obj["entries"]
     )
     return ShardPlan(
-        obj["file"], bytes.fromhex(obj["head"]), entries, bytes.fromhex(obj["tail"]), obj["size"], link=obj.get("link")
+        obj["file"],
+        bytes.fromhex(obj["head"]),
+        entries,
+        bytes.fromhex(obj["tail"]),
+        obj["size"],
+        link=obj.get("link"),
+        pickled=None if obj.get("pickled") is None else bytes.fromhex(obj["pickled"]),
     )

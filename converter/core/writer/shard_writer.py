@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from converter.core.compute.evaluate import Evaluator, as_bytes, shared_nodes
 from converter.core.compute.measures import Measures
-from converter.core.files.checksums import crc32
+from converter.core.files.checksums import crc32, joined
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor, rows
 from converter.core.writer.copying import copy_run, write_all
-from converter.core.writer.shard_files import checksum, close_archive, reserve
+from converter.core.writer.shard_files import checksum, close_archive, reserve, whole_checksum
 from converter.core.writer.shard_plan import Entry, ShardPlan, chunk_cost
 from converter.core.writer.stage import FILE_MODE, Stage, fsync_folder, make_folders
 
@@ -67,6 +67,13 @@ class _Job:
             self.costs[height] = chunk_cost(tensor)
         return self.costs[height]
 
+    def checksum(self, entry: Entry) -> int:
+        """CRC-32 of the whole tensor: its chunks follow each other in the file."""
+        found = 0
+        for crc, (_, length) in zip(self.checksums, entry.extents, strict=True):
+            found = joined(found, crc, length)
+        return found
+
     def total(self) -> Measures:
         """Measures of all chunks, added in their order: a sum of floats depends on it, and the receipt must not."""
         total: Measures = {}
@@ -81,7 +88,7 @@ class _Shard:
     """A shard being written.
 
     Attributes:
-        sums: CRC-32 of each whole tensor of a torch file, which its zip records.
+        sums: CRC-32 of each whole tensor, which the receipt records, and the zip of a torch file.
     """
 
     plan: ShardPlan
@@ -209,10 +216,9 @@ class ShardWriter:
         self._sum(piece)
 
     def _sum(self, piece: _Piece) -> None:
-        """Take the checksum of a tensor that is whole, from the file: what the kernel copied was never in our hands."""
+        """Take the checksum of a copied tensor, from the file: what the kernel copied was never in our hands."""
         shard, entry = piece.shard, piece.entry
-        if shard.plan.is_torch:
-            shard.sums[entry.name] = checksum(shard.fd, entry.offset, entry.length, self._expect_no_stop)
+        shard.sums[entry.name] = checksum(shard.fd, entry.offset, entry.length, self._expect_no_stop)
 
     def _expect_no_stop(self) -> None:
         if self._stop.is_set():
@@ -244,7 +250,7 @@ class ShardWriter:
             if whole:
                 job.evaluator.shared.clear()
         if whole:
-            self._sum(piece)
+            piece.shard.sums[entry.name] = job.checksum(entry)
         self._advance(piece, length)
 
     def _take(self, cost: int) -> None:
@@ -294,7 +300,7 @@ class ShardWriter:
             self._fail(error)
 
     def _make_durable(self, shard: _Shard) -> None:
-        sums = [shard.sums[e.name] for e in shard.plan.entries] if shard.plan.is_torch else []
+        sums = [shard.sums[e.name] for e in shard.plan.entries]
         if shard.plan.is_torch:
             close_archive(shard.fd, shard.plan, sums)
         os.fsync(shard.fd)
@@ -305,8 +311,9 @@ class ShardWriter:
             "size": shard.plan.size,
             "crc": {name: job.checksums for name, job in shard.jobs.items()},
             "measures": {name: job.total() for name, job in shard.jobs.items()},
+            "sums": sums,
+            "whole": whole_checksum(shard.fd, shard.plan, sums),
         }
-        line |= {"sums": sums} if shard.plan.is_torch else {}
         self._stage.record(line)
         self._lines[shard.plan.file] = line
         with self._state:

@@ -17,7 +17,7 @@ from converter.core.compute.allocator import keep_freed_memory
 from converter.core.compute.measures import Measures, with_ratios
 from converter.core.files import sparse
 from converter.core.files.links import LINKED, header_digest
-from converter.core.files.names import RECEIPT
+from converter.core.files.names import FILES, RECEIPT
 from converter.core.files.reading import InputFiles
 from converter.core.writer.plan import Plan
 from converter.core.writer.preflight import check_space, check_target, memory_limit
@@ -98,7 +98,7 @@ def write(
             if accept is not None:
                 _accept(accept, measures, stage)
             compare_records(plan.checks, files, jobs)
-            content = receipt_content(plan, measures, verified=verify)
+            content = receipt_content(plan, measures, lines, verified=verify)
             for shard in plan.linked:
                 stage.link(shard.file, shard.link or "")
             _write_side_files(plan, stage, files, content)
@@ -227,17 +227,30 @@ def refuse_new_nonfinite(measures: Mapping[str, Measures], stage: Stage) -> None
         )
 
 
-def receipt_content(plan: Plan, measures: Mapping[str, Measures], *, verified: bool) -> dict[str, Any]:
-    """The receipt: what made this folder. The same inputs and recipe give the same bytes, on any machine."""
+def receipt_content(
+    plan: Plan, measures: Mapping[str, Measures], lines: Mapping[str, Mapping[str, Any]], *, verified: bool
+) -> dict[str, Any]:
+    """The receipt: what made this folder. The same inputs and recipe give the same bytes, on any machine.
+
+    Args:
+        lines: journal lines of the files that were written.
+    """
     linked = {s.file: {"size": s.size, "header": header_digest(s.header)} for s in plan.linked}
     return {
         **plan.provenance,
         **({LINKED: linked} if linked else {}),
         "counts": plan.counts,
         "dropped": dict(plan.dropped),
+        FILES: {s.file: _checksums(s, lines[s.file]) for s in plan.written if "whole" in lines[s.file]},
         "tensors": {name: with_ratios(m) for name, m in sorted(measures.items())},
         "verified": verified,
     }
+
+
+def _checksums(shard: ShardPlan, line: Mapping[str, Any]) -> dict[str, Any]:
+    """CRC-32 of a file and of each of its tensors, in hexadecimal."""
+    tensors = {e.name: f"{crc:08x}" for e, crc in zip(shard.entries, line["sums"], strict=True)}
+    return {"size": shard.size, "crc32": f"{line['whole']:08x}", "tensors": tensors}
 
 
 def receipt_text(receipt: Mapping[str, Any]) -> bytes:

@@ -41,7 +41,7 @@ ROWS: dict[str, Row] = {
     "A13": _row("fsdp_config.json is missing", "training-state"),
     "A14": _row("huggingface/ without weights", "weights-missing"),
     "A15": _row("torch's distributed checkpoint", "training-state"),
-    "A16": _row("Megatron's shards", "megatron"),
+    "A16": _row("Megatron's shards", "megatron-unfinished", "megatron-rank-missing", "megatron-backend"),
     "A17": _row("resumed at another world size", unseen="the files are sound: the new job has another number of ranks"),
     "A18": _row("flat parameters of FSDP", "fsdp-flat", "adapter-named-otherwise"),
     "B1": _row("the head is absent", "head-missing"),

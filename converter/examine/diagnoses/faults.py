@@ -36,7 +36,7 @@ _WORSE: dict[str, Severity] = {
 }
 """Faults that are read here all the same, and that transformers stops at or applies twice."""
 
-NOT_READ_HERE = frozenset({"megatron", "verl-megatron", "zero-pipeline", "zero-experts", "zero-tensor-parallel"})
+NOT_READ_HERE = frozenset({"megatron-backend", "zero-pipeline", "zero-experts", "zero-tensor-parallel"})
 """Layouts that their own trainers resume from: no fault of the folder, as a state that `gather` reads is none."""
 
 # Code: (recoverability, what `explain` says).
@@ -251,10 +251,6 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
     "zero-pipeline": ("", "A pipeline-parallel checkpoint of Megatron-DeepSpeed, which is not read."),
     "zero-experts": ("", "DeepSpeed's own mixture-of-experts layout, which is not read."),
     "zero-tensor-parallel": ("", "The model was split over tensor-parallel ranks, which are not joined here."),
-    "megatron": (
-        "",
-        "Megatron's own layout. Its weights are fused and split per architecture; Megatron-Bridge converts it.",
-    ),
 }
 
 

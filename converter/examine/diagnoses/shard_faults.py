@@ -56,11 +56,35 @@ DOCUMENTED: dict[str, tuple[str, str]] = {
     "verl-placement": ("", "A tensor is laid over the ranks in a way that is not read (not sharded or replicated)."),
     "verl-optimizer": ("", "The ranks' optimizer files are missing or not of these model files."),
     "verl-note": ("", "Something about verl's files that is good to know and changes nothing."),
-    "verl-megatron": (
+    "megatron-rank-missing": (
+        _NODES,
+        (
+            "Files of Megatron's old format (mp_rank_*/model_optim_rng.pt) are missing: on several nodes each saved "
+            "its own on a local disk. With each, a part of every tensor on that rank is lost."
+        ),
+    ),
+    "megatron-mixed": ("", "Files of Megatron runs with other sizes or other numbers of ranks lie in one folder."),
+    "megatron-copies": (
         "",
         (
-            "verl saved with Megatron, whose shards are stacked and fused per architecture; verl's own model_merger "
-            "converts them."
+            "A tensor that every TP rank holds a copy of (a norm, a router) is not the same on all of them: files of "
+            "two saves lie in one folder."
+        ),
+    ),
+    "megatron-malformed": ("", "A rank's file lacks what Megatron's saves have in it: a model, and the arguments."),
+    "megatron-unfinished": (
+        "",
+        (
+            "Megatron-core writes metadata.json last, and it is missing: the save was cut off before it was whole, or "
+            "a copy left it out. What is here may look complete and hold pieces of two steps."
+        ),
+    ),
+    "megatron-backend": (
+        "",
+        (
+            "metadata.json names a layout that is not read: zarr (a folder for each tensor, of older versions), "
+            "Megatron-FSDP's, torch's FSDP2; or the weights themselves are stretches of flat buffers. The same of "
+            "weights whose values mean something else than those of transformers (rotary_interleaved)."
         ),
     ),
     "several-parts": ("", "The run holds several models (actor, critic, ...): say with --part which one is meant."),

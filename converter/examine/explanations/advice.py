@@ -24,7 +24,6 @@ MESSAGES = (
         "(removing --gradient_checkpointing) cures no checkpoint: not a head that is random, not "
         "torch.Size([0]), not a "
         "size mismatch.",
-        next=Command("doctor", ("DIR",)),
     ),
     Message(
         code="mismatched-sizes-ignored",

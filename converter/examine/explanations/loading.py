@@ -34,7 +34,8 @@ MESSAGES = (
         "partitions the "
         "model, "
         "or with from_pretrained, which knows of ZeRO-3.",
-        next=Command("doctor", ("DIR",)),
+        next="load the weights before DeepSpeed partitions the model, or inside of GatheredParameters; no file has to "
+        "change",
         codes=("zero3-empty-tensors",),
     ),
     Message(

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 
-from converter.examine.explanations import advice, loading, reports, training
+from converter.examine.explanations import (
+    adapters,
+    advice,
+    crashes,
+    engines,
+    loading,
+    megatron,
+    reports,
+    resuming,
+    training,
+)
+from converter.examine.explanations.lines import Follow, Keys, candidates
 from converter.examine.explanations.message import Message
+from converter.examine.explanations.tracebacks import HEAD, Ended, Tracebacks, name_of_error
 from converter.text import show
 
-MESSAGES: tuple[Message, ...] = (*reports.MESSAGES, *loading.MESSAGES, *training.MESSAGES, *advice.MESSAGES)
+MESSAGES: tuple[Message, ...] = (
+    *engines.MESSAGES,
+    *resuming.MESSAGES,
+    *adapters.MESSAGES,
+    *megatron.MESSAGES,
+    *reports.MESSAGES,
+    *loading.MESSAGES,
+    *training.MESSAGES,
+    *advice.MESSAGES,
+    *crashes.MESSAGES,
+)
 """In the order in which they are tried: the first that matches a line explains it."""
 
-MAX_LINE = 20_000
-"""Characters of one line that are looked at; a progress bar without newlines can make lines of megabytes."""
+_KEYS = frozenset(key.encode() for message in MESSAGES for key in message.keys)
 
-OVERLAP = 2_000
-"""Characters that two pieces of an overlong line share."""
-
-_ALL_KEYS = frozenset(key.encode() for message in MESSAGES for key in message.keys)
-_KEYS = tuple(sorted(key for key in _ALL_KEYS if not any(other in key for other in _ALL_KEYS - {key})))
-"""What a line must hold one of to be looked at."""
-
-
-@lru_cache(maxsize=64)
-def _any_of(keys: tuple[bytes, ...]) -> re.Pattern[bytes]:
-    return re.compile(b"|".join(map(re.escape, keys)))
-
+_MOST_KINDS = 500
+"""Messages that are told apart; of a log that holds more, the tracebacks that are not known count as one."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
@@ -56,50 +65,6 @@ class Seen:
         return self.message.filled(self.groups)
 
 
-def _as_utf8(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    decoder = None
-    for number, block in enumerate(blocks):
-        if number == 0 and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            decoder = codecs.getincrementaldecoder("utf-16")("replace")
-        yield block if decoder is None else decoder.decode(block).encode("utf-8", "replace")
-
-
-def _candidates(blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Lines that hold a key, with their numbers as editors count them; of an overlong line the key's surroundings.
-
-    A carriage return ends a line too (progress bars), without counting. Most of a log is never cut into lines.
-    """
-    rest, number = b"", 1
-    for block in _as_utf8(blocks):
-        data = rest + block
-        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
-        is_overlong = len(data) - end > MAX_LINE
-        end = len(data) if is_overlong else end
-        yield from _found(data, end, number)
-        number += data.count(b"\n", 0, end)
-        rest = data[-OVERLAP:] if is_overlong else data[end:]
-    yield from _found(rest, len(rest), number)
-
-
-def _found(data: bytes, end: int, number: int) -> Iterator[tuple[int, bytes]]:
-    # Few keys are in a block, and to ask for each is many times faster than one search for all.
-    present = tuple(key for key in _KEYS if key in data)
-    if not present:
-        return
-    keys = _any_of(present)
-    at = counted = 0
-    while (hit := keys.search(data, at, end)) is not None:
-        lower = max(at, hit.start() - OVERLAP)
-        before = max(data.rfind(b"\n", lower, hit.start()), data.rfind(b"\r", lower, hit.start()))
-        start = lower if before < 0 else before + 1
-        ends = [i for i in (data.find(c, hit.start(), start + MAX_LINE) for c in (b"\n", b"\r")) if i >= 0]
-        at = min(*ends, end, start + MAX_LINE) if ends else min(end, start + MAX_LINE)
-        number += data.count(b"\n", counted, start)
-        counted = start
-        yield number, data[start:at]
-        at = max(at, hit.end())
-
-
 def match(text: str) -> tuple[Message, dict[str, str]] | None:
     """The first known message in a line, with what its names matched."""
     for message in MESSAGES:
@@ -109,21 +74,69 @@ def match(text: str) -> tuple[Message, dict[str, str]] | None:
     return None
 
 
-def read(blocks: Iterable[bytes]) -> Iterator[tuple[Seen, bool]]:
-    """Every message found, as it is found: with True where it is new, False where it only came again."""
+def read(blocks: Iterable[bytes], *, live: bool = False) -> Iterator[tuple[Seen, bool]]:
+    """Every message found, as it is found: with True where it is new, False where it only came again.
+
+    A traceback that ends in none of them is given as what it is, one for each exception and place.
+
+    Args:
+        live: more may come at any time, so that a traceback is answered with its last line.
+    """
     seen: dict[str, Seen] = {}
-    for number, line in _candidates(blocks):
-        text = _ANSI.sub("", line.decode("utf-8", "replace"))
-        found = match(text)
-        if found is None:
-            continue
-        message, groups = found
-        is_new = message.code not in seen
-        if is_new:
-            seen[message.code] = Seen(message, number, show(_around(text, message), 160), groups)
-        else:
-            seen[message.code].count += 1
-        yield seen[message.code], is_new
+    follow, tracebacks = Follow(), Tracebacks(live=live)
+    for number, line, may_hold_a_key in candidates(blocks, Keys(_KEYS), follow):
+        text = line.decode("utf-8", "replace")
+        text = _ANSI.sub("", text) if "\x1b" in text else text
+        found = match(text) if may_hold_a_key and not (follow.on and tracebacks.is_source(text)) else None
+        if found is not None and not _waits(found[0], tracebacks):
+            message, groups = found
+            yield _noted(seen, message.code, Seen(message, number, show(_around(text, message), 160), groups))
+        explains = found is not None and crashes.explains(found[0])
+        for ended in tracebacks.read(number, text, is_known=explains) if follow.on or _concerns(text) else ():
+            yield from _crash(seen, ended)
+        follow.on = tracebacks.is_open
+    for ended in tracebacks.rest():
+        yield from _crash(seen, ended)
+
+
+def unknown_error(text: str) -> Seen | None:
+    """An error without its traceback, as it is pasted: what it is not known to be; None where the text is no error."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    name = name_of_error(lines[-1]) if lines else None
+    if name is None:
+        return None
+    message, groups = crashes.of(Ended(name, len(lines), lines[-1], (), is_known=False))
+    return Seen(message, len(lines), show(lines[-1], 160), groups)
+
+
+def _waits(message: Message, tracebacks: Tracebacks) -> bool:
+    """True for a message that is given with the end of its traceback, which says more."""
+    if message is crashes.WORKER_FAILED:
+        return tracebacks.is_open
+    return message is crashes.UNKNOWN or (message.code == "worker-ended" and tracebacks.has_table)
+
+
+def _concerns(text: str) -> bool:
+    return HEAD in text or "Exception ignored" in text
+
+
+def _noted(seen: dict[str, Seen], key: str, new: Seen) -> tuple[Seen, bool]:
+    if key in seen:
+        seen[key].count += 1
+        return seen[key], False
+    seen[key] = new
+    return new, True
+
+
+def _crash(seen: dict[str, Seen], ended: Ended) -> Iterator[tuple[Seen, bool]]:
+    message, groups = crashes.of(ended)
+    if ended.is_ignored or (ended.is_known and message.code != crashes.WORKER_FAILED.code):
+        return
+    key = f"{message.code} {ended.exception} {groups.get('place', '')}"
+    if key not in seen and len(seen) > _MOST_KINDS:
+        key = message.code
+    groups = {name: show(value, 300) for name, value in groups.items()}
+    yield _noted(seen, key, Seen(message, ended.line, show(ended.example.strip(), 160), groups))
 
 
 def _around(text: str, message: Message) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from converter.diagnostic import Diagnostic
+from converter.diagnostic import Diagnostic, Next, is_command, parts
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _OPTIONAL = re.compile(r" \(\{(\w+)\}(?:, \.\.\.)?\)")
@@ -24,16 +24,25 @@ class Message(Diagnostic):
         keys: plain substrings; a line that holds none of them is not looked at, so logs of gigabytes are fast.
         pattern: what the line must match; its named groups may be used in `text` and `next`.
         codes: diagnoses that `explain CODE` knows more about.
+        seen_in: where the text was found, as `PACKAGE VERSION: FILE`.
     """
 
     keys: tuple[str, ...]
     pattern: str
     codes: tuple[str, ...] = ()
+    seen_in: tuple[str, ...] = ()
 
     @cached_property
     def regex(self) -> re.Pattern[str]:
         """The pattern, compiled; it is ours, never an input's."""
         return re.compile(self.pattern)
+
+    @property
+    def steps(self) -> tuple[Next, ...]:
+        """What to do, one after the other: each command for itself, sentences with their commands."""
+        if self.next is None:
+            return ()
+        return parts(self.next) if is_command(self.next) else (self.next,)
 
     @property
     def general(self) -> str:

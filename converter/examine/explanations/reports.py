@@ -44,7 +44,8 @@ MESSAGES = (
         text=_REPORT + "the file is sound ({name}), and the model that loads it is empty: it was built under ZeRO-3 "
         "without "
         "from_pretrained knowing of it. Nothing in the files needs repair.",
-        next=Command("doctor", ("DIR",)),
+        next="load the weights before DeepSpeed partitions the model, or inside of GatheredParameters; no file has to "
+        "change",
         codes=("zero3-empty-tensors",),
     ),
     Message(

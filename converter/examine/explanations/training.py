@@ -124,7 +124,7 @@ MESSAGES = (
         "save "
         "that "
         "stopped here wrote nothing, or an unfinished folder.",
-        next=Command("doctor", ("DIR",)),
+        next="save with model.save_pretrained(), or safetensors.torch.save_model(), which know of ties",
     ),
     Message(
         code="pickle-vulnerability",
@@ -182,9 +182,18 @@ MESSAGES = (
     Message(
         code="out-of-memory",
         severity="error",
-        keys=("OutOfMemoryError", "out of memory", "Killed", "oom-kill", "oom_kill", "SIGKILL"),
+        keys=(
+            "OutOfMemoryError",
+            "out of memory",
+            "Killed",
+            "oom-kill",
+            "oom_kill",
+            "SIGKILL",
+            "exitcode",
+            "return code = -9",
+        ),
         pattern=r"CUDA out of memory|OutOfMemoryError|^\s*Killed\s*$|\d+ Killed {2}|oom[-_]kill|Out of memory: Killed|"
-        r"exitcode +: -9|Signal 9 \(SIGKILL\)",
+        r"exitcode *: -9\b|return code = -9\b|Signal 9 \(SIGKILL\)",
         text="Memory ran out. Merging and gathering need neither a GPU nor the whole model in memory: "
         "rlhf-convert streams.",
         next=Steps(

@@ -34,6 +34,9 @@ ULPS = 4
 PROBES = 64
 """Random hidden states on which two heads are compared."""
 
+ROUNDED = 2**-8
+"""Largest difference of scores, relative to the largest, that rounding a head to bf16 gives."""
+
 EXACT = 1e-9
 """Largest difference of fp64 values that equal bits may give, relative to the largest: other orders of summing."""
 
@@ -51,12 +54,23 @@ class Compared:
     only_there: list[str] = field(default_factory=list)
 
 
-def check_against(here: Reading, there: Reading, target: Target, context: Context) -> list[Check]:
-    """Everything that two readings can be compared in; `here` is the folder, `there` what it was made of."""
+def check_against(
+    here: Reading, there: Reading, target: Target, context: Context, *, fresh: bool = False
+) -> list[Check]:
+    """Everything that two readings can be compared in; `here` is the folder, `there` what it was made of.
+
+    Args:
+        fresh: the folder's head was made with it, so that the source has none.
+    """
     compared = compare_backbones(here, there, context, outputs=target.role == "actor")
     checks = [*_backbone(compared, target)]
     if target.role == "actor":
         return checks
+    if fresh:
+        return [
+            *checks,
+            note("head", "head-fresh", "the receipt says that the head is a fresh one: the source has none"),
+        ]
     head_checks, shift = _heads(here, there)
     checks += head_checks
     if here.head is not None and there.head is not None:
@@ -188,7 +202,9 @@ def _heads(here: Reading, there: Reading) -> tuple[list[Check], float | None]:
 
     if here.head is None or there.head is None:
         side = "this folder" if here.head is None else "the source"
-        return [note("head", "head-absent", f"{side} has no head to compare")], None
+        return [
+            fails("head", "head-absent", f"{side} has no head, so that nothing was compared with the other's")
+        ], None
     hidden = hidden_size(here.checkpoint.config) or 0
     states = torch.randn(PROBES, hidden, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with InputFiles({**reading_inputs(here), **reading_inputs(there)}) as files:
@@ -196,9 +212,25 @@ def _heads(here: Reading, there: Reading) -> tuple[list[Check], float | None]:
         ours = apply_head(fp64(here.head, evaluator), here.normaliser, states)
         theirs = apply_head(fp64(there.head, evaluator), there.normaliser, states)
     if ours.shape != theirs.shape:
-        text = f"the head gives {ours.shape[-1]} values a token, the source's {theirs.shape[-1]}"
-        return [note("head", "head-rows", text)], None
+        return [_judge_rows(ours, theirs)], None
     return _judge_heads(ours.reshape(-1), theirs.reshape(-1))
+
+
+def _judge_rows(ours: Any, theirs: Any) -> Check:
+    """A head with another number of rows: holds where it is rows of the source's, or fixed sums of them."""
+    import torch
+
+    text = f"the head gives {ours.shape[-1]} values a token, the source's {theirs.shape[-1]}"
+    ones = torch.ones(len(theirs), 1, dtype=theirs.dtype)
+    weights = torch.linalg.lstsq(torch.cat([theirs, ones], -1), ours).solution
+    rest = float((torch.cat([theirs, ones], -1) @ weights - ours).abs().max())
+    is_determined = theirs.shape[-1] + 1 < len(theirs) // 2
+    if not is_determined or rest > ROUNDED * (float(ours.abs().max()) or 1.0):
+        return fails("head", "head-rows", f"{text}, and it is no sum of those")
+    if abs(float(weights[-1].abs().max())) > ROUNDED * (float(ours.abs().max()) or 1.0):
+        return fails("head", "head-shifted", f"{text}; it is a sum of those, and a constant")
+    shown = "; ".join(", ".join(f"{w:.4g}" for w in column) for column in weights[:-1].T.tolist())
+    return holds("head", f"{text}: a sum of those, with weights {shown}")
 
 
 def _judge_heads(ours: Any, theirs: Any) -> tuple[list[Check], float | None]:
@@ -220,7 +252,7 @@ def _judge_heads(ours: Any, theirs: Any) -> tuple[list[Check], float | None]:
             f"scores are {scale:.6g} times the source's{f' and shift by {offset:.6g}' if abs(offset) > EXACT else ''}"
         )
         return [fails("head", "head-scaled", f"{text}: a normalisation was left out or applied twice")], None
-    if largest <= 2**-8 * size:
+    if largest <= ROUNDED * size:
         text = f"the same head, rounded: scores of random states differ by {largest / size:.2g} of their size"
         return [note("head", "head-rounded", text)], None
     return [fails("head", "head-differs", f"another head: scores of random states differ by {largest:.3g}")], None

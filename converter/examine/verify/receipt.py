@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.core.files.names import RECEIPT
+from converter.core.files.names import FILES, RECEIPT
 from converter.core.files.strict_json import load_json
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note
+from converter.examine.verify.checksums import check_checksums
 from converter.text import fold, show
 
 
-def check_receipt(root: Path, header_names: frozenset[str]) -> list[Check]:
-    """Whether the tensors that `rlhf-convert.json` counts and measures are those that are here.
+def check_receipt(root: Path, names: frozenset[str], tensors: Callable[[], Mapping[str, LazyTensor]]) -> list[Check]:
+    """Whether the tensors that `rlhf-convert.json` counts, measures and has checksums of are those that are here.
 
     A folder without a receipt gets a note: it was not made by this tool, or the receipt was taken away.
+
+    Args:
+        names: of the folder's tensors.
+        tensors: gives them as they lie on disk; called where a file is not as it was written.
     """
     path = root / RECEIPT
     if not path.is_file():
@@ -27,7 +33,8 @@ def check_receipt(root: Path, header_names: frozenset[str]) -> list[Check]:
         return [fails("receipt", "receipt-broken", f"{RECEIPT}: {error.what}")]
     if not isinstance(receipt, dict):
         return [fails("receipt", "receipt-broken", f"{RECEIPT} is no JSON object")]
-    return _tensors(receipt, header_names) or [holds("receipt", _made(receipt))]
+    counted = _tensors(receipt, names) or [holds("receipt", _made(receipt))]
+    return [*counted, *check_checksums(root, receipt, tensors)]
 
 
 def _made(receipt: Mapping[str, Any]) -> str:
@@ -58,6 +65,50 @@ def check_source(root: Path, digest: str, asked: str) -> list[Check]:
     names = ", ".join(str(each.get("name")) for each in inputs.values() if isinstance(each, dict))
     text = f"the receipt says that this was made of {show(names)}, whose headers are not those of {show(asked)}"
     return [note("receipt", "source-differs", text)]
+
+
+def is_receipt(asked: str) -> bool:
+    """True where the path is a receipt's, and not a folder's."""
+    path = Path(asked).expanduser()
+    return path.name == RECEIPT and path.is_file()
+
+
+def check_other_receipt(asked: str, root: Path, stored: Mapping[str, LazyTensor]) -> list[Check]:
+    """Whether a folder holds, tensor by tensor, what another receipt says was written.
+
+    Args:
+        asked: the receipt, as the user wrote it.
+        stored: the folder's tensors.
+    """
+    receipt = _read(Path(asked).expanduser().parent)
+    found = check_checksums(root, receipt if isinstance(receipt, dict) else {}, lambda: stored)
+    if any(c.code in ("checksums-missing", "checksums-unread") for c in found):
+        text = (
+            f"{show(asked)} has no checksums to compare with" if found[0].code == "checksums-missing" else found[0].text
+        )
+        return [fails("against", "not-compared", text)]
+    return [*_names(receipt, frozenset(stored)), *found]
+
+
+def _names(receipt: Mapping[str, Any], here: frozenset[str]) -> list[Check]:
+    """Tensors that only one side has."""
+    files = receipt.get(FILES)
+    there = frozenset(n for f in files.values() for n in f["tensors"]) if isinstance(files, dict) else frozenset()
+    checks = []
+    if lost := sorted(there - here):
+        text = f"{len(lost)} tensors of the receipt are not here: {fold(lost)}"
+        checks.append(fails("against", "tensors-lost", text))
+    if added := sorted(here - there):
+        text = f"{len(added)} tensors are not in the receipt: {fold(added)}"
+        checks.append(fails("against", "tensors-added", text))
+    return checks
+
+
+def has_fresh_head(root: Path) -> bool:
+    """True where the receipt says that the head was made fresh, with the user's consent."""
+    receipt = _read(root)
+    consents = receipt.get("consents") if isinstance(receipt, dict) else None
+    return isinstance(consents, dict) and "init-head" in consents
 
 
 def _read(root: Path) -> Any:

@@ -154,7 +154,13 @@ def _roles_of(trainer: str) -> frozenset[Role]:
 
 def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root: Path) -> Verified:
     from converter.examine.verify.dialect import check_for
-    from converter.examine.verify.receipt import check_receipt, check_source
+    from converter.examine.verify.receipt import (
+        check_other_receipt,
+        check_receipt,
+        check_source,
+        has_fresh_head,
+        is_receipt,
+    )
 
     context = Context(frozenset(asked.allow))
     if checkpoint.origin.kind != "model":
@@ -165,11 +171,13 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
         text = f"this is {'an adapter' if checkpoint.origin.kind == 'adapter' else 'a training state'}, not a model"
         return Verified(aim, (fails("files", "not-a-model", text, remedy),))
     verdict = check_for(checkpoint, aim, context, remedy=_remedy(asked, aim))
-    names = {*checkpoint.tensors, *(n for tensors in checkpoint.beside.values() for n in tensors)}
-    checks = [*verdict.checks, *check_receipt(root, frozenset(names))]
+    stored = {**checkpoint.tensors, **{n: t for held in checkpoint.beside.values() for n, t in held.items()}}
+    checks = [*verdict.checks, *check_receipt(root, frozenset(stored), lambda: stored)]
     reading, there = verdict.reading, None
     table: list[dict[str, Any]] = []
-    if asked.against is not None:
+    if asked.against is not None and is_receipt(asked.against):
+        checks += check_other_receipt(asked.against, root, stored)
+    elif asked.against is not None:
         from converter.examine.verify.against import check_against
 
         here = _headless(checkpoint, context) if reading is None and aim.role == "actor" else reading
@@ -179,7 +187,8 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
         else:
             there, digest = _source(asked, context)
             checks += check_source(root, digest, asked.against)
-            checks += check_against(here, there, aim, context)
+            is_fresh = aim.role != "actor" and there.head is None and has_fresh_head(root)
+            checks += check_against(here, there, aim, context, fresh=is_fresh)
     if asked.live:
         from converter.examine.verify.live import check_live
 

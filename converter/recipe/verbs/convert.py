@@ -279,7 +279,8 @@ def head_fields(to: str, role: Role, options: HeadOptions) -> dict[str, Any]:
     fields: dict[str, Any] = {"to": to, "role": role}
     weights = None if options.label_weights is None else _weights(options.label_weights)
     init = options.init_head
-    given = {"read-as": options.source, "label": options.label, "label-weights": weights, "init-head": init}
+    given: dict[str, Any] = {"read-as": options.source, "head": options.head, "label": options.label}
+    given |= {"label-weights": weights, "init-head": init}
     if options.bias != "refuse":
         given["bias"] = options.bias
     if options.normaliser != "fold":

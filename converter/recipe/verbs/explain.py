@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.diagnostic import Command, Next, as_argument, parts
+from converter.diagnostic import Command, Next, as_argument
 from converter.errors import UsageError
 from converter.text import show
 
@@ -28,12 +28,14 @@ class Explanation:
 
     Attributes:
         zh: the same in one line of Chinese; None where there is none.
+        seen_in: where a message's text was found, as `PACKAGE VERSION: FILE`.
     """
 
     code: str
     text: str
     next: tuple[Next, ...] = ()
     zh: str | None = None
+    seen_in: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,10 @@ def explain(
     Raises:
         UsageError: no text (`usage`), an unknown code (`unknown-code`), or a path that is no file (`path-not-a-file`).
     """
-    from converter.examine.explanations.log import match
+    from converter.examine.explanations.log import match, unknown_error
 
     if not isinstance(what, str | Path):
-        return Messages(tuple(_read(what, on_message)))
+        return Messages(tuple(_read(what, on_message, live=True)))
     subject = str(what)
     if not subject.strip():
         raise UsageError("usage", "the text is empty", next=Command("explain", ("--help",)))
@@ -81,15 +83,18 @@ def explain(
         return Messages(_sorted(_read(_file(path), on_message)))
     if _CODE.fullmatch(code) and match(code) is None:
         return _of_code(code)
-    pasted = _read([subject.encode("utf-8", "replace")], on_message)
-    return Messages(_sorted(pasted), is_log=False)
+    pasted = _sorted(_read([subject.encode("utf-8", "replace")], on_message))
+    unknown = None if pasted else unknown_error(subject)
+    return Messages(pasted if unknown is None else (unknown,), is_log=False)
 
 
-def _read(blocks: Iterable[bytes], on_message: Callable[[Seen], bool | None] | None) -> Iterator[Seen]:
+def _read(
+    blocks: Iterable[bytes], on_message: Callable[[Seen], bool | None] | None, *, live: bool = False
+) -> Iterator[Seen]:
     """Each message once, when it is first met; how often it came is counted until the end."""
     from converter.examine.explanations.log import read
 
-    for seen, is_new in read(blocks):
+    for seen, is_new in read(blocks, live=live):
         if is_new:
             yield seen
             if on_message is not None and on_message(seen):
@@ -113,7 +118,13 @@ def _of_code(code: str) -> Explanation:
             expected=", ".join(near) if near else None,
             next=Command("explain", (near[0] if near else "the pasted error",)),
         )
-    return Explanation(code, *found, zh=chinese.of_code(code))
+    return Explanation(code, *found, zh=chinese.of_code(code), seen_in=_seen_in(code))
+
+
+def _seen_in(code: str) -> tuple[str, ...]:
+    from converter.examine.explanations.log import MESSAGES
+
+    return next((message.seen_in for message in MESSAGES if message.code == code), ())
 
 
 def _names_a_file(path: Path) -> bool:
@@ -136,7 +147,7 @@ def explained(code: str) -> tuple[str, tuple[Next, ...]] | None:
         return found.text, (found.next,) if found.next else ()
     for message in MESSAGES:
         if message.code == code:
-            return message.general, (*parts(message.next), *(Command("explain", (c,)) for c in message.codes))
+            return message.general, (*message.steps, *(Command("explain", (c,)) for c in message.codes))
     return None
 
 

@@ -55,6 +55,7 @@ class HeadWriting(Writing, total=False):
     """Keyword arguments of the functions that write a head beside those: see `HeadOptions`."""
 
     from_: str | None
+    head: str | None
     base: Where | None
     weights_from: Sequence[Where]
     part: str | None

@@ -170,7 +170,8 @@ def _expect_no_head_options(role: Role | None, options: HeadOptions) -> None:
         UsageError: one is given, and no trainer (`usage`).
     """
     given = {
-        "role": role, "from_": options.source, "weights_from": options.weights_from or None, "label": options.label,
+        "role": role, "from_": options.source, "head": options.head, "weights_from": options.weights_from or None,
+        "label": options.label,
         "label_weights": options.label_weights, "init_head": options.init_head,
         "bias": None if options.bias == "refuse" else options.bias,
         "normaliser": None if options.normaliser == "fold" else options.normaliser,

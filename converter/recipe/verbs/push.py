@@ -228,6 +228,7 @@ def _preflight(asked: PushRequest, folder: Path) -> dict[str, str]:
     from converter.core.context import Context
     from converter.examine.doctor import DoctorRequest, examine, file_of
     from converter.examine.verify.receipt import check_receipt
+    from converter.sources.opening import input_spec, open_checkpoint
 
     context = Context(frozenset(asked.allow))
     report = examine(DoctorRequest(asked.folder))
@@ -235,9 +236,12 @@ def _preflight(asked: PushRequest, folder: Path) -> dict[str, str]:
         if finding.severity == "error":
             where = show(folder / file_of(finding, report.case))
             context.consent(Refused(finding.code, finding.text, where=where, next=finding.next))
-    for check in check_receipt(folder, frozenset(report.case.shapes)):
+    spec = input_spec(asked.folder)
+    for check in check_receipt(
+        folder, frozenset(report.case.shapes), lambda: open_checkpoint(spec, token=None, keep_code=False).tensors
+    ):
         if check.outcome == "fails":
-            context.consent(Refused(check.code, check.text, where=show(asked.folder)))
+            context.consent(Refused(check.code, check.text, where=show(asked.folder), next=check.next))
     return dict(context.consents)
 
 

@@ -15,9 +15,9 @@ from typing import Literal
 from converter.core.files.opening import read_limited
 from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
+from converter.sources.megatron_files import kind_here as megatron_here
 from converter.sources.places import Place, by_number
 from converter.sources.survey import file_names, folder_kind
-from converter.sources.unread import is_megatron_sharded
 from converter.text import fold, show
 
 Kind = Literal["dcp", "full", "ranks", "hf-shards", "rank-metadata", "no-metadata"]
@@ -42,7 +42,7 @@ def kind_here(root: Path) -> Kind | None:
     names = file_names(root)
     pieces = [n for n in names if n.endswith(".distcp")]
     if pieces or METADATA in names:
-        if is_megatron_sharded(root, names):
+        if megatron_here(root) is not None:
             return None
         if METADATA in names:
             return "dcp"

@@ -16,15 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from converter.core.files.opening import Identity, identity, read_limited
-from converter.core.formats.pickle_machine import MAX_PICKLE_BYTES, Built, Global, check_names, read_pickle
+from converter.core.formats.pickle_machine import MAX_PICKLE_BYTES, check_names, read_pickle
+from converter.core.formats.pickle_values import Built, Global
 from converter.core.formats.torch_file import MAX_ELEMENTS, dtype_named
 from converter.core.tensors.dtypes import DType
+from converter.diagnostic import Next
 from converter.errors import Refused
-from converter.sources.unread import megatron
 from converter.text import show
 
 METADATA = ".metadata"
 MAX_DIMENSIONS = 64
+_OF_MEGATRON = frozenset(
+    f"megatron.core.dist_checkpointing.strategies.torch.{name}" for name in ("MCoreSavePlan", "MCoreMetadata")
+)
+"""Classes that megatron-core put into it until 0.15: torch's own, with a table more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ class Metadata:
         blobs: keys of what is no tensor.
         paths: keys as the path of dictionary keys that led there when it was saved.
         places: by key and offset.
+        flattened: keys of optimizers' tensors that megatron-core saved as stretches of flat buffers.
     """
 
     folder: Path
@@ -76,12 +82,13 @@ class Metadata:
     places: Mapping[tuple[str, tuple[int, ...]], Place]
     identity: Identity
     digest: str
+    flattened: frozenset[str] = frozenset()
 
     def path(self, key: str) -> tuple[str, ...]:
         """The path of dictionary keys that a key was made of; the key itself where that isn't recorded."""
         return self.paths.get(key, (key,))
 
-    def refuse(self, code: str, what: str, *, file: str = METADATA, next: str | None = None) -> Refused:
+    def refuse(self, code: str, what: str, *, file: str = METADATA, next: Next | None = None) -> Refused:
         """A refusal about one of the folder's files."""
         return Refused(code, what, where=show(self.folder / file), next=next)
 
@@ -90,19 +97,15 @@ def read_metadata(folder: Path) -> Metadata:
     """What `.metadata` in a folder says.
 
     Raises:
-        Refused: malformed (`pickle-malformed`, `dcp-malformed`), naming foreign code (`pickle-names`), of Megatron
-            (`megatron`), or with pieces that were compressed on the way (`dcp-transformed`).
+        Refused: malformed (`pickle-malformed`, `dcp-malformed`), naming foreign code (`pickle-names`), or with pieces
+            that were compressed on the way (`dcp-transformed`).
     """
     path = folder / METADATA
     raw = read_limited(path, limit=MAX_PICKLE_BYTES, root=folder)
     pickled = read_pickle(io.BytesIO(raw), where=str(path))
-    if any(n.startswith("megatron.") for n in pickled.names):
-        raise megatron(folder, "its .metadata names Megatron's classes")
-    check_names(pickled.names, where=str(path))
+    check_names(pickled.names - _OF_MEGATRON, where=str(path))
     reader = _Reader(folder)
-    state = reader.fields(pickled.value, "Metadata")
-    if "mcore_data" in state:
-        raise megatron(folder, "its .metadata has a section of Megatron-core's")
+    state = reader.fields(pickled.value, "MCoreMetadata" if _kind(pickled.value) == "MCoreMetadata" else "Metadata")
     tensors, blobs = reader.entries(state.get("state_dict_metadata"))
     return Metadata(
         folder,
@@ -112,6 +115,18 @@ def read_metadata(folder: Path) -> Metadata:
         reader.places(state.get("storage_data")),
         identity(path),
         hashlib.sha256(raw).hexdigest(),
+        _flattened(state.get("mcore_data")),
+    )
+
+
+def _flattened(value: Any) -> frozenset[str]:
+    """Keys with an original shape of their own in megatron-core's table."""
+    if not isinstance(value, dict):
+        return frozenset()
+    return frozenset(
+        key
+        for key, fields in value.items()
+        if isinstance(key, str) and isinstance(fields, dict) and "nd_reformulated_orig_global_shape" in fields
     )
 
 

@@ -13,6 +13,7 @@ from converter.core.formats.torch_file import read_torch_file, state_dict
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
+from converter.families.megatron.names import is_megatron, is_stacked
 from converter.sources.base import Held
 from converter.sources.beside import find_beside
 from converter.sources.dcp.adapter_names import names_in_memory
@@ -22,6 +23,7 @@ from converter.sources.dcp.hf_pieces import WORDS, read_pieces
 from converter.sources.dcp.layout import Moment, optimizer_states, reasons, sort_entries
 from converter.sources.dcp.metadata import METADATA, Metadata, read_metadata
 from converter.sources.deepspeed.files import run_folders
+from converter.sources.megatron_files import unfinished
 from converter.sources.places import Place
 from converter.sources.survey import file_names, snapshot_of
 from converter.text import fold, show
@@ -73,6 +75,8 @@ def read_weights(folder: Path) -> Weights:
     metadata = read_metadata(folder)
     entries = sort_entries(metadata)
     pieces = Pieces(metadata)
+    if is_stacked(entries.model) or is_megatron(entries.model):
+        raise unfinished(folder)
     tensors = pieces.read(entries.model.values())
     found = {name: tensors[key] for name, key in entries.model.items()}
     said = [f"the model is `{show(entries.where)}` in it"] if entries.where else []

@@ -19,7 +19,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, all_optimizers, shapes, tensor_list
-from converter.sources.deepspeed.zero_folder import Shapes, State, universal_tensors
+from converter.sources.deepspeed.zero_folder import MASTER, Shapes, State, universal_tensors
 
 
 def trained_shapes(shards: Shards) -> list[Shapes]:
@@ -36,8 +36,8 @@ def trained_shapes(shards: Shards) -> list[Shapes]:
     return found
 
 
-def trained_tensors(shards: Shards, state: State = "master") -> dict[str, LazyTensor]:
-    """Every trained parameter's fp32 master, or one of its Adam moments, by name.
+def trained_tensors(shards: Shards, state: State = MASTER) -> dict[str, LazyTensor]:
+    """Every trained parameter's fp32 master, or one of its states in the optimizer (Adam's moments), by name.
 
     Raises:
         Refused: files are missing or mixed, or sizes contradict each other (`zero-sizes`).
@@ -61,11 +61,11 @@ def _stage_1_2(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State
                 "zero-sizes", f"param_shapes has {len(groups)} groups, an optimizer file has another number"
             )
         flat = tensors.concat([p[index] for p in parts], 0)
-        gaps = _gaps(shards, paddings, index, len(group))
+        gaps = gaps_of(shards, paddings, index, len(group))
         needed = sum(math.prod(s) for s in group.values()) + sum(gaps)
         length = flat.info.numel
         padded = math.ceil(needed / (2 * shards.ranks)) * 2 * shards.ranks
-        is_lean = state == "master" and shards.optimizer != BF16_OPTIMIZER
+        is_lean = state == MASTER and shards.optimizer != BF16_OPTIMIZER
         if length not in ((needed,) if is_lean else (needed, padded)):
             raise shards.refuse(
                 "zero-sizes",
@@ -80,7 +80,7 @@ def _stage_1_2(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State
     return found
 
 
-def _gaps(shards: Shards, paddings: Any, index: int, count: int) -> list[int]:
+def gaps_of(shards: Shards, paddings: Any, index: int, count: int) -> list[int]:
     """Elements of padding after each parameter of a group (since 0.19.8)."""
     if paddings is None:
         return [0] * count
@@ -93,7 +93,7 @@ def _gaps(shards: Shards, paddings: Any, index: int, count: int) -> list[int]:
 def _flat_parts(shards: Shards, rank: int, found: Mapping[Any, Any], state: State) -> list[LazyTensor]:
     """One rank's stretch of each group."""
     file = shards.files.optimizers[rank]
-    if state == "master":
+    if state == MASTER:
         return tensor_list(
             shards, found.get("single_partition_of_fp32_groups"), "single_partition_of_fp32_groups", file
         )
@@ -118,7 +118,7 @@ def _stage_3(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State) 
     flats = []
     for rank, found in enumerate(states):
         parts = _sub_groups(shards, rank, found, state)
-        sizes = [sum(_share(math.prod(s), shards.ranks) for s in g.values()) for g in groups]
+        sizes = [sum(share(math.prod(s), shards.ranks) for s in g.values()) for g in groups]
         if sum(sizes) != sum(p.info.numel for p in parts):
             raise shards.refuse(
                 "zero-sizes",
@@ -132,24 +132,24 @@ def _stage_3(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State) 
     for group in groups:
         for name, shape in group.items():
             count = math.prod(shape)
-            share = _share(count, shards.ranks)
+            part = share(count, shards.ranks)
             pieces = [
-                tensors.narrow(flat, 0, offset, min(share, count - rank * share))
+                tensors.narrow(flat, 0, offset, min(part, count - rank * part))
                 for rank, flat in enumerate(flats)
-                if flat is not None and rank * share < count
+                if flat is not None and rank * part < count
             ]
             assert pieces or not count
             first = next((f.info for f in flats if f is not None), None)
             assert first is not None
             found_tensors[name] = _whole(pieces, shape, first)
-            offset += share
+            offset += part
     return found_tensors
 
 
 def _sub_groups(shards: Shards, rank: int, found: Mapping[Any, Any], state: State) -> list[LazyTensor]:
     file = shards.files.optimizers[rank]
     masters = tensor_list(shards, found.get("fp32_flat_groups"), "fp32_flat_groups", file)
-    if state == "master":
+    if state == MASTER:
         return masters
     inner = found.get("optimizer_state_dict")
     base = inner.get("state") if isinstance(inner, dict) else None
@@ -171,10 +171,10 @@ def frozen_tensors(shards: Shards) -> dict[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     for name, shape in shapes(shards, value, file).items():
         count = math.prod(shape)
-        share = _share(count, shards.ranks)
+        part = share(count, shards.ranks)
         pieces: list[LazyTensor] = []
         for rank in range(shards.ranks if shards.stage == 3 else 1):
-            length = min(share, count - rank * share) if shards.stage == 3 else count
+            length = min(part, count - rank * part) if shards.stage == 3 else count
             fragments = shards.model(rank).get("frozen_param_fragments") if count else None
             fragment = fragments.get(name) if isinstance(fragments, dict) else None
             if length <= 0:
@@ -196,7 +196,8 @@ def _placeholder_info(shards: Shards, name: str) -> TensorInfo | None:
     return held.info if isinstance(held, LazyTensor) else None
 
 
-def _share(count: int, ranks: int) -> int:
+def share(count: int, ranks: int) -> int:
+    """Elements that each rank has of a parameter in stage 3; the last ranks' end in padding."""
     return -(-count // ranks)
 
 

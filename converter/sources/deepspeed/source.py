@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Literal
 from converter.errors import Refused, UsageError
 from converter.sources.base import Held, TrainingSource
 from converter.sources.deepspeed.files import find_tag, holds_ranks, search_tag, tags_in
-from converter.sources.places import Place
+from converter.sources.deepspeed.parts import find_in_part, parts_in
+from converter.sources.places import Place, no_parts
 from converter.sources.survey import Fault, Survey, file_names, folder_kind
 from converter.text import show
 
@@ -31,6 +32,7 @@ class DeepSpeedSource(TrainingSource):
 
     name = "deepspeed"
     note_code = "zero-note"
+    has_parts = True
 
     def detect(self, root: Path) -> str | None:
         """Why a folder is DeepSpeed's, or None."""
@@ -41,11 +43,18 @@ class DeepSpeedSource(TrainingSource):
         tags = tags_in(root)
         if tags:
             return f"shards of DeepSpeed are in {show(tags[-1].name)}"
-        return None
+        parts = parts_in(root)
+        return f"checkpoints of OpenRLHF's {' and '.join(parts)}, by DeepSpeed, are in it" if parts else None
 
     def find(self, root: Path, asked: str, *, tag: str | None = None, part: str | None = None) -> Place | None:
-        """The tag's folder at or below `root`; see `search_tag`."""
-        return search_tag(root, asked, tag)
+        """The tag's folder at or below `root`, in one of a run's models where there are several; see `search_tag`."""
+        parts = parts_in(root)
+        if parts and not tags_in(root):
+            return find_in_part(parts, asked, tag=tag, part=part)
+        found = search_tag(root, asked, tag)
+        if found is not None and part is not None:
+            raise no_parts(self.name, asked, part)
+        return found
 
     def place(self, root: Path, asked: str, tag: str | None = None) -> Place:
         """The same, or the error that nothing is there.
@@ -53,7 +62,9 @@ class DeepSpeedSource(TrainingSource):
         Raises:
             UsageError: nothing (`no-shards`), or several to choose from (`several-checkpoints`).
         """
-        return find_tag(root, asked, tag)
+        parts = parts_in(root)
+        found = find_in_part(parts, asked, tag=tag, part=None) if parts and not tags_in(root) else None
+        return found or find_tag(root, asked, tag)
 
     def survey_quickly(self, root: Path) -> Survey:
         """The same of many ranks by reading the first one's files, and of the others their directories and sizes."""

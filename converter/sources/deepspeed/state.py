@@ -12,7 +12,9 @@ from typing import Any
 
 from converter.core.checkpoint import RecordCheck
 from converter.core.files.opening import Identity, open_input, read_exact
+from converter.core.formats.torch_container import Container
 from converter.core.formats.torch_file import Opaque, read_torch_file
+from converter.core.formats.torch_tree import read_tree
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused
@@ -43,6 +45,7 @@ class Shards:
     checks: list[RecordCheck] = field(default_factory=list)
     inputs: dict[str, Identity] = field(default_factory=dict)
     _opened: dict[str, Any] = field(default_factory=dict)
+    _trees: dict[str, Container] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -69,6 +72,13 @@ class Shards:
             self.inputs[str((self.folder / file).absolute())] = read.identity
             self._digests[file] = read.digest
         return self._opened[file]
+
+    def tree(self, file: str) -> Container:
+        """What a file's pickle says, for those who write it again; the dictionary in it is sure to be one."""
+        if file not in self._trees:
+            self.open(file)
+            self._trees[file] = read_tree(self.folder / file, root=self.folder)
+        return self._trees[file]
 
     def open(self, file: str) -> Mapping[Any, Any]:
         """The dictionary in a file."""

@@ -168,10 +168,15 @@ def open_chosen(
 
 def _origin(shards: Shards, folder: Path, asked: str, revision: str | None) -> Origin:
     real = folder.resolve()
-    kind = "DeepSpeed without ZeRO" if shards.stage == 0 else f"ZeRO-{shards.stage}"
+    stored = described(shards, shards.stage, shards.ranks)
+    return Origin(KIND, str(real), asked, name_of(real), revision, shards.digest, stored)
+
+
+def described(shards: Shards, stage: int, ranks: int) -> str:
+    """`ZeRO-3, 4 ranks`: a run's layout in words."""
+    kind = "DeepSpeed without ZeRO" if stage == 0 else f"ZeRO-{stage}"
     if shards.optimizer:
         kind = f"{kind} ({shards.optimizer})"
     if shards.universal:
         kind = f"universal, of {kind}"
-    count = f"{shards.ranks} {'rank' if shards.ranks == 1 else 'ranks'}"
-    return Origin(KIND, str(real), asked, name_of(real), revision, shards.digest, f"{kind}, {count}")
+    return f"{kind}, {ranks} {'rank' if ranks == 1 else 'ranks'}"

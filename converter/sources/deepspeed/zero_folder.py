@@ -14,8 +14,8 @@ Source: https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/checkpoi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
@@ -24,9 +24,11 @@ from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, common_sta
 from converter.sources.survey import file_names
 from converter.text import fold, show
 
-State = Literal["master", "exp_avg", "exp_avg_sq"]
+State = str
+"""`master`, or a key of the optimizer's state of a parameter, as `exp_avg`."""
+MASTER = "master"
 Shapes = dict[str, tuple[int, ...]]
-_FILES: Mapping[State, str] = {"master": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
+MASTER_FILE = "fp32.pt"
 
 
 def universal_tensors(shards: Shards, groups: Sequence[Shapes], state: State) -> dict[str, LazyTensor]:
@@ -46,15 +48,20 @@ def universal_tensors(shards: Shards, groups: Sequence[Shapes], state: State) ->
         )
     listed = _folders(shards)
     names = [n for g in groups for n in g]
-    lost = [n for n in names if _FILES[state] not in listed.get(n, ()) or "exp_avg.pt" not in listed.get(n, ())]
+    file = _file(state)
+    lost = [n for n in names if file not in listed.get(n, ()) or "exp_avg.pt" not in listed.get(n, ())]
     if lost:
         raise shards.refuse(
             "zero-parameter-missing",
-            f"`{UNIVERSAL}` lacks {_FILES[state] if state != 'master' else 'the master'} of {len(lost)} trained "
+            f"`{UNIVERSAL}` lacks {file if state != MASTER else 'the master'} of {len(lost)} trained "
             f"parameters: {fold(lost)}",
             next="gather the rank files that it was made from, or copy what is missing",
         )
     return {n: _parameter(shards, n, shape, state) for g in groups for n, shape in g.items()}
+
+
+def _file(state: State) -> str:
+    return MASTER_FILE if state == MASTER else f"{state}.pt"
 
 
 def _folders(shards: Shards) -> dict[str, frozenset[str]]:
@@ -64,7 +71,7 @@ def _folders(shards: Shards) -> dict[str, frozenset[str]]:
 
 
 def _parameter(shards: Shards, name: str, shape: tuple[int, ...], state: State) -> LazyTensor:
-    file = f"{UNIVERSAL}/{name}/{_FILES[state]}"
+    file = f"{UNIVERSAL}/{name}/{_file(state)}"
     value = shards.read(file)
     facts = value if isinstance(value, dict) else {}
     found = facts.get("param") if isinstance(value, dict) else value

@@ -26,7 +26,6 @@ TRACKER = "latest_checkpointed_iteration.txt"
 HUGGINGFACE = "huggingface"
 FSDP_CONFIG = "fsdp_config.json"
 LORA_ADAPTER = "lora_adapter"
-MEGATRON = "dist_ckpt"
 _STEP = re.compile(r"global_step_(\d{1,9})", re.ASCII)
 _RANK = re.compile(r"(model|optim)_world_size_(\d{1,6})_rank_(\d{1,6})\.pt", re.ASCII)
 _PARTS = ("actor", "critic", "ref", "reward")
@@ -60,23 +59,6 @@ def holds_ranks(folder: Path) -> bool:
     return any((m := _RANK.fullmatch(n)) is not None and m[1] == "model" for n in file_names(folder))
 
 
-def is_megatron(folder: Path) -> bool:
-    """True for a part that verl saved with Megatron, and for the shards in it."""
-    inside = folder if folder.name == MEGATRON else folder / MEGATRON
-    return bool({".metadata", "common.pt", "metadata.json"} & file_names(inside))
-
-
-def megatron_refusal(folder: Path) -> Refused:
-    """The refusal of it, with verl's own tool."""
-    part = folder.parent if folder.name == MEGATRON else folder
-    return Refused(
-        "verl-megatron",
-        f"verl saved this with Megatron ({MEGATRON}/), whose shards are not read",
-        where=show(folder),
-        next=f"python -m verl.model_merger merge --backend megatron --local_dir {show(part)} --target_dir OUT",
-    )
-
-
 def _folders(root: Path) -> list[Path]:
     try:
         return sorted((p for p in root.iterdir() if p.is_dir()), key=by_number)
@@ -85,9 +67,8 @@ def _folders(root: Path) -> list[Path]:
 
 
 def parts_in(step: Path) -> list[Path]:
-    """Folders below a step that hold ranks' files, or what verl saves with Megatron."""
-    own = [p for p in _folders(step) if not _STEP.fullmatch(p.name)]
-    return [p for p in own if holds_ranks(p) or (p.name in _PARTS and is_megatron(p))]
+    """Folders below a step that hold ranks' files."""
+    return [p for p in _folders(step) if not _STEP.fullmatch(p.name) and holds_ranks(p)]
 
 
 def _is_step(folder: Path) -> bool:
@@ -105,7 +86,7 @@ def find_part(root: Path, asked: str, *, tag: str | None = None, part: str | Non
     Raises:
         UsageError: several to choose from (`several-checkpoints`, `several-parts`), no such step or part
             (`no-such-tag`, `no-such-part`).
-        Refused: the run's tracker names a step that isn't there (`verl-latest`), Megatron's shards (`verl-megatron`).
+        Refused: the run's tracker names a step that isn't there (`verl-latest`).
     """
     if root.name == HUGGINGFACE and holds_ranks(root.parent) and not is_weights_of_model(file_names(root)):
         found = _checked_part(root.parent, asked, part)
@@ -114,8 +95,6 @@ def find_part(root: Path, asked: str, *, tag: str | None = None, part: str | Non
         step = root if _STEP.fullmatch(root.name) else root.parent
         _expect_step(step, asked, tag)
         return _checked_part(root, asked, part)
-    if root.name in (MEGATRON, *_PARTS) and is_megatron(root):
-        raise megatron_refusal(root)
     if parts_in(root):
         _expect_step(root, asked, tag)
         return _part_of(root, asked, part)
@@ -174,8 +153,6 @@ def _part_of(step: Path, asked: str, part: str | None) -> Place:
     else:
         ((name, folder),) = parts.items()
         found = Place(folder, f"the {show(name)}, the only part that was saved")
-    if not holds_ranks(found.folder):
-        raise megatron_refusal(found.folder)
     return found
 
 

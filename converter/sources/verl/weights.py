@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from converter.core.tensors.nodes import LazyTensor, Stored
+from converter.sources.verl.plain_rows import plain_rows
 from converter.sources.verl.shards import Piece, Ranks, Value
 from converter.text import fold, show
 
@@ -50,9 +51,10 @@ def read_weights(ranks: Ranks) -> Weights:
     found: dict[str, LazyTensor] = {}
     lost: list[str] = []
     extra: list[str] = []
-    for name in names:
-        by_rank = {r: v for r, own in held.items() if (v := own[name]) is not None}
-        whole = ranks.whole(name, by_rank, files.models) if by_rank else None
+    by_name = {n: {r: v for r, own in held.items() if (v := own[n]) is not None} for n in names}
+    rows = plain_rows(ranks, {n: plain for n, by_rank in by_name.items() if (plain := _plain(by_rank))})
+    for name, by_rank in by_name.items():
+        whole = rows.get(name) or (ranks.whole(name, by_rank, files.models) if by_rank else None)
         if whole is not None:
             found[name] = whole
         elif by_rank:
@@ -68,6 +70,12 @@ def read_weights(ranks: Ranks) -> Weights:
     sharded = tuple(n for n in names if isinstance(held[first][n], Piece))
     order = _order({r: v for r, own in held.items() if isinstance(v := own.get(sharded[0]), Piece)} if sharded else {})
     return Weights(found, sharded or tuple(found), _shared(held[first]), tuple(extra), order or (first,))
+
+
+def _plain(by_rank: dict[int, Value]) -> dict[int, LazyTensor]:
+    """What the ranks have of a tensor, where none has a DTensor."""
+    found = {r: v for r, v in by_rank.items() if not isinstance(v, Piece)}
+    return found if len(found) == len(by_rank) else {}
 
 
 def _order(pieces: dict[int, Piece]) -> tuple[int, ...]:
@@ -99,7 +107,7 @@ def _one_replica(ranks: Ranks, first: dict[str, Value | None]) -> list[int]:
         return list(range(count))
     lost = files.missing(files.models)
     if lost and (not pieces or count == files.world):
-        raise _missing(ranks, [n for n, v in first.items() if isinstance(v, Piece)], len(first))
+        raise _missing(ranks, [n for n, v in first.items() if isinstance(v, Piece)] or list(first), len(first))
     return sorted(files.models)
 
 

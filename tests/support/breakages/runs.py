@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle  # noqa: TID251
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from breakages.sound import Breakage, only
+from megatron_ranks import edit_rank
 from places import RUNS as SAVED
 
 Change = Callable[[Path], object]
@@ -21,6 +23,7 @@ Z3, Z2, DCP, VERL = (
     "dcp/runs/nested-n4",
     "verl_saves/runs/critic-fsdp1-n3",
 )
+MEGATRON, OLD_MEGATRON = "mcore/runs/llama-layers-pp2", "mcore/runs/old-qwen2-tp2-pp2"
 UNIVERSAL = "zero/universal_runs/lora-z3-n2"
 
 
@@ -118,12 +121,20 @@ def as_verl(folder: Path, *parts: str, tracker: str = "") -> None:
         (folder / "latest_checkpointed_iteration.txt").write_text(tracker)
 
 
-def by_megatron(folder: Path) -> None:
-    shutil.rmtree(folder)
-    shards = folder / "global_step_3" / "actor" / "dist_ckpt"
-    shards.mkdir(parents=True)
-    for name in (".metadata", "common.pt", "__0_0.distcp"):
-        (shards / name).write_bytes(b"")
+def saved_as(backend: str) -> Change:
+    def change(folder: Path) -> None:
+        only(folder, "metadata.json").write_text(json.dumps({"sharded_backend": backend}))
+
+    return change
+
+
+def old_rank(folder: Path, change: Callable[[Any], object]) -> None:
+    """Change the file of one rank in Megatron's old format."""
+    edit_rank(folder / "iter_0000010", "01_000", change)
+
+
+def other_norm(state: dict[str, Any]) -> None:
+    state["model"]["decoder.layers.0.input_layernorm.weight"] += 1
 
 
 def with_others(folder: Path) -> None:
@@ -183,19 +194,15 @@ RUNS: dict[str, Breakage] = {
         "repair/runs/reward", lambda f: shutil.rmtree(f / "checkpoint-2" / "global_step2"), "lost", at="checkpoint-2"
     ),
     "run-folder": Breakage("repair/runs/reward", lambda f: None, "told"),
-    "megatron": Breakage(
-        Z2,
-        lambda f: (
-            (f / "config.json").unlink(),
-            only(f, "oracle.safetensors").unlink(),
-            shutil.rmtree(f / "global_step2"),
-            (f / "latest").unlink(),
-            (f / "iter_0000001" / "mp_rank_00").mkdir(parents=True),
-            (f / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b""),
-            (f / "latest_checkpointed_iteration.txt").write_text("1"),
-        ),
-        "advice",
-        at="iter_0000001",
+    "megatron-rank-missing": Breakage(
+        OLD_MEGATRON, lambda f: shutil.rmtree(only(f, "mp_rank_01_000")), "advice", at="iter_0000010"
+    ),
+    "megatron-mixed": Breakage(
+        OLD_MEGATRON, lambda f: old_rank(f, lambda s: setattr(s["args"], "num_layers", 4)), "advice", at="iter_0000010"
+    ),
+    "megatron-copies": Breakage(OLD_MEGATRON, lambda f: old_rank(f, other_norm), "advice", at="iter_0000010"),
+    "megatron-malformed": Breakage(
+        OLD_MEGATRON, lambda f: old_rank(f, lambda s: s.pop("model")), "advice", at="iter_0000010"
     ),
     "dcp-chunks": Breakage(
         "dcp/runs/odd-n3",
@@ -212,7 +219,8 @@ RUNS: dict[str, Breakage] = {
     "verl-note": Breakage(VERL, with_others, "told"),
     "verl-latest": Breakage(VERL, lambda f: as_verl(f, "critic", tracker="11"), "mended"),
     "several-parts": Breakage(VERL, lambda f: as_verl(f, "actor", "critic", tracker="9"), "mended"),
-    "verl-megatron": Breakage(VERL, by_megatron, "advice"),
+    "megatron-backend": Breakage(MEGATRON, saved_as("fsdp_dtensor"), "advice", at="iter_0000010"),
+    "megatron-unfinished": Breakage(MEGATRON, gone("metadata.json"), "advice", at="iter_0000010"),
     "zero-offloaded": Breakage(Z3, lambda f: offloaded(f / "global_step2"), "advice", at="global_step2"),
     "zero-note": Breakage(Z3, left_over, "told"),
 }

@@ -59,9 +59,9 @@ def refused(why: str) -> Field:
     return Field(lambda value, key, where: None, refused=why)
 
 
-def count(default: int) -> Field:
-    """A whole number above 0."""
-    return Field(lambda v, key, where: default if v is None else _checked(key, v, where, int, lambda n: n > 0))
+def count(default: int, *, least: int = 1) -> Field:
+    """A whole number, above 0 unless `least` says otherwise."""
+    return Field(lambda v, key, where: default if v is None else _checked(key, v, where, int, lambda n: n >= least))
 
 
 def number(default: float) -> Field:
@@ -69,13 +69,13 @@ def number(default: float) -> Field:
     return Field(lambda v, key, where: default if v is None else _checked(key, v, where, float, math.isfinite))
 
 
-def flag() -> Field:
-    """True or false; absent: false."""
+def flag(default: bool = False) -> Field:
+    """True or false."""
 
     def read(value: Any, key: str, where: str) -> bool:
         if value is not None and not isinstance(value, bool):
             raise malformed(key, value, where, "true or false")
-        return bool(value)
+        return default if value is None else value
 
     return Field(read)
 
@@ -91,6 +91,16 @@ def choice(*choices: str) -> Field:
         return str(value)
 
     return Field(read)
+
+
+def of_training(*names: str, only: str = "") -> dict[str, Field]:
+    """Fields that say how an adapter was trained and nothing about the merge, with those that most methods have.
+
+    Args:
+        only: the method's word of `bias`, where biases of its own layers can be trained alone (`vera_only`).
+    """
+    found = dict.fromkeys(("init_weights", "fan_in_fan_out", *names), ignored())
+    return {**found, "bias": choice("none", "all", only)} if only else found
 
 
 def names() -> Field:

@@ -80,27 +80,23 @@ FIELDS = {
     "qalora_group_size": fields.ignored(),
     "alora_invocation_tokens": fields.refused("activated LoRA switches on at certain tokens and can't be merged"),
     "arrow_config": fields.refused("Arrow routes between adapters at run time and can't be merged"),
-    "kasa_config": fields.refused("KaSA truncates the base weight, which this version does not rebuild"),
     "layer_replication": fields.refused("layer replication is not implemented"),
     "lora_ga_config": fields.refused("LoRA-GA moves the base by gradients that no file holds"),
     "megatron_config": fields.refused("Megatron's parallel layers are not implemented"),
-    "monteclora_config": fields.refused("MonteCLoRA is not implemented"),
     "target_parameters": fields.refused("LoRA on bare parameters (fused experts) is not implemented"),
-    "use_bdlora": fields.refused("block-diagonal LoRA is not implemented"),
     "use_qalora": fields.refused("QA-LoRA belongs to a quantised base"),
-    "velora_config": fields.refused("VeLoRA is not implemented"),
 }
 
 
 def rank_of(site: Site) -> int:
     """The rank that the config gives the module, by its name in memory."""
-    rank: int = fields.matching(site.field("rank_pattern"), site.module.name, site.field("r"))
+    rank: int = site.matched("rank_pattern", "r")
     return rank
 
 
 def scale_of(site: Site) -> float:
     """`alpha / r`, or `alpha / sqrt(r)` with rank-stabilised LoRA."""
-    alpha: float = fields.matching(site.field("alpha_pattern"), site.module.name, site.field("lora_alpha"))
+    alpha: float = site.matched("alpha_pattern", "lora_alpha")
     rank = rank_of(site)
     return alpha / math.sqrt(rank) if site.field("use_rslora") else alpha / rank
 
@@ -124,7 +120,7 @@ def lora_updates(site: Site, magnitude: LazyTensor | None) -> tuple[Update, ...]
     if parts - set(names):
         raise site.incomplete(f"{show(min(parts - set(names)))} has no place in a LoRA layer")
     base = site.base["weight"].shape
-    _expect_rank(site, a.info.shape)
+    site.expect_rank(rank_of(site), a.info.shape[0] if a.info.shape else 0)
     kind = _kind(site, a.info.shape, b.info.shape, base, is_embedding)
     is_transposed = kind in ("conv1d", "embedding")
     if magnitude is not None:
@@ -170,19 +166,6 @@ def _bias(site: Site, scale: float) -> tuple[Update, ...]:
         "out": site.base["bias"].dtype.value,
     }
     return (Update(kernel_specs.BIAS_MERGE, (bias,), params, "bias", joins=True, scale=scale * site.weight),)
-
-
-def _expect_rank(site: Site, shape: Shape) -> None:
-    expected = rank_of(site)
-    got = shape[0] if shape else 0
-    if got != expected:
-        raise Refused(
-            "adapter-rank",
-            f"the rank of {show(site.module.name)} is not the one in adapter_config.json",
-            where=site.where,
-            expected=f"r = {expected}",
-            got=f"r = {got} in the tensor",
-        )
 
 
 def _kind(site: Site, a: Shape, b: Shape, base: Shape, is_embedding: bool) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from converter.converters.merge.adapter_keys import Module
-from converter.converters.merge.methods.fields import COMMON, Field
+from converter.converters.merge.methods.fields import COMMON, Field, matching
 from converter.converters.merge.orientation import is_conv1d
 from converter.core.tensors.dtypes import TensorInfo
-from converter.core.tensors.kernel_specs import KernelSpec, Params
+from converter.core.tensors.kernel_specs import KernelSpec, Param, Params
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Steps
 from converter.errors import Refused
@@ -41,7 +42,9 @@ class AdapterConfig:
     @property
     def token_indices(self) -> Mapping[str, tuple[int, ...]]:
         """Rows that were trained, per embedding module name; the key `""` stands for the input embedding."""
-        indices: Mapping[str, tuple[int, ...]] = self.fields["trainable_token_indices"]
+        indices: Mapping[str, tuple[int, ...]] = (
+            self.fields.get("token_indices") or self.fields["trainable_token_indices"]
+        )
         return indices
 
     @property
@@ -75,6 +78,7 @@ class Site:
         shared: tensors that the adapter has once for all modules, by the names that the method declares.
         peers: the base's weight of every module that the adapter has factors for, for methods whose random
             projections are drawn once over all of them.
+        below: the tensors of `base` themselves, for an update that reads more than the tensor that it changes.
     """
 
     module: Module
@@ -87,6 +91,7 @@ class Site:
     where: str
     shared: Mapping[str, LazyTensor] = field(default_factory=dict)
     peers: Mapping[str, TensorInfo] = field(default_factory=dict)
+    below: Mapping[str, LazyTensor] = field(default_factory=dict)
 
     @property
     def is_conv1d(self) -> bool:
@@ -96,6 +101,90 @@ class Site:
     def field(self, key: str) -> Any:
         """What a field of the config was read as."""
         return self.config.fields[key]
+
+    def matched(self, patterns: str, key: str) -> Any:
+        """What a field of patterns has for this module, by its name in memory; else the field `key`."""
+        return matching(self.field(patterns), self.module.name, self.field(key))
+
+    @property
+    def is_turned(self) -> bool:
+        """True for a matrix that is stored `[in, out]`."""
+        return len(self.base["weight"].shape) == 2 and self.is_conv1d
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Outputs and inputs of the weight; a convolution's kernel counts with its inputs."""
+        first, *rest = self.base["weight"].shape
+        return (rest[0], first) if self.is_turned else (first, prod(rest))
+
+    def params(self, leaf: str = "weight", **more: Param) -> dict[str, Param]:
+        """Parameters of a kernel over one of the base's tensors."""
+        out = self.base[leaf].dtype.value
+        return {"numerics": self.numerics, "out": out, "transposed": self.is_turned, "weight": self.weight, **more}
+
+    def linear(self) -> tuple[int, int]:
+        """Outputs and inputs of a layer that is a matrix.
+
+        Raises:
+            Refused: it is not (`adapter-shape`).
+        """
+        shape = self.base["weight"].shape
+        if len(shape) != 2:
+            raise self.misfit(shape, f"factors of {self.config.method.title}, which is of linear layers")
+        return self.sides
+
+    def shaped(self, name: str, *shape: int) -> LazyTensor:
+        """A factor that the module must have, in the shape that it must have.
+
+        Raises:
+            Refused: it is missing (`adapter-incomplete`) or has another shape (`adapter-shape`).
+        """
+        return self.fitting(name, self.take(name), *shape)
+
+    def fitting(self, name: str, tensor: LazyTensor, *shape: int) -> LazyTensor:
+        """A tensor that must have that shape.
+
+        Raises:
+            Refused: it has another (`adapter-shape`).
+        """
+        if tensor.info.shape != shape:
+            raise self.misfit(self.base["weight"].shape, f"{name} {list(tensor.info.shape)} instead of {list(shape)}")
+        return tensor
+
+    def common(self, name: str) -> LazyTensor:
+        """A tensor that the adapter must have once for all modules.
+
+        Raises:
+            Refused: it is missing (`adapter-incomplete`).
+        """
+        if name not in self.shared:
+            raise Refused("adapter-incomplete", f"`base_model.{name}` is missing", where=self.where)
+        return self.shared[name]
+
+    def nothing_beside(self, *names: str) -> None:
+        """Refuse factors of the method that have no place in this layer beside those.
+
+        Raises:
+            Refused: there is one (`adapter-incomplete`).
+        """
+        others = self.module.factors.keys() - set(names)
+        if others:
+            raise self.incomplete(f"{show(min(others))} has no place in this layer")
+
+    def expect_rank(self, expected: int, got: int) -> None:
+        """Refuse a factor of another rank than the config's.
+
+        Raises:
+            Refused: it has another (`adapter-rank`).
+        """
+        if got != expected:
+            raise Refused(
+                "adapter-rank",
+                f"the rank of {show(self.module.name)} is not the one in adapter_config.json",
+                where=self.where,
+                expected=f"r = {expected}",
+                got=f"r = {got} in the tensor",
+            )
 
     def take(self, name: str) -> LazyTensor:
         """A factor that the module must have.
@@ -174,6 +263,7 @@ class Method:
         shared: names of tensors that it has once for the model (`base_model.vera_A`).
         pairs: factors that mean something only together.
         zeros: factors that begin as zeros: where all of them still are, nothing was trained.
+        training: those of its factors that only training reads; they are left out, and the receipt says so.
         is_linear: an update can be weighted (`--weight`): twice the factor is twice the update.
         leaves: which of a module's tensors the base must have.
         kernels: those that no other package registers; found by name like all others.
@@ -188,6 +278,7 @@ class Method:
     shared: tuple[str, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
     zeros: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
     is_linear: bool = True
     leaves: Callable[[Module], tuple[str, ...]] = only_the_weight
     kernels: tuple[KernelSpec, ...] = ()

@@ -1,0 +1,149 @@
+"""What an error ends with: a command in the user's own paths, whatever raised it.
+
+Whoever raises an error names the step that helps, where one is known: "the same command" with other options, a command
+with `OUT` for a name that only the user can choose, or a sentence. Here the words that the user typed are put in. An
+error whose step has no command gets one: doctor, of the folder that it is about, says all that is wrong there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from converter.diagnostic import Again, Command, Next, Steps, as_argument, commands, completed, parts, renamed
+from converter.errors import ConvertError, UsageError
+
+_PLACEHOLDERS = ("OUT", "./NEW_FOLDER")
+"""Words that stand for an output."""
+
+_SHOWS = " shows all that is wrong there"
+
+
+def complete(error: ConvertError, verb: str, arguments: list[str]) -> None:
+    """Give an error a step whose commands can be typed.
+
+    Args:
+        arguments: what the user typed behind the verb.
+    """
+    typed = _parsed(verb, arguments)
+    if any(isinstance(p, Again) for p in parts(error.next)):
+        _complete_again(error, verb, arguments, typed)
+    error.next = _with_output(error.next, typed)
+    if error.exit_code in (2, 3, 4) and not commands(error.next):
+        error.next = _with_command(error, verb, typed)
+
+
+@dataclass(frozen=True)
+class _Typed:
+    """A command line in its parts.
+
+    Attributes:
+        options: names of options that the verb takes.
+        inputs: paths and Hub ids that the user gave, in order, the output left out.
+        output: OUT, however it was given.
+    """
+
+    options: frozenset[str]
+    inputs: tuple[str, ...]
+    output: str | None
+
+
+def _parsed(verb: str, arguments: list[str]) -> _Typed:
+    import typer
+
+    from converter.cli.verbs.all import app_of
+
+    command = typer.main.get_command(app_of(verb))
+    takes_value = {
+        name: not getattr(p, "is_flag", False) for p in command.params for name in (*p.opts, *p.secondary_opts)
+    }
+    names = [p.name for p in command.params if p.param_type_name == "argument"]
+    free, given = _split(arguments, takes_value)
+    at = names.index("out") if "out" in names else len(free)
+    output = next((v for n, v in given if n in ("-o", "--out")), free[at] if at < len(free) else None)
+    values = [v.rpartition("=")[2] if n == "--input" else v for n, v in given]
+    inputs = [w for w in (*free, *values) if w != output]
+    return _Typed(frozenset(takes_value), tuple(inputs), output)
+
+
+def _split(arguments: list[str], takes_value: dict[str, bool]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Words that are no options, and options with their values."""
+    free: list[str] = []
+    given: list[tuple[str, str]] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            free += words
+        elif not word.startswith("-") or word == "-":
+            free.append(word)
+        elif "=" in word:
+            name, _, value = word.partition("=")
+            given.append((name, value))
+        elif takes_value.get(word):
+            given.append((word, next(words, "")))
+    return free, given
+
+
+def _complete_again(error: ConvertError, verb: str, arguments: list[str], typed: _Typed) -> None:
+    from converter.sources.hub.secrets import words_without_token
+
+    if "--to" not in typed.options and "--for" in typed.options:
+        error.next = renamed(error.next, "--to", "--for")  # what writes says --to of a trainer, what reports --for
+    error.next = completed(error.next, Command(verb, tuple(words_without_token(arguments))), typed.options.__contains__)
+
+
+def _with_output(step: Next | None, typed: _Typed) -> Next | None:
+    """The step with the user's own output where one command has a placeholder: the refusal has left that name free."""
+    waiting = [c for c in commands(step) if any(w in _PLACEHOLDERS for w in c.arguments)]
+    if typed.output is None or len(waiting) != 1 or os.path.lexists(os.path.expanduser(typed.output)):
+        return step
+    (old,) = waiting
+    words = (as_argument(typed.output) if w in _PLACEHOLDERS else w for w in old.arguments)
+    new = Command(old.verb, tuple(words), old.program)
+    return _replaced(step, old, new)
+
+
+def _replaced(step: Next | None, old: Command, new: Command) -> Next | None:
+    if isinstance(step, Steps):
+        return Steps(*(_replaced(p, old, new) for p in step.parts))
+    return new if step == old else step
+
+
+def _with_command(error: ConvertError, verb: str, typed: _Typed) -> Next:
+    """The step with a command behind it that shows more."""
+    folder = _folder(error, typed)
+    if error.code == "path-missing":
+        return Steps(*_sentence(error.next), Command("", (_parent(typed),), program="ls"))
+    is_about_words = isinstance(error, UsageError) and error.where is None
+    if folder is None or is_about_words or verb == "doctor":
+        return Steps(*_sentence(error.next), Command(verb, ("--help",)))
+    look = Command("doctor", (as_argument(folder),))
+    return look if error.next is None else Steps(*_sentence(error.next), look, _SHOWS)
+
+
+def _sentence(step: Next | None) -> Iterator[Next]:
+    if step is not None:
+        yield from (step, "; ")
+
+
+def _folder(error: ConvertError, typed: _Typed) -> str | None:
+    """The folder that the user named and that the error is about, else the first that there is."""
+    there = [w for w in typed.inputs if os.path.isdir(os.path.expanduser(w))]
+    held = [w for w in there if error.where and _is_below(error.where, w)]
+    return max(held, key=len) if held else there[0] if there else None
+
+
+def _is_below(where: str, folder: str) -> bool:
+    inner, outer = (os.path.abspath(os.path.expanduser(p)) for p in (where, folder))
+    return inner == outer or inner.startswith(outer.rstrip("/") + "/")
+
+
+def _parent(typed: _Typed) -> str:
+    """The nearest folder that there is above the first input that is missing."""
+    path: Any = next((w for w in typed.inputs if not os.path.exists(os.path.expanduser(w))), ".")
+    path = os.path.expanduser(path)
+    while path and not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return as_argument(path or ".")

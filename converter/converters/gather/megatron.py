@@ -1,0 +1,198 @@
+"""Megatron-core's tensors as those of transformers, by the table of `families.megatron` and the sizes of config.json.
+
+Nothing is guessed: a family that the table lacks, a key that no row takes, and a config that is not of these tensors
+are refused. An output layer with fewer rows than the vocabulary is the head of a critic or a reward model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from converter.converters.gather.classifier import as_classifier
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
+from converter.core.files.strict_json import parse_json
+from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again, Command, Steps
+from converter.errors import Refused
+from converter.families.megatron.formulas import SizeError, Sizes, sizes_of
+from converter.families.megatron.names import ARGUMENTS_FILE, MTP, Value, layer_count, placed
+from converter.families.megatron.rows import EMBEDDING, OUTPUT, OUTPUT_BIAS, ROWS
+from converter.text import fold, show
+
+_LORA = (".adapter.", ".lora_")
+
+
+def refuse_lora(names: Mapping[str, str], where: str) -> None:
+    """Go on with a model in which no adapter is.
+
+    Raises:
+        Refused: there is one, in Megatron's names (`megatron-lora`).
+    """
+    lora = [n for n in names.values() if any(word in n for word in _LORA)]
+    if lora:
+        raise Refused(
+            "megatron-lora",
+            f"{len(lora)} tensors are LoRA's in Megatron's fused matrices, which is not read: {fold(lora)}",
+            where=where,
+            next="merge or export the adapter with the trainer that wrote it (Megatron-Bridge, ms-swift)",
+        )
+
+
+def from_megatron(found: Checkpoint, context: Context) -> Checkpoint:
+    """The model under transformers' names; a critic or reward model as a classifier with one label a row.
+
+    Raises:
+        Refused: the family is not in the table (`megatron-family`), keys are not (`megatron-keys`), config.json is of
+            another model (`megatron-config`), or a layout of values is not read (`megatron-backend`).
+    """
+    where = show(found.origin.asked)
+    rows = ROWS.get(str(found.config.get("model_type")))
+    if rows is None:
+        raise Refused(
+            "megatron-family",
+            f"which of its tensors Megatron's are is not known for the model type "
+            f"{show(found.config.get('model_type'))}",
+            where=where,
+            expected=", ".join(sorted(ROWS)),
+            next="export it with the trainer that wrote it, or with Megatron-Bridge (AutoBridge.export_ckpt)",
+        )
+    try:
+        sizes = sizes_of(found.config)
+    except SizeError as error:
+        raise _other_config(found, [str(error)]) from None
+    arguments = _arguments(found)
+    _expect_same_model(found, sizes, arguments, context)
+    held, head = _without_head(found.tensors, sizes)
+    held, dropped = _without_mtp(held, where, context)
+    result = placed(held, rows, sizes)
+    if result.unknown:
+        raise Refused(
+            "megatron-keys",
+            f"{len(result.unknown)} of {len(found.tensors)} tensors are none that a {show(found.config['model_type'])} "
+            f"of Megatron's has: {fold(result.unknown)}",
+            where=where,
+            next="check that --base is the model that training began with; else export it with the trainer",
+        )
+    if result.misfits:
+        raise _other_config(found, [f"{show(k)}: {why}" for k, why in result.misfits.items()])
+    if result.twice:
+        raise Refused("rename-collision", f"two tensors would be named {fold(result.twice)}", where=where)
+    _say_padding(found, sizes, context)
+    files = {n: f for n, f in found.side_files.items() if n != ARGUMENTS_FILE}
+    made = found.replace(tensors=result.tensors, side_files=files, dropped={**found.dropped, **dropped})
+    return as_classifier(made, head, context) if head else made
+
+
+def _arguments(found: Checkpoint) -> dict[str, Value]:
+    file = found.side_files.get(ARGUMENTS_FILE)
+    value = {} if file is None or file.content is None else parse_json(file.content, where=ARGUMENTS_FILE)
+    return value if isinstance(value, dict) else {}
+
+
+def _without_head(held: Mapping[str, LazyTensor], sizes: Sizes) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
+    """The model's tensors, and a head in place of the output layer: it has fewer rows than any vocabulary."""
+    weight, embedding = held.get(OUTPUT), held.get(EMBEDDING)
+    if weight is None or len(weight.info.shape) != 2 or weight.info.shape[0] >= sizes.vocabulary:
+        return dict(held), {}
+    if embedding is None or embedding.info.shape[:1] == weight.info.shape[:1]:
+        return dict(held), {}
+    head = {n: t for k, n in ((OUTPUT, "score.weight"), (OUTPUT_BIAS, "score.bias")) if (t := held.get(k)) is not None}
+    return {k: t for k, t in held.items() if k not in (OUTPUT, OUTPUT_BIAS)}, head
+
+
+def _without_mtp(
+    held: Mapping[str, LazyTensor], where: str, context: Context
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The model without layers for multi-token prediction, which are left out where the user says so."""
+    extra = [k for k in held if k.startswith(MTP)]
+    if not extra:
+        return dict(held), {}
+    context.consent(
+        Refused(
+            "megatron-mtp",
+            f"{len(extra)} tensors are of layers for multi-token prediction, whose halves of eh_proj trainers write in "
+            f"two orders: they would be left out, and transformers does not use them: {fold(extra)}",
+            where=where,
+        )
+    )
+    why = "of layers for multi-token prediction, left out as asked"
+    return {k: t for k, t in held.items() if k not in set(extra)}, dict.fromkeys(extra, why)
+
+
+def _say_padding(found: Checkpoint, sizes: Sizes, context: Context) -> None:
+    embedding = found.tensors.get(EMBEDDING)
+    if embedding is not None and embedding.info.shape[0] > sizes.vocabulary:
+        rows = embedding.info.shape[0]
+        text = f"{rows - sizes.vocabulary} of {rows} rows of the vocabulary are padding that no token has; they are cut"
+        context.note("info", "vocabulary-padding", text)
+
+
+# What config.json must agree with
+
+
+def _expect_same_model(found: Checkpoint, sizes: Sizes, arguments: Mapping[str, Value], context: Context) -> None:
+    """Go on where config.json, the tensors and the arguments of the training script are of one model.
+
+    Raises:
+        Refused: they are not (`megatron-config`), or a layout of values is not read (`megatron-backend`).
+    """
+    odd = [key for key in ("rotary_interleaved", "apply_layernorm_1p") if arguments.get(key) is True]
+    if odd:
+        raise Refused(
+            "megatron-backend",
+            f"the model was trained with {' and '.join(odd)}: its weights mean something else than those of "
+            "transformers",
+            where=show(found.origin.asked),
+            next="export it with the trainer that wrote it",
+        )
+    wrong = [f"{words} {have}, and config.json {said}" for words, have, said in _differences(found, sizes, arguments)]
+    if wrong:
+        raise _other_config(found, wrong)
+    embedding = found.tensors.get(EMBEDDING)
+    step, ranks = arguments.get("make_vocab_size_divisible_by"), arguments.get("tensor_model_parallel_size")
+    if embedding is not None and isinstance(step, int) and isinstance(ranks, int):
+        padding = embedding.info.shape[0] - sizes.vocabulary
+        if padding >= step * ranks > 0:
+            error = _other_config(
+                found, [f"{padding} rows of padding, and Megatron pads to multiples of {step * ranks}"]
+            )
+            error.consent = True
+            context.consent(error)
+
+
+def _differences(found: Checkpoint, sizes: Sizes, arguments: Mapping[str, Value]) -> list[tuple[str, Any, Any]]:
+    """What the checkpoint says in words, with its value and that of config.json, where they are two."""
+    config = found.config
+    pairs: list[tuple[str, Any, Any]] = [("the checkpoint's layers are", layer_count(found.tensors), sizes.layers)]
+    is_latent = arguments.get("multi_latent_attention") is True
+    is_grouped = arguments.get("group_query_attention") is not False
+    experts = next((config[k] for k in ("n_routed_experts", "num_local_experts", "num_experts") if config.get(k)), None)
+    implied = {
+        "num_layers": sizes.layers,
+        "hidden_size": config["hidden_size"],
+        "num_attention_heads": sizes.heads,
+        "num_query_groups": None if is_latent or not is_grouped else sizes.groups,
+        "kv_channels": None if is_latent else sizes.head,
+        "ffn_hidden_size": config.get("intermediate_size"),
+        "num_experts": experts,
+    }
+    for key, said in implied.items():
+        have = arguments.get(key)
+        if type(have) is int and type(said) is int:
+            pairs.append((f"the training script's {key} is", have, said))
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _other_config(found: Checkpoint, wrong: list[str]) -> Refused:
+    asked = show(found.origin.asked)
+    return Refused(
+        "megatron-config",
+        f"config.json is not of this model: {'; '.join(wrong[:4])}",
+        where=asked,
+        next=Steps(
+            Again(("--base", "BASE"), otherwise=Command("gather", (asked, "OUT", "--base", "BASE"))),
+            ", the model that training began with",
+        ),
+    )

@@ -1,0 +1,71 @@
+"""OSF: the weight's last singular directions are trained, the first ones kept.
+
+Source: https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/osf/layer.py and utils.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converter.converters.merge.methods import fields
+from converter.converters.merge.methods.method import Method, Site, Update
+from converter.converters.merge.methods.site_kernels import Given, Tensors, of_weight
+from converter.core.tensors.kernel_specs import Infos
+
+_NAMES = ("osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low")
+
+
+def update(site: Site) -> tuple[Update, ...]:
+    """`W + U S V - U0 S0 V0`, the latter being what W has outside of its first directions.
+
+    Raises:
+        Refused: a factor is missing (`adapter-incomplete`) or does not fit (`adapter-shape`).
+    """
+    outputs, inputs = site.linear()
+    low = site.take(_NAMES[1]).info.numel
+    kept = min(outputs, inputs) - low
+    if site.is_turned or kept <= 0:
+        raise site.misfit(site.base["weight"].shape, f"{low} singular values")
+    factors = (
+        site.shaped(_NAMES[0], outputs, low),
+        site.shaped(_NAMES[1], low),
+        site.shaped(_NAMES[2], low, inputs),
+    )
+    return (Update(KERNEL, factors, site.params(kept=kept, base=site.base["weight"].dtype.value)),)
+
+
+def merged(inputs: Tensors, params: Given) -> Any:
+    """The kernel: W, U `[out, n]`, S `[n]` and V `[n, in]`."""
+    import torch
+
+    from converter.core.compute.updates import added
+    from converter.core.tensors.dtypes import DType
+
+    def change(weight: Any, factors: Tensors, params: Given) -> Any:
+        u, s, v = factors
+        kept, base = int(params["kept"]), getattr(torch, DType(params["base"]).torch_name)
+        first = torch.linalg.svd(weight.to(torch.float32), full_matrices=False)
+        u0, s0, v0 = (x.contiguous() for x in (first[0][:, kept:], first[1][kept:], first[2][kept:]))
+        u0, s0, v0 = (x.to(base).to(weight.dtype) for x in (u0, s0, v0))
+        return torch.mm(u * s.unsqueeze(0), v) - torch.mm(u0 * s0.unsqueeze(0), v0)
+
+    return added(inputs, params, change)
+
+
+def _memory(inputs: Infos) -> int:
+    rows, columns = inputs[0].shape
+    small = min(rows, columns)
+    return 4 * small * (rows + columns) + 8 * small * small
+
+
+KERNEL = of_weight("osf-merge", "osf:merged", more=_memory)
+
+METHOD = Method(
+    title="OSF",
+    peft_type="OSF",
+    factors=("osf_svd_params",),
+    fields=fields.of_training("effective_rank", "rank_pattern", "target_svd_config"),
+    update=update,
+    is_linear=False,
+    kernels=(KERNEL,),
+)

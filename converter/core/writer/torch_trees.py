@@ -1,0 +1,66 @@
+"""A torch file of a plan that holds more than tensors by name: a tree, with its storages copied or made anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converter.core.formats import torch_zip_writer as torch_zip
+from converter.core.formats.pickle_writer import write_pickle
+from converter.core.formats.torch_container import Container
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.nodes import LazyTensor
+from converter.core.writer.shard_plan import Entry, ShardPlan, chunk_rows
+from converter.errors import Refused
+from converter.text import show
+
+
+def lay_out_tree(file: str, tree: Any, source: Container) -> ShardPlan:
+    """A file with what `tree` says; a storage is a lazy tensor, or the key of one of `source`, copied whole.
+
+    Raises:
+        Refused: a storage is referred to that `source` doesn't have, or there is none at all (`torch-tensor`).
+    """
+    storages = _Storages(source)
+    pickled = write_pickle(tree, reference=storages.reference)
+    if not storages.tensors:
+        raise Refused("torch-tensor", "the file holds no tensor", where=show(source.path))
+    named = [(f"data/{i}", t) for i, t in enumerate(storages.tensors)]
+    archive = torch_zip.archive(file, [(n, t.info) for n, t in named], pickled)
+    placed = [
+        Entry(n, t, r.offset, chunk_rows(t), is_storage=True) for (n, t), r in zip(named, archive.tensors, strict=True)
+    ]
+    return ShardPlan(file, archive.head, tuple(placed), b"", archive.size, pickled=pickled)
+
+
+class _Storages:
+    """Storages in the order in which they are first referred to, which is that of their numbers."""
+
+    def __init__(self, source: Container) -> None:
+        self._source = source
+        self._file = str(source.path.absolute())
+        self._numbers: dict[str, str] = {}
+        self.tensors: list[LazyTensor] = []
+
+    def reference(self, identity: Any) -> Any:
+        """The identity of a storage in the new file."""
+        if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
+            raise Refused("torch-tensor", "a storage is referred to in an unknown way", where=show(self._source.path))
+        key = identity[2]
+        if not isinstance(key, str):
+            return (*identity[:2], self._add(key), *identity[3:])
+        if key not in self._numbers:
+            self._numbers[key] = self._add(self._stored(key))
+        number = self._numbers[key]
+        return identity if number == key else (*identity[:2], number, *identity[3:])
+
+    def _add(self, made: LazyTensor) -> str:
+        self.tensors.append(made)
+        return str(len(self.tensors) - 1)
+
+    def _stored(self, key: str) -> LazyTensor:
+        record = self._source.storages.get(key)
+        if record is None:
+            text = f"the storage {show(key)} is referred to, and the file has nothing of it"
+            raise Refused("torch-tensor", text, where=show(self._source.path))
+        return tensors.stored(TensorInfo(DType.U8, (record.length,)), self._file, record.offset)

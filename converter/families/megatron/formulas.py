@@ -1,0 +1,125 @@
+"""What becomes of one tensor of megatron-core: the parts of it that transformers has names for, and where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from converter.core.tensors.nodes import LazyTensor, concat, narrow, reshape
+from converter.families.megatron.rows import Formula, Row
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of a config.json that names and cuts depend on.
+
+    Attributes:
+        head: a head's size, which need not be the hidden size over the number of heads.
+    """
+
+    layers: int
+    vocabulary: int
+    heads: int
+    groups: int
+    head: int
+
+    @property
+    def qkv(self) -> int:
+        """Rows of a fused projection: each group's queries, its key and its value."""
+        return (self.heads + 2 * self.groups) * self.head
+
+
+class SizeError(ValueError):
+    """A tensor that has not the rows that config.json implies, in words."""
+
+
+def sizes_of(config: Mapping[str, Any]) -> Sizes:
+    """The sizes that a config says.
+
+    Raises:
+        SizeError: it lacks one, or heads do not make whole groups.
+    """
+    found = {}
+    for key in ("num_hidden_layers", "vocab_size", "num_attention_heads", "hidden_size"):
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            raise SizeError(f"config.json has no {key}")
+        found[key] = value
+    heads = found["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    head = config.get("head_dim") or found["hidden_size"] // heads
+    if type(groups) is not int or type(head) is not int or groups < 1 or heads % groups or head < 1:
+        raise SizeError(f"{heads} heads of config.json do not make {groups} groups")
+    return Sizes(found["num_hidden_layers"], found["vocab_size"], heads, groups, head)
+
+
+def parts(row: Row, tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+    """The tensors that transformers makes of one, by name; `{E}` of names is filled in.
+
+    Raises:
+        SizeError: it has other rows than the sizes imply.
+    """
+    return _FORMULAS[row.formula](row.theirs, tensor, sizes)
+
+
+def _same(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+    return {names[0]: tensor}
+
+
+def _vocabulary(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+    rows = _rows(tensor)
+    if rows < sizes.vocabulary:
+        raise SizeError(f"it has {rows} rows, and config.json a vocabulary of {sizes.vocabulary}")
+    return {names[0]: narrow(tensor, 0, 0, sizes.vocabulary)}
+
+
+def _qkv(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+    if _rows(tensor) != sizes.qkv:
+        many = f"{sizes.heads} heads in {sizes.groups} groups of {sizes.head} make {sizes.qkv}"
+        raise SizeError(f"it has {_rows(tensor)} rows, and config.json's {many}")
+    queries = sizes.heads // sizes.groups * sizes.head
+    step = queries + 2 * sizes.head
+    spans = ((0, queries), (queries, sizes.head), (queries + sizes.head, sizes.head))
+    return {
+        name: concat([narrow(tensor, 0, group * step + start, length) for group in range(sizes.groups)], 0)
+        for name, (start, length) in zip(names, spans, strict=True)
+    }
+
+
+def _halves(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+    if _rows(tensor) % 2:
+        raise SizeError(f"it has {_rows(tensor)} rows, which are no gate and up projection")
+    half = _rows(tensor) // 2
+    return {name: narrow(tensor, 0, n * half, half) for n, name in enumerate(names)}
+
+
+def _of_each(
+    inner: Callable[[tuple[str, ...], LazyTensor, Sizes], dict[str, LazyTensor]],
+) -> Callable[[tuple[str, ...], LazyTensor, Sizes], dict[str, LazyTensor]]:
+    """A formula of one expert for all, which are the first axis."""
+
+    def of_all(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+        found: dict[str, LazyTensor] = {}
+        for number in range(_rows(tensor)):
+            one = reshape(narrow(tensor, 0, number, 1), tensor.info.shape[1:])
+            found |= inner(tuple(n.replace("{E}", str(number)) for n in names), one, sizes)
+        return found
+
+    return of_all
+
+
+def _rows(tensor: LazyTensor) -> int:
+    if not tensor.info.shape:
+        raise SizeError("it is a single number")
+    return tensor.info.shape[0]
+
+
+_FORMULAS: dict[Formula, Callable[[tuple[str, ...], LazyTensor, Sizes], dict[str, LazyTensor]]] = {
+    "same": _same,
+    "vocabulary": _vocabulary,
+    "qkv": _qkv,
+    "halves": _halves,
+    "experts": _of_each(_same),
+    "expert-halves": _of_each(_halves),
+}

@@ -1,0 +1,147 @@
+"""The table: what a tensor of megatron-core is called, what becomes of it, and what transformers calls the outcome.
+
+A row holds for both ways. `{N}` is a layer, `{E}` an expert. Names are the keys of a `torch_dist` checkpoint, with
+layers apart: those of modules of TransformerEngine; `others` are what modules without it, or of older versions, write
+for the same tensor. Shapes: V rows of the vocabulary, h hidden, f intermediate, n heads, g groups of them, d a head's
+size, e experts.
+
+Source: `sharded_state_dict` of https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/models/gpt,
+transformer/attention.py, transformer/multi_latent_attention.py, transformer/mlp.py and transformer/moe there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Formula = Literal["same", "vocabulary", "qkv", "halves", "experts", "expert-halves"]
+"""`same`: as it is. `vocabulary`: without rows that no token has. `qkv`: for each group its queries, key and value.
+`halves`: `[gate; up]`. `experts`: `[e, ...]`, one after the other. `expert-halves`: `halves` of each."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of Megatron, and those that it is for transformers.
+
+    Attributes:
+        ours: the key.
+        theirs: names on disk; of `halves` gate and up, of `qkv` query, key and value.
+        others: keys that mean the same.
+    """
+
+    ours: str
+    formula: Formula
+    theirs: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+
+_OURS, _THEIRS = "decoder.layers.{N}.", "model.layers.{N}."
+
+
+def _layer(ours: str, formula: Formula, *theirs: str, others: tuple[str, ...] = ()) -> Row:
+    return Row(_OURS + ours, formula, tuple(_THEIRS + t for t in theirs), tuple(_OURS + o for o in others))
+
+
+_ENDS = (
+    Row("embedding.word_embeddings.weight", "vocabulary", ("model.embed_tokens.weight",)),
+    Row("decoder.final_layernorm.weight", "same", ("model.norm.weight",)),
+    Row("output_layer.weight", "vocabulary", ("lm_head.weight",)),
+)
+_ATTENTION = (
+    _layer(
+        "self_attention.linear_qkv.layer_norm_weight", "same", "input_layernorm.weight",
+        others=("input_layernorm.weight",),
+    ),
+    _layer(
+        "self_attention.linear_qkv.weight", "qkv",
+        "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight",
+    ),
+    _layer("self_attention.linear_proj.weight", "same", "self_attn.o_proj.weight"),
+)  # fmt: skip
+_QKV_BIAS = (
+    _layer(
+        "self_attention.linear_qkv.bias", "qkv",
+        "self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias",
+    ),
+)  # fmt: skip
+_QK_NORM = (
+    _layer("self_attention.q_layernorm.weight", "same", "self_attn.q_norm.weight"),
+    _layer("self_attention.k_layernorm.weight", "same", "self_attn.k_norm.weight"),
+)
+_AFTER_ATTENTION = _layer(
+    "mlp.linear_fc1.layer_norm_weight", "same", "post_attention_layernorm.weight",
+    others=("pre_mlp_layernorm.weight",),
+)  # fmt: skip
+_MLP = (
+    _AFTER_ATTENTION,
+    _layer("mlp.linear_fc1.weight", "halves", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    _layer("mlp.linear_fc2.weight", "same", "mlp.down_proj.weight"),
+)
+
+_DENSE = (*_ENDS, *_ATTENTION, *_MLP)
+
+
+def _experts(theirs: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """Experts and their router, below a module of a name; `{E}` numbers them."""
+    each = f"{theirs}.experts.{{E}}."
+    return (
+        _layer("mlp.router.weight", "same", f"{theirs}.gate.weight"),
+        _layer("mlp.experts.experts.linear_fc1.weight", "expert-halves", f"{each}{gate}.weight", f"{each}{up}.weight"),
+        _layer("mlp.experts.experts.linear_fc2.weight", "experts", f"{each}{down}.weight"),
+    )
+
+
+def _shared(theirs: str) -> tuple[Row, ...]:
+    """An expert that every token goes to."""
+    halves = (f"mlp.{theirs}.gate_proj.weight", f"mlp.{theirs}.up_proj.weight")
+    return (
+        _layer("mlp.shared_experts.linear_fc1.weight", "halves", *halves),
+        _layer("mlp.shared_experts.linear_fc2.weight", "same", f"mlp.{theirs}.down_proj.weight"),
+    )
+
+
+_MOE = (_AFTER_ATTENTION, *_experts("mlp", "gate_proj", "up_proj", "down_proj"))
+_EXPERT_BIAS = (_layer("mlp.router.expert_bias", "same", "mlp.gate.e_score_correction_bias"),)
+_LATENT = (
+    _ATTENTION[0],
+    _layer("self_attention.linear_q_proj.weight", "same", "self_attn.q_proj.weight"),
+    _layer("self_attention.linear_q_down_proj.weight", "same", "self_attn.q_a_proj.weight"),
+    _layer("self_attention.linear_q_up_proj.weight", "same", "self_attn.q_b_proj.weight"),
+    _layer("self_attention.linear_kv_down_proj.weight", "same", "self_attn.kv_a_proj_with_mqa.weight"),
+    _layer("self_attention.linear_kv_up_proj.weight", "same", "self_attn.kv_b_proj.weight"),
+    _layer(
+        "self_attention.linear_q_up_proj.layer_norm_weight", "same", "self_attn.q_a_layernorm.weight",
+        others=("self_attention.q_layernorm.weight",),
+    ),
+    _layer(
+        "self_attention.linear_kv_up_proj.layer_norm_weight", "same", "self_attn.kv_a_layernorm.weight",
+        others=("self_attention.kv_layernorm.weight",),
+    ),
+    _layer("self_attention.linear_proj.weight", "same", "self_attn.o_proj.weight"),
+)  # fmt: skip
+_DENSE_FIRST = _MLP[1:]
+"""Layers without experts, which some mixtures begin with."""
+_MIXTURE = (*_ENDS, *_ATTENTION, *_MOE)
+_LATENT_MIXTURE = (*_ENDS, *_LATENT, *_MOE, *_DENSE_FIRST, *_shared("shared_experts"))
+
+ROWS: Mapping[str, tuple[Row, ...]] = {
+    "llama": _DENSE,
+    "mistral": _DENSE,
+    "qwen2": (*_DENSE, *_QKV_BIAS),
+    "qwen3": (*_DENSE, *_QK_NORM),
+    "mixtral": (*_ENDS, *_ATTENTION, _AFTER_ATTENTION, *_experts("block_sparse_moe", "w1", "w3", "w2")),
+    "qwen2_moe": (
+        *_MIXTURE, *_DENSE_FIRST, *_QKV_BIAS, *_shared("shared_expert"),
+        _layer("mlp.shared_experts.gate_weight", "same", "mlp.shared_expert_gate.weight"),
+    ),
+    "qwen3_moe": (*_MIXTURE, *_DENSE_FIRST, *_QK_NORM),
+    "deepseek_v2": _LATENT_MIXTURE,
+    "deepseek_v3": (*_LATENT_MIXTURE, *_EXPERT_BIAS),
+    "glm4_moe": (
+        *_MIXTURE, *_DENSE_FIRST, *_QKV_BIAS, *_QK_NORM, *_EXPERT_BIAS, *_shared("shared_experts"),
+    ),
+}  # fmt: skip
+"""Rows by `model_type`."""
+
+EMBEDDING, OUTPUT, OUTPUT_BIAS = "embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"

@@ -1,0 +1,146 @@
+"""The trees of a run's files for other ranks: those that were read, with what depends on the ranks put in anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from converter.core.formats import torch_tree
+from converter.core.formats.pickle_values import Built, Global, Ordered
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.nodes import LazyTensor
+from converter.sources.deepspeed.resharding.cuts import FlatLayout, Rules, flat_layout, piece, sub_groups
+from converter.sources.deepspeed.resharding.training import Group, Training
+from converter.sources.deepspeed.zero_folder import MASTER, Shapes
+
+_FRAGMENT = Global("deepspeed.utils.tensor_fragment", "fragment_address")
+
+
+def changed(tree: Mapping[Any, Any], **values: Any) -> Any:
+    """A dictionary of a tree with other values, of the same kind and in the same order; new keys come last."""
+    made: Any = Ordered(tree) if isinstance(tree, Ordered) else dict(tree)
+    if isinstance(tree, Ordered):
+        made.state = tree.state
+    made.update(values)
+    return made
+
+
+def saved(tensor: LazyTensor, *, requires_grad: bool = False) -> Built:
+    """A tensor that is written with its own storage."""
+    return torch_tree.tensor(tensor.info, tensor, requires_grad=requires_grad)
+
+
+def shapes_tree(shapes: Shapes) -> Ordered:
+    """Names and shapes as DeepSpeed lists them."""
+    return Ordered((n, torch_tree.size(s)) for n, s in shapes.items())
+
+
+# Stage 3
+
+
+def sub_groups_of(training: Training, ranks: int, rules: Rules) -> list[list[Shapes]]:
+    """The sub-groups of each parameter group."""
+    return [sub_groups(g.shapes, ranks, rules.sub_group_size) for g in training.groups]
+
+
+def model_of_stage_3(model: Mapping[Any, Any], training: Training, rules: Rules, ranks: int, rank: int) -> Any:
+    """A rank's model file of stage 3."""
+    shapes = [shapes_tree(s) for group in sub_groups_of(training, ranks, rules) for s in group]
+    values: dict[str, Any] = {"param_shapes": shapes, "dp_world_size": ranks}
+    if training.frozen:
+        flat = {n: tensors.reshape(t, (t.info.numel,)) for n, t in training.frozen.items()}
+        values["frozen_param_fragments"] = Ordered((n, saved(piece(t, ranks, rank))) for n, t in flat.items())
+    return changed(model, **values)
+
+
+def optimizer_of_stage_3(outer: Mapping[Any, Any], training: Training, rules: Rules, ranks: int, rank: int) -> Any:
+    """A rank's optimizer file of stage 3."""
+    groups = sub_groups_of(training, ranks, rules)
+    homes = [(group, names) for group, own in zip(training.groups, groups, strict=True) for names in own]
+
+    def flat(group: Group, names: Shapes, key: str) -> LazyTensor:
+        return tensors.concat([piece(group.states[key][n], ranks, rank) for n in names], 0)
+
+    state = {i: _state(group, lambda key, g=group, n=names: flat(g, n, key)) for i, (group, names) in enumerate(homes)}
+    inner = outer["optimizer_state_dict"]
+    values = {
+        "partition_count": ranks,
+        "optimizer_state_dict": changed(
+            inner["optimizer_state_dict"],
+            state=state if training.groups[0].keys else {},
+            param_groups=_param_groups(training, [len(own) for own in groups]),
+        ),
+        "fp32_flat_groups": [saved(flat(group, names, MASTER), requires_grad=True) for group, names in homes],
+    }
+    return changed(outer, optimizer_state_dict=changed(inner, **values))
+
+
+# Stages 1 and 2
+
+
+def layouts_of(training: Training, ranks: int, rules: Rules) -> list[FlatLayout]:
+    """The flat layout of each parameter group."""
+    return [flat_layout(g.shapes, ranks, rules) for g in training.groups]
+
+
+def model_of_stages_1_and_2(model: Mapping[Any, Any], training: Training, rules: Rules, ranks: int) -> Any:
+    """The model file of stages 1 and 2; its module doesn't depend on the ranks."""
+    layouts = layouts_of(training, ranks, rules)
+    shapes = [shapes_tree({n: g.shapes[n] for n in at.names}) for g, at in zip(training.groups, layouts, strict=True)]
+    # Old versions have one mapping where there is one group.
+    is_list = isinstance(model["param_shapes"], list)
+    return changed(model, param_shapes=shapes if is_list else shapes[0], dp_world_size=ranks)
+
+
+def optimizer_of_stages_1_and_2(
+    outer: Mapping[Any, Any], training: Training, rules: Rules, ranks: int, rank: int, *, is_lean: bool
+) -> Any:
+    """A rank's optimizer file of stages 1 and 2; lean: masters are saved without the padding at their end."""
+    layouts = layouts_of(training, ranks, rules)
+    homes = list(zip(training.groups, layouts, strict=True))
+
+    def flat(group: Group, at: FlatLayout, key: str, *, lean: bool = False) -> LazyTensor:
+        like = next(iter(group.states[key].values())).info
+        return at.stretch(group.states[key], like, rank, is_lean=lean)
+
+    state = {i: _state(group, lambda key, g=group, a=at: flat(g, a, key)) for i, (group, at) in enumerate(homes)}
+    inner = outer["optimizer_state_dict"]
+    masters = [saved(flat(group, at, MASTER, lean=is_lean), requires_grad=True) for group, at in homes]
+    values: dict[str, Any] = {
+        "base_optimizer_state": changed(
+            inner["base_optimizer_state"],
+            state=state if training.groups[0].keys else {},
+            param_groups=_param_groups(training, [1] * len(homes)),
+        ),
+        "single_partition_of_fp32_groups": masters,
+        "group_paddings": [at.padding(rank) for at in layouts],
+        "param_alignment_paddings": [list(at.gaps) for at in layouts],
+        "partition_count": [ranks] * len(layouts),
+        "param_slice_mappings": [_mapping(at.fragments(list(g.shapes), rank)) for g, at in homes],
+    }
+    return changed(outer, optimizer_state_dict=changed(inner, **{k: v for k, v in values.items() if k in inner}))
+
+
+def _mapping(fragments: Mapping[str, tuple[int, int]]) -> Ordered:
+    found = Ordered()
+    for name, (start, count) in fragments.items():
+        made = Built(_FRAGMENT, (), is_new=True)
+        made.state = {"numel": count, "start": start}
+        found[name] = made
+    return found
+
+
+def _state(group: Group, flat: Any) -> dict[str, Any]:
+    """The optimizer's state of a flat group. A number that is a tensor gets its own: optimizers count up in place."""
+    values: dict[str, Any] = {}
+    for key in group.keys:
+        value = group.numbers[key] if key in group.numbers else flat(key)
+        values[key] = saved(value) if isinstance(value, LazyTensor) else value
+    return values
+
+
+def _param_groups(training: Training, counts: Sequence[int]) -> list[Any]:
+    """The parameter groups, with their flat groups numbered one after the other."""
+    numbers: Iterator[int] = iter(range(sum(counts)))
+    pairs = zip(training.groups, counts, strict=True)
+    return [changed(group.settings, params=[next(numbers) for _ in range(count)]) for group, count in pairs]

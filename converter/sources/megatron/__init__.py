@@ -1,0 +1,1 @@
+"""Megatron-core's checkpoints, whoever's run they are of."""

@@ -1,0 +1,287 @@
+"""Megatron's old format, `mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`: ranks' files put together to whole tensors.
+
+`TT` is the TP rank, `PPP` the PP rank where there are several, `EEE` the EP rank where there are several: what a name
+means only the arguments in the files say. Layers are numbered within a stage, experts within an EP rank. The result has
+the names of a `torch_dist` checkpoint.
+
+Source: `get_checkpoint_name` of
+https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/training/checkpointing.py, and
+`get_transformer_layer_offset` of megatron/core/transformer/transformer_layer.py there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from converter.core.checkpoint import RecordCheck
+from converter.core.files.opening import Identity
+from converter.core.formats.torch_file import Opaque, read_torch_file
+from converter.core.tensors.nodes import LazyTensor, Stored, concat, narrow, reshape
+from converter.errors import Refused
+from converter.families.megatron.names import Value
+from converter.sources.megatron.arguments import ANY, plain_fields
+from converter.sources.megatron_files import RANK_FILE, RANK_FOLDER, rank_folders
+from converter.text import fold, show
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)", re.ASCII)
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))", re.ASCII)
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.(?:weight|bias))(\d+)", re.ASCII)
+_CHUNK = re.compile(r"model(\d*)", re.ASCII)
+_ROWS = re.compile(
+    r".*(?:word_embeddings\.weight|linear_qkv\.(?:weight|bias)|linear_q_proj\.weight|linear_q_up_proj\.weight|"
+    r"linear_kv_up_proj\.weight|core_attention\.softmax_offset)",
+    re.ASCII,
+)
+_COLUMNS = re.compile(r".*(?:linear_proj|linear_fc2)\.weight", re.ASCII)
+_HALVES = re.compile(r".*linear_fc1\.(?:weight|bias)", re.ASCII)
+_MAYBE_ROWS = {
+    "self_attention.linear_q_down_proj.weight": ("q_lora_rank",),
+    "self_attention.linear_kv_down_proj.weight": ("kv_lora_rank", "qk_pos_emb_head_dim"),
+}
+"""Split over rows by some classes of layers, and whole on each rank by others: the sizes that a whole one has."""
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """One rank's model."""
+
+    tp: int
+    pp: int
+    ep: int
+    path: Path
+    chunks: list[dict[str, LazyTensor]]
+
+
+@dataclass
+class Ranks:
+    """All ranks' files, and what the training script was called with."""
+
+    folder: Path
+    arguments: dict[str, Value]
+    files: list[RankFile] = field(default_factory=list)
+    checks: list[RecordCheck] = field(default_factory=list)
+    inputs: dict[str, Identity] = field(default_factory=dict)
+    digests: list[str] = field(default_factory=list)
+    others: set[str] = field(default_factory=set)
+
+    def size(self, key: str) -> int:
+        """An argument that counts ranks; 1 where it is not there."""
+        value = self.arguments.get(key)
+        return value if type(value) is int and value > 0 else 1
+
+    @property
+    def tp(self) -> int:
+        """Ranks over which matrices are split."""
+        return self.size("tensor_model_parallel_size")
+
+    @property
+    def pp(self) -> int:
+        """Ranks over which layers are split."""
+        return self.size("pipeline_model_parallel_size")
+
+    @property
+    def ep(self) -> int:
+        """Ranks over which experts are split."""
+        return self.size("expert_model_parallel_size")
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks over which an expert's matrices are split."""
+        value = self.arguments.get("expert_tensor_parallel_size")
+        return value if type(value) is int and value > 0 else self.tp
+
+    def refuse(self, code: str, what: str, *, next: str | None = None) -> Refused:
+        """A refusal about the folder."""
+        return Refused(code, what, where=show(self.folder), next=next)
+
+
+def read_ranks(folder: Path) -> Ranks:
+    """Every rank's file, by headers.
+
+    Raises:
+        Refused: a file without arguments or model (`megatron-malformed`), of another run (`megatron-mixed`), or missing
+            (`megatron-rank-missing`); a layout of layers that is not read (`megatron-backend`).
+    """
+    ranks: Ranks | None = None
+    for place in rank_folders(folder):
+        path = place / RANK_FILE
+        read = read_torch_file(path, root=folder, allow_names=ANY)
+        state = read.value if isinstance(read.value, dict) else {}
+        given = state.get("args")
+        arguments = plain_fields(given.state if isinstance(given, Opaque) else given)
+        chunks = {int(m[1] or 0): v for k, v in state.items() if isinstance(k, str) and (m := _CHUNK.fullmatch(k))}
+        if arguments is None or not chunks or sorted(chunks) != list(range(len(chunks))):
+            what = "it holds no model, or no arguments that say which rank's it is"
+            raise Refused("megatron-malformed", what, where=show(path))
+        ranks = ranks or Ranks(folder, arguments)
+        if any(arguments.get(k) != ranks.arguments.get(k) for k in _SAME):
+            what = f"{show(place.name)} is of a run with other sizes than {show(ranks.files[0].path.parent.name)}"
+            raise ranks.refuse("megatron-mixed", what, next="put the files of one save into one folder")
+        tp, pp, ep = _place(place.name, ranks)
+        models = [_tensors(chunks[n], ranks) for n in range(len(chunks))]
+        ranks.files.append(RankFile(tp, pp, ep, path, models))
+        ranks.checks += read.checks
+        ranks.inputs[str(path.absolute())] = read.identity
+        ranks.digests.append(read.digest)
+        ranks.others |= {k for k in state if isinstance(k, str) and not _CHUNK.fullmatch(k)}
+    assert ranks is not None
+    _expect_all(ranks)
+    return ranks
+
+
+_SAME = (
+    "num_layers", "hidden_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "expert_model_parallel_size", "num_experts",
+)  # fmt: skip
+
+
+def _tensors(value: Any, ranks: Ranks) -> dict[str, LazyTensor]:
+    """A model's tensors; what modules keep beside them (`_extra_state`) is no weight."""
+    if not isinstance(value, dict):
+        raise ranks.refuse("megatron-malformed", "a rank's model is no dictionary of tensors")
+    held = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, LazyTensor)}
+    return {k: v for k, v in held.items() if not k.endswith("_extra_state")}
+
+
+def _place(name: str, ranks: Ranks) -> tuple[int, int, int]:
+    """TP, PP and EP rank of a folder's name."""
+    match = RANK_FOLDER.fullmatch(name)
+    assert match is not None
+    numbers = [int(n) for n in match.groups() if n is not None]
+    wanted = [True, ranks.pp > 1, ranks.ep > 1]
+    sizes = (max(ranks.tp, ranks.expert_tp), ranks.pp, ranks.ep)
+    if len(numbers) != sum(wanted):
+        what = f"{show(name)} is no name of a rank of TP {ranks.tp}, PP {ranks.pp}, EP {ranks.ep}"
+        raise ranks.refuse("megatron-mixed", what)
+    found = tuple(numbers.pop(0) if is_there else 0 for is_there in wanted)
+    if any(n >= size for n, size in zip(found, sizes, strict=True)):
+        what = f"{show(name)} is beyond TP {ranks.tp}, PP {ranks.pp}, EP {ranks.ep}, which its arguments say"
+        raise ranks.refuse("megatron-mixed", what)
+    return found[0], found[1], found[2]
+
+
+def _expect_all(ranks: Ranks) -> None:
+    """Every rank that holds something of its own has a file; those that only repeat others need none."""
+    if ranks.arguments.get("pipeline_model_parallel_layout") is not None or _has_uneven_chunks(ranks):
+        what = "its layers are laid over stages by a table, which is not read"
+        raise ranks.refuse("megatron-backend", what, next="load it with Megatron and save it as torch_dist")
+    dense = {(f.tp, f.pp) for f in ranks.files}
+    experts = {(f.pp, f.ep) for f in ranks.files}
+    lost = [f"TP {t}, PP {p}" for t in range(ranks.tp) for p in range(ranks.pp) if (t, p) not in dense]
+    lost += [f"PP {p}, EP {e}" for p in range(ranks.pp) for e in range(ranks.ep) if (p, e) not in experts]
+    if lost:
+        raise ranks.refuse(
+            "megatron-rank-missing",
+            f"files of ranks are missing: {fold(lost)}. With each, a part of every tensor on it is lost",
+            next="copy them from the nodes that wrote them; nothing else holds these values",
+        )
+
+
+def _has_uneven_chunks(ranks: Ranks) -> bool:
+    """True where virtual stages do not have the same number of layers each: then their order is not known."""
+    counts = {_layers(c) for f in ranks.files for c in f.chunks if len(f.chunks) > 1}
+    return len(counts) > 1
+
+
+def _layers(chunk: Mapping[str, LazyTensor]) -> int:
+    return max((int(m[1]) + 1 for k in chunk if (m := _LAYER.fullmatch(k))), default=0)
+
+
+def whole_tensors(ranks: Ranks) -> dict[str, LazyTensor]:
+    """Whole tensors by the names of a `torch_dist` checkpoint.
+
+    Raises:
+        Refused: copies that differ between ranks (`megatron-copies`), or experts that are not read
+            (`megatron-backend`).
+    """
+    found: dict[str, LazyTensor] = {}
+    experts: dict[tuple[str, int], dict[int, LazyTensor]] = {}
+    begin = 0
+    for stage in range(ranks.pp):
+        files = [f for f in ranks.files if f.pp == stage]
+        count = len(files[0].chunks)
+        each = _layers(files[0].chunks[0])
+        for number in range(count):
+            first = begin if count == 1 else number * each * ranks.pp + stage * each
+            for name in dict.fromkeys(k for f in files for k in f.chunks[number]):
+                held = [(f, f.chunks[number][name]) for f in files if name in f.chunks[number]]
+                _place_one(name, held, first, ranks, found, experts)
+        begin += each
+    for (name, _), numbered in experts.items():
+        ordered = [numbered[n] for n in sorted(numbered)]
+        found[name] = concat([reshape(t, (1, *t.info.shape)) for t in ordered], 0)
+    return found
+
+
+def _place_one(
+    name: str,
+    held: list[tuple[RankFile, LazyTensor]],
+    first: int,
+    ranks: Ranks,
+    found: dict[str, LazyTensor],
+    experts: dict[tuple[str, int], dict[int, LazyTensor]],
+) -> None:
+    match = _LAYER.fullmatch(name)
+    rest = name if match is None else match[2]
+    stem = "" if match is None else f"decoder.layers.{first + int(match[1])}."
+    if rest.startswith(("mlp.experts.weight1", "mlp.experts.weight2")):
+        what = f"{show(name)} is of an old class of grouped experts, whose matrices are not put together"
+        raise ranks.refuse("megatron-backend", what, next="load it with Megatron and save it as torch_dist")
+    local, leaf = None, ""
+    if expert := _LOCAL_EXPERT.fullmatch(rest):
+        local, leaf = int(expert[1]), expert[2]
+    elif expert := _GROUPED_EXPERT.fullmatch(rest):
+        local, leaf = int(expert[2]), expert[1]
+    if local is None:
+        by_rank = {f.tp: t for f, t in held}
+        found[stem + rest] = _joined(rest, [by_rank[n] for n in sorted(by_rank)], ranks)
+        return
+    total = ranks.arguments.get("num_experts")
+    each = total // ranks.ep if type(total) is int else 0
+    for rank in range(ranks.ep):
+        own = {f.tp: t for f, t in held if f.ep == rank}
+        if own:
+            parts = [own[n] for n in sorted(own)] if ranks.expert_tp > 1 else [own[min(own)]]
+            key = (f"{stem}mlp.experts.experts.{leaf}", first)
+            experts.setdefault(key, {})[rank * each + local] = _joined(leaf, parts, ranks)
+
+
+def _joined(name: str, parts: list[LazyTensor], ranks: Ranks) -> LazyTensor:
+    """One tensor of what the TP ranks have of it."""
+    if len(parts) == 1:
+        return parts[0]
+    if _ROWS.fullmatch(name) or (name == "output_layer.weight" and _is_vocabulary(parts, ranks)):
+        return concat(parts, 0)
+    if _COLUMNS.fullmatch(name):
+        return concat(parts, 1)
+    if _HALVES.fullmatch(name):
+        half = parts[0].info.shape[0] // 2
+        return concat([narrow(p, 0, start, half) for start in (0, half) for p in parts], 0)
+    whole = [ranks.arguments.get(k) for k in _MAYBE_ROWS.get(name, ())]
+    sizes = [n for n in whole if type(n) is int]
+    if whole and len(sizes) == len(whole) and parts[0].info.shape[0] * len(parts) == sum(sizes):
+        return concat(parts, 0)
+    return _same(name, parts, ranks)
+
+
+def _is_vocabulary(parts: list[LazyTensor], ranks: Ranks) -> bool:
+    """True for an output embedding, whose rows are split; a value head is whole on each rank."""
+    rows = parts[0].info.shape[0] if parts[0].info.shape else 0
+    padded = ranks.arguments.get("padded_vocab_size")
+    return rows * len(parts) == padded if type(padded) is int else rows > 1
+
+
+def _same(name: str, parts: list[LazyTensor], ranks: Ranks) -> LazyTensor:
+    """The first of copies, whose checksums in their files must be one."""
+    sums = {(c.file, c.offset): c.crc for c in ranks.checks}
+    digests = {sums.get((p.file, p.offset)) for p in parts if isinstance(p, Stored)}
+    if len({p.info for p in parts}) > 1 or len(digests) > 1:
+        what = (
+            f"{show(name)} is a copy on each TP rank, and the copies differ: files of two saves, or of another layout"
+        )
+        raise ranks.refuse("megatron-copies", what)
+    return parts[0]

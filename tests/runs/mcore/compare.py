@@ -1,0 +1,46 @@
+"""What is gathered from a Megatron checkpoint against the model of transformers that was put into it: bit by bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+RUNS = Path(__file__).parent / "runs"
+
+
+def run_names(root: Path = RUNS) -> list[str]:
+    """Every saved run."""
+    return sorted(p.parent.name for p in root.glob("*/fixture.json"))
+
+
+def facts(run: Path) -> dict[str, Any]:
+    """How a run was saved."""
+    found: dict[str, Any] = json.loads((run / "fixture.json").read_text())
+    return found
+
+
+def shards(run: Path) -> Path:
+    """The folder of its one checkpoint."""
+    (found,) = run.glob("iter_*")
+    return found
+
+
+def oracle(run: Path) -> dict[str, torch.Tensor]:
+    """What the model was before it was put into Megatron; of a critic with its head in place of the output layer."""
+    held = load_file(run / "hf" / "model.safetensors")
+    if facts(run)["critic"]:
+        held.pop("lm_head.weight", None)
+        held |= {f"score.{n}": t for n, t in load_file(run / "head.safetensors").items()}
+    return held
+
+
+def written(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found

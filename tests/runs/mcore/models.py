@@ -1,0 +1,156 @@
+"""Tiny models of transformers, and their weights as megatron-core's modules hold them. Needs torch and transformers.
+
+Written loop by loop from what the modules of both compute; `save.py` checks it by comparing logits of the two models.
+Nothing of rlhf-convert takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+VOCABULARY, PADDED = 99, 112
+LAYERS = 2
+
+_SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {**_SIZES, "model_type": "llama"},
+    "mistral": {**_SIZES, "model_type": "mistral", "sliding_window": None, "head_dim": 8},
+    "qwen2": {**_SIZES, "model_type": "qwen2"},
+    "qwen2-tied": {**_SIZES, "model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {**_SIZES, "model_type": "qwen3", "head_dim": 8},
+    "qwen3-tied": {**_SIZES, "model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
+    "mixtral": {**_SIZES, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **_SIZES, **_EXPERTS, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 20,
+        "decoder_sparse_step": 1, "norm_topk_prob": False,
+    },
+    "qwen3_moe": {**_SIZES, **_EXPERTS, "model_type": "qwen3_moe", "head_dim": 8, "decoder_sparse_step": 1},
+    "deepseek_v3": {
+        **_SIZES, "model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 12, "first_k_dense_replace": 1, "n_group": 1,
+        "topk_group": 1, "rope_interleave": True, "num_nextn_predict_layers": 0,
+    },
+    "deepseek_v2": {
+        **_SIZES, "model_type": "deepseek_v2", "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 2,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 12, "first_k_dense_replace": 1, "n_group": 1,
+        "topk_group": 1, "topk_method": "greedy",
+    },
+    "glm4_moe": {
+        **_SIZES, **_EXPERTS, "model_type": "glm4_moe", "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5,
+        "n_group": 1, "topk_group": 1,
+    },
+}  # fmt: skip
+
+
+def built(name: str) -> Any:
+    """The model of transformers, its weights drawn so that no two are alike, norms and biases included."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(MODELS[name])
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    config.architectures = [type(model).__name__]
+    generator = torch.Generator().manual_seed(12)
+    for parameter in (*model.parameters(), *(b for n, b in model.named_buffers() if "correction_bias" in n)):
+        around = 1.0 if parameter.ndim == 1 else 0.0
+        parameter.data = (around + 0.2 * torch.randn(parameter.shape, generator=generator)).bfloat16().float()
+    return model.eval()
+
+
+def in_megatron(hf: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """Whole tensors by the names of megatron-core's modules (local specs), layers by their global numbers."""
+    found = {"embedding.word_embeddings.weight": _padded(hf["model.embed_tokens.weight"])}
+    found["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
+    if "lm_head.weight" in hf:
+        found["output_layer.weight"] = _padded(hf["lm_head.weight"])
+    for number in range(config.num_hidden_layers):
+        start = f"model.layers.{number}."
+        layer = {n.removeprefix(start): t for n, t in hf.items() if n.startswith(start)}
+        for name, tensor in _layer(layer, config):
+            found[f"decoder.layers.{number}.{name}"] = tensor
+    return found
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    """Rows that no token has: noise, as what pads a trained vocabulary is not zero for certain."""
+    noise = torch.randn(PADDED - rows.shape[0], rows.shape[1], generator=torch.Generator().manual_seed(3))
+    return torch.cat([rows, noise.to(rows.dtype)])
+
+
+def _layer(layer: Mapping[str, torch.Tensor], config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "input_layernorm.weight", layer["input_layernorm.weight"]
+    yield "pre_mlp_layernorm.weight", layer["post_attention_layernorm.weight"]
+    yield "self_attention.linear_proj.weight", layer["self_attn.o_proj.weight"]
+    if "self_attn.kv_a_proj_with_mqa.weight" in layer:
+        yield from _latent(layer)
+    else:
+        yield from _grouped(layer, config)
+    yield from _mlp("mlp", "mlp", layer)
+    yield from _experts(layer)
+
+
+def _latent(layer: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    names = {
+        "q_proj": "linear_q_proj", "q_a_proj": "linear_q_down_proj", "q_b_proj": "linear_q_up_proj",
+        "kv_a_proj_with_mqa": "linear_kv_down_proj", "kv_b_proj": "linear_kv_up_proj",
+        "q_a_layernorm": "q_layernorm", "kv_a_layernorm": "kv_layernorm",
+    }  # fmt: skip
+    for theirs, ours in names.items():
+        if f"self_attn.{theirs}.weight" in layer:
+            yield f"self_attention.{ours}.weight", layer[f"self_attn.{theirs}.weight"]
+
+
+def _grouped(layer: Mapping[str, torch.Tensor], config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    each = heads // groups
+    for leaf in ("weight", "bias"):
+        if f"self_attn.q_proj.{leaf}" not in layer:
+            continue
+        q, k, v = (layer[f"self_attn.{p}_proj.{leaf}"] for p in "qkv")
+        parts = []
+        for group in range(groups):
+            parts += [q[(group * each + head) * size : (group * each + head + 1) * size] for head in range(each)]
+            parts += [k[group * size : (group + 1) * size], v[group * size : (group + 1) * size]]
+        yield f"self_attention.linear_qkv.{leaf}", torch.cat(parts)
+    for which in "qk":
+        if f"self_attn.{which}_norm.weight" in layer:
+            yield f"self_attention.{which}_layernorm.weight", layer[f"self_attn.{which}_norm.weight"]
+
+
+def _mlp(ours: str, theirs: str, layer: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    gate, up, down = (f"{theirs}.{n}_proj.weight" for n in ("gate", "up", "down"))
+    if theirs.startswith("block_sparse_moe."):
+        gate, up, down = (f"{theirs}.{n}.weight" for n in ("w1", "w3", "w2"))
+    if gate in layer:
+        yield f"{ours}.linear_fc1.weight", torch.cat([layer[gate], layer[up]])
+        yield f"{ours}.linear_fc2.weight", layer[down]
+
+
+def _experts(layer: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    root = "block_sparse_moe" if "block_sparse_moe.gate.weight" in layer else "mlp"
+    if f"{root}.gate.weight" not in layer:
+        return
+    yield "mlp.router.weight", layer[f"{root}.gate.weight"]
+    if "mlp.gate.e_score_correction_bias" in layer:
+        yield "mlp.router.expert_bias", layer["mlp.gate.e_score_correction_bias"]
+    expert = 0
+    while found := dict(_mlp(f"mlp.experts.local_experts.{expert}", f"{root}.experts.{expert}", layer)):
+        yield from found.items()
+        expert += 1
+    for theirs in ("shared_expert", "shared_experts"):
+        yield from _mlp("mlp.shared_experts", f"mlp.{theirs}", layer)
+    if "mlp.shared_expert_gate.weight" in layer:
+        yield "mlp.shared_experts.gate_weight", layer["mlp.shared_expert_gate.weight"]

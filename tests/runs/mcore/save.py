@@ -1,0 +1,400 @@
+"""Puts tiny models into megatron-core's GPTModel on CPU and saves them as trainers do, each beside its oracle.
+
+Needs `torch`, `transformers` and `megatron-core` (`pip install --no-deps megatron-core`). Starts one process a rank:
+
+    python tests/runs/mcore/save.py OUT --case qwen3 --tp 2 --pp 2
+    python tests/runs/mcore/save.py OUT --case qwen3 --tp 2 --format torch
+
+`OUT/hf` is the oracle: the model of transformers whose weights were put into GPTModel by `models.py`. With one rank
+the logits of both are compared too. Layers are as megatron-core writes them: stacked, but for block specs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from models import LAYERS, PADDED, built, in_megatron
+
+ITERATION = 10
+_LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+
+
+def launch(out: Path, asked: argparse.Namespace) -> None:
+    """Start one process a rank and wait for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = max(asked.tp, asked.ep) * asked.pp
+    workers = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+        env = os.environ | {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        workers.append(subprocess.Popen([sys.executable, *sys.argv, "--worker"], env=env))
+    codes = [worker.wait() for worker in workers]
+    if any(codes):
+        raise SystemExit(f"ranks ended with {codes}")
+
+
+def work(out: Path, asked: argparse.Namespace) -> None:
+    """One rank."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.moe import router
+
+    tracker = random.CudaRNGStatesTracker
+    # There is no GPU, and no dropout that would need its random numbers.
+    tracker.fork = lambda self, name="": contextlib.nullcontext()
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda device=None: None
+    # Without TransformerEngine this calls a function of it that is not there.
+    router.router_gating_linear = lambda x, weight, bias, dtype: torch.nn.functional.linear(x, weight, bias).to(dtype)
+    # Latent attention gives it two sizes that only TransformerEngine's takes; no latent model is run here.
+    plain = DotProductAttention.__init__
+
+    def without_sizes(self: Any, *given: Any, **named: Any) -> None:
+        plain(self, *given, **{n: v for n, v in named.items() if n not in ("k_channels", "v_channels")})
+
+    DotProductAttention.__init__ = without_sizes
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(
+        asked.tp, asked.pp, virtual_pipeline_model_parallel_size=asked.vpp, expert_model_parallel_size=asked.ep,
+        expert_tensor_parallel_size=1 if asked.ep > 1 else None,
+    )  # fmt: skip
+    theirs = built(asked.case)
+    with contextlib.suppress(FileExistsError):
+        out.mkdir(parents=True)
+    if dist.get_rank() == 0:
+        # A copy: rounding the model would round its frequencies of positions too.
+        copy.deepcopy(theirs).to(torch.bfloat16 if asked.dtype == "bf16" else torch.float32).save_pretrained(out / "hf")
+    dist.barrier()
+    whole = _whole(out, theirs.config, asked)
+    chunks = _chunks(theirs.config, asked)
+    for chunk in chunks:
+        _fill(chunk, whole, asked)
+    if dist.get_world_size() == 1 and not asked.critic and not hasattr(theirs.config, "kv_lora_rank"):
+        _compare_logits(chunks[0], theirs, theirs.config)
+    for chunk in chunks:
+        chunk.to(torch.bfloat16 if asked.dtype == "bf16" else torch.float32)
+    folder = out / f"iter_{ITERATION:07d}"
+    if asked.format == "torch":
+        _save_by_rank(folder, chunks, theirs.config, asked)
+    else:
+        _save_sharded(folder, chunks, theirs.config, asked)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (out / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
+        _describe(out, asked)
+    dist.destroy_process_group()
+
+
+def _whole(out: Path, config: Any, asked: argparse.Namespace) -> dict[str, Any]:
+    """The oracle's tensors as Megatron's modules hold them; a critic's head in place of the output."""
+    import torch
+    import torch.distributed as dist
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(out / "hf" / "model.safetensors")
+    whole = in_megatron(held, config)
+    if asked.critic:
+        generator = torch.Generator().manual_seed(5)
+        head = {"weight": torch.randn(asked.critic, config.hidden_size, generator=generator).bfloat16()}
+        if asked.head_bias:
+            head["bias"] = torch.randn(asked.critic, generator=generator).bfloat16()
+        whole = {n: t for n, t in whole.items() if n != "output_layer.weight"}
+        whole |= {f"output_layer.{n}": t for n, t in head.items()}
+        dist.barrier()
+        if dist.get_rank() == 0:
+            save_file({n: t.to(held["model.norm.weight"].dtype) for n, t in head.items()}, out / "head.safetensors")
+        dist.barrier()
+    return whole
+
+
+def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
+    """Megatron's config for a model of transformers."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+    from torch.nn.functional import silu
+
+    kind = config.model_type
+    fields: dict[str, Any] = {
+        "num_layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_key_value_heads,
+        "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "ffn_hidden_size": config.intermediate_size, "gated_linear_unit": True, "activation_func": silu,
+        "normalization": "RMSNorm", "layernorm_epsilon": config.rms_norm_eps, "add_bias_linear": False,
+        "add_qkv_bias": kind in ("qwen2", "qwen2_moe", "glm4_moe"),
+        "qk_layernorm": kind in ("qwen3", "qwen3_moe", "deepseek_v3", "deepseek_v2", "glm4_moe"),
+        "attention_dropout": 0.0, "hidden_dropout": 0.0, "bias_activation_fusion": False,
+        "masked_softmax_fusion": False, "bias_dropout_fusion": False, "apply_rope_fusion": False,
+        "use_cpu_initialization": True, "tensor_model_parallel_size": asked.tp,
+        "pipeline_model_parallel_size": asked.pp, "virtual_pipeline_model_parallel_size": asked.vpp,
+        "expert_model_parallel_size": asked.ep, "expert_tensor_parallel_size": 1 if asked.ep > 1 else asked.tp,
+        "gradient_accumulation_fusion": False, "pipeline_dtype": __import__("torch").float32,
+        "hetereogenous_dist_checkpoint": asked.per_layer,
+    }  # fmt: skip
+    latent = hasattr(config, "kv_lora_rank")
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    experts = getattr(config, "n_routed_experts", None) or experts
+    if experts:
+        dense = getattr(config, "first_k_dense_replace", 0)
+        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        fields |= {
+            "num_moe_experts": experts, "moe_router_topk": config.num_experts_per_tok, "moe_ffn_hidden_size": width,
+            "moe_layer_freq": [int(n >= dense) for n in range(config.num_hidden_layers)] if dense else 1,
+            "moe_router_pre_softmax": kind == "qwen2_moe", "moe_token_dispatcher_type": "allgather",
+            "moe_grouped_gemm": False, "moe_router_load_balancing_type": "none",
+            "moe_router_score_function": "sigmoid" if kind in ("deepseek_v3", "glm4_moe") else "softmax",
+            "moe_router_enable_expert_bias": kind in ("deepseek_v3", "glm4_moe"),
+        }  # fmt: skip
+        shared = getattr(config, "shared_expert_intermediate_size", None)
+        shared = shared or width * getattr(config, "n_shared_experts", 0) or None
+        fields |= {"moe_shared_expert_intermediate_size": shared}
+        if kind == "qwen2_moe":
+            fields["moe_shared_expert_gate"] = True
+    if not latent:
+        return TransformerConfig(**fields)
+    fields |= {
+        "q_lora_rank": config.q_lora_rank, "kv_lora_rank": config.kv_lora_rank, "qk_head_dim": config.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": config.qk_rope_head_dim, "v_head_dim": config.v_head_dim, "rope_type": "rope",
+    }  # fmt: skip
+    return MLATransformerConfig(multi_latent_attention=True, **fields)
+
+
+def _chunks(config: Any, asked: argparse.Namespace) -> list[Any]:
+    """This rank's GPTModel, or one a virtual stage."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+
+    settings = transformer_config(config, asked)
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", 10000.0)}
+    found = []
+    for stage in range(asked.vpp or 1):
+        virtual = stage if asked.vpp else None
+        if asked.vpp:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
+        if isinstance(getattr(settings, "moe_layer_freq", 1), list):
+            spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, normalization="RMSNorm")
+        else:
+            spec = get_gpt_layer_local_spec(
+                settings.num_moe_experts, False, settings.qk_layernorm, settings.multi_latent_attention,
+                normalization="RMSNorm",
+            )  # fmt: skip
+        edges = {"ignore_virtual": False} if asked.vpp is None else {"ignore_virtual": False, "vp_stage": virtual}
+        last = parallel_state.is_pipeline_last_stage(**edges)
+        model = GPTModel(
+            settings, spec, PADDED, 64, parallel_output=False,
+            pre_process=parallel_state.is_pipeline_first_stage(**edges), post_process=last,
+            share_embeddings_and_output_weights=config.tie_word_embeddings and not asked.critic,
+            position_embedding_type="rope", rotary_base=rope["rope_theta"],
+            rotary_percent=getattr(config, "partial_rotary_factor", None) or rope.get("partial_rotary_factor", 1.0),
+            **({} if virtual is None else {"vp_stage": virtual}),
+        )  # fmt: skip
+        if asked.critic and last:
+            model.output_layer = torch.nn.Linear(config.hidden_size, asked.critic, bias=asked.head_bias)
+        found.append(model)
+    return found
+
+
+def _fill(model: Any, whole: dict[str, Any], asked: argparse.Namespace) -> None:
+    """This rank's slices of every tensor."""
+    import torch
+    from megatron.core import parallel_state
+
+    rank, expert_rank = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if "expert_bias" not in name and name.rpartition(".")[2] not in ("weight", "bias", "gate_weight"):
+            continue
+        key = name
+        if found := _LOCAL_LAYER.match(key):
+            number = model.decoder.layers[int(found[1])].layer_number - 1
+            key = f"decoder.layers.{number}." + key[found.end() :]
+        if found := _LOCAL_EXPERT.search(key):
+            here = len(
+                [
+                    n
+                    for n in whole
+                    if key.replace(found[0], ".local_experts.#.") == _LOCAL_EXPERT.sub(".local_experts.#.", n)
+                ]
+            )
+            expert = int(found[1]) + expert_rank * here // asked.ep
+            key = key.replace(found[0], f".local_experts.{expert}.")
+        if key not in whole and key == "output_layer.weight":
+            key = "embedding.word_embeddings.weight"
+        tensor = whole[key].float()
+        is_split_expert = ".local_experts." in key and asked.ep == 1
+        if ".local_experts." not in key or is_split_expert:
+            tensor = _sliced(key, tensor, tuple(parameter.shape), rank, asked.tp)
+        assert tensor.shape == parameter.shape, (key, tensor.shape, parameter.shape)
+        with torch.no_grad():
+            parameter.copy_(tensor)
+
+
+def _sliced(key: str, tensor: Any, shape: tuple[int, ...], rank: int, tp: int) -> Any:
+    import torch
+
+    if tuple(tensor.shape) == shape:
+        return tensor
+    if key.endswith("linear_fc1.weight"):
+        return torch.cat([half.chunk(tp)[rank] for half in tensor.chunk(2)])
+    (dim,) = [d for d in range(tensor.ndim) if tensor.shape[d] != shape[d]]
+    return tensor.chunk(tp, dim)[rank]
+
+
+def _compare_logits(model: Any, theirs: Any, config: Any) -> None:
+    """Both models say the same of the same tokens: the weights were put where they mean what they meant."""
+    import torch
+
+    tokens = torch.arange(12).reshape(2, 6) * 5 % config.vocab_size
+    positions = torch.arange(6).expand(2, 6)
+    mask = torch.triu(torch.ones(6, 6, dtype=torch.bool), 1)[None, None]
+    with torch.no_grad():
+        ours = model.eval()(tokens, positions, mask)[..., : config.vocab_size]
+        wanted = theirs(tokens).logits
+    difference = (ours - wanted).abs().max().item()
+    print(f"logits differ by {difference:.1e} of {wanted.abs().max().item():.1e}", flush=True)
+    if not difference < 1e-5 * max(1.0, wanted.abs().max().item()):
+        raise SystemExit("the models are not the same")
+
+
+def _arguments(config: Any, asked: argparse.Namespace) -> argparse.Namespace:
+    """`args` as Megatron-LM's training script keeps them, as far as anything reads them."""
+    import torch
+
+    settings = transformer_config(config, asked)
+    kept = {
+        n: getattr(settings, n)
+        for n in (
+            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+            "normalization", "add_qkv_bias", "add_bias_linear", "qk_layernorm", "moe_ffn_hidden_size",
+            "moe_layer_freq", "multi_latent_attention", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
+            "attention_backend", "rotary_interleaved", "q_lora_rank", "kv_lora_rank", "qk_pos_emb_head_dim",
+        )
+        if hasattr(settings, n)
+    }  # fmt: skip
+    return argparse.Namespace(
+        **kept, group_query_attention=True, num_experts=settings.num_moe_experts, params_dtype=torch.bfloat16,
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings, padded_vocab_size=PADDED, swiglu=True,
+        make_vocab_size_divisible_by=16, position_embedding_type="rope",
+    )  # fmt: skip
+
+
+def _save_sharded(folder: Path, chunks: list[Any], config: Any, asked: argparse.Namespace) -> None:
+    """As `megatron.training.checkpointing` does with `--ckpt-format torch_dist`."""
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+    state: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": ITERATION}
+    if not asked.no_args:
+        state["args"] = _arguments(config, asked)
+    for number, chunk in enumerate(chunks):
+        prefix = "" if len(chunks) == 1 else str(number)
+        state[f"model{prefix}"] = chunk.sharded_state_dict()
+        if asked.critic and "output_layer.weight" not in state[f"model{prefix}"] and hasattr(chunk, "output_layer"):
+            _add_head(state[f"model{prefix}"], chunk)
+        if asked.optimizer:
+            for which, scale in (("exp_avg", 0.5), ("exp_avg_sq", 0.25), ("fp32_param", 1.0)):
+
+                def moment(tensor: Any, which: str = which, scale: float = scale) -> Any:
+                    if not isinstance(tensor, ShardedTensor | ShardedTensorFactory) or tensor.data is None:
+                        return tensor
+                    value = tensor.data.detach().float() * scale
+                    return make_sharded_optimizer_tensor(tensor, value, f"optimizer.state.{which}")
+
+                held = {k: v for k, v in chunk.sharded_state_dict().items() if not k.endswith("_extra_state")}
+                state[f"optimizer{prefix}.{which}"] = dict_list_map_inplace(moment, held)
+    dist_checkpointing.save(state, str(folder))
+
+
+def _add_head(state: dict[str, Any], chunk: Any) -> None:
+    """A bare Linear: what verl's, Megatron-Bridge's and AReaL's value heads are."""
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    held = chunk.output_layer.state_dict(prefix="output_layer.", keep_vars=True)
+    state.update(make_sharded_tensors_for_checkpoint(held, "", {}, ()))
+
+
+def _save_by_rank(folder: Path, chunks: list[Any], config: Any, asked: argparse.Namespace) -> None:
+    """As Megatron does with `--ckpt-format torch`: ranks of the first replica write one file each."""
+    import torch
+    from megatron.core import parallel_state as ranks
+
+    if ranks.get_expert_data_parallel_rank() != 0 if asked.ep > 1 else ranks.get_data_parallel_rank() != 0:
+        return
+    name = f"mp_rank_{ranks.get_tensor_model_parallel_rank():02d}"
+    if asked.pp > 1:
+        name += f"_{ranks.get_pipeline_model_parallel_rank():03d}"
+    if asked.ep > 1:
+        name += f"_{ranks.get_expert_model_parallel_rank():03d}"
+    state: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": ITERATION, "args": _arguments(config, asked)}
+    for number, chunk in enumerate(chunks):
+        state["model" if len(chunks) == 1 else f"model{number}"] = chunk.state_dict_for_save_checkpoint()
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / name / "model_optim_rng.pt")
+
+
+def _describe(out: Path, asked: argparse.Namespace) -> None:
+    from importlib.metadata import version
+
+    record = {
+        "case": asked.case, "tp": asked.tp, "pp": asked.pp, "ep": asked.ep, "vpp": asked.vpp, "dtype": asked.dtype,
+        "per_layer": asked.per_layer, "format": asked.format, "critic": asked.critic, "head_bias": asked.head_bias,
+        "optimizer": asked.optimizer, "layers": LAYERS, "padded": PADDED, "args": not asked.no_args,
+        "versions": {p: version(p) for p in ("torch", "transformers", "megatron-core")},
+    }  # fmt: skip
+    (out / "fixture.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--case", required=True)
+    for name in ("tp", "pp", "ep"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--vpp", type=int)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--per-layer", action="store_true")
+    parser.add_argument("--format", choices=("torch_dist", "torch"), default="torch_dist")
+    parser.add_argument("--critic", type=int, default=0, metavar="ROWS")
+    parser.add_argument("--head-bias", action="store_true")
+    parser.add_argument("--optimizer", action="store_true")
+    parser.add_argument("--no-args", action="store_true")
+    parser.add_argument("--worker", action="store_true")
+    asked = parser.parse_args()
+    if not asked.worker:
+        if asked.out.exists():
+            shutil.rmtree(asked.out)
+        launch(asked.out, asked)
+        return
+    warnings.simplefilter("ignore")
+    work(asked.out, asked)
+
+
+if __name__ == "__main__":
+    main()

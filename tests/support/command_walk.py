@@ -1,0 +1,151 @@
+"""Every command that a screen prints, typed into a shell on the folder that produced it, until one succeeds.
+
+A refusal has to lead on: to a command that works, or to one that is refused for something else. A step that leads back
+to a refusal that was said before is a loop, and its user is stuck.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from served_shell import Said, Shell, Typed
+from walk_inputs import Place
+
+REPEATABLE = ("--allow", "--weights-from", "--adapter", "--weight", "--input", "--ignore")
+SHOWING = ("doctor", "inspect", "verify", "explain", "diff")
+PLACEHOLDER = re.compile(r"(?<= )(DIR|BASE|ADAPTER|OUT|NEW|TRAINER|DIALECT|N|RUN/global_stepN|\./NEW_FOLDER)(?= |$)")
+DEEPEST = 6
+FAILED = 4
+Mark = tuple[str, str, str | None]
+"""What an error is known again by: its code, its text, and where."""
+
+
+@dataclass
+class Walk:
+    """What was typed, and what is wrong with what was printed."""
+
+    shell: Shell
+    place: Place
+    typed: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def go(self, line: str) -> None:
+        """Type a line, and every command that follows from it."""
+        self._follow(line, (), filled=False)
+
+    def _type(self, line: str) -> Typed:
+        done = self.shell.type(line, self.place.folder)
+        self.typed += 1
+        if done.code == 70 or "Traceback" in done.err:
+            self.wrong.append(f"{line}: a bug: {done.err[-400:]}")
+        return done
+
+    def _follow(self, line: str, seen: tuple[Mark, ...], *, filled: bool) -> None:
+        before = set(os.listdir(self.place.folder))
+        self._follow_typed(line, self._type(line), seen, filled=filled)
+        for name in set(os.listdir(self.place.folder)) - before:
+            path = self.place.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _follow_typed(self, line: str, done: Typed, seen: tuple[Mark, ...], *, filled: bool) -> None:
+        error = next((s for s in reversed(done.said) if s.exit is not None), None)
+        if error is None:
+            if not seen:
+                for finding in done.said:
+                    self._follow_all(line, finding, ())
+                self._follow_printed(line, done)
+            return
+        if filled:
+            if error.code == "usage":
+                self.wrong.append(f"{line}: does not parse: {error.text}")
+            return
+        mark = (error.code, error.text, error.where)
+        if mark in seen:
+            self.wrong.append(f"{line}: leads back to {error.code}: {error.text[:160]}")
+        elif len(seen) == DEEPEST:
+            self.wrong.append(f"{line}: no end: {[m[0] for m in seen]}")
+        else:
+            if not error.commands:
+                self.wrong.append(f"{line}: {error.code} prints no command: {[s['text'] for s in error.steps]}")
+            self._expect_printed(line, done, error)
+            self._follow_all(line, error, (*seen, mark))
+
+    def _expect_printed(self, line: str, done: Typed, error: Said) -> None:
+        for command in error.commands:
+            if command not in done.err and command not in done.out:
+                self.wrong.append(f"{line}: {command} is not on the screen")
+
+    def _follow_all(self, line: str, said: Said, seen: tuple[Mark, ...]) -> None:
+        for command in said.commands:
+            self.wrong += [f"{line}: {said.code}: {why}: {command}" for why in faults(command)]
+            whole = filled(command, self.place)
+            if command.startswith(("rlhf-convert ", "ls ")):
+                self._follow(whole, seen or ((said.code, said.text, None),), filled=whole != command)
+
+    def _follow_printed(self, line: str, done: Typed) -> None:
+        """The last lines of a screen: what was written is looked at as they say, what fails is looked into."""
+        _, label, block = done.out.rpartition("\nNext: ")
+        if not label or (line.split()[1] in SHOWING and done.code != FAILED):
+            return
+        for each in filter(None, map(str.strip, block.split("\n"))):
+            self.wrong += [f"{line}: {why}: {each}" for why in faults(each)]
+            if each.startswith("rlhf-convert "):
+                whole = filled(each, self.place)
+                self._follow(whole, (("printed", each, None),), filled=whole != each)
+
+
+def walk(shell: Shell, place: Place, verb: str) -> Walk:
+    """The walk from one verb on one folder."""
+    begun = Walk(shell, place)
+    begun.go(place.line(verb))
+    return begun
+
+
+def faults(command: str) -> Iterator[str]:
+    """What no command may have, whatever it does."""
+    if "[" in command and not command.startswith("python"):
+        yield "has a part that is to be left out or filled in"
+    words = shlex.split(command, comments=True)
+    flags = [w.partition("=")[0] for w in words if w.startswith("--")]
+    yield from (f"gives {f} twice" for f in sorted(set(flags)) if flags.count(f) > 1 and f not in REPEATABLE)
+    if any(part in ("optimizer", "optim") for w in words for part in w.split("/")):
+        yield "names an optimizer's folder"
+    if "..." in words:
+        yield "leaves words out"
+
+
+def filled(command: str, place: Place) -> str:
+    """The command with what a user would put in for capital words."""
+    values = {"DIR": place.base, "BASE": place.base, "TRAINER": "trl", "DIALECT": "hf-seqcls", "N": "1"}
+    return PLACEHOLDER.sub(lambda m: values.get(m[1], "./filled"), command)
+
+
+def main() -> int:
+    """Walk from every verb on every folder, or on those that are named; print what is wrong, and how much was typed."""
+    from walk_inputs import BREAKAGES, VERBS, Places
+
+    typed, wrong = 0, 0
+    with tempfile.TemporaryDirectory() as root, Shell() as shell:
+        places = Places(Path(root))
+        for key in sys.argv[1:] or BREAKAGES:
+            place = places.broken(key)
+            for verb in VERBS:
+                found = walk(shell, place, verb)
+                typed, wrong = typed + found.typed, wrong + len(found.wrong)
+                for each in found.wrong:
+                    print(f"{key} {verb}: {each}", flush=True)
+    print(json.dumps({"folders": len(sys.argv[1:] or BREAKAGES), "typed": typed, "wrong": wrong}))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
