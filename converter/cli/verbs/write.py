@@ -305,9 +305,7 @@ def reshard(
     ],
     options: Conversion,
     out: Out = None,
-<<<<<<< HEAD
     dequantize: Dequantize = False,
-=======
     world_size: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Write a run's state for N data-parallel ranks.", show_default=False),
@@ -321,9 +319,12 @@ def reshard(
             rich_help_panel=INPUT,
         ),
     ] = None,
->>>>>>> main
 ) -> int:
     """`rlhf-convert reshard`."""
+    if world_size is not None and dequantize:
+        from converter.errors import UsageError
+
+        raise UsageError("usage", "--dequantize makes a model whole, and --world-size rewrites a run's state")
     if world_size is not None:
         from converter.cli.run.reshard_state import reshard_state
         from converter.recipe.verbs.reshard_state import ReshardRequest
