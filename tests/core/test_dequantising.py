@@ -18,8 +18,9 @@ from converter.core.context import Context
 from converter.core.tensors import nodes
 from converter.core.tensors.nodes import LazyTensor
 from converter.sources.hf.source import SOURCE
+from places import RUNS
 
-VENDORS = Path(__file__).parents[1] / "runs" / "quantised" / "vendors.safetensors"
+VENDORS = RUNS / "quantised" / "vendors.safetensors"
 """Made by `tests/trainers/quantise_with_vendors.py` with bitsandbytes, compressed-tensors, GPTQModel and AutoAWQ."""
 
 with safe_open(VENDORS, "pt") as _file:
