@@ -11,6 +11,7 @@ from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
+from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
 from converter.text import fold, show
 
@@ -43,6 +44,9 @@ class Cast:
                 "base-quantised",
                 f"the checkpoint is quantised ({fold(narrow) or 'quantization_config'}); a cast would lose its scales",
                 where=show(checkpoint.origin.asked),
+                next=Again(
+                    ("--dequantize",), otherwise=Command("reshard", (checkpoint.origin.asked, "OUT", "--dequantize"))
+                ),
             )
         return checkpoint.replace(
             tensors=_cast(checkpoint.tensors, dtype),

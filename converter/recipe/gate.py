@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from converter.converters.heads.whole import MISSHAPEN, MISSING, Judgement, judge
 from converter.converters.merge.asked_modules import modules_missing
+from converter.converters.merge.quantised.whole import expect_parts, found_in
 from converter.core.checkpoint import ADAPTER, MODEL, Checkpoint
 from converter.core.context import Context
 from converter.diagnostic import Command, as_argument
@@ -22,10 +23,11 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
 
     Raises:
         Refused: tensors are missing (`tensors-missing`), of other shapes (`tensors-misshapen`) or left over
-            (`tensors-unexpected`), without consent.
+            (`tensors-unexpected`), without consent; or a quantised weight lacks a part (`quantised-incomplete`).
     """
     if checkpoint.origin.kind != MODEL:
         return
+    expect_parts(found_in(checkpoint), show(checkpoint.origin.asked))
     found = judge(checkpoint)
     if found.unknown:
         context.note("info", FAMILY_UNKNOWN, found.unknown)

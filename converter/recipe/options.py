@@ -39,6 +39,12 @@ class NumericsChoice(StrEnum):
     peft = "peft"
 
 
+class RequantizeChoice(StrEnum):
+    """In which format adapted weights of a quantised base are written back."""
+
+    same = "same"
+
+
 class EmitChoice(StrEnum):
     """What `gather` writes of a run that trained LoRA."""
 

@@ -36,6 +36,7 @@ def of_request(asked: MergeRequest, out: str | None) -> functools.partial[Conver
         merge_lora, asked.adapter, out, base=asked.base, adapters=asked.more, weights=asked.weights,
         numerics=asked.numerics, base_is_residual=asked.base_is_residual, lora_alpha=asked.lora_alpha,
         combine=asked.combine, density=asked.density, svd_rank=asked.svd_rank, seed=asked.seed,
+        dequantize=asked.dequantize, requantize=asked.requantize,
     )  # fmt: skip
 
 

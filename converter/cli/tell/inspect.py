@@ -112,7 +112,7 @@ def _family(config: Mapping[str, Any]) -> str:
 
 
 def _model(found: Inspection) -> list[str]:
-    lines = [_weights(found), *_beside(found.survey), *_shape(found.config)]
+    lines = [_weights(found), *_quantised(found), *_beside(found.survey), *_shape(found.config)]
     heads = found.heads
     if heads:
         lines.append(line("head", "; ".join(f"{show(n)} {_shape_of(found.survey, n)}" for n in heads)))
@@ -126,6 +126,12 @@ def _model(found: Inspection) -> list[str]:
         how = "" if len(stored) < len(group) else " (both are stored)"
         lines.append(line("tied", f"{' = '.join(show(n) for n in group)}{how}"))
     return lines
+
+
+def _quantised(found: Inspection) -> list[str]:
+    """`quantised: 196 NF4, doubly quantised`: weights by how they are stored; the other tensors are whole."""
+    words = found.quantised.words or found.quantised.unsupported
+    return [line("", f"quantised: {words}")] if words else []
 
 
 def _weights(found: Inspection) -> str:

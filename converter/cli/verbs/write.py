@@ -8,7 +8,16 @@ import typer
 
 from converter.cli.app import Out, verb
 from converter.cli.options import INPUT, OUTPUT, Conversion
-from converter.recipe.options import CombineChoice, EmitChoice, NumericsChoice, PartChoice
+from converter.recipe.options import CombineChoice, EmitChoice, NumericsChoice, PartChoice, RequantizeChoice
+
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize",
+        help="Make a quantised model's weights whole first, as the vendor's own code does, to the bit.",
+        rich_help_panel=INPUT,
+    ),
+]
 
 
 @verb(
@@ -79,6 +88,15 @@ def merge_lora(
         int, typer.Option("--svd-rank", metavar="R", help="Rank of --combine svd; 0: the adapters' largest.")
     ] = 0,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of what dare draws.")] = 0,
+    dequantize: Dequantize = False,
+    requantize: Annotated[
+        RequantizeChoice | None,
+        typer.Option(
+            help="same: write adapted weights of an FP8 base back in its own blocks, rounded a second time.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
 ) -> int:
     """`rlhf-convert merge-lora`."""
     from converter.cli.run.merge import merge
@@ -86,7 +104,7 @@ def merge_lora(
 
     asked = MergeRequest(
         adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual, lora_alpha,
-        combine.value, density, svd_rank, seed,
+        combine.value, density, svd_rank, seed, dequantize, None if requantize is None else requantize.value,
     )  # fmt: skip
     return merge(asked, options.target(out), options)
 
@@ -293,6 +311,7 @@ def reshard(
     ],
     options: Conversion,
     out: Out = None,
+    dequantize: Dequantize = False,
     world_size: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Write a run's state for N data-parallel ranks.", show_default=False),
@@ -314,6 +333,10 @@ def reshard(
     ] = None,
 ) -> int:
     """`rlhf-convert reshard`."""
+    if (world_size is not None or stage is not None) and dequantize:
+        from converter.errors import UsageError
+
+        raise UsageError("usage", "--dequantize makes a model whole; --world-size and --stage rewrite a run's state")
     if world_size is not None or stage is not None:
         from converter.cli.run.reshard_state import reshard_state
         from converter.recipe.verbs.reshard_state import ReshardRequest
@@ -325,7 +348,7 @@ def reshard(
         raise UsageError("usage", "--tag names a checkpoint of a run, and goes with --world-size or --stage")
     from converter.cli.run.reshard import reshard
 
-    return reshard(src, options.target(out), options)
+    return reshard(src, options.target(out), options, dequantize=dequantize)
 
 
 @verb(

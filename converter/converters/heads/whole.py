@@ -19,6 +19,7 @@ from converter.errors import ConvertError
 from converter.families.expected import Comparison, Expected, Unknown, compare, expected
 from converter.families.family import family
 from converter.families.implied import Shape
+from converter.families.quantised.reading import plain_shapes
 from converter.families.words import OUTPUT_PREFIXES
 from converter.text import fold, show
 
@@ -138,7 +139,8 @@ def judge(checkpoint: Checkpoint, names: Mapping[str, str] | None = None) -> Jud
         return Judgement(wanted.words, Comparison({}, {}, {}, 0))
     plain = names or {}
     aliases = {plain.get(n, n): n for n in checkpoint.tensors}
-    stored = {plain.get(n, n): t.info.shape for n, t in checkpoint.tensors.items()}
+    infos = {plain.get(n, n): t.info for n, t in checkpoint.tensors.items()}
+    stored = plain_shapes(infos, checkpoint.config, wanted.saved)
     dialect = _dialect(checkpoint)
     heads: frozenset[str] = frozenset()
     if dialect is not None:

@@ -26,6 +26,7 @@ from converter.converters.merge.foreign_adapters import plain_names
 from converter.converters.merge.layer import merged, updates_of, with_token_rows
 from converter.converters.merge.methods.method import AdapterConfig, Method, Site, Update
 from converter.converters.merge.name_rules import AS_IN_BASE, Biases, NameRule, find_rule
+from converter.converters.merge.quantised_base import over_quantised
 from converter.converters.merge.remote_code import tell_of_code
 from converter.converters.merge.task import with_task
 from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_new_head
@@ -64,6 +65,7 @@ class MergeLora:
         svd_rank: of what `svd` gives; 0: the largest rank of the adapters.
         seed: of what `dare_*` draws.
         majority_sign: `total` or `frequency`, for `ties`.
+        requantize: `same` writes adapted weights that are quantised back in their own format.
     """
 
     name: ClassVar[str] = "merge-lora"
@@ -78,6 +80,7 @@ class MergeLora:
     svd_rank: int = 0
     seed: int = 0
     majority_sign: Literal["total", "frequency"] = "total"
+    requantize: Literal["same"] | None = None
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The merged checkpoint.
@@ -95,7 +98,13 @@ class MergeLora:
         combination.expect_sound()
         if self.numerics == "peft" and self.combine == "sum" and any(w != 1 for w in weights):
             raise UsageError("weights", "PEFT merges with weight 1 only; use --numerics best with --weight")
-        _refuse_quantised(checkpoint)
+
+        def merge(base: Checkpoint) -> Checkpoint:
+            return self._merged(base, weights, context)
+
+        return over_quantised(checkpoint, self.adapters, context, merge, back=self.requantize is not None)
+
+    def _merged(self, checkpoint: Checkpoint, weights: Sequence[float], context: Context) -> Checkpoint:
         tell_of_code(checkpoint, context)
         adapters = [with_task(a, checkpoint) for a in with_alpha(self.adapters, self.lora_alpha)]
         configs = [read_adapter_config(a, base_is_residual=self.base_is_residual) for a in adapters]
@@ -123,16 +132,6 @@ def _in_order(
     text = f"the adapters record different bases, and not all add up: merged one into the result of another, {listed}"
     context.note("info", "adapters-in-order", text)
     return [[at] for at in range(len(adapters))]
-
-
-def _refuse_quantised(base: Checkpoint) -> None:
-    if base.config.get("quantization_config"):
-        raise Refused(
-            "base-quantised",
-            "the base is quantised; a merge needs the 16 or 32 bit weights it was made from",
-            where=show(base.origin.asked),
-            next=Steps("name the unquantised base: ", Again(("--base", "DIR"))),
-        )
 
 
 @dataclass

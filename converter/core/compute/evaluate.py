@@ -159,9 +159,9 @@ def _finite(value: torch.Tensor) -> int:
 
 
 def shared_nodes(tensor: LazyTensor) -> frozenset[LazyTensor]:
-    """What chunks need whole or by columns of an entry's outermost kernel: read and computed once.
+    """What chunks need whole or by columns of an entry's kernels: read and computed once.
 
-    These are its inputs; of a tensor that is made of several, what their inputs are columns of.
+    These are their inputs; of a tensor that is made of several, what their inputs are columns of.
     """
     while isinstance(tensor, Cast | Reshape | Narrow):
         tensor = tensor.source
@@ -173,7 +173,13 @@ def shared_nodes(tensor: LazyTensor) -> frozenset[LazyTensor]:
     needs = kernel_specs.find(tensor.kernel).needs(0, 1, infos, dict(tensor.params))
     if needs is None:
         return frozenset()
-    return frozenset(i for i, n in zip(tensor.inputs, needs, strict=True) if n is None or n.dim != 0)
+    found: set[LazyTensor] = set()
+    for each, need in zip(tensor.inputs, needs, strict=True):
+        if need is None or need.dim != 0:
+            found.add(each)
+        else:
+            found |= shared_nodes(each)
+    return frozenset(found)
 
 
 def _cut_columns(node: LazyTensor) -> LazyTensor | None:

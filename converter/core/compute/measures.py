@@ -38,4 +38,6 @@ def with_ratios(measures: Mapping[str, float]) -> dict[str, float | None]:
     ratios: dict[str, float] = {}
     if has_update(measures):
         ratios = {"relative_size": relative_size([measures]), "surviving_share": surviving_share([measures])}
+    if measures.get("requantised", 0) > 0:
+        ratios["requantised_relative_error"] = math.sqrt(measures["requantised_error"] / measures["requantised"])
     return {k: float(f"{v:.9g}") if math.isfinite(v) else None for k, v in sorted({**measures, **ratios}.items())}

@@ -48,6 +48,8 @@ class KernelSpec:
         workspace: bytes that the body allocates beyond inputs and result, for inputs of these shapes.
         rounds: the kernel rounds to a dtype named in its parameter `out`; asking for another dtype changes that
             parameter, so that a value is rounded once.
+        cut: the parameters that give rows `[start, stop)`, where they are others than those of the whole: where in a
+            block of a quantised weight the first row lies. None: the same.
     """
 
     name: str
@@ -56,6 +58,7 @@ class KernelSpec:
     needs: Callable[[int, int, Infos, Params], tuple[Slice | None, ...] | None]
     workspace: Callable[[Infos, Params], int]
     rounds: bool = False
+    cut: Callable[[int, int, Infos, Params], Params] | None = None
 
 
 @cache

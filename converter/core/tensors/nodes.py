@@ -201,12 +201,13 @@ def _narrow_apply(x: Apply, dim: int, start: int, length: int) -> LazyTensor:
     spec = kernel_specs.find(x.kernel)
     params = dict(x.params)
     if dim == 0:
-        needs = spec.needs(start, start + length, tuple(i.info for i in x.inputs), params)
+        infos = tuple(i.info for i in x.inputs)
+        needs = spec.needs(start, start + length, infos, params)
         if needs is not None and all(_can_narrow(i, n) for i, n in zip(x.inputs, needs, strict=True)):
             pieces = [
                 i if n is None else narrow(i, n.dim, n.start, n.length) for i, n in zip(x.inputs, needs, strict=True)
             ]
-            return apply(spec, pieces, params)
+            return apply(spec, pieces, spec.cut(start, start + length, infos, params) if spec.cut else params)
     return Narrow(x, dim, start, length)
 
 

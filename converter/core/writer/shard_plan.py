@@ -122,7 +122,7 @@ def chunk_rows(tensor: LazyTensor) -> int:
     if not shape or not is_separable(matrix):
         return max(shape[0] if shape else 1, 1)
     width = max(matrix.info.numel // max(shape[0], 1), 1)
-    unit = ROW_MULTIPLE
+    unit = ROW_MULTIPLE if len(shape) < 3 else 1  # a stack: each expert is a product of its own
     if matrix is not tensor and tensor.info.shape[-2] % unit:
         unit = tensor.info.shape[-2]
     return max(CHUNK_ELEMENTS // width // unit, 1) * unit

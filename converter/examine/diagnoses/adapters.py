@@ -72,9 +72,9 @@ REFUSALS: dict[str, str] = {
     "loads it.",
     "peft-type-unmergeable": "A PEFT method that has no merged form: it works at run time, and PEFT loads it.",
     "base-quantised": (
-        "The base is quantised, which is how QLoRA trains; PEFT loads the adapter over it. A merge into 4 or 8 bits "
-        "rounds twice, and the sum of fp8 numbers without their scales is noise. Merge into the full-precision base "
-        "that it was made from."
+        "Weights that the adapter changes are quantised in the base, which is how QLoRA trains; PEFT loads the adapter "
+        "over it. A merge into 4 or 8 bits rounds twice: --dequantize makes the base whole first, as its vendor's own "
+        "code does, or merge into the full-precision base. Weights that the adapter leaves alone may stay quantised."
     ),
     "vocab-mismatch": "The adapter was trained with another vocabulary than the base has, and does not bring the rows.",
     "head-class": "The adapter trains a tensor that the class of its head does not have.",

@@ -68,7 +68,7 @@ ROWS: dict[str, Row] = {
     "C6": _row("an adapter across the renames of transformers", "adapter-unmatched", "adapter-ambiguous"),
     "C7": _row("another base", "base-differs", "adapter-shape"),
     "C8": _row("a quantised base", "base-quantised"),
-    "C9": _row("an fp8 or mxfp4 base", "base-quantised"),
+    "C9": _row("an fp8 or mxfp4 base", "base-quantised", "quantised-incomplete"),
     "C10": _row("LoRA on fused experts", "adapter-fused", "adapter-targets-missing"),
     "C11": _row("arithmetic that mergers get wrong", "adapter-field-unsupported", "adapter-pattern", "adapter-rank"),
     "C12": _row("rounding of a merge", unseen="a merge reports how much of its update survives; no file records it"),

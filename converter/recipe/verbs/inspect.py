@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.examine import facts
+from converter.families.quantised.reading import Quantised, read
 from converter.families.words import CLASSIFIERS, OUTPUT_MODULES, VALUE_HEADS
 from converter.recipe.verbs.knobs import allowing
 
@@ -76,8 +78,16 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        """The number of elements of all tensors."""
-        return sum(e.info.numel for e in self.survey.entries.values())
+        """The number of values; of a quantised weight those that it has once it is whole."""
+        parts = {p for w, _ in self.quantised.weights for p in w.parts.values()}
+        plain = sum(e.info.numel for n, e in self.survey.entries.items() if n not in parts)
+        packed = (w.elements[1] if w.shape is None else math.prod(w.shape) for w, _ in self.quantised.weights)
+        return plain + sum(packed)
+
+    @property
+    def quantised(self) -> Quantised:
+        """What of it is quantised."""
+        return read({n: e.info for n, e in self.survey.entries.items()}, self.config)
 
     @property
     def dtypes(self) -> tuple[DType, ...]:

@@ -35,6 +35,8 @@ class MergeRequest:
     density: float | None = None
     svd_rank: int = 0
     seed: int = 0
+    dequantize: bool = False
+    requantize: str | None = None
 
 
 def merge_lora(
@@ -51,6 +53,8 @@ def merge_lora(
     density: float | None = None,
     svd_rank: int = 0,
     seed: int = 0,
+    dequantize: bool = False,
+    requantize: str | None = None,
     **writing: Unpack[Writing],
 ) -> Conversion:
     """Merge one or more LoRA adapters into their base model; a reward-model adapter gives a reward model.
@@ -65,6 +69,8 @@ def merge_lora(
         lora_alpha: lora_alpha of training, where adapter_config.json records none or 0.
         combine: `sum`, which is exact, or a way of PEFT's `add_weighted_adapter`: `cat`, `linear`, `svd`, `ties`,
             `magnitude_prune`, `dare_linear`, `dare_ties`; with `density`, `svd_rank` and `seed`.
+        dequantize: make a quantised base's weights whole first.
+        requantize: `same` writes adapted weights of a quantised base back in their own format (FP8 in blocks).
         writing: see `Writing`.
 
     Raises:
@@ -75,7 +81,7 @@ def merge_lora(
     options, going = options_of(WriteOptions, writing)
     request = MergeRequest(
         str(adapter), optional(base), tuple(map(str, adapters)), tuple(weights), numerics, base_is_residual, lora_alpha,
-        combine, density, svd_rank, seed,
+        combine, density, svd_rank, seed, dequantize, requantize,
     )  # fmt: skip
     with allowing(options.allow_name):
         refuse_swapped(request, optional(out))
@@ -87,7 +93,7 @@ def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
     """The recipe that the arguments mean.
 
     Raises:
-        UsageError: not one weight for each adapter (`usage`).
+        UsageError: not one weight for each adapter, or two ways to write a quantised base (`usage`).
     """
     adapters = {"adapter": input_spec(asked.adapter, options.revision)}
     adapters |= {f"adapter-{n}": input_spec(path) for n, path in enumerate(asked.more, 2)}
@@ -109,7 +115,12 @@ def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
     default = {"combine": "sum", "density": None, "svd-rank": 0, "seed": 0}
     fields |= {key: value for key, value in chosen.items() if value != default[key]}
     base = InputSpec(base_of="adapter") if asked.base is None else input_spec(asked.base)
-    steps = (Step("merge-lora", fields), *cast_steps(options))
+    if asked.requantize is not None:
+        fields["requantize"] = asked.requantize
+    if asked.dequantize and asked.requantize is not None:
+        raise UsageError("usage", "--dequantize writes whole weights, --requantize quantised ones: give one of them")
+    first = (Step("dequantize", {}),) if asked.dequantize else ()
+    steps = (*first, Step("merge-lora", fields), *cast_steps(options))
     return Recipe({SOURCE: base, **adapters}, steps, output(options), file="merge-lora")
 
 

@@ -270,6 +270,9 @@ CONFIGS: dict[str, Breakage] = {
     ),
     "remote-code-missing": Breakage("whole", config(auto_map={"AutoModel": "modeling_x.Model"}), "advice"),
     "quantisation-left": Breakage("whole", config(quantization_config={"quant_method": "gptq", "bits": 4}), "advice"),
+    "quantised-incomplete": Breakage(
+        "whole", changed(lambda t: t.update({MATRIX: t[MATRIX].to(torch.float8_e4m3fn)})), "advice"
+    ),
     "dtype-differs": Breakage("whole", config(dtype="bfloat16"), "mended"),
     "rope-lost": Breakage(
         "whole",
