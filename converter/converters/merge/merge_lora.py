@@ -100,11 +100,13 @@ class MergeLora:
             raise UsageError("weights", "PEFT merges with weight 1 only; use --numerics best with --weight")
 
         def merge(base: Checkpoint) -> Checkpoint:
-            return self._merged(base, weights, context)
+            return self._merged(base, weights, combination, context)
 
         return over_quantised(checkpoint, self.adapters, context, merge, back=self.requantize is not None)
 
-    def _merged(self, checkpoint: Checkpoint, weights: Sequence[float], context: Context) -> Checkpoint:
+    def _merged(
+        self, checkpoint: Checkpoint, weights: Sequence[float], combination: Combination, context: Context
+    ) -> Checkpoint:
         tell_of_code(checkpoint, context)
         adapters = [with_task(a, checkpoint) for a in with_alpha(self.adapters, self.lora_alpha)]
         configs = [read_adapter_config(a, base_is_residual=self.base_is_residual) for a in adapters]
