@@ -263,6 +263,11 @@ class _Finder:
                 where=self.where,
             )
 
+    def _stack_of(self, name: str, module: Module) -> str | None:
+        """The stack that a load makes of a module with factors."""
+        place = one_of(f"{name}.weight", self.built) if module.factors else None
+        return None if place is None else self._spelled(place.stack, self.stacks)
+
     def expect_once(self, found: Mapping[str, ExpertModule], modules: Mapping[str, Module]) -> None:
         """Refuse factors of all experts beside factors of one of them.
 
@@ -271,8 +276,7 @@ class _Finder:
         """
         stacked = {e.stack.name: n for n, e in found.items() if e.expert is None}
         for name, module in modules.items() if stacked else ():
-            place = one_of(f"{name}.weight", self.built) if module.factors and name not in found else None
-            stack = found[name].stack.name if name in found else place and self._spelled(place.stack, self.stacks)
+            stack = found[name].stack.name if name in found else self._stack_of(name, module)
             other = stacked.get(stack or "")
             if other not in (None, name):
                 raise Refused(
