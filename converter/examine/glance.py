@@ -40,7 +40,7 @@ def glance_of(folder: str, findings: Sequence[Mapping[str, Any]], fail_on: str, 
     """
     if failed is not None:
         return Glance(folder, "not examined", (), f"{show(folder)}: not examined: {show(failed)}")
-    limit = SEVERITIES.index(fail_on)  # type: ignore[arg-type]
+    limit = SEVERITIES.index(fail_on)
     bad = tuple(f for f in findings if SEVERITIES.index(f["severity"]) <= limit)
     word: Word = _WORDS[findings[0]["severity"]] if findings else "sound"
     told = [f for f in findings if f["severity"] != "cosmetic"]
