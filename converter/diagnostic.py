@@ -155,7 +155,7 @@ def renamed(step: Next | None, option: str, to: str) -> Next | None:
 
 
 def as_argument(path: str) -> str:
-    """A path as an argument: one that begins with a dash is no option."""
+    """A path as an argument: one that begins with a dash is not an option."""
     return f"./{path}" if path.startswith("-") and path != "-" else path
 
 

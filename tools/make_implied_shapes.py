@@ -179,7 +179,7 @@ def _passes(cls: Any, config: Any) -> list[str]:
 
 
 def _is_default(kind: str, field: str, value: Any) -> bool:
-    """True where a config without the field has this value, whatever its size; else it is told from the others."""
+    """True where a config without the field has this value, whatever its size; else it is inferred from the others."""
     if not isinstance(value, int):
         return False
     cls = transformers.CONFIG_MAPPING[kind]

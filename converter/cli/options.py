@@ -300,7 +300,7 @@ class HeadFlags(Conversion):
         typer.Option(
             "--from",
             metavar="NAME",
-            help="Trainer or dialect of SRC; default: told from its files.",
+            help="Trainer or dialect of SRC; default: inferred from its files.",
             show_default=False,
             rich_help_panel=INPUT,
         ),
@@ -309,7 +309,7 @@ class HeadFlags(Conversion):
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The linear layer that is SRC's head, as reward_head; default: told from its names.",
+            help="The linear layer that is SRC's head, as reward_head; default: inferred from its names.",
             show_default=False,
             rich_help_panel=INPUT,
         ),

@@ -33,7 +33,7 @@ class Lines:
         self._began = time.monotonic()
 
     def advance(self, count: int, tensor: str) -> None:
-        """Nothing: a log is no place for a moving bar."""
+        """Nothing: a log is not a place for a moving bar."""
 
     def shard_done(self, file: str, size: int, resumed: bool) -> None:
         """`2/4  model-00002-of-00004.safetensors  4.98 GB  0:11`."""

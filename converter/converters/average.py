@@ -1,7 +1,7 @@
 """`average`: the weighted mean of models of one architecture, summed in fp64 and rounded once.
 
 What RLHF averages: reward models of several seeds, the last checkpoints of a run, a policy and its start. Models that
-differ in names, shapes, dtypes, config or tokenizer are no points of one space, and their mean is no model.
+differ in names, shapes, dtypes, config or tokenizer are no points of one space, and their mean is not a model.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def _differ(name: str, disk: str, checkpoint: Checkpoint) -> Refused:
 
 
 def taken_apart(name: str, tensor: LazyTensor, built: Architecture) -> Mapping[str, LazyTensor]:
-    """What a load stacked into the tensor of this name, by names on disk; empty where it is no stack."""
+    """What a load stacked into the tensor of this name, by names on disk; empty where it is not a stack."""
     shape = tensor.info.shape
     for transform in built.own:
         if transform.kind != "convert" or transform.operations not in _STACKED or len(shape) != 3:

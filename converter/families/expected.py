@@ -116,7 +116,7 @@ def _freed(found: Expected) -> Expected:
 
 def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
     if not _NAMED.fullmatch(name):
-        return Unknown("config.json names a class that is no word")
+        return Unknown("config.json names a class that is not a word")
     table = implied.implied({**config, "architectures": [name]})
     if table is not None:
         built = memory_names.architecture(name, config)

@@ -87,7 +87,7 @@ def class_of(config: Mapping[str, Any]) -> str | None:
 
 
 def fields(config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, int]:
-    """The config's counts, with those that are told from others where it leaves them out."""
+    """The config's counts, with those that are inferred from others where it leaves them out."""
     known = dict(defaults or {}) | {k: v for k, v in config.items() if v is not None}
     found = {k: v for k, v in known.items() if isinstance(v, int) and not isinstance(v, bool)}
     heads = found.get("num_attention_heads", found.get("n_head"))

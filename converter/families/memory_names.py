@@ -1,4 +1,4 @@
-"""What transformers calls a checkpoint's tensors in memory, told from their names on disk: data, no transformers.
+"""What transformers calls a checkpoint's tensors in memory, inferred from their names on disk: data, no transformers.
 
 Since version 5 the modules of many families have other names than their checkpoints: LLaVA's
 `language_model.model.layers` is `model.language_model.layers` in memory, and so it is in an adapter. transformers

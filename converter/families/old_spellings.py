@@ -1,4 +1,4 @@
-"""Config keys of transformers 4 for what transformers 5 renamed: a table, and what each entry is told from.
+"""Config keys of transformers 4 for what transformers 5 renamed: a table, and what each entry is inferred from.
 
 transformers 5 reads the old spellings and writes the new ones only; transformers 4 reads the old ones and passes over
 what it doesn't know, so a model keeps loading and computes something else: theta falls to 10000, whole heads rotate

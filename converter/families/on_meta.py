@@ -183,7 +183,7 @@ def _at(model: Any, name: str) -> Any:
 def _main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY, _MOST_MEMORY))
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # what a library prints is not an answer
     for line in sys.stdin:
         try:
             found = _answer(json.loads(line))

@@ -1,4 +1,4 @@
-"""The model card of an output: how it was made and checked, told from its receipt. An existing card is extended.
+"""The model card of an output: how it was made and checked, inferred from its receipt. An existing card is extended.
 
 Strings from inputs are escaped, capped and on one line; the front matter is made by a YAML library from vetted values.
 """
@@ -94,11 +94,11 @@ def _parse_front(text: str) -> dict[str, Any]:
         value = read_values(text.encode(), file=CARD).value
     except ConvertError as error:
         what = f"the front matter of README.md can't be read: {error.what}"
-        raise Refused("card-malformed", what, next="mend or remove it") from error
+        raise Refused("card-malformed", what, next="fix or remove it") from error
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise Refused("card-malformed", "the front matter of README.md is no mapping", next="mend or remove it")
+        raise Refused("card-malformed", "the front matter of README.md is not a mapping", next="fix or remove it")
     return value
 
 

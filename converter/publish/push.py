@@ -317,7 +317,7 @@ def licence_of(repo_id: str, token: str | None) -> str | None:
         from huggingface_hub import HfApi
 
         card = HfApi(token=token).model_info(repo_id, timeout=10).card_data
-    except Exception:  # a card without a licence is no reason to stop
+    except Exception:  # a card without a licence is not a reason to stop
         return None
     value = getattr(card, "license", None)
     return value if isinstance(value, str) else None

@@ -259,7 +259,7 @@ def _add(shard: ShardPlan, sha: str) -> Callable[[], Any]:
 
 
 def _source_of(shard: ShardPlan) -> sparse.SparseFile | None:
-    """The file on the Hub that this one will be equal to, told from the plan: same header, same places, same size."""
+    """The file on the Hub that this one will be equal to, inferred from the plan: same header, places and size."""
     runs = [run for entry in shard.entries for run in entry.runs or ()]
     if not runs or shard.is_torch or any(e.runs is None for e in shard.entries) or len({r.file for r in runs}) > 1:
         return None
@@ -309,7 +309,7 @@ def _may_copy(where: Destination, origin: sparse.Origin) -> bool:
     try:
         answer: Any = client.get_session().post(url, headers=client.build_hf_headers(token=where.token), json=body)
         return answer.status_code == 200 and not answer.json().get("failed")
-    except Exception:  # no copy is no failure
+    except Exception:  # no copy is not a failure
         return False
 
 

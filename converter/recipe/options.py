@@ -161,7 +161,7 @@ class HeadOptions(WriteOptions):
 
 @dataclass(frozen=True)
 class Going:
-    """How a run goes on, and who hears of it: what is no part of what is written."""
+    """How a run goes on, and who hears of it: what is not part of what is written."""
 
     dry_run: bool = False
     reporter: Reporter | None = None

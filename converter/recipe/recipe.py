@@ -249,7 +249,7 @@ def invalid(
     """What pydantic found, as ours: an unknown key before all else, since it explains a missing one."""
     found = error.errors(include_url=False, include_context=False)
     first = min(found, key=lambda e: e["type"] != "extra_forbidden")
-    # Pydantic adds the branch of a union to the path, which is no key of the recipe.
+    # Pydantic adds the branch of a union to the path, which is not a key of the recipe.
     loc = tuple(p for p in first["loc"] if p not in ("str", "int", "dict[str,any]"))
     where = file if text is None else f"{file}:{text.line((*keys, *loc))}"
     key = show(loc[-1]) if loc else "the recipe"

@@ -76,7 +76,7 @@ def resolve(
         whole: every file of the repository may be wanted, as of a run's folder: the cache serves if it has them all.
 
     Raises:
-        UsageError: a file that is no part of a checkpoint (`path-not-a-folder`), a revision of a local folder
+        UsageError: a file that is not part of a checkpoint (`path-not-a-folder`), a revision of a local folder
             (`revision-of-folder`), several snapshots (`revision-needed`), or two revisions (`usage`).
         Refused: nothing local has that name (`path-missing`), with what is there and the nearest match; not in the
             cache and not to be downloaded (`hub-not-cached`, `cache-incomplete`); the download failed
@@ -173,7 +173,7 @@ def _path_of(text: str) -> Path:
         path = Path(text).expanduser() if text else Path()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise Refused("path-missing", f"{show(text, 80)!r} is no path: {_why(error)}") from error
+        raise Refused("path-missing", f"{show(text, 80)!r} is not a path: {_why(error)}") from error
     return path
 
 

@@ -90,16 +90,16 @@ def _masters_of(source: Source, asked: str) -> Callable[..., Checkpoint]:
 
 
 def _expect_model(spec: InputSpec) -> None:
-    """A folder that an adapter names is no reason to look at what lies below it.
+    """A folder that an adapter names is not a reason to look at what lies below it.
 
     Raises:
-        Refused: it is no model (`path-missing`).
+        Refused: it is not a model (`path-missing`).
     """
     from converter.sources.locate import resolve
 
     found = resolve(spec.path or "", revision=spec.revision, allow_download=False)
     if kind_of(found.path) is None:
-        raise Refused("path-missing", f"{show(spec.path)} is no model")
+        raise Refused("path-missing", f"{show(spec.path)} is not a model")
 
 
 def open_recorded_base(adapter: Checkpoint, *, keep_code: bool) -> Checkpoint:

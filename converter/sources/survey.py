@@ -100,7 +100,7 @@ class Survey:
 
 
 def file_names(root: Path) -> frozenset[str]:
-    """Names of what lies in a folder and is no folder; nothing where it can't be listed."""
+    """Names of what lies in a folder and is not a folder; nothing where it can't be listed."""
     try:
         return frozenset(p.name for p in root.iterdir() if not p.is_dir())
     except (OSError, ValueError):  # ValueError: a path with a NUL in it

@@ -230,7 +230,7 @@ def test_the_original_gpt2_is_untied_too(targets: list[str], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["head", "embedding", "embedding-gpt2"])
 def test_pefts_own_merge_of_one_side_of_a_tie_is_wrong(name: str, tmp_path: Path) -> None:
-    """Why PEFT's merge is no oracle here: it moves both sides. If this test fails, PEFT has changed."""
+    """Why PEFT's merge is not an oracle here: it moves both sides. If this test fails, PEFT has changed."""
     family, settings = ONE_SIDE[name]
     base = oracle.make_base(tmp_path / "base", family, tied=True)
     adapter = oracle.make_adapter(tmp_path / "adapter", base, **settings)

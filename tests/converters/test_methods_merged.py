@@ -48,7 +48,7 @@ def test_method_merges_to_pefts_bits_and_to_its_forward(name: str, tmp_path: Pat
 
 
 def _expect_never_farther(found: dict[str, Any], theirs: dict[str, Any], exact: dict[str, Any]) -> None:
-    """`best` is the nearest value to the fp64 reference, or what PEFT writes is no nearer either."""
+    """`best` is the nearest value to the fp64 reference, or what PEFT writes is not a nearer either."""
     for name, reference in exact.items():
         if not reference.is_floating_point():
             continue

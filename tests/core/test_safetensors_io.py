@@ -47,7 +47,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + 
 
 # Name: (the file's bytes, the error's code, words that the message has).
 MALFORMED: dict[str, tuple[bytes, str, str]] = {
-    # What is no safetensors file at all
+    # What is not a safetensors file at all
     "empty": (b"", "safetensors-not", "empty file"),
     "zeros": (bytes(4096), "safetensors-not", "zeros"),
     "git-lfs-pointer": (LFS, "file-truncated", "git-lfs pointer"),

@@ -34,7 +34,7 @@ TYPES = (
 )
 KEBAB = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 NO_CODE = {"_packed", "_unpacked", "diagnosis"}
-"""Functions whose `code` is no error's, and the decorator whose codes are diagnoses anyway."""
+"""Functions whose `code` is not an error's, and the decorator whose codes are diagnoses anyway."""
 
 
 def trees() -> dict[Path, ast.Module]:

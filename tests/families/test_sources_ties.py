@@ -1,4 +1,4 @@
-"""Ties told from names and config, against what transformers itself ties."""
+"""Ties inferred from names and config, against what transformers itself ties."""
 
 from __future__ import annotations
 

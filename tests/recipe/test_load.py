@@ -311,7 +311,7 @@ def model(layers, width):
     with torch.no_grad():
         return [p.fill_(0) for p in made.parameters()] and made
 
-converter.load(sys.argv[1], model(2, 8))  # what is imported and allocated once is no part of a model's cost
+converter.load(sys.argv[1], model(2, 8))  # what is imported and allocated once is not part of a model's cost
 large = model(int(sys.argv[3]), int(sys.argv[4]))
 before, peak, going = anonymous(), 0, True
 

@@ -70,7 +70,7 @@ def test_mutated_files_are_read_or_refused_in_one_gigabyte(tmp_path: Path) -> No
 
 
 def test_a_case_is_repeated_from_its_number_and_a_fault_of_ours_is_seen(tmp_path: Path) -> None:
-    """What would make the test above fail: an exception that is no refusal."""
+    """What would make the test above fail: an exception that is not a refusal."""
     broken = (
         "import sys, fuzz_pickles\n"
         "def fault(path): raise RecursionError\n"

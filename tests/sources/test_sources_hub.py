@@ -150,7 +150,7 @@ def test_shards_of_other_names_are_downloaded_because_the_index_lists_them(hub: 
 def test_a_model_that_the_hub_does_not_have_is_told_in_our_words(hub: Hub, tmp_path: Path) -> None:
     error = ask(hub, tmp_path / "hub", "owner/nmae")
     assert (error["code"], error["exit_code"]) == ("hub-download", 3)
-    assert "owner/nmae is no folder here" in error["what"]
+    assert "owner/nmae is not a folder here" in error["what"]
     assert "no such model" in error["what"]
 
 

@@ -221,7 +221,7 @@ def test_buffers_are_whole_in_every_rank_and_must_be_equal(tmp_path: Path) -> No
     found = SOURCE.open(run, asked="x").tensors
     assert (found["mean"].info.shape, found["steps"].info.shape) == ((7,), ())
     _edit(_model(run, 1), lambda state: state["steps"].add_(1))
-    assert "steps is no shard" in _refused(run, "verl-mixed").what
+    assert "steps is not a shard" in _refused(run, "verl-mixed").what
 
 
 def test_a_piece_that_does_not_fit_is_refused(tmp_path: Path) -> None:

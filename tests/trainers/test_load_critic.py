@@ -79,7 +79,7 @@ def test_peak_memory_is_the_critic_and_one_tensor(envs: Path, tmp_path: Path) ->
     rm, critic = tmp_path / "rm", tmp_path / "critic"
     Qwen2ForSequenceClassification(config).to(torch.bfloat16).save_pretrained(rm)
     assert main(["rm-to-critic", str(rm), str(critic), "--to", "openrlhf", "-q"]) == 0
-    once, again = loaded(envs, tmp_path / "home", critic, "", rm, rm)  # what is imported once is no part of the cost
+    once, again = loaded(envs, tmp_path / "home", critic, "", rm, rm)  # what is imported once is not part of the cost
     expect_the_same(once)
     expect_the_same(again)
     assert again["size"] > 20 * again["largest"]

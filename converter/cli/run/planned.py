@@ -148,7 +148,7 @@ def finish_both(model: Conversion, sink: Sink, next_commands: Callable[[Conversi
 
 
 def load_commands(written: Conversion) -> Sequence[Next]:
-    """The check, then a line that loads the model; a value head is no part of the class that config.json names, which
+    """The check, then a line that loads the model; a value head is not part of the class that config.json names, which
     would load without it: there the line is the proof for the trainer that has it. A class that transformers lacks has
     no such line.
     """

@@ -48,7 +48,7 @@ def verify(folder: str, options: Display, **knobs: Any) -> int:
 
 
 def _next(folder: str, aim: Target, broken: Sequence[Check]) -> list[Next]:
-    """What mends it; or the trainer's launch line and its traps."""
+    """What fixes it; or the trainer's launch line and its traps."""
     if broken:
         found = list(dict.fromkeys(c.next for c in broken if c.next))
         return found if any(map(commands, found)) else [*found, Command("doctor", (as_argument(folder),))]

@@ -53,7 +53,7 @@ def command_of(text: str) -> list[str]:
     """A command as words; no shell takes part.
 
     Raises:
-        UsageError: it is no command, or no program has its name (`on-error`).
+        UsageError: it is not a command, or no program has its name (`on-error`).
     """
     try:
         words = shlex.split(text)

@@ -40,8 +40,8 @@ def inspect(
 @verb(
     "doctor",
     Reading,
-    short_help="Name every fault of a folder, and the command that mends it.",
-    help="Name every fault of a folder that a trainer left: what proves it, whether it can be mended and from what, "
+    short_help="Name every fault of a folder, and the command that fixes it.",
+    help="Name every fault of a folder that a trainer left: what proves it, whether it can be fixed and from what, "
     "and the next command. Reads headers and configs only, unless --deep.",
     examples=(
         "rlhf-convert doctor ./my-reward-model",
@@ -128,7 +128,7 @@ def verify(
     trainer: Annotated[
         str | None,
         typer.Option(
-            "--for", metavar="TRAINER[@V]", help="Who is to load it; default: told from files.", show_default=False
+            "--for", metavar="TRAINER[@V]", help="Who is to load it; default: inferred from files.", show_default=False
         ),
     ] = None,
     role: Annotated[

@@ -207,7 +207,7 @@ def gather(
     short_help="Fill what is empty or lost from where it still exists.",
     help="Fill tensors that are empty (torch.Size([0])), cut or missing from where their values still exist: the run's "
     "shards, a tied tensor, a copy, the base model for what was never trained. What exists nowhere is named, and "
-    "nothing is written. Wrong names, indexes, ties and config entries are mended on the way, where that is safe.",
+    "nothing is written. Wrong names, indexes, ties and config entries are fixed on the way, where that is safe.",
     examples=(
         "rlhf-convert repair ./run/checkpoint-500 ./repaired",
         "rlhf-convert repair ./my-adapter ./repaired --weights-from ./run/global_step500",

@@ -1,7 +1,8 @@
 """What may be said of two checkpoints from what is left of one: the same step, another one, or another model.
 
 Values decide where they can. A norm of a bf16 model proves little: its values near one move by less than a rounding
-step in whole runs, so it is equal in the base model too. Steps are told from names and from what the trainer recorded.
+step in whole runs, so it is equal in the base model too. Steps are inferred from names and from what the trainer
+recorded.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def _lists_all_trained(
 ) -> bool:
     """True where the run's trained tensors are tensors of the broken checkpoint under the same names.
 
-    Then a tensor that the run does not list as trained was not trained, and is no trained one under another name.
+    Then a tensor that the run does not list as trained was not trained, and is not a trained one under another name.
     """
     if broken.origin.kind != ADAPTER and peft is not None and not has_factors(broken.tensors):
         return all(f.kind != "modules_to_save" or f"{f.module}.{f.leaf}" in broken.tensors for f in peft.factors)

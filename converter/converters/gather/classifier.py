@@ -16,7 +16,7 @@ def as_classifier(found: Checkpoint, head: Mapping[str, LazyTensor], context: Co
     """The model with the head, as transformers' class for it: of sequences, or of tokens where the head has a bias.
 
     Raises:
-        Refused: transformers has no such class (`no-class`), or the head is no linear layer on it (`head-shape`).
+        Refused: transformers has no such class (`no-class`), or the head is not a linear layer on it (`head-shape`).
     """
     weight, bias = head["score.weight"], head.get("score.bias")
     hidden = found.config.get("hidden_size")

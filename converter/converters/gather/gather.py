@@ -61,13 +61,13 @@ class Gather:
         """The model, the adapter, or the merged model.
 
         Raises:
-            UsageError: the source is no trainer's state (`not-training`), alpha is missing (`lora-alpha-unknown`), it
-                holds two models and none is named (`several-parts`).
+            UsageError: the source is not a trainer's state (`not-training`), alpha is missing (`lora-alpha-unknown`),
+                or it holds two models and none is named (`several-parts`).
             Refused: values that are in no file (`zero3-empty-tensors`, `head-base-lost`), no config to go with them
                 (`config-missing`), no adapter where one was asked for (`no-adapter`).
         """
         if checkpoint.origin.kind != TRAINING:
-            text = "this is no trainer's state: its weights are gathered already"
+            text = "this is not a trainer's state: its weights are gathered already"
             raise UsageError("not-training", text, where=show(checkpoint.origin.asked))
         for said in checkpoint.said:
             context.note("info", "found", said)

@@ -1,4 +1,4 @@
-"""Which dialect a checkpoint is in, told from names, files and config; and why, in words."""
+"""Which dialect a checkpoint is in, inferred from names, files and config; and why, in words."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def cell(source: Dialect, target: Dialect, *, normalised: bool = False) -> Cell:
         return Cell("=")
     kind = _kind(source, target, normalised)
     if kind == "X":
-        return Cell("X", why="an MLP is no linear layer, but where it holds one as two units")
+        return Cell("X", why="an MLP is not a linear layer, but where it holds one as two units")
     return Cell(kind, _needs_lm_head(source, target), _restriction(target))
 
 

@@ -96,7 +96,7 @@ def resolve(template: str, found: Family, config: Mapping[str, Any]) -> str:
     if "{P}" in template:
         if found.prefix is None:
             raise Refused(
-                "family-unknown", f"{found.words()} is no model type of transformers {memory_names.version()}"
+                "family-unknown", f"{found.words()} is not a model type of transformers {memory_names.version()}"
             )
         return template.replace("{P}", found.prefix)
     return template

@@ -227,7 +227,7 @@ def _checked(layer: Linear, stem: str, where: str) -> Linear:
     shape = layer.weight.info.shape
     if len(shape) != 2 or (layer.bias is not None and layer.bias.info.shape != shape[:1]):
         got = [list(t.info.shape) for t in (layer.weight, layer.bias) if t is not None]
-        what = f"{show(stem)} is no linear layer"
+        what = f"{show(stem)} is not a linear layer"
         raise Refused("head-shape", what, where=where, expected="weight [n, h] and bias [n]", got=str(got))
     return layer
 

@@ -120,7 +120,7 @@ class _Writer:
         if name.startswith(OUTPUT_PREFIXES):
             return dialect.outer + name
         if not name.startswith(prefix):
-            what = f"{show(name)} is no part of the backbone ({show(prefix)}) and has no place in {dialect.name}"
+            what = f"{show(name)} is not part of the backbone ({show(prefix)}) and has no place in {dialect.name}"
             raise Refused("backbone-name", what, where=show(self.reading.checkpoint.origin.asked))
         return resolve(dialect.backbone, kind, self.config) + name.removeprefix(prefix)
 

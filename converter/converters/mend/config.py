@@ -1,6 +1,6 @@
 """Mends of a config: labels, pad token, architecture, vocabulary, and both spellings of what transformers 5 renamed.
 
-No tensor changes. What can't be told from the folder itself is refused, never guessed.
+No tensor changes. What can't be inferred from the folder itself is refused, never guessed.
 """
 
 from __future__ import annotations

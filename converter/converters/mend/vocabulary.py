@@ -86,7 +86,9 @@ class Vocabulary:
     def _wanted(self, checkpoint: Checkpoint) -> int:
         if isinstance(self.to, int):
             if not 0 < self.to <= MOST_ROWS:
-                raise UsageError("usage", f"{self.to} is no number of tokens", expected="rows, tokenizer or a number")
+                raise UsageError(
+                    "usage", f"{self.to} is not a number of tokens", expected="rows, tokenizer or a number"
+                )
             return self.to
         count = tokens_of(checkpoint.side_files)
         if count is None:

@@ -87,7 +87,7 @@ def unread_file(file: str, names: Collection[str], where: str, why: str) -> Refu
         f"{show(file)} lies beside the adapter and is not merged: {fold(names)}; {why}",
         where=where,
         next=Steps(
-            f"look at what {show(file)} is; if it is not a part of the model, ",
+            f"look at what {show(file)} is; if it is not part of the model, ",
             Again(("--allow", "adapter-files-unread"), otherwise=Command("merge-lora", (where, "OUT"))),
         ),
     )

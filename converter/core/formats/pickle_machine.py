@@ -130,7 +130,7 @@ class _Machine:
 
     def top(self, kind: type | tuple[type, ...]) -> Any:
         if not isinstance(self.stack[-1], kind):
-            self.fail("it adds to something that is no container")
+            self.fail("it adds to something that is not a container")
         return self.stack[-1]
 
     def to_mark(self) -> list[Any]:
@@ -158,7 +158,7 @@ class _Machine:
 
     def push_global(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > MAX_NAME:
-            self.fail("a name in it is no name")
+            self.fail("a name in it is not a name")
         self.names.add(f"{module}.{name}")
         self.stack.append(Global(module, name))
 

@@ -52,7 +52,7 @@ class Built:
 
     @property
     def path(self) -> str:
-        """The callable's dotted name; empty where it is no name."""
+        """The callable's dotted name; empty where it is not a name."""
         return self.function.path if isinstance(self.function, Global) else ""
 
 

@@ -294,7 +294,7 @@ def read_index(path: Path, *, root: Path | None = None) -> Index:
         if not plain or file.endswith(".bin") != path.name.endswith(".bin.index.json"):
             raise Refused(
                 "index-malformed",
-                f"{show(name)} is mapped to {show(file)!r}, which is no plain file name",
+                f"{show(name)} is mapped to {show(file)!r}, which is not a plain file name",
                 where=show(path),
                 expected="a name such as model-00001-of-00002" + (".bin" if ".bin." in path.name else ".safetensors"),
             )

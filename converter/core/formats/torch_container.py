@@ -232,7 +232,7 @@ _ITEM_BYTES = {
 
 
 def storage_type(reference: Any) -> str:
-    """`Float` of `torch.FloatStorage`; empty where it is no storage type."""
+    """`Float` of `torch.FloatStorage`; empty where it is not a storage type."""
     name = getattr(reference, "name", "")
     return name.removesuffix("Storage") if isinstance(name, str) and name.endswith("Storage") else ""
 

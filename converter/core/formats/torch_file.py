@@ -49,7 +49,7 @@ def dtype_named(name: str) -> DType | None:
 
 @dataclass(frozen=True, eq=False)
 class Opaque:
-    """A saved object that is no tensor and no plain container: its name, and what it was made from.
+    """A saved object that is not a tensor and no plain container: its name, and what it was made from.
 
     Compared by identity, so that one may be a key whatever it holds.
     """

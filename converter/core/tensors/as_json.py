@@ -94,6 +94,6 @@ def from_json(obj: Mapping[str, Any]) -> LazyTensor:
                 params = {k: tuple(v) if isinstance(v, list) else v for k, v in obj["params"].items()}
                 return apply(kernel_specs.find(obj["kernel"]), [from_json(i) for i in obj["inputs"]], params)
             case other:
-                raise Refused("plan-json", f"`{show(other)}` is no kind of lazy tensor")
+                raise Refused("plan-json", f"`{show(other)}` is not a kind of lazy tensor")
     except (KeyError, TypeError, ValueError) as error:
         raise Refused("plan-json", f"a lazy tensor in the plan is malformed: {show(error)}") from error

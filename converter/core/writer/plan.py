@@ -1,7 +1,7 @@
 """The plan: which bytes go where in which file, worked out from headers alone. Pure, and a value: JSON.
 
 Weights go to safetensors or, where a loader reads nothing else, to torch's zip format. What may change between two runs
-of the same work (`--jobs`, `--memory`) is no part of it.
+of the same work (`--jobs`, `--memory`) is not part of it.
 """
 
 from __future__ import annotations

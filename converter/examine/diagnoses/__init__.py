@@ -1,1 +1,1 @@
-"""Small independent functions that each name one fault, what proves it, what could mend it, and the next command."""
+"""Small independent functions that each name one fault, what proves it, what could fix it, and the next command."""

@@ -161,7 +161,7 @@ def _merging(error: ConvertError, case: Case) -> Next | None:
 
 
 def _severity(error: ConvertError, case: Case) -> Severity:
-    """How bad it is for who loads the adapter with PEFT; that it can't be merged here is no fault of the adapter."""
+    """How bad it is for who loads the adapter with PEFT; that it can't be merged here is not a fault of the adapter."""
     if error.code in NOT_MERGED_HERE or (error.code == "adapter-bias" and case.adapter_config.get("lora_bias") is True):
         return "cosmetic"
     start = case.adapter_config.get("init_lora_weights")

@@ -47,7 +47,7 @@ class Finding(Diagnostic):
         tensors: names of all tensors concerned; screens fold them.
         recoverability: `here`, `from <source>`, `lost`, or empty where nothing is missing.
         fix: names of the converters that mend it, in order.
-        applicability: `safe`: no number changes; `unsafe`: needs consent; `display-only`: no converter mends it.
+        applicability: `safe`: no number changes; `unsafe`: needs consent; `display-only`: no converter fixes it.
     """
 
     tensors: tuple[str, ...] = ()
@@ -242,7 +242,7 @@ class Case:
 
     @cached_property
     def folder(self) -> str:
-        """The folder as the user typed it: the one that a named file is in, and `./-rm`, which is no option."""
+        """The folder as the user typed it: the one that a named file is in, and `./-rm`, which is not an option."""
         typed = self.asked
         if self.kind != "weights" and Path(typed).expanduser().is_file():
             typed = os.path.dirname(typed) or "."

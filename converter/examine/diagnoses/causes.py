@@ -96,7 +96,7 @@ def _said_once(findings: list[Finding]) -> list[Finding]:
 
 
 def with_steps(findings: Iterable[Finding], case: Case) -> list[Finding]:
-    """Every finding that is no trifle with a step: its own, the command that runs its fix, or what a person does."""
+    """Every finding that is not a trifle with a step: its own, the command that runs its fix, or what a person does."""
     return [replace(f, next=_step(f, case)) if _lacks_step(f) else f for f in findings]
 
 
@@ -226,12 +226,12 @@ _STEPS: Mapping[str, Next | Callable[[Finding, Case], Next | None]] = {
     "peft-type-unmergeable": "load it beside its base with PEFT: PeftModel.from_pretrained(base, adapter)",
     "head-class": Steps("name the base whose class has that head: ", Again(("--base", "DIR"))),
     "head-incomplete": _SHARDS,
-    "tied-copies-differ": Steps("mend the base first: ", Command("doctor", ("BASE", "--deep"))),
+    "tied-copies-differ": Steps("fix the base first: ", Command("doctor", ("BASE", "--deep"))),
     "experts-twice": "move the files of one save out of the folder",
     "pair-tokenizer": "train the critic from a model with the actor's tokenizer; a reward model may get texts instead",
     "pair-vocabulary": "start both from models with one vocabulary",
     "pair-special-tokens": "set it in config.json to what the actor has, if training used that",
-    "launch-path-missing": "mend the path in the script, or run it where the folder is",
+    "launch-path-missing": "fix the path in the script, or run it where the folder is",
     "launch-role": "name a folder with a reward head in the script, and a language model as the actor",
     "launch-lora": "set it in the script to what adapter_config.json says",
     "loader-changes": _compared,

@@ -176,7 +176,7 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
     "adapter-empty": (LOST, "The adapter file holds no tensor."),
     "adapter-config-missing": (
         "",
-        "There is no adapter_config.json: rank and names can be told from the tensors, lora_alpha can't.",
+        "There is no adapter_config.json: rank and names can be inferred from the tensors, lora_alpha can't.",
     ),
     "zero3-empty-tensors": (
         "",
@@ -195,8 +195,8 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
     "input-unreadable": ("", "A file can't be read by this user."),
     "input-outside": ("", "A link leads out of the folder; it is not followed."),
     "input-not-a-file": ("", "A name of a weight file is a folder, a device or a pipe."),
-    "torch-zip": (_COPY, "A .bin or .pt file is no sound zip container as torch.save writes it."),
-    "torch-not": (_COPY, "A .bin or .pt file is no file of torch.save."),
+    "torch-zip": (_COPY, "A .bin or .pt file is not a sound zip container as torch.save writes it."),
+    "torch-not": (_COPY, "A .bin or .pt file is not a file of torch.save."),
     "pickle-malformed": (_COPY, "The pickle inside of a .bin or .pt file can't be read."),
     "pickle-names": (
         "",
@@ -301,7 +301,7 @@ def explanation(code: str) -> str:
 
 
 def _named(fault: Fault) -> Fault:
-    """The fault under the code that says most: a pointer of git-lfs is no cut file, though it reads as one."""
+    """The fault under the code that says most: a pointer of git-lfs is not a cut file, though it reads as one."""
     return replace(fault, code="git-lfs-pointer") if fault.fact("instead") == "git-lfs" else fault
 
 

@@ -160,7 +160,7 @@ def head_named_otherwise(case: Case, context: Context) -> Iterable[Finding]:
     if any(n.startswith(f"{w.removesuffix('.weight')}.") for n in here for w in wanted):
         return  # another form of head under the same stem: an MLP of the model's own code
     text = f"{show(architecture(case))} looks for {fold(wanted)}; the head is {fold(here)}: loaded, it is RANDOM"
-    # A wrapper's prefix is no dialect: `convert` reads none there, `repair` takes it off.
+    # A wrapper's prefix is not a dialect: `convert` reads none there, `repair` takes it off.
     is_wrapped = all(WRAPPER.search(n) for n in here)
     command = case.repair() if is_wrapped else convert_command(case, role_word(case))
     yield Finding(

@@ -33,7 +33,7 @@ MESSAGES = (
         r"--ignore_mismatched_sizes(?!\S*[= ]*(?:[Ff]alse|0))|"
         r"You set `ignore_mismatched_sizes`|^\W*ignore_mismatched_sizes\W*$|"
         r"newly initialized because the shapes did not match",
-        text="ignore_mismatched_sizes=True is no cure: every tensor whose shape differs is filled with random "
+        text="ignore_mismatched_sizes=True is not a cure: every tensor whose shape differs is filled with random "
         "values, and the "
         "run goes on with them. The lines above name the tensors and both shapes.",
         next=Command("doctor", ("DIR",)),
@@ -44,7 +44,7 @@ MESSAGES = (
         keys=("strict=False", "strict = False"),
         pattern=r"^(?!\s).{0,60}\b(?:load_state_dict|use|try|add|pass|set)\b.{0,80}strict ?= ?False|^strict ?= "
         r"?False\W*$",
-        text="strict=False is no cure: what is not found stays RANDOM, what does not fit is left out, and nothing "
+        text="strict=False is not a cure: what is not found stays RANDOM, what does not fit is left out, and nothing "
         "is said. "
         "A size mismatch is raised all the same.",
         next=Command("doctor", ("DIR",)),
@@ -143,7 +143,7 @@ MESSAGES = (
         severity="error",
         keys=("not map tensor", ", torch.uint8 -->", "torch.uint8"),
         pattern=r"Can ?not map tensor ['\"]?(?P<name>[\w.]+)|blk\.\d+\.[\w.]+,? torch\.uint8",
-        text="A converter meets a tensor that is no weight of the model. SCB, absmax or uint8: a quantised base was "
+        text="A converter meets a tensor that is not a weight of the model. SCB, absmax or uint8: a quantised base was "
         "saved, and "
         "has to be merged in full precision instead. lora_ or a prefix: the model was not merged or not unwrapped.",
         next=Steps(
@@ -211,7 +211,7 @@ MESSAGES = (
         ),
         pattern=r"model type `?(?P<name>[\w.-]+)`? but Transformers does not recognize|Should have a `model_type` key|"
         r"Unrecognized model identifier",
-        text="config.json has no model_type that the installed transformers knows: the folder is no model (look one "
+        text="config.json has no model_type that the installed transformers knows: the folder is not a model (look one "
         "level "
         "below), or transformers is too old for it.",
         next=Command("inspect", ("DIR",)),
@@ -230,7 +230,7 @@ MESSAGES = (
         r"disabled|LocalEntryNotFoundError",
         text="The Hub was asked for a model, and can't be reached. If a local folder was meant, the path has a "
         "typing error: "
-        "what is no folder is taken for a name on the Hub.",
+        "what is not a folder is taken for a name on the Hub.",
         next=Command("inspect", ("DIR",)),
     ),
     Message(

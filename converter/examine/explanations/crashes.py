@@ -17,7 +17,7 @@ UNKNOWN = Message(
     "guessed. Messages beside it in the same log, harmless ones too, do not explain it.",
     next=Steps(Command("doctor", ("DIR",)), " where a checkpoint was being loaded or saved"),
 )
-"""A traceback whose last line is no known message."""
+"""A traceback whose last line is not a known message."""
 
 CUT = replace(
     UNKNOWN,

@@ -245,7 +245,7 @@ MESSAGES = (
         severity="error",
         keys=("Engine core initialization failed", "architectures failed to be inspected", "failed to be inspected"),
         pattern=r"Engine core initialization failed|Model architectures .{1,300}? failed to be inspected",
-        text="vLLM reports that one of its processes did not start, which is no cause. The cause is the first error of "
+        text="vLLM reports that one of its processes did not start: that is not the cause, which is the first error of "
         "that process, further up in the same output.",
         next=Command("explain", ("WHOLE_LOG",)),
         seen_in=(_VLLM + "v1/engine/utils.py", _VLLM + "model_executor/models/registry.py"),

@@ -4,7 +4,7 @@ from converter.diagnostic import Command, Steps
 from converter.examine.explanations.message import Message
 
 _NO_CURE = (
-    "ignore_mismatched_sizes=True is no cure: it fills the tensor with random values. "
+    "ignore_mismatched_sizes=True is not a cure: it fills the tensor with random values. "
     "Neither is removing --gradient_checkpointing."
 )
 
@@ -201,7 +201,7 @@ MESSAGES = (
         severity="error",
         keys=("adapter_config.json",),
         pattern=r"Can't find 'adapter_config\.json'",
-        text="The folder is no adapter, or the path is wrong: see what is there.",
+        text="The folder is not an adapter, or the path is wrong: see what is there.",
         next=Command("inspect", ("DIR",)),
         codes=("adapter-config-missing",),
         seen_in=("peft 0.21.2: peft/config.py",),

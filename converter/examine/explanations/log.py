@@ -101,7 +101,7 @@ def read(blocks: Iterable[bytes], *, live: bool = False) -> Iterator[tuple[Seen,
 
 
 def unknown_error(text: str) -> Seen | None:
-    """An error without its traceback, as it is pasted: what it is not known to be; None where the text is no error."""
+    """An error without its traceback, as it is pasted, that is not known; None where the text is not an error."""
     lines = [line for line in text.splitlines() if line.strip()]
     name = name_of_error(lines[-1]) if lines else None
     if name is None:

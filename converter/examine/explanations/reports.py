@@ -29,7 +29,7 @@ MESSAGES = (
         keys=("MISMATCH",),
         pattern=_ROW + r"MISMATCH.{0,200}?ckpt: torch\.Size\(\[0\]\)",
         text=_REPORT + "the file holds an empty tensor for {name}: it was saved under ZeRO-3 without gathering. "
-        "ignore_mismatched_sizes=True is no cure: it fills the tensor with random values.",
+        "ignore_mismatched_sizes=True is not a cure: it fills the tensor with random values.",
         next=Steps(
             Command("doctor", ("DIR",)),
             Command("repair", ("DIR", "OUT", "--weights-from", "THE_RUNS_global_step_FOLDER")),
@@ -57,7 +57,7 @@ MESSAGES = (
         pattern=r"(?<![\w])(?P<name>(?:\w{1,80}+\.){0,9}?" + _HEADS + r"[\w.]{0,80})\s{0,200}+\|\s{0,20}MISMATCH",
         text=_REPORT
         + "the head ({name}) has another number of rows in the file than num_labels asks for. Set num_labels to "
-        "the head's rows. ignore_mismatched_sizes=True is no cure: the head is then random.",
+        "the head's rows. ignore_mismatched_sizes=True is not a cure: the head is then random.",
         next=Steps(Command("doctor", ("DIR",)), Command("repair", ("DIR", "OUT"))),
         codes=("labels-mismatch",),
         seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
@@ -70,7 +70,7 @@ MESSAGES = (
         r" vs model: ?torch\.Size\((?P<want>\[[\d, ]*\])\))?",
         text=_REPORT + "{name} has one shape in the file and another in the model ({have} and {want}): another "
         "vocabulary, "
-        "size or architecture. ignore_mismatched_sizes=True is no cure: it fills the tensor with random values.",
+        "size or architecture. ignore_mismatched_sizes=True is not a cure: it fills the tensor with random values.",
         next=Command("doctor", ("DIR",)),
         seen_in=("transformers 5.23.0: transformers/utils/loading_report.py",),
     ),
@@ -176,7 +176,7 @@ MESSAGES = (
         keys=("Unexpected key(s) in state_dict", "Missing key(s) in state_dict"),
         pattern=r"(?P<which>Unexpected|Missing) key\(s\) in state_dict: \W?(?P<name>[\w.-]{1,300})",
         text="{which} names ({name}, ...): the file is of another architecture, carries a prefix, or lacks tensors. "
-        "strict=False is no cure: what is missing stays RANDOM, and what is unexpected is left out.",
+        "strict=False is not a cure: what is missing stays RANDOM, and what is unexpected is left out.",
         next=Command("doctor", ("DIR",)),
         seen_in=("torch 2.13.0: torch/nn/modules/module.py",),
     ),

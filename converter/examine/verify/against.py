@@ -226,7 +226,7 @@ def _judge_rows(ours: Any, theirs: Any) -> Check:
     rest = float((torch.cat([theirs, ones], -1) @ weights - ours).abs().max())
     is_determined = theirs.shape[-1] + 1 < len(theirs) // 2
     if not is_determined or rest > ROUNDED * (float(ours.abs().max()) or 1.0):
-        return fails("head", "head-rows", f"{text}, and it is no sum of those")
+        return fails("head", "head-rows", f"{text}, and it is not a sum of those")
     if abs(float(weights[-1].abs().max())) > ROUNDED * (float(ours.abs().max()) or 1.0):
         return fails("head", "head-shifted", f"{text}; it is a sum of those, and a constant")
     shown = "; ".join(", ".join(f"{w:.4g}" for w in column) for column in weights[:-1].T.tolist())

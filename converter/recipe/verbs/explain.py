@@ -65,7 +65,8 @@ def explain(
         on_message: called with each message when it is first met; true ends the reading.
 
     Raises:
-        UsageError: no text (`usage`), an unknown code (`unknown-code`), or a path that is no file (`path-not-a-file`).
+        UsageError: no text (`usage`), an unknown code (`unknown-code`), or a path that is
+            not a file (`path-not-a-file`).
     """
     from converter.examine.explanations.log import match, unknown_error
 

@@ -121,7 +121,7 @@ def inspect(path: str | Path, *, revision: str | None = None, allow_name: Sequen
         allow_name: patterns of names of your own classes that pickled files may mention.
 
     Raises:
-        UsageError: a file that is no part of a checkpoint, or two revisions.
+        UsageError: a file that is not part of a checkpoint, or two revisions.
         Refused: nothing local has that name (`path-missing`), or it can't be read from the Hub (`hub-download`).
     """
     from converter.examine.doctor import DoctorRequest, examine

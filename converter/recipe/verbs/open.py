@@ -53,7 +53,7 @@ def opened(text: str, *, revision: str | None = None, token: str | None = None) 
     if is_weight_file(path.name) and path.is_file():
         return open_file(path, text)
     if path.is_file():
-        raise UsageError("path-not-a-folder", "this is no weight file; name the folder it is in", where=show(text))
+        raise UsageError("path-not-a-folder", "this is not a weight file; name the folder it is in", where=show(text))
     try:
         return open_checkpoint(input_spec(text, revision), token=token, keep_code=False)
     except ConvertError as error:

@@ -163,7 +163,7 @@ def _with_vocabulary(mends: Mends, to: str) -> Mends:
     """
     if to not in ("rows", "tokenizer") and not (to.isascii() and to.isdecimal()):
         raise UsageError(
-            "usage", f"--vocab {show(to)} is no vocabulary", expected="rows, tokenizer or a number of rows"
+            "usage", f"--vocab {show(to)} is not a vocabulary", expected="rows, tokenizer or a number of rows"
         )
     wanted = Step("vocabulary", {"to": int(to) if to.isdecimal() else to})
     steps = [s for s in mends.steps if s.name != "mend-vocabulary"]
@@ -230,7 +230,7 @@ def _both(found: _Around, out: str | None, options: WriteOptions, going: Going) 
 
 
 def mends_of(asked: RepairRequest, options: WriteOptions) -> Mends:
-    """What is mended beside lost tensors."""
+    """What is fixed beside lost tensors."""
     from converter.recipe.verbs.repair_mends import find_mends
 
     mends = find_mends(
@@ -260,7 +260,7 @@ def is_whole(recipe: Recipe, options: WriteOptions) -> bool:
 
 
 def expect_sound(asked: RepairRequest, mends: Mends, only: frozenset[str] | None = None) -> None:
-    """Say what neither mends nor filling reach: an output with an error in it is no repaired folder.
+    """Say what neither mends nor filling reach: an output with an error in it is not a repaired folder.
 
     Raises:
         Refused: there is an error, of the codes in `only` if given, that would be in the output; under its code.

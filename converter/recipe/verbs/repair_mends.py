@@ -1,4 +1,4 @@
-"""What `repair` mends beside lost tensors: the safe fixes of doctor's findings, and unsafe ones with consent."""
+"""What `repair` fixes beside lost tensors: the safe fixes of doctor's findings, and unsafe ones with consent."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Mends:
 
     Attributes:
         codes: findings that the steps, or writing the files anew, mend.
-        left: findings that a step would mend with consent, and the code to consent to.
+        left: findings that a step would fix with consent, and the code to consent to.
         unmended: errors that would be in the output as well.
     """
 
@@ -159,7 +159,7 @@ def _expect_lora(names: Mapping[str, None], left: Mapping[str, str], where: str)
 
 
 def _behind_the_names(case: Case, findings: Sequence[Finding], *, lora: bool) -> list[Finding]:
-    """Faults that only show once names and the class are mended: a head behind a wrapper is no head to doctor."""
+    """Faults that only show once names and the class are fixed: a head behind a wrapper is no head to doctor."""
     entries = _mended(case, lora=lora)
     named = case.config.get("architectures")
     bare = class_of(case.config)

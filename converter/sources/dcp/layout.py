@@ -145,7 +145,7 @@ def optimizer_states(metadata: Metadata) -> dict[str, dict[str, str]]:
 
 def reasons(entries: SortedEntries) -> dict[str, str]:
     """What is not taken, and why; an optimizer's entries as one."""
-    found = dict.fromkeys(entries.extra, "it is no tensor, but state of a module's own")
+    found = dict.fromkeys(entries.extra, "it is not a tensor, but state of a module's own")
     found |= dict.fromkeys(entries.others, "no part of the model: it lies beside it in the trainer's state")
     for root, count in entries.optimizer.items():
         found[f"{root}*"] = f"the optimizer's state, {count} entries: no part of a model"

@@ -69,7 +69,7 @@ class Metadata:
 
     Attributes:
         tensors: by key.
-        blobs: keys of what is no tensor.
+        blobs: keys of what is not a tensor.
         paths: keys as the path of dictionary keys that led there when it was saved.
         places: by key and offset.
         flattened: keys of optimizers' tensors that megatron-core saved as stretches of flat buffers.
@@ -223,7 +223,7 @@ class _Reader:
                 raise self.bad(f"{text}; such pieces are not read", "dcp-transformed")
             file, start, length = (info.get(k) for k in ("relative_path", "offset", "length"))
             if not isinstance(file, str) or "/" in file or file in ("", ".", "..") or "\0" in file:
-                raise self.bad(f"a piece of {show(key)} lies in {show(file)}, which is no file beside it")
+                raise self.bad(f"a piece of {show(key)} lies in {show(file)}, which is not a file beside it")
             if not (type(start) is int and type(length) is int and start >= 0 and length > 0):
                 raise self.bad(f"a piece of {show(key)} has no place in its file")
             offsets = () if offset is None else self.counts(offset, key)

@@ -120,7 +120,7 @@ def shared_names(shards: Shards) -> dict[str, str]:
     if not value:
         return {}
     if not isinstance(value, dict) or not all(isinstance(n, str) for pair in value.items() for n in pair):
-        raise shards.refuse("zero-malformed", "shared_params is no mapping of names", file=shards.model_file())
+        raise shards.refuse("zero-malformed", "shared_params is not a mapping of names", file=shards.model_file())
     return dict(value)
 
 
@@ -158,7 +158,7 @@ def open_chosen(
         side_files=beside.files,
         ties=found.shared,
         config_bytes=beside.config_bytes,
-        dropped=dict.fromkeys(found.extra, "it is no tensor, but state of a module's own"),
+        dropped=dict.fromkeys(found.extra, "it is not a tensor, but state of a module's own"),
         inputs=beside.inputs | shards.inputs,
         checks=tuple(shards.checks),
         said=(*told, *shards.said, *beside.said),

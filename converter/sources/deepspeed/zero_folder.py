@@ -5,7 +5,7 @@ parameters that the optimizer held are taken from here: for all others, and for 
 has the 16-bit weight widened, whole numbers made floats included. They are exact in the model file.
 
 Under round robin the folder is wrong: ds_to_universal.py cuts the flat partitions in the optimizer's order, and they
-are in another. Whether that happened can be told from the model file, see `scrambled`.
+are in another. Whether that happened can be inferred from the model file, see `scrambled`.
 
 Source: https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/checkpoint/ds_to_universal.py
 (`merge_tp_slices`, `merge_zero3_slices`), and `_link_all_hp_params` in deepspeed/runtime/zero/stage_1_and_2.py.

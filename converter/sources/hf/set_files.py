@@ -22,7 +22,7 @@ from converter.text import fold, show
 
 CODE = "weight-sets"
 OF_THE_INDEX = frozenset({"index-malformed", "index-conflict", "index-phantom"})
-"""Faults of the index alone: where the files have all that the config implies, an output's new index mends them."""
+"""Faults of the index alone: where the files have all that the config implies, an output's new index fixes them."""
 
 _MOST_MISSING = 3
 

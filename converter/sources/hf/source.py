@@ -346,7 +346,7 @@ def _no_weights(root: Path, names: frozenset[str]) -> Fault:
         return Fault(
             code="pickled-weights",
             severity="error",
-            text=f"the weights are in {fold(pickled)}, which is no name that transformers reads",
+            text=f"the weights are in {fold(pickled)}, which is not a name that transformers reads",
             where=show(root),
             next=f"name a whole file {MODEL_PICKLED}, or restore {PICKLED_INDEX}",
             facts=(("file", pickled[0]),) if len(pickled) == 1 else (),

@@ -223,7 +223,7 @@ def refuse(repo_id: str, token: str | None, error: Exception) -> NoReturn:
     advice = next((_ADVICE[n] for n in names if n in _ADVICE), "check the name and the network; or name a local folder")
     raise Refused(
         "hub-download",
-        f"{show(repo_id)} is no folder here, and it can't be had from the Hub: {reason or type(error).__name__}",
+        f"{show(repo_id)} is not a folder here, and it can't be had from the Hub: {reason or type(error).__name__}",
         got=show(text.strip().partition("\n")[0]),
         next=advice,
     ) from None

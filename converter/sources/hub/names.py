@@ -57,7 +57,7 @@ def _is_below(parts: list[str]) -> bool:
 
 
 def is_on_hub(text: str) -> bool:
-    """True for what is no path here and names a model on the Hub, as far as the text tells."""
+    """True for what is not a path here and names a model on the Hub, as far as the text tells."""
     if text.startswith(SCHEME) or hub_name(text) is not None:
         return True
     path = Path(text)

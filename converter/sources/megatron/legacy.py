@@ -140,9 +140,9 @@ _SAME = (
 
 
 def _tensors(value: Any, ranks: Ranks) -> dict[str, LazyTensor]:
-    """A model's tensors; what modules keep beside them (`_extra_state`) is no weight."""
+    """A model's tensors; what modules keep beside them (`_extra_state`) is not a weight."""
     if not isinstance(value, dict):
-        raise ranks.refuse("megatron-malformed", "a rank's model is no dictionary of tensors")
+        raise ranks.refuse("megatron-malformed", "a rank's model is not a dictionary of tensors")
     held = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, LazyTensor)}
     return {k: v for k, v in held.items() if not k.endswith("_extra_state")}
 
@@ -155,7 +155,7 @@ def _place(name: str, ranks: Ranks) -> tuple[int, int, int]:
     wanted = [True, ranks.pp > 1, ranks.ep > 1]
     sizes = (max(ranks.tp, ranks.expert_tp), ranks.pp, ranks.ep)
     if len(numbers) != sum(wanted):
-        what = f"{show(name)} is no name of a rank of TP {ranks.tp}, PP {ranks.pp}, EP {ranks.ep}"
+        what = f"{show(name)} is not a name of a rank of TP {ranks.tp}, PP {ranks.pp}, EP {ranks.ep}"
         raise ranks.refuse("megatron-mixed", what)
     found = tuple(numbers.pop(0) if is_there else 0 for is_there in wanted)
     if any(n >= size for n, size in zip(found, sizes, strict=True)):

@@ -201,7 +201,9 @@ def _reasons(metadata: Metadata, own: Iterable[str], *, is_master: bool) -> dict
         if key in taken or _OPTIMIZER.match(key) or _EXTRA.fullmatch(key):
             continue
         is_buffer = key in metadata.tensors
-        found[key] = "counts tokens while training" if is_buffer else "it is no tensor, but state of the trainer's own"
+        found[key] = (
+            "counts tokens while training" if is_buffer else "it is not a tensor, but state of the trainer's own"
+        )
     return found
 
 

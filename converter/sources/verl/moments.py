@@ -90,7 +90,7 @@ def _states(ranks: Ranks, rank: int, state: State) -> tuple[int, dict[int, Value
         if value is not None and type(number) is int and number < len(params):
             found[number] = value
         elif saved_value is not None:
-            raise ranks.refuse("verl-malformed", f"{state} of {show(number)} is no tensor of a parameter", file=file)
+            raise ranks.refuse("verl-malformed", f"{state} of {show(number)} is not a tensor of a parameter", file=file)
     return len(params), found
 
 

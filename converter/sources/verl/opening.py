@@ -53,7 +53,7 @@ def open_chosen(
         side_files=beside.files,
         ties=found.shared,
         config_bytes=beside.config_bytes if config == beside.config else None,
-        dropped=dict.fromkeys(found.extra, "it is no tensor, but state of a module's own"),
+        dropped=dict.fromkeys(found.extra, "it is not a tensor, but state of a module's own"),
         inputs=beside.inputs | ranks.inputs,
         checks=tuple(ranks.checks),
         said=(*told, *ranks.files.said, *ranks.said, *beside.said),

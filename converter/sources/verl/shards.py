@@ -227,7 +227,7 @@ class Ranks:
         for rank, copy in copies.items():
             if copy.info != copies[first].info or self._print(copy) != self._print(copies[first]):
                 what = (
-                    f"{show(name)} is no shard but a whole tensor, and differs between {show(names[first])} and "
+                    f"{show(name)} is not a shard but a whole tensor, and differs between {show(names[first])} and "
                     f"{show(names[rank])}"
                 )
                 raise self.refuse("verl-mixed", f"{what}: they are of two runs, or of two steps")

@@ -21,7 +21,7 @@ CONFIG = "adapter_config.json"
 
 
 def lora(base: Base, **settings: Any) -> dict[str, Any]:
-    """Arguments of `LoraConfig`; alpha/r is no power of two: then the order of scaling and adding shows in the bits."""
+    """Arguments of `LoraConfig`; alpha/r is not a power of two: then the order of scaling and adding shows."""
     return {"r": 3, "lora_alpha": 5, "target_modules": base.targets, "lora_dropout": 0.1} | settings
 
 

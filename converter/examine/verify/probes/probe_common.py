@@ -49,7 +49,7 @@ class Loaded:
         head: names of the head's parameters in `model.state_dict()`.
         rewards: from ids and mask, `[n, t]` each, to `[n]`.
         values: from ids and mask to `[n, len(columns)]` and the columns.
-        canonical: a name in the state dict to the backbone's own name, or None for what is no weight of a file.
+        canonical: a name in the state dict to the backbone's own name, or None for what is not a weight of a file.
         facts: more to report.
     """
 
