@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,11 +97,12 @@ def test_what_lies_beside_the_weights_is_no_fault(change: Change, kind: str, tmp
 
 def gptq(name: str, weight: torch.Tensor) -> Tensors:
     rows, columns = weight.shape
+    groups = columns // 8
     return {
         f"{name}.qweight": torch.ones(columns // 8, rows, dtype=torch.int32),
-        f"{name}.qzeros": torch.ones(2, rows // 8, dtype=torch.int32),
-        f"{name}.scales": torch.ones(2, rows),
-        f"{name}.g_idx": torch.zeros(columns, dtype=torch.int32),
+        f"{name}.qzeros": torch.ones(groups, rows // 8, dtype=torch.int32),
+        f"{name}.scales": torch.ones(groups, rows),
+        f"{name}.g_idx": torch.arange(columns, dtype=torch.int32) // 8,
     }
 
 
@@ -117,16 +119,34 @@ def packed(name: str, weight: torch.Tensor) -> Tensors:
     }
 
 
-@pytest.mark.parametrize(("method", "change"), [("gptq", gptq), ("fp8", fp8), ("compressed-tensors", packed)])
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
+
+
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "sym": True}, gptq),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, fp8),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}},
+            },
+            packed,
+        ),
+    ],
+    ids=["gptq", "fp8", "compressed-tensors"],
+)
 def test_a_quantised_model_is_no_fault(
-    method: str, change: Callable[[str, torch.Tensor], Tensors], tmp_path: Path
+    config: dict[str, Any], change: Callable[[str, torch.Tensor], Tensors], tmp_path: Path
 ) -> None:
     folder = Saved("causal", "llama").write(tmp_path / "model")
     made: Tensors = {}
     for name, weight in read_tensors(folder).items():
         made |= change(name.removesuffix(".weight"), weight) if "_proj.weight" in name else {name: weight}
     write_tensors(folder, made)
-    edit_config(folder, quantization_config={"quant_method": method})
+    edit_config(folder, quantization_config=config)
     assert serious(folder, deep=True) == []
 
 

@@ -316,6 +316,7 @@ def expect_known_layout(raw: Mapping[str, Any], found: Iterator[ExpertModule] | 
             where=where,
             expected="rank_major or grouped_by_expert",
             got=show(layout),
+            next="write there which of the two the adapter has; without the entry it is PEFT's own, rank_major",
         )
     stacked = any(e.expert is None and e.stack.experts > 1 and not e.is_linear for e in found)
     if layout is None and stacked and _is_of_unsloth(raw):

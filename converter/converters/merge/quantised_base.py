@@ -110,7 +110,7 @@ def _say_of_training(base: Checkpoint, adapters: Sequence[Checkpoint], context: 
     recorded = [n for a in adapters if isinstance(n := a.config.get("base_model_name_or_path"), str)]
     if made is not None:
         whole_ones = [n for n in recorded if not is_quantised_name(n) and _last(n) != _last(base.origin.path)]
-        text = "merged onto the dequantised weights: an adapter that was trained over this base saw these, to the bit"
+        text = "merged onto the dequantised weights: an adapter that was trained over this base was trained over these"
         if whole_ones:
             text = (
                 f"merged onto the dequantised weights; the adapter records {show(whole_ones[0])} as its base: nearer "

@@ -27,7 +27,7 @@ MESSAGES = (
         code="adapter-config-newer",
         severity="error",
         keys=("got an unexpected keyword argument",),
-        pattern=r"(?P<name>\w*Config)\.__init__\(\) got an unexpected keyword argument '(?P<other>\w+)'",
+        pattern=r"(?<!\w)(?P<name>\w{0,80}Config)\.__init__\(\) got an unexpected keyword argument '(?P<other>\w+)'",
         text="adapter_config.json has a field ({other}) that the installed PEFT is too old for. Most such fields are "
         "off "
         "and say nothing; one that is on changes what the adapter computes.",
@@ -252,8 +252,8 @@ MESSAGES = (
         code="reward-model-type",
         severity="error",
         keys=("`reward_model_type` cannot be lora", "does not support lora reward model"),
-        pattern=r"`reward_model_type` cannot be lora for Freeze/Full PPO|(?P<name>\w+) does not support lora reward "
-        r"model",
+        pattern=r"`reward_model_type` cannot be lora for Freeze/Full PPO|"
+        r"(?<!\w)(?P<name>\w{1,100}+) does not support lora reward model",
         text="LLaMA-Factory takes a LoRA reward model only where the policy is trained with LoRA on the same base. As "
         "a "
         "whole model it goes with `reward_model_type: full`.",

@@ -16,7 +16,7 @@ def _lines(file: str) -> Mapping[str, str]:
 
 def of_code(code: str) -> str | None:
     """What a code means, in the order in which `explain CODE` looks: diagnoses, other codes, messages."""
-    files = ("diagnoses", "checks", "converting", "messages")
+    files = ("diagnoses", "checks", "converting", "merging", "messages")
     return next((_lines(file)[code] for file in files if code in _lines(file)), None)
 
 

@@ -97,7 +97,7 @@ MESSAGES = (
         code="engine-tie-uninitialised",
         severity="error",
         keys=("so the tied weight is uninitialized",),
-        pattern=r"['\"]?(?P<name>[\w.]+)['\"]? was skipped because it is tied to ['\"]?(?P<other>[\w.]+)|"
+        pattern=r"(?<![\w.])(?P<name>[\w.]{1,300}+)['\"]? was skipped because it is tied to ['\"]?(?P<other>[\w.]+)|"
         r"so the tied weight is uninitialized",
         text="config.json ties {name} to another tensor, and that other one is not in the file. The tie is wrong, or "
         "the "
@@ -192,7 +192,7 @@ MESSAGES = (
         code="adapter-not-there",
         severity="error",
         keys=("No adapter found for", "doesn't contain tensors", "adapter model file not found in"),
-        pattern=r"No adapter found for (?P<name>\S{1,300})|(?P<other>\S{1,300}) doesn't contain tensors|"
+        pattern=r"No adapter found for (?P<name>\S{1,300})|(?<!\S)(?P<other>\S{1,300}+) doesn't contain tensors|"
         r"adapter model file not found in",
         text="The folder that was named as an adapter has no adapter_model.safetensors or .bin: a wrong path, the "
         "run's "
@@ -234,7 +234,7 @@ MESSAGES = (
         code="reward-model-not-embedding",
         severity="error",
         keys=("is only used for embedding",),
-        pattern=r"(?P<name>\w+) is only used for embedding",
+        pattern=r"(?<!\w)(?P<name>\w{1,100}+) is only used for embedding",
         text="SGLang serves reward models and classifiers through its embedding side alone. Nothing is wrong with the "
         "files.",
         next="start the server with --is-embedding",

@@ -31,7 +31,7 @@ MESSAGES = (
             "not found in the checkpoint) encountered in the provided sharded state dict",
             "from model not in state dict",
         ),
-        pattern=r"(?P<name>[\w.]{1,300}) from model not in state dict|"
+        pattern=r"(?<![\w.])(?P<name>[\w.]{1,300}+) from model not in state dict|"
         r"keys found in the checkpoint are missing in the provided sharded state dict|"
         r"\(not found in the checkpoint\) encountered in the provided sharded state dict",
         text="Megatron's checkpoint and the model have different names ({name}): other layers or experts, a head that "
@@ -59,7 +59,7 @@ MESSAGES = (
         code="megatron-not-a-checkpoint",
         severity="error",
         keys=("is not a distributed checkpoint", "unknown checkpoint format in", "Checkpoint directory "),
-        pattern=r"(?P<name>\S{1,300}) is not a distributed checkpoint|unknown checkpoint format in "
+        pattern=r"(?<!\S)(?P<name>\S{1,300}+) is not a distributed checkpoint|unknown checkpoint format in "
         r"(?P<other>\S{1,300})|"
         r"Checkpoint directory \S{1,300} does not exist",
         text="The folder is not the inside of a Megatron checkpoint (no metadata.json, common.pt or .metadata): it is "

@@ -64,7 +64,7 @@ MESSAGES = (
         code="zero-no-files",
         severity="error",
         keys=("seems a bogus DeepSpeed checkpoint folder", "files in directory '", "is not a model state checkpoint"),
-        pattern=r"(?P<name>\S{1,300}) seems a bogus DeepSpeed checkpoint folder|"
+        pattern=r"(?<!\S)(?P<name>\S{1,300}+) seems a bogus DeepSpeed checkpoint folder|"
         r"can't find (?P<other>\S{1,100}) files in directory '|is not a model state checkpoint",
         text="This is not the inside of a DeepSpeed checkpoint: the files of its ranks (mp_rank_*, zero_pp_rank_*) are "
         "not in the folder. They lie in global_stepN, or on the disks of the other nodes.",

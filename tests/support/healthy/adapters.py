@@ -204,8 +204,11 @@ def quantised(folder: Path) -> None:
     for name, value in list(tensors.items()):
         if "_proj.weight" in name:
             tensors[name] = torch.zeros(value.numel() // 2, 1, dtype=torch.uint8) + 119
-            tensors[f"{name}.absmax"] = torch.ones(value.numel() // 64 or 1)
+            state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(value.shape)}
+            tensors[f"{name}.absmax"] = torch.ones(-(-value.numel() // 64))
             tensors[f"{name}.quant_map"] = torch.linspace(-1, 1, 16)
-            tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.zeros(8, dtype=torch.uint8)
+            tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(
+                list(json.dumps(state).encode()), dtype=torch.uint8
+            )
     write_tensors(folder, tensors)
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
