@@ -162,7 +162,7 @@ def test_no_line_of_a_log_keeps_the_patterns_of_explain_busy() -> None:
     slow = []
     for message in MESSAGES:
         for key in message.keys:
-            for between in (" ", "'", "a", "(", "0, ", ".a", "[]", "1/", ": ", "','", key):
+            for between in (" ", "a", ".a", "1/", "','", key):
                 for line in (key + between * MAX_LINE, between * MAX_LINE + key, (key + between) * 2000):
                     begun = time.process_time()
                     message.regex.search(line[-MAX_LINE:])

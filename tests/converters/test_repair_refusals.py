@@ -34,7 +34,7 @@ def test_trained_lora_without_shards_is_lost_and_the_refusal_says_what_helps(tmp
     done = _refused("tensors-lost", src, "--base", src.parent / "base")
     assert "6 of 6 lost tensors" in done.text
     assert "4 x trained by LoRA" in done.text
-    assert f"rlhf-convert repair {src} OUT --weights-from DIR" in done.text
+    assert f"rlhf-convert repair {src} {tmp_path / 'out'} --weights-from DIR" in done.text
     assert "no shards of a trainer" in done.text
 
 
@@ -173,11 +173,11 @@ def test_other_verbs_refuse_and_name_the_command_that_repairs(tmp_path: Path, ve
     base = ["--base", src.parent / "base"] if verb == "merge-lora" else []
     done = run(verb, src, tmp_path / "out", *base)
     assert (done.code, (tmp_path / "out").exists()) == (3, False)
-    assert f"Next: rlhf-convert repair {src} OUT" in done.text
+    assert f"Next: rlhf-convert repair {src} {tmp_path / 'out'}" in done.text
     assert "--weights-from" not in done.text  # its shards lie in the folder, and are found
     drop_shards(src.parent)
     done = run(verb, src, tmp_path / "out", *base)
-    assert f"Next: rlhf-convert repair {src} OUT --weights-from DIR" in done.text
+    assert f"Next: rlhf-convert repair {src} {tmp_path / 'out'} --weights-from DIR" in done.text
 
 
 def test_a_place_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:

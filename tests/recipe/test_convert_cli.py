@@ -192,7 +192,9 @@ def test_two_heads_in_one_folder_are_a_question_to_the_user(tmp_path: Path) -> N
 
 def test_a_head_that_no_dialect_has_there_is_a_question_too(tmp_path: Path) -> None:
     model = zoo.live("llama")
-    source = zoo.save(zoo.Form("{P}", "v_head.weight"), model, tmp_path / "rm")
+    source = zoo.save(zoo.Form("{P}", "my_head.weight"), model, tmp_path / "rm")
+    two = load_file(source / "model.safetensors")
+    save_file(two | {"v_head.weight": two["my_head.weight"].clone()}, source / "model.safetensors", {"format": "pt"})
     ran = refused("dialect-unknown", "rm-to-critic", source, tmp_path / "out", "--to", "openrlhf", exit_code=2)
     assert "v_head.weight" in ran.text
 

@@ -174,7 +174,8 @@ def test_a_model_on_the_hub_is_verified_as_the_folder_is(hub: FakeHub, converted
     there = run("verify", converted, "--for", "openrlhf", "--role", "reward", *against)
     assert there.returncode == 0, there.stdout + there.stderr
     here = run("verify", "rm", "--for", "openrlhf", "--role", "reward", *against)
-    assert there.stdout.splitlines()[1:-8] == here.stdout.splitlines()[1:-8]
+    lines, own = ([x for x in ran.stdout.splitlines()[1:-8] if " bytes " not in x] for ran in (there, here))
+    assert lines == own  # all but the receipt's checksums, for which every byte would be fetched
     assert "--reward.model_name_or_path org/rm" in there.stdout
 
 

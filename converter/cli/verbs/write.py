@@ -18,6 +18,14 @@ Dequantize = Annotated[
         rich_help_panel=INPUT,
     ),
 ]
+Requantize = Annotated[
+    RequantizeChoice | None,
+    typer.Option(
+        help="same: write adapted weights of an FP8 base back in its own blocks, rounded a second time.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 @verb(
@@ -89,14 +97,7 @@ def merge_lora(
     ] = 0,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of what dare draws.")] = 0,
     dequantize: Dequantize = False,
-    requantize: Annotated[
-        RequantizeChoice | None,
-        typer.Option(
-            help="same: write adapted weights of an FP8 base back in its own blocks, rounded a second time.",
-            show_default=False,
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    requantize: Requantize = None,
 ) -> int:
     """`rlhf-convert merge-lora`."""
     from converter.cli.run.merge import merge

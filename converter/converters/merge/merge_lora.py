@@ -395,9 +395,6 @@ def _needed(modules: Iterable[Module], method: Method) -> dict[str, list[str]]:
     """The tensors, by module, that the base must have: what is updated or replaced."""
     needed: dict[str, list[str]] = {}
     for module in modules:
-        changed = (
-            *(method.leaves(module) if module.factors else ()),
-            *(("weight",) if module.token_rows is not None else ()),
-        )
-        needed[module.name] = list(dict.fromkeys([*module.replaced, *changed]))
+        leaves = [*(method.leaves(module) if module.factors else ()), *["weight"] * (module.token_rows is not None)]
+        needed[module.name] = list(dict.fromkeys([*module.replaced, *leaves]))
     return needed

@@ -221,9 +221,10 @@ def heads_several(case: Case, context: Context) -> Iterable[Finding]:
     elif len(stems) > 1:
         text = f"several heads: {fold(sorted(stems))}. Which one counts depends on the loader"
         here = heads_here(case)
+        is_whole = all(name in case.shapes for name in wanted_head(case))
         yield Finding(
             code="heads-several",
-            severity="changes-numbers",
+            severity="changes-numbers" if is_whole else "error",
             text=text,
             tensors=tuple(here),
             evidence=folded(case, here),
