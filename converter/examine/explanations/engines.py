@@ -43,7 +43,7 @@ MESSAGES = (
         code="engine-name-skipped",
         severity="changes-numbers",
         keys=("not found in params_dict",),
-        pattern=r"(?P<name>[\w.]{1,300}+) not found in params_dict",
+        pattern=r"(?<![\w.])(?P<name>[\w.]{1,300}+) not found in params_dict",
         text="SGLang skips a tensor that its class has no place for ({name}) and serves the rest. What should stand in "
         "its place has values that nobody trained; only a part that this class leaves out is harmless.",
         next=Command("doctor", ("DIR",)),
