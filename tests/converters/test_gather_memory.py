@@ -29,7 +29,7 @@ def _peak(folder: Path, more: list[str]) -> int:
     return peak
 
 
-@pytest.mark.parametrize(("stage", "more"), [(3, []), (2, ["--master"])])
+@pytest.mark.parametrize(("stage", "more"), [pytest.param(3, [], marks=pytest.mark.slow), (2, ["--master"])])
 def test_anonymous_memory_stays_flat_for_a_checkpoint_four_times_as_large(
     tmp_path: Path, stage: int, more: list[str]
 ) -> None:

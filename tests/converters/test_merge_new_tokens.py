@@ -24,7 +24,7 @@ CELLS = [*cells("llama"), *(c for c in cells("gpt2", "gpt_neox", "phi") if c.res
 CELLS = [c for c in CELLS if not (c.family == "phi" and c.tied and c.kind.startswith("rows"))]
 
 BY_DEFAULT = [
-    c if c.family == "llama" or number % 3 == 0 else pytest.param(c, marks=pytest.mark.slow)
+    c if number % 3 == 0 else pytest.param(c, marks=pytest.mark.slow)
     for number, c in enumerate(c for c in CELLS if c.is_saved_whole)
 ]
 

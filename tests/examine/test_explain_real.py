@@ -146,8 +146,13 @@ PREFIXES = [
 ]
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\x1b[0m\n", ""])
+ENDS = ("\n", "\r\n", "\x1b[0m\n", "")
+PLACES = [(prefix, end) for prefix in PREFIXES for end in ENDS]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "end"), [p if at % 5 == 0 else pytest.param(*p, marks=pytest.mark.slow) for at, p in enumerate(PLACES)]
+)
 def test_a_message_is_known_behind_every_prefix_and_before_every_line_end(prefix: str, end: str) -> None:
     for text, name in CATALOGUE:
         if not text.startswith(("remove", "--", "ignore", "model.load")):

@@ -27,7 +27,7 @@ from fuzz_pickles import PICKLED, changed_inside
 from places import IMPORTED, TESTS
 from zero.compare import RUNS, evaluated, run_names
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "30"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))
 COMPUTED = ("lora-z3-n2", "aligned-z1-n2", "elastic-z2-n3", "plain-z0-n1")
 SHARE_COMPUTED = 0.03
 """Of the time, for each of the above."""
