@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2048
 """Tokens of a sequence that are kept, the last ones."""
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 2048
 """Tokens, padding included, of one pass through a model."""
 
 CAUSES = ("template", "base", "head", "normalisation", "pad token")
