@@ -36,6 +36,7 @@ VERBS = (
     "list",
     "env",
     "watch",
+    "check",
     "push",
 )
 
