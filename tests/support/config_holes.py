@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from converter.cli import main
+from converter.errors import ConvertError
 from converter.examine.doctor import DoctorRequest, examine
 from converter.examine.verify.verify import VerifyRequest
 from converter.examine.verify.verify import examine as verify
-from converter.errors import ConvertError
 from healthy.models import Saved
 from holes import Sound, writers
 from oracle.bases import quiet
@@ -160,7 +160,9 @@ def config_case(sound: Sound, saved: Saved, seed: int) -> Outcome | None:
             is_harm, mentioned = load_says(folder)
         except TooLargeError:
             return None
-        wrong = _wrong_of_harm(folder, mentioned, Path(scratch)) if is_harm else _wrong_of_none(folder, sound.model(saved))
+        wrong = (
+            _wrong_of_harm(folder, mentioned, Path(scratch)) if is_harm else _wrong_of_none(folder, sound.model(saved))
+        )
         return Outcome(str(saved), change, is_harm, wrong)
 
 

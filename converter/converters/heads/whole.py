@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from converter.converters.heads.detect import detect, head_like
 from converter.converters.heads.model import resolve
@@ -18,7 +19,8 @@ from converter.dialects.spec import Dialect
 from converter.errors import ConvertError
 from converter.families.expected import Comparison, Expected, Unknown, compare, expected
 from converter.families.family import family
-from converter.families.implied import Shape
+from converter.families.implied import Shape, class_of
+from converter.families.memory_names import class_names
 from converter.families.quantised.reading import plain_shapes
 from converter.families.words import OUTPUT_PREFIXES
 from converter.text import fold, show
@@ -63,6 +65,7 @@ class Judgement:
         wanted: what the class asks for.
         dialect: whose head it has, where that is not the class's own.
         mistyped: weights of types that only quantised models store, in one that is none.
+        refused: it is unknown since transformers does not build the class of this config.
     """
 
     unknown: str
@@ -72,6 +75,7 @@ class Judgement:
     slices: Slices | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     mistyped: Mapping[str, DType] = field(default_factory=dict)
+    refused: bool = False
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -136,7 +140,7 @@ def judge(checkpoint: Checkpoint, names: Mapping[str, str] | None = None) -> Jud
     """
     wanted = expected(checkpoint.config)
     if isinstance(wanted, Unknown):
-        return Judgement(wanted.words, Comparison({}, {}, {}, 0))
+        return Judgement(wanted.words, Comparison({}, {}, {}, 0), refused=wanted.refused)
     plain = names or {}
     aliases = {plain.get(n, n): n for n in checkpoint.tensors}
     infos = {plain.get(n, n): t.info for n, t in checkpoint.tensors.items()}
@@ -174,7 +178,16 @@ def _dialect(checkpoint: Checkpoint) -> Dialect | None:
         found = detect(checkpoint)
     except ConvertError:
         return None
-    return None if found is None or found.dialect.head.kind == "none" else found.dialect
+    if found is None or found.dialect.head.kind == "none" or is_of_another_class(found.dialect, checkpoint.config):
+        return None
+    return found.dialect
+
+
+def is_of_another_class(dialect: Dialect, config: Mapping[str, Any]) -> bool:
+    """True where a dialect's head is a class's of transformers, and config.json names another class of transformers."""
+    ends = tuple(end for marks in dialect.marks for end in marks.classes)
+    named = class_of(config) or ""
+    return dialect.class_says and bool(ends) and named in class_names() and not named.endswith(ends)
 
 
 def _canonical(

@@ -52,7 +52,7 @@ def check_own_class(checkpoint: Checkpoint, target: Target, context: Context, *,
     """A classifier as transformers' own class loads it: names, shapes and the tokenizer."""
     checks = _names(checkpoint, target, context, remedy, head_fails=False)
     first = show(checkpoint.config["architectures"][0])
-    text = f"the head is {first}'s own, with more than one linear layer: transformers loads it, no trainer's critic does"
+    text = f"the head is {first}'s own, more than one linear layer: transformers loads it, no trainer's critic does"
     # No encoder finds its token by the padding.
     tokens = [c for c in check_tokens(checkpoint, target) if c.code != "pad-token-missing"]
     return Verdict([note("head", "head-of-its-class", text), *checks, *tokens])

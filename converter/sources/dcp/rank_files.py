@@ -119,7 +119,8 @@ def _recorded_world(folder: Path, files: Mapping[int, str]) -> int | None:
                 return None if value.mesh is None else math.prod(value.mesh)
     except Refused as error:
         if error.code == "pickle-names" and "remote_device" in error.what:
-            raise _refused(folder, "they hold FSDP 1's own pieces (ShardedTensor), without the shapes of what is whole")
+            what = "they hold FSDP 1's own pieces (ShardedTensor), without the shapes of what is whole"
+            raise _refused(folder, what) from error
         raise _refused(folder, f"{show(first)}: {error.what}") from error
     return None
 

@@ -56,7 +56,7 @@ def read_weights(ranks: Ranks, *, asked_alone: bool = False) -> Weights:
     lost: list[str] = []
     extra: list[str] = []
     by_name = {n: {r: v for r, own in held.items() if (v := own[n]) is not None} for n in names}
-    plain = {n: by_rank for n, values in by_name.items() if (by_rank := _plain(values))}
+    plain = {n: only for n, values in by_name.items() if (only := _plain(values))}
     rows = plain_rows(ranks, plain, strict=asked_alone and len(plain) == len(by_name))
     for name, by_rank in by_name.items():
         whole = rows.get(name) or (ranks.whole(name, by_rank, files.models) if by_rank else None)
