@@ -16,10 +16,12 @@ from converter.converters.heads.whole import (
 )
 from converter.core.context import Context
 from converter.core.files.names import MODEL_CONFIG
-from converter.diagnostic import Next, Steps
+from converter.diagnostic import Command, Next, Steps, as_argument
 from converter.errors import ConvertError
-from converter.examine.diagnoses.case import LOST, Case, Finding, Near, diagnosis, folded
+from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Near, diagnosis, folded
 from converter.families.expected import Expected
+from converter.families.words import INPUT, OUTPUT
+from converter.sources.hf.rank_folders import ranks_in
 
 _NOT_ALL_READ = frozenset(
     {"shard-missing", "index-phantom", "weights-missing", "file-truncated", "safetensors-header", "safetensors-not",
@@ -46,7 +48,8 @@ def is_vocabulary_alone(case: Case) -> bool:
         return True
     wrong = found.comparison.misshapen
     rows = case.text_config.get("vocab_size")
-    return rows_of_vocabulary(wrong, [n for n, (_, asked) in wrong.items() if asked[:1] == (rows,)])
+    named = [n for n, (_, asked) in wrong.items() if asked[:1] == (rows,) and (INPUT.search(n) or OUTPUT.search(n))]
+    return rows_of_vocabulary(wrong, named)
 
 
 @diagnosis("tensors-missing", "model")
@@ -140,7 +143,9 @@ def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
         source = ("--weights-from", place) if near is not None or not base else ()
         command = case.command("repair", *source, *base, out="fixed")
     recoverability = LOST if near is None else f"from {near.asked}"
-    if found.prefix or code in (UNEXPECTED, MISTYPED):
+    if code == MISSHAPEN and found.slices is not None and len(ranks_in(case.root.parent)) == found.slices.ranks:
+        command, recoverability = Command("gather", (as_argument(str(case.root.parent)), "OUT")), HERE
+    elif found.prefix or code in (UNEXPECTED, MISTYPED):
         command, recoverability = Steps("every tensor is listed by ", case.command("inspect", "--tensors")), ""
     yield Finding(
         code=code,
