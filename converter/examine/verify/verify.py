@@ -133,6 +133,8 @@ def _aim(asked: VerifyRequest, checkpoint: Checkpoint | None) -> Target:
     from converter.examine.verify.dialect import role_of
 
     trainer = asked.trainer
+    if _as_itself(asked, checkpoint):
+        return target("transformers", "reward")
     if trainer is None:
         found = None if checkpoint is None or checkpoint.origin.kind != "model" else detect(checkpoint)
         trainer = "transformers" if found is None else (found.dialect.serves[0].trainer if found.dialect.serves else "")
@@ -144,6 +146,21 @@ def _aim(asked: VerifyRequest, checkpoint: Checkpoint | None) -> Target:
     if asked.trainer is None and trainer == "transformers" and checkpoint is not None and _is_headless(checkpoint):
         return target(trainer, "actor")
     return target(trainer, "reward" if checkpoint is None else role_of(checkpoint, _roles_of(trainer)))
+
+
+def _as_itself(asked: VerifyRequest, checkpoint: Checkpoint | None) -> bool:
+    """True where nobody is asked for, and the folder is a classifier that transformers' own class alone loads."""
+    from converter.converters.heads.detect import detect
+    from converter.examine.verify.dialect import is_classifier_of_its_own
+
+    if asked.trainer is not None or asked.role is not None or checkpoint is None:
+        return False
+    if not is_classifier_of_its_own(checkpoint):
+        return False
+    try:
+        return detect(checkpoint) is None
+    except ConvertError:
+        return True
 
 
 def _is_headless(checkpoint: Checkpoint) -> bool:
@@ -164,7 +181,7 @@ def _roles_of(trainer: str) -> frozenset[Role]:
 
 
 def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root: Path) -> Verified:
-    from converter.examine.verify.dialect import check_for
+    from converter.examine.verify.dialect import check_for, check_own_class
     from converter.examine.verify.receipt import (
         check_other_receipt,
         check_receipt,
@@ -181,7 +198,8 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
         remedy = merge if is_plain else _remedy(asked, aim)
         text = f"this is {'an adapter' if checkpoint.origin.kind == 'adapter' else 'a training state'}, not a model"
         return Verified(aim, (fails("files", "not-a-model", text, remedy),))
-    verdict = check_for(checkpoint, aim, context, remedy=_remedy(asked, aim))
+    check = check_own_class if _as_itself(asked, checkpoint) else check_for
+    verdict = check(checkpoint, aim, context, remedy=_remedy(asked, aim))
     stored = {**checkpoint.tensors, **{n: t for held in checkpoint.beside.values() for n, t in held.items()}}
     checks = [*verdict.checks, *check_receipt(root, frozenset(stored), lambda: stored)]
     reading, there, is_rounded = verdict.reading, None, False
