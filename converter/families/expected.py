@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.families import expected_child, implied, memory_names
+from converter.families import implied, memory_names
 from converter.families.implied import Shape
 from converter.text import show
 
@@ -136,6 +136,8 @@ def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
             prefix=built.prefix if built is not None else "",
             source=f"formulas of transformers {implied.version()}",
         )
+    from converter.families import expected_child  # it imports what starts processes, and is rarely needed
+
     found = expected_child.described(name, config)
     if "saved" not in found:
         is_refused = bool(found.get("refused")) and not _is_newer(config)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from converter.cli.options import Display
 from converter.diagnostic import Command, Next, as_argument, commands
 from converter.dialects.known import Target
 from converter.errors import VerificationFailed
 from converter.examine.verify.check import Check
 from converter.recipe.verbs import verify as verb
 from converter.text import show
+
+if TYPE_CHECKING:
+    from converter.cli.options import Display
 
 MARKS = {"holds": "ok  ", "note": "note", "fails": "FAIL"}
 

@@ -34,7 +34,7 @@ def inspect(
     """`rlhf-convert inspect`."""
     from converter.cli.tell.inspect import inspect
 
-    return inspect(path, revision, options, tensors=tensors, allow_name=options.allow_name or ())
+    return inspect(path, revision, options.sink, tensors=tensors, allow_name=options.allow_name or ())
 
 
 @verb(
