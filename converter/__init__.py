@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from converter.examine.doctor import Report
     from converter.examine.verify.verify import Verified
     from converter.recipe.recipe import Recipe, load_recipe
+    from converter.recipe.verbs.adapters import extract_lora, prune_lora
     from converter.recipe.verbs.average import average, interpolate
     from converter.recipe.verbs.conversion import Conversion
     from converter.recipe.verbs.convert import Converted, convert, critic_to_rm, rm_to_critic
@@ -83,6 +84,7 @@ _HOME = {
     "diff": "recipe.verbs.diff",
     "doctor": "recipe.verbs.doctor",
     "explain": "recipe.verbs.explain",
+    "extract_lora": "recipe.verbs.adapters",
     "gather": "recipe.verbs.gather",
     "inspect": "recipe.verbs.inspect",
     "interpolate": "recipe.verbs.average",
@@ -92,6 +94,7 @@ _HOME = {
     "merge_lora": "recipe.verbs.merge",
     "open": "recipe.verbs.open",
     "plan": "recipe.verbs.run",
+    "prune_lora": "recipe.verbs.adapters",
     "push": "recipe.verbs.push",
     "repair": "recipe.verbs.repair",
     "reshard": "recipe.verbs.reshard",
@@ -144,6 +147,7 @@ __all__ = [
     "diff",
     "doctor",
     "explain",
+    "extract_lora",
     "gather",
     "inspect",
     "interpolate",
@@ -153,6 +157,7 @@ __all__ = [
     "merge_lora",
     "open",
     "plan",
+    "prune_lora",
     "push",
     "repair",
     "reshard",

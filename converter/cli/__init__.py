@@ -27,6 +27,8 @@ VERBS = (
     "run",
     "average",
     "interpolate",
+    "extract-lora",
+    "prune-lora",
     "inspect",
     "doctor",
     "verify",

@@ -13,6 +13,7 @@ from converter.core.files import sparse
 from converter.core.formats.pickle_names import CODE as NAMES
 from converter.core.formats.pickle_names import allowed_names
 from converter.core.formats.safetensors_io import Header, read_header
+from converter.core.tensors.nodes import LazyTensor
 from converter.core.writer.accounting import unaccounted
 from converter.core.writer.plan import Plan, make_plan
 from converter.diagnostic import Again, Command, Steps
@@ -52,7 +53,7 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
             would be written is not the model that its loader asks for (see `gate`).
     """
     check(recipe)
-    context = Context(allow)
+    context = Context(allow, evaluate=_evaluated)
     opened = open_inputs(recipe, token=token, keep_code=keep_code)
     if (allowed := allowed_names()) is not None and allowed.used:
         context.consents[NAMES] = f"names that pickled files mention, read as data: {fold(sorted(allowed.used))}"
@@ -92,6 +93,12 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
         linkable=_linkable(checkpoint) if output.link_unchanged else None,
     )
     return Prepared(recipe, opened, recorded, checkpoint, plan, context)
+
+
+def _evaluated(tensor: LazyTensor) -> bytes:
+    from converter.core.compute.evaluate import to_bytes
+
+    return to_bytes(tensor)
 
 
 def _linkable(checkpoint: Checkpoint) -> dict[str, Header]:
