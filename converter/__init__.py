@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from converter.examine.doctor import Report
     from converter.examine.verify.verify import Verified
     from converter.recipe.recipe import Recipe, load_recipe
-    from converter.recipe.verbs.adapters import extract_lora, prune_lora
+    from converter.recipe.verbs.adapters import convert_lora, extract_lora, prune_lora
     from converter.recipe.verbs.average import average, interpolate
     from converter.recipe.verbs.conversion import Conversion
     from converter.recipe.verbs.convert import Converted, convert, critic_to_rm, rm_to_critic
@@ -80,6 +80,7 @@ _HOME = {
     "adam_moments": "sources.moments",
     "average": "recipe.verbs.average",
     "convert": "recipe.verbs.convert",
+    "convert_lora": "recipe.verbs.adapters",
     "critic_to_rm": "recipe.verbs.convert",
     "diff": "recipe.verbs.diff",
     "doctor": "recipe.verbs.doctor",
@@ -143,6 +144,7 @@ __all__ = [
     "adam_moments",
     "average",
     "convert",
+    "convert_lora",
     "critic_to_rm",
     "diff",
     "doctor",

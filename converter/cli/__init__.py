@@ -29,6 +29,7 @@ VERBS = (
     "interpolate",
     "extract-lora",
     "prune-lora",
+    "convert-lora",
     "inspect",
     "doctor",
     "verify",

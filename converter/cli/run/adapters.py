@@ -1,4 +1,4 @@
-"""`rlhf-convert extract-lora` and `prune-lora`."""
+"""`rlhf-convert extract-lora`, `prune-lora` and `convert-lora`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ def prune_lora(adapter: str, out: str | None, rank: int, options: Flags) -> int:
 
     def recipe() -> Recipe:
         return adapter_recipe(adapter, "prune-lora", {"rank": rank}, options.plain)
+
+    convert(own, out, options, recipe=recipe, input_lines=adapter_lines, next_commands=_use)
+    return 0
+
+
+def convert_lora(adapter: str, out: str | None, target: str, base: str | None, options: Flags) -> int:
+    """Write an adapter in another program's form."""
+    own = functools.partial(verb.convert_lora, adapter, out, for_=target, base=base)
+
+    def recipe() -> Recipe:
+        return adapter_recipe(adapter, "convert-lora", {"target": target}, options.plain, base)
 
     convert(own, out, options, recipe=recipe, input_lines=adapter_lines, next_commands=_use)
     return 0

@@ -74,3 +74,38 @@ def prune_lora(
     from converter.cli.run.adapters import prune_lora
 
     return prune_lora(adapter, options.target(out), rank, options)
+
+
+@verb(
+    "convert-lora",
+    Conversion,
+    short_help="Write a LoRA adapter as another program reads it.",
+    help="Write a LoRA adapter as another program reads it: names, one pair for each expert or one for all, a single "
+    "rank and scale, mlx-lm's files. It reads PEFT's, mlx-lm's and Tinker's. Every update is what it was; what the "
+    "program has no place for is refused by name.",
+    examples=(
+        "rlhf-convert convert-lora ./adapter ./for-vllm --for vllm",
+        "rlhf-convert convert-lora ./moe-adapter ./old --for peft@0.13 --base Qwen/Qwen3-30B-A3B",
+        "rlhf-convert convert-lora ./mlx-adapter ./adapter --for peft",
+    ),
+)
+def convert_lora(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder or Hub id.", show_default=False)],
+    options: Conversion,
+    out: Out = None,
+    *,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--for", metavar="PROGRAM", help="peft, peft@0.13, transformers@4, vllm or mlx.", show_default=False
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="The model that it is over; for factors of experts.", show_default=False),
+    ] = None,
+) -> int:
+    """`rlhf-convert convert-lora`."""
+    from converter.cli.run.adapters import convert_lora
+
+    return convert_lora(adapter, options.target(out), target, base, options)

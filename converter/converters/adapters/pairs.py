@@ -102,10 +102,7 @@ def _pair(
     where: str,
 ) -> Pair:
     a, b = factors
-    fields = config.fields
-    rank = matching(fields["rank_pattern"], name, fields["r"])
-    alpha = matching(fields["alpha_pattern"], name, fields["lora_alpha"])
-    scale = alpha / math.sqrt(rank) if fields["use_rslora"] else alpha / rank
+    rank, scale = _rank_for(config, name), scale_for(config, name)
     rows, columns = (a.info.shape or (0,))[0], (*b.info.shape, 0, 0)[1]
     is_stacked = bool(raw.get("target_parameters")) and rows != rank and rows % rank == 0
     if rows != columns or (rows != rank and not is_stacked):
@@ -117,6 +114,18 @@ def _pair(
             got=f"r = {rows} in A and {columns} in B",
         )
     return Pair(name, keys, a, b, rank, scale, is_stacked)
+
+
+def _rank_for(config: AdapterConfig, name: str) -> int:
+    rank: int = matching(config.fields["rank_pattern"], name, config.fields["r"])
+    return rank
+
+
+def scale_for(config: AdapterConfig, name: str) -> float:
+    """`alpha / r` of a module by its name, or `alpha / sqrt(r)` with rank-stabilised LoRA."""
+    rank = _rank_for(config, name)
+    alpha: float = matching(config.fields["alpha_pattern"], name, config.fields["lora_alpha"])
+    return alpha / math.sqrt(rank) if config.fields["use_rslora"] else alpha / rank
 
 
 def with_ranks(config: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:

@@ -21,7 +21,9 @@ def expect_loadable(adapter: Checkpoint) -> None:
         Refused: a pair is not whole, or of another rank than the config's (`adapter-incomplete`, `adapter-rank`), or
             the config does not target its module (`adapter-untargeted`).
     """
-    if adapter.origin.kind != ADAPTER or find_method(adapter.config, show(adapter.origin.asked)) is not METHOD:
+    if adapter.origin.kind != ADAPTER or adapter.config.get("peft_type") != METHOD.peft_type:
+        return
+    if find_method(adapter.config, show(adapter.origin.asked)) is not METHOD:
         return
     if adapter.config.get("init_lora_weights") in ("pissa", "olora"):
         return

@@ -48,6 +48,14 @@ def product_factor(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Ten
     return given[0].reshape(second.shape[0], rank, *second.shape[2:]), said
 
 
+def factor(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
+    """A factor in another layout, rounded once; see `low_rank_specs.FACTOR`."""
+    out: torch.dtype = getattr(torch, DType(params["out"]).torch_name)
+    found = inputs[0].T if params["transposed"] else inputs[0]
+    scale = float(params["scale"])
+    return found.to(out) if scale == 1 else (found.double() * scale).to(out)
+
+
 def enough_rank(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
     """The least rank that keeps a share of the difference's energy; see `low_rank_specs.ENOUGH_RANK`."""
     found = _difference(inputs, params)

@@ -78,3 +78,16 @@ PRODUCT_FACTOR = KernelSpec(
 )
 """A or B of the best approximation of `B @ A` at a lower rank, without the product ever being made. Inputs: B
 `[out, r]`, A `[r, in]`. Params: `part`, `rank`, `scale` (of the update, for what is measured), `out`."""
+
+
+FACTOR = KernelSpec(
+    "factor",
+    f"{_BODIES}:factor",
+    lambda inputs, params: TensorInfo(
+        DType(params["out"]), inputs[0].shape[::-1] if params["transposed"] else inputs[0].shape
+    ),
+    lambda start, stop, inputs, params: None,
+    lambda inputs, params: 8 * inputs[0].numel,
+    rounds=True,
+)
+"""A factor times a number, its two dimensions exchanged or not. Params: `scale`, `transposed`, `out`."""

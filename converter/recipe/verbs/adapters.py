@@ -1,4 +1,4 @@
-"""What `extract-lora` and `prune-lora` do: an adapter made of a tuned model and its base, or of another adapter."""
+"""What `extract-lora`, `prune-lora` and `convert-lora` do: an adapter made of a tuned model, or of another adapter."""
 
 from __future__ import annotations
 
@@ -78,7 +78,36 @@ def prune_lora(adapter: Where, out: Where | None = None, *, rank: int, **writing
         return convert_recipe(recipe, optional(out), options, going, lambda p: Conversion(prepared=p, options=options))
 
 
-def adapter_recipe(adapter: str, verb: str, fields: dict[str, Any], options: WriteOptions) -> Recipe:
+def convert_lora(
+    adapter: Where, out: Where | None = None, *, for_: str, base: Where | None = None, **writing: Unpack[Writing]
+) -> Conversion:
+    """Write a LoRA adapter in the form that another program reads, every update what it was.
+
+    Args:
+        adapter: a folder or a name on the Hub: PEFT's, mlx-lm's or Tinker's.
+        out: the folder to write, or `hf://owner/name`; None: only plan.
+        for_: `peft`, `peft@0.13`, `transformers@4`, `vllm` or `mlx`.
+        base: the model that it is over; needed for factors of experts.
+        writing: see `Writing`.
+
+    Raises:
+        UsageError: no such target (`usage`), or experts and no base (`base-needed`).
+        Refused: it is not plain LoRA (`not-plain-lora`), or the target has no place for what it holds
+            (`adapter-not-for-target`).
+        VerificationFailed: what was written is not what it should be; it is not published.
+    """
+    options, going = options_of(WriteOptions, writing)
+    with allowing(options.allow_name):
+        recipe = adapter_recipe(str(adapter), "convert-lora", {"target": for_}, options, optional(base))
+        return convert_recipe(recipe, optional(out), options, going, lambda p: Conversion(prepared=p, options=options))
+
+
+def adapter_recipe(
+    adapter: str, verb: str, fields: dict[str, Any], options: WriteOptions, base: str | None = None
+) -> Recipe:
     """The recipe of a step over an adapter."""
     inputs = {SOURCE: input_spec(adapter, options.revision)}
+    if base is not None:
+        inputs["base"] = input_spec(base)
+        fields = {**fields, "base": "base"}
     return Recipe(inputs, (Step(verb, fields), *cast_steps(options)), output(options), file=verb)
