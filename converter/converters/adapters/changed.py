@@ -24,8 +24,6 @@ FACTORS: Final = "factors"
 BIAS: Final = "bias"
 WHOLE: Final = "whole"
 
-NO_PLACE, MADE_OF_OTHERS = "adapter-no-place", "adapter-no-place-experts"
-
 _LEAVES = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
 _EMBEDDINGS = frozenset((*INPUT_MODULES, *OTHER_INPUT_MODULES, "wpe", "relative_attention_bias"))
 _ROUTERS = frozenset({"gate", "router", "wg"})
@@ -93,7 +91,7 @@ def find_changes(tuned: Checkpoint, base: Checkpoint, context: Context) -> Chang
     if missing:
         what = f"{len(missing)} tensors changed that a load stacks, splits or permutes: {fold(missing)}"
         raise Refused(
-            MADE_OF_OTHERS,
+            "adapter-no-place-experts",
             f"{what}; a LoRA adapter of modules can't hold them",
             where=show(tuned.origin.asked),
             next="keep the tuned model, or average it with its base instead",
@@ -167,7 +165,7 @@ def _find_places(found: Changes, tuned: Checkpoint, built: Architecture | None, 
     if homeless:
         context.consent(
             Refused(
-                NO_PLACE,
+                "adapter-no-place",
                 f"{len(homeless)} parameters changed that a LoRA adapter has no place for, as they are neither the "
                 f"weight nor the bias of a module: {fold(homeless)}; the adapter would leave them as the base's",
                 where=show(tuned.origin.asked),
