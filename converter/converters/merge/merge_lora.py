@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import AdapterModules, Module, read_modules
 from converter.converters.merge.adapter_values import expect_finite, with_alpha
+from converter.converters.merge.attention import Attention, as_modules
 from converter.converters.merge.carried_heads import carried_files
 from converter.converters.merge.combining import Combination, How, in_order
 from converter.converters.merge.embeddings import untie, with_prefix, with_vocabulary
@@ -111,14 +112,15 @@ class MergeLora:
         tell_of_code(checkpoint, context)
         adapters = [with_task(a, checkpoint) for a in with_alpha(self.adapters, self.lora_alpha)]
         configs = [read_adapter_config(a, base_is_residual=self.base_is_residual) for a in adapters]
-        checkpoint = replicated(checkpoint, configs, context)
+        attention = as_modules(replicated(checkpoint, configs, context), adapters, self.numerics)
+        checkpoint, adapters = attention.base, list(attention.adapters)
         combination = combination.over(configs, [show(a.origin.asked) for a in adapters])
         for group in in_order(adapters, configs, context):
-            merge = _Merge(checkpoint, context, self.numerics, combination)
+            merge = _Merge(checkpoint, context, self.numerics, combination, attention)
             for at in group:
                 merge.add(adapters[at], float(weights[at]), configs[at])
             checkpoint = merge.result()
-        return checkpoint
+        return attention.restored(checkpoint)
 
 
 @dataclass
@@ -129,6 +131,7 @@ class _Merge:
     context: Context
     numerics: Numerics
     combination: Combination
+    attention: Attention
     updates: dict[str, list[Update]] = field(default_factory=dict)
     heads: list[NewHead] = field(default_factory=list)
     adapters: list[Checkpoint] = field(default_factory=list)
@@ -168,7 +171,7 @@ class _Merge:
             elif module.name not in apart:
                 self.whole.add(self.base, module, rule, config, where)
         self.whole.add_rows(self.base, (m for n, m in read.modules.items() if n not in apart), rule, config, where)
-        parameters = {n for n in read.modules if is_parameter(n, adapter.config, classes)}
+        parameters = {n for n in read.modules if is_parameter(n, adapter.config, classes)} | self.attention.inputs
         sites = self._sites(read, apart, parameters, rule, config, weight, where)
         found = {site.module.name: self._update(site, rule) for site in sites}
         over = ExpertSites(self.base, config, adapter.config, weight, self.numerics, where)
@@ -211,6 +214,7 @@ class _Merge:
                 below=below[m.name],
             )
             for m in changed
+            for _ in range(1 + (m.name in self.attention.outputs))
         ]
 
     def _without_training(self, module: Module, method: Method) -> Module:
