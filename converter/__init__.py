@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from converter.recipe.recipe import Recipe, load_recipe
     from converter.recipe.verbs.adapters import convert_lora, extract_lora, prune_lora
     from converter.recipe.verbs.average import average, interpolate
+    from converter.recipe.verbs.check import check
     from converter.recipe.verbs.conversion import Conversion
     from converter.recipe.verbs.convert import Converted, convert, critic_to_rm, rm_to_critic
     from converter.recipe.verbs.diff import Compared, diff
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from converter.recipe.verbs.reshard import reshard
     from converter.recipe.verbs.run import plan, run, write
     from converter.recipe.verbs.verify import verify
-    from converter.recipe.verbs.watch import Watched, watch
+    from converter.recipe.verbs.watch import Examined, watch
     from converter.sources.moments import adam_moments
 
 
@@ -52,6 +53,7 @@ _HOME = {
     "ConvertError": "errors",
     "Converted": "recipe.verbs.convert",
     "DType": "core.tensors.dtypes",
+    "Examined": "recipe.verbs.watch",
     "Explanation": "recipe.verbs.explain",
     "Finding": "examine.diagnoses.case",
     "Gathered": "recipe.verbs.gather",
@@ -76,9 +78,9 @@ _HOME = {
     "UsageError": "errors",
     "VerificationFailed": "errors",
     "Verified": "examine.verify.verify",
-    "Watched": "recipe.verbs.watch",
     "adam_moments": "sources.moments",
     "average": "recipe.verbs.average",
+    "check": "recipe.verbs.check",
     "convert": "recipe.verbs.convert",
     "convert_lora": "recipe.verbs.adapters",
     "critic_to_rm": "recipe.verbs.convert",
@@ -115,6 +117,7 @@ __all__ = [
     "ConvertError",
     "Converted",
     "DType",
+    "Examined",
     "Explanation",
     "Finding",
     "Gathered",
@@ -139,10 +142,10 @@ __all__ = [
     "UsageError",
     "VerificationFailed",
     "Verified",
-    "Watched",
     "__version__",
     "adam_moments",
     "average",
+    "check",
     "convert",
     "convert_lora",
     "critic_to_rm",

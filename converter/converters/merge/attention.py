@@ -1,7 +1,7 @@
 """LoRA over torch's own attention module, whose projections are no modules: `in_proj_weight`, and `out_proj` inside.
 
 PEFT wraps the module: its factors are of `in_proj_weight` `[3 * width, width]`, and those under `base_layer.out_proj`
-of the output. It adds the latter twice, once by itself and once through the layer that it has made of `out_proj`, in the
+of the output. It adds the latter twice, by itself and through the layer that it has made of `out_proj`, in the
 forward pass and in the merge alike: that is what was trained, so it is what is merged.
 
 Here the base's tensors get the names of a module while adapters are merged, and their own again afterwards.
