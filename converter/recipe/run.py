@@ -126,8 +126,9 @@ def refuse_no_op(prepared: Prepared, measures: Mapping[str, Mapping[str, float]]
     """
     adapters = {c.origin.path for c in prepared.opened.values() if c.origin.kind == ADAPTER}
     merged = [m for m in measures.values() if "effective" in m]
-    # A product of the change with itself is zero only where every value is what it was; NaN is not a zero.
-    if not adapters or not merged or any(m["effective"] != 0 for m in merged):
+    # A product of the change with itself is zero only where every value is what it was; NaN is not a zero. Of a weight
+    # that is written back quantised the scales move by a last bit with nothing: there the codes count.
+    if not adapters or not merged or any(m.get("codes_changed", m["effective"]) != 0 for m in merged):
         return
     copied = (run.file for e in prepared.plan.entries if e.runs is not None for run in e.runs)
     if not any(str(Path(file).parent) in adapters for file in copied):
