@@ -128,6 +128,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         sets: where a folder holds several sets of weight files, all of them, the one that loaders read first; `tensors`
             are one of them until a step has chosen.
         one_file: the main weights must be in one file, however large: what loads them reads no index.
+        stem: how the name of the main weight file begins, where a program looks for another one than the usual.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -152,6 +153,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     subfolder: str = ""
     sets: tuple[WeightSet, ...] = ()
     one_file: bool = False
+    stem: str = ""
 
     def __getitem__(self, name: str) -> LazyTensor:
         """The lazy tensor of that name; `converter.to_torch` reads its values."""
