@@ -59,6 +59,15 @@ def size(shape: Sequence[int]) -> Built:
     return Built(Global("torch", "Size"), ((*shape,),))
 
 
+def member(info: TensorInfo) -> bytes:
+    """The pickle of one tensor, saved by itself.
+
+    Raises:
+        Refused: a type that torch doesn't have, or packs differently (`torch-dtype`).
+    """
+    return write_pickle(tensor(info, "0"), reference=lambda identity: identity)
+
+
 def by_name(tensors: Sequence[tuple[str, TensorInfo]]) -> bytes:
     """The pickle of an OrderedDict of tensors, each on a storage named by its number.
 
