@@ -54,6 +54,12 @@ def file_name(rank: int) -> str:
     return f"__{rank}_0{SUFFIX}"
 
 
+def whole(tensor: LazyTensor, rank: int) -> Distributed:
+    """A tensor in one box, in the file of a rank."""
+    shape = tensor.info.shape
+    return Distributed(shape, (Box((0,) * len(shape), tensor, file_name(rank)),))
+
+
 def lay_out_distcp(
     tensors: Mapping[str, Distributed],
     blobs: Mapping[str, Blob] | None = None,
