@@ -125,7 +125,7 @@ def _zip_error(path: Path, why: str) -> Refused:
     return Refused("torch-zip", f"the zip container can't be trusted: {why}", where=show(path))
 
 
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A file descriptor as a file object that only reads, from `start` to `stop`."""
 
     def __init__(self, fd: int, start: int, stop: int) -> None:
@@ -133,12 +133,15 @@ class _Window(io.RawIOBase):
         self._fd, self._start, self._stop, self._at = fd, start, stop, start
 
     def readable(self) -> bool:
+        """Always."""
         return True
 
     def seekable(self) -> bool:
+        """Always."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place, counted from `start`."""
         origin = {os.SEEK_SET: self._start, os.SEEK_CUR: self._at, os.SEEK_END: self._stop}[whence]
         if origin + offset < self._start:
             raise OSError("seek before the start")
@@ -146,9 +149,11 @@ class _Window(io.RawIOBase):
         return self._at - self._start
 
     def tell(self) -> int:
+        """The place, counted from `start`."""
         return self._at - self._start
 
     def readinto(self, buffer: Any) -> int:
+        """Read up to `stop`; the number of bytes."""
         view = memoryview(buffer)[: max(self._stop - self._at, 0)]
         with sparse.reading(self._fd, self._at, len(view)):
             count = os.preadv(self._fd, [view], self._at) if view else 0
@@ -181,7 +186,7 @@ def _read_zip(fd: int, path: Path, size: int, *, base: int = 0) -> tuple[PickleV
 def _directory(fd: int, path: Path, size: int, base: int) -> dict[str, Record]:
     """Entries by name, each checked against its local header."""
     try:
-        with zipfile.ZipFile(io.BufferedReader(_Window(fd, base, size))) as archive:
+        with zipfile.ZipFile(io.BufferedReader(Window(fd, base, size))) as archive:
             listed = archive.infolist()
             comment = archive.comment
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, UnicodeError) as error:
@@ -244,7 +249,7 @@ def item_bytes(kind: str) -> int:
 
 def _read_legacy(fd: int, path: Path, size: int) -> tuple[PickleValue, dict[str, Record], str]:
     """Five pickles (magic, protocol, system, value, keys), then each storage: its length and its bytes."""
-    file = io.BufferedReader(_Window(fd, 0, size))
+    file = io.BufferedReader(Window(fd, 0, size))
     where = str(path)
     if read_pickle(file, where=where).value != LEGACY_MAGIC:
         raise _not_torch(path, b"?")
