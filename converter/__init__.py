@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from converter.examine.verify.verify import Verified
     from converter.recipe.recipe import Recipe, load_recipe
     from converter.recipe.verbs.average import average, interpolate
+    from converter.recipe.verbs.check import check
     from converter.recipe.verbs.conversion import Conversion
     from converter.recipe.verbs.convert import Converted, convert, critic_to_rm, rm_to_critic
     from converter.recipe.verbs.diff import Compared, diff
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from converter.recipe.verbs.reshard import reshard
     from converter.recipe.verbs.run import plan, run, write
     from converter.recipe.verbs.verify import verify
-    from converter.recipe.verbs.watch import Watched, watch
+    from converter.recipe.verbs.watch import Examined, watch
     from converter.sources.moments import adam_moments
 
 
@@ -51,6 +52,7 @@ _HOME = {
     "ConvertError": "errors",
     "Converted": "recipe.verbs.convert",
     "DType": "core.tensors.dtypes",
+    "Examined": "recipe.verbs.watch",
     "Explanation": "recipe.verbs.explain",
     "Finding": "examine.diagnoses.case",
     "Gathered": "recipe.verbs.gather",
@@ -75,9 +77,9 @@ _HOME = {
     "UsageError": "errors",
     "VerificationFailed": "errors",
     "Verified": "examine.verify.verify",
-    "Watched": "recipe.verbs.watch",
     "adam_moments": "sources.moments",
     "average": "recipe.verbs.average",
+    "check": "recipe.verbs.check",
     "convert": "recipe.verbs.convert",
     "critic_to_rm": "recipe.verbs.convert",
     "diff": "recipe.verbs.diff",
@@ -111,6 +113,7 @@ __all__ = [
     "ConvertError",
     "Converted",
     "DType",
+    "Examined",
     "Explanation",
     "Finding",
     "Gathered",
@@ -135,10 +138,10 @@ __all__ = [
     "UsageError",
     "VerificationFailed",
     "Verified",
-    "Watched",
     "__version__",
     "adam_moments",
     "average",
+    "check",
     "convert",
     "critic_to_rm",
     "diff",

@@ -36,6 +36,7 @@ VERBS = (
     "list",
     "env",
     "watch",
+    "check",
     "push",
 )
 
@@ -97,6 +98,8 @@ def _complete(error: ConvertError, arguments: list[str]) -> None:
 
 def with_verb(arguments: list[str]) -> list[str]:
     """`rlhf-convert PATH` is `rlhf-convert inspect PATH`; no argument at all asks for help."""
+    if arguments[:1] == ["--"]:
+        arguments = arguments[1:]
     if not arguments:
         return ["--help"]
     first = arguments[0]
@@ -115,11 +118,11 @@ def _run(arguments: list[str], received: list[int]) -> int:
         print(f"{PROGRAM} {__version__}")
         return 0
     if arguments[0] == "inspect" and len(arguments) == 2 and not arguments[1].startswith("-"):
-        # Nothing to parse; for parsing Typer would import pydantic, which takes longer than a 70B model's headers.
-        from converter.cli.options import Display
+        # Nothing to parse, so typer is not imported, which takes longer than a 70B model's headers.
+        from converter.cli.sink import Sink
         from converter.cli.tell.inspect import inspect
 
-        return inspect(arguments[1], None, Display())
+        return inspect(arguments[1], None, Sink())
     hook = sys.excepthook
     import typer
 

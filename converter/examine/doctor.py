@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -32,7 +31,7 @@ from converter.sources.hub.names import SCHEME, as_reference, below
 from converter.sources.locate import resolve
 from converter.sources.places import by_number
 from converter.sources.survey import Survey, file_names, is_weight_file
-from converter.text import show
+from converter.text import nearest, show
 
 MOST_NEAR = 64
 """Folders around one that are looked into."""
@@ -144,7 +143,7 @@ def _expect_known(target: str | None) -> None:
         return
     name = target.partition("@")[0]
     if name not in trainers():
-        near = get_close_matches(name, trainers(), n=1)
+        near = nearest(name, trainers())
         raise UsageError(
             "unknown-trainer",
             f"no trainer is named `{show(name)}`",

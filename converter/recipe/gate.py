@@ -15,7 +15,7 @@ from converter.errors import Refused
 from converter.families.words import without_wrappers
 from converter.text import fold, show
 
-FAMILY_UNKNOWN = "family-unknown"
+FAMILY_UNKNOWN, CONFIG_REFUSED = "family-unknown", "config-refused"
 
 
 def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
@@ -23,12 +23,16 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
 
     Raises:
         Refused: tensors are missing (`tensors-missing`), of other shapes (`tensors-misshapen`) or left over
-            (`tensors-unexpected`), without consent; or a quantised weight lacks a part (`quantised-incomplete`).
+            (`tensors-unexpected`), without consent; or a quantised weight lacks a part (`quantised-incomplete`), or
+            transformers builds no model of the config (`config-refused`).
     """
     if checkpoint.origin.kind != MODEL:
         return
     expect_parts(found_in(checkpoint), show(checkpoint.origin.asked))
     found = judge(checkpoint)
+    if found.refused:
+        source = as_argument(checkpoint.origin.asked)
+        context.consent(Refused(CONFIG_REFUSED, found.unknown, where=show(source), next=Command("doctor", (source,))))
     if found.unknown:
         context.note("info", FAMILY_UNKNOWN, found.unknown)
         return

@@ -34,7 +34,7 @@ def inspect(
     """`rlhf-convert inspect`."""
     from converter.cli.tell.inspect import inspect
 
-    return inspect(path, revision, options, tensors=tensors, allow_name=options.allow_name or ())
+    return inspect(path, revision, options.sink, tensors=tensors, allow_name=options.allow_name or ())
 
 
 @verb(
@@ -161,8 +161,15 @@ def verify(
     ] = None,
     probe: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="JSON lines of prompt, chosen, rejected to score.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="Preference pairs to score: prompt, chosen, rejected in JSON lines, a JSON list or Parquet.",
+            show_default=False,
+        ),
     ] = None,
+    pairs: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many pairs of --probe are scored, the first ones.")
+    ] = 200,
     allow: Annotated[
         list[str] | None,
         typer.Option(
@@ -178,7 +185,7 @@ def verify(
 
     return verify(
         folder, options, for_=trainer, role=None if role is None else role.value, against=against, from_=source,
-        base=base, live=live, python=python, probe=probe, allow=allow or (),
+        base=base, live=live, python=python, probe=probe, pairs=pairs, allow=allow or (),
     )  # fmt: skip
 
 
