@@ -27,6 +27,9 @@ VERBS = (
     "run",
     "average",
     "interpolate",
+    "extract-lora",
+    "prune-lora",
+    "convert-lora",
     "inspect",
     "doctor",
     "verify",
@@ -36,6 +39,7 @@ VERBS = (
     "list",
     "env",
     "watch",
+    "check",
     "push",
 )
 

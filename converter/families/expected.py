@@ -70,13 +70,20 @@ class Expected:
 
 @dataclass(frozen=True)
 class Unknown:
-    """A family that neither the formulas nor transformers know, and why."""
+    """A family that neither the formulas nor transformers know, and why.
+
+    Attributes:
+        refused: the installed transformers knows the class, and refuses to build it of this config.
+    """
 
     reason: str
+    refused: bool = False
 
     @property
     def words(self) -> str:
         """For every verdict."""
+        if self.refused:
+            return f"transformers does not build the model that config.json describes ({show(self.reason)})"
         return f"names and shapes not checked: family unknown ({show(self.reason)})"
 
 
@@ -133,7 +140,8 @@ def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
 
     found = expected_child.described(name, config)
     if "saved" not in found:
-        return Unknown(str(found.get("unknown"))[:300])
+        is_refused = bool(found.get("refused")) and not _is_newer(config)
+        return Unknown(str(found.get("unknown"))[:300], is_refused)
     return Expected(
         name,
         {n: tuple(s) for n, s in found["saved"].items()},
@@ -145,6 +153,18 @@ def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
         found["prefix"],
         source=f"transformers {found['transformers']}",
     )
+
+
+def _is_newer(config: Mapping[str, Any]) -> bool:
+    """True for a config that a newer transformers wrote, or that no transformers did."""
+    written = config.get("transformers_version")
+    if not isinstance(written, str):
+        return True
+    return _release(written) > _release(expected_child.version())
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d{1,6}", version)[:2])
 
 
 def _is_pattern(text: str) -> bool:

@@ -49,6 +49,11 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     return _described(model)
 
 
+def _is_of_config(error: Exception) -> bool:
+    """True where the class refuses the config's numbers; False where a library lacks, or the child has no room."""
+    return not isinstance(error, ImportError | MemoryError | OSError | RuntimeError)  # NotImplementedError is one
+
+
 def _config(model_class: Any, value: dict[str, Any]) -> Any:
     """The config as `from_pretrained` makes it of config.json, without what asks for kernels or quantised layers."""
     kept = _forgotten(value)
@@ -188,7 +193,7 @@ def _main() -> None:
         try:
             found = _answer(json.loads(line))
         except Exception as error:
-            found = {"unknown": f"{type(error).__name__}: {error}"[:300]}
+            found = {"unknown": f"{type(error).__name__}: {error}"[:300], "refused": _is_of_config(error)}
         out.write(json.dumps(found) + "\n")
         out.flush()
 

@@ -171,10 +171,12 @@ def test_no_line_of_a_log_keeps_the_patterns_of_explain_busy() -> None:
     for message in MESSAGES:
         for key in message.keys:
             for between in (" ", "'", "a", "(", "0, ", ".a", "[]", "1/", ": ", "','", key):
-                for line in (key + between * MAX_LINE, between * MAX_LINE + key, (key + between) * 2000):
+                # A pattern is tried only on a line that holds one of its keys: at its start, its end, all over.
+                filling = between * (MAX_LINE // len(between))
+                lines = ((key + filling)[:MAX_LINE], (filling + key)[-MAX_LINE:], ((key + between) * 2000)[:MAX_LINE])
+                for line in lines:
                     begun = time.process_time()
-                    message.regex.search(line[-MAX_LINE:])
-                    message.regex.search(line[:MAX_LINE])
+                    message.regex.search(line)
                     if time.process_time() - begun > 0.2:
                         slow.append((message.code, key, between))
     assert not slow

@@ -16,7 +16,6 @@ from places import RUNS
 
 TRAIN = RUNS / "dcp" / "train.py"
 REFUSED = {
-    "accelerate-ranks": "fsdp-rank-files",
     "accelerate-local": "fsdp-rank-files",
 }
 

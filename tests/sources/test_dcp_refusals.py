@@ -37,6 +37,30 @@ def test_layouts_that_are_not_read_are_named(tmp_path: Path, code: str, names: l
     assert [f.code for f in SOURCE.survey(tmp_path).faults] == [code]
 
 
+def test_a_missing_file_of_a_rank_is_named(tmp_path: Path) -> None:
+    run = copied(tmp_path, "accelerate-ranks-n2")
+    (run / "checkpoint-2" / "pytorch_model_fsdp_0_rank1.bin").unlink()
+    error = refused(run, "fsdp-rank-files")
+    assert "rank 1 of 2" in error.what
+
+
+def test_plain_rows_of_one_rank_are_not_taken_for_the_model(tmp_path: Path) -> None:
+    """Nothing but config.json says how large the whole is, and that there was another rank."""
+    run = copied(tmp_path, "accelerate-ranks-n2")
+    checkpoint = run / "checkpoint-2"
+    for file in checkpoint.glob("*_rank*.bin"):
+        file.unlink()
+    state = live(run)
+    torch.save(
+        {n: t[: -(-len(t) // 2)].clone() for n, t in state.items()}, checkpoint / "pytorch_model_fsdp_0_rank0.bin"
+    )
+    assert "is asked for" in refused(run, "fsdp-rank-files").what
+    torch.save(
+        {n: t[-(-len(t) // 2) :].clone() for n, t in state.items()}, checkpoint / "pytorch_model_fsdp_0_rank1.bin"
+    )
+    assert differences(evaluated(SOURCE.open(run, asked="run").tensors), state) == []
+
+
 def test_pieces_in_safetensors_come_without_an_optimizer() -> None:
     with pytest.raises(Refused) as caught:
         adam_moments(RUNS / "hf-shards-n2", which="exp_avg")

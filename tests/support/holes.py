@@ -161,9 +161,14 @@ def writers(folder: Path, out: Path, *, base: Path | None = None) -> dict[str, l
     if base is not None:
         return {"merge-lora": ["merge-lora", str(folder), str(out), "--base", str(base), *rest]}
     found = {"reshard": ["reshard", str(folder), str(out), *rest], "repair": ["repair", str(folder), str(out), *rest]}
-    config = json.loads((folder / "config.json").read_text())
-    if config["architectures"][0].endswith("ForSequenceClassification"):
+    found["average"] = ["average", str(folder), str(folder), str(out), *rest]
+    named = json.loads((folder / "config.json").read_text())["architectures"][0]
+    if named.endswith(("ForSequenceClassification", "ForTokenClassification")):
         found["convert"] = ["convert", str(folder), str(out), "--to", "trl", "--role", "reward", *rest]
+        found["rm-to-critic"] = ["rm-to-critic", str(folder), str(out), "--to", "openrlhf", *rest]
+        found["critic-to-rm"] = ["critic-to-rm", str(folder), str(out), "--to", "trl", *rest]
+    elif named.endswith("ForCausalLM"):
+        found["convert"] = ["convert", str(folder), str(out), "--to", "trl", "--role", "actor", *rest]
     return found
 
 

@@ -20,9 +20,9 @@ MARKS = {"holds": "ok  ", "note": "note", "fails": "FAIL"}
 
 def verify(folder: str, options: Display, **knobs: Any) -> int:
     """Verify a folder; exit code 0, or 4 where a check fails."""
-    found = verb.verify(folder, **knobs)
-    broken = found.failed
     sink = options.sink
+    found = verb.verify(folder, told=sink.tell, **knobs)
+    broken = found.failed
     sink.screen([f"{show(folder)}: for {found.aim.words} as {found.aim.role}"])
     sink.screen(f"{MARKS[c.outcome]} {c.label:<8} {c.text}" for c in found.checks)
     if found.table:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from converter.converters.heads.detect import detect, head_like
 from converter.converters.heads.model import resolve
 from converter.core.checkpoint import Checkpoint
+from converter.core.files.names import rank_in
 from converter.core.tensors.dtypes import DType
 from converter.dialects.spec import Dialect
 from converter.errors import ConvertError
 from converter.families.expected import Comparison, Expected, Unknown, compare, expected
 from converter.families.family import family
-from converter.families.implied import Shape
+from converter.families.implied import Shape, class_of
+from converter.families.memory_names import class_names
 from converter.families.quantised.reading import plain_shapes
 from converter.families.words import OUTPUT_PREFIXES
 from converter.text import fold, show
@@ -38,11 +41,13 @@ class Slices:
 
     Attributes:
         rows: every one is cut along its first dimension, the norms too: FSDP's way, not tensor parallelism's.
+        rank: which of them, where the folder's name says.
     """
 
     names: tuple[str, ...]
     ranks: int
     rows: bool
+    rank: int | None = None
 
     @property
     def words(self) -> str:
@@ -50,7 +55,8 @@ class Slices:
         how = "FSDP" if self.rows else "tensor-parallel"
         rest = self.ranks - 1
         others = f"the other {rest} are" if rest > 1 else "the other one is"
-        return f"one rank of {self.ranks} ({how}) saved its own slices, and {others} not in it"
+        which = "one rank" if self.rank is None else f"rank {self.rank}"
+        return f"{which} of {self.ranks} ({how}) saved its own slices, and {others} not in it"
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Judgement:
         wanted: what the class asks for.
         dialect: whose head it has, where that is not the class's own.
         mistyped: weights of types that only quantised models store, in one that is none.
+        refused: it is unknown since transformers does not build the class of this config.
     """
 
     unknown: str
@@ -72,6 +79,7 @@ class Judgement:
     slices: Slices | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     mistyped: Mapping[str, DType] = field(default_factory=dict)
+    refused: bool = False
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -136,7 +144,9 @@ def judge(checkpoint: Checkpoint, names: Mapping[str, str] | None = None) -> Jud
     """
     wanted = expected(checkpoint.config)
     if isinstance(wanted, Unknown):
-        return Judgement(wanted.words, Comparison({}, {}, {}, 0))
+        return Judgement(
+            wanted.words, Comparison({}, {}, {}, 0), mistyped=_mistyped(checkpoint), refused=wanted.refused
+        )
     plain = names or {}
     aliases = {plain.get(n, n): n for n in checkpoint.tensors}
     infos = {plain.get(n, n): t.info for n, t in checkpoint.tensors.items()}
@@ -149,7 +159,7 @@ def judge(checkpoint: Checkpoint, names: Mapping[str, str] | None = None) -> Jud
     found = _without_heads(compare(stored, wanted, checkpoint.config), wanted, heads, dialect)
     whole = {n: pair for n, pair in found.misshapen.items() if pair[0] != _EMPTY}
     found = Comparison(found.missing, found.unexpected, whole, found.asked)
-    return Judgement("", found, wanted, dialect, _slices(whole, stored), aliases, _mistyped(checkpoint))
+    return Judgement("", found, wanted, dialect, _slices(whole, checkpoint.origin.name), aliases, _mistyped(checkpoint))
 
 
 def _mistyped(checkpoint: Checkpoint) -> dict[str, DType]:
@@ -164,7 +174,9 @@ def _mistyped(checkpoint: Checkpoint) -> dict[str, DType]:
 
 
 _SAYS_QUANTISED = re.compile(r"quantiz|compression")
-_OF_QUANTISED = re.compile(r"scale|qweight|qzeros|g_idx|absmax|weight_packed|_blocks$|\.SCB$|zero_point")
+_OF_QUANTISED = re.compile(
+    r"[._]scales?(?:_inv|_2)?$|_scale_inv|qweight|qzeros|g_idx|absmax|weight_packed|_blocks$|\.SCB$|zero_point"
+)
 _PLAIN = (DType.F64, DType.F32, DType.F16, DType.BF16)
 
 
@@ -174,7 +186,16 @@ def _dialect(checkpoint: Checkpoint) -> Dialect | None:
         found = detect(checkpoint)
     except ConvertError:
         return None
-    return None if found is None or found.dialect.head.kind == "none" else found.dialect
+    if found is None or found.dialect.head.kind == "none" or is_of_another_class(found.dialect, checkpoint.config):
+        return None
+    return found.dialect
+
+
+def is_of_another_class(dialect: Dialect, config: Mapping[str, Any]) -> bool:
+    """True where a dialect's head is a class's of transformers, and config.json names another class of transformers."""
+    ends = tuple(end for marks in dialect.marks for end in marks.classes)
+    named = class_of(config) or ""
+    return dialect.class_says and bool(ends) and named in class_names() and not named.endswith(ends)
 
 
 def _canonical(
@@ -193,7 +214,7 @@ def _canonical(
     extras = tuple(start for start, _ in dialect.extras)
     for name, shape in stored.items():
         new = name
-        if name == stem or name.startswith((f"{stem}.", _NORMALISER, *extras)):
+        if _is_of_head(name, stem, dialect) or name.startswith((_NORMALISER, *extras)):
             heads.add(name)
         elif prefix != own and name.startswith(prefix):
             new = own + name.removeprefix(prefix)
@@ -201,6 +222,13 @@ def _canonical(
             new = name.removeprefix(dialect.outer)
         made[new], back[new] = shape, name
     return made, frozenset(heads), back
+
+
+def _is_of_head(name: str, stem: str, dialect: Dialect) -> bool:
+    """True for a head's own tensors; what else stands under its name is left over, and no part of what is read."""
+    if dialect.head.kind == "linear":
+        return name in (stem, f"{stem}.weight", f"{stem}.bias")
+    return name == stem or name.startswith(f"{stem}.")
 
 
 def _without_heads(found: Comparison, wanted: Expected, heads: frozenset[str], dialect: Dialect | None) -> Comparison:
@@ -226,20 +254,29 @@ def _without_heads(found: Comparison, wanted: Expected, heads: frozenset[str], d
     return Comparison(missing, unexpected, misshapen, found.asked)
 
 
-def _slices(misshapen: Mapping[str, tuple[Shape, Shape]], stored: Mapping[str, Shape]) -> Slices | None:
+def _slices(misshapen: Mapping[str, tuple[Shape, Shape]], name: str) -> Slices | None:
     """Where every tensor of another shape is cut along one dimension by the same number."""
-    ranks: set[int] = set()
-    dims: set[int] = set()
-    for have, asked in misshapen.values():
-        cut = [d for d, (a, b) in enumerate(zip(have, asked, strict=False)) if a != b]
-        if len(have) != len(asked) or len(cut) != 1 or not have[cut[0]] or asked[cut[0]] % have[cut[0]]:
-            return None
-        ranks.add(asked[cut[0]] // have[cut[0]])
-        dims.add(cut[0])
-    if len(ranks) != 1 or not _LEAST_RANKS <= (count := ranks.pop()) <= _MOST_RANKS:
+    cuts = [c for have, asked in misshapen.values() if (c := _cut(have, asked)) is not None]
+    if not cuts or len(cuts) != len(misshapen):
         return None
+    # Of what divides, the parts are equal; of the rest, as torch.chunk cuts it, the last one is smaller.
+    even = {asked // have for have, asked, _ in cuts if not asked % have}
+    if len(even) != 1 or not _LEAST_RANKS <= (count := even.pop()) <= _MOST_RANKS:
+        return None
+    if any(have not in {-(-asked // count), asked - -(-asked // count) * (count - 1)} for have, asked, _ in cuts):
+        return None
+    dims = {dim for _, _, dim in cuts}
     is_all = len(misshapen) > 1 and any(len(a) == 1 and _is_norm(n) for n, (_, a) in misshapen.items())
-    return Slices(tuple(misshapen), count, dims == {0} and is_all)
+    rank = rank_in(name)
+    return Slices(tuple(misshapen), count, dims == {0} and is_all, rank if rank is not None and rank < count else None)
+
+
+def _cut(have: Shape, asked: Shape) -> tuple[int, int, int] | None:
+    """The size that is there, the one that is asked for, and the one dimension in which they differ."""
+    dims = [d for d, (a, b) in enumerate(zip(have, asked, strict=False)) if a != b]
+    if len(have) != len(asked) or len(dims) != 1 or not 0 < have[dims[0]] < asked[dims[0]]:
+        return None
+    return have[dims[0]], asked[dims[0]], dims[0]
 
 
 def _is_norm(name: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -40,3 +42,11 @@ of each of its tensors; checksums are 8 hexadecimal digits."""
 
 WEIGHTS_WORD = f"model|pytorch_model|{ADAPTER_STEM}"
 """Alternatives of a regular expression: how the names of weight files begin."""
+
+_RANK_FOLDER = re.compile(r"(?:[A-Za-z]{1,24}[_-]?){0,3}?rank[_-]?(\d{1,4})", re.ASCII)
+
+
+def rank_in(folder: str) -> int | None:
+    """The rank that a folder's name says: `rank_0`, `tp_rank_01`, `mp_rank_00`."""
+    match = _RANK_FOLDER.fullmatch(folder)
+    return int(match[1]) if match is not None else None

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from converter.converters.heads.detect import head_like
 from converter.core.context import Context
 from converter.core.files.names import MODEL_CONFIG
 from converter.core.formats.safetensors_io import read_header
 from converter.errors import ConvertError
-from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
-from converter.text import show
+from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis, folded
+from converter.examine.diagnoses.commands import convert_command
+from converter.examine.diagnoses.whole import head_of_another_class
+from converter.text import fold, show
 
 
 @diagnosis("format-missing", "model", "adapter")
@@ -70,3 +73,26 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = found.pop("rope_type", None) or found.pop("type", None)
     found.pop("rope_theta", None)
     return {"type": kind, **{k: v for k, v in found.items() if k != "type"}}
+
+
+@diagnosis("architecture-head", "model")
+def architecture_head(case: Case, context: Context) -> Iterable[Finding]:
+    """config.json names one class of transformers, and the head in the files is another's: a reward model
+    (`score.weight`) whose config still says ForCausalLM, a critic (`classifier`) under ForSequenceClassification. What
+    goes by the class (vLLM, AutoModel with trust in `architectures`) drops the head and makes its own RANDOM; trainers
+    that name their class themselves load it. `convert` writes the class that the head is of.
+    """
+    found = head_of_another_class(case)
+    if found is None:
+        return
+    named, heads = show(case.config["architectures"][0]), head_like(case.shapes)
+    text = f"config.json names {named}, and {fold(heads)} is the head of {found.dialect.about}"
+    yield Finding(
+        code="architecture-head",
+        severity="error",
+        text=f"{text}: a loader that goes by the class drops it, and makes its own at RANDOM",
+        tensors=tuple(heads),
+        evidence=folded(case, heads),
+        recoverability=HERE,
+        next=convert_command(case, "reward" if found.dialect.reward else "critic"),
+    )

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from converter.converters.heads.detect import Detected, detect
 from converter.converters.heads.whole import (
     MISSHAPEN,
     MISSING,
     MISTYPED,
     UNEXPECTED,
     Judgement,
+    is_of_another_class,
     rows_of_vocabulary,
 )
 from converter.core.context import Context
-from converter.diagnostic import Next, Steps
-from converter.examine.diagnoses.case import LOST, Case, Finding, Near, diagnosis, folded
+from converter.core.files.names import MODEL_CONFIG
+from converter.diagnostic import Command, Next, Steps, as_argument
+from converter.errors import ConvertError
+from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Near, diagnosis, folded
+from converter.families.expected import Expected
+from converter.families.words import INPUT, OUTPUT
+from converter.sources.hf.rank_folders import ranks_in
 
 _NOT_ALL_READ = frozenset(
     {"shard-missing", "index-phantom", "weights-missing", "file-truncated", "safetensors-header", "safetensors-not",
@@ -41,7 +48,8 @@ def is_vocabulary_alone(case: Case) -> bool:
         return True
     wrong = found.comparison.misshapen
     rows = case.text_config.get("vocab_size")
-    return rows_of_vocabulary(wrong, [n for n, (_, asked) in wrong.items() if asked[:1] == (rows,)])
+    named = [n for n, (_, asked) in wrong.items() if asked[:1] == (rows,) and (INPUT.search(n) or OUTPUT.search(n))]
+    return rows_of_vocabulary(wrong, named)
 
 
 @diagnosis("tensors-missing", "model")
@@ -96,13 +104,36 @@ def family_unknown(case: Case, context: Context) -> Iterable[Finding]:
     names and shapes are not checked, and nobody here can say that the folder is whole.
     """
     found = judgement_of(case)
-    if found is not None and found.unknown:
+    if found is not None and found.unknown and not found.refused:
         yield Finding(code="family-unknown", severity="cosmetic", text=found.unknown)
+
+
+@diagnosis("config-refused", "model")
+def config_refused(case: Case, context: Context) -> Iterable[Finding]:
+    """The installed transformers knows the class in config.json and stops while it builds the model: numbers that do
+    not fit each other (heads that do not divide the hidden size), a value of the wrong type. Nothing loads such a
+    folder, and names and shapes can't be checked. Take config.json from the base model or another checkpoint.
+    """
+    found = judgement_of(case)
+    if found is not None and found.refused:
+        yield Finding(code="config-refused", severity="error", text=found.unknown, evidence=(MODEL_CONFIG,))
+
+
+def head_of_another_class(case: Case) -> Detected | None:
+    """Whose head it is, where config.json names another class."""
+    found = judgement_of(case)
+    if found is None or found.unknown or found.dialect is not None:
+        return None
+    try:
+        detected = detect(case.checkpoint)
+    except ConvertError:
+        return None
+    return detected if detected is not None and is_of_another_class(detected.dialect, case.config) else None
 
 
 def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
     names = found.names(code)
-    if not names:
+    if not names or (found.wanted is not None and _is_of_head(case, found.wanted, names)):
         return
     near = _place(case)
     command: Next | None = None
@@ -112,7 +143,9 @@ def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
         source = ("--weights-from", place) if near is not None or not base else ()
         command = case.command("repair", *source, *base, out="fixed")
     recoverability = LOST if near is None else f"from {near.asked}"
-    if found.prefix or code in (UNEXPECTED, MISTYPED):
+    if code == MISSHAPEN and found.slices is not None and len(ranks_in(case.root.parent)) == found.slices.ranks:
+        command, recoverability = Command("gather", (as_argument(str(case.root.parent)), "OUT")), HERE
+    elif found.prefix or code in (UNEXPECTED, MISTYPED):
         command, recoverability = Steps("every tensor is listed by ", case.command("inspect", "--tensors")), ""
     yield Finding(
         code=code,
@@ -125,6 +158,11 @@ def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
         applicability="display-only",
         next=command,
     )
+
+
+def _is_of_head(case: Case, wanted: Expected, names: Iterable[str]) -> bool:
+    """True where the names are those of a head that is another class's, which is a finding of its own."""
+    return all(map(wanted.is_outside, names)) and head_of_another_class(case) is not None
 
 
 def _place(case: Case) -> Near | None:

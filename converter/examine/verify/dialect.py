@@ -26,6 +26,7 @@ from converter.families.family import family, hidden_size
 from converter.families.words import OUTPUT_PREFIXES, input_embedding
 from converter.text import fold, show
 
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
 _ROLES: tuple[Role, ...] = ("critic", "reward", "actor")
 
 
@@ -35,6 +36,26 @@ class Verdict:
 
     checks: list[Check] = field(default_factory=list)
     reading: Reading | None = None
+
+
+def is_classifier_of_its_own(checkpoint: Checkpoint) -> bool:
+    """True for a whole classifier whose head no trainer's dialect has: BERT's dense layer before its output, T5's."""
+    listed = checkpoint.config.get("architectures")
+    first = str(listed[0]) if isinstance(listed, list) and listed else ""
+    if checkpoint.origin.kind != "model" or not first.endswith(_CLASSIFIERS):
+        return False
+    found = judge(checkpoint)
+    return found.dialect is None and found.wanted is not None and found.wanted.name == first and not found.codes
+
+
+def check_own_class(checkpoint: Checkpoint, target: Target, context: Context, *, remedy: Command) -> Verdict:
+    """A classifier as transformers' own class loads it: names, shapes and the tokenizer."""
+    checks = _names(checkpoint, target, context, remedy, head_fails=False)
+    first = show(checkpoint.config["architectures"][0])
+    text = f"the head is {first}'s own, more than one linear layer: transformers loads it, no trainer's critic does"
+    # No encoder finds its token by the padding.
+    tokens = [c for c in check_tokens(checkpoint, target) if c.code != "pad-token-missing"]
+    return Verdict([note("head", "head-of-its-class", text), *checks, *tokens])
 
 
 def check_for(checkpoint: Checkpoint, target: Target, context: Context, *, remedy: Command) -> Verdict:
@@ -170,6 +191,9 @@ def _actor(checkpoint: Checkpoint, remedy: Command) -> list[Check]:
     kind = family(checkpoint.config)
     if any(n.startswith(OUTPUT_PREFIXES) for n in checkpoint.tensors) or kind.tied:
         return [holds("head", "output embedding there" if not kind.tied else "output embedding tied to the input's")]
+    found = judge(checkpoint)
+    if found.wanted is not None and MISSING not in found.codes:  # under a name of the class's own
+        return [holds("head", f"everything there that {show(found.wanted.name)} asks for, the output embedding too")]
     text = "there is no output embedding (lm_head): the policy would start with a random one"
     return [fails("head", "lm-head-missing", text, remedy.with_options("--base", "BASE"))]
 

@@ -212,11 +212,6 @@ def refusal(folder: Path, kind: Kind) -> Refused:
 
 
 _NOT_READ: dict[Kind, tuple[str, str, str]] = {
-    "ranks": (
-        "fsdp-rank-files",
-        "each rank saved its own file (LOCAL_STATE_DICT, or accelerate's use_dcp=False); they are not put together",
-        "resume the run from it, and save with fsdp_state_dict_type: FULL_STATE_DICT or SHARDED_STATE_DICT",
-    ),
     "rank-metadata": (
         "dcp-rank-metadata",
         "every rank wrote metadata of its own (saved with use_collectives=False): none of them knows all tensors",

@@ -16,6 +16,7 @@ from converter.errors import Refused
 from converter.families.megatron.names import is_megatron, is_stacked
 from converter.sources.base import Held
 from converter.sources.beside import find_beside
+from converter.sources.dcp import rank_files
 from converter.sources.dcp.adapter_names import names_in_memory
 from converter.sources.dcp.chunks import Pieces
 from converter.sources.dcp.files import full_file, kind_here, optimizer_folder, refusal
@@ -69,6 +70,8 @@ def read_weights(folder: Path) -> Weights:
         read = read_pieces(folder, file_names(folder))
         words = f"{WORDS}, {len(read.inputs)} files"
         return Weights(read.tensors, words, read.digest, None, (), {}, (), read.inputs, ends_recorded=False)
+    if kind == "ranks":
+        return _read_ranks(folder)
     if kind != "dcp":
         assert kind is not None
         raise refusal(folder, kind)
@@ -125,6 +128,24 @@ def _as_in_memory(
         return found
     said.append("only the adapter was saved")
     return {names[n]: t for n, t in found.items()}
+
+
+def _read_ranks(folder: Path) -> Weights:
+    """One file a rank."""
+    found, ranks = rank_files.gathered(folder)
+    said = [*ranks.files.said, *ranks.said]
+    names: frozenset[str] = frozenset()
+    try:
+        names = rank_files.trained(folder)
+    except Refused as error:
+        said.append(f"the optimizer's files can't be read, so which tensors were trained is not known: {error.what}")
+    tensors = _as_in_memory(dict(found.tensors), names, folder, said)
+    words = f"FSDP, one file a rank, {ranks.files.world} {'rank' if ranks.files.world == 1 else 'ranks'}"
+    dropped = dict.fromkeys(found.extra, "it is not a tensor, but state of a module's own")
+    trained = frozenset(n for group in [*found.shared, *((n,) for n in tensors)] if names & set(group) for n in group)
+    shared = found.shared if tensors.keys() == found.tensors.keys() else ()
+    checks, inputs = tuple(ranks.checks), ranks.inputs
+    return Weights(tensors, words, ranks.digest, trained or None, shared, dropped, checks, inputs, tuple(said))
 
 
 def _read_full(folder: Path) -> Weights:
@@ -241,6 +262,8 @@ def moments_of(folder: Path, which: Moment) -> dict[str, LazyTensor]:
             keys = {n: leaves[which] for n, leaves in optimizer_states(metadata).items() if which in leaves}
             read = Pieces(metadata).read(keys.values())
             found = {n: read[k] for n, k in keys.items()}
+    elif kind == "ranks":
+        found = rank_files.moments(folder, which)
     elif kind not in (None, "full", "hf-shards"):
         raise refusal(folder, kind)
     if not found:

@@ -25,19 +25,26 @@ from converter.sources.verl.shards import Ranks
 from converter.text import fold, show
 
 
-def plain_rows(ranks: Ranks, plain: Mapping[str, Mapping[int, LazyTensor]]) -> dict[str, LazyTensor]:
+def plain_rows(
+    ranks: Ranks, plain: Mapping[str, Mapping[int, LazyTensor]], *, strict: bool = False
+) -> dict[str, LazyTensor]:
     """Tensors that the ranks' rows make up; empty where every rank has whole ones, or nothing says what is whole.
 
     Args:
         plain: what each rank has of each tensor, for tensors that are no DTensors.
+        strict: the number of ranks is nowhere recorded, so that a tensor of which nothing is asked is not taken.
 
     Raises:
         Refused: rows that are not those of the model together (`verl-sizes`), or pieces of tensor parallelism
             (`verl-placement`).
     """
-    if ranks.files.world < 2 or not plain:
+    if (ranks.files.world < 2 and not strict) or not plain:
         return {}
     asked = _asked(ranks.folder, plain)
+    unknown = [n for n in plain if not asked.get(n)] if strict else []
+    if unknown:
+        what = f"{len(unknown)} of {len(plain)} tensors are plain rows of ranks, and no config.json beside says"
+        raise ranks.refuse("verl-sizes", f"{what} how large the whole is: {fold(unknown)}")
     held = {n: by_rank for n, by_rank in plain.items() if asked.get(n)}
     cut = {n: r for n, r in held.items() if any(t.info.shape != asked[n] for t in r.values())}
     if not cut:

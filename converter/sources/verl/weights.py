@@ -28,8 +28,12 @@ class Weights:
     order: tuple[int, ...]
 
 
-def read_weights(ranks: Ranks) -> Weights:
+def read_weights(ranks: Ranks, *, asked_alone: bool = False) -> Weights:
     """Weights and buffers, in the dtype in which verl kept them.
+
+    Args:
+        asked_alone: nothing but config.json says how many ranks there were, where no tensor is a DTensor: what it asks
+            for has to be there.
 
     Raises:
         Refused: files missing (`verl-rank-missing`), of several runs (`verl-mixed`) or malformed.
@@ -52,7 +56,8 @@ def read_weights(ranks: Ranks) -> Weights:
     lost: list[str] = []
     extra: list[str] = []
     by_name = {n: {r: v for r, own in held.items() if (v := own[n]) is not None} for n in names}
-    rows = plain_rows(ranks, {n: plain for n, by_rank in by_name.items() if (plain := _plain(by_rank))})
+    plain = {n: only for n, values in by_name.items() if (only := _plain(values))}
+    rows = plain_rows(ranks, plain, strict=asked_alone and len(plain) == len(by_name))
     for name, by_rank in by_name.items():
         whole = rows.get(name) or (ranks.whole(name, by_rank, files.models) if by_rank else None)
         if whole is not None:

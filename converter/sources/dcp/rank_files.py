@@ -1,0 +1,136 @@
+"""accelerate's files of ranks (`use_dcp=False`): each has its own pieces of every tensor, by `torch.save`.
+
+Under FSDP2 a piece is a DTensor, which records the whole's shape, the mesh of ranks and the rank's place on it: the
+pieces are put together as those of verl, which saves the same. Plain tensors are put together where their rows are,
+together, what the class of config.json asks for. FSDP1's local state (ShardedTensor, flat parameters) is refused.
+
+Source of the names: `save_fsdp_model` and `save_fsdp_optimizer`,
+https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/fsdp_utils.py
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from converter.core.tensors.nodes import LazyTensor
+from converter.errors import Refused, UsageError
+from converter.sources.survey import file_names
+from converter.sources.verl.files import RankFiles
+from converter.sources.verl.shards import Piece, Ranks, Value
+from converter.sources.verl.weights import Weights, read_weights
+from converter.text import fold, show
+
+MODEL = re.compile(r"(pytorch_model_fsdp(?:_\d{1,6})?)_rank(\d{1,6})\.bin", re.ASCII)
+_OPTIMIZER = re.compile(r"(optimizer(?:_\d{1,6})?)_rank(\d{1,6})\.bin", re.ASCII)
+_LOCAL = "pytorch_model_fsdp"
+_CODE = "fsdp-rank-files"
+
+
+def gathered(folder: Path) -> tuple[Weights, Ranks]:
+    """The model that the ranks' files make up.
+
+    Raises:
+        UsageError: files of several models (`several-parts`).
+        Refused: files missing, cut short, or of a kind that is not put together (`fsdp-rank-files`).
+    """
+    ranks = Ranks(_files(folder))
+    try:
+        found = read_weights(ranks, asked_alone=True)
+    except Refused as error:
+        if error.code.startswith("verl-"):  # the same layout, another trainer's files
+            raise _refused(folder, error.what) from error
+        raise
+    return found, ranks
+
+
+def trained(folder: Path) -> frozenset[str]:
+    """Names of which an optimizer's file of a rank has a state; none where there are no such files."""
+    ranks = Ranks(_files(folder))
+    first = next(iter(ranks.files.optimizers.values()), None)
+    return frozenset() if first is None else frozenset(_states(ranks, first))
+
+
+def moments(folder: Path, which: str) -> dict[str, LazyTensor]:
+    """A moment of each parameter by its name, put together of the ranks' pieces."""
+    ranks = Ranks(_files(folder))
+    held: dict[str, dict[int, Value]] = {}
+    for rank, file in ranks.files.optimizers.items():
+        for name, state in _states(ranks, file).items():
+            value = ranks.value(state.get(which), file, name)
+            if value is not None:
+                held.setdefault(name, {})[rank] = value
+    found: dict[str, LazyTensor] = {}
+    for name, by_rank in held.items():
+        if all(isinstance(v, Piece) for v in by_rank.values()):
+            whole = ranks.whole(name, by_rank, ranks.files.optimizers)
+            if whole is None:
+                raise _refused(folder, f"the ranks' pieces of the moment of {show(name)} are not all there")
+            found[name] = whole
+    return found
+
+
+def _states(ranks: Ranks, file: str) -> Mapping[str, Mapping[str, Any]]:
+    states = ranks.open(file).get("state")
+    if not isinstance(states, dict):
+        return {}
+    return {n: s for n, s in states.items() if isinstance(n, str) and isinstance(s, dict)}
+
+
+def _files(folder: Path) -> RankFiles:
+    """The files of one model, and of its optimizer, by rank."""
+    names = file_names(folder)
+    models = _by_rank(names, MODEL)
+    if len(models) > 1:
+        text = f"{len(models)} models were trained together: {fold([show(n) for n in sorted(models)])}"
+        raise UsageError("several-parts", text, where=show(folder), next="put the files of each into its own folder")
+    ((stem, files),) = models.items()
+    optimizers = _by_rank(names, _OPTIMIZER)
+    number = stem.removeprefix(_LOCAL)
+    own = optimizers.get(f"optimizer{number}", {})
+    world = _recorded_world(folder, files) or max(files) + 1
+    return RankFiles(folder, world, {r: n for r, n in files.items() if r < world}, own)
+
+
+def _by_rank(names: Collection[str], pattern: re.Pattern[str]) -> dict[str, dict[int, str]]:
+    found: dict[str, dict[int, str]] = {}
+    for name in sorted(names):
+        if (match := pattern.fullmatch(name)) is not None:
+            found.setdefault(match[1], {})[int(match[2])] = name
+    return found
+
+
+def _recorded_world(folder: Path, files: Mapping[int, str]) -> int | None:
+    """How many ranks there were, by the mesh that the first file's pieces record: no name of a file says it.
+
+    Raises:
+        Refused: the file is of FSDP1's local state, or no file of torch.save.
+    """
+    first = files[min(files)]
+    ranks = Ranks(RankFiles(folder, len(files), dict(files), {}))
+    try:
+        state = ranks.open(first)
+        for name, saved in state.items():
+            value = ranks.value(saved, first, show(str(name)))
+            if isinstance(value, Piece):
+                return None if value.mesh is None else math.prod(value.mesh)
+    except Refused as error:
+        if error.code == "pickle-names" and "remote_device" in error.what:
+            what = "they hold FSDP 1's own pieces (ShardedTensor), without the shapes of what is whole"
+            raise _refused(folder, what) from error
+        raise _refused(folder, f"{show(first)}: {error.what}") from error
+    return None
+
+
+def _refused(folder: Path, why: str) -> Refused:
+    return Refused(
+        _CODE,
+        f"each rank saved its own file (LOCAL_STATE_DICT, or accelerate's use_dcp=False), and they are not the model "
+        f"together: {why}",
+        where=show(folder),
+        next="copy files of ranks that are on other nodes; else resume the run from it, and save with "
+        "fsdp_state_dict_type: FULL_STATE_DICT or SHARDED_STATE_DICT",
+    )
