@@ -157,6 +157,8 @@ def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
 
 def _is_newer(config: Mapping[str, Any]) -> bool:
     """True for a config that a newer transformers wrote, or that no transformers did."""
+    from converter.families import expected_child
+
     written = config.get("transformers_version")
     if not isinstance(written, str):
         return True
