@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from converter.recipe.verbs.push import Push, push
     from converter.recipe.verbs.repair import Repaired, Sound, repair
     from converter.recipe.verbs.reshard import reshard
+    from converter.recipe.verbs.reshard_state import ReshardedState, reshard_state
     from converter.recipe.verbs.run import plan, run, write
     from converter.recipe.verbs.verify import verify
     from converter.recipe.verbs.watch import Examined, watch
@@ -72,6 +73,7 @@ _HOME = {
     "Refused": "errors",
     "Repaired": "recipe.verbs.repair",
     "Report": "examine.doctor",
+    "ReshardedState": "recipe.verbs.reshard_state",
     "SideFile": "core.checkpoint",
     "Sound": "recipe.verbs.repair",
     "TensorInfo": "core.tensors.dtypes",
@@ -101,6 +103,7 @@ _HOME = {
     "push": "recipe.verbs.push",
     "repair": "recipe.verbs.repair",
     "reshard": "recipe.verbs.reshard",
+    "reshard_state": "recipe.verbs.reshard_state",
     "rm_to_critic": "recipe.verbs.convert",
     "run": "recipe.verbs.run",
     "to_torch": "core.compute.evaluate",
@@ -136,6 +139,7 @@ __all__ = [
     "Refused",
     "Repaired",
     "Report",
+    "ReshardedState",
     "SideFile",
     "Sound",
     "TensorInfo",
@@ -166,6 +170,7 @@ __all__ = [
     "push",
     "repair",
     "reshard",
+    "reshard_state",
     "rm_to_critic",
     "run",
     "to_torch",

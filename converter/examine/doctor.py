@@ -72,6 +72,7 @@ class DoctorRequest:
     deep: bool = False
     revision: str | None = None
     launch: str | None = None
+    resume_on: int | None = None
 
 
 @cache
@@ -134,7 +135,8 @@ def case_of(asked: DoctorRequest) -> Case:
     actor = None if asked.actor is None else case_of(DoctorRequest(asked.actor))
     launch = None if asked.launch is None else read_launch(asked.launch)
     target = asked.target or (launch.trainer if launch is not None else None)
-    return Case(asked.path, root, kind, source, survey, why, near, base, actor, target, asked.deep, launch)
+    more = (actor, target, asked.deep, launch, asked.resume_on)
+    return Case(asked.path, root, kind, source, survey, why, near, base, *more)
 
 
 def _expect_known(target: str | None) -> None:

@@ -39,7 +39,6 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
         context.consent(Refused(CONFIG_REFUSED, found.unknown, where=show(source), next=Command("doctor", (source,))))
     if found.unknown:
         context.note("info", FAMILY_UNKNOWN, found.unknown)
-        return
     for code in found.codes:
         context.consent(_refusal(code, found, checkpoint))
 

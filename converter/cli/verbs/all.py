@@ -1,7 +1,7 @@
 """Every verb, in the order of the help."""
 
 # isort: off
-from converter.cli.verbs import heads, write, average, adapters, read, living, hub  # noqa: F401 - importing them registers the verbs
+from converter.cli.verbs import heads, write, reshard, recipe, average, adapters, read, living, hub  # noqa: F401 - importing them registers the verbs
 
 # isort: on
 from converter.cli.app import app, app_of

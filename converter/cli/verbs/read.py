@@ -100,13 +100,17 @@ def doctor(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    resume_on: Annotated[
+        int | None,
+        typer.Option(metavar="M", min=1, help="Say whether the run goes on with M ranks.", show_default=False),
+    ] = None,
 ) -> int:
     """`rlhf-convert doctor`."""
     from converter.cli.tell.doctor import doctor
 
     return doctor(
         path, fail_on.value, options, base=base, weights_from=weights_from or (), for_=target, with_actor=actor,
-        ignore=ignore or (), deep=deep, launch=launch, allow_name=options.allow_name or (),
+        ignore=ignore or (), deep=deep, launch=launch, resume_on=resume_on, allow_name=options.allow_name or (),
     )  # fmt: skip
 
 

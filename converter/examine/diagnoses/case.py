@@ -132,6 +132,7 @@ class Case:
         target: the trainer that `--for` names.
         deep: values may be read.
         launch: the script that `--launch` names, read.
+        resume_on: ranks that the run is to go on with, as `--resume-on` says.
     """
 
     asked: str
@@ -146,6 +147,7 @@ class Case:
     target: str | None = None
     deep: bool = False
     launch: Launch | None = None
+    resume_on: int | None = None
     _json: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     _memos: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
