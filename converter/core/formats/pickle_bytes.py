@@ -12,7 +12,7 @@ from collections.abc import Callable
 from struct import Struct
 from typing import Any
 
-_OPCODES = {ord(code): info for code, info in pickletools.code2op.items()}
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
 _UINT2, _INT4, _UINT4 = Struct("<H"), Struct("<i"), Struct("<I")
 
 
