@@ -122,13 +122,15 @@ def config_refused(case: Case, context: Context) -> Iterable[Finding]:
 def head_of_another_class(case: Case) -> Detected | None:
     """Whose head it is, where config.json names another class."""
     found = judgement_of(case)
-    if found is None or found.unknown or found.dialect is not None:
+    if found is None or found.wanted is None or found.dialect is not None:
         return None
     try:
         detected = detect(case.checkpoint)
     except ConvertError:
         return None
-    return detected if detected is not None and is_of_another_class(detected.dialect, case.config) else None
+    if detected is None or not is_of_another_class(detected.dialect, case.config, found.wanted, case.shapes):
+        return None
+    return detected
 
 
 def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
