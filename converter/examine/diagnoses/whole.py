@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from converter.converters.heads.detect import Detected, detect
@@ -20,8 +21,9 @@ from converter.diagnostic import Command, Next, Steps, as_argument
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Near, diagnosis, folded
 from converter.families.expected import Expected
-from converter.families.words import INPUT, OUTPUT
 from converter.sources.rank_folders import ranks_in
+
+_IN_A_LAYER = re.compile(r"(?:^|\.)\d+\.", re.ASCII)
 
 _NOT_ALL_READ = frozenset(
     {"shard-missing", "index-phantom", "weights-missing", "file-truncated", "safetensors-header", "safetensors-not",
@@ -48,8 +50,9 @@ def is_vocabulary_alone(case: Case) -> bool:
         return True
     wrong = found.comparison.misshapen
     rows = case.text_config.get("vocab_size")
-    named = [n for n, (_, asked) in wrong.items() if asked[:1] == (rows,) and (INPUT.search(n) or OUTPUT.search(n))]
-    return rows_of_vocabulary(wrong, named)
+    named = [n for n, (_, asked) in wrong.items() if asked[:1] == (rows,)]
+    is_of_embeddings = any(not _IN_A_LAYER.search(n) for n in named)
+    return is_of_embeddings and rows_of_vocabulary(wrong, named)
 
 
 @diagnosis("tensors-missing", "model")
