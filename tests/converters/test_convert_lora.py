@@ -100,6 +100,9 @@ def stacked(path: Path, base: MixtureBase, **settings: Any) -> Path:
     return oracle.make_adapter(path, base, **(more | settings))
 
 
+PLAIN = "model.layers.1.mlp.experts.{expert}.{leaf}.weight"
+DISK = dict.fromkeys(("qwen3_moe", "deepseek_v3", "olmoe"), PLAIN)
+DISK["mixtral"] = "model.layers.1.block_sparse_moe.experts.{expert}.{leaf}.weight"
 FAMILIES = ["qwen3_moe", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mixtral", "deepseek_v3", "olmoe"))]
 
 
@@ -113,6 +116,16 @@ def test_a_pair_for_all_experts_becomes_one_for_each_and_comes_back(family: str,
         found = products(tmp_path / target)
         expect_same(found, wanted)
         assert sum("experts" in n for n in found) == 2 * EXPERTS * 3
+    converter.convert_lora(adapter, tmp_path / "tinker", for_="tinker", base=base.path)
+    factors = load_file(tmp_path / "tinker" / "adapter_model.safetensors")
+    scale = oracle.read_config(tmp_path / "tinker", CONFIG)
+    for name, leaf in {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.items():
+        stem = "base_model.model." + DISK[family].format(expert=name, leaf="").removesuffix("..weight")
+        a, b = (factors[f"{stem}.lora_{part}.weight"].double() for part in "AB")
+        for expert in range(EXPERTS):
+            disk = DISK[family].format(expert=expert, leaf=leaf if family != "mixtral" else name)
+            made = scale["lora_alpha"] / scale["r"] * b[expert] @ a[expert]
+            assert float((made - wanted[disk]).norm() / made.norm()) < 2e-6
     converter.convert_lora(tmp_path / "transformers@4", tmp_path / "back", for_="peft", base=base.path)
     assert len(oracle.read_config(tmp_path / "back", CONFIG)["target_parameters"]) == 4
     expect_same(updates(base, tmp_path / "back"), wanted)

@@ -97,7 +97,7 @@ def convert_lora(
     target: Annotated[
         str,
         typer.Option(
-            "--for", metavar="PROGRAM", help="peft, peft@0.13, transformers@4, vllm or mlx.", show_default=False
+            "--for", metavar="PROGRAM", help="peft, peft@0.13, transformers@4, vllm, mlx or tinker.", show_default=False
         ),
     ],
     base: Annotated[

@@ -16,6 +16,7 @@ from converter.converters.adapters import expert_pairs
 from converter.converters.adapters.expert_pairs import Joined, named, padded, put_together, scaled, taken_apart
 from converter.converters.adapters.layouts import Layout, find_layout
 from converter.converters.adapters.pairs import Pair, PlainLora, read_pairs, with_ranks
+from converter.converters.adapters.tinker import as_tinker
 from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import read_modules
 from converter.converters.merge.foreign_adapters import plain_names
@@ -38,7 +39,7 @@ class ConvertLora:
     """Give the LoRA adapter that flows through the form that a program reads.
 
     Attributes:
-        target: `peft`, `peft@0.13`, `transformers@4`, `vllm` or `mlx`.
+        target: `peft`, `peft@0.13`, `transformers@4`, `vllm`, `mlx` or `tinker`.
         base: the model that it is over; needed for factors of experts.
     """
 
@@ -70,6 +71,9 @@ class ConvertLora:
         if layout.is_mlx:
             return self._written(checkpoint, *_as_mlx(pairs, adapter.config), stem="adapters")
         config = _config(adapter.config, pairs, joined.parameters, layout)
+        if layout.is_tinker:
+            every = {"target_modules": "all-linear"}
+            return self._written(checkpoint, as_tinker(pairs, where), config | every)
         out = {key: t for p in pairs for key, t in zip(p.keys, (p.a, p.b), strict=True)} | dict(found.rest)
         return self._written(checkpoint, out, config)
 

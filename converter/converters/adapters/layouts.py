@@ -38,6 +38,7 @@ class Layout:
         fields: of the config; None: all of PEFT's.
         outside: modules outside of the layers may have factors: embeddings, heads.
         is_mlx: mlx-lm's files.
+        is_tinker: Tinker's names and stacks.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Layout:
     fields: frozenset[str] | None = None
     outside: bool = True
     is_mlx: bool = False
+    is_tinker: bool = False
 
 
 LAYOUTS = {
@@ -53,6 +55,7 @@ LAYOUTS = {
     "transformers@4": Layout("transformers@4"),
     "vllm": Layout("vllm", one_rank=True, whole=False, fields=OLD_FIELDS),
     "mlx": Layout("mlx", one_rank=True, whole=False, outside=False, is_mlx=True),
+    "tinker": Layout("tinker", one_rank=True, whole=False, fields=OLD_FIELDS, is_tinker=True),
 }
 
 

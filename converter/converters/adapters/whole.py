@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from converter.converters.adapters.pairs import read_pairs
 from converter.converters.merge.asked_modules import is_target
+from converter.converters.merge.foreign_adapters import plain_names
 from converter.converters.merge.methods.finding import find_method
 from converter.converters.merge.methods.lora import METHOD
 from converter.core.checkpoint import ADAPTER, Checkpoint
@@ -27,7 +28,8 @@ def expect_loadable(adapter: Checkpoint) -> None:
         return
     if adapter.config.get("init_lora_weights") in ("pissa", "olora"):
         return
-    found = read_pairs(adapter)
+    held, _ = plain_names(adapter.tensors, show(adapter.origin.asked))
+    found = read_pairs(adapter.replace(tensors=held))
     bare = bool(adapter.config.get("target_parameters"))
     lost = [p.module for p in found.pairs if not is_target(p.module, adapter.config) and not bare]
     if lost:

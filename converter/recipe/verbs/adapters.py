@@ -87,7 +87,7 @@ def convert_lora(
     Args:
         adapter: a folder or a name on the Hub: PEFT's, mlx-lm's or Tinker's.
         out: the folder to write, or `hf://owner/name`; None: only plan.
-        for_: `peft`, `peft@0.13`, `transformers@4`, `vllm` or `mlx`.
+        for_: `peft`, `peft@0.13`, `transformers@4`, `vllm`, `mlx` or `tinker`.
         base: the model that it is over; needed for factors of experts.
         writing: see `Writing`.
 
