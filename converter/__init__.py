@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from converter.examine.doctor import Report
     from converter.examine.verify.verify import Verified
     from converter.recipe.recipe import Recipe, load_recipe
+    from converter.recipe.verbs.adapters import convert_lora, extract_lora, prune_lora
     from converter.recipe.verbs.average import average, interpolate
+    from converter.recipe.verbs.check import check
     from converter.recipe.verbs.conversion import Conversion
     from converter.recipe.verbs.convert import Converted, convert, critic_to_rm, rm_to_critic
     from converter.recipe.verbs.diff import Compared, diff
@@ -37,9 +39,10 @@ if TYPE_CHECKING:
     from converter.recipe.verbs.push import Push, push
     from converter.recipe.verbs.repair import Repaired, Sound, repair
     from converter.recipe.verbs.reshard import reshard
+    from converter.recipe.verbs.reshard_state import ReshardedState, reshard_state
     from converter.recipe.verbs.run import plan, run, write
     from converter.recipe.verbs.verify import verify
-    from converter.recipe.verbs.watch import Watched, watch
+    from converter.recipe.verbs.watch import Examined, watch
     from converter.sources.moments import adam_moments
 
 
@@ -51,6 +54,7 @@ _HOME = {
     "ConvertError": "errors",
     "Converted": "recipe.verbs.convert",
     "DType": "core.tensors.dtypes",
+    "Examined": "recipe.verbs.watch",
     "Explanation": "recipe.verbs.explain",
     "Finding": "examine.diagnoses.case",
     "Gathered": "recipe.verbs.gather",
@@ -69,20 +73,23 @@ _HOME = {
     "Refused": "errors",
     "Repaired": "recipe.verbs.repair",
     "Report": "examine.doctor",
+    "ReshardedState": "recipe.verbs.reshard_state",
     "SideFile": "core.checkpoint",
     "Sound": "recipe.verbs.repair",
     "TensorInfo": "core.tensors.dtypes",
     "UsageError": "errors",
     "VerificationFailed": "errors",
     "Verified": "examine.verify.verify",
-    "Watched": "recipe.verbs.watch",
     "adam_moments": "sources.moments",
     "average": "recipe.verbs.average",
+    "check": "recipe.verbs.check",
     "convert": "recipe.verbs.convert",
+    "convert_lora": "recipe.verbs.adapters",
     "critic_to_rm": "recipe.verbs.convert",
     "diff": "recipe.verbs.diff",
     "doctor": "recipe.verbs.doctor",
     "explain": "recipe.verbs.explain",
+    "extract_lora": "recipe.verbs.adapters",
     "gather": "recipe.verbs.gather",
     "inspect": "recipe.verbs.inspect",
     "interpolate": "recipe.verbs.average",
@@ -92,9 +99,11 @@ _HOME = {
     "merge_lora": "recipe.verbs.merge",
     "open": "recipe.verbs.open",
     "plan": "recipe.verbs.run",
+    "prune_lora": "recipe.verbs.adapters",
     "push": "recipe.verbs.push",
     "repair": "recipe.verbs.repair",
     "reshard": "recipe.verbs.reshard",
+    "reshard_state": "recipe.verbs.reshard_state",
     "rm_to_critic": "recipe.verbs.convert",
     "run": "recipe.verbs.run",
     "to_torch": "core.compute.evaluate",
@@ -111,6 +120,7 @@ __all__ = [
     "ConvertError",
     "Converted",
     "DType",
+    "Examined",
     "Explanation",
     "Finding",
     "Gathered",
@@ -129,21 +139,24 @@ __all__ = [
     "Refused",
     "Repaired",
     "Report",
+    "ReshardedState",
     "SideFile",
     "Sound",
     "TensorInfo",
     "UsageError",
     "VerificationFailed",
     "Verified",
-    "Watched",
     "__version__",
     "adam_moments",
     "average",
+    "check",
     "convert",
+    "convert_lora",
     "critic_to_rm",
     "diff",
     "doctor",
     "explain",
+    "extract_lora",
     "gather",
     "inspect",
     "interpolate",
@@ -153,9 +166,11 @@ __all__ = [
     "merge_lora",
     "open",
     "plan",
+    "prune_lora",
     "push",
     "repair",
     "reshard",
+    "reshard_state",
     "rm_to_critic",
     "run",
     "to_torch",

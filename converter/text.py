@@ -103,3 +103,10 @@ def format_duration(seconds: float) -> str:
     hours, rest = divmod(whole, 3600)
     minutes, secs = divmod(rest, 60)
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+def nearest(word: str, known: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Known words that look most like one, the most alike first."""
+    from difflib import get_close_matches
+
+    return get_close_matches(word, list(known), n=n, cutoff=cutoff)

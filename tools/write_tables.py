@@ -1,7 +1,7 @@
-"""Write every generated table of the documents, between its marks; with `--screens` run and renew the screens too.
+"""Write every generated table of the documents, between its marks, and what the shipped PEFT methods declare.
 
     python tools/write_tables.py              writes the tables
-    python tools/write_tables.py --screens    and the screens, from real runs
+    python tools/write_tables.py --screens    renews the screens too, from real runs
     python tools/write_tables.py --check      writes nothing; exit code 1 where a table is not what it should be
 
 A table stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`.
@@ -10,6 +10,7 @@ A table stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is a 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import tempfile
@@ -159,6 +160,17 @@ def documents() -> dict[str, str]:
     return {name: (REPOSITORY / name).read_text("utf-8") for name in paths}
 
 
+def declared_methods() -> str:
+    """What the shipped PEFT methods declare, as `families/factors.py` reads it: their names without their code."""
+    from converter.families.factors import declaration
+    from converter.plugins import METHODS, load, named
+
+    points = [points[0] for _, points in sorted(named(METHODS).items())]
+    ours = [point for point in points if point.value.startswith("converter.")]
+    rows = [f"  {json.dumps(point.value)}: {json.dumps(declaration(load(point)))}" for point in ours]
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--screens", action="store_true", help="run the screens' commands and renew what they print")
@@ -174,6 +186,12 @@ def main() -> int:
             changed.append(name)
             if not asked.check:
                 (REPOSITORY / name).write_text(after, "utf-8")
+    from converter.families.factors import KEPT
+
+    if not KEPT.exists() or KEPT.read_text("utf-8") != declared_methods():
+        changed.append(str(KEPT.relative_to(REPOSITORY)))
+        if not asked.check:
+            KEPT.write_text(declared_methods(), "utf-8")
     for name in changed:
         print(f"{'differs' if asked.check else 'written'}  {name}")
     return 1 if asked.check and changed else 0

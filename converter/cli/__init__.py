@@ -27,6 +27,9 @@ VERBS = (
     "run",
     "average",
     "interpolate",
+    "extract-lora",
+    "prune-lora",
+    "convert-lora",
     "inspect",
     "doctor",
     "verify",
@@ -36,6 +39,7 @@ VERBS = (
     "list",
     "env",
     "watch",
+    "check",
     "push",
 )
 
@@ -97,6 +101,8 @@ def _complete(error: ConvertError, arguments: list[str]) -> None:
 
 def with_verb(arguments: list[str]) -> list[str]:
     """`rlhf-convert PATH` is `rlhf-convert inspect PATH`; no argument at all asks for help."""
+    if arguments[:1] == ["--"]:
+        arguments = arguments[1:]
     if not arguments:
         return ["--help"]
     first = arguments[0]
@@ -115,21 +121,21 @@ def _run(arguments: list[str], received: list[int]) -> int:
         print(f"{PROGRAM} {__version__}")
         return 0
     if arguments[0] == "inspect" and len(arguments) == 2 and not arguments[1].startswith("-"):
-        # Nothing to parse; for parsing Typer would import pydantic, which takes longer than a 70B model's headers.
-        from converter.cli.options import Display
+        # Nothing to parse, so typer is not imported, which takes longer than a 70B model's headers.
+        from converter.cli.sink import Sink
         from converter.cli.tell.inspect import inspect
 
-        return inspect(arguments[1], None, Display())
+        return inspect(arguments[1], None, Sink())
     hook = sys.excepthook
     import typer
 
-    from converter.cli.verbs.all import app, app_of
+    from converter.cli.verbs.all import app, command_of
 
     verb, rest = arguments[0], arguments[1:]
     name = f"{PROGRAM} {verb}" if verb in VERBS else PROGRAM
     try:
         if verb in VERBS:
-            command = app_of(verb)(rest, prog_name=name, standalone_mode=False)
+            command = command_of(verb)(rest, prog_name=name, standalone_mode=False)
         else:
             command = app(arguments, prog_name=name, standalone_mode=False)
     except typer.TyperException as error:

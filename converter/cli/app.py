@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -50,12 +51,19 @@ class Paneled(TyperCommand):
 
 
 app = _new_app()
-_alone: dict[str, typer.Typer] = {}
+"""All verbs by name, for the list of them: it has none of their parameters, which take longer to make than to list."""
+
+_verbs: dict[str, Callable[[], typer.Typer]] = {}
 
 
-def app_of(verb: str) -> typer.Typer:
-    """A program of this verb alone: a group would parse its own options first, for which Typer needs pydantic."""
-    return _alone[verb]
+@cache
+def command_of(verb: str) -> Any:
+    """A verb with its parameters, as a program of its own."""
+    return typer.main.get_command(_verbs[verb]())
+
+
+def _listed() -> None:
+    """Stands for a verb in the list of all."""
 
 
 def verb(
@@ -66,10 +74,13 @@ def verb(
     epilog = "\b\nExamples:\n" + "\n".join(f"  {each}" for each in examples)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        parsed = with_options(kind)(function)
-        _alone[name] = _new_app()
-        for program in (app, _alone[name]):
-            program.command(name, cls=Paneled, help=help, short_help=short_help, epilog=epilog)(parsed)
+        def alone() -> typer.Typer:
+            program = _new_app()
+            program.command(name, cls=Paneled, help=help, epilog=epilog)(with_options(kind)(function))
+            return program
+
+        _verbs[name] = alone
+        app.command(name, short_help=short_help)(_listed)
         return function
 
     return register

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast, runtime_checkable
 
 from converter.diagnostic import Command
 from converter.errors import UsageError
 from converter.plugins import CONVERTERS, load, named, package
-from converter.text import show
+from converter.text import nearest, show
 
 if TYPE_CHECKING:
     from converter.core.checkpoint import Checkpoint
@@ -35,7 +34,7 @@ def find_converter(name: str) -> type[Converter]:
     """
     known = named(CONVERTERS)
     if name not in known:
-        near = get_close_matches(name, known, n=1)
+        near = nearest(name, known)
         raise UsageError(
             "unknown-converter",
             f"no converter is named `{show(name)}`",

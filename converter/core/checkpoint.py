@@ -18,8 +18,9 @@ from converter.text import fold, format_size, show
 MODEL, ADAPTER, TRAINING = "model", "adapter", "training"
 """What a checkpoint is, as `Origin.kind` says."""
 
-Container = Literal["safetensors", "torch"]
-"""What weights are written in: safetensors, or torch's zip format (`pytorch_model.bin`), all that some loaders read."""
+Container = Literal["safetensors", "torch", "distcp"]
+"""What weights are written in: safetensors; torch's zip format (`pytorch_model.bin`), all that some loaders read; or a
+distributed checkpoint (`.distcp` files and `.metadata`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
         sets: where a folder holds several sets of weight files, all of them, the one that loaders read first; `tensors`
             are one of them until a step has chosen.
         one_file: the main weights must be in one file, however large: what loads them reads no index.
+        stem: how the name of the main weight file begins, where a program looks for another one than the usual.
+        under: keys of the dictionaries that a distributed checkpoint has the model in.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -152,6 +155,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
     subfolder: str = ""
     sets: tuple[WeightSet, ...] = ()
     one_file: bool = False
+    stem: str = ""
+    under: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> LazyTensor:
         """The lazy tensor of that name; `converter.to_torch` reads its values."""

@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import entry_points
 
 from converter.diagnostic import Again, Command
 from converter.dialects.spec import FAMILY_CLASSES, Dialect, Role, Serves
 from converter.errors import Refused, UsageError
-from converter.text import show
+from converter.plugins import DIALECTS, load, named
+from converter.text import nearest, show
 
-GROUP = "rlhf_convert.dialects"
 _ROLES: tuple[Role, ...] = ("reward", "critic", "actor")
 
 
@@ -22,13 +20,10 @@ _ROLES: tuple[Role, ...] = ("reward", "critic", "actor")
 def dialects() -> Mapping[str, Dialect]:
     """Every usable dialect by name, in alphabetical order; one that can't be imported is left out."""
     found: dict[str, Dialect] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
-        try:
-            loaded = point.load()
-        except Exception:  # noqa: S112  # `rlhf-convert list` shows what a stranger's broken plug-in said
-            continue
-        if isinstance(loaded, Dialect) and loaded.name == point.name:
-            found[point.name] = loaded
+    for name, points in sorted(named(DIALECTS).items()):
+        for loaded in map(load, points):  # `rlhf-convert list` shows what a stranger's broken plug-in said
+            if isinstance(loaded, Dialect) and loaded.name == name:
+                found[name] = loaded
     return found
 
 
@@ -40,7 +35,7 @@ def dialect(name: str) -> Dialect:
     """
     known = dialects()
     if name not in known:
-        near = get_close_matches(name, known, n=1)
+        near = nearest(name, known)
         raise UsageError(
             "unknown-dialect",
             f"no dialect is named `{show(name)}`",
@@ -123,7 +118,7 @@ def target(text: str, role: Role) -> Target:
 def _by_dialect(name: str, role: Role, version: str) -> Target:
     known = dialects()
     if name not in known or version:
-        near = get_close_matches(name, [*trainers(), *known], n=1)
+        near = nearest(name, [*trainers(), *known])
         raise UsageError(
             "unknown-trainer",
             f"no trainer is named `{show(name)}`",
@@ -155,7 +150,7 @@ def spoken(text: str) -> list[Dialect]:
         pairs = [(d, s) for d, s in pairs if s.until and numbers(s.since) <= numbers(version) <= _last(s.until)]
     found = {d.name: d for d, s in pairs if d.actor is None}
     if not found:
-        near = get_close_matches(name, [*trainers(), *known], n=1)
+        near = nearest(name, [*trainers(), *known])
         raise UsageError(
             "unknown-trainer",
             f"no trainer or dialect that is read is named `{show(text)}`",

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -32,7 +31,7 @@ from converter.sources.hub.names import SCHEME, as_reference, below
 from converter.sources.locate import resolve
 from converter.sources.places import by_number
 from converter.sources.survey import Survey, file_names, is_weight_file
-from converter.text import show
+from converter.text import nearest, show
 
 MOST_NEAR = 64
 """Folders around one that are looked into."""
@@ -73,6 +72,7 @@ class DoctorRequest:
     deep: bool = False
     revision: str | None = None
     launch: str | None = None
+    resume_on: int | None = None
 
 
 @cache
@@ -135,7 +135,8 @@ def case_of(asked: DoctorRequest) -> Case:
     actor = None if asked.actor is None else case_of(DoctorRequest(asked.actor))
     launch = None if asked.launch is None else read_launch(asked.launch)
     target = asked.target or (launch.trainer if launch is not None else None)
-    return Case(asked.path, root, kind, source, survey, why, near, base, actor, target, asked.deep, launch)
+    more = (actor, target, asked.deep, launch, asked.resume_on)
+    return Case(asked.path, root, kind, source, survey, why, near, base, *more)
 
 
 def _expect_known(target: str | None) -> None:
@@ -144,7 +145,7 @@ def _expect_known(target: str | None) -> None:
         return
     name = target.partition("@")[0]
     if name not in trainers():
-        near = get_close_matches(name, trainers(), n=1)
+        near = nearest(name, trainers())
         raise UsageError(
             "unknown-trainer",
             f"no trainer is named `{show(name)}`",

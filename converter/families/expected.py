@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.families import expected_child, implied, memory_names
+from converter.families import implied, memory_names
 from converter.families.implied import Shape
 from converter.text import show
 
@@ -136,9 +136,11 @@ def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
             prefix=built.prefix if built is not None else "",
             source=f"formulas of transformers {implied.version()}",
         )
+    from converter.families import expected_child  # it imports what starts processes, and is rarely needed
+
     found = expected_child.described(name, config)
     if "saved" not in found:
-        is_refused = bool(found.get("refused")) and not _is_newer(config)
+        is_refused = bool(found.get("refused")) and not _is_newer(config, expected_child.version())
         return Unknown(str(found.get("unknown"))[:300], is_refused)
     return Expected(
         name,
@@ -153,12 +155,12 @@ def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
     )
 
 
-def _is_newer(config: Mapping[str, Any]) -> bool:
-    """True for a config that a newer transformers wrote, or that no transformers did."""
+def _is_newer(config: Mapping[str, Any], installed: str) -> bool:
+    """True for a config that a newer transformers than the installed one wrote, or that no transformers did."""
     written = config.get("transformers_version")
     if not isinstance(written, str):
         return True
-    return _release(written) > _release(expected_child.version())
+    return _release(written) > _release(installed)
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -64,19 +64,30 @@ class Implied:
 
 
 @functools.cache
-def _table() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(_DATA.read_text(encoding="utf-8"))
-    return data
+def _text() -> str:
+    return _DATA.read_text(encoding="utf-8")
+
+
+def _value_of(mark: str) -> Any:
+    """The JSON value behind a mark of the table; None without one. Nothing else is parsed: a model is of one class."""
+    at = _text().find(mark)
+    return None if at < 0 else json.JSONDecoder().raw_decode(_text(), at + len(mark))[0]
+
+
+@functools.lru_cache(maxsize=16)
+def _entry(name: str) -> Mapping[str, Any] | None:
+    found: Mapping[str, Any] | None = _value_of(f'\n"{name}": ')
+    return found
 
 
 def version() -> str:
     """The transformers release that the table was made with."""
-    return str(_table()["transformers"])
+    return str(_value_of('"transformers": '))
 
 
 def classes() -> tuple[str, ...]:
     """Every class that the table has."""
-    return tuple(_table()["classes"])
+    return tuple(json.loads(_text())["classes"])
 
 
 def class_of(config: Mapping[str, Any]) -> str | None:
@@ -118,9 +129,13 @@ def evaluate(expression: str, known: Mapping[str, int]) -> int:
 
 def implied(config: Mapping[str, Any]) -> Implied | None:
     """The tensors of the config's class; None where the table has no such class, or not with these settings."""
-    entry = _table()["classes"].get(class_of(config))
-    if entry is None:
-        return None
+    name = class_of(config)
+    entry = _entry(name) if name is not None and name.isidentifier() else None
+    return None if entry is None else of_entry(entry, config)
+
+
+def of_entry(entry: Mapping[str, Any], config: Mapping[str, Any]) -> Implied | None:
+    """The tensors of a class by its entry in the table; None for settings that the entry is not of."""
     # Keys by other names that the config class takes too: `num_experts` is what transformers 4 wrote for Qwen3-MoE.
     aliases = {real: config[other] for other, real in entry.get("aliases", {}).items() if other in config}
     config = {**aliases, **config}

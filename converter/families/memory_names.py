@@ -24,6 +24,7 @@ from typing import Any
 
 _DATA = Path(__file__).with_name("memory_names.json")
 _BACK_REFERENCE = re.compile(r"\\(\d+)")
+_NAMED_GROUP = re.compile(r"\(\?P<g\d+>")
 _GENERAL_TASKS = ("CAUSAL_LM", "IMAGE_TEXT", "SEQ_2_SEQ_LM", "base")
 
 
@@ -149,6 +150,17 @@ class Architecture:
         """The transforms but for those of old spellings, which every class reads and no save writes."""
         return self.transforms[: len(self.transforms) - len(_rules("legacy") or ())]
 
+    @functools.cached_property
+    def _any(self) -> re.Pattern[str] | None:
+        """What some transform finds in a name; None where they look at a part of it (a sub-model's)."""
+        if any(t.scope is not None for t in self.transforms):
+            return None
+        return re.compile("|".join(_NAMED_GROUP.sub("(?:", t.pattern.pattern) for t in self.transforms) or r"(?!)")
+
+    def _is_touched(self, name: str) -> bool:
+        """False for a name that no transform finds anything in: most, and many names are asked for."""
+        return self._any is None or self._any.search(name) is not None
+
     def renamed(self, name: str, met: set[int] | None = None) -> str:
         """The name after every rename, before values are changed."""
         met = set() if met is None else met
@@ -159,6 +171,8 @@ class Architecture:
 
     def in_memory(self, name: str, met: set[int] | None = None) -> tuple[str, Transform | None]:
         """The name in memory, and the entry that also changes the values, if one does."""
+        if not self._is_touched(name):
+            return name, None
         met = set() if met is None else met
         name = self.renamed(name, met)
         for transform in self.transforms:

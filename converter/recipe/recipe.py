@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +20,7 @@ from converter.diagnostic import Command, Next
 from converter.errors import UsageError
 from converter.shipped import shipped
 from converter.sources.opening import InputSpec
-from converter.text import parse_size, show
+from converter.text import nearest, parse_size, show
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -115,7 +114,7 @@ def load_recipe(name: str) -> Recipe:
         return parse_recipe(_read(path, name), file=show(name))
     known = shipped_recipes()
     if name not in known:
-        near = get_close_matches(name, known, n=1)
+        near = nearest(name, known)
         raise UsageError(
             "no-such-recipe",
             f"neither a file nor a shipped recipe: {show(name)}",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from converter.core.files.names import (
@@ -28,7 +27,7 @@ from converter.families.words import HEAD_FILES
 from converter.sources.hub.names import REPO_ID as _REPO_ID
 from converter.sources.hub.names import SCHEME, hub_name
 from converter.sources.survey import file_names, folder_kind, repository_of, snapshot_of
-from converter.text import show
+from converter.text import nearest, show
 
 _OLD_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
@@ -220,7 +219,7 @@ def _missing(path: Path, text: str) -> Refused:
     except OSError:
         names = []
     parts = path.relative_to(folder).parts if path != folder else ()
-    near = get_close_matches(parts[0], names, n=1, cutoff=0.6) if parts else []
+    near = nearest(parts[0], names, n=1, cutoff=0.6) if parts else []
     shown = ", ".join(show(n) for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     here = "this folder" if str(folder) == "." else show(folder)
     return Refused(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from converter.diagnostic import Again, Command
 from converter.errors import UsageError
 from converter.text import show
+
+MOST_LISTED = 8
+"""Folders that an error lists."""
 
 _NUMBER = re.compile(r"\d+", re.ASCII)
 
@@ -31,3 +35,30 @@ def no_parts(source: str, asked: str, part: str) -> UsageError:
     what = f"--part {show(part)}: what {source} saved here is of one model, and has no parts"
     step = Again(leave_out=("--part",), otherwise=Command("gather", (asked, "OUT")))
     return UsageError("no-parts", what, where=show(asked), next=step)
+
+
+def tagged(asked: str, tag: str) -> Again:
+    """The user's command with a checkpoint's name."""
+    return Again(("--tag", tag), otherwise=Command("gather", (asked, "OUT", "--tag", tag)))
+
+
+def several_checkpoints(asked: str, steps: Sequence[Path]) -> UsageError:
+    """The error for a run's folder where nothing says which of its checkpoints is meant."""
+    listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in steps[-MOST_LISTED:])
+    what = f"a run folder with {len(steps)} checkpoints; name one of them"
+    next_command = tagged(asked, steps[-1].name)
+    return UsageError("several-checkpoints", what, where=show(asked), expected=listed, next=next_command)
+
+
+def several_parts(asked: str, parts: Sequence[Path]) -> UsageError:
+    """The error for a folder with several models."""
+    names = [p.name for p in parts]
+    again = Again(("--part", names[0]), otherwise=Command("gather", (asked, "OUT", "--part", names[0])))
+    return UsageError(
+        "several-parts",
+        f"{len(parts)} models are saved here; name one of them",
+        where=show(asked),
+        expected=", ".join(map(show, names[:MOST_LISTED])),
+        offers=names,
+        next=again,
+    )

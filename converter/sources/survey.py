@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -102,7 +103,8 @@ class Survey:
 def file_names(root: Path) -> frozenset[str]:
     """Names of what lies in a folder and is not a folder; nothing where it can't be listed."""
     try:
-        return frozenset(p.name for p in root.iterdir() if not p.is_dir())
+        with os.scandir(root) as listed:
+            return frozenset(entry.name for entry in listed if not entry.is_dir())
     except (OSError, ValueError):  # ValueError: a path with a NUL in it
         return frozenset()
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from converter.shipped import shipped
-from verify_folders import WEIGHT, codes, copy, make_rm, rewrite, text_of, verify
+from verify_folders import WEIGHT, codes, copy, edit, make_rm, rewrite, text_of, verify
 
 TOKENIZER = shipped("fixtures") / "tiny-qwen2-base"
 PAIRS = [
@@ -96,10 +96,151 @@ def test_a_drift_is_put_down_to_what_was_changed(
     assert causes == [cause]
 
 
-def test_a_line_that_is_no_pair_is_a_usage_error(scored: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        ("dtype", "rounding of the base to another dtype"),
+        ("pad token", "pad token"),
+        ("half head", "head"),
+        ("head row", "head"),
+    ],
+)
+def test_what_conversions_get_wrong_is_named(
+    scored: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, cause: str
+) -> None:
+    source, pairs = scored
+    folder = copy(source, tmp_path / "changed")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.startswith("model.")] if damage == "dtype" else []:
+            tensors[name] = tensors[name].bfloat16()
+        if damage == "half head":
+            tensors["score.weight"] = tensors["score.weight"] / 2
+        if damage == "head row":
+            tensors["score.weight"] = tensors["score.weight"].roll(1, -1).contiguous()
+
+    rewrite(folder, change)
+    if damage == "pad token":
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        last = tokenizer.apply_chat_template([{"role": "assistant", "content": "no"}], tokenize=True)["input_ids"][-1]
+        edit(folder, pad_token_id=last)
+    _, found = ask(capsys, folder, pairs, "--against", str(source))
+    told = " ".join(c["text"] for c in found["checks"] if c["label"] == "drift")
+    listed = told.partition("Due to: ")[2]
+    assert [part.rpartition(" ")[0] for part in listed.split(", ")] == [cause]
+
+
+def test_scores_of_a_model_that_memory_does_not_hold_are_the_same(scored: tuple[Path, Path]) -> None:
+    from converter.converters.heads.detect import detect
+    from converter.converters.heads.read import read
+    from converter.core.context import Context
+    from converter.examine.verify.pairs import Scored, check_pairs
+    from converter.examine.verify.pairs import scored as side
+    from converter.examine.verify.pairs_file import read_pairs
+    from converter.examine.verify.values import Reference
+    from converter.sources.opening import input_spec, open_checkpoint
+
+    folder, pairs = scored
+    checkpoint = open_checkpoint(input_spec(str(folder)), token=None, keep_code=False)
+    detected = detect(checkpoint)
+    assert detected is not None
+    reading = read(checkpoint, detected.dialect, Context(frozenset()))
+    held = side(reading, "last-non-pad")
+    streamed = Scored(Reference(reading, held=0), held.tokenizer, held.pooling, held.pad)
+    told: list[str] = []
+    found = read_pairs(pairs, 200)
+    checks, table = check_pairs(found, streamed, held, told=told.append)
+    assert [c.outcome for c in checks] == ["holds", "holds"]
+    assert [r["chosen"] for r in table] == pytest.approx([r["source_chosen"] for r in table], abs=1e-12)
+    assert told[0].startswith("scoring 6 sequences of ")
+    assert told[-1].startswith("6 of 6 sequences")
+
+
+MESSAGES = [{"role": "user", "content": "Name a colour"}]
+ANSWERS = {
+    side: [*MESSAGES, {"role": "assistant", "content": text}] for side, text in (("chosen", "Blue"), ("rejected", "no"))
+}
+
+
+@pytest.mark.parametrize("layout", ["list", "parquet", "parquet of messages", "messages in the prompt", "no prompt"])
+def test_pairs_are_read_as_people_keep_them(
+    scored: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    folder, _ = scored
+    plain = {"prompt": "Name a colour", "chosen": "Blue", "rejected": "no"}
+    expected = write_and_score(capsys, folder, tmp_path / "plain.jsonl", json.dumps(plain))
+    file = tmp_path / "pairs"
+    if layout.startswith("parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        row = plain if layout == "parquet" else ANSWERS
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"id": 1, **row}]), file)
+        found = ask(capsys, folder, file)[1]["pairs"]
+    else:
+        entry = {"list": [plain], "messages in the prompt": plain | {"prompt": MESSAGES}, "no prompt": ANSWERS}[layout]
+        found = write_and_score(capsys, folder, file, json.dumps(entry))
+    assert [(r["chosen"], r["rejected"]) for r in found] == [(r["chosen"], r["rejected"]) for r in expected]
+
+
+def write_and_score(capsys: pytest.CaptureFixture[str], folder: Path, file: Path, text: str) -> list[dict[str, float]]:
+    file.write_text(text)
+    found: list[dict[str, float]] = ask(capsys, folder, file)[1]["pairs"]
+    return found
+
+
+def test_whole_texts_are_scored_as_they_are(scored: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, pairs = scored
+    texts = {"chosen": "Human: Hi Assistant: Hello", "rejected": "Human: Hi Assistant: No"}
+    row = write_and_score(capsys, folder, pairs, json.dumps(texts))[0]
+    model = LlamaForSequenceClassification.from_pretrained(folder).double().eval()
+    ids = AutoTokenizer.from_pretrained(folder)(texts["chosen"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert row["chosen"] == pytest.approx(model(ids).logits.item(), abs=1e-6)
+
+
+def test_how_many_of_the_files_pairs_were_scored_is_said(
+    scored: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, pairs = scored
+    _, found = ask(capsys, folder, pairs, "--pairs", "2")
+    assert len(found["pairs"]) == 2
+    assert any("of the first 2 of 3 pairs in the right order" in c["text"] for c in found["checks"])
+
+
+def test_pairs_that_were_asked_for_and_not_scored_fail(
+    scored: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, pairs = scored
+    rewrite(folder, lambda tensors: tensors.pop("score.weight"))
+    code, found = ask(capsys, folder, pairs)
+    assert code == 4
+    assert "not-compared" in codes(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"prompt": "x", "chosen": "y"}\n', "line 1"),
+        ('{"prompt": "x", "chosen": "y", "rejected": 3}\n', "line 1"),
+        ("\n[1]\n", "entry 1"),
+        ('{"chosen": [{"role": "user", "content": "a"}], "rejected": []}\n', "line 1"),
+        ("PAR1 and no more", "Parquet"),
+    ],
+)
+def test_what_is_no_pair_is_a_usage_error_that_says_where(
+    scored: tuple[Path, Path], capsys: pytest.CaptureFixture[str], text: str, place: str
+) -> None:
     from converter.cli import main
 
     folder, pairs = scored
-    pairs.write_text('{"prompt": "x", "chosen": "y"}\n')
+    pairs.write_text(text)
     assert main(["verify", str(folder), "--for", "trl", "--role", "reward", "--probe", str(pairs)]) == 2
-    assert "line 1" in capsys.readouterr().err
+    assert place in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_a_usage_error(scored: tuple[Path, Path]) -> None:
+    from converter.cli import main
+
+    folder, pairs = scored
+    assert main(["verify", str(folder), "--for", "trl", "--role", "reward", "--probe", f"{pairs}.gone"]) == 2

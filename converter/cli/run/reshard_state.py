@@ -2,99 +2,58 @@
 
 from __future__ import annotations
 
-import signal
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from converter.cli.lines import checked_line, files_json, line, needs_line, next_lines, shards_line
 from converter.cli.options import Conversion
-from converter.cli.progress import progress
+from converter.cli.run.folder import running
 from converter.cli.run.planned import missing_output
 from converter.core.writer import preflight
-from converter.core.writer.write import write
 from converter.diagnostic import Command, Next, as_argument
-from converter.errors import Interrupted, UsageError
-from converter.publish.outputs import as_loaders_take_it, goes_to_hub
+from converter.errors import UsageError
+from converter.publish.outputs import as_loaders_take_it
+from converter.recipe.verbs import reshard_state as verb
 from converter.recipe.verbs.pieces import threads
-from converter.recipe.verbs.reshard_state import TRAINER_STATE, ReshardRequest, plan_state
-from converter.text import parse_size, show
-
-if TYPE_CHECKING:
-    from converter.core.writer.write import Receipt
-    from converter.sources.deepspeed.resharding.plan import Resharded
-
-_NOT_HERE = {
-    "--print-recipe": "print_recipe", "--dtype": "dtype", "--max-shard-size": "max_shard_size", "--layout": "layout",
-    "--link-unchanged": "link_unchanged", "--push-to-hub": "push_to_hub",
-}  # fmt: skip
+from converter.recipe.verbs.reshard_state import ReshardedState, ReshardRequest
+from converter.sources.resharded import Resharded
+from converter.text import show
 
 
 def reshard_state(asked: ReshardRequest, out: str | None, options: Conversion) -> int:
     """Write a trainer's state for another number of ranks."""
-    _expect_options(out, options)
-    target = None if out is None else Path(out).expanduser()
-    memory = None if options.memory is None else parse_size(options.memory, what="--memory")
-    if target is not None:
-        preflight.check_target(target, (), overwrite=options.overwrite)
-    made = plan_state(asked, revision=options.revision, token=options.token, keep_code=options.keep_code)
-    _show_plan(asked, made, target, options)
-    if options.dry_run:
-        preflight.memory_limit(made.plan, memory)
-        if target is not None:
-            preflight.check_target(target, made.plan.inputs, overwrite=options.overwrite)
-            preflight.check_space(made.plan, target)
+    for flag, is_given in (("--print-recipe", options.print_recipe), ("--push-to-hub", options.push_to_hub)):
+        if is_given:
+            raise UsageError("usage", f"{flag} has no meaning with --world-size: a trainer's state is kept as it is")
+    if out is None and not options.dry_run:
+        raise missing_output()
+
+    def show_plan(planned: ReshardedState) -> None:
+        _show_plan(asked, planned, options)
+
+    with running(out, options) as reporter:
+        done = verb.reshard_state(
+            asked.src,
+            out,
+            world_size=asked.world_size,
+            stage=asked.stage,
+            tag=asked.tag,
+            **options.knobs(reporter, show_plan),
+        )
+    if done.receipt is None:
         options.sink.screen(["dry run: nothing written"])
-        options.sink.json({"dry_run": True, **_facts(made), "files": files_json(made.plan)})
-        return 0
-    assert target is not None
-    assert out is not None
-    receipt = _write(made, target, memory, options)
-    _finish(made, receipt, out, options)
+        options.sink.json({"dry_run": True, **_facts(done.made), "files": files_json(done.made.plan)})
+    else:
+        _finish(done, str(out), options)
     return 0
 
 
-def _expect_options(out: str | None, options: Conversion) -> None:
-    wrong = [flag for flag, field in _NOT_HERE.items() if getattr(options, field)]
-    if wrong:
-        raise UsageError("usage", f"{wrong[0]} has no meaning with --world-size: a trainer's state is kept as it is")
-    if out is None and not options.dry_run:
-        raise missing_output()
-    if goes_to_hub(out):
-        raise UsageError("usage", "a trainer's state is written to a folder, and not to the Hub")
-
-
-def _show_plan(asked: ReshardRequest, made: Resharded, target: Path | None, options: Conversion) -> None:
-    plan, sink = made.plan, options.sink
+def _show_plan(asked: ReshardRequest, planned: ReshardedState, options: Conversion) -> None:
+    made, sink = planned.made, options.sink
     sink.screen([line("state", f"{show(asked.src)}  {made.format_before}")])
     sink.screen([line("", text) for text in made.said])
-    count = len(plan.shards)
+    count = len(made.plan.shards)
     sink.screen([line("plan", f"{made.tag}: {count} files for {made.ranks} {'rank' if made.ranks == 1 else 'ranks'}")])
-    free = None if target is None else preflight.free_bytes(target)
-    needed = preflight.needed_memory(plan, options.jobs or threads())
-    sink.screen([needs_line(plan.total_bytes, free, needed)])
-
-
-def _write(made: Resharded, out: Path, memory: int | None, options: Conversion) -> Receipt:
-    """Write what was planned.
-
-    Raises:
-        Interrupted: a signal came; nothing is published.
-    """
-    try:
-        with progress(options.sink) as reporter:
-            return write(
-                made.plan,
-                out,
-                jobs=options.jobs or threads(),
-                memory=memory,
-                overwrite=options.overwrite,
-                resume=not options.no_resume,
-                verify=not options.no_verify,
-                reporter=reporter,
-            )
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        raise Interrupted(number, "interrupted, nothing published: the same command again goes on") from None
+    free = None if planned.out is None else preflight.free_bytes(planned.out)
+    needed = preflight.needed_memory(made.plan, options.jobs or threads())
+    sink.screen([needs_line(made.plan.total_bytes, free, needed)])
 
 
 def _facts(made: Resharded) -> dict[str, object]:
@@ -108,11 +67,15 @@ def _facts(made: Resharded) -> dict[str, object]:
     }
 
 
-def _finish(made: Resharded, receipt: Receipt, out: str, options: Conversion) -> None:
-    plan, sink = made.plan, options.sink
-    count = len(plan.shards)
-    commands = _next_commands(made, out)
-    sink.screen([shards_line(count, count, plan.total_bytes, receipt.seconds)])
+def _finish(done: ReshardedState, out: str, options: Conversion) -> None:
+    made, receipt, sink = done.made, done.receipt, options.sink
+    assert receipt is not None
+    count = len(made.plan.shards)
+    commands: list[Next] = [
+        Command("inspect", (as_argument(out),)),
+        done.next.replace(str(done.out), as_loaders_take_it(out)),
+    ]
+    sink.screen([shards_line(count, count, made.plan.total_bytes, receipt.seconds)])
     sink.screen([checked_line(receipt.reread, receipt.recomputed, receipt.measures)])
     sink.screen([line("wrote", f"{show(out)}  {made.format_after}")])
     if made.batch:
@@ -127,14 +90,3 @@ def _finish(made: Resharded, receipt: Receipt, out: str, options: Conversion) ->
             "next": list(map(str, commands)),
         }
     )
-
-
-def _next_commands(made: Resharded, out: str) -> list[Next]:
-    """The check, then how the trainer is told to go on from there."""
-    path = as_loaders_take_it(out)
-    goes_on = (
-        f"your launch line on {made.ranks} ranks with --resume_from_checkpoint {path}"
-        if TRAINER_STATE in made.plan.side_files
-        else f'on {made.ranks} ranks: engine.load_checkpoint("{path}")'
-    )
-    return [Command("inspect", (as_argument(out),)), goes_on]

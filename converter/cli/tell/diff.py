@@ -7,12 +7,12 @@ from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import line
-from converter.cli.options import Display
 from converter.cli.progress import progress
 from converter.recipe.verbs import diff as verb
 from converter.text import fold, show
 
 if TYPE_CHECKING:
+    from converter.cli.options import Display
     from converter.examine.diff import Difference, Pair
 
 MOST = 8

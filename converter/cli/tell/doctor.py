@@ -27,11 +27,11 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import line, next_lines, wrapped_step
-from converter.cli.options import Display
 from converter.diagnostic import is_command
 from converter.text import show
 
 if TYPE_CHECKING:
+    from converter.cli.options import Display
     from converter.examine.diagnoses.case import Case, Finding
     from converter.examine.doctor import Report
 

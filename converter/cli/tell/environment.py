@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from converter.cli.options import Display
 from converter.version import __version__
+
+if TYPE_CHECKING:
+    from converter.cli.options import Display
 
 PACKAGES = (
     "torch", "safetensors", "peft", "transformers", "accelerate", "huggingface_hub",

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import wrapped_step
-from converter.cli.options import Display, Speaking
 from converter.cli.tell.doctor import WIDTH
 from converter.diagnostic import Command, Next
 from converter.errors import UsageError
@@ -18,6 +17,7 @@ from converter.recipe.verbs import explain as verb
 from converter.recipe.verbs.explain import Explanation, Messages, known_codes
 
 if TYPE_CHECKING:
+    from converter.cli.options import Display, Speaking
     from converter.examine.explanations.log import Seen
 
 _BLOCK = 1 << 20

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import adapter_kind, dtype_word, line, next_lines, short_revision
-from converter.cli.options import Display
+from converter.cli.sink import Sink
 from converter.diagnostic import PROGRAM, Command, Next, as_argument, commands, is_command
 from converter.errors import ConvertError
 from converter.examine import facts
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    asked: str, revision: str | None, options: Display, *, tensors: bool = False, allow_name: Sequence[str] = ()
+    asked: str, revision: str | None, sink: Sink, *, tensors: bool = False, allow_name: Sequence[str] = ()
 ) -> int:
     """Show what a folder holds; exit code 1 where something is wrong with it."""
     found = verb.inspect(asked, revision=revision, allow_name=allow_name)
-    options.sink.screen(_screen(found, tensors=tensors))
-    options.sink.json(_json(found))
+    sink.screen(_screen(found, tensors=tensors))
+    sink.json(_json(found))
     return 1 if found.report.worst() in ("error", "changes-numbers") else 0
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from converter.cli.options import Display
 from converter.diagnostic import Command, Next, as_argument, commands
 from converter.dialects.known import Target
 from converter.errors import VerificationFailed
@@ -13,14 +12,17 @@ from converter.examine.verify.check import Check
 from converter.recipe.verbs import verify as verb
 from converter.text import show
 
+if TYPE_CHECKING:
+    from converter.cli.options import Display
+
 MARKS = {"holds": "ok  ", "note": "note", "fails": "FAIL"}
 
 
 def verify(folder: str, options: Display, **knobs: Any) -> int:
     """Verify a folder; exit code 0, or 4 where a check fails."""
-    found = verb.verify(folder, **knobs)
-    broken = found.failed
     sink = options.sink
+    found = verb.verify(folder, told=sink.tell, **knobs)
+    broken = found.failed
     sink.screen([f"{show(folder)}: for {found.aim.words} as {found.aim.role}"])
     sink.screen(f"{MARKS[c.outcome]} {c.label:<8} {c.text}" for c in found.checks)
     if found.table:

@@ -16,13 +16,15 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from converter.cli.options import Display
 from converter.errors import UsageError
 from converter.examine.glance import glance_of
 from converter.recipe.verbs import watch as verb
 from converter.text import show
+
+if TYPE_CHECKING:
+    from converter.cli.options import Display
 
 
 def watch(

@@ -1,7 +1,8 @@
-"""Verbs beside a running training: names, arguments, help."""
+"""Verbs beside a running training and in a pipeline: names, arguments, help."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -71,4 +72,59 @@ def watch(
     return watch(
         run, fail_on.value, options, on_error=on_error, fail_fast=fail_fast, once=once, for_=target, deep=deep,
         ignore=ignore or (), interval=interval, settle=settle, state=state,
+    )  # fmt: skip
+
+
+class FormatChoice(StrEnum):
+    """What a pipeline reads."""
+
+    text = "text"
+    json = "json"
+    sarif = "sarif"
+    junit = "junit"
+
+
+@verb(
+    "check",
+    Display,
+    short_help="Examine the checkpoints that files of a repository belong to.",
+    help="Examine with doctor every checkpoint that files or folders belong to: in a pre-commit hook, a pipeline, an "
+    "editor. A file stands for its folder, a folder for all checkpoints below it. Exit code 1 where one has a finding "
+    "that counts.",
+    examples=(
+        "rlhf-convert check models/ adapters/",
+        "rlhf-convert check . --format sarif --output findings.sarif",
+        "rlhf-convert check ./run --format junit --fail-on error",
+    ),
+)
+def check(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files and folders.", show_default=False)],
+    options: Display,
+    target: Annotated[
+        str | None,
+        typer.Option("--for", metavar="TRAINER", help="Say what this loader does with each.", show_default=False),
+    ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read values too: NaN, zeros, heads that never moved.")] = False,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", metavar="CODE", help="Leave this one out. Repeatable.", show_default=False),
+    ] = None,
+    fail_on: Annotated[
+        FailOnChoice, typer.Option("--fail-on", help="The least severity that makes the exit code 1.")
+    ] = FailOnChoice.changes_numbers,
+    form: Annotated[
+        FormatChoice, typer.Option("--format", help="What to print.", rich_help_panel=OUTPUT)
+    ] = FormatChoice.text,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", metavar="FILE", help="Write it here, not on stdout.", show_default=False, rich_help_panel=OUTPUT
+        ),
+    ] = None,
+) -> int:
+    """`rlhf-convert check`."""
+    from converter.cli.tell.check import check
+
+    return check(
+        paths, fail_on.value, form.value, output, options, for_=target, deep=deep, ignore=ignore or (),
     )  # fmt: skip

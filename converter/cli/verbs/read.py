@@ -34,7 +34,7 @@ def inspect(
     """`rlhf-convert inspect`."""
     from converter.cli.tell.inspect import inspect
 
-    return inspect(path, revision, options, tensors=tensors, allow_name=options.allow_name or ())
+    return inspect(path, revision, options.sink, tensors=tensors, allow_name=options.allow_name or ())
 
 
 @verb(
@@ -100,13 +100,17 @@ def doctor(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    resume_on: Annotated[
+        int | None,
+        typer.Option(metavar="M", min=1, help="Say whether the run goes on with M ranks.", show_default=False),
+    ] = None,
 ) -> int:
     """`rlhf-convert doctor`."""
     from converter.cli.tell.doctor import doctor
 
     return doctor(
         path, fail_on.value, options, base=base, weights_from=weights_from or (), for_=target, with_actor=actor,
-        ignore=ignore or (), deep=deep, launch=launch, allow_name=options.allow_name or (),
+        ignore=ignore or (), deep=deep, launch=launch, resume_on=resume_on, allow_name=options.allow_name or (),
     )  # fmt: skip
 
 
@@ -161,8 +165,15 @@ def verify(
     ] = None,
     probe: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="JSON lines of prompt, chosen, rejected to score.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="Preference pairs to score: prompt, chosen, rejected in JSON lines, a JSON list or Parquet.",
+            show_default=False,
+        ),
     ] = None,
+    pairs: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many pairs of --probe are scored, the first ones.")
+    ] = 200,
     allow: Annotated[
         list[str] | None,
         typer.Option(
@@ -178,7 +189,7 @@ def verify(
 
     return verify(
         folder, options, for_=trainer, role=None if role is None else role.value, against=against, from_=source,
-        base=base, live=live, python=python, probe=probe, allow=allow or (),
+        base=base, live=live, python=python, probe=probe, pairs=pairs, allow=allow or (),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from converter.converters.heads.model import resolve
 from converter.converters.heads.plain import linear_head, plain_head
@@ -160,4 +161,9 @@ def _is_encoders_own(checkpoint: Checkpoint) -> bool:
 
 def head_like(names: Iterable[str]) -> list[str]:
     """Names that look like those of a head."""
-    return [n for n in names if _HEAD_WORDS.search(n) and not n.startswith(OUTPUT_MODULES)]
+    return [n for n in names if _is_head_like(n)]
+
+
+@lru_cache(maxsize=1 << 15)
+def _is_head_like(name: str) -> bool:
+    return _HEAD_WORDS.search(name) is not None and not name.startswith(OUTPUT_MODULES)

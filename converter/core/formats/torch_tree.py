@@ -6,12 +6,13 @@ written the key may be anything that whoever writes it knows: the key of a file 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from converter.core.formats.pickle_values import Built, Global, Ordered, Persistent
 from converter.core.formats.pickle_writer import write_pickle
 from converter.core.tensors.dtypes import DType, TensorInfo
+from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.text import show
 
@@ -54,9 +55,32 @@ def tensor(info: TensorInfo, key: Any, *, requires_grad: bool = False) -> Built:
     return Built(Global("torch._utils", "_rebuild_tensor_v3"), (*args, Global("torch", info.dtype.torch_name)))
 
 
+def changed(tree: Mapping[Any, Any], /, **values: Any) -> Any:
+    """A dictionary of a tree with other values, of the same kind and in the same order; new keys come last."""
+    made: Any = Ordered(tree) if isinstance(tree, Ordered) else dict(tree)
+    if isinstance(tree, Ordered):
+        made.state = tree.state
+    made.update(values)
+    return made
+
+
+def saved(lazy: LazyTensor, *, requires_grad: bool = False) -> Built:
+    """A tensor that is written with its own storage."""
+    return tensor(lazy.info, lazy, requires_grad=requires_grad)
+
+
 def size(shape: Sequence[int]) -> Built:
     """A `torch.Size`."""
     return Built(Global("torch", "Size"), ((*shape,),))
+
+
+def member(info: TensorInfo) -> bytes:
+    """The pickle of one tensor, saved by itself.
+
+    Raises:
+        Refused: a type that torch doesn't have, or packs differently (`torch-dtype`).
+    """
+    return write_pickle(tensor(info, "0"), reference=lambda identity: identity)
 
 
 def by_name(tensors: Sequence[tuple[str, TensorInfo]]) -> bytes:

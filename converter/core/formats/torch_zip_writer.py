@@ -28,6 +28,8 @@ _LARGE = 0xFFFFFFFF
 
 _HAS_DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 _ID_DIGITS = 40
+MEMBER = "archive.pt"
+"""What torch.save takes a file for that has no name, because it is a stretch of another."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,13 @@ def archive(file: str, tensors: Sequence[tuple[str, TensorInfo]], pickled: bytes
     return Archive(tuple(records), tuple(records[4:-2]), position, position + directory + 56 + 20 + 22)
 
 
+def tensorless(pickled: bytes) -> bytes:
+    """A whole file of torch.save that says something and holds no tensor."""
+    file = archive(MEMBER, [], pickled)
+    known = b"".join(_local_header(r) + (r.content or b"") + _after(r, _crc(r)) for r in file.records[:-2])
+    return known + _last_records(file, [])
+
+
 def _place(name: bytes, start: int, size: int, content: bytes | None) -> Record:
     """Data begins at the next multiple of 64 that leaves four bytes for the field that the padding is hidden in."""
     record = Record(name, start, 0, size, content)
@@ -128,16 +137,22 @@ def closing(file: Archive, checksums: Sequence[int]) -> Iterator[tuple[int, byte
     for record, following in pairwise(file.tensors):
         yield record.offset + record.size, _after(record, found[record]) + _local_header(following)
     last = file.tensors[-1]
+    yield last.offset + last.size, _after(last, found[last]) + _last_records(file, checksums)
+
+
+def _last_records(file: Archive, checksums: Sequence[int]) -> bytes:
+    """What follows the last tensor, or the marks where there is none: version, id and directory."""
+    found = dict(zip(file.tensors, checksums, strict=True))
     version, identity = file.records[-2:]
     named = int.from_bytes(hashlib.sha256(file.records[0].content or b"").digest()[:8], "big")
     summed = crc32(struct.pack(f"<{len(checksums)}I", *checksums))
     known = {version: version.content or b"", identity: b"%020d%020d" % (named, summed)}
-    parts = [_after(last, found[last])]
+    parts = []
     for record, content in known.items():
         found[record] = crc32(content)
         parts += [_local_header(record), content, _after(record, found[record])]
     parts += [_entry(r, found.get(r, _crc(r))) for r in file.records]
-    yield last.offset + last.size, b"".join(parts) + _end(file)
+    return b"".join(parts) + _end(file)
 
 
 def _crc(record: Record) -> int:

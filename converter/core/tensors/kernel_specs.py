@@ -11,12 +11,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.diagnostic import Command
 from converter.errors import Refused
-from converter.plugins import KERNELS, METHODS, loaded
+from converter.plugins import KERNELS, METHODS, loaded, named
 from converter.text import show
 
 Scalar = bool | int | float | str
@@ -68,7 +67,7 @@ def find(name: str) -> KernelSpec:
     Raises:
         Refused: no installed package registers it (`unknown-kernel`).
     """
-    for point in entry_points(group=KERNELS, name=name):
+    for point in named(KERNELS).get(name, ()):
         spec = point.load()
         if isinstance(spec, KernelSpec) and spec.name == name:
             return spec

@@ -18,10 +18,12 @@ from converter.core.checkpoint import Checkpoint, RecordCheck, SideFile
 from converter.core.context import Context
 from converter.core.files.names import ADAPTER_CONFIG, ADAPTER_STEM, MODEL_CONFIG, RECEIPT
 from converter.core.files.opening import Identity
+from converter.core.formats.dcp_metadata import METADATA, default_paths
 from converter.core.formats.safetensors_io import Header, build_index
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.core.writer import shard_plan
 from converter.core.writer.accounting import checks_of
+from converter.core.writer.distcp import lay_out_distcp, whole
 from converter.core.writer.shard_plan import Entry, ShardPlan, as_link, lay_out
 from converter.errors import Refused
 from converter.text import fold, format_size, show
@@ -183,30 +185,51 @@ def make_plan(
     """
     if not checkpoint.tensors:
         raise Refused("no-tensors", "there is no tensor to write", where=checkpoint.origin.asked)
-    keep = layout == "preserve" or (layout == "auto" and max_shard_size is None and bool(checkpoint.shards))
-    groups = _groups(checkpoint, keep, max_shard_size)
-    stem, suffix = _stem_and_suffix(checkpoint)
-    names = [_shard_name(stem, suffix, i, len(groups)) for i in range(1, len(groups) + 1)]
-    place = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
-    main = [
-        _shard(place + name, [(n, checkpoint.tensors[n]) for n in group], checkpoint, keep, linkable or {})
-        for name, group in zip(names, groups, strict=True)
-    ]
-    beside = [
-        lay_out(file, list(tensors.items()), {}, keep=keep) for file, tensors in checkpoint.beside.items() if tensors
-    ]
     config_file = ADAPTER_CONFIG if is_adapter(checkpoint) else MODEL_CONFIG
     files = dict(checkpoint.side_files) | {config_file: SideFile(content=config_content(checkpoint))}
-    if len(main) > 1:
-        weight_map = {n: name for name, group in zip(names, groups, strict=True) for n in group}
-        total = sum(t.info.nbytes for t in checkpoint.tensors.values())
-        files[f"{place}{stem}{suffix}.index.json"] = SideFile(content=build_index(weight_map, total))
-    shards = (*main, *beside)
+    if checkpoint.container == "distcp":
+        shards, files[METADATA] = _distributed(checkpoint, max_shard_size)
+    else:
+        keep = layout == "preserve" or (layout == "auto" and max_shard_size is None and bool(checkpoint.shards))
+        shards, index = _files(checkpoint, keep, max_shard_size, linkable or {})
+        files |= index
     _expect_plain_names(checkpoint, [s.file for s in shards], files)
     made_by = dict(provenance or {})
     made_by |= {"consents": dict(context.consents), "notes": [[n.severity, n.code, n.text] for n in context.notes]}
     checks = checks_of(checkpoint.all_tensors(), checkpoint.checks)
     return Plan(shards, files, checkpoint.inputs, checkpoint.dropped, made_by, tuple(context.evidence), checks)
+
+
+def _files(
+    checkpoint: Checkpoint, keep: bool, max_shard_size: int | None, linkable: Mapping[str, Header]
+) -> tuple[tuple[ShardPlan, ...], dict[str, SideFile]]:
+    """The weight files under the names that loaders look for, and the index where there are several."""
+    groups = _groups(checkpoint, keep, max_shard_size)
+    stem, suffix = _stem_and_suffix(checkpoint)
+    names = [_shard_name(stem, suffix, i, len(groups)) for i in range(1, len(groups) + 1)]
+    place = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
+    main = [
+        _shard(place + name, [(n, checkpoint.tensors[n]) for n in group], checkpoint, keep, linkable)
+        for name, group in zip(names, groups, strict=True)
+    ]
+    beside = [
+        lay_out(file, list(tensors.items()), {}, keep=keep) for file, tensors in checkpoint.beside.items() if tensors
+    ]
+    index = {}
+    if len(main) > 1:
+        weight_map = {n: name for name, group in zip(names, groups, strict=True) for n in group}
+        total = sum(t.info.nbytes for t in checkpoint.tensors.values())
+        index[f"{place}{stem}{suffix}.index.json"] = SideFile(content=build_index(weight_map, total))
+    return (*main, *beside), index
+
+
+def _distributed(checkpoint: Checkpoint, max_shard_size: int | None) -> tuple[tuple[ShardPlan, ...], SideFile]:
+    """The files of a distributed checkpoint, each tensor whole in one of them, and its `.metadata`."""
+    groups = _packed(list(checkpoint.tensors), checkpoint, max_shard_size or DEFAULT_MAX_SHARD_SIZE)
+    start = "".join(f"{word}." for word in checkpoint.under)
+    made = {start + n: whole(checkpoint.tensors[n], number) for number, group in enumerate(groups) for n in group}
+    shards, metadata = lay_out_distcp(made, paths=default_paths(list(made), checkpoint.under))
+    return shards, SideFile(content=metadata)
 
 
 def _shard(
@@ -234,6 +257,8 @@ def config_content(checkpoint: Checkpoint) -> bytes:
 
 def _stem_and_suffix(checkpoint: Checkpoint) -> tuple[str, str]:
     """The name that loaders look for, in the checkpoint's container."""
+    if checkpoint.stem:
+        return checkpoint.stem, ".safetensors"
     if checkpoint.container == "torch":
         return ADAPTER_STEM if is_adapter(checkpoint) else TORCH_STEM, ".bin"
     return ADAPTER_STEM if is_adapter(checkpoint) else WEIGHTS_STEM, ".safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import struct
 import zipfile
@@ -13,6 +14,7 @@ from converter.core.checkpoint import SideFile
 from converter.core.compute.evaluate import Evaluator, as_bytes
 from converter.core.files.reading import InputFiles
 from converter.core.formats.safetensors_io import read_header
+from converter.core.formats.torch_container import Window
 from converter.core.tensors.nodes import rows
 from converter.core.writer.plan import Plan
 from converter.core.writer.shard_plan import Entry, ShardPlan
@@ -54,19 +56,21 @@ def _check_header(shard: ShardPlan, path: Path) -> int:
 
 def _check_directory(shard: ShardPlan, path: Path) -> int:
     """A torch file as another reader of zip finds it: every record under its name, at its place, with its size."""
-    planned = shard.archive
     with path.open("rb") as file:
         head = file.read(len(shard.header))
-        try:
-            with zipfile.ZipFile(file) as archive:
-                listed = archive.infolist()
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
-            raise _failed(path, f"the zip on disk can't be read ({show(error)})") from error
-        found = [
-            (i.filename.encode(), i.header_offset, _data_offset(file, i.header_offset), i.file_size) for i in listed
-        ]
-    expected = [(r.name, r.start, r.offset, r.size) for r in planned.records]
-    if path.stat().st_size != shard.size or head != shard.header or found != expected:
+        is_whole = path.stat().st_size == shard.size and head == shard.header
+        for start, planned, _ in shard.archives:
+            part = io.BufferedReader(Window(file.fileno(), start, start + planned.size))
+            try:
+                with zipfile.ZipFile(part) as archive:
+                    listed = archive.infolist()
+            except (zipfile.BadZipFile, OSError, ValueError) as error:
+                raise _failed(path, f"the zip on disk can't be read ({show(error)})") from error
+            found = [
+                (i.filename.encode(), i.header_offset, _data_offset(part, i.header_offset), i.file_size) for i in listed
+            ]
+            is_whole = is_whole and found == [(r.name, r.start, r.offset, r.size) for r in planned.records]
+    if not is_whole:
         raise _failed(path, "the zip on disk is not the one that was planned")
     return len(shard.entries)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,17 @@ def whole_checksum(fd: int, shard: ShardPlan, sums: Sequence[int]) -> int:
 
 
 def close_archive(fd: int, shard: ShardPlan, sums: Sequence[int]) -> None:
-    """Write what a torch file has between and after its tensors, whose CRC-32 are `sums`."""
-    for offset, data in torch_zip.closing(shard.archive, sums):
+    """Write what a torch file has around its tensors, whose CRC-32 are `sums`."""
+    for offset, data in _around(shard, sums):
         write_all(fd, data, offset)
+
+
+def _around(shard: ShardPlan, sums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """All of a torch file but tensors and the shard's own tail, at its offsets."""
+    for start, archive, own in shard.archives:
+        yield start, archive.head
+        for offset, data in torch_zip.closing(archive, sums[own]):
+            yield start + offset, data
 
 
 def is_still_there(shard: ShardPlan, line: Mapping[str, Any], folder: Path) -> bool:
@@ -77,5 +85,6 @@ def is_still_there(shard: ShardPlan, line: Mapping[str, Any], folder: Path) -> b
 
 
 def _is_closed(fd: int, shard: ShardPlan, sums: Sequence[int]) -> bool:
-    """True where the archive says of its tensors what the journal says."""
-    return all(os.pread(fd, len(data), offset) == data for offset, data in torch_zip.closing(shard.archive, sums))
+    """True where the archive says of its tensors what the journal says, and what follows it is there."""
+    tail = (shard.size - len(shard.tail), shard.tail)
+    return all(os.pread(fd, len(data), offset) == data for offset, data in (*_around(shard, sums), tail))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from converter.core.formats import torch_zip_writer as torch_zip
 from converter.core.formats.safetensors_io import Header, build_header
+from converter.core.formats.torch_tree import member
 from converter.core.tensors import as_json as tensor_json
 from converter.core.tensors import kernel_specs
 from converter.core.tensors.byte_runs import ByteRun, byte_runs, leaves, reads
@@ -80,6 +81,7 @@ class ShardPlan:
     Attributes:
         link: a file of the source that is this one, byte by byte; the output gets a symbolic link to it.
         pickled: what a torch file says of its storages, where it holds more than tensors by name.
+        is_members: every tensor is a torch file of its own, one after the other (see `distcp`).
     """
 
     file: str
@@ -89,6 +91,7 @@ class ShardPlan:
     size: int
     link: str | None = None
     pickled: bytes | None = None
+    is_members: bool = False
 
     @property
     def is_torch(self) -> bool:
@@ -96,9 +99,18 @@ class ShardPlan:
         return not self.file.endswith(".safetensors")
 
     @property
-    def archive(self) -> torch_zip.Archive:
-        """The records of a torch file."""
-        return torch_zip.archive(self.file, [(e.name, e.tensor.info) for e in self.entries], self.pickled)
+    def archives(self) -> Iterator[tuple[int, torch_zip.Archive, slice]]:
+        """Where each torch file begins that this file consists of, its records, and which of the entries are in it."""
+        if not self.is_members:
+            named = [(e.name, e.tensor.info) for e in self.entries]
+            yield 0, torch_zip.archive(self.file, named, self.pickled), slice(len(self.entries))
+            return
+        start = 0
+        for number, entry in enumerate(self.entries):
+            info = entry.tensor.info
+            archive = torch_zip.archive(torch_zip.MEMBER, [("", info)], member(info))
+            yield start, archive, slice(number, number + 1)
+            start += archive.size
 
 
 def as_matrix(tensor: LazyTensor) -> LazyTensor:
@@ -230,6 +242,7 @@ def to_json(shard: ShardPlan) -> dict[str, Any]:
         "size": shard.size,
         **({} if shard.link is None else {"link": shard.link}),
         **({} if shard.pickled is None else {"pickled": shard.pickled.hex()}),
+        **({"is_members": True} if shard.is_members else {}),
     }
 
 
@@ -247,4 +260,5 @@ def from_json(obj: Mapping[str, Any]) -> ShardPlan:
         obj["size"],
         link=obj.get("link"),
         pickled=None if obj.get("pickled") is None else bytes.fromhex(obj["pickled"]),
+        is_members=obj.get("is_members", False),
     )

@@ -19,7 +19,7 @@ from converter.core.tensors.dtypes import TensorInfo
 from converter.diagnostic import Command, Diagnostic, Next, Severity, Steps, as_argument, spelled
 from converter.errors import ConvertError, Refused
 from converter.examine.diagnoses.script import Launch
-from converter.families.plain_names import plain_names
+from converter.families.plain_names import Plain, plain_names
 from converter.sources.finding import sources
 from converter.sources.survey import SourceKind, StoredTensor, Survey, file_names
 from converter.text import fold, show
@@ -134,6 +134,7 @@ class Case:
         target: the trainer that `--for` names.
         deep: values may be read.
         launch: the script that `--launch` names, read.
+        resume_on: ranks that the run is to go on with, as `--resume-on` says.
     """
 
     asked: str
@@ -148,6 +149,7 @@ class Case:
     target: str | None = None
     deep: bool = False
     launch: Launch | None = None
+    resume_on: int | None = None
     _json: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     _memos: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -196,9 +198,14 @@ class Case:
         )
 
     @cached_property
+    def plain(self) -> Plain:
+        """The tensors' names without what wrappers put into them."""
+        return plain_names(self.shapes, self.config)
+
+    @cached_property
     def judgement(self) -> Judgement:
         """The tensors, wrappers looked through, against what the class in config.json asks for."""
-        return judge(self.checkpoint, plain_names(self.shapes, self.config).names)
+        return judge(self.checkpoint, self.plain.names)
 
     @property
     def config(self) -> Mapping[str, Any]:

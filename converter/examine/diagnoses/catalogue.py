@@ -42,7 +42,7 @@ ROWS: dict[str, Row] = {
     "A14": _row("huggingface/ without weights", "weights-missing"),
     "A15": _row("torch's distributed checkpoint", "training-state"),
     "A16": _row("Megatron's shards", "megatron-unfinished", "megatron-rank-missing", "megatron-backend"),
-    "A17": _row("resumed at another world size", unseen="the files are sound: the new job has another number of ranks"),
+    "A17": _row("resumed at another world size", "resume-on"),
     "A18": _row("flat parameters of FSDP", "fsdp-flat", "adapter-named-otherwise"),
     "B1": _row("the head is absent", "head-missing"),
     "B2": _row("the head in a file of its own", "head-dialect", "heads-several", "loader-random"),

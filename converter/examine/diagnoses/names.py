@@ -11,7 +11,6 @@ from converter.dialects.known import dialects
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.families.disk_names import MemoryForm, memory_form
-from converter.families.plain_names import plain_names
 from converter.families.words import IN_PEFT, INNER_WRAPPERS, LORA_MATRIX_WORD, OUTER_WRAPPERS
 from converter.text import show
 
@@ -125,7 +124,7 @@ def names_doubled(case: Case, context: Context) -> Iterable[Finding]:
     """
     if any(_UNMERGED.search(n) for n in case.shapes) or str(case.config.get("model_type")) in _TWICE_BY_DESIGN:
         return
-    plain = plain_names(case.shapes, case.config)
+    plain = case.plain
     found = tuple(n for n in plain.changed if not WRAPPER.search(n))
     if found:
         text = (
@@ -203,8 +202,7 @@ def experts_twice(case: Case, context: Context) -> Iterable[Finding]:
 
 def _form(case: Case) -> MemoryForm | None:
     """What is named as in memory, wrappers taken off; None where that can't be told."""
-    names = plain_names(case.shapes, case.config).names
-    return memory_form({n: case.survey.entries[raw].tensor for raw, n in names.items()}, case.config)
+    return memory_form({n: case.survey.entries[raw].tensor for raw, n in case.plain.names.items()}, case.config)
 
 
 def _twice(case: Case, form: MemoryForm) -> list[str]:

@@ -74,8 +74,10 @@ def pair_vocabulary(case: Case, context: Context) -> Iterable[Finding]:
     """The embeddings of critic and actor have another number of rows: token numbers beyond the smaller one stop the
     job, `index out of range`, at the first rare token.
     """
-    own, theirs = _rows(case), _rows(case.actor) if case.actor is not None else None
-    if own is not None and theirs is not None and case.actor is not None and own != theirs:
+    if case.actor is None:
+        return
+    own, theirs = _rows(case), _rows(case.actor)
+    if own is not None and theirs is not None and own != theirs:
         text = f"{own} embedding rows here, {theirs} in {show(case.actor.asked)}"
         yield Finding(code="pair-vocabulary", severity="changes-numbers", text=text)
 
@@ -91,8 +93,10 @@ def pair_chat_template(case: Case, context: Context) -> Iterable[Finding]:
     not trained on. Trainers that score token numbers never look at the reward model's template; those that render
     texts for it do.
     """
-    own, theirs = _template(case), _template(case.actor) if case.actor is not None else None
-    if own is not None and theirs is not None and case.actor is not None and own != theirs:
+    if case.actor is None:
+        return
+    own, theirs = _template(case), _template(case.actor)
+    if own is not None and theirs is not None and own != theirs:
         text = f"the chat template is not that of {show(case.actor.asked)}"
         yield Finding(
             code="pair-chat-template",
@@ -152,8 +156,10 @@ def _plain(config: Mapping[str, Any], key: str) -> Any:
 @diagnosis("pair-dtype", "model")
 def pair_dtype(case: Case, context: Context) -> Iterable[Finding]:
     """Critic and actor are stored in another dtype. Trainers cast to their own flag; memory is planned by the files."""
-    own, theirs = _main_dtype(case), _main_dtype(case.actor) if case.actor is not None else None
-    if own and theirs and case.actor is not None and own != theirs:
+    if case.actor is None:
+        return
+    own, theirs = _main_dtype(case), _main_dtype(case.actor)
+    if own and theirs and own != theirs:
         yield Finding(code="pair-dtype", severity="cosmetic", text=f"{own} here, {theirs} in {show(case.actor.asked)}")
 
 

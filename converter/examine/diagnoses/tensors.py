@@ -11,7 +11,6 @@ from converter.examine.diagnoses.case import LOST, Case, Diagnosis, Finding, dia
 from converter.examine.diagnoses.commands import filling_command
 from converter.examine.diagnoses.faults import explanation, finding_of
 from converter.examine.diagnoses.whole import judgement_of
-from converter.families.plain_names import plain_names
 from converter.text import fold, show
 
 _LAYER = re.compile(r"(?P<stack>(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?))\.(?P<number>\d{1,6})\.", re.ASCII)
@@ -61,7 +60,7 @@ def layers_missing(case: Case, context: Context) -> Iterable[Finding]:
     if said is None or not case.shapes or str(case.text_config.get("model_type")) in _COUNTS_PASSES:
         return
     stacks: dict[str, set[int]] = {}
-    for name in plain_names(case.shapes, case.config).names.values():
+    for name in case.plain.names.values():
         if match := _LAYER.match(name):
             stacks.setdefault(match["stack"], set()).add(int(match["number"]))
     if not stacks and any(map(_NUMBERED.search, case.shapes)):

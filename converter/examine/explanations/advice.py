@@ -183,10 +183,9 @@ MESSAGES = (
         keys=("model_world_size_", "_optim_states.pt", "_model_states.pt"),
         pattern=r"(?:FileNotFoundError|No such file).{0,400}?(?:model_world_size_\d+_rank_\d+\.pt|mp_rank_\d+_(?:model|"
         r"optim)_states\.pt)",
-        text="A rank's shard is not here: the run had more GPUs or nodes than this folder has files. Each node may "
-        "have kept "
-        "its own.",
-        next=Command("doctor", ("DIR",)),
+        text="A rank's shard is not here: the run had more GPUs or nodes than this folder has files, and each node "
+        "may have kept its own; or fewer ranks saved it than load it now.",
+        next=Steps(Command("doctor", ("DIR", "--resume-on", "RANKS"))),
         codes=("verl-rank-missing", "zero-rank-missing"),
     ),
     Message(

@@ -53,16 +53,21 @@ class Compared:
     only_here: list[str] = field(default_factory=list)
     only_there: list[str] = field(default_factory=list)
 
+    @property
+    def is_rounded(self) -> bool:
+        """True where rounding to another dtype is all the difference."""
+        return bool(self.rounded) and not (self.near or self.differ or self.longer or self.only_here or self.only_there)
+
 
 def check_against(
-    here: Reading, there: Reading, target: Target, context: Context, *, fresh: bool = False
+    here: Reading, there: Reading, target: Target, compared: Compared, *, fresh: bool = False
 ) -> list[Check]:
     """Everything that two readings can be compared in; `here` is the folder, `there` what it was made of.
 
     Args:
+        compared: their backbones, compared.
         fresh: the folder's head was made with it, so that the source has none.
     """
-    compared = compare_backbones(here, there, context, outputs=target.role == "actor")
     checks = [*_backbone(compared, target)]
     if target.role == "actor":
         return checks

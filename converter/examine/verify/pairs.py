@@ -1,37 +1,45 @@
 """Preference pairs scored: a table, the share of pairs in the right order, and what a drift from the source is due to.
 
-Each pair is a line of JSON with `prompt`, `chosen` and `rejected`, strings; prompts may be lists of chat messages.
+Sequences are scored whole and without padding's influence, in batches; a model that memory does not hold is read once a
+batch. What every step of a comparison needs are the hidden states at two tokens of each sequence: all else is the head.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converter.converters.heads.model import Reading
 from converter.dialects.spec import Pooling
-from converter.errors import UsageError
 from converter.examine.verify.check import Check, holds, note, spread
-from converter.examine.verify.values import Batch, Reference, padded, pooled
-from converter.text import show
+from converter.examine.verify.pairs_file import Pair, Pairs
+from converter.examine.verify.values import Reference, apply_head, padded, scored_column
+from converter.text import format_duration, show
 
-MOST_PAIRS = 200
-"""Pairs that are scored; a table of more says no more."""
+if TYPE_CHECKING:
+    import torch
 
 MOST_TOKENS = 2048
-"""Tokens of a pair that are kept, the last ones."""
+"""Tokens of a sequence that are kept, the last ones."""
 
+BATCH_TOKENS = 2048
+"""Tokens, padding included, of one pass through a model."""
 
-@dataclass(frozen=True)
-class Pair:
-    """One comparison."""
+CAUSES = ("template", "base", "head", "normalisation", "pad token")
+"""What may move a score, in the order in which it is exchanged, the source's for ours."""
 
-    prompt: Any
-    chosen: str
-    rejected: str
+_EXACT = 1e-9
+_CONFIDENCE = 1.959964
+"""Standard deviations on either side of a normal distribution's 95 %."""
+_DRAWS = 1000
+"""Resamplings of the interval of a rank correlation."""
+
+Told = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -43,44 +51,13 @@ class Scored:
     pooling: Pooling
     pad: int | None
 
-
-def read_pairs(path: Path) -> list[Pair]:
-    """The file's pairs, the first `MOST_PAIRS`.
-
-    Raises:
-        UsageError: a line that is no such object (`probe-line`), or none at all (`probe-empty`).
-    """
-    pairs: list[Pair] = []
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                value = json.loads(text)
-                pairs.append(Pair(value["prompt"], _answer(value["chosen"]), _answer(value["rejected"])))
-            except (ValueError, KeyError, TypeError):
-                expected = '{"prompt": ..., "chosen": "...", "rejected": "..."}'
-                raise UsageError(
-                    "probe-line", "not a pair", where=f"{show(path)}, line {number}", expected=expected
-                ) from None
-            if len(pairs) == MOST_PAIRS:
-                break
-    if not pairs:
-        raise UsageError("probe-empty", "there are no pairs", where=show(path))
-    return pairs
-
-
-def _answer(value: Any) -> str:
-    """An answer's text; a list of messages ends with it."""
-    if isinstance(value, list):
-        value = value[-1]["content"]
-    if not isinstance(value, str):
-        raise TypeError
-    return value
+    def column(self, ids: Sequence[int]) -> int:
+        """Where a sequence without padding is scored."""
+        return scored_column(ids, [1] * len(ids), self.pooling, self.pad)
 
 
 def scored(reading: Reading, pooling: Pooling) -> Scored:
-    """A side, ready to score: the model in fp64 and the tokenizer in its folder."""
+    """A side, ready to score: the model, and the tokenizer in its folder."""
     from transformers import AutoTokenizer
 
     from converter.sources.hub.mirror import bring_texts
@@ -91,111 +68,194 @@ def scored(reading: Reading, pooling: Pooling) -> Scored:
     return Scored(Reference(reading), tokenizer, pooling, pad if isinstance(pad, int) else None)
 
 
-def check_pairs(pairs: Sequence[Pair], here: Scored, there: Scored | None) -> tuple[list[Check], list[dict[str, Any]]]:
-    """The checks, and the table's rows."""
-    ours = _scores(pairs, here)
+def check_pairs(
+    found: Pairs, here: Scored, there: Scored | None, *, is_rounded: bool = False, told: Told = lambda text: None
+) -> tuple[list[Check], list[dict[str, Any]]]:
+    """The checks, and the table's rows.
+
+    Args:
+        is_rounded: the bases differ by rounding to another dtype alone.
+        told: hears, a line at a time, how far it is.
+    """
+    pairs = found.pairs
+    steps = _steps(pairs, here, there, told)
+    ours, theirs = steps[-1], steps[0]
     table = [
-        {"prompt": _short(p.prompt), "chosen": c, "rejected": r, "margin": c - r}
-        for p, (c, r) in zip(pairs, ours, strict=True)
+        {"prompt": _short(p), "chosen": c, "rejected": r, "margin": c - r}
+        for p, c, r in zip(pairs, ours[::2], ours[1::2], strict=True)
     ]
-    right = sum(c > r for c, r in ours)
-    text = f"{right} of {len(pairs)} pairs in the right order ({100 * right / len(pairs):.1f} %)"
-    checks = [holds("pairs", text)]
+    checks = [holds("pairs", _accuracy(ours, found.total))]
     if there is not None:
-        theirs = _scores(pairs, there)
-        for row, (c, r) in zip(table, theirs, strict=True):
+        for row, c, r in zip(table, theirs[::2], theirs[1::2], strict=True):
             row |= {"source_chosen": c, "source_rejected": r}
-        checks += _drift(pairs, here, there, _flat(ours), _flat(theirs))
+        checks += _drift(steps, is_rounded=is_rounded)
     return checks, table
 
 
-def _flat(scores: Sequence[tuple[float, float]]) -> list[float]:
-    return [v for pair in scores for v in pair]
+def _accuracy(scores: Sequence[float], total: int) -> str:
+    """The share of pairs in the right order, with Wilson's interval."""
+    n = len(scores) // 2
+    right = sum(c > r for c, r in zip(scores[::2], scores[1::2], strict=True))
+    z, share = _CONFIDENCE**2 / n, right / n
+    middle, half = (share + z / 2) / (1 + z), math.sqrt(z * (share * (1 - share) + z / 4)) / (1 + z)
+    margins = [c - r for c, r in zip(scores[::2], scores[1::2], strict=True)]
+    of = f"{n} pairs" if n == total else f"the first {n} of {total} pairs"
+    low, high = 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+    return (
+        f"{right} of {of} in the right order: {100 * share:.1f} %, 95 % interval {low:.1f} to {high:.1f} %; "
+        f"mean margin {sum(margins) / n:.4g}"
+    )
 
 
-def _scores(pairs: Sequence[Pair], side: Scored) -> list[tuple[float, float]]:
-    """Rewards of chosen and rejected answers, each sequence on its own."""
-    return [
-        (_score(side, tokens(side, p.prompt, p.chosen)), _score(side, tokens(side, p.prompt, p.rejected)))
-        for p in pairs
-    ]
+# Scores
 
 
 def tokens(side: Scored, prompt: Any, answer: str) -> list[int]:
     """Ids of a prompt with its answer: by the chat template where there is one, else one text after the other."""
     tokenizer = side.tokenizer
-    if getattr(tokenizer, "chat_template", None):
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
+    if prompt is not None and getattr(tokenizer, "chat_template", None):
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         found = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
         ids = tokenizer(found, add_special_tokens=False)["input_ids"]
     else:
-        text = prompt if isinstance(prompt, str) else "\n".join(str(m.get("content", "")) for m in prompt)
+        text = "\n".join(m["content"] for m in prompt) if isinstance(prompt, list) else prompt or ""
         ids = tokenizer(text + answer)["input_ids"]
     return list(ids)[-MOST_TOKENS:]
 
 
-def _score(side: Scored, ids: Sequence[int]) -> float:
-    return float(side.reference.rewards(_single(ids, side.pad), side.pooling, side.pad)[0])
+def _steps(pairs: Sequence[Pair], here: Scored, there: Scored | None, told: Told) -> list[list[float]]:
+    """Scores as one thing after the other is exchanged, the source's for ours; without a source, ours alone.
 
-
-def _single(ids: Sequence[int], pad: int | None) -> Batch:
-    return padded([ids], pad or 0)["right"]
-
-
-def _drift(
-    pairs: Sequence[Pair], here: Scored, there: Scored, ours: Sequence[float], theirs: Sequence[float]
-) -> list[Check]:
-    """How far scores moved, and each cause's part: one thing is exchanged after the other, the source's for ours."""
-    moved = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-    width = spread(theirs) or 1.0
-    flips = sum((a > b) != (c > d) for a, b, c, d in zip(ours[::2], ours[1::2], theirs[::2], theirs[1::2], strict=True))
-    text = (
-        f"scores moved by {moved:.3g} at most, of a spread of {width:.3g}; {flips} of {len(pairs)} pairs changed order"
-    )
-    if moved <= 1e-9 * width:
-        return [holds("drift", f"scores are the source's: they differ by {moved:.2g} at most")]
-    parts = _parts(pairs, here, there)
-    listed = ", ".join(f"{cause} {size:.3g}" for cause, size in parts.items() if size > 1e-9 * width)
-    small = moved <= 2**-6 * width and not flips
-    return [note("drift", "drift-rounding" if small else "drift", f"{text}. Due to: {listed or 'rounding'}")]
-
-
-def _parts(pairs: Sequence[Pair], here: Scored, there: Scored) -> Mapping[str, float]:
-    """The largest change of a score by template, base, head, normalisation and pad token, in this order."""
-    parts = dict.fromkeys(("template", "base", "head", "normalisation", "pad token"), 0.0)
-    for pair in pairs:
-        for answer in (pair.chosen, pair.rejected):
-            steps = _steps(here, there, pair.prompt, answer)
-            for cause, before, after in zip(parts, steps, steps[1:], strict=False):
-                parts[cause] = max(parts[cause], abs(after - before))
-    return parts
-
-
-def _steps(here: Scored, there: Scored, prompt: Any, answer: str) -> list[float]:
-    """A score as one thing after the other is exchanged: ids, hidden states, head, normalisation, scored token."""
-    from converter.examine.verify.values import apply_head
-
-    first = _single(tokens(there, prompt, answer), there.pad)
-    second = _single(tokens(here, prompt, answer), here.pad)
-    a, b = there.reference, here.reference
-    own, new = a.hidden(second), b.hidden(second)
-
-    def at(values: Any, batch: Batch, side: Scored) -> float:
-        return float(pooled(values[..., 0], batch, side.pooling, side.pad)[0])
-
+    Each has the chosen and the rejected answer of every pair, in turn.
+    """
+    texts = [(p.prompt, answer) for p in pairs for answer in (p.chosen, p.rejected)]
+    own = [tokens(here, *each) for each in texts]
+    if there is None:
+        (last,) = _states(here, own, [here], told).unbind(1)
+        return [_values(here, here, last)]
+    given = [tokens(there, *each) for each in texts]
+    before, last = _states(here, own, [there, here], told).unbind(1)
+    (first,) = _states(there, given, [there], told).unbind(1)
+    again = first if given == own else _states(there, own, [there], told)[:, 0]
     return [
-        at(apply_head(a.head, a.normaliser, a.hidden(first)), first, there),
-        at(apply_head(a.head, a.normaliser, own), second, there),
-        at(apply_head(a.head, a.normaliser, new), second, there),
-        at(apply_head(b.head, a.normaliser, new), second, there),
-        at(apply_head(b.head, b.normaliser, new), second, there),
-        at(apply_head(b.head, b.normaliser, new), second, here),
+        _values(there, there, first),
+        _values(there, there, again),
+        _values(there, there, before),
+        _values(here, there, before),
+        _values(here, here, before),
+        _values(here, here, last),
     ]
 
 
-def _short(prompt: Any) -> str:
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=True)
-    return show(text, 60)
+def _values(head: Scored, normaliser: Scored, hidden: torch.Tensor) -> list[float]:
+    found = apply_head(head.reference.head, normaliser.reference.normaliser, hidden)[..., 0]
+    return [float(v) for v in found.tolist()]
+
+
+def _states(side: Scored, sequences: Sequence[Sequence[int]], scorers: Sequence[Scored], told: Told) -> torch.Tensor:
+    """`[n, len(scorers), h]`, fp64: hidden states of each sequence where each of the scorers looks."""
+    import torch
+
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    batches = list(_batches(order, sequences))
+    backbone = side.reference.backbone
+    if not backbone.is_held:
+        total = sum(map(len, sequences))
+        told(
+            f"scoring {len(sequences)} sequences of {total} tokens with {backbone.parameters / 1e9:.1f} G parameters, "
+            f"which are read {len(batches)} times"
+        )
+    found: dict[int, torch.Tensor] = {}
+    begun = time.monotonic()
+    for batch in batches:
+        ids = padded([sequences[i] for i in batch], side.pad or 0)["right"]
+        hidden = side.reference.hidden(ids)
+        for row, i in enumerate(batch):
+            found[i] = hidden[row, [each.column(sequences[i]) for each in scorers]].clone()
+        if not backbone.is_held:
+            spent = time.monotonic() - begun
+            left = spent * (len(sequences) - len(found)) / len(found)
+            told(
+                f"{len(found)} of {len(sequences)} sequences, {format_duration(spent)}, "
+                f"about {format_duration(left)} to go"
+            )
+    return torch.stack([found[i] for i in range(len(sequences))])
+
+
+def _batches(order: Sequence[int], sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Sequences of like lengths, together no longer than `BATCH_TOKENS` once they are padded."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * len(sequences[i]) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+# Drift
+
+
+def _drift(steps: Sequence[Sequence[float]], *, is_rounded: bool) -> list[Check]:
+    """How far scores moved, and each cause's part."""
+    ours, theirs = steps[-1], steps[0]
+    moved = _largest(ours, theirs)
+    width = spread(theirs) or 1.0
+    if moved <= _EXACT * width:
+        return [holds("drift", f"scores are the source's: they differ by {moved:.2g} at most")]
+    n = len(ours) // 2
+    margins = [[c - r for c, r in zip(s[::2], s[1::2], strict=True)] for s in (ours, theirs)]
+    flips = sum((a > 0) != (b > 0) for a, b in zip(*margins, strict=True))
+    shift = sum(a - b for a, b in zip(*margins, strict=True)) / n
+    parts = {c: _largest(a, b) for c, a, b in zip(CAUSES, steps, steps[1:], strict=False)}
+    names = {"base": "rounding of the base to another dtype"} if is_rounded else {}
+    listed = ", ".join(f"{names.get(c, c)} {size:.3g}" for c, size in parts.items() if size > _EXACT * width)
+    rank, low, high = _rank_correlation(ours, theirs)
+    text = (
+        f"scores moved by {moved:.3g} at most, of a spread of {width:.3g}; {flips} of {n} pairs changed order; margins "
+        f"moved by {shift:.3g} on average; rank correlation {rank:.4f}, 95 % interval {low:.4f} to {high:.4f}. "
+        f"Due to: {listed or 'rounding'}"
+    )
+    is_small = moved <= 2**-6 * width and not flips
+    return [note("drift", "drift-rounding" if is_small else "drift", text)]
+
+
+def _largest(a: Sequence[float], b: Sequence[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """Spearman's, with the interval of a bootstrap of fixed seed."""
+    import torch
+
+    x, y = (torch.tensor(_ranks(v), dtype=torch.float64) for v in (a, b))
+    draws = torch.randint(len(x), (_DRAWS, len(x)), generator=torch.Generator().manual_seed(0))
+    found = sorted(_correlation(x[d], y[d]) for d in draws)
+    return _correlation(x, y), found[round(0.025 * (_DRAWS - 1))], found[round(0.975 * (_DRAWS - 1))]
+
+
+def _correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    size = float((x * x).sum().sqrt() * (y * y).sum().sqrt())
+    return max(-1.0, min(1.0, float((x * y).sum()) / size)) if size else 0.0
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Equal values share the mean of their ranks."""
+    order = sorted(values)
+    places: dict[float, list[int]] = {}
+    for place, value in enumerate(order):
+        places.setdefault(value, []).append(place)
+    return [sum(places[v]) / len(places[v]) for v in values]
+
+
+# Screen
+
+
+def _short(pair: Pair) -> str:
+    prompt = pair.chosen if pair.prompt is None else pair.prompt
+    return show(prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=True), 60)
 
 
 def table_lines(table: Sequence[Mapping[str, Any]], most: int = 10) -> list[str]:

@@ -1,7 +1,7 @@
-"""What a folder's model says: hidden states by transformers in fp64, the head on top as its dialect defines it.
+"""What a folder's model says: hidden states by transformers, the head on top as its dialect defines it.
 
-This is the yardstick that loaders and other folders are compared with. It holds the model in memory, so it is for small
-ones; larger ones are compared tensor by tensor.
+This is the yardstick that loaders and other folders are compared with: fp64 for small models, which are held in memory,
+fp32 for larger ones, whose parameters are read when they are needed (see `backbone`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.spec import Pooling
 from converter.errors import Refused
-from converter.families.words import OUTPUT_PREFIXES
-from converter.text import show
 
 if TYPE_CHECKING:
     import torch
 
 SMALL_PARAMETERS = 100_000_000
-"""Models with no more parameters are run; in fp64 they take 0.8 GB."""
+"""Models with no more parameters are run in fp64, where they take 0.8 GB; others in fp32."""
+
+HELD = 1 << 30
+"""Bytes of parameters that stay in memory; a model that fits is read once."""
 
 PROBE_ROWS = 6
 PROBE_LENGTH = 12
@@ -47,7 +48,7 @@ Batches = Mapping[str, Batch]
 
 
 def is_small(reading: Reading) -> bool:
-    """Whether the model is run."""
+    """Whether the model is run in fp64."""
     return sum(t.info.numel for t in reading.checkpoint.tensors.values()) <= SMALL_PARAMETERS
 
 
@@ -94,28 +95,26 @@ def _text(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 class Reference:
-    """A model in fp64: `values` are per token, `rewards` those at the token that a loader would score."""
+    """A model: `values` are per token, `rewards` those at the token that a loader would score."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: Reading, *, held: int = HELD) -> None:
+        import torch
+
+        from converter.examine.verify.backbone import Backbone
+
         if reading.head is None:
             raise Refused("head-missing", "a model without a head has no values")
         self.reading = reading
+        self.backbone = Backbone(reading, torch.float64 if is_small(reading) else torch.float32, held=held)
         with InputFiles(reading_inputs(reading)) as files:
-            evaluator = Evaluator(files)
-            self._model = _backbone(reading, evaluator)
-            self.head = fp64(reading.head, evaluator)
+            self.head = fp64(reading.head, Evaluator(files))
         self.normaliser = reading.normaliser
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """The last hidden states `[n, t, h]`, as the backbone gives them to a head."""
+        """The last hidden states `[n, t, h]` in fp64, as the backbone gives them to a head."""
         import torch
 
-        ids, mask = torch.tensor(batch.input_ids), torch.tensor(batch.attention_mask)
-        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
-        more = {"position_ids": positions} if _takes_positions(self._model) else {}
-        with torch.no_grad():
-            found: torch.Tensor = self._model(input_ids=ids, attention_mask=mask, **more).last_hidden_state
-        return found
+        return self.backbone(torch.tensor(batch.input_ids), torch.tensor(batch.attention_mask)).double()
 
     def values(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """`[n, t]`: the first row of the head at every position, normalised as the dialect says."""
@@ -131,44 +130,6 @@ class Reference:
 def reading_inputs(reading: Reading) -> Mapping[str, Identity]:
     """Files of a reading with their identities, so that one that changes meanwhile is noticed."""
     return reading.checkpoint.inputs
-
-
-def _takes_positions(model: Any) -> bool:
-    import inspect
-
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
-def _backbone(reading: Reading, evaluator: Evaluator) -> Any:
-    """`AutoModel` in fp64 with the folder's tensors; each of them has a place, and none stays as it was initialised.
-
-    Raises:
-        Refused: transformers doesn't build such a model, or names differ (`backbone-unloadable`).
-    """
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    config = reading.checkpoint.config
-    where = show(reading.checkpoint.origin.asked)
-    try:
-        settings = {k: v for k, v in config.items() if k not in ("model_type", "dtype", "torch_dtype")}
-        known = AutoConfig.for_model(reading.family.kind, **settings)
-        model = AutoModel.from_config(known, attn_implementation="eager").double().eval()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refused("backbone-unloadable", f"transformers builds no such model: {show(error)}", where=where) from None
-    prefix = reading.family.prefix or ""
-    state = {
-        n.removeprefix(prefix): evaluator.evaluate(t, {}).to(torch.float64)
-        for n, t in reading.checkpoint.tensors.items()
-        if not n.startswith(OUTPUT_PREFIXES)
-    }
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    parameters = {n for n, _ in model.named_parameters()}
-    lost = [n for n in missing if n in parameters]
-    if lost or unexpected:
-        what = f"transformers' model has other names: {len(lost)} missing, {len(unexpected)} unknown"
-        raise Refused("backbone-unloadable", what, where=where)
-    return model
 
 
 def fp64(head: Head, evaluator: Evaluator) -> tuple[tuple[Any, Any], ...]:
@@ -199,13 +160,17 @@ def pooled(values: torch.Tensor, batch: Batch, pooling: Pooling, pad: int | None
     """The value of each row at the token that a loader scores."""
     import torch
 
-    columns = []
-    for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
-        attended = [i for i, on in enumerate(mask) if on]
-        if pooling == "last-non-pad" and pad is not None:
-            attended = [i for i, token in enumerate(ids) if token != pad] or attended
-        columns.append(attended[-1])
+    rows = zip(batch.input_ids, batch.attention_mask, strict=True)
+    columns = [scored_column(ids, mask, pooling, pad) for ids, mask in rows]
     return values[torch.arange(len(columns)), torch.tensor(columns)]
+
+
+def scored_column(ids: Sequence[int], mask: Sequence[int], pooling: Pooling, pad: int | None) -> int:
+    """The token of a row that a loader scores."""
+    attended = [i for i, on in enumerate(mask) if on]
+    if pooling == "last-non-pad" and pad is not None:
+        attended = [i for i, token in enumerate(ids) if token != pad] or attended
+    return attended[-1]
 
 
 def lazy_head(head: Head) -> list[LazyTensor]:

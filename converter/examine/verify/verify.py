@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,14 @@ _OUTPUTS_TOKENS = (*CAUSAL_CLASSES, "ForImageTextToText", "ForMultimodalLM")
 """Ends of the names of classes that an actor is of."""
 
 
+MOST_PAIRS = 200
+"""Pairs of `--probe` that are scored unless more are asked for."""
+
+
+def _untold(text: str) -> None:
+    """Nothing."""
+
+
 @dataclass(frozen=True)
 class VerifyRequest:
     """What the user asked to be verified."""
@@ -37,7 +46,9 @@ class VerifyRequest:
     live: bool = False
     python: str | None = None
     probe: str | None = None
+    most_pairs: int = MOST_PAIRS
     allow: tuple[str, ...] = ()
+    told: Callable[[str], None] = _untold
 
 
 @dataclass(frozen=True)
@@ -191,12 +202,12 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
     verdict = check(checkpoint, aim, context, remedy=_remedy(asked, aim))
     stored = {**checkpoint.tensors, **{n: t for held in checkpoint.beside.values() for n, t in held.items()}}
     checks = [*verdict.checks, *check_receipt(root, frozenset(stored), lambda: stored)]
-    reading, there = verdict.reading, None
+    reading, there, is_rounded = verdict.reading, None, False
     table: list[dict[str, Any]] = []
     if asked.against is not None and is_receipt(asked.against):
         checks += check_other_receipt(asked.against, root, stored)
     elif asked.against is not None:
-        from converter.examine.verify.against import check_against
+        from converter.examine.verify.against import check_against, compare_backbones
 
         here = _headless(checkpoint, context) if reading is None and aim.role == "actor" else reading
         if here is None:
@@ -206,14 +217,16 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
             there, digest = _source(asked, context)
             checks += check_source(root, digest, asked.against)
             is_fresh = aim.role != "actor" and there.head is None and has_fresh_head(root)
-            checks += check_against(here, there, aim, context, fresh=is_fresh)
+            compared = compare_backbones(here, there, context, outputs=aim.role == "actor")
+            is_rounded = compared.is_rounded
+            checks += check_against(here, there, aim, compared, fresh=is_fresh)
     if asked.live:
         from converter.examine.verify.live import check_live
 
         assert asked.python is not None
         checks += check_live(root, checkpoint, reading, aim, asked.python, allow=frozenset(asked.allow))
-    if asked.probe is not None and reading is not None:
-        more, table = _pairs(asked, aim, reading, there)
+    if asked.probe is not None:
+        more, table = _pairs(asked, aim, reading, there, is_rounded=is_rounded)
         checks += more
     return Verified(aim, tuple(checks), tuple(table))
 
@@ -271,17 +284,19 @@ def _shards(src: str) -> str:
 
 
 def _pairs(
-    asked: VerifyRequest, aim: Target, reading: Reading, there: Reading | None
+    asked: VerifyRequest, aim: Target, reading: Reading | None, there: Reading | None, *, is_rounded: bool
 ) -> tuple[list[Check], list[dict[str, Any]]]:
-    from converter.examine.verify.check import note
-    from converter.examine.verify.pairs import check_pairs, read_pairs, scored
-    from converter.examine.verify.values import is_small
+    from converter.examine.verify.pairs import check_pairs, scored
+    from converter.examine.verify.pairs_file import read_pairs
 
     assert asked.probe is not None
-    pairs = read_pairs(Path(asked.probe).expanduser())
-    if not is_small(reading):
-        return [note("pairs", "not-run", "the model is too large to be run here")], []
-
-    here = scored(reading, aim.dialect.pooling)
-    other = None if there is None or there.head is None else scored(there, there.dialect.pooling)
-    return check_pairs(pairs, here, other)
+    pairs = read_pairs(Path(asked.probe).expanduser(), asked.most_pairs)
+    if reading is None or reading.head is None:
+        what = "the head can't be read" if aim.role != "actor" else "an actor has no head"
+        return [fails("pairs", "not-compared", f"{what}, so no pair was scored", _remedy(asked, aim))], []
+    try:
+        here = scored(reading, aim.dialect.pooling)
+        other = None if there is None or there.head is None else scored(there, there.dialect.pooling)
+        return check_pairs(pairs, here, other, is_rounded=is_rounded, told=asked.told)
+    except Refused as error:
+        return [fails("pairs", error.code, f"no pair was scored: {error.what}", error.next)], []

@@ -22,6 +22,7 @@ def doctor(
     ignore: Sequence[str] = (),
     deep: bool = False,
     launch: str | Path | None = None,
+    resume_on: int | None = None,
     allow_name: Sequence[str] = (),
 ) -> Report:
     """Every fault of a folder that a trainer left, the worst first; reads headers and configs only, unless `deep`.
@@ -35,6 +36,7 @@ def doctor(
         ignore: codes to leave out.
         deep: read values too: NaN, zeros, heads that never moved.
         launch: a training script to check against the folder; never run.
+        resume_on: a number of ranks: whether the run goes on with them, and what has to be done first.
         allow_name: patterns of names of your own classes that pickled files may mention.
 
     Raises:
@@ -53,5 +55,6 @@ def doctor(
                 ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
                 deep=deep,
                 launch=optional(launch),
+                resume_on=resume_on,
             )
         )

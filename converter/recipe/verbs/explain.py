@@ -6,13 +6,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.diagnostic import Command, Next, as_argument
 from converter.errors import UsageError
-from converter.text import show
+from converter.text import nearest, show
 
 if TYPE_CHECKING:
     from converter.examine.explanations.log import Seen
@@ -112,7 +111,7 @@ def _of_code(code: str) -> Explanation:
     found = explained(code)
     if found is None:
         known = known_codes()
-        near = get_close_matches(code, known, n=3, cutoff=0.7) or [c for c in known if f"-{code}-" in f"-{c}-"][:3]
+        near = nearest(code, known, n=3, cutoff=0.7) or [c for c in known if f"-{code}-" in f"-{c}-"][:3]
         raise UsageError(
             "unknown-code",
             f"nothing here has the code {show(code)}, and there is no file of that name",

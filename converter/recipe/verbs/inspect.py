@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ class Inspection:
         packed = (w.elements[1] if w.shape is None else math.prod(w.shape) for w, _ in self.quantised.weights)
         return plain + sum(packed)
 
-    @property
+    @cached_property
     def quantised(self) -> Quantised:
         """What of it is quantised."""
         return read({n: e.info for n, e in self.survey.entries.items()}, self.config)

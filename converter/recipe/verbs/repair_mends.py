@@ -16,7 +16,6 @@ from converter.examine.diagnoses.case import Case, Finding
 from converter.examine.doctor import DoctorRequest, diagnoses, examine
 from converter.families.disk_names import memory_form
 from converter.families.implied import class_of
-from converter.families.plain_names import plain_names
 from converter.families.words import LORA_FACTOR_WORD, PEFT_PREFIX
 from converter.recipe.recipe import Step
 from converter.sources.hf.set_files import OF_THE_INDEX, find_sets
@@ -173,7 +172,7 @@ def _behind_the_names(case: Case, findings: Sequence[Finding], *, lora: bool) ->
 
 def _mended(case: Case, *, lora: bool) -> dict[str, StoredTensor]:
     """The tensors by the names that they will have; without LoRA's, where those are merged."""
-    names = plain_names(case.shapes, case.config).names
+    names = case.plain.names
     form = memory_form({n: case.survey.entries[raw].tensor for raw, n in names.items()}, case.config)
     renamed = {} if form is None else form.renamed
     found = {renamed.get(n, n): case.survey.entries[raw] for raw, n in names.items()}

@@ -1,31 +1,41 @@
-"""What `reshard --world-size` does: a trainer's state of N ranks, planned for M, with what lies beside it."""
+"""What `reshard --world-size` does: a trainer's state of N ranks, written for M, with what lies beside it."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
 
 from converter.core.checkpoint import SideFile
-from converter.core.files.names import MODEL_CONFIG, RECEIPT
+from converter.core.files.names import MODEL_CONFIG, RECEIPT, TRAINER_STATE
 from converter.core.files.opening import Identity, identity
 from converter.core.formats.torch_file import read_torch_file
 from converter.core.formats.weight_file import PICKLED_SUFFIXES
 from converter.diagnostic import Command
 from converter.errors import Refused, UsageError
+from converter.publish.outputs import goes_to_hub
+from converter.recipe.options import Going, WriteOptions
+from converter.recipe.verbs.conversion import memory_of
+from converter.recipe.verbs.knobs import Effort, Where, allowing, optional, options_of
+from converter.recipe.verbs.pieces import threads
 from converter.recipe.verbs.run_state import place_of
 from converter.sources.beside import find_beside
-from converter.sources.deepspeed.resharding.plan import MAX_RANKS, Resharded, plan_resharding
+from converter.sources.deepspeed.resharding.plan import MAX_RANKS, plan_resharding
 from converter.sources.deepspeed.state import read_shards
 from converter.sources.finding import kind_of
 from converter.sources.hub.names import as_reference
 from converter.sources.locate import resolve
+from converter.sources.resharded import Resharded
 from converter.sources.survey import file_names
 from converter.text import fold, show
 from converter.version import __version__
 
-TRAINER_STATE = "trainer_state.json"
+if TYPE_CHECKING:
+    from converter.core.writer.write import Receipt
+
 _OF_TRAINER = re.compile(rf"{re.escape(TRAINER_STATE)}|scheduler\.pt|rng_state(?:_(\d{{1,6}}))?\.pth", re.ASCII)
 """What transformers' Trainer reads beside the shards when it goes on; random states are those of one rank each."""
 _LEFT = re.compile(r".*\.(?:safetensors|bin)|optimizer\.pt", re.ASCII)
@@ -41,6 +51,107 @@ class ReshardRequest:
     stage: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReshardedState:
+    """A trainer's state planned for other ranks, and once it is written, its receipt.
+
+    Attributes:
+        made: the plan, and what was found: ranks before and after, the stage, what keeps the batch.
+        out: where it goes; None where nothing was to be written.
+        receipt: what the run did; None before it is written, and after a dry run.
+    """
+
+    made: Resharded
+    options: WriteOptions
+    out: Path | None = None
+    receipt: Receipt | None = None
+
+    @property
+    def next(self) -> str:
+        """How the trainer is told to go on from there."""
+        path = "OUT" if self.out is None else str(self.out)
+        ranks = "1 rank" if self.made.ranks == 1 else f"{self.made.ranks} ranks"
+        if TRAINER_STATE in self.made.plan.side_files:
+            return f"your launch line on {ranks} with --resume_from_checkpoint {path}"
+        return f"on {ranks}: {self.made.goes_on.replace('{out}', path)}"
+
+
+class StateWriting(Effort, total=False):
+    """Keyword arguments of `reshard_state` beside its own: see `WriteOptions`."""
+
+    revision: str | None
+    token: str | None
+    keep_code: bool
+    dry_run: bool
+    on_plan: Callable[[ReshardedState], None] | None
+
+
+def reshard_state(
+    src: Where,
+    out: Where | None = None,
+    *,
+    world_size: int | None = None,
+    stage: int | None = None,
+    tag: str | None = None,
+    **writing: Unpack[StateWriting],
+) -> ReshardedState:
+    """Rewrite the state of a training run so that it goes on with another number of ranks.
+
+    Args:
+        src: a run, one of its checkpoints, or the folder of shards in that.
+        out: the folder to write; None: only plan.
+        world_size: ranks that are to go on; None: as many as before.
+        stage: of ZeRO, 1, 2 or 3; None: that of the run.
+        tag: which checkpoint of the run; None: what its tracker says.
+        writing: see `StateWriting`.
+
+    Raises:
+        UsageError: no such folder or tag, several to choose from, numbers that can't be.
+        Refused: see `plan_state`; or the output can't be written; nothing is on the disk.
+        VerificationFailed: what was written is not what it should be; it is not published.
+    """
+    options, going = options_of(WriteOptions, writing)
+    _expect_state_options(optional(out), options)
+    asked = ReshardRequest(str(src), world_size, tag, stage)
+    with allowing(options.allow_name):
+        return _resharded(asked, None if out is None else Path(out).expanduser(), options, going)
+
+
+_NOT_HERE = ("dtype", "max_shard_size", "layout", "link_unchanged")
+
+
+def _expect_state_options(out: str | None, options: WriteOptions) -> None:
+    wrong = [f"--{name.replace('_', '-')}" for name in _NOT_HERE if getattr(options, name)]
+    if wrong:
+        raise UsageError("usage", f"{wrong[0]} has no meaning with --world-size: a trainer's state is kept as it is")
+    if goes_to_hub(out):
+        raise UsageError("usage", "a trainer's state is written to a folder, and not to the Hub")
+
+
+def _resharded(asked: ReshardRequest, out: Path | None, options: WriteOptions, going: Going) -> ReshardedState:
+    from converter.core.writer import preflight
+    from converter.core.writer.reporter import Silent
+    from converter.core.writer.write import write
+
+    memory = memory_of(options)
+    if out is not None:
+        preflight.check_target(out, (), overwrite=options.overwrite)
+    made = plan_state(asked, revision=options.revision, token=options.token, keep_code=options.keep_code)
+    planned = ReshardedState(made=made, options=options, out=out)
+    if going.on_plan is not None:
+        going.on_plan(planned)
+    if out is None or going.dry_run:
+        preflight.memory_limit(made.plan, memory)
+        if out is not None:
+            preflight.check_target(out, made.plan.inputs, overwrite=options.overwrite)
+            preflight.check_space(made.plan, out)
+        return planned
+    given: dict[str, Any] = {"overwrite": options.overwrite, "resume": options.resume, "verify": options.verify}
+    reporter = going.reporter or Silent()
+    receipt = write(made.plan, out, jobs=options.jobs or threads(), memory=memory, reporter=reporter, **given)
+    return dataclasses.replace(planned, receipt=receipt)
+
+
 def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None, keep_code: bool) -> Resharded:
     """The plan that the arguments mean.
 
@@ -54,6 +165,8 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
             "usage", f"--world-size {asked.world_size} is not a number of ranks", expected=f"1 to {MAX_RANKS}"
         )
     root = resolve(asked.src, revision=revision, token=token, whole=True).path
+    if kind_of(root) == "verl":
+        return _with_provenance(_plan_verl(root, asked))
     place, _ = place_of(root, as_reference(asked.src), tag=asked.tag, part=None)
     _expect_zero(kind_of(place.folder), place.folder, asked.src)
     shards = read_shards(place.folder)
@@ -64,13 +177,26 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
     ranks = asked.world_size or shards.ranks
     side_files, inputs, said = _beside(place.folder.parent, ranks, keep_code=keep_code)
     made = plan_resharding(shards, ranks, stage=asked.stage, side_files=side_files, inputs=inputs)
+    return _with_provenance(dataclasses.replace(made, said=(*made.said, *said)))
+
+
+def _plan_verl(root: Path, asked: ReshardRequest) -> Resharded:
+    from converter.sources.verl.step import plan_verl
+
+    if asked.stage is not None or asked.world_size is None:
+        what = "--stage is of ZeRO, and this is a run of verl" if asked.stage is not None else "say --world-size"
+        raise UsageError("usage", what, where=show(asked.src))
+    return plan_verl(root, asked.src, asked.world_size, tag=asked.tag)
+
+
+def _with_provenance(made: Resharded) -> Resharded:
+    stage = {} if made.stage is None else {"stage": made.stage}
     provenance = {
         "version": __version__,
-        "recipe": {"reshard": {"world-size": made.ranks, "stage": made.stage}},
-        "inputs": {"source": {"kind": "training", "name": place.folder.resolve().name, "header_digest": shards.digest}},
+        "recipe": {"reshard": {"world-size": made.ranks, **stage}},
+        "inputs": {"source": {"kind": "training", "name": made.tag, "header_digest": made.digest}},
     }
-    plan = dataclasses.replace(made.plan, provenance=provenance)
-    return dataclasses.replace(made, plan=plan, said=(*made.said, *said))
+    return dataclasses.replace(made, plan=dataclasses.replace(made.plan, provenance=provenance))
 
 
 def _expect_zero(kind: str | None, folder: Path, asked: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,9 @@ def verify(
     live: bool = False,
     python: str | Path | None = None,
     probe: str | Path | None = None,
+    pairs: int = 200,
     allow: Sequence[str] = (),
+    told: Callable[[str], None] | None = None,
 ) -> Verified:
     """Names, shapes, files, config and tokenizer against what a trainer's loader does with them.
 
@@ -38,8 +41,10 @@ def verify(
         against: what it was made of, a model, adapter or run: values are compared.
         from_: trainer or dialect of `against`, and `base` its base, if it is an adapter.
         live: load it with the trainer's own code, on the CPU, by `python`, which has the trainer.
-        probe: JSON lines of prompt, chosen, rejected to score.
+        probe: preference pairs to score: JSON lines, a JSON list or Parquet of prompt, chosen, rejected.
+        pairs: how many of them, the first ones.
         allow: codes of refusals to go on past.
+        told: hears, a line at a time, how far the scoring of a large model is.
 
     Raises:
         UsageError: arguments that need each other, or the folder is not there (`path-missing`).
@@ -49,17 +54,11 @@ def verify(
 
     codes = (allow,) if isinstance(allow, str) else tuple(allow)
     asked = VerifyRequest(
-        str(folder),
-        for_,
-        role,
-        optional(against),
-        from_,
-        optional(base),
-        live,
-        optional(python),
-        optional(probe),
-        codes,
+        str(folder), for_, role, optional(against), from_, optional(base), live, optional(python), optional(probe),
+        pairs, codes,
     )  # fmt: skip
+    if told is not None:
+        asked = dataclasses.replace(asked, told=told)
     _expect_sense(asked)
     found = examine(asked)
     sparse.expect_all_read()

@@ -27,7 +27,7 @@ PATIENCE = 12
 
 
 @dataclass(frozen=True)
-class Watched:
+class Examined:
     """One checkpoint that was examined.
 
     Attributes:
@@ -51,7 +51,7 @@ def watch(
     interval: float = INTERVAL,
     settle: float = SETTLE,
     state: Where | None = None,
-) -> Iterator[Watched]:
+) -> Iterator[Examined]:
     """Every checkpoint in a run's folder, examined once when it is complete; goes on until the caller stops.
 
     A checkpoint is complete when none of its files has changed, been added or been open for writing for `settle`
@@ -79,7 +79,7 @@ def watch(
 
 def _watched(
     asked: str, root: Path, memory: Memory, knobs: Mapping[str, Any], once: bool, interval: float, settle: float
-) -> Iterator[Watched]:
+) -> Iterator[Examined]:
     since: dict[str, tuple[Look, float]] = {}
     first_look: float | None = None
     while True:
@@ -94,7 +94,7 @@ def _watched(
                 continue
             if not _is_complete(folder, seen, now - before[1], settle):
                 continue
-            found = _examined(os.path.join(asked, folder.name), folder, knobs)
+            found = examined(os.path.join(asked, folder.name), knobs)
             if look(folder) != seen:
                 since.pop(folder.name, None)  # it was written to meanwhile, or rotated away
                 continue
@@ -128,17 +128,22 @@ def _is_complete(folder: Path, seen: Look, rested: float, settle: float) -> bool
     return not seen.lacks_its_last_file or rested >= settle * PATIENCE
 
 
-def _examined(asked: str, folder: Path, knobs: Mapping[str, Any]) -> Watched:
+def examined(asked: str, knobs: Mapping[str, Any]) -> Examined:
+    """Doctor's findings; what stops it is a result too.
+
+    Raises:
+        UsageError: the knobs name a trainer or a code that nobody knows.
+    """
     from converter.recipe.verbs.doctor import doctor
 
     try:
-        return Watched(asked, tuple(f.to_json() for f in doctor(asked, **knobs).findings))
+        return Examined(asked, tuple(f.to_json() for f in doctor(asked, **knobs).findings))
     except ConvertError as error:
         if error.code in ("unknown-trainer", "unknown-code", "trainer-version"):
             raise
-        return Watched(asked, failed=error.what)
+        return Examined(asked, failed=error.what)
     except OSError as error:
-        return Watched(asked, failed=error.strerror or str(error))
+        return Examined(asked, failed=error.strerror or str(error))
 
 
 class Memory:

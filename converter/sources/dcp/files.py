@@ -16,7 +16,7 @@ from converter.core.files.opening import read_limited
 from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
 from converter.sources.megatron_files import kind_here as megatron_here
-from converter.sources.places import Place, by_number
+from converter.sources.places import Place, by_number, several_checkpoints, several_parts
 from converter.sources.survey import file_names, folder_kind
 from converter.text import fold, show
 
@@ -115,14 +115,7 @@ def _step(root: Path, runs: list[Path], asked: str, tag: str | None) -> tuple[Pa
         latest = [p for p in runs if number is not None and _last_number(p) == number]
         if len(latest) == 1:
             return latest[0], f"`{tracker}` says so"
-    paths = [f"{asked.rstrip('/')}/{p.name}" for p in runs[-8:]]
-    raise UsageError(
-        "several-checkpoints",
-        f"a run folder with {len(runs)} checkpoints; name one of them",
-        where=show(asked),
-        expected=", ".join(map(show, paths)),
-        next=_tagged(asked, runs[-1].name),
-    )
+    raise several_checkpoints(asked, runs)
 
 
 def _tracked(path: Path, root: Path) -> int | None:
@@ -145,18 +138,10 @@ def _inside(below: list[Path], asked: str, tag: str | None, part: str | None) ->
     """The model in folders that are not steps: a trainer's folder for it (`policy/weights/model`), or its parts."""
     chosen = [p for p in below if part in (None, p.name)] or below
     if len(chosen) > 1:
-        listed = ", ".join(show(p.name) for p in chosen[:8])
         if part is not None:
+            listed = ", ".join(show(p.name) for p in chosen[:8])
             raise UsageError("no-such-part", f"there is no model {show(part)}", where=show(asked), expected=listed)
-        raise UsageError(
-            "several-parts",
-            f"{len(chosen)} models are saved here; name one of them",
-            where=show(asked),
-            expected=listed,
-            next=Again(
-                ("--part", chosen[0].name), otherwise=Command("gather", (asked, "OUT", "--part", chosen[0].name))
-            ),
-        )
+        raise several_parts(asked, chosen)
     (one,) = chosen
     inner = search(one, f"{asked.rstrip('/')}/{one.name}", tag=tag if kind_here(one) is None else None)
     assert inner is not None
@@ -238,8 +223,3 @@ _NOT_READ: dict[Kind, tuple[str, str, str]] = {
         "copy the hidden file .metadata from the node of rank 0 if it is there, or take an earlier checkpoint",
     ),
 }
-
-
-def _tagged(asked: str, tag: str) -> Again:
-    """The user's command with a tag."""
-    return Again(("--tag", tag), otherwise=Command("gather", (asked, "OUT", "--tag", tag)))

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.core.files.opening import read_limited
-from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
-from converter.sources.places import Place, by_number
+from converter.sources.places import Place, by_number, tagged
 from converter.sources.survey import file_names
 from converter.sources.unread import other_layout
 from converter.text import fold, show
@@ -142,7 +141,7 @@ def _among(root: Path, asked: str, tag: str | None, tags: list[Path]) -> Place |
             f"{len(tags)} tags and no `latest` that says which",
             where=show(asked),
             expected=", ".join(show(p.name) for p in tags[-8:]),
-            next=_tagged(asked, tags[-1].name),
+            next=tagged(asked, tags[-1].name),
         )
     return _below(root, asked, tag)
 
@@ -172,7 +171,7 @@ def _latest(root: Path, asked: str, tags: list[Path]) -> Place:
         f"`latest` names {show(name)}, and there are no shards of that name",
         where=show(asked),
         expected=have or "a folder with shards",
-        next=_tagged(asked, tags[-1].name) if tags else None,
+        next=tagged(asked, tags[-1].name) if tags else None,
     )
 
 
@@ -295,8 +294,3 @@ def run_folders(tag_folder: Path) -> list[Path]:
     if _TRAINER_FOLDER.fullmatch(tag_folder.parent.name):
         folders.append(tag_folder.parent.parent)
     return folders
-
-
-def _tagged(asked: str, tag: str) -> Again:
-    """The user's command with a tag."""
-    return Again(("--tag", tag), otherwise=Command("gather", (asked, "OUT", "--tag", tag)))

@@ -12,10 +12,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from converter.diagnostic import Again, Command
 from converter.errors import UsageError
 from converter.sources.megatron_files import kind_here, tracked
-from converter.sources.places import Place, by_number
+from converter.sources.places import Place, by_number, several_checkpoints, several_parts
 from converter.text import show
 
 DEPTH = 5
@@ -98,10 +97,10 @@ def _is_tag(name: str, tag: str) -> bool:
 
 def _step(root: Path, steps: list[Path], asked: str, tag: str | None) -> tuple[Path, str]:
     """One checkpoint of a run, and why it is that one."""
-    listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in steps[-8:])
     if tag is not None:
         chosen = next((p for p in steps if _is_tag(p.name, tag)), None)
         if chosen is None:
+            listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in steps[-8:])
             raise UsageError("no-such-tag", f"there is no checkpoint {show(tag)}", where=show(asked), expected=listed)
         return chosen, "asked for with --tag"
     if len(steps) == 1:
@@ -111,14 +110,7 @@ def _step(root: Path, steps: list[Path], asked: str, tag: str | None) -> tuple[P
         latest = [p for p in steps if said and _is_tag(p.name, said)]
         if len(latest) == 1:
             return latest[0], f"{show(latest[0].name)}: `{tracker}` says so"
-    again = ("--tag", steps[-1].name)
-    raise UsageError(
-        "several-checkpoints",
-        f"a run folder with {len(steps)} checkpoints; name one of them",
-        where=show(asked),
-        expected=listed,
-        next=Again(again, otherwise=Command("gather", (asked, "OUT", *again))),
-    )
+    raise several_checkpoints(asked, steps)
 
 
 def _inside(below: list[Path], asked: str, part: str | None) -> tuple[Path, str]:
@@ -131,15 +123,6 @@ def _inside(below: list[Path], asked: str, part: str | None) -> tuple[Path, str]
     if not chosen:
         raise UsageError("no-such-part", f"there is no {show(part)} in it", where=show(asked), expected=listed)
     if len(chosen) > 1:
-        raise UsageError(
-            "several-parts",
-            f"{len(chosen)} models are saved here; name one of them",
-            where=show(asked),
-            expected=listed,
-            offers=[p.name for p in chosen],
-            next=Again(
-                ("--part", chosen[0].name), otherwise=Command("gather", (asked, "OUT", "--part", chosen[0].name))
-            ),
-        )
+        raise several_parts(asked, chosen)
     (one,) = chosen
     return one, f"the {show(one.name)}" if part else f"the {show(one.name)}, the only part that was saved"

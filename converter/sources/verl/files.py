@@ -110,6 +110,25 @@ def find_part(root: Path, asked: str, *, tag: str | None = None, part: str | Non
     return Place(found.folder, f"{place.why}; {found.why}")
 
 
+def find_step(root: Path, asked: str, *, tag: str | None = None) -> tuple[Place, list[Path]]:
+    """A step with all of its parts' folders, or the part that a user named.
+
+    Raises:
+        UsageError: nothing (`no-shards`), several to choose from (`several-checkpoints`), no such step (`no-such-tag`).
+        Refused: the run's tracker names a step that isn't there (`verl-latest`).
+    """
+    if holds_ranks(root):
+        _expect_step(root if _STEP.fullmatch(root.name) else root.parent, asked, tag)
+        return Place(root, "named by you"), [root]
+    if parts_in(root):
+        _expect_step(root, asked, tag)
+        return Place(root, "named by you"), parts_in(root)
+    place = _step_of(root, asked, tag)
+    if place is None:
+        raise UsageError("no-shards", "there are no model files of verl's ranks here", where=show(asked))
+    return place, [place.folder] if holds_ranks(place.folder) else parts_in(place.folder)
+
+
 def _expect_step(step: Path, asked: str, tag: str | None) -> None:
     if tag is not None and tag not in _words(step):
         what = f"this folder is the step {show(step.name)}, not {show(tag)}"

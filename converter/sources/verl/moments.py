@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
@@ -54,7 +54,7 @@ def moments(ranks: Ranks, weights: Weights, state: State, *, tied: bool = False)
     if not any(held.values()):
         raise ranks.refuse("verl-optimizer", f"the optimizer keeps no {state}: no step of Adam was saved")
     (count,) = counts
-    names = _parameters(weights, tied)
+    names = parameters(weights, tied)
     if any(isinstance(v, Piece) or len(v.info.shape) != 1 for own in held.values() for v in own.values()):
         found = _by_shape(ranks, weights, names, held, count)
     elif count == len(names) and (whole := _by_parameter(weights, names, held)) is not None:
@@ -94,7 +94,7 @@ def _states(ranks: Ranks, rank: int, state: State) -> tuple[int, dict[int, Value
     return len(params), found
 
 
-def _parameters(weights: Weights, tied: bool) -> list[str]:
+def parameters(weights: Weights, tied: bool) -> list[str]:
     """The model's parameters in order, each once."""
     again = {n for group in weights.shared for n in group[1:]}
     if tied and not again:
@@ -144,32 +144,36 @@ def _by_unit(
     weights: Weights, names: Sequence[str], held: Mapping[int, Mapping[int, Value]], count: int
 ) -> dict[str, LazyTensor] | None:
     """FSDP1 as verl runs it: each rank has an equal stretch of all parameters of a wrapped module, laid end to end."""
-    factors = _factors(names)
-    if factors:
-        return _cut(weights, factors, _with_state(held), held)
-    for units in _units(names):
-        found = _cut(weights, units, list(range(count)), held)
-        if found is not None:
-            return found
-    return None
-
-
-def _cut(
-    weights: Weights, units: Sequence[Sequence[str]], numbers: Sequence[int], held: Mapping[int, Mapping[int, Value]]
-) -> dict[str, LazyTensor] | None:
-    """The parameters of units with these numbers; None where a length does not fit. Frozen units have no moments."""
-    if len(units) != len(numbers):
+    units = wrapped_units(weights, names, held, count)
+    if units is None:
         return None
     found: dict[str, LazyTensor] = {}
-    for number, unit in zip(numbers, units, strict=True):
-        parts = [own.get(number) for own in held.values()]
-        if all(p is None for p in parts):
-            continue
-        whole = _flat(weights, unit, parts)
-        if whole is None:
-            return None
-        found |= whole
+    for number, unit in units.items():
+        flat = tensors.concat([v for own in held.values() if isinstance(v := own[number], LazyTensor)], 0)
+        at = 0
+        for name in unit:
+            info = weights.tensors[name].info
+            found[name] = tensors.reshape(tensors.narrow(flat, 0, at, info.numel), info.shape)
+            at += info.numel
     return found
+
+
+def wrapped_units(
+    weights: Weights, names: Sequence[str], held: Mapping[int, Mapping[int, Value]], count: int
+) -> dict[int, list[str]] | None:
+    """The parameters that FSDP1 laid end to end, by their number in the optimizer; None where no lengths fit.
+
+    Frozen units have no state, and are left out.
+    """
+    factors = _factors(names)
+    ways = [(factors, _with_state(held))] if factors else [(units, list(range(count))) for units in _units(names)]
+    for units, numbers in ways:
+        if len(units) != len(numbers):
+            continue
+        own = {n: u for n, u in zip(numbers, units, strict=True) if any(n in state for state in held.values())}
+        if all(_fits(weights, unit, [state.get(n) for state in held.values()]) for n, unit in own.items()):
+            return own
+    return None
 
 
 def _with_state(held: Mapping[int, Mapping[int, Value]]) -> list[int]:
@@ -194,20 +198,10 @@ def _units(names: Sequence[str]) -> list[list[list[str]]]:
     return [[u for u in layers.values() if u], [list(names)]]
 
 
-def _flat(weights: Weights, unit: Sequence[str], parts: Sequence[Any]) -> dict[str, LazyTensor] | None:
-    """A unit's parameters, cut from its stretches; None where the lengths are not those of this unit."""
-    total = sum(weights.tensors[n].info.numel for n in unit)
-    share = -(-total // len(parts))
-    if any(not isinstance(p, LazyTensor) or p.info.numel != share for p in parts):
-        return None
-    flat = tensors.concat(parts, 0)
-    found: dict[str, LazyTensor] = {}
-    at = 0
-    for name in unit:
-        info = weights.tensors[name].info
-        found[name] = tensors.reshape(tensors.narrow(flat, 0, at, info.numel), info.shape)
-        at += info.numel
-    return found
+def _fits(weights: Weights, unit: Sequence[str], parts: Sequence[Value | None]) -> bool:
+    """True where each rank's stretch is as long as the parameters of a unit make it."""
+    share = -(-sum(weights.tensors[n].info.numel for n in unit) // len(parts))
+    return all(isinstance(p, LazyTensor) and p.info.shape == (share,) for p in parts)
 
 
 def trained_names(ranks: Ranks, weights: Weights, *, tied: bool = False) -> frozenset[str] | None:

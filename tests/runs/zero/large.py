@@ -1,7 +1,8 @@
 """Large ZeRO-2 and ZeRO-3 checkpoints in DeepSpeed's layout, written with torch.save, for measuring time and memory.
 
 Real DeepSpeed would need the memory of training them; `tests/benchmarks/gather.py` has DeepSpeed's own reader compare
-what it finds in these files with what was gathered. Without Adam's moments, which neither reads.
+what it finds in these files with what was gathered. Adam's moments, which neither reads, are in them with `--moments`,
+for those who write a run's state anew.
 
 Source of the layout: https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/utils/zero_to_fp32.py
 
@@ -61,7 +62,7 @@ class Size:
         }  # fmt: skip
 
 
-def make(folder: Path, size: Size, stage: int) -> None:
+def make(folder: Path, size: Size, stage: int, *, moments: bool = False) -> None:
     """The run's folder: config, `latest`, and a tag with the files of four ranks."""
     tag = folder / TAG
     tag.mkdir(parents=True)
@@ -75,12 +76,15 @@ def make(folder: Path, size: Size, stage: int) -> None:
     model = {
         "module": module, "buffer_names": [], "optimizer": None, "param_shapes": [shapes],
         "frozen_param_shapes": None, "frozen_param_fragments": None, "shared_params": {}, "dp_world_size": RANKS,
-        "mp_world_size": 1, "global_steps": 5, "ds_config": {"bf16": {"enabled": True}}, "ds_version": "0.19.8",
+        "mp_world_size": 1, "global_steps": 5, "ds_version": "0.19.8", "lr_scheduler": None,
+        "ds_config": {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}},
     }  # fmt: skip
     for rank in range(RANKS):
         if stage == 3:
             torch.save(model, tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
         state = _third(masters, rank) if stage == 3 else _second(masters, rank)
+        if moments:
+            _add_moments(state, stage)
         outer = {"optimizer_state_dict": state, "ds_config": {}, "ds_version": "0.19.8"}
         torch.save(outer, tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     if stage < 3:
@@ -116,6 +120,16 @@ def _third(masters: dict[str, torch.Tensor], rank: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _add_moments(state: dict[str, Any], stage: int) -> None:
+    """Adam's state of the one flat group, as large as the padded masters."""
+    (masters,) = state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
+    count = len(masters) + (0 if stage == 3 else state["group_paddings"][0])
+    adam = {"step": torch.tensor(5.0), "exp_avg": torch.randn(count), "exp_avg_sq": torch.rand(count)}
+    group = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "params": [0]}
+    key = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
+    state[key] = {"state": {0: adam}, "param_groups": [group]}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -123,6 +137,7 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--moments", action="store_true")
     given = parser.parse_args()
     width = given.hidden * 11 // 4
-    make(given.folder, Size(given.layers, given.hidden, width, given.vocab), given.stage)
+    make(given.folder, Size(given.layers, given.hidden, width, given.vocab), given.stage, moments=given.moments)

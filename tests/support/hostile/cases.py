@@ -43,6 +43,9 @@ ALSO_ON_ADAPTER = (
     f"repair a out --base {BASE}",
     f"convert a out --to openrlhf --role reward --base {BASE}",
 )
+ON_RANKS = "reshard r out2 --world-size 3"
+"""What a run of a trainer that has a file a rank is shown to as well."""
+
 ON_RUN = ("inspect r", "gather r out", "doctor r", "convert r out --to openrlhf --role reward")
 
 

@@ -15,6 +15,7 @@ from hostile.cases import (
     ADAPTER,
     DCP,
     ON_MODEL,
+    ON_RANKS,
     ON_RUN,
     VERL,
     ZERO,
@@ -254,7 +255,12 @@ CASES: list[Case] = [
     ),
     *(
         Case(
-            f"zip-{n}-of-zero", 8, partial(_in_zero, ZIPS[n]), ON_RUN[:2], "optim_states.pt", "torch-zip|file-truncated"
+            f"zip-{n}-of-zero",
+            8,
+            partial(_in_zero, ZIPS[n]),
+            (*ON_RUN[:2], ON_RANKS),
+            "optim_states.pt",
+            "torch-zip|file-truncated",
         )
         for n in ("bomb", "entry-twice", "overlap", "cut")
     ),
@@ -271,17 +277,32 @@ CASES: list[Case] = [
         for n, (row, make) in ROTTEN.items()
     ),
     *(
-        Case(f"cut-{n}", 20, partial(_cut, source, pattern), ON_RUN[:3], exits={"inspect": (0, 1), "doctor": (0, 1)})
+        Case(
+            f"cut-{n}",
+            20,
+            partial(_cut, source, pattern),
+            (*ON_RUN[:3], ON_RANKS),
+            exits={"inspect": (0, 1), "doctor": (0, 1)},
+        )
         for n, source, pattern in _PARTS
     ),
-    *(Case(f"zeros-{n}", 20, partial(_zeros, source, pattern), ON_RUN[:3]) for n, source, pattern in _PARTS),
     *(
-        Case(f"gone-{n}", 20, partial(_gone, source, pattern), ON_RUN[1:2], exits={"gather": (2, 3)})
+        Case(f"zeros-{n}", 20, partial(_zeros, source, pattern), (*ON_RUN[:3], ON_RANKS))
+        for n, source, pattern in _PARTS
+    ),
+    *(
+        Case(
+            f"gone-{n}",
+            20,
+            partial(_gone, source, pattern),
+            (ON_RUN[1], ON_RANKS),
+            exits={"gather": (2, 3), "reshard": (2, 3)},
+        )
         for n, source, pattern in _PARTS
         if n != "zero-optimizer"
     ),
     Case("swapped-dcp-data", 20, partial(_swapped, DCP, "*.distcp"), ON_RUN[1:2]),
-    *(Case(f"ranks-{n}", 19, partial(_ranks_of, n), ON_RUN[:3]) for n in ("5", "999999", "9" * 100)),
+    *(Case(f"ranks-{n}", 19, partial(_ranks_of, n), (*ON_RUN[:3], ON_RANKS)) for n in ("5", "999999", "9" * 100)),
     Case(
         "values-not-finite",
         21,

@@ -11,6 +11,7 @@ from hostile.cases import (
     ADAPTER,
     BASE,
     DCP,
+    ON_RANKS,
     VERL,
     ZERO,
     Case,
@@ -91,7 +92,7 @@ CASES: list[Case] = [
     Case("adapter-pushed", 0, adapter, ("push a me/x --dry-run",), harmless=True),
     Case("adapter-patterns", 0, _patterns, (f"merge-lora a out --base {BASE}",), harmless=True),
     Case("converted", 0, adapter, (f"convert a out --to openrlhf --role reward --base {BASE}",), harmless=True),
-    Case("zero", 0, partial(run, source=ZERO), ("inspect r", "gather r out", "doctor r"), harmless=True),
+    Case("zero", 0, partial(run, source=ZERO), ("inspect r", "gather r out", "doctor r", ON_RANKS), harmless=True),
     Case(
         "dcp",
         0,
@@ -100,7 +101,7 @@ CASES: list[Case] = [
         exits={"gather": (0, 2, 3)},
         harmless=True,
     ),
-    Case("verl", 0, partial(run, source=VERL), ("inspect r", "gather r out"), harmless=True),
+    Case("verl", 0, partial(run, source=VERL), ("inspect r", "gather r out", ON_RANKS), harmless=True),
     Case(
         "torch-file",
         0,

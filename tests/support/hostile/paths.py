@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from hostile.cases import ADAPTER, BASE, DCP, ON_MODEL, VERL, ZERO, Case, adapter, model, run, with_config
+from hostile.cases import ADAPTER, BASE, DCP, ON_MODEL, ON_RANKS, VERL, ZERO, Case, adapter, model, run, with_config
 from hostile.pickles import COMMAND, called, zipped
 
 SECRET = "secret-of-somebody-else"
@@ -273,7 +273,7 @@ CASES: list[Case] = [
             f"latest-{n}",
             14,
             partial(_latest, content, ZERO, "latest"),
-            ("gather r out", "inspect r"),
+            ("gather r out", "inspect r", ON_RANKS),
             "latest",
             "zero-latest|input-",
         )
@@ -284,8 +284,8 @@ CASES: list[Case] = [
             f"latest-{n}",
             15,
             partial(_latest, make, ZERO, "latest"),
-            ("gather r out", "inspect r"),
-            exits={"inspect": (0, 1), "gather": (0, 3)},
+            ("gather r out", "inspect r", ON_RANKS),
+            exits={"inspect": (0, 1), "gather": (0, 3), "reshard": (0, 3)},
             harmless=True,
         )
         for n, make in _NO_LATEST.items()
@@ -295,8 +295,8 @@ CASES: list[Case] = [
             f"verl-tracker-{n}",
             14,
             partial(_latest, content, VERL, "latest_checkpointed_iteration.txt"),
-            ("inspect r", "gather r out --dry-run"),
-            exits={"inspect": (0, 1), "gather": (0, 2, 3)},
+            ("inspect r", "gather r out --dry-run", ON_RANKS),
+            exits={"inspect": (0, 1), "gather": (0, 2, 3), "reshard": (0, 2, 3)},
             harmless=True,
         )
         for n, content in [*_LATEST.items(), *_NO_LATEST.items()]

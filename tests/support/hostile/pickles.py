@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from hostile.cases import DCP, ON_ADAPTER, ON_MODEL, ON_RUN, VERL, ZERO, Case, adapter, run, without_weights
+from hostile.cases import DCP, ON_ADAPTER, ON_MODEL, ON_RANKS, ON_RUN, VERL, ZERO, Case, adapter, run, without_weights
 
 COMMAND = b"touch canary"
 TEXT = b"V" + COMMAND + b"\n"
@@ -248,7 +248,8 @@ def _places() -> list[Case]:
     ]
     for name, source, pattern, container in runs:
         build = partial(in_run, container(attack), source, pattern)
-        cases.append(Case(f"in-{name}", 1, build, ON_RUN, pattern.rpartition("*")[2], says))
+        lines = ON_RUN if source == DCP else (*ON_RUN, ON_RANKS)
+        cases.append(Case(f"in-{name}", 1, build, lines, pattern.rpartition("*")[2], says))
     return cases
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from converter.converters.merge.methods.fields import Field
 from converter.converters.merge.methods.method import Method
 from converter.errors import Refused
-from converter.plugins import METHODS, loaded
+from converter.families.factors import declared
+from converter.plugins import load
 from converter.text import fold, show
 
 NOT_MERGEABLE = {
@@ -30,10 +31,17 @@ NOT_MERGEABLE = {
 """PEFT's types without a merge, each with the reason."""
 
 
-@cache
 def methods() -> tuple[Method, ...]:
     """Every registered method, ours and strangers'."""
-    return tuple(m for m in loaded(METHODS) if isinstance(m, Method))
+    kinds = dict.fromkeys(d.peft_type for d in declared())
+    return tuple(m for kind in kinds for m in _of_type(kind))
+
+
+@cache
+def _of_type(kind: str) -> tuple[Method, ...]:
+    """The registered methods of a `peft_type`; no other is imported."""
+    found = (load(d.point) for d in declared() if d.peft_type == kind)
+    return tuple(m for m in found if isinstance(m, Method))
 
 
 def find_method(config: Mapping[str, Any], where: str) -> Method:
@@ -44,7 +52,7 @@ def find_method(config: Mapping[str, Any], where: str) -> Method:
             (`peft-type-unmergeable`), or two variants are switched on at once (`adapter-field-unsupported`).
     """
     kind = str(config.get("peft_type") or "")
-    found = [m for m in methods() if m.peft_type == kind]
+    found = _of_type(kind)
     switched = [m for m in found if m.switch and config.get(m.switch)]
     if len(switched) > 1:
         listed = " and ".join(f"`{m.switch}`" for m in switched)
@@ -58,7 +66,7 @@ def find_method(config: Mapping[str, Any], where: str) -> Method:
         what = f"{kind} can't be merged into weights: {reason}"
         step = f"merge one of the adapters inside of it: {fold(held)}" if held else None
         raise Refused("peft-type-unmergeable", what, where=where, next=step)
-    read = fold(sorted({m.peft_type for m in methods()}))
+    read = fold(sorted({d.peft_type for d in declared()}))
     raise Refused(
         "peft-type-unsupported",
         f"PEFT type {show(kind) or 'missing'} is not supported; read are {read}",
@@ -69,11 +77,11 @@ def find_method(config: Mapping[str, Any], where: str) -> Method:
 
 def switches(method: Method) -> dict[str, Field]:
     """Fields that would have made another variant of the method's type: they are off, and checked all the same."""
-    others = [m for m in methods() if m.peft_type == method.peft_type and m.switch and m.switch != method.switch]
+    others = [m for m in _of_type(method.peft_type) if m.switch and m.switch != method.switch]
     return {m.switch: m.all_fields[m.switch] for m in others}
 
 
 def variant_of(factor: str, method: Method) -> Method | None:
     """The variant of the method's type that has a factor which the method itself does not have."""
-    same = [m for m in methods() if m.peft_type == method.peft_type and factor in m.factors]
+    same = [m for m in _of_type(method.peft_type) if factor in m.factors]
     return None if factor in method.factors else next(iter(same), None)

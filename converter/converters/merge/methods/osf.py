@@ -9,8 +9,7 @@ from typing import Any
 
 from converter.converters.merge.methods import fields
 from converter.converters.merge.methods.method import Method, Site, Update
-from converter.converters.merge.methods.site_kernels import Given, Tensors, of_weight
-from converter.core.tensors.kernel_specs import Infos
+from converter.converters.merge.methods.site_kernels import Given, Tensors, decomposed, of_weight
 
 _NAMES = ("osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low")
 
@@ -52,13 +51,7 @@ def merged(inputs: Tensors, params: Given) -> Any:
     return added(inputs, params, change)
 
 
-def _memory(inputs: Infos) -> int:
-    rows, columns = inputs[0].shape
-    small = min(rows, columns)
-    return 4 * small * (rows + columns) + 8 * small * small
-
-
-KERNEL = of_weight("osf-merge", "osf:merged", more=_memory)
+KERNEL = of_weight("osf-merge", "osf:merged", more=decomposed(4))
 
 METHOD = Method(
     title="OSF",

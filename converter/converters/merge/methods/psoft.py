@@ -10,8 +10,7 @@ from typing import Any
 from converter.converters.merge.methods import fields
 from converter.converters.merge.methods.method import Method, Site, Update
 from converter.converters.merge.methods.oft import cayley_series
-from converter.converters.merge.methods.site_kernels import Given, Tensors, of_weight
-from converter.core.tensors.kernel_specs import Infos
+from converter.converters.merge.methods.site_kernels import Given, Tensors, decomposed, of_weight
 
 _MAGNITUDES = ("psoft_R.vector_b", "psoft_R.vector_a")
 
@@ -115,13 +114,7 @@ def _rotation(elements: Any, params: Given) -> Any:
     return cayley_series(skew.unsqueeze(0), int(params["terms"]))[0]
 
 
-def _memory(inputs: Infos) -> int:
-    rows, columns = inputs[0].shape
-    small = min(rows, columns)
-    return 2 * small * (rows + columns) + 8 * small * small
-
-
-KERNEL = of_weight("psoft-merge", "psoft:merged", more=_memory)
+KERNEL = of_weight("psoft-merge", "psoft:merged", more=decomposed(2))
 
 METHOD = Method(
     title="PSOFT",

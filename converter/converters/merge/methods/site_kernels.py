@@ -51,6 +51,17 @@ def of_weight(
     return KernelSpec(name, where, info, needs, workspace, rounds=True)
 
 
+def decomposed(copies: int) -> Callable[[Infos], int]:
+    """Elements that a singular value decomposition of the weight holds, and copies of the directions that it finds."""
+
+    def elements(inputs: Infos) -> int:
+        rows, columns = inputs[0].shape
+        small = min(rows, columns)
+        return copies * small * (rows + columns) + 8 * small * small
+
+    return elements
+
+
 Given = Mapping[str, Any]
 """Parameters, as a kernel's body is given them."""
 

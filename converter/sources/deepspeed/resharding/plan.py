@@ -19,31 +19,11 @@ from converter.sources.deepspeed.resharding.cuts import Rules
 from converter.sources.deepspeed.resharding.training import Training, read_training
 from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, expect_one_step
 from converter.sources.deepspeed.weights import described, training_dtype
+from converter.sources.resharded import Resharded
 
 MAX_RANKS = 65_536
 _RANK = re.compile(r"(?<=zero_pp_rank_)\d+", re.ASCII)
 _PREFIX = re.compile(r"(?:bf16_)?zero_pp_rank_\d+_", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Resharded:
-    """A plan, and what a screen says of it.
-
-    Attributes:
-        format_before, format_after: as `ZeRO-3, 4 ranks`.
-        batch: what keeps the run's global batch on the new number of ranks, where its settings say it.
-        said: what was chosen, found or left behind.
-    """
-
-    plan: Plan
-    tag: str
-    stage: int
-    ranks_before: int
-    ranks: int
-    format_before: str
-    format_after: str
-    batch: str | None
-    said: tuple[str, ...]
 
 
 def plan_resharding(
@@ -87,6 +67,8 @@ def plan_resharding(
         described(shards, stage, ranks),
         batch_words(shards.model().get("ds_config"), shards.ranks, ranks),
         tuple(shards.said),
+        'engine.load_checkpoint("{out}")',
+        shards.digest,
     )
 
 

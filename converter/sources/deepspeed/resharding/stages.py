@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from converter.core.formats.pickle_values import Built, Global, Ordered
+from converter.core.formats.torch_tree import changed, saved
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled
 from converter.sources.deepspeed.resharding.training import Training
-from converter.sources.deepspeed.resharding.trees import changed, saved, shapes_tree
+from converter.sources.deepspeed.resharding.trees import shapes_tree
 from converter.sources.deepspeed.state import Shards
 from converter.sources.deepspeed.weights import WRAPPED, read_weights
 

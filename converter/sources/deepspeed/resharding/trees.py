@@ -7,6 +7,7 @@ from typing import Any
 
 from converter.core.formats import torch_tree
 from converter.core.formats.pickle_values import Built, Global, Ordered
+from converter.core.formats.torch_tree import changed, saved
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.sources.deepspeed.resharding.cuts import FlatLayout, Rules, flat_layout, piece, sub_groups
@@ -14,20 +15,6 @@ from converter.sources.deepspeed.resharding.training import Group, Training
 from converter.sources.deepspeed.zero_folder import MASTER, Shapes
 
 _FRAGMENT = Global("deepspeed.utils.tensor_fragment", "fragment_address")
-
-
-def changed(tree: Mapping[Any, Any], /, **values: Any) -> Any:
-    """A dictionary of a tree with other values, of the same kind and in the same order; new keys come last."""
-    made: Any = Ordered(tree) if isinstance(tree, Ordered) else dict(tree)
-    if isinstance(tree, Ordered):
-        made.state = tree.state
-    made.update(values)
-    return made
-
-
-def saved(tensor: LazyTensor, *, requires_grad: bool = False) -> Built:
-    """A tensor that is written with its own storage."""
-    return torch_tree.tensor(tensor.info, tensor, requires_grad=requires_grad)
 
 
 def shapes_tree(shapes: Shapes) -> Ordered:

@@ -1,0 +1,42 @@
+"""The verb `run`: any recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from converter.cli.app import Out, verb
+from converter.cli.options import INPUT, Conversion
+
+
+@verb(
+    "run",
+    Conversion,
+    short_help="Run a recipe.",
+    help="Run a recipe: a file, or the name of a shipped one (see `rlhf-convert list`).",
+    examples=(
+        "rlhf-convert run ./recipe.yaml ./out",
+        "rlhf-convert run merge-reward-lora ./rm --input adapter=./my-adapter",
+        "rlhf-convert run ./recipe.yaml ./out --dry-run",
+    ),
+)
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file or shipped name.", show_default=False)],
+    options: Conversion,
+    out: Out = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="NAME=PATH",
+            help="Path of one of the recipe's inputs. Repeatable.",
+            show_default=False,
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+) -> int:
+    """`rlhf-convert run`."""
+    from converter.cli.run.recipe import run
+
+    return run(recipe, tuple(given or ()), options.target(out), options)
