@@ -144,9 +144,9 @@ def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
     command: Next | None = None
     if code != UNEXPECTED:
         base = ("--base", case.base.folder) if case.base is not None else ()
-        place = near.argument if near is not None else "DIR"
-        source = ("--weights-from", place) if near is not None or not base else ()
-        command = case.command("repair", *source, *base, out="fixed")
+        source = ("--weights-from", near.argument) if near is not None else ()
+        known = case.command("repair", *source, *base, out="fixed")
+        command = known if source or base else case.elsewhere(names)
     recoverability = LOST if near is None else f"from {near.asked}"
     if code == MISSHAPEN and found.slices is not None and len(ranks_in(case.root.parent)) == found.slices.ranks:
         command, recoverability = Command("gather", (as_argument(str(case.root.parent)), "OUT")), HERE
