@@ -12,8 +12,11 @@ from collections.abc import Callable
 from struct import Struct
 from typing import Any
 
-_OPCODES = {ord(code): info for code, info in pickletools.code2op.items()}
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
 _UINT2, _INT4, _UINT4 = Struct("<H"), Struct("<i"), Struct("<I")
+
+
+Act = Callable[[Any], object]
 
 
 class Cut(ValueError):
@@ -25,7 +28,7 @@ def decode(
     stack: list[Any],
     memo: dict[int, Any],
     mark: object,
-    does: Callable[[str], Callable[[Any], object]],
+    does: Callable[[str], Act],
     most: int,
 ) -> None:
     """Run every opcode up to STOP, which is not run.
@@ -38,7 +41,7 @@ def decode(
         ValueError: too many opcodes, an unknown one, or no end; and what the decoding of an argument raises.
     """
     file = io.BytesIO(raw)
-    others: dict[int, tuple[Callable[[Any], object], Any]] = {}
+    others: dict[int, tuple[Act, Callable[[io.BytesIO], Any] | None]] = {}
     push = stack.append
     at, size = 0, len(raw)
     for _ in range(most + 1):
@@ -78,21 +81,22 @@ def decode(
         elif code == 0x2E:  # STOP
             return
         else:
-            known = others.get(code)
-            if known is None:
-                info = _OPCODES.get(code)
-                if info is None:
-                    raise ValueError(f"the opcode {code:#x} is unknown")
-                known = others[code] = does(info.name), info.arg and info.arg.reader
+            if (known := others.get(code)) is None:
+                known = others[code] = _other(code, does)
             act, reader = known
-            if reader is None:
-                act(None)
-            else:
-                file.seek(at)
-                argument = reader(file)
-                at = file.tell()
-                act(argument)
+            file.seek(at)
+            act(None if reader is None else reader(file))
+            at = file.tell()
     raise ValueError("too many opcodes")
+
+
+def _other(code: int, does: Callable[[str], Act]) -> tuple[Act, Callable[[io.BytesIO], Any] | None]:
+    """What an opcode does that is not decoded here, and what reads its argument."""
+    info = _OPCODES.get(code)
+    if info is None:
+        raise ValueError(f"the opcode {code:#x} is unknown")
+    reader: Any = None if info.arg is None else info.arg.reader
+    return does(info.name), reader
 
 
 def _text(raw: bytes, start: int, length: int, push: Callable[[Any], None]) -> int:

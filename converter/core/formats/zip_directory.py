@@ -27,9 +27,9 @@ _MOST = 64
 def near(read: Read, start: int, stop: int) -> Read:
     """The same reader, with the start and the end of a stretch read once."""
     if stop - start <= 2 * NEAR:
-        held = ((start, read(start, stop - start)),)
+        held = [(start, read(start, stop - start))]
     else:
-        held = ((start, read(start, NEAR)), (stop - NEAR, read(stop - NEAR, NEAR)))
+        held = [(start, read(start, NEAR)), (stop - NEAR, read(stop - NEAR, NEAR))]
 
     def read_near(offset: int, length: int) -> bytes:
         for at, data in held:

@@ -253,6 +253,6 @@ QUANTISE_FP8_CODES = KernelSpec(
         "count": stop - start,
     },
 )
-"""The nearest FP8 number of each value under its block's scale. Inputs: W `[out, in]` fp32, whole blocks of rows;
-then, for what is left of an update, the weight before it and its codes. Params: as of the scales, `out` being their
+"""The nearest FP8 number of each value under its block's scale. Inputs: W `[out, in]` fp32, whole blocks of rows; then,
+for what the update leaves of itself, the weight before it and its codes. Params: as of the scales, `out` being their
 dtype; `first` and `count`, the rows that are wanted."""
