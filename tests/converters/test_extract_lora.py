@@ -194,7 +194,7 @@ def test_a_reward_model_of_a_causal_base_keeps_its_head_and_norms_whole(tmp_path
     assert oracle.relative_difference(said_by(merged, base), said_by(model.eval(), base)) < 1e-6
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_changed_embedding_is_kept_whole_and_its_tied_head_with_it(tied: bool, tmp_path: Path) -> None:
     base = oracle.make_base(tmp_path / "base", "qwen2", tied=tied)
     tuned = tuned_by(base, tmp_path / "tuned", lambda n, t, g: moved(t, g) if "embed" in n or "up_proj" in n else None)
@@ -205,7 +205,14 @@ def test_a_changed_embedding_is_kept_whole_and_its_tied_head_with_it(tied: bool,
     assert oracle.relative_difference(said_by(with_peft(base, tmp_path / "out").eval(), base), wanted) < 1e-6
 
 
-@pytest.mark.parametrize(("changed", "bias"), [("fc1", "lora_only"), ("q_proj", "all"), ("layer_norm", "none")])
+@pytest.mark.parametrize(
+    ("changed", "bias"),
+    [
+        ("q_proj", "all"),
+        pytest.param("fc1", "lora_only", marks=pytest.mark.slow),
+        pytest.param("layer_norm", "none", marks=pytest.mark.slow),
+    ],
+)
 def test_biases_go_where_peft_looks_for_them(changed: str, bias: str, tmp_path: Path) -> None:
     base = oracle.make_base(tmp_path / "base", "opt")
 
