@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from converter.examine.doctor import Report
     from converter.examine.verify.verify import Verified
     from converter.recipe.recipe import Recipe, load_recipe
+    from converter.recipe.verbs.adapters import convert_lora, extract_lora, prune_lora
     from converter.recipe.verbs.average import average, interpolate
     from converter.recipe.verbs.check import check
     from converter.recipe.verbs.conversion import Conversion
@@ -83,10 +84,12 @@ _HOME = {
     "average": "recipe.verbs.average",
     "check": "recipe.verbs.check",
     "convert": "recipe.verbs.convert",
+    "convert_lora": "recipe.verbs.adapters",
     "critic_to_rm": "recipe.verbs.convert",
     "diff": "recipe.verbs.diff",
     "doctor": "recipe.verbs.doctor",
     "explain": "recipe.verbs.explain",
+    "extract_lora": "recipe.verbs.adapters",
     "gather": "recipe.verbs.gather",
     "inspect": "recipe.verbs.inspect",
     "interpolate": "recipe.verbs.average",
@@ -96,6 +99,7 @@ _HOME = {
     "merge_lora": "recipe.verbs.merge",
     "open": "recipe.verbs.open",
     "plan": "recipe.verbs.run",
+    "prune_lora": "recipe.verbs.adapters",
     "push": "recipe.verbs.push",
     "repair": "recipe.verbs.repair",
     "reshard": "recipe.verbs.reshard",
@@ -147,10 +151,12 @@ __all__ = [
     "average",
     "check",
     "convert",
+    "convert_lora",
     "critic_to_rm",
     "diff",
     "doctor",
     "explain",
+    "extract_lora",
     "gather",
     "inspect",
     "interpolate",
@@ -160,6 +166,7 @@ __all__ = [
     "merge_lora",
     "open",
     "plan",
+    "prune_lora",
     "push",
     "repair",
     "reshard",

@@ -15,6 +15,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Matrices here are tiny, and a team of threads for each costs more than all that is computed. Tests that are about
+# threads ask torch for some.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture

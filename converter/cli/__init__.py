@@ -27,6 +27,9 @@ VERBS = (
     "run",
     "average",
     "interpolate",
+    "extract-lora",
+    "prune-lora",
+    "convert-lora",
     "inspect",
     "doctor",
     "verify",
@@ -126,13 +129,13 @@ def _run(arguments: list[str], received: list[int]) -> int:
     hook = sys.excepthook
     import typer
 
-    from converter.cli.verbs.all import app, app_of
+    from converter.cli.verbs.all import app, command_of
 
     verb, rest = arguments[0], arguments[1:]
     name = f"{PROGRAM} {verb}" if verb in VERBS else PROGRAM
     try:
         if verb in VERBS:
-            command = app_of(verb)(rest, prog_name=name, standalone_mode=False)
+            command = command_of(verb)(rest, prog_name=name, standalone_mode=False)
         else:
             command = app(arguments, prog_name=name, standalone_mode=False)
     except typer.TyperException as error:

@@ -57,9 +57,9 @@ _verbs: dict[str, Callable[[], typer.Typer]] = {}
 
 
 @cache
-def app_of(verb: str) -> typer.Typer:
-    """A program of this verb alone, with its parameters."""
-    return _verbs[verb]()
+def command_of(verb: str) -> Any:
+    """A verb with its parameters, as a program of its own."""
+    return typer.main.get_command(_verbs[verb]())
 
 
 def _listed() -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from converter.core.compute.measures import has_update, relative_size, surviving_share
+from converter.core.compute.measures import energy_kept, has_update, relative_size, surviving_share
 from converter.diagnostic import Again, Command, Next, is_command, parts
 from converter.errors import ConvertError, Refused
 from converter.families.family import label_count
@@ -234,7 +234,7 @@ def update_lines(measures: Mapping[str, Mapping[str, float]], plan: Plan) -> lis
     """
     found = _measured(measures)
     if not found:
-        return []
+        return _kept_lines(measures)
     worst = min(found, key=lambda n: surviving_share([found[n]]))
     dtypes = {e.name: dtype_word(e.tensor.info.dtype) for e in plan.entries if e.name in found}
     stored = " and ".join(sorted(set(dtypes.values())))
@@ -242,6 +242,17 @@ def update_lines(measures: Mapping[str, Mapping[str, float]], plan: Plan) -> lis
     summary = f"{_percent(surviving_share(everything))} survives {stored}"
     summary += f"; size {_percent(relative_size(everything))} of the weights"
     return [line("update", f"{summary}; worst {_percent(surviving_share([found[worst]]))}: {show(_module(worst))}")]
+
+
+def _kept_lines(measures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """How much of a difference its factors keep, in all and at worst."""
+    found = {n: m for n, m in measures.items() if m.get("difference", 0) > 0}
+    if not found:
+        return []
+    worst = min(found, key=lambda n: energy_kept([found[n]]))
+    summary = f"{_percent(energy_kept(list(found.values())))} of the change's energy, in {len(found)} modules"
+    module = worst.removeprefix("base_model.model.").partition(".lora_")[0]
+    return [line("kept", f"{summary}; worst {_percent(energy_kept([found[worst]]))}: {show(module)}")]
 
 
 def by_projection(measures: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -51,11 +51,9 @@ class _Typed:
 
 
 def _parsed(verb: str, arguments: list[str]) -> _Typed:
-    import typer
+    from converter.cli.verbs.all import command_of
 
-    from converter.cli.verbs.all import app_of
-
-    command = typer.main.get_command(app_of(verb))
+    command = command_of(verb)
     takes_value = {
         name: not getattr(p, "is_flag", False) for p in command.params for name in (*p.opts, *p.secondary_opts)
     }

@@ -129,6 +129,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         sets: where a folder holds several sets of weight files, all of them, the one that loaders read first; `tensors`
             are one of them until a step has chosen.
         one_file: the main weights must be in one file, however large: what loads them reads no index.
+        stem: how the name of the main weight file begins, where a program looks for another one than the usual.
         under: keys of the dictionaries that a distributed checkpoint has the model in.
     """
 
@@ -154,6 +155,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     subfolder: str = ""
     sets: tuple[WeightSet, ...] = ()
     one_file: bool = False
+    stem: str = ""
     under: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> LazyTensor:

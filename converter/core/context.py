@@ -24,6 +24,9 @@ from converter.text import fold
 MAX_READ = 1 << 20
 """Bytes that a converter may read of one tensor; more is refused, so that planning stays a matter of headers."""
 
+MAX_COMPUTED = 64
+"""Bytes that a converter may have computed of one tensor."""
+
 STREAM_BLOCK = 1 << 22
 """Bytes held of each side while two tensors are compared."""
 
@@ -40,12 +43,14 @@ class Context:
         notes: printed before the run and kept in the receipt.
         consents: codes that were needed and given, with what was refused otherwise.
         evidence: what was read at planning time and what it showed; part of the plan's fingerprint.
+        evaluate: gives the bytes of a computed tensor; None where nothing may be computed while planning.
     """
 
     allow: frozenset[str] = frozenset()
     notes: list[Note] = field(default_factory=list)
     consents: dict[str, str] = field(default_factory=dict)
     evidence: list[str] = field(default_factory=list)
+    evaluate: Callable[[LazyTensor], bytes] | None = None
 
     def note(self, severity: Severity, code: str, text: str) -> None:
         """Tell the user something, once."""
@@ -73,6 +78,20 @@ class Context:
         raw = b"".join(_blocks(_runs(tensor)))
         digest = hashlib.sha256(raw).hexdigest()[:16]
         self.evidence.append(f"read {tensor.info.dtype.value} {list(tensor.info.shape)} sha256 {digest}")
+        return raw
+
+    def compute(self, tensor: LazyTensor) -> bytes:
+        """The bytes of a computed tensor of a few numbers, such as the rank that a matrix has.
+
+        Raises:
+            Refused: larger than `MAX_COMPUTED` (`read-too-large`), or nothing may be computed here (`read-computed`).
+        """
+        if tensor.info.nbytes > MAX_COMPUTED:
+            raise Refused("read-too-large", f"planning may compute {MAX_COMPUTED} bytes, not {tensor.info.nbytes}")
+        if self.evaluate is None:
+            raise Refused("read-computed", f"a computed tensor can't be read while planning: {describe(tensor)}")
+        raw = self.evaluate(tensor)
+        self.evidence.append(f"computed {describe(tensor)}: {raw.hex()}")
         return raw
 
     def is_zero(self, tensor: LazyTensor) -> bool:

@@ -140,7 +140,7 @@ def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
 
     found = expected_child.described(name, config)
     if "saved" not in found:
-        is_refused = bool(found.get("refused")) and not _is_newer(config)
+        is_refused = bool(found.get("refused")) and not _is_newer(config, expected_child.version())
         return Unknown(str(found.get("unknown"))[:300], is_refused)
     return Expected(
         name,
@@ -155,12 +155,12 @@ def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
     )
 
 
-def _is_newer(config: Mapping[str, Any]) -> bool:
-    """True for a config that a newer transformers wrote, or that no transformers did."""
+def _is_newer(config: Mapping[str, Any], installed: str) -> bool:
+    """True for a config that a newer transformers than the installed one wrote, or that no transformers did."""
     written = config.get("transformers_version")
     if not isinstance(written, str):
         return True
-    return _release(written) > _release(expected_child.version())
+    return _release(written) > _release(installed)
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -33,11 +33,15 @@ class Foreign:
 def foreign(names: Iterable[str], config: Mapping[str, Any]) -> Foreign | None:
     """The one prefix without which the names are those of the class in the config; None where there is none.
 
-    None too where the names fit as they are, where two prefixes would do equally well, and for an unknown class.
+    None too where the names fit as they are, where two prefixes would do equally well, and for an unknown class. Names
+    that only transformers' load forgives (`model.model.layers`), and no engine does, do not fit as they are.
     """
     stored = list(names)
     wanted = expected(config)
-    if isinstance(wanted, Unknown) or not stored or _fits(stored, (), wanted, config):
+    if isinstance(wanted, Unknown) or not stored:
+        return None
+    is_theirs = any(n in wanted.saved or n in wanted.memory for n in stored)
+    if is_theirs and _fits(stored, (), wanted, config):
         return None
     fitting = [f for f in _candidates(stored, wanted) if _fits(f.names.values(), _outside(f), wanted, config)]
     fewest = min((len(_outside(f)) for f in fitting), default=0)

@@ -5,6 +5,7 @@ Every verb that writes passes here, before the first byte.
 
 from __future__ import annotations
 
+from converter.converters.adapters.whole import expect_loadable
 from converter.converters.heads.whole import MISSHAPEN, MISSING, Judgement, judge
 from converter.converters.merge.asked_modules import modules_missing
 from converter.converters.merge.quantised.whole import expect_parts, found_in
@@ -24,8 +25,11 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
     Raises:
         Refused: tensors are missing (`tensors-missing`), of other shapes (`tensors-misshapen`) or left over
             (`tensors-unexpected`), without consent; or a quantised weight lacks a part (`quantised-incomplete`), or
-            transformers builds no model of the config (`config-refused`).
+            transformers builds no model of the config (`config-refused`); of an adapter, PEFT would pass over a part
+            of it (see `expect_loadable`).
     """
+    if checkpoint.origin.kind == ADAPTER:
+        expect_loadable(checkpoint)
     if checkpoint.origin.kind != MODEL:
         return
     expect_parts(found_in(checkpoint), show(checkpoint.origin.asked))
@@ -35,7 +39,6 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
         context.consent(Refused(CONFIG_REFUSED, found.unknown, where=show(source), next=Command("doctor", (source,))))
     if found.unknown:
         context.note("info", FAMILY_UNKNOWN, found.unknown)
-        return
     for code in found.codes:
         context.consent(_refusal(code, found, checkpoint))
 

@@ -13,6 +13,7 @@ from converter.core.files import sparse
 from converter.core.formats.pickle_names import CODE as NAMES
 from converter.core.formats.pickle_names import allowed_names
 from converter.core.formats.safetensors_io import Header, read_header
+from converter.core.tensors.nodes import LazyTensor
 from converter.core.writer.accounting import unaccounted
 from converter.core.writer.plan import Plan, make_plan
 from converter.diagnostic import Again, Command, Steps
@@ -52,7 +53,7 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
             would be written is not the model that its loader asks for (see `gate`).
     """
     check(recipe)
-    context = Context(allow)
+    context = Context(allow, evaluate=_evaluated)
     opened = open_inputs(recipe, token=token, keep_code=keep_code)
     if (allowed := allowed_names()) is not None and allowed.used:
         context.consents[NAMES] = f"names that pickled files mention, read as data: {fold(sorted(allowed.used))}"
@@ -94,6 +95,12 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
     return Prepared(recipe, opened, recorded, checkpoint, plan, context)
 
 
+def _evaluated(tensor: LazyTensor) -> bytes:
+    from converter.core.compute.evaluate import to_bytes
+
+    return to_bytes(tensor)
+
+
 def _linkable(checkpoint: Checkpoint) -> dict[str, Header]:
     """Headers of the input files that links may be made to.
 
@@ -119,8 +126,9 @@ def refuse_no_op(prepared: Prepared, measures: Mapping[str, Mapping[str, float]]
     """
     adapters = {c.origin.path for c in prepared.opened.values() if c.origin.kind == ADAPTER}
     merged = [m for m in measures.values() if "effective" in m]
-    # A product of the change with itself is zero only where every value is what it was; NaN is not a zero.
-    if not adapters or not merged or any(m["effective"] != 0 for m in merged):
+    # A product of the change with itself is zero only where every value is what it was; NaN is not a zero. Of a weight
+    # that is written back quantised the scales move by a last bit with nothing: there the codes count.
+    if not adapters or not merged or any(m.get("codes_changed", m["effective"]) != 0 for m in merged):
         return
     copied = (run.file for e in prepared.plan.entries if e.runs is not None for run in e.runs)
     if not any(str(Path(file).parent) in adapters for file in copied):

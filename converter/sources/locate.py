@@ -183,6 +183,8 @@ def _why(error: Exception) -> str:
 def _folder_of(path: Path) -> Path:
     if path.name.endswith((".safetensors", ".json")):
         return path.parent
+    if path.name.endswith(".ckpt"):
+        return path  # Lightning's whole checkpoint, which lies beside others
     raise UsageError("path-not-a-folder", "this is a file; name the folder it is in", where=show(path))
 
 

@@ -130,3 +130,24 @@ def test_a_reward_adapter_over_a_quantised_backbone_is_a_whole_reward_model(tmp_
             tmp_path / "out", output_loading_info=True
         )
     assert not told["missing_keys"] and not told["unexpected_keys"]
+
+
+def test_an_update_that_is_lost_in_fp8_is_refused_and_what_is_left_of_others_is_said(tmp_path: Path) -> None:
+    folder = quantised.make(tmp_path, "fp8-blocks")
+    adapter = oracle.make_adapter(tmp_path / "adapter", folder.whole, target_modules=["q_proj"])
+
+    def weaker(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {k: v * 1e-7 if "lora_B" in k else v for k, v in tensors.items()}
+
+    lost = oracle.rewrite_adapter(adapter, tmp_path / "lost", change=weaker)
+    before = listing(tmp_path)
+    same = ("--base", folder.path, "--requantize", "same")
+    ran = run("merge-lora", lost, tmp_path / "out", *same)
+    assert (ran.code, listing(tmp_path)) == (3, before)
+    assert "no-op" in ran.text
+    assert "survives" in run("merge-lora", adapter, tmp_path / "out", *same).text
+    receipt = json.loads((tmp_path / "out" / "rlhf-convert.json").read_text())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    old, new = (read_tensors(f)[name] for f in (folder.path, tmp_path / "out"))
+    assert receipt["tensors"][name]["codes_changed"] == int((old.view(torch.uint8) != new.view(torch.uint8)).sum())
+    assert 0.5 < receipt["tensors"][name]["surviving_share"] < 1.5

@@ -159,7 +159,7 @@ ADAPTERS: dict[str, Break] = {
     ),
     "adapter-field-unknown": config(use_something_new=True),
     "adapter-pattern": config(rank_pattern={"(?P<x": 4}),
-    "adapter-field-unsupported": config(layer_replication=[[0, 1], [0, 1]]),
+    "adapter-field-unsupported": config(use_qalora=True),
     "adapter-base-moved": config(init_lora_weights="corda"),
     "vocab-mismatch": lambda f: with_weights(
         f, lambda t: {**t, "base_model.model.model.embed_tokens.weight": torch.ones(40, 16)}

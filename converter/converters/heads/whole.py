@@ -144,7 +144,9 @@ def judge(checkpoint: Checkpoint, names: Mapping[str, str] | None = None) -> Jud
     """
     wanted = expected(checkpoint.config)
     if isinstance(wanted, Unknown):
-        return Judgement(wanted.words, Comparison({}, {}, {}, 0), refused=wanted.refused)
+        return Judgement(
+            wanted.words, Comparison({}, {}, {}, 0), mistyped=_mistyped(checkpoint), refused=wanted.refused
+        )
     plain = names or {}
     aliases = {plain.get(n, n): n for n in checkpoint.tensors}
     infos = {plain.get(n, n): t.info for n, t in checkpoint.tensors.items()}
@@ -172,7 +174,9 @@ def _mistyped(checkpoint: Checkpoint) -> dict[str, DType]:
 
 
 _SAYS_QUANTISED = re.compile(r"quantiz|compression")
-_OF_QUANTISED = re.compile(r"scale|qweight|qzeros|g_idx|absmax|weight_packed|_blocks$|\.SCB$|zero_point")
+_OF_QUANTISED = re.compile(
+    r"[._]scales?(?:_inv|_2)?$|_scale_inv|qweight|qzeros|g_idx|absmax|weight_packed|_blocks$|\.SCB$|zero_point"
+)
 _PLAIN = (DType.F64, DType.F32, DType.F16, DType.BF16)
 
 
@@ -210,7 +214,7 @@ def _canonical(
     extras = tuple(start for start, _ in dialect.extras)
     for name, shape in stored.items():
         new = name
-        if name == stem or name.startswith((f"{stem}.", _NORMALISER, *extras)):
+        if _is_of_head(name, stem, dialect) or name.startswith((_NORMALISER, *extras)):
             heads.add(name)
         elif prefix != own and name.startswith(prefix):
             new = own + name.removeprefix(prefix)
@@ -218,6 +222,13 @@ def _canonical(
             new = name.removeprefix(dialect.outer)
         made[new], back[new] = shape, name
     return made, frozenset(heads), back
+
+
+def _is_of_head(name: str, stem: str, dialect: Dialect) -> bool:
+    """True for a head's own tensors; what else stands under its name is left over, and no part of what is read."""
+    if dialect.head.kind == "linear":
+        return name in (stem, f"{stem}.weight", f"{stem}.bias")
+    return name == stem or name.startswith(f"{stem}.")
 
 
 def _without_heads(found: Comparison, wanted: Expected, heads: frozenset[str], dialect: Dialect | None) -> Comparison:

@@ -43,7 +43,7 @@ def modules_missing(
     candidates = linear if adapted <= set(linear) else every
     if adapter.get("target_parameters"):
         candidates = linear
-    found = [n for n in candidates if n not in adapted and _LAYER.sub("N", n) in kinds and _is_target(n, adapter)]
+    found = [n for n in candidates if n not in adapted and _LAYER.sub("N", n) in kinds and is_target(n, adapter)]
     return [*found, *_saved_missing(held, adapter, every), *_parameters_missing(adapted, adapter, bare)]
 
 
@@ -68,7 +68,7 @@ def _modules(
     return linear, every, list(bare)
 
 
-def _is_target(name: str, adapter: Mapping[str, Any]) -> bool:
+def is_target(name: str, adapter: Mapping[str, Any]) -> bool:
     """As PEFT matches: a list by the whole name or its end, a string as a pattern; what is excluded is not one."""
     if _matches(name, adapter.get("exclude_modules")) or not _is_layer(name, adapter.get("layers_to_transform")):
         return False

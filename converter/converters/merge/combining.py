@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from converter.converters.merge.methods.method import AdapterConfig, Update
+from converter.core.checkpoint import Checkpoint
+from converter.core.context import Context
 from converter.core.tensors import kernel_specs
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
@@ -148,3 +150,20 @@ class Combination:
         made = tuple(tensors.apply(LORA_COMBINE, factors, params | {"part": part}) for part in "AB")
         merge = {**first.params, "scales": (1.0,)} | ({"delta_rounded": True} if is_rounded else {})
         return [dataclasses.replace(first, inputs=made, params=merge, scale=1.0)]
+
+
+def in_order(
+    adapters: Sequence[Checkpoint], configs: Sequence[AdapterConfig], context: Context
+) -> Sequence[Sequence[int]]:
+    """Adapters that are merged together, by number: all, or one after another.
+
+    An update that depends on the weight below it (DoRA's norm) and an adapter that records another base than the first:
+    it was trained over what the ones before it made.
+    """
+    bases = {show(a.config.get("base_model_name_or_path")) for a in adapters}
+    if len(bases) < 2 or all(c.method.is_linear for c in configs[1:]):
+        return [range(len(adapters))]
+    listed = ", then ".join(show(a.origin.asked) for a in adapters)
+    text = f"the adapters record different bases, and not all add up: merged one into the result of another, {listed}"
+    context.note("info", "adapters-in-order", text)
+    return [[at] for at in range(len(adapters))]

@@ -17,8 +17,9 @@ from typing import ClassVar, Literal
 from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import AdapterModules, Module, read_modules
 from converter.converters.merge.adapter_values import expect_finite, with_alpha
+from converter.converters.merge.attention import Attention, as_modules
 from converter.converters.merge.carried_heads import carried_files
-from converter.converters.merge.combining import Combination, How
+from converter.converters.merge.combining import Combination, How, in_order
 from converter.converters.merge.embeddings import untie, with_prefix, with_vocabulary
 from converter.converters.merge.expert_sites import ExpertSites
 from converter.converters.merge.experts import find_experts, is_parameter
@@ -28,6 +29,7 @@ from converter.converters.merge.methods.method import AdapterConfig, Method, Sit
 from converter.converters.merge.name_rules import AS_IN_BASE, Biases, NameRule, find_rule
 from converter.converters.merge.quantised_base import over_quantised
 from converter.converters.merge.remote_code import tell_of_code
+from converter.converters.merge.replicated import replicated
 from converter.converters.merge.task import with_task
 from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_new_head
 from converter.converters.merge.trained_files import (
@@ -110,30 +112,15 @@ class MergeLora:
         tell_of_code(checkpoint, context)
         adapters = [with_task(a, checkpoint) for a in with_alpha(self.adapters, self.lora_alpha)]
         configs = [read_adapter_config(a, base_is_residual=self.base_is_residual) for a in adapters]
+        attention = as_modules(replicated(checkpoint, configs, context), adapters, self.numerics)
+        checkpoint, adapters = attention.base, list(attention.adapters)
         combination = combination.over(configs, [show(a.origin.asked) for a in adapters])
-        for group in _in_order(adapters, configs, context):
-            merge = _Merge(checkpoint, context, self.numerics, combination)
+        for group in in_order(adapters, configs, context):
+            merge = _Merge(checkpoint, context, self.numerics, combination, attention)
             for at in group:
                 merge.add(adapters[at], float(weights[at]), configs[at])
             checkpoint = merge.result()
-        return checkpoint
-
-
-def _in_order(
-    adapters: Sequence[Checkpoint], configs: Sequence[AdapterConfig], context: Context
-) -> Sequence[Sequence[int]]:
-    """Adapters that are merged together, by number: all, or one after another.
-
-    An update that depends on the weight below it (DoRA's norm) and an adapter that records another base than the first:
-    it was trained over what the ones before it made.
-    """
-    bases = {show(a.config.get("base_model_name_or_path")) for a in adapters}
-    if len(bases) < 2 or all(c.method.is_linear for c in configs[1:]):
-        return [range(len(adapters))]
-    listed = ", then ".join(show(a.origin.asked) for a in adapters)
-    text = f"the adapters record different bases, and not all add up: merged one into the result of another, {listed}"
-    context.note("info", "adapters-in-order", text)
-    return [[at] for at in range(len(adapters))]
+        return attention.restored(checkpoint)
 
 
 @dataclass
@@ -144,6 +131,7 @@ class _Merge:
     context: Context
     numerics: Numerics
     combination: Combination
+    attention: Attention
     updates: dict[str, list[Update]] = field(default_factory=dict)
     heads: list[NewHead] = field(default_factory=list)
     adapters: list[Checkpoint] = field(default_factory=list)
@@ -183,7 +171,7 @@ class _Merge:
             elif module.name not in apart:
                 self.whole.add(self.base, module, rule, config, where)
         self.whole.add_rows(self.base, (m for n, m in read.modules.items() if n not in apart), rule, config, where)
-        parameters = {n for n in read.modules if is_parameter(n, adapter.config, classes)}
+        parameters = {n for n in read.modules if is_parameter(n, adapter.config, classes)} | self.attention.inputs
         sites = self._sites(read, apart, parameters, rule, config, weight, where)
         found = {site.module.name: self._update(site, rule) for site in sites}
         over = ExpertSites(self.base, config, adapter.config, weight, self.numerics, where)
@@ -226,6 +214,7 @@ class _Merge:
                 below=below[m.name],
             )
             for m in changed
+            for _ in range(1 + (m.name in self.attention.outputs))
         ]
 
     def _without_training(self, module: Module, method: Method) -> Module:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from converter.core.compute.evaluate import torch_dtype
+from converter.core.compute.kernels import measured
 from converter.core.compute.measures import Measures
 from converter.core.tensors.dtypes import DType
 
@@ -219,6 +220,12 @@ def fp8_codes(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor, 
 
     wanted = weight[first : first + count]
     codes = (wanted * over(factor)).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
-    error = (codes.to(torch.float32) * over(scale.to(torch.float32))).sub_(wanted).flatten()
-    flat = wanted.flatten()
-    return codes, {"requantised_error": float(torch.dot(error, error)), "requantised": float(torch.dot(flat, flat))}
+    stored = codes.to(torch.float32) * over(scale.to(torch.float32))
+    error, flat = (stored - wanted).flatten(), wanted.flatten()
+    said = {"requantised_error": float(torch.dot(error, error)), "requantised": float(torch.dot(flat, flat))}
+    if len(inputs) == 1:
+        return codes, said
+    base, old = (each[first : first + count] for each in inputs[1:])
+    base = base.to(torch.float32)
+    changed = float(codes.view(torch.uint8).ne(old.view(torch.uint8)).sum())
+    return codes, {**measured(base, wanted - base, stored, inputs[:2]), **said, "codes_changed": changed}

@@ -193,3 +193,9 @@ def to_torch(tensor: LazyTensor) -> torch.Tensor:
     """The values of one lazy tensor, whole and in memory: for small ones, and for those who use this as a library."""
     with InputFiles({}) as files:
         return Evaluator(files).evaluate(tensor, {})
+
+
+def to_bytes(tensor: LazyTensor) -> bytes:
+    """The bytes of one lazy tensor, computed on one thread, so that every machine gives the same."""
+    with on_one_thread():
+        return bytes(as_bytes(to_torch(tensor)))

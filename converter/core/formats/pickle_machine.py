@@ -10,14 +10,18 @@ nested tuples recurses on the C stack and kills the process), lines of 64 KB.
 
 from __future__ import annotations
 
+import functools
 import gc
+import io
 import pickletools
 import re
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn, cast
 
-from converter.core.formats.pickle_names import MAX_NAMES, AllowedNames, allowed_names, runs_code
+from converter.core.formats.pickle_bytes import decode
+from converter.core.formats.pickle_names import KNOWN_NAMES, MAX_NAMES, AllowedNames, allowed_names, runs_code
 from converter.core.formats.pickle_values import Built, FrozenItems, Global, Ordered, Persistent, SetItems
 from converter.diagnostic import Again, Steps
 from converter.errors import Refused
@@ -60,6 +64,8 @@ def read_pickle(file: Any, *, where: str) -> PickleValue:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
+        if isinstance(file, io.BytesIO):
+            return _Machine(where).run_bytes(file)
         return _Machine(where).run(_Bounded(file, where))
     finally:
         if was_enabled:
@@ -94,7 +100,9 @@ def _bad(where: str, why: str) -> Refused:
 
 
 # A warning: pickletools decodes escapes of old strings, and Python may be told to raise what it warns of.
-_MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError, UnicodeError, Warning)
+_MALFORMED = (
+    ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError, UnicodeError, Warning, struct.error,
+)  # fmt: skip
 
 
 class _Machine:
@@ -103,6 +111,23 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.names: set[str] = set()
+
+    def run_bytes(self, file: io.BytesIO) -> PickleValue:
+        """The pickle that a buffer begins with."""
+        raw = file.getvalue()
+        if len(raw) > MAX_PICKLE_BYTES:
+            raise _bad(self.where, f"it is larger than {MAX_PICKLE_BYTES} bytes, or a length in it is")
+        try:
+            decode(raw, self.stack, self.memo, _MARK, self.does, MAX_OPCODES)
+            return PickleValue(self.pop(), frozenset(self.names))
+        except Refused:
+            raise
+        except _MALFORMED as error:
+            raise self.malformed(error) from error
+
+    def malformed(self, error: Exception) -> Refused:
+        what = "it refers to something that is not there" if isinstance(error, LookupError) else show(error)
+        return _bad(self.where, what)
 
     def run(self, file: _Bounded) -> PickleValue:
         try:
@@ -115,8 +140,7 @@ class _Machine:
         except Refused:
             raise
         except _MALFORMED as error:
-            what = "it refers to something that is not there" if isinstance(error, LookupError) else show(error)
-            raise _bad(self.where, what) from error
+            raise self.malformed(error) from error
         raise _bad(self.where, "it has no end")
 
     def fail(self, why: str) -> NoReturn:
@@ -142,14 +166,20 @@ class _Machine:
         raise _bad(self.where, "a mark is missing")
 
     def step(self, name: str, argument: Any) -> None:
+        self.does(name)(argument)
+
+    def does(self, name: str) -> Callable[[Any], Any]:
+        """What an opcode does, given its argument."""
         if name in _LITERALS:
-            self.push_literal(argument)
-        elif name in _CONSTANTS:
-            self.stack.append(_CONSTANTS[name]())
-        elif name in _ACTIONS:
-            _ACTIONS[name](self, argument)
-        elif name not in _IGNORED:
-            self.fail(f"the opcode {name} has no place in a checkpoint")
+            return self.push_literal
+        if name in _CONSTANTS:
+            made = _CONSTANTS[name]
+            return lambda _: self.stack.append(made())
+        if name in _ACTIONS:
+            return functools.partial(_ACTIONS[name], self)
+        if name in _IGNORED:
+            return lambda _: None
+        raise _bad(self.where, f"the opcode {name} has no place in a checkpoint")
 
     def push_literal(self, value: Any) -> None:
         if isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
@@ -331,27 +361,6 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     "BINPERSID": lambda m, a: m.stack.append(Persistent(m.pop())),
 }
 
-_KNOWN_NAMES = re.compile(
-    r"""
-    torch\.(Tensor|Size|device|dtype|\w*Storage|(b?float|u?int|complex|bool|half|double|long|short)\w*|strided|[a-z_]+_format)
-    | torch\._utils\._rebuild_\w+ | torch\._tensor\._rebuild_from_type_v2 | torch\.nn\.parameter\.(Parameter|Buffer)
-    | torch\.storage\.(\w*Storage|_load_from_bytes) | torch\.serialization\._get_layout
-    | torch\.distributed\.tensor\.[\w.]+ | torch\.distributed\._tensor\.[\w.]+ | torch\.distributed\.device_mesh\.\w+
-    | torch\.distributed\._mesh_layout\.\w+ | torch\.distributed\.checkpoint\.[\w.]+
-    | torch\.distributed\._shard\.[\w.]+ | pathlib\._local\.(Pure)?(Posix|Windows)?Path
-    | collections\.(OrderedDict|defaultdict|Counter) | _codecs\.encode | pathlib\.(Pure)?(Posix|Windows)?Path
-    | (builtins|__builtin__)\.(dict|list|tuple|set|frozenset|int|float|bool|str|bytes|bytearray|complex|slice|range)
-    | (builtins|__builtin__)\.object | __builtin__\.(long|unicode|xrange)
-    | copyreg\._reconstructor | copy_reg\._reconstructor | datetime\.\w+
-    | numpy\.(dtype|ndarray|generic|number|void|half|single|double|u?(byte|short|intc|long|longlong))
-    | numpy\.(bool|str|bytes|object|u?int\d*|float\d*|complex\d*|c?longdouble|datetime64|timedelta64)_?
-    | numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)
-    | numpy\.dtypes\.\w+ | argparse\.Namespace
-    | deepspeed\.(runtime|utils)\.[\w.]+ | deepspeed\.checkpoint\.universal_checkpoint\.SubparamShape
-    """,
-    re.VERBOSE | re.ASCII,
-)
-
 
 def check_names(names: Iterable[str], *, where: str, allow: re.Pattern[str] | None = None) -> None:
     """Refuse a file that mentions names which no checkpoint needs, though nothing in it can run here.
@@ -362,7 +371,7 @@ def check_names(names: Iterable[str], *, where: str, allow: re.Pattern[str] | No
     Raises:
         Refused: names them (`pickle-names`).
     """
-    unknown = sorted(n for n in names if not _KNOWN_NAMES.fullmatch(n))
+    unknown = sorted(n for n in names if not KNOWN_NAMES.fullmatch(n))
     allowed = allowed_names() if allow is None else AllowedNames(allow)
     if allowed is not None and len(unknown) <= MAX_NAMES:
         unknown = [n for n in unknown if not allowed.allows(n)]

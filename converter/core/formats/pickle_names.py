@@ -21,6 +21,28 @@ MAX_PATTERN = 200
 MAX_NAMES = 256
 """Unknown names in one file beyond which it is refused unmatched: trainers save a few."""
 
+KNOWN_NAMES = re.compile(
+    r"""
+    torch\.(Tensor|Size|device|dtype|\w*Storage|(b?float|u?int|complex|bool|half|double|long|short)\w*|strided|[a-z_]+_format)
+    | torch\._utils\._rebuild_\w+ | torch\._tensor\._rebuild_from_type_v2 | torch\.nn\.parameter\.(Parameter|Buffer)
+    | torch\.storage\.(\w*Storage|_load_from_bytes) | torch\.serialization\._get_layout
+    | torch\.distributed\.tensor\.[\w.]+ | torch\.distributed\._tensor\.[\w.]+ | torch\.distributed\.device_mesh\.\w+
+    | torch\.distributed\._mesh_layout\.\w+ | torch\.distributed\.checkpoint\.[\w.]+
+    | torch\.distributed\._shard\.[\w.]+ | pathlib\._local\.(Pure)?(Posix|Windows)?Path
+    | collections\.(OrderedDict|defaultdict|Counter) | _codecs\.encode | pathlib\.(Pure)?(Posix|Windows)?Path
+    | (builtins|__builtin__)\.(dict|list|tuple|set|frozenset|int|float|bool|str|bytes|bytearray|complex|slice|range)
+    | (builtins|__builtin__)\.object | __builtin__\.(long|unicode|xrange)
+    | copyreg\._reconstructor | copy_reg\._reconstructor | datetime\.\w+
+    | numpy\.(dtype|ndarray|generic|number|void|half|single|double|u?(byte|short|intc|long|longlong))
+    | numpy\.(bool|str|bytes|object|u?int\d*|float\d*|complex\d*|c?longdouble|datetime64|timedelta64)_?
+    | numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)
+    | numpy\.dtypes\.\w+ | argparse\.Namespace
+    | deepspeed\.(runtime|utils)\.[\w.]+ | deepspeed\.checkpoint\.universal_checkpoint\.SubparamShape
+    """,
+    re.VERBOSE | re.ASCII,
+)
+"""Names that checkpoints of torch and of its frameworks mention."""
+
 # Modules that pickles call to run code. A checkpoint never needs them, so that no wish for them is one of a trainer's.
 _RUNS_CODE = re.compile(
     r"(?:os|posix|nt|subprocess|sys|builtins|__builtin__|runpy|importlib|imp|ctypes|_ctypes|socket|pty|shutil|code|"

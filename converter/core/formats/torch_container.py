@@ -23,6 +23,7 @@ from converter.core.files.checksums import crc32
 from converter.core.files.opening import Identity, open_input, pread, read_exact
 from converter.core.formats.pickle_machine import PickleValue, read_pickle
 from converter.core.formats.pickle_values import Built, Persistent
+from converter.core.formats.zip_directory import Read, near, plain_directory
 from converter.errors import Refused
 from converter.text import show
 
@@ -83,7 +84,8 @@ def record_sizes(path: Path, *, root: Path | None = None) -> list[int]:
         start = pread(fd, 512, 0)
         if not start.startswith(b"PK\x03\x04"):
             raise _not_torch(path, start)
-        entries = _directory(fd, path, os.fstat(fd).st_size, 0)
+        size = os.fstat(fd).st_size
+        entries = _directory(fd, path, size, 0, _near(fd, path, 0, size))
     finally:
         os.close(fd)
     return sorted((r.length for n, r in entries.items() if "/data/" in n), reverse=True)
@@ -103,7 +105,7 @@ def read_member(fd: int, path: Path, *, start: int, length: int) -> Container:
     head = read_exact(fd, start, min(length, 512), file=str(path))
     if not head.startswith(b"PK\x03\x04"):
         raise _not_torch(path, head)
-    pickled, storages, digest = _read_zip(fd, path, start + length, base=start)
+    pickled, storages, digest = _read_zip(fd, path, start + length, base=start, is_member=True)
     return Container(path, pickled, storages, Identity.of(status), digest)
 
 
@@ -161,30 +163,76 @@ class Window(io.RawIOBase):
         return count
 
 
-def _read_zip(fd: int, path: Path, size: int, *, base: int = 0) -> tuple[PickleValue, dict[str, Record], str]:
+def _read_zip(
+    fd: int, path: Path, size: int, *, base: int = 0, is_member: bool = False
+) -> tuple[PickleValue, dict[str, Record], str]:
     """The zip that lies from `base` to `size`; offsets of its records count from the file's first byte."""
-    entries = _directory(fd, path, size, base)
+    read = _near(fd, path, base, size)
+    entries = _directory(fd, path, size, base, read)
     pickles = [n for n in entries if n.endswith("/data.pkl")]
     if len(pickles) != 1:
         scripted = any(n.endswith(("/constants.pkl", "/code")) for n in entries)
         raise _zip_error(path, "it is a TorchScript archive" if scripted else f"it holds {len(pickles)} data.pkl")
     prefix = pickles[0].removesuffix("data.pkl")
     order = entries.get(prefix + "byteorder")
-    if order is not None and read_exact(fd, order.offset, min(order.length, 16), file=str(path)) != b"little":
+    if order is not None and read(order.offset, min(order.length, 16)) != b"little":
         raise _zip_error(path, "its numbers are not little-endian")
     record = entries[pickles[0]]
-    raw = read_exact(fd, record.offset, record.length, file=str(path)) if record.length <= MAX_DIRECTORY else b""
+    raw = read(record.offset, record.length) if record.length <= MAX_DIRECTORY else b""
     if record.crc is not None and crc32(raw) != record.crc:
         raise _zip_error(path, "data.pkl fails its checksum")
-    pickled = read_pickle(io.BytesIO(raw), where=str(path))
+    pickled = _member_pickle(raw, str(path)) if is_member else read_pickle(io.BytesIO(raw), where=str(path))
     data = prefix + "data/"
     digest = hashlib.sha256(raw)
     digest.update(repr(sorted((n, r.length, r.crc) for n, r in entries.items())).encode())
     return pickled, {n.removeprefix(data): r for n, r in entries.items() if n.startswith(data)}, digest.hexdigest()
 
 
-def _directory(fd: int, path: Path, size: int, base: int) -> dict[str, Record]:
+def _member_pickle(raw: bytes, where: str) -> PickleValue:
+    """The pickle of a record, which is that of thousands of others of one shape; to be read, and never changed."""
+    known = _members.get(raw)
+    if known is None:
+        known = read_pickle(io.BytesIO(raw), where=where)
+        if len(raw) <= 1024 and len(_members) < 512:
+            _members[raw] = known
+    return known
+
+
+_members: dict[bytes, PickleValue] = {}
+
+
+def _near(fd: int, path: Path, start: int, stop: int) -> Read:
+    def read(offset: int, length: int) -> bytes:
+        return read_exact(fd, offset, length, file=str(path))
+
+    return near(read, start, stop)
+
+
+def _directory(fd: int, path: Path, size: int, base: int, read: Read) -> dict[str, Record]:
     """Entries by name, each checked against its local header."""
+    listed = plain_directory(read, base, size)
+    if listed is None:
+        listed = _listed(fd, path, size, base)
+    # Readers that look for the directory from the front and from the end must find one and the same.
+    if min((i.header_offset for i in listed), default=0):
+        raise _zip_error(path, "something lies before or behind it; torch writes nothing but the zip")
+    found: dict[str, Record] = {}
+    for info in listed:
+        if info.filename in found or info.orig_filename != info.filename:
+            raise _zip_error(path, f"the entry {show(info.filename)} stands in it twice or under two names")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x41 or info.file_size != info.compress_size:
+            raise _zip_error(path, f"the entry {show(info.filename)} is compressed or encrypted; torch stores entries")
+        found[info.filename] = _located(path, size, base, info, read)
+    end = 0
+    for name, record in sorted(found.items(), key=lambda item: item[1].offset):
+        if record.offset < end:
+            raise _zip_error(path, f"the entry {show(name)} overlaps another")
+        end = record.offset + record.length
+    return found
+
+
+def _listed(fd: int, path: Path, size: int, base: int) -> list[zipfile.ZipInfo]:
+    """Entries in the order of the directory, with nothing in front of the zip or behind it."""
     try:
         with zipfile.ZipFile(io.BufferedReader(Window(fd, base, size))) as archive:
             listed = archive.infolist()
@@ -196,31 +244,18 @@ def _directory(fd: int, path: Path, size: int, base: int) -> dict[str, Record]:
                 "file-truncated", "the file begins as a torch file and has no end: it is cut short", where=show(path)
             ) from error
         raise _zip_error(path, show(error)) from error
-    # Readers that look for the directory from the front and from the end must find one and the same.
-    if comment or pread(fd, 4, size - 22) != b"PK\x05\x06" or min((i.header_offset for i in listed), default=0):
+    if comment or pread(fd, 4, size - 22) != b"PK\x05\x06":
         raise _zip_error(path, "something lies before or behind it; torch writes nothing but the zip")
-    found: dict[str, Record] = {}
-    for info in listed:
-        if info.filename in found or info.orig_filename != info.filename:
-            raise _zip_error(path, f"the entry {show(info.filename)} stands in it twice or under two names")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x41 or info.file_size != info.compress_size:
-            raise _zip_error(path, f"the entry {show(info.filename)} is compressed or encrypted; torch stores entries")
-        found[info.filename] = _located(fd, path, size, base, info)
-    end = 0
-    for name, record in sorted(found.items(), key=lambda item: item[1].offset):
-        if record.offset < end:
-            raise _zip_error(path, f"the entry {show(name)} overlaps another")
-        end = record.offset + record.length
-    return found
+    return listed
 
 
-def _located(fd: int, path: Path, size: int, base: int, info: zipfile.ZipInfo) -> Record:
+def _located(path: Path, size: int, base: int, info: zipfile.ZipInfo, read: Read) -> Record:
     at = base + info.header_offset
     if not base <= at <= size - 30:
         raise _zip_error(path, f"the entry {show(info.filename)} lies outside the file")
-    header = read_exact(fd, at, 30, file=str(path))
+    header = read(at, 30)
     name_length, extra_length = struct.unpack("<HH", header[26:30])
-    name = read_exact(fd, at + 30, name_length, file=str(path))
+    name = read(at + 30, name_length)
     if header[:4] != b"PK\x03\x04" or name.decode("utf-8", "replace") != info.orig_filename:
         raise _zip_error(path, f"the entry {show(info.filename)} has another name in its own header")
     offset = at + 30 + name_length + extra_length

@@ -12,8 +12,10 @@ Cast chains are folded.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import assert_never
 
 from converter.core.tensors import kernel_specs
@@ -49,12 +51,12 @@ class Narrow(Typed, Shaped):
     dim: int
     start: int
     length: int
+    info: TensorInfo = field(init=False, compare=False, repr=False)
 
-    @property
-    def info(self) -> TensorInfo:
-        """Dtype and shape, from those of what is below."""
+    def __post_init__(self) -> None:
         shape = self.source.info.shape
-        return TensorInfo(self.source.info.dtype, (*shape[: self.dim], self.length, *shape[self.dim + 1 :]))
+        whole = (*shape[: self.dim], self.length, *shape[self.dim + 1 :])
+        object.__setattr__(self, "info", TensorInfo(self.source.info.dtype, whole))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +65,10 @@ class Reshape(Typed):
 
     source: LazyTensor
     shape: tuple[int, ...]
+    info: TensorInfo = field(init=False, compare=False, repr=False)
 
-    @property
-    def info(self) -> TensorInfo:
-        """Dtype and shape, from those of what is below."""
-        return TensorInfo(self.source.info.dtype, self.shape)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "info", TensorInfo(self.source.info.dtype, self.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +77,16 @@ class Concat(Typed, Shaped):
 
     parts: tuple[LazyTensor, ...]
     dim: int
+    info: TensorInfo = field(init=False, compare=False, repr=False)
+    ends: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    """Where each part ends along `dim`: a part is found among thousands without walking along them."""
 
-    @property
-    def info(self) -> TensorInfo:
-        """Dtype and shape, from those of what is below."""
+    def __post_init__(self) -> None:
+        ends = tuple(accumulate(p.info.shape[self.dim] for p in self.parts))
+        object.__setattr__(self, "ends", ends)
         first = self.parts[0].info
-        length = sum(p.info.shape[self.dim] for p in self.parts)
-        return TensorInfo(first.dtype, (*first.shape[: self.dim], length, *first.shape[self.dim + 1 :]))
+        whole = (*first.shape[: self.dim], ends[-1], *first.shape[self.dim + 1 :])
+        object.__setattr__(self, "info", TensorInfo(first.dtype, whole))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +95,10 @@ class Cast(Shaped):
 
     source: LazyTensor
     dtype: DType
+    info: TensorInfo = field(init=False, compare=False, repr=False)
 
-    @property
-    def info(self) -> TensorInfo:
-        """Dtype and shape, from those of what is below."""
-        return TensorInfo(self.dtype, self.source.info.shape)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "info", TensorInfo(self.dtype, self.source.info.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +179,7 @@ def narrow(x: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
         case Concat():
             if x.dim != dim:
                 return concat([narrow(p, dim, start, length) for p in x.parts], x.dim)
-            return concat(list(_overlapping(x.parts, dim, start, length)), dim)
+            return concat(list(_overlapping(x, start, length)), dim)
         case Cast():
             return cast(narrow(x.source, dim, start, length), x.dtype)
         case Filled():
@@ -187,14 +190,18 @@ def narrow(x: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
             assert_never(x)
 
 
-def _overlapping(parts: Sequence[LazyTensor], dim: int, start: int, length: int) -> Iterator[LazyTensor]:
-    position = 0
-    for part in parts:
-        size = part.info.shape[dim]
-        low, high = max(start - position, 0), min(start + length - position, size)
-        if low < high:
-            yield narrow(part, dim, low, high - low)
-        position += size
+def _overlapping(x: Concat, start: int, length: int) -> Iterator[LazyTensor]:
+    """What lies in `length` indices of the dimension that parts are laid along."""
+    at = bisect_right(x.ends, start)
+    stop = start + length
+    while at < len(x.parts):
+        part = x.parts[at]
+        position = x.ends[at] - part.info.shape[x.dim]
+        if position >= stop:
+            return
+        low, high = max(start - position, 0), min(stop, x.ends[at]) - position
+        yield narrow(part, x.dim, low, high - low)
+        at += 1
 
 
 def _narrow_apply(x: Apply, dim: int, start: int, length: int) -> LazyTensor:

@@ -237,7 +237,8 @@ QUANTISE_FP8_SCALES = KernelSpec(
 def _code_needs(start: int, stop: int, inputs: Infos, params: Params) -> tuple[Slice | None, ...]:
     block = _int(params, "rows")
     begin, count = _span(start, stop, block, _int(params, "first"))
-    return (Slice(0, begin * block, min((begin + count) * block, inputs[0].shape[0]) - begin * block),)
+    rows = Slice(0, begin * block, min((begin + count) * block, inputs[0].shape[0]) - begin * block)
+    return tuple(rows for _ in inputs)
 
 
 QUANTISE_FP8_CODES = KernelSpec(
@@ -252,5 +253,6 @@ QUANTISE_FP8_CODES = KernelSpec(
         "count": stop - start,
     },
 )
-"""The nearest FP8 number of each value under its block's scale. Input: W `[out, in]` fp32, whole blocks of rows.
-Params: as of the scales, `out` being their dtype; `first` and `count`, the rows that are wanted."""
+"""The nearest FP8 number of each value under its block's scale. Inputs: W `[out, in]` fp32, whole blocks of rows; then,
+for what the update leaves of itself, the weight before it and its codes. Params: as of the scales, `out` being their
+dtype; `first` and `count`, the rows that are wanted."""

@@ -257,6 +257,8 @@ def config_content(checkpoint: Checkpoint) -> bytes:
 
 def _stem_and_suffix(checkpoint: Checkpoint) -> tuple[str, str]:
     """The name that loaders look for, in the checkpoint's container."""
+    if checkpoint.stem:
+        return checkpoint.stem, ".safetensors"
     if checkpoint.container == "torch":
         return ADAPTER_STEM if is_adapter(checkpoint) else TORCH_STEM, ".bin"
     return ADAPTER_STEM if is_adapter(checkpoint) else WEIGHTS_STEM, ".safetensors"

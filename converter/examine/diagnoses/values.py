@@ -25,7 +25,7 @@ from converter.text import fold, show
 
 _CHECKPOINT = re.compile(r"(?:checkpoint|step|epoch|iter)[-_]?\d+", re.ASCII)
 _MASKS = re.compile(r"(?:mask|masked_bias|attn\.bias)$")
-_LAYERS = re.compile(r"(?:^|\.)(?:weight|in_proj_weight|\w*_proj|w[123])$", re.ASCII)
+LAYERS = re.compile(r"(?:^|\.)(?:weight|in_proj_weight|\w*_proj|w[123])$", re.ASCII)
 """Weights of layers by their names, stacked experts among them; other matrices may be zero by design."""
 
 _PARTS, _LEAST_ROWS = 8, 2
@@ -85,7 +85,7 @@ def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
     found: list[str] = []
     parts: dict[str, tuple[int, int]] = {}
     for name, tensor in _stored(case):
-        is_matrix = len(tensor.info.shape) > 1 and min(tensor.info.shape) > 1 and _LAYERS.search(name)
+        is_matrix = len(tensor.info.shape) > 1 and min(tensor.info.shape) > 1 and LAYERS.search(name)
         if not is_matrix or not tensor.info.dtype.is_float or name in heads or ".lora_" in name:
             continue
         if context.is_zero(tensor):

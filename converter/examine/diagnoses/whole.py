@@ -21,7 +21,7 @@ from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Near, diagnosis, folded
 from converter.families.expected import Expected
 from converter.families.words import INPUT, OUTPUT
-from converter.sources.hf.rank_folders import ranks_in
+from converter.sources.rank_folders import ranks_in
 
 _NOT_ALL_READ = frozenset(
     {"shard-missing", "index-phantom", "weights-missing", "file-truncated", "safetensors-header", "safetensors-not",

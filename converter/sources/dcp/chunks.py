@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from converter.core.checkpoint import RecordCheck
 from converter.core.files.opening import Identity, open_input
-from converter.core.formats.torch_file import read_torch_member
+from converter.core.formats.torch_members import Kind, Members
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
@@ -29,6 +29,7 @@ class Pieces:
     checks: list[RecordCheck] = field(default_factory=list)
     inputs: dict[str, Identity] = field(default_factory=dict)
     _digests: list[tuple[str, int, str]] = field(default_factory=list)
+    _kinds: dict[int, list[Kind]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -98,17 +99,18 @@ class Pieces:
             fd = open_input(path, root=self.metadata.folder)
             try:
                 self.inputs[str(path.absolute())] = Identity.of(os.fstat(fd))
+                members = Members(fd, path)
                 for place, key, chunk in sorted(items, key=lambda item: item[0].offset):
-                    found[key, chunk.offsets] = self._record(fd, place, key, chunk)
+                    found[key, chunk.offsets] = self._record(members, place, key, chunk)
             finally:
                 os.close(fd)
         return found
 
-    def _record(self, fd: int, place: Place, key: str, chunk: Chunk) -> LazyTensor:
+    def _record(self, members: Members, place: Place, key: str, chunk: Chunk) -> LazyTensor:
         entry = self.metadata.tensors[key]
         path = self.metadata.folder / place.file
         try:
-            read = read_torch_member(fd, path, start=place.offset, length=place.length)
+            read = members.read(place.offset, place.length, self._kinds)
         except Refused as error:
             error.what = f"{error.what} (the record of {show(key)} at byte {place.offset})"
             raise

@@ -135,6 +135,7 @@ class _Reader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._sizes: set[tuple[int, ...]] = set()
 
     def bad(self, what: str, code: str = "dcp-malformed") -> Refused:
         return Refused(code, what, where=show(self._folder / METADATA))
@@ -184,9 +185,11 @@ class _Reader:
         return item.name
 
     def counts(self, value: Any, key: str) -> tuple[int, ...]:
-        items = value.args[0] if _kind(value) == "Size" and value.args else value
-        if _kind(value) == "Size" and not value.args:
-            items = ()
+        items = value
+        if isinstance(value, Built) and _kind(value) == "Size":
+            items = value.args[0] if value.args else ()
+            if isinstance(items, tuple) and set(map(type, items)) <= {int} and items in self._sizes:
+                return items
         numel = 1
         if not isinstance(items, tuple | list) or len(items) > MAX_DIMENSIONS:
             raise self.bad(f"a shape of {show(key)} is none")
@@ -196,7 +199,10 @@ class _Reader:
             numel *= max(count, 1)
         if numel >= MAX_ELEMENTS:
             raise self.bad(f"{show(key)} is larger than anything that could be stored")
-        return tuple(items)
+        found = tuple(items)
+        if isinstance(value, Built) and isinstance(items, tuple):
+            self._sizes.add(found)
+        return found
 
     def paths(self, value: Any) -> dict[str, tuple[str, ...]]:
         """The planner's table; one of another kind of planner is not used."""

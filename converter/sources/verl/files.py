@@ -23,6 +23,8 @@ from converter.sources.survey import file_names, is_weights_of_model
 from converter.text import fold, show
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_TRACKERS = (TRACKER, "latest_ckpt_global_step.txt")
+"""Files that name a run's last complete step: verl's, and SkyRL's, which saves the same files of ranks."""
 HUGGINGFACE = "huggingface"
 FSDP_CONFIG = "fsdp_config.json"
 LORA_ADAPTER = "lora_adapter"
@@ -186,8 +188,9 @@ def _step_of(root: Path, asked: str, tag: str | None) -> Place | None:
         if chosen is None:
             raise UsageError("no-such-tag", f"there is no step {show(tag)}", where=show(asked), expected=listed)
         return Place(chosen, "asked for with --tag")
-    if (root / TRACKER).is_file():
-        return _tracked(root, asked, steps)
+    for tracker in _TRACKERS:
+        if (root / tracker).is_file():
+            return _tracked(root, asked, steps, tracker)
     if len(steps) > 1:
         raise UsageError(
             "several-checkpoints",
@@ -199,17 +202,17 @@ def _step_of(root: Path, asked: str, tag: str | None) -> Place | None:
     return Place(steps[0], f"the only step; there is no {TRACKER}")
 
 
-def _tracked(root: Path, asked: str, steps: list[Path]) -> Place:
-    text = read_limited(root / TRACKER, limit=4096, root=root).decode("utf-8", "replace").strip()
+def _tracked(root: Path, asked: str, steps: list[Path], tracker: str) -> Place:
+    text = read_limited(root / tracker, limit=4096, root=root).decode("utf-8", "replace").strip()
     name = f"global_step_{text}"
     newer = [p.name for p in steps if by_number(p)[0] > [int(text)]] if text.isdecimal() and len(text) < 10 else []
     for step in steps:
         if step.name == name:
             rest = f" ({fold(newer)} came later)" if newer else ""
-            return Place(step, f"{TRACKER} says so{rest}")
+            return Place(step, f"{tracker} says so{rest}")
     raise Refused(
         "verl-latest",
-        f"{TRACKER} says {show(text)}, and there is no checkpoint of that step",
+        f"{tracker} says {show(text)}, and there is no checkpoint of that step",
         where=show(asked),
         expected=", ".join(show(p.name) for p in steps[-8:]),
         next=_tagged(asked, steps[-1].name),

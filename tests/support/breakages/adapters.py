@@ -155,7 +155,7 @@ ADAPTERS: dict[str, Breakage] = {
     ),
     "adapter-field-unknown": Breakage("adapter", config(use_something_new=True), "advice"),
     "adapter-pattern": Breakage("adapter", config(rank_pattern={"(?P<x": 4}), "advice"),
-    "adapter-field-unsupported": Breakage("adapter", config(layer_replication=[[0, 1], [0, 1]]), "told"),
+    "adapter-field-unsupported": Breakage("adapter", config(use_qalora=True), "told"),
     "adapter-base-moved": Breakage("adapter", config(init_lora_weights="corda"), "advice"),
     "adapter-bias": Breakage(
         "adapter",

@@ -116,6 +116,21 @@ def names() -> Field:
     return Field(read)
 
 
+def ranges() -> Field:
+    """Pairs of whole numbers, the second above the first: stretches of a list."""
+
+    def read(value: Any, key: str, where: str) -> tuple[tuple[int, int], ...]:
+        if not value:
+            return ()
+        pairs = [p for p in value if isinstance(p, list | tuple) and len(p) == 2] if isinstance(value, list) else []
+        whole = all(type(n) is int for p in pairs for n in p)
+        if not pairs or len(pairs) != len(value) or not whole or not all(0 <= a < b for a, b in pairs):
+            raise malformed(key, value, where, "a list of pairs such as [[0, 4], [2, 5]]")
+        return tuple((a, b) for a, b in pairs)
+
+    return Field(read)
+
+
 def text() -> Field:
     """A word; absent or empty: None."""
     return Field(lambda value, key, where: str(value) if value else None)

@@ -83,7 +83,7 @@ FIELDS = {
     "qalora_group_size": fields.ignored(),
     "alora_invocation_tokens": fields.refused("activated LoRA switches on at certain tokens and can't be merged"),
     "arrow_config": fields.refused("Arrow routes between adapters at run time and can't be merged"),
-    "layer_replication": fields.refused("layer replication is not implemented"),
+    "layer_replication": fields.ranges(),
     "lora_ga_config": fields.refused("LoRA-GA moves the base by gradients that no file holds"),
     "megatron_config": fields.refused("Megatron's parallel layers are not implemented"),
     "target_parameters": fields.names(),

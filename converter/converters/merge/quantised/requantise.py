@@ -28,7 +28,7 @@ def requantised(held: Whole, result: Checkpoint, changed: Sequence[str], context
     weights = {w.name: w for w, _ in held.found.weights}
     made: dict[str, LazyTensor] = {}
     for name in changed:
-        made |= _parts(weights[name], result.tensors[name], held.before)
+        made |= _parts(weights[name], result.tensors[name], held)
     text = (
         f"{len(changed)} merged weights are written back quantised, rounded a second time; the receipt has each error"
     )
@@ -36,8 +36,9 @@ def requantised(held: Whole, result: Checkpoint, changed: Sequence[str], context
     return held.as_it_lay(result, made)
 
 
-def _parts(weight: Weight, value: LazyTensor, before: Checkpoint) -> dict[str, LazyTensor]:
-    """Codes and scales of a weight, from its values in 32 bits."""
+def _parts(weight: Weight, value: LazyTensor, held: Whole) -> dict[str, LazyTensor]:
+    """Codes and scales of a weight, from its values in 32 bits; the codes measure what is left of the update."""
+    before = held.before
     block, scale = weight.params.get("block"), before.tensors[weight.parts.get("scale", weight.main)]
     is_written = weight.scheme.startswith("FP8 in blocks") and len(value.info.shape) == _MATRIX
     if not is_written or block is None or scale.info.dtype not in (DType.F32, DType.BF16):
@@ -45,8 +46,9 @@ def _parts(weight: Weight, value: LazyTensor, before: Checkpoint) -> dict[str, L
         raise Refused("quantised-unsupported", what, where=show(before.origin.asked), next="--dequantize instead")
     exact = nodes.recast(value, DType.F32)
     params: dict[str, Param] = {"rows": block[0], "columns": block[1], "out": scale.info.dtype.value}
+    old, codes = held.after.tensors[weight.name], before.tensors[weight.parts["weight"]]
     rows = {"first": 0, "count": value.info.shape[0]}
     return {
-        weight.parts["weight"]: nodes.apply(kernels.QUANTISE_FP8_CODES, [exact], {**params, **rows}),
+        weight.parts["weight"]: nodes.apply(kernels.QUANTISE_FP8_CODES, [exact, old, codes], {**params, **rows}),
         weight.parts["scale"]: nodes.apply(kernels.QUANTISE_FP8_SCALES, [exact], params),
     }

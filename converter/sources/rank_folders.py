@@ -110,7 +110,7 @@ class RankFolders(TrainingSource):
             config=beside.config,
             side_files=beside.files,
             config_bytes=beside.config_bytes,
-            inputs=found.inputs | beside.inputs,
+            inputs={**found.inputs, **beside.inputs},
         )
 
     def _whole(

@@ -1,0 +1,1 @@
+"""Adapters made of models and of other adapters."""
