@@ -53,7 +53,7 @@ def plan_universal(
     source = shards.tree(shards.files.optimizers[0])
     for group in run.training.groups:
         for name in group.shapes:
-            own = _of_parameter(group, name, steps=shards.stage < 3)
+            own = _of_parameter(group, name, is_flat=shards.stage == 3)
             files |= {f"zero/{name}/{key}.pt": (tree, source) for key, tree in own}
     files["zero/optimizer_state.pt"] = (_common(shards, run.training.groups[0]), source)
     laid_out: list[ShardPlan] = []
@@ -101,12 +101,13 @@ def _expect_loadable(shards: Shards, round_robin: bool, names: list[str]) -> Non
     raise shards.refuse("zero-universal", what, next="reshard with --world-size, which keeps the layout")
 
 
-def _of_parameter(group: Group, name: str, *, steps: bool) -> Iterator[tuple[str, Any]]:
-    """A parameter's files without their suffix, and what they hold."""
-    shape = group.shapes[name]
+def _of_parameter(group: Group, name: str, *, is_flat: bool) -> Iterator[tuple[str, Any]]:
+    """A parameter's files without their suffix, and what they hold: under ZeRO-3 flat tensors, and no steps."""
+    shape = tuple(group.shapes[name])
     for key, flats in group.states.items():
-        yield _FILES.get(key, key), {"param": saved(tensors.reshape(flats[name], tuple(shape)))}
-    for key, number in group.numbers.items() if steps else ():
+        flat = saved(flats[name], requires_grad=key == MASTER)
+        yield _FILES.get(key, key), flat if is_flat else {"param": saved(tensors.reshape(flats[name], shape))}
+    for key, number in () if is_flat else group.numbers.items():
         yield key, saved(number) if isinstance(number, LazyTensor) else number
 
 
