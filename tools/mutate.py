@@ -11,6 +11,7 @@ text is not found exactly once, its tests can't be collected, or hang.
 from __future__ import annotations
 
 import argparse
+import compileall
 import os
 import re
 import shutil
@@ -87,7 +88,7 @@ def mutated(copy: Path, mutation: Mutation, stamp: int) -> Iterator[None]:
 def preload() -> None:
     """Import once what every test needs and no mutation touches; each run is a fork of this process."""
     os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"})
-    os.environ.update({"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
+    os.environ.update({"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"})
     import peft  # noqa: F401
     import torch  # noqa: F401
     import transformers  # noqa: F401
@@ -152,6 +153,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         copy, log = Path(folder, "tree"), Path(folder, "log")
         copy_tree(copy)
+        for room in ("converter", "tests"):  # byte code for all runs, and not anew in each
+            compileall.compile_dir(copy / room, quiet=2)
         for number, mutation in enumerate(chosen):
             begun = time.monotonic()
             try:

@@ -87,14 +87,14 @@ def test_inspecting_a_lora_adapter_imports_the_methods_of_its_type_alone(inspect
 
 
 def test_a_method_that_is_not_kept_is_imported_and_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "stranger.py").write_text(
+    (tmp_path / "odd_method.py").write_text(
         "class Method:\n    peft_type, switch = 'STRANGE', ''\n"
         "    factors, pairs = ('odd_a', 'odd_b'), (('odd_a', 'odd_b'),)\n"
         "METHOD = Method()\n"
     )
-    info = tmp_path / "stranger-1.0.dist-info"
+    info = tmp_path / "odd_method-1.0.dist-info"
     info.mkdir()
-    (info / "entry_points.txt").write_text("[rlhf_convert.methods]\nodd = stranger:METHOD\n")
+    (info / "entry_points.txt").write_text("[rlhf_convert.methods]\nodd = odd_method:METHOD\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     declared.cache_clear()
     try:

@@ -1,6 +1,6 @@
 """Feeds mutated torch files and trainers' folders to everything that reads them, within 1 GB of address space.
 
-    python tests/fuzz/fuzz_pickles.py SCRATCH FOLDER... [--seconds 30] [--seed 0] [--only N]
+    python tests/fuzz/fuzz_pickles.py SCRATCH FOLDER... [--seconds 30] [--cases N] [--seed 0] [--only N]
 
 Every case is made from the seed and its number alone, so that `--only N` repeats one. A case ends with a value or with
 a `ConvertError`; anything else (another exception, more memory, more than `HANG` seconds) stops the run with exit code
@@ -150,6 +150,7 @@ def main() -> int:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--cases", type=int, help="stop after so many, though time is left")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="repeat this case")
     given = parser.parse_args()
@@ -171,9 +172,9 @@ def main() -> int:
             return 1
         faulthandler.cancel_dump_traceback_later()
         slowest = max(slowest, time.monotonic() - start)
-        if given.only is not None:
-            break
         number += 1
+        if given.only is not None or number == given.cases:
+            break
     values = found.pop("value", 0)
     said = {"cases": values + found.total(), "values": values, "slowest": round(slowest, 3), "refused": dict(found)}
     print(json.dumps(said))

@@ -81,6 +81,9 @@ def make(cell: Cell, folder: Path) -> None:
             for value in (p for p in wrapped.parameters() if p.requires_grad):
                 value.add_((torch.randn(value.shape, generator=generator) * 0.1).to(value.dtype))
         options = {"save_embedding_layers": True} if cell.kind == "true" else {}
+        (folder / "adapter").mkdir()
+        # PEFT adds to a card that is there, and else builds a template, which takes a third of its save.
+        (folder / "adapter" / "README.md").write_text("---\nlicense: mit\n---\n\n# An adapter\n")
         wrapped.eval().save_pretrained(folder / "adapter", **options)
         ids = torch.arange(100, RESIZED if cell.resized else VOCABULARY)[None][:, -60:]
         with torch.no_grad():

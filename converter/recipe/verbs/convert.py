@@ -16,8 +16,9 @@ from converter.dialects.spec import Role
 from converter.errors import ConvertError, UsageError
 from converter.recipe.options import Going, HeadOptions
 from converter.recipe.recipe import SOURCE, Output, Recipe, Step
+from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.conversion import Conversion, convert_recipe
-from converter.recipe.verbs.knobs import HeadWriting, Where, allowing, optional, options_of
+from converter.recipe.verbs.knobs import HeadWriting, Where, optional, options_of
 from converter.recipe.verbs.pieces import cast_steps, output
 from converter.recipe.verbs.run_state import for_role, place_of, with_recorded_base
 from converter.sources.opening import InputSpec, input_spec

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.errors import ConvertError, Refused
-from converter.recipe.verbs.knobs import allowing
+from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.open import opened
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.recipe.verbs.knobs import Where, allowing, optional
+from converter.recipe.verbs.allowing import allowing
+from converter.recipe.verbs.knobs import Where, optional
 
 if TYPE_CHECKING:
     from converter.examine.doctor import Report

@@ -12,8 +12,9 @@ from converter.diagnostic import Command, Steps
 from converter.errors import ConvertError, UsageError
 from converter.recipe.options import Going, WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
+from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.conversion import Conversion, convert_recipe, prepared_of
-from converter.recipe.verbs.knobs import Where, Writing, allowing, optional, options_of
+from converter.recipe.verbs.knobs import Where, Writing, optional, options_of
 from converter.recipe.verbs.pieces import cast_steps, output
 from converter.recipe.verbs.run_state import place_of, with_recorded_base
 from converter.recipe.verbs.two_outputs import convert_both

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from converter.examine import facts
 from converter.families.quantised.reading import Quantised, read
 from converter.families.words import CLASSIFIERS, OUTPUT_MODULES, VALUE_HEADS
-from converter.recipe.verbs.knobs import allowing
+from converter.recipe.verbs.allowing import allowing
 
 if TYPE_CHECKING:
     from converter.core.tensors.dtypes import DType

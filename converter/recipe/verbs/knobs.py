@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
@@ -105,16 +104,3 @@ def options_of(kind: type[Options], given: Mapping[str, Any]) -> tuple[Options, 
 def optional(where: Where | None) -> str | None:
     """A place as text; None where none is given."""
     return None if where is None else str(where)
-
-
-def allowing(names: Sequence[str]) -> AbstractContextManager[object]:
-    """While it is entered, pickled files may mention names that match one of the patterns.
-
-    Raises:
-        UsageError: a pattern is not one that is understood (`allow-name`).
-    """
-    if not names:
-        return nullcontext()
-    from converter.core.formats.pickle_names import allowing_names
-
-    return allowing_names(names)

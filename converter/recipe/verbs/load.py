@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from converter.errors import UsageError
 from converter.recipe.options import HeadOptions
-from converter.recipe.verbs.knobs import allowing
+from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.load_places import Matched, match
 from converter.recipe.verbs.pieces import threads
 

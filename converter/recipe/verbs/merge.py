@@ -12,8 +12,9 @@ from converter.diagnostic import Command
 from converter.errors import ConvertError, UsageError
 from converter.recipe.options import WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
+from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.conversion import Conversion, convert_recipe
-from converter.recipe.verbs.knobs import Where, Writing, allowing, optional, options_of
+from converter.recipe.verbs.knobs import Where, Writing, optional, options_of
 from converter.recipe.verbs.pieces import cast_steps, output
 from converter.sources.hub.names import is_on_hub
 from converter.sources.locate import resolve

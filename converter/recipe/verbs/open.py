@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.errors import ConvertError, UsageError
-from converter.recipe.verbs.knobs import allowing
+from converter.recipe.verbs.allowing import allowing
 from converter.text import show
 
 if TYPE_CHECKING:

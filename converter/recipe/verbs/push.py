@@ -14,7 +14,8 @@ from converter.core.files.names import ADAPTER_CONFIG, CARD, MODEL_CONFIG, RECEI
 from converter.core.files.opening import read_limited
 from converter.diagnostic import Command, Steps
 from converter.errors import ConvertError, Refused, UsageError
-from converter.recipe.verbs.knobs import Where, allowing
+from converter.recipe.verbs.allowing import allowing
+from converter.recipe.verbs.knobs import Where
 from converter.text import show
 
 if TYPE_CHECKING:

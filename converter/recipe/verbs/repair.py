@@ -12,9 +12,10 @@ from converter.core.files.names import ADAPTER_CONFIG, ADAPTER_STEM
 from converter.errors import ConvertError, Refused, UsageError
 from converter.recipe.options import Going, WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
+from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.conversion import Conversion, convert_recipe, prepared_of
 from converter.recipe.verbs.gather import Gathered, GatherRequest, gather_command, gather_recipe, gathered
-from converter.recipe.verbs.knobs import Where, Writing, allowing, optional, options_of
+from converter.recipe.verbs.knobs import Where, Writing, optional, options_of
 from converter.recipe.verbs.pieces import cast_steps, output
 from converter.recipe.verbs.two_outputs import convert_both
 from converter.sources.opening import InputSpec, input_spec

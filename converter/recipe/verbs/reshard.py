@@ -7,8 +7,9 @@ from typing import Unpack
 from converter.errors import UsageError
 from converter.recipe.options import WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
+from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.conversion import Conversion, convert_recipe
-from converter.recipe.verbs.knobs import Where, Writing, allowing, optional, options_of
+from converter.recipe.verbs.knobs import Where, Writing, optional, options_of
 from converter.recipe.verbs.pieces import cast_steps, output
 from converter.sources.opening import input_spec
 from converter.text import show

@@ -18,8 +18,9 @@ from converter.diagnostic import Command
 from converter.errors import Refused, UsageError
 from converter.publish.outputs import goes_to_hub
 from converter.recipe.options import Going, WriteOptions
+from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.conversion import memory_of
-from converter.recipe.verbs.knobs import Effort, Where, allowing, optional, options_of
+from converter.recipe.verbs.knobs import Effort, Where, optional, options_of
 from converter.recipe.verbs.pieces import threads
 from converter.recipe.verbs.run_state import place_of
 from converter.sources.beside import find_beside

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Unpack, overload
 
 from converter.recipe.options import WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, load_recipe
+from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.conversion import C, Conversion, convert_recipe, write_plan, write_planned
-from converter.recipe.verbs.knobs import Effort, Where, Writing, allowing, optional, options_of
+from converter.recipe.verbs.knobs import Effort, Where, Writing, optional, options_of
 from converter.recipe.verbs.pieces import cast_steps, output
 from converter.sources.opening import InputSpec, input_spec
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
+import hashlib
 import json
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +35,18 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+_KEPT = tempfile.TemporaryDirectory(prefix="bases-")
+atexit.register(_KEPT.cleanup)
+
+
+def kept(path: Path, key: object, make: Callable[[Path], None]) -> None:
+    """What `make` writes, in `path`: made once in a process for each key, and copied after that."""
+    home = Path(_KEPT.name, hashlib.sha256(repr(key).encode()).hexdigest())
+    if not home.exists():
+        make(home)
+    shutil.copytree(home, path, dirs_exist_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +191,8 @@ def make_base(
     **config: Any,
 ) -> Base:
     """Writes a causal language model of a family to `path`."""
-    with quiet():
+
+    def make(home: Path) -> None:
         settings = FAMILIES[family].causal(tied, vocab, intermediate, hidden)
         for key, value in config.items():
             setattr(settings, key, value)
@@ -184,7 +200,10 @@ def make_base(
         _randomise(model, seed)
         model = model.to(DTYPES[dtype])
         model.config.dtype = DTYPES[dtype]
-        model.save_pretrained(path, **({"max_shard_size": SHARDS[dtype]} if sharded else {}))
+        model.save_pretrained(home, **({"max_shard_size": SHARDS[dtype]} if sharded else {}))
+
+    with quiet():
+        kept(path, (family, dtype, tied, sharded, vocab, intermediate, hidden, seed, sorted(config.items())), make)
     if sharded and len(list(path.glob("*.safetensors"))) < 3:
         raise AssertionError(f"{path} was meant to be sharded")
     return Base(path, family, tied)
@@ -192,7 +211,8 @@ def make_base(
 
 def make_vision_base(path: Path, kind: str = "resnet", *, dtype: str = "float32", seed: int = 0) -> Base:
     """Writes a small image classifier with Conv2d layers: 1x1, 3x3 and 7x7 (resnet), or depthwise ones (convnext)."""
-    with quiet():
+
+    def make(home: Path) -> None:
         if kind == "resnet":
             settings = transformers.ResNetConfig(
                 embedding_size=10, hidden_sizes=[12, 20], depths=[1, 1], layer_type="bottleneck", num_labels=3
@@ -201,7 +221,10 @@ def make_vision_base(path: Path, kind: str = "resnet", *, dtype: str = "float32"
             settings = transformers.ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, num_labels=3)
         model = transformers.AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
         _randomise(model, seed)
-        model.to(DTYPES[dtype]).save_pretrained(path)
+        model.to(DTYPES[dtype]).save_pretrained(home)
+
+    with quiet():
+        kept(path, (kind, dtype, seed), make)
     return Base(path, kind, False, auto="AutoModelForImageClassification")
 
 

@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from oracle.bases import DTYPES, Base, _randomise, make_base, make_vision_base, quiet
+from oracle.adapters import with_card
+from oracle.bases import DTYPES, Base, _randomise, kept, make_base, make_vision_base, quiet
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -24,14 +25,18 @@ def make_method_base(path: Path, family: str, dtype: str) -> Base:
     if family == "resnet":
         return make_vision_base(path, "resnet", dtype=dtype)
     if family == "bert":
-        with quiet():
+
+        def make(home: Path) -> None:
             config = transformers.BertConfig(
                 vocab_size=163, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80,
                 max_position_embeddings=64, num_labels=2,
             )  # fmt: skip
             model = transformers.BertForSequenceClassification(config)
             _randomise(model, 0)
-            model.to(DTYPES[dtype]).save_pretrained(path)
+            model.to(DTYPES[dtype]).save_pretrained(home)
+
+        with quiet():
+            kept(path, ("bert", dtype), make)
         return EncoderBase(path, "bert", True, auto="AutoModelForSequenceClassification")
     return make_base(path, family, dtype=dtype, **SMALL)
 
@@ -70,7 +75,7 @@ def make_method_adapter(path: Path, base: Base, kind: str, *, seed: int = 1, **s
             for name, value in wrapped.named_parameters():
                 if value.requires_grad and value.is_floating_point():
                     _draw(name, value, generator)
-        wrapped.save_pretrained(path)
+        wrapped.save_pretrained(with_card(path))
     return path
 
 
