@@ -21,24 +21,6 @@ from converter.families.megatron.names import ARGUMENTS_FILE, MTP, Value, layer_
 from converter.families.megatron.rows import EMBEDDING, OUTPUT, OUTPUT_BIAS, ROWS
 from converter.text import fold, show
 
-_LORA = (".adapter.", ".lora_")
-
-
-def refuse_lora(names: Mapping[str, str], where: str) -> None:
-    """Go on with a model in which no adapter is.
-
-    Raises:
-        Refused: there is one, in Megatron's names (`megatron-lora`).
-    """
-    lora = [n for n in names.values() if any(word in n for word in _LORA)]
-    if lora:
-        raise Refused(
-            "megatron-lora",
-            f"{len(lora)} tensors are LoRA's in Megatron's fused matrices, which is not read: {fold(lora)}",
-            where=where,
-            next="merge or export the adapter with the trainer that wrote it (Megatron-Bridge, ms-swift)",
-        )
-
 
 def from_megatron(found: Checkpoint, context: Context) -> Checkpoint:
     """The model under transformers' names; a critic or reward model as a classifier with one label a row.

@@ -28,6 +28,7 @@ from converter.sources.dcp.metadata import Metadata, read_metadata
 from converter.sources.megatron.arguments import read_arguments
 from converter.sources.megatron.legacy import read_ranks, whole_tensors
 from converter.sources.megatron.places import STEP
+from converter.sources.megatron.run_config import lora_recorded
 from converter.sources.megatron_files import MANIFEST, expect_read, kind_here
 from converter.sources.places import Place
 from converter.sources.survey import file_names, is_weights_of_model, snapshot_of
@@ -217,6 +218,8 @@ def open_chosen(
     told += _sizes_said(found.arguments)
     if found.arguments is not None:
         beside.files[ARGUMENTS_FILE] = SideFile(content=json.dumps(found.arguments, sort_keys=True).encode())
+    files, inputs = lora_recorded(chosen.folder)
+    beside.files, beside.inputs = files | beside.files, beside.inputs | inputs
     real = chosen.folder.resolve()
     return Checkpoint(
         tensors=found.tensors,
