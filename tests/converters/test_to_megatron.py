@@ -130,8 +130,8 @@ def test_a_family_without_a_table_is_refused(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        "gemma", hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-        num_key_value_heads=1, head_dim=8,
+        "olmo2", hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
+        num_key_value_heads=1,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
     done = run("convert", tmp_path / "hf", tmp_path / "out", "--to", "megatron", "--role", "actor")

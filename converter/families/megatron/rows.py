@@ -133,11 +133,21 @@ _DENSE_FIRST = _MLP[1:]
 _MIXTURE = (*_ENDS, *_ATTENTION, *_MOE)
 _LATENT_MIXTURE = (*_ENDS, *_LATENT, *_MOE, *_DENSE_FIRST, *_shared("shared_experts"))
 
+_AROUND_BLOCKS = (
+    _layer("self_attention.linear_proj.post_layernorm.weight", "same", "post_attention_layernorm.weight"),
+    _layer("mlp.linear_fc1.layer_norm_weight", "same", "pre_feedforward_layernorm.weight"),
+    _layer("mlp.linear_fc2.post_layernorm.weight", "same", "post_feedforward_layernorm.weight"),
+)
+"""Norms before and behind each block. Source: Megatron-Bridge 932b713, models/gemma/gemma2_bridge.py."""
+
 ROWS: Mapping[str, tuple[Row, ...]] = {
     "llama": _DENSE,
     "mistral": _DENSE,
     "qwen2": (*_DENSE, *_QKV_BIAS),
     "qwen3": (*_DENSE, *_QK_NORM),
+    "gemma": _DENSE,
+    "gemma2": (*_ENDS, *_ATTENTION, *_AROUND_BLOCKS, *_MLP[1:]),
+    "gemma3_text": (*_ENDS, *_ATTENTION, *_AROUND_BLOCKS, *_MLP[1:], *_QK_NORM),
     "mixtral": (*_ENDS, *_ATTENTION, *_AROUND_EXPERTS, *_experts("block_sparse_moe", "w1", "w3", "w2")),
     "qwen2_moe": (
         *_MIXTURE, *_DENSE_FIRST, *_QKV_BIAS, *_shared("shared_expert"),
@@ -151,5 +161,9 @@ ROWS: Mapping[str, tuple[Row, ...]] = {
     ),
 }  # fmt: skip
 """Rows by `model_type`."""
+
+ZERO_CENTRED = frozenset({"gemma", "gemma2", "gemma3_text"})
+"""Families whose norms multiply by 1 + w. With `layernorm_zero_centered_gamma` Megatron's do so too, and the weights
+are the same; without it they would be 1 more."""
 
 EMBEDDING, OUTPUT, OUTPUT_BIAS = "embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"
