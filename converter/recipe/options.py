@@ -142,6 +142,7 @@ class HeadOptions(WriteOptions):
         label_weights: sum the rows of a head with these weights, as `-1,1`.
         init_head: a fresh head where the source has none.
         seed: of `init_head="normal"`.
+        tp: tensor-parallel ranks that a vocabulary is padded for, where the trainer's files are padded.
     """
 
     source: str | None = None
@@ -157,6 +158,7 @@ class HeadOptions(WriteOptions):
     label_weights: str | None = None
     init_head: str | None = None
     seed: int = 0
+    tp: int | None = None
 
 
 @dataclass(frozen=True)

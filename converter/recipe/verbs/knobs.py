@@ -66,6 +66,7 @@ class HeadWriting(Writing, total=False):
     label_weights: str | Sequence[float] | None
     init_head: str | None
     seed: int
+    tp: int
 
 
 Options = TypeVar("Options", bound=WriteOptions)
