@@ -91,8 +91,9 @@ def write(
         stage.recover(replace=overwrite)
         check_target(out, plan.inputs, overwrite=overwrite)
         kept = stage.resume(plan.summary, plan.provenance, fresh=not resume)
-        with InputFiles(plan.inputs) as files, one_thread_each(plan), reading_through(plan):
-            lines = _write_shards(plan, stage, files, kept, reporter, jobs, budget)
+        with InputFiles(plan.inputs) as files, one_thread_each(plan) as ready, reading_through(plan):
+            writer = ShardWriter(stage, files, reporter, budget, ready)
+            lines = _write_shards(plan, stage, kept, reporter, writer, jobs)
             measures = measures_of(plan, lines)
             refuse_new_nonfinite(measures, stage)
             if accept is not None:
@@ -149,16 +150,19 @@ def system_refused(error: OSError, stage: Stage) -> Refused:
 
 
 @contextlib.contextmanager
-def one_thread_each(plan: Plan) -> Iterator[None]:
-    """Workers share the cores, so each computes on one thread; and results must not depend on how many there are."""
-    if plan.counts["computed"] + plan.counts["filled"] == 0:
-        yield
+def one_thread_each(plan: Plan) -> Iterator[Callable[[], object]]:
+    """Workers share the cores, so each computes on one thread; and results must not depend on how many there are.
+
+    Yields what a worker calls before it computes: it waits for torch, which is imported beside the first copies.
+    """
+    if all(entry.runs is not None for entry in plan.entries):
+        yield lambda: None
         return
-    from converter.core.compute.evaluate import on_one_thread
+    from converter.core.compute.evaluate import importing_on_one_thread
 
     keep_freed_memory()
-    with on_one_thread():
-        yield
+    with importing_on_one_thread() as ready:
+        yield ready
 
 
 def reading_through(plan: Plan) -> contextlib.AbstractContextManager[None]:
@@ -176,13 +180,7 @@ def _accept(accept: Accept, measures: Mapping[str, Measures], stage: Stage) -> N
 
 
 def _write_shards(
-    plan: Plan,
-    stage: Stage,
-    files: InputFiles,
-    kept: Mapping[str, Any],
-    reporter: Reporter,
-    jobs: int,
-    budget: int,
+    plan: Plan, stage: Stage, kept: Mapping[str, Any], reporter: Reporter, writer: ShardWriter, jobs: int
 ) -> dict[str, dict[str, Any]]:
     """Journal lines of all shards, by file; those of an earlier run are checked against what is on disk."""
     reporter.start(plan.total_bytes, len(plan.written))
@@ -196,7 +194,7 @@ def _write_shards(
             reporter.shard_done(shard.file, shard.size, True)
         else:
             todo.append(shard)
-    return lines | ShardWriter(stage, files, reporter, budget).write(todo, jobs)
+    return lines | writer.write(todo, jobs)
 
 
 def measures_of(plan: Plan, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Measures]:
