@@ -264,7 +264,7 @@ def _source_of(shard: ShardPlan) -> sparse.SparseFile | None:
     runs = [run for entry in shard.entries for run in entry.runs or ()]
     if not runs or shard.is_torch or any(e.runs is None for e in shard.entries) or len({r.file for r in runs}) > 1:
         return None
-    file = sparse.at(runs[0].file)
+    file = sparse.at(runs[0].file) if runs[0].file else None
     if file is None or file.size != shard.size or shard.tail:
         return None
     for entry in shard.entries:

@@ -105,3 +105,8 @@ def paired(one: Sequence[Run], two: Sequence[Run], what: str) -> float:
     """The median of the ratios of runs that were made one right after the other; 0 where there is nothing to divide."""
     ratios = [getattr(a, what) / getattr(b, what) for a, b in zip(one, two, strict=True) if getattr(b, what)]
     return statistics.median(ratios) if ratios else 0.0
+
+
+def has_deepspeed(python: str) -> bool:
+    """Whether DeepSpeed's own scripts can run there."""
+    return subprocess.run([python, "-c", "import deepspeed"], capture_output=True, check=False).returncode == 0

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-<<<<<<< HEAD
-from collections.abc import Mapping, Sequence
-=======
-from collections.abc import Callable, Iterator, Mapping, Sequence
->>>>>>> main
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
