@@ -34,6 +34,9 @@ from converter.text import show
 Accept = Callable[[Mapping[str, Measures]], None]
 """Called with every computed tensor's measures before the output is published; raises to stop it."""
 
+Take = Callable[[Stage, Mapping[str, Any]], dict[str, Any]]
+"""Journal lines by file, with the files moved into the stage."""
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -64,6 +67,8 @@ def write(
     resume: bool = True,
     verify: bool = True,
     accept: Accept | None = None,
+    take: Take | None = None,
+    already: int = 0,
 ) -> Receipt:
     """Write a plan's output folder; it appears under its name only once it is whole and checked.
 
@@ -73,6 +78,8 @@ def write(
         overwrite: replace an output that this tool made, after the new one is checked.
         resume: go on where an earlier run of the same plan was stopped.
         accept: a last look at the measures of all computed tensors.
+        take: brings files that other processes wrote into the stage, and is told of those that are there.
+        already: bytes of disk that those files hold.
 
     Raises:
         Refused: the target, the disk, the memory or an input does not allow it; nothing is published. What can be
@@ -86,14 +93,15 @@ def write(
     try:
         if not os.path.lexists(stage.marker):
             check_target(out, plan.inputs, overwrite=overwrite)
-        check_space(plan, out, already=stage.allocated())
+        check_space(plan, out, already=already + stage.allocated())
         stage.open()
         stage.recover(replace=overwrite)
         check_target(out, plan.inputs, overwrite=overwrite)
         kept = stage.resume(plan.summary, plan.provenance, fresh=not resume)
+        kept = kept if take is None else take(stage, kept)
         with InputFiles(plan.inputs) as files, one_thread_each(plan) as ready, reading_through(plan):
             writer = ShardWriter(stage, files, reporter, budget, ready)
-            lines = _write_shards(plan, stage, kept, reporter, writer, jobs)
+            lines = write_shards(plan, stage, kept, reporter, writer, jobs)
             measures = measures_of(plan, lines)
             refuse_new_nonfinite(measures, stage)
             if accept is not None:
@@ -179,7 +187,7 @@ def _accept(accept: Accept, measures: Mapping[str, Measures], stage: Stage) -> N
         raise
 
 
-def _write_shards(
+def write_shards(
     plan: Plan, stage: Stage, kept: Mapping[str, Any], reporter: Reporter, writer: ShardWriter, jobs: int
 ) -> dict[str, dict[str, Any]]:
     """Journal lines of all shards, by file; those of an earlier run are checked against what is on disk."""

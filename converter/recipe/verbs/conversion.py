@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from converter.core.context import Note
     from converter.core.writer.plan import Plan
     from converter.core.writer.reporter import Reporter
+    from converter.core.writer.tasks import Task
     from converter.core.writer.write import Accept, Receipt
     from converter.publish.requests import Destination
     from converter.publish.write import Published
@@ -43,6 +44,7 @@ class Conversion:
         destination: the repository that it goes to, and `account` whose it is.
         adapter: of two outputs the other one, in `OUT-adapter`.
         earlier: an earlier run wrote it, and it was compared with the plan.
+        task: which share of it this process wrote; `receipt` is then that of the one process that ended the run.
     """
 
     prepared: Prepared
@@ -54,6 +56,7 @@ class Conversion:
     account: str = ""
     adapter: Conversion | None = None
     earlier: bool = False
+    task: Task | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -104,12 +107,18 @@ def memory_of(options: WriteOptions) -> int | None:
 
 
 def convert_recipe(
-    recipe: Recipe, out: str | None, options: WriteOptions, going: Going, made: Callable[[Prepared], C]
+    recipe: Recipe,
+    out: str | None,
+    options: WriteOptions,
+    going: Going,
+    made: Callable[[Prepared], C],
+    task: Task | None = None,
 ) -> C:
     """Plan a recipe and write it; only planned where there is no `out`, and in a dry run.
 
     Args:
         made: the result, of what was prepared.
+        task: write this share of the files; whoever is last ends the run.
 
     Raises:
         UsageError, Refused, VerificationFailed: see `prepare`, `write` and `write_to_hub`.
@@ -122,14 +131,31 @@ def convert_recipe(
         from converter.core.writer.preflight import check_target
 
         # Before any input is opened: a mistyped output shall not cost a download.
-        check_target(target, (), overwrite=options.overwrite)
+        if task is None:  # else another task may have made it
+            check_target(target, (), overwrite=options.overwrite)
     planned = dataclasses.replace(made(prepared_of(recipe, options)), out=out)
     if going.on_plan is not None:
         going.on_plan(planned)
     if out is None or going.dry_run:
         _expect_room(planned)
         return planned
+    if task is not None:
+        return dataclasses.replace(planned, receipt=_write_task(planned, going, task), task=task)
     return dataclasses.replace(planned, receipt=write_folder(planned, going))
+
+
+def _write_task(planned: Conversion, going: Going, task: Task) -> Receipt | None:
+    from converter.core.writer.reporter import Silent
+    from converter.core.writer.tasks import write_task
+    from converter.recipe.run import refuse_no_op
+
+    assert planned.folder is not None
+    options = planned.options
+    return write_task(
+        planned.plan, planned.folder, task, reporter=going.reporter or Silent(), jobs=planned.jobs,
+        memory=planned.memory, overwrite=options.overwrite, resume=options.resume, verify=options.verify,
+        accept=lambda measures: refuse_no_op(planned.prepared, measures),
+    )  # fmt: skip
 
 
 def prepared_of(recipe: Recipe, options: WriteOptions) -> Prepared:
