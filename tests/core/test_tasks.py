@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -95,7 +96,7 @@ def test_tasks_that_all_run_at_once_and_each_twice_publish_one_output(folder: Pa
 def test_a_task_that_is_killed_anywhere_and_started_again_makes_what_one_process_makes(number: int) -> None:
     """The second of two ends the run: it is killed while it writes, while it moves files, checks and publishes."""
     deaths = 0
-    for at in range(0, 120, 5):
+    for at in range(0, 120, 8):
         with fast_folder() as folder:
             plan, out = half_cast(folder), folder / "out"
 
@@ -123,6 +124,15 @@ def test_an_output_of_other_values_is_not_taken_for_the_result(folder: Path) -> 
     file.write_bytes(raw)
     with pytest.raises(Refused, match="exists already"):
         ran(plan, folder / "out", 1, 2)
+
+
+def test_tasks_of_two_plans_are_told_so_and_nothing_is_published(folder: Path) -> None:
+    plan = half_cast(folder)
+    other = dataclasses.replace(plan, provenance={**plan.provenance, "recipe": "another"})
+    assert ran(plan, folder / "out", 1, 2) is None
+    with pytest.raises(Refused, match="differs in: recipe"):
+        ran(other, folder / "out", 2, 2)
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize(

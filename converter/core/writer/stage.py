@@ -198,6 +198,11 @@ class Stage:
             return None
         return {line["shard"]: line for line in lines[1:]}
 
+    def expect_plan(self, summary: Mapping[str, str]) -> None:
+        """Refuse a journal of another plan (`stage-differs`); one that is not there is not."""
+        if lines := self._read_journal():
+            self._expect_same_plan(lines[0]["plan"], summary)
+
     def _is_empty(self) -> bool:
         return set(os.listdir(self.folder)) <= {JOURNAL + ".tmp"}
 

@@ -86,7 +86,8 @@ def write_task(
         The receipt of the run that this task ended; None where other tasks still write, or one of them ended it.
 
     Raises:
-        Refused, VerificationFailed: as of `write`; and another process does the same task (`output-busy`).
+        Refused, VerificationFailed: as of `write`; and another process does the same task (`output-busy`), or a task
+            has another plan (`stage-differs`).
     """
     run = _Run(plan, out, task.count)
     budget = memory_limit(plan, memory)
@@ -99,6 +100,8 @@ def write_task(
             raise
     while not run.is_published():
         if not run.is_written():
+            if resume:
+                run.expect_one_plan()
             return None
         try:
             receipt = write(
@@ -148,6 +151,15 @@ class _Run:
             found is not None and all(self._is_done(shard, found, stage) for shard in share)
             for found, share, stage in zip(lines, self._shares, self._stages, strict=True)
         )
+
+    def expect_one_plan(self) -> None:
+        """Refuse tasks that were given other inputs, or see them elsewhere: they would wait for one another for ever.
+
+        Raises:
+            Refused: names the first difference (`stage-differs`).
+        """
+        for each in self._stages:
+            Stage(each).expect_plan(self._plan.summary)
 
     def _is_done(self, shard: ShardPlan, lines: Mapping[str, Any], stage: Path) -> bool:
         """True for a journalled file in the task's stage or in the shared one, in this order: it moves that way."""

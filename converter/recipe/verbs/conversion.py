@@ -145,11 +145,14 @@ def convert_recipe(
 
 
 def _write_task(planned: Conversion, going: Going, task: Task) -> Receipt | None:
+    from converter.core.files import sparse
     from converter.core.writer.reporter import Silent
     from converter.core.writer.tasks import write_task
     from converter.recipe.run import refuse_no_op
 
     assert planned.folder is not None
+    if any(sparse.at(path) for path in planned.plan.inputs):
+        raise UsageError("usage", "--task reads folders, which all tasks see under one path; download the input first")
     options = planned.options
     return write_task(
         planned.plan, planned.folder, task, reporter=going.reporter or Silent(), jobs=planned.jobs,
