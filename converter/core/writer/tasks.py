@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, as_completed, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from converter.core.files.reading import InputFiles
 from converter.core.writer.plan import Plan
 from converter.core.writer.preflight import check_space, check_target, memory_limit
 from converter.core.writer.proof import check_written
-from converter.core.writer.reporter import Reporter
+from converter.core.writer.reporter import Reporter, Silent
 from converter.core.writer.shard_plan import ShardPlan
 from converter.core.writer.shard_writer import ShardWriter
 from converter.core.writer.stage import Stage, fsync_folder, make_folders
@@ -119,11 +120,64 @@ def write_task(
     return None
 
 
+def write_with(
+    executor: Executor,
+    plan: Plan,
+    out: Path,
+    *,
+    reporter: Reporter,
+    jobs: int = 1,
+    memory: int | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    verify: bool = True,
+    accept: Accept | None = None,
+) -> Receipt:
+    """Write each file of a plan as a task of its own in an executor's workers, and end the run here.
+
+    Args:
+        executor: whose workers see the inputs and the output under the same paths as this process.
+        jobs: threads, of each worker.
+        memory: bytes that each worker may hold.
+
+    Raises:
+        Refused, VerificationFailed: as of `write`, whichever process found it.
+    """
+    run = _Run(plan, out, max(len(plan.written), 1))
+    memory_limit(plan, memory)
+    check_target(out, plan.inputs, overwrite=overwrite)
+    check_space(plan, out, already=run.allocated() + Stage(out).allocated())
+    with one_thread_each(plan) as ready:
+        ready()  # workers may be threads of this process: none shall set for itself how many threads torch has
+        futures = [
+            executor.submit(write_share, plan, out, Task(n + 1, run.count), jobs=jobs, memory=memory, resume=resume)
+            for n in range(run.count)
+        ]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+        receipt = write(
+            plan, out, reporter=reporter, jobs=jobs, memory=memory, overwrite=overwrite, verify=verify, accept=accept,
+            take=run.take, already=run.allocated(),
+        )  # fmt: skip
+    run.clear()
+    return receipt
+
+
+def write_share(plan: Plan, out: Path, task: Task, *, jobs: int, memory: int | None, resume: bool) -> None:
+    """What a worker of an executor does: one task's files into their stage."""
+    _Run(plan, out, task.count).write_share(task, Silent(), jobs, memory_limit(plan, memory), resume=resume)
+
+
 class _Run:
     """What all tasks of one plan and output share: it lies on the disk, and nowhere else."""
 
     def __init__(self, plan: Plan, out: Path, count: int) -> None:
-        self._plan, self._out = plan, out
+        self._plan, self._out, self.count = plan, out, count
         self._shares = partition(plan.written, count)
         names = [f"{out.name}.task-{n}-of-{count}" for n in range(1, count + 1)]
         self._stages = [out.with_name(name) for name in names]

@@ -15,6 +15,8 @@ from converter.recipe.verbs.pieces import threads
 from converter.text import parse_size, show
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from converter.core.checkpoint import Checkpoint
     from converter.core.context import Note
     from converter.core.writer.plan import Plan
@@ -145,14 +147,12 @@ def convert_recipe(
 
 
 def _write_task(planned: Conversion, going: Going, task: Task) -> Receipt | None:
-    from converter.core.files import sparse
     from converter.core.writer.reporter import Silent
     from converter.core.writer.tasks import write_task
     from converter.recipe.run import refuse_no_op
 
     assert planned.folder is not None
-    if any(sparse.at(path) for path in planned.plan.inputs):
-        raise UsageError("usage", "--task reads folders, which all tasks see under one path; download the input first")
+    _expect_folders(planned.plan, "--task")
     options = planned.options
     return write_task(
         planned.plan, planned.folder, task, reporter=going.reporter or Silent(), jobs=planned.jobs,
@@ -202,6 +202,8 @@ def write_plan(
 
     if out is None or goes_to_hub(str(out)):
         raise _no_folder()
+    if going.executor is not None:
+        return _write_with(going.executor, plan, Path(out).expanduser(), options, going, accept)
     return write(
         plan,
         Path(out).expanduser(),
@@ -215,11 +217,37 @@ def write_plan(
     )
 
 
+def _write_with(
+    executor: Executor, plan: Plan, out: Path, options: WriteOptions, going: Going, accept: Accept | None
+) -> Receipt:
+    from converter.core.writer.reporter import Silent
+    from converter.core.writer.tasks import write_with
+
+    _expect_folders(plan, "executor=")
+    return write_with(
+        executor, plan, out, reporter=going.reporter or Silent(), jobs=options.jobs or threads(),
+        memory=memory_of(options), overwrite=options.overwrite, resume=options.resume, verify=options.verify,
+        accept=accept,
+    )  # fmt: skip
+
+
+def _expect_folders(plan: Plan, wish: str) -> None:
+    """Refuse inputs of which other processes have no bytes.
+
+    Raises:
+        UsageError: one comes from the Hub in parts (`usage`).
+    """
+    from converter.core.files import sparse
+
+    if any(sparse.at(path) for path in plan.inputs):
+        raise UsageError("usage", f"{wish} reads folders, which every process sees; download the input first")
+
+
 def _no_folder() -> UsageError:
     return UsageError("usage", "a plan is written to a folder", expected="write(planned, out)")
 
 
-def write_planned(planned: C, out: str | None, reporter: Reporter | None) -> C:
+def write_planned(planned: C, out: str | None, reporter: Reporter | None, executor: Executor | None) -> C:
     """Write a plan to a folder; of two outputs both.
 
     Raises:
@@ -230,7 +258,7 @@ def write_planned(planned: C, out: str | None, reporter: Reporter | None) -> C:
     named = out or planned.out
     if named is None or goes_to_hub(named):
         raise _no_folder()
-    going = Going(reporter=reporter)
+    going = Going(reporter=reporter, executor=executor)
     planned = dataclasses.replace(planned, out=named)
     if planned.adapter is not None:
         second = dataclasses.replace(planned.adapter, out=named.rstrip("/") + SUFFIX)
@@ -274,6 +302,8 @@ def _convert_to_hub(recipe: Recipe, out: str, options: WriteOptions, going: Goin
     from converter.recipe.run import refuse_no_op
 
     where = _destination(out, options)
+    if going.executor is not None:
+        raise UsageError("usage", "executor= writes to a folder that its workers share, not to the Hub")
     if recipe.output.link_unchanged:
         raise UsageError("link-remote", "the Hub has no links; leave --link-unchanged out", where=show(out))
     # Before any input is opened: a token that can't write shall not cost a conversion.

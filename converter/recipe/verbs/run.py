@@ -19,6 +19,8 @@ from converter.recipe.verbs.task import task_of
 from converter.sources.opening import InputSpec, input_spec
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from converter.core.writer.plan import Plan
     from converter.core.writer.reporter import Reporter
     from converter.core.writer.write import Receipt
@@ -94,7 +96,9 @@ def run_recipe(recipe: str | Path | Recipe, inputs: Mapping[str, Where], options
 
 
 @overload
-def write(planned: C, out: Where | None = None, *, reporter: Reporter | None = None) -> C: ...
+def write(
+    planned: C, out: Where | None = None, *, reporter: Reporter | None = None, executor: Executor | None = None
+) -> C: ...
 
 
 @overload
@@ -107,7 +111,7 @@ def write(planned: C | Plan, out: Where | None = None, **how: Unpack[Effort]) ->
     Args:
         planned: the result of `plan`, or of a verb without `out` or with `dry_run=True`; or a plan of `make_plan`.
         out: a folder; None: the one that it was planned for.
-        how: `reporter`; of a plan of `make_plan`, which has no options, those of `Effort` too.
+        how: `reporter` and `executor`; of a plan of `make_plan`, which has no options, those of `Effort` too.
 
     Raises:
         UsageError: there is no folder to write to, or it is on the Hub (`usage`): name it where you plan.
@@ -115,5 +119,5 @@ def write(planned: C | Plan, out: Where | None = None, **how: Unpack[Effort]) ->
         VerificationFailed: what was written is not what it should be; it is not published.
     """
     if isinstance(planned, Conversion):
-        return write_planned(planned, optional(out), how.get("reporter"))
+        return write_planned(planned, optional(out), how.get("reporter"), how.get("executor"))
     return write_plan(planned, optional(out), *options_of(WriteOptions, how))
