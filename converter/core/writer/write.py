@@ -108,10 +108,7 @@ def write(
                 _accept(accept, measures, stage)
             compare_records(plan.checks, files, jobs)
             content = receipt_content(plan, measures, lines, verified=verify)
-            for shard in plan.linked:
-                stage.link(shard.file, shard.link or "")
-            _write_side_files(plan, stage, files, content)
-            files.check_unchanged()
+            _write_beside(plan, stage, files, content)
             reporter.checking()
             checked = check_written(plan, stage.folder, files) if verify else (0, 0)
         _expect_all_files(plan, stage)
@@ -262,6 +259,14 @@ def _checksums(shard: ShardPlan, line: Mapping[str, Any]) -> dict[str, Any]:
 def receipt_text(receipt: Mapping[str, Any]) -> bytes:
     """The receipt as a file."""
     return (json.dumps(receipt, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _write_beside(plan: Plan, stage: Stage, files: InputFiles, receipt: Mapping[str, Any]) -> None:
+    """Links, side files and the receipt; after them no input is read but for the check."""
+    for shard in plan.linked:
+        stage.link(shard.file, shard.link or "")
+    _write_side_files(plan, stage, files, receipt)
+    files.check_unchanged()
 
 
 def _write_side_files(plan: Plan, stage: Stage, files: InputFiles, receipt: Mapping[str, Any]) -> None:
