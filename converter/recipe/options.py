@@ -8,6 +8,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from converter.core.writer.reporter import Reporter
 
 
@@ -167,4 +169,5 @@ class Going:
 
     dry_run: bool = False
     reporter: Reporter | None = None
+    executor: Executor | None = None
     on_plan: Callable[[Any], None] | None = None
