@@ -107,7 +107,8 @@ def _of_parameter(group: Group, name: str, *, is_flat: bool) -> Iterator[tuple[s
     for key, flats in group.states.items():
         flat = saved(flats[name], requires_grad=key == MASTER)
         yield _FILES.get(key, key), flat if is_flat else {"param": saved(tensors.reshape(flats[name], shape))}
-    for key, number in () if is_flat else group.numbers.items():
+    numbers: Mapping[str, Any] = {} if is_flat else group.numbers
+    for key, number in numbers.items():
         yield key, saved(number) if isinstance(number, LazyTensor) else number
 
 
