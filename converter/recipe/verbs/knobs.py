@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
@@ -13,6 +12,8 @@ from converter.recipe.options import Going, LayoutChoice, WriteOptions
 from converter.text import show
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from converter.core.writer.reporter import Reporter
     from converter.recipe.verbs.conversion import Conversion
 
