@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
@@ -12,6 +12,8 @@ from converter.recipe.options import Going, LayoutChoice, WriteOptions
 from converter.text import show
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from converter.core.writer.reporter import Reporter
     from converter.recipe.verbs.conversion import Conversion
 
@@ -72,7 +74,6 @@ class HeadWriting(Writing, total=False):
     label_weights: str | Sequence[float] | None
     init_head: str | None
     seed: int
-    tp: int
 
 
 Options = TypeVar("Options", bound=WriteOptions)
@@ -111,3 +112,16 @@ def options_of(kind: type[Options], given: Mapping[str, Any]) -> tuple[Options, 
 def optional(where: Where | None) -> str | None:
     """A place as text; None where none is given."""
     return None if where is None else str(where)
+
+
+def allowing(names: Sequence[str]) -> AbstractContextManager[object]:
+    """While it is entered, pickled files may mention names that match one of the patterns.
+
+    Raises:
+        UsageError: a pattern is not one that is understood (`allow-name`).
+    """
+    if not names:
+        return nullcontext()
+    from converter.core.formats.pickle_names import allowing_names
+
+    return allowing_names(names)
