@@ -148,24 +148,27 @@ def keys(value: Any, path: str, found: dict[str, set[str]], words: dict[str, set
 
 
 def commands_of(verb: str) -> Any:
-    """The command that Typer builds for a verb, caught when the command line would call it."""
-    import typer
+    """The command of a verb, caught when the command line would run it."""
+    from typer.core import TyperCommand, TyperGroup
 
     from converter.cli import main
 
-    caught: list[typer.Typer] = []
+    caught: list[Any] = []
 
-    def call(self: typer.Typer, *_arguments: Any, **_options: Any) -> int:
+    def run(self: Any, *_arguments: Any, **_options: Any) -> int:
         caught.append(self)
         return 0
 
-    before = typer.Typer.__call__
-    typer.Typer.__call__ = call  # type: ignore[method-assign]
+    kinds = (TyperCommand, TyperGroup)
+    before = [kind.main for kind in kinds]
+    for kind in kinds:
+        kind.main = run  # type: ignore[method-assign]
     try:
         main([verb, "--help"])
     finally:
-        typer.Typer.__call__ = before  # type: ignore[method-assign]
-    command = typer.main.get_command(caught[0])
+        for kind, its_own in zip(kinds, before, strict=True):
+            kind.main = its_own  # type: ignore[method-assign]
+    (command,) = caught
     return getattr(command, "commands", {}).get(verb, command)
 
 
