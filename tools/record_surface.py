@@ -148,27 +148,31 @@ def keys(value: Any, path: str, found: dict[str, set[str]], words: dict[str, set
 
 
 def commands_of(verb: str) -> Any:
-    """The command of a verb, caught when the command line would run it."""
-    from typer.core import TyperCommand, TyperGroup
+    """The command that Typer builds for a verb, caught when the command line would call it, or the program of it."""
+    import typer
+    from typer.core import TyperCommand
 
     from converter.cli import main
 
     caught: list[Any] = []
 
-    def run(self: Any, *_arguments: Any, **_options: Any) -> int:
+    def call(self: Any, *_arguments: Any, **_options: Any) -> int:
         caught.append(self)
         return 0
 
-    kinds = (TyperCommand, TyperGroup)
-    before = [kind.main for kind in kinds]
+    kinds: tuple[Any, ...] = (typer.Typer, TyperCommand)
+    before = [vars(kind).get("__call__") for kind in kinds]
     for kind in kinds:
-        kind.main = run  # type: ignore[method-assign]
+        kind.__call__ = call
     try:
         main([verb, "--help"])
     finally:
-        for kind, its_own in zip(kinds, before, strict=True):
-            kind.main = its_own  # type: ignore[method-assign]
-    (command,) = caught
+        for kind, own in zip(kinds, before, strict=True):
+            if own is None:
+                del kind.__call__
+            else:
+                kind.__call__ = own
+    command = typer.main.get_command(caught[0]) if isinstance(caught[0], typer.Typer) else caught[0]
     return getattr(command, "commands", {}).get(verb, command)
 
 

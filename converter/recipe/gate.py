@@ -5,15 +5,19 @@ Every verb that writes passes here, before the first byte.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from converter.converters.adapters.whole import expect_loadable
 from converter.converters.heads.whole import MISSHAPEN, MISSING, Judgement, judge
 from converter.converters.merge.asked_modules import modules_missing
+from converter.converters.merge.merge_lora import MergeLora
 from converter.converters.merge.quantised.whole import expect_parts, found_in
 from converter.core.checkpoint import ADAPTER, MODEL, Checkpoint
 from converter.core.context import Context
 from converter.diagnostic import Command, as_argument
-from converter.errors import Refused
+from converter.errors import ConvertError, Refused, UsageError
 from converter.families.words import without_wrappers
+from converter.sources.opening import open_recorded_base
 from converter.text import fold, show
 
 FAMILY_UNKNOWN, CONFIG_REFUSED = "family-unknown", "config-refused"
@@ -61,6 +65,52 @@ def expect_whole_adapter(adapter: Checkpoint, base: Checkpoint, context: Context
         source = as_argument(adapter.origin.asked)
         next_command = Command("doctor", (source, "--base", as_argument(base.origin.asked)))
         context.consent(Refused("adapter-targets-missing", text, where=show(adapter.origin.asked), next=next_command))
+
+
+_MISFITS = frozenset(
+    {"adapter-unmatched", "adapter-shape", "adapter-incomplete", "adapter-key-twice", "adapter-rank", "adapter-bias"}
+)
+
+
+def expect_adapter_fits(adapter: Checkpoint, opened: Collection[Checkpoint], context: Context) -> None:
+    """Compare an adapter that is about to be written with its base, by headers: every factor's module and shape.
+
+    The base is the one that was given, else what the adapter records, where that is at hand; else it is noted that
+    nothing was compared.
+
+    Raises:
+        Refused: it does not fit the base, by the code that a merge refuses it with, without consent.
+    """
+    if adapter.origin.kind != ADAPTER:
+        return
+    base = _base_at_hand(adapter, opened)
+    if base is None:
+        _not_compared(context, "none is at hand; --base names one")
+        return
+    try:
+        MergeLora((adapter,))(base, Context(context.allow))
+        expect_whole_adapter(adapter, base, context)
+    except Refused as error:
+        if error.code in (*_MISFITS, "adapter-targets-missing"):
+            context.consent(error)
+        else:
+            _not_compared(context, error.what)
+    except UsageError as error:
+        _not_compared(context, error.what)
+
+
+def _base_at_hand(adapter: Checkpoint, opened: Collection[Checkpoint]) -> Checkpoint | None:
+    given = [c for c in opened if c.origin.kind == MODEL and c.origin.path != adapter.origin.path]
+    if given:
+        return given[-1]
+    try:
+        return open_recorded_base(adapter, keep_code=False)
+    except ConvertError:
+        return None
+
+
+def _not_compared(context: Context, why: str) -> None:
+    context.note("info", "adapter-not-compared", f"the adapter is not compared with a base: {why}")
 
 
 def _refusal(code: str, found: Judgement, checkpoint: Checkpoint) -> Refused:

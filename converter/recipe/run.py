@@ -19,7 +19,7 @@ from converter.core.writer.plan import Plan, make_plan
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.recipe.fields import check, instantiate
-from converter.recipe.gate import expect_whole, expect_whole_adapter
+from converter.recipe.gate import expect_adapter_fits, expect_whole, expect_whole_adapter
 from converter.recipe.recipe import SOURCE, Recipe
 from converter.sources.opening import compare_base, open_checkpoint, open_recorded_base
 from converter.text import fold, show
@@ -80,6 +80,7 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
     if lost := unaccounted(list(opened.values()), checkpoint):
         raise Refused("unaccounted", f"tensors of the inputs would be lost: {lost}")
     expect_whole(checkpoint, context)
+    expect_adapter_fits(checkpoint, list(opened.values()), context)
     output = recipe.output
     if output.link_unchanged and (output.layout == "pack" or output.max_shard_size is not None):
         what = "files that are linked stay as they are, and a size or the layout `pack` lays them out anew"

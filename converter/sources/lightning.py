@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converter.core.checkpoint import Checkpoint, Origin
-from converter.core.formats.torch_file import TorchFile, read_torch_file, state_dict
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
@@ -24,6 +23,9 @@ from converter.sources.beside import find_beside
 from converter.sources.places import Place, by_number
 from converter.sources.survey import file_names, folder_kind, snapshot_of
 from converter.text import fold, show
+
+if TYPE_CHECKING:
+    from converter.core.formats.torch_file import TorchFile
 
 CKPT = re.compile(r"(?:[\w.,=+ -]*(?:epoch|step)[\w.,=+ -]*|last(?:-v\d+)?)\.ckpt", re.ASCII)
 _LAST = "last.ckpt"
@@ -149,6 +151,8 @@ def _chosen(root: Path, asked: str) -> Place:
 
 def _read(file: Path) -> tuple[dict[str, LazyTensor], TorchFile, list[str]]:
     """The module's tensors, the file, and what was not taken."""
+    from converter.core.formats.torch_file import read_torch_file, state_dict
+
     read = read_torch_file(file, root=file.parent, allow_names=_ANY_NAME)
     value: Any = read.value
     inner = value.get("state_dict") if isinstance(value, dict) else None

@@ -104,9 +104,17 @@ def file_names(root: Path) -> frozenset[str]:
     """Names of what lies in a folder and is not a folder; nothing where it can't be listed."""
     try:
         with os.scandir(root) as listed:
-            return frozenset(entry.name for entry in listed if not entry.is_dir())
+            return frozenset(entry.name for entry in listed if not _is_folder(entry))
     except (OSError, ValueError):  # ValueError: a path with a NUL in it
         return frozenset()
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """False too for a link that leads to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def snapshot_of(root: Path) -> tuple[str, str] | None:

@@ -30,13 +30,15 @@ BOUND = 450
 EXPERTS, HIDDEN, INNER, RANK = 128, 2048, 768, 16
 FP8_HIDDEN, FP8_INNER, FP8_VOCAB = 4096, 14336, 32000
 SAMPLE_SECONDS = 0.004
+BLOCK = 1 << 22
+"""Values of noise that are made once and written again and again."""
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 """Shape and dtype by name; the values are noise."""
 
 
 def write(path: Path, shapes: Shapes) -> None:
-    """A safetensors file of noise, a few megabytes at a time; no value is NaN."""
+    """A safetensors file of noise; no value is NaN."""
     import numpy as np
 
     widths = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
@@ -49,20 +51,18 @@ def write(path: Path, shapes: Shapes) -> None:
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     noise = np.random.default_rng(0)
+    values = noise.standard_normal(BLOCK, dtype=np.float32) * 0.02
+    blocks = {
+        "BF16": (values.view(np.uint32) >> 16).astype(np.uint16).tobytes(),
+        "F32": (np.abs(values) + 1e-3).tobytes(),  # scales are above zero; for factors any numbers do
+        "F8_E4M3": (noise.integers(0, 240, BLOCK, dtype=np.uint8) & 0xF7).tobytes(),
+    }
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for shape, dtype in shapes.values():
-            left = int(np.prod(shape))
+            left = int(np.prod(shape)) * widths[dtype]
             while left:
-                count = min(left, 1 << 22)
-                values = noise.standard_normal(count, dtype=np.float32) * 0.02
-                if dtype == "F8_E4M3":
-                    file.write((noise.integers(0, 240, count, dtype=np.uint8) & 0xF7).tobytes())
-                elif dtype == "F32":
-                    file.write((np.abs(values) + 1e-3).tobytes() if len(shape) == 2 else values.tobytes())
-                else:
-                    file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-                left -= count
+                left -= file.write(blocks[dtype][: min(left, len(blocks[dtype]))])
 
 
 def moe_base(folder: Path, layers: int, *, stacked: bool) -> None:

@@ -54,7 +54,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
     return base, oracle.make_adapter(folder / "adapter", base, r=4, target_modules=targets, **settings)
 
 
-@pytest.mark.parametrize("target", ["vllm", "peft@0.13", "transformers@4", "peft"])
+@pytest.mark.parametrize(
+    "target", ["vllm", "peft@0.13", *(pytest.param(t, marks=pytest.mark.slow) for t in ("transformers@4", "peft"))]
+)
 def test_every_update_is_that_of_the_original(target: str, dense: tuple[Base, Path], tmp_path: Path) -> None:
     base, adapter = dense
     converter.convert_lora(adapter, tmp_path / "out", for_=target)
@@ -131,6 +133,7 @@ def test_a_pair_for_all_experts_becomes_one_for_each_and_comes_back(family: str,
     expect_same(updates(base, tmp_path / "back"), wanted)
 
 
+@pytest.mark.slow
 def test_experts_without_a_pair_get_zeros_and_ranks_and_scales_their_own(tmp_path: Path) -> None:
     base = make_mixture(tmp_path / "base", "qwen3_moe")
     adapter = stacked(tmp_path / "adapter", base)
@@ -173,11 +176,11 @@ def _adapter(kind: str, base: Base, path: Path) -> Path:
     ("kind", "target", "code"),
     [
         ("a saved module", "vllm", "adapter-not-for-target"),
-        ("a saved module", "mlx", "adapter-not-for-target"),
-        ("biases", "vllm", "adapter-not-for-target"),
-        ("token rows", "peft@0.13", "adapter-not-for-target"),
+        pytest.param("a saved module", "mlx", "adapter-not-for-target", marks=pytest.mark.slow),
+        pytest.param("biases", "vllm", "adapter-not-for-target", marks=pytest.mark.slow),
+        pytest.param("token rows", "peft@0.13", "adapter-not-for-target", marks=pytest.mark.slow),
         ("the head", "mlx", "adapter-not-for-target"),
-        ("dora", "vllm", "not-plain-lora"),
+        pytest.param("dora", "vllm", "not-plain-lora", marks=pytest.mark.slow),
     ],
 )
 def test_what_a_program_has_no_place_for_is_refused(

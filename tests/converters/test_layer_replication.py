@@ -35,6 +35,7 @@ def test_the_output_is_the_deeper_model_that_peft_has_in_memory(family: str, tmp
         assert held[f"model.layers.{new}.{norm}"].equal(before[f"model.layers.{old}.{norm}"])
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_left_out_is_not_in_the_output(tmp_path: Path) -> None:
     base = oracle.make_base(tmp_path / "base", "llama")
     adapter = oracle.make_adapter(tmp_path / "adapter", base, layer_replication=[[1, 2]])

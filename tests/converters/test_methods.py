@@ -85,7 +85,7 @@ def test_a_switch_makes_the_variant_of_a_type(config: dict[str, object], method:
 
 def test_two_switches_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     other = dataclasses.replace(LORA, title="other", switch="use_other")
-    monkeypatch.setattr(finding, "methods", lambda: (LORA, DORA, other))
+    monkeypatch.setattr(finding, "_of_type", lambda kind: (LORA, DORA, other))
     with pytest.raises(Refused, match="`use_dora` and `use_other` are set"):
         finding.find_method({"peft_type": "LORA", "use_dora": True, "use_other": True}, "here")
 

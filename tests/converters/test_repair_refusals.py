@@ -34,7 +34,7 @@ def test_trained_lora_without_shards_is_lost_and_the_refusal_says_what_helps(tmp
     done = _refused("tensors-lost", src, "--base", src.parent / "base")
     assert "6 of 6 lost tensors" in done.text
     assert "4 x trained by LoRA" in done.text
-    assert f"rlhf-convert repair {src} {tmp_path / 'out'} --weights-from DIR" in done.text
+    assert f"rlhf-convert inspect {src} --tensors lists every tensor that is there; --weights-from names" in done.text
     assert "no shards of a trainer" in done.text
 
 

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import oracle
@@ -57,6 +58,7 @@ def test_both_projections_are_merged_as_peft_merges_them_and_runs_them(tmp_path:
     assert oracle.relative_difference(pooled(oracle.load_output(tmp_path / "best", base.auto)), wanted) < 1e-5
 
 
+@pytest.mark.slow
 def test_pefts_roundings_over_16_bits_are_refused(tmp_path: Path) -> None:
     base = make_siglip(tmp_path / "base", torch.bfloat16)
     adapter = make_method_adapter(tmp_path / "adapter", base, "LoraConfig", target_modules=["head.attention"], r=3)

@@ -60,13 +60,13 @@ def test_a_weight_that_is_stored_in_by_out_gives_factors_of_the_layer() -> None:
     assert float((b @ a - change).norm() / change.norm()) < 0.1
 
 
-@pytest.mark.parametrize(("decay", "energy"), [(1.0, 0.5), (1.0, 0.9), (0.1, 0.9), (0.1, 1.0)])
+@pytest.mark.parametrize(("decay", "energy"), [(1.0, 0.9), (0.1, 0.9)])
 def test_the_least_rank_of_an_energy_is_that_of_the_singular_values(decay: float, energy: float) -> None:
     change = drawn(3, decay)
     squares = torch.linalg.svdvals(change.double()).square()
     wanted = int((squares.cumsum(0) / squares.sum() < energy * (1 - 1e-9)).sum()) + 1
     found = low_rank.enough_rank([change, torch.zeros_like(change)], {"energy": energy, "transposed": False})
-    assert abs(int(found) - wanted) <= (energy == 1.0) * ROWS // 100
+    assert int(found) == wanted
     zero = low_rank.enough_rank([change, change], {"energy": energy, "transposed": False})
     assert int(zero) == 0
 

@@ -62,13 +62,16 @@ def test_a_head_that_is_only_wrapped_is_repaired_and_not_converted(reward: Path)
     assert named == finding(reward, "names-wrapped").next
 
 
-def test_an_empty_head_without_shards_says_where_to_name_them(reward: Path) -> None:
+def test_an_empty_head_without_shards_prints_a_command_that_works_as_it_is(reward: Path) -> None:
+    whole = shutil.copytree(reward, reward.parent / "aside" / reward.name)
     store(reward, lambda t: {n: v.new_empty(0) if n == "score.weight" else v for n, v in t.items()})
     found = finding(reward, "zero3-empty-tensors")
-    assert (found.recoverability, str(found.next)) == (
-        "lost",
-        f"rlhf-convert repair {reward} {reward}-fixed --weights-from DIR",
-    )
+    assert found.recoverability == "lost"
+    assert str(found.next).endswith(f"rlhf-convert inspect {reward} --tensors")
+    shutil.move(whole, reward.parent / f"{reward.name}-checkpoint-5")
+    there = f"{reward.parent / reward.name}-checkpoint-5"
+    found = finding(reward, "zero3-empty-tensors")
+    assert str(found.next) == f"rlhf-convert repair {reward} {reward}-fixed --weights-from {there}"
 
 
 def test_openrlhf_s_head_is_where_its_config_says_or_missing(reward: Path) -> None:

@@ -43,6 +43,7 @@ ELSEWHERE = {
     "adapter-merge-refused": "of refusals without a diagnosis of their own",
     "adapter-ambiguous": "of a base that has one module under two names",
     "tied-copies-differ": "of merges: doctor names the base's copies as tied-copies",
+    "resume-on": "of --resume-on: tests/sources/test_resume_on.py asks it of every kind of run",
     "input-unreadable": "of files of another user: root, who may run this, can read all",
 }
 """Codes that `explain` knows and no folder shows by itself, with what raises them."""

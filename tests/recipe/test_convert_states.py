@@ -52,7 +52,7 @@ LANGUAGE_MODELS = [
     "verl_saves/lora-bf16-fsdp2-n2", "verl_saves/lora-fsdp1-n2",
 ]  # fmt: skip
 HEADS_WITHOUT_LM_HEAD = [
-    "zero/reward-z2-n2", "zero/dschat-z3-n2", "dcp/alone-n1", "dcp/untrained-n2",
+    "zero/reward-z2-n2", "zero/dschat-z3-n2", "dcp/accelerate-ranks-n2", "dcp/alone-n1", "dcp/untrained-n2",
     "verl_saves/critic-fsdp1-n3", "verl_saves/critic-fsdp2-n4", "verl_saves/critic-hsdp-fsdp1-n4",
     "verl_saves/critic-hsdp-fsdp2-n4", "verl_saves/lora-critic-frozen-fsdp2-n2", "verl_saves/lora-critic-fsdp2-n2",
 ]  # fmt: skip

@@ -59,6 +59,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]
 
 
 def clear() -> None:
+    registry._registered.cache_clear()
     find_sources.sources.cache_clear()
     find_converters.find_converter.cache_clear()
     kernel_specs.find.cache_clear()

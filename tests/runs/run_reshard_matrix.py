@@ -42,6 +42,7 @@ class Try:
     before: int
     after: int
     to: int
+    universal: bool = False
 
     @property
     def saved(self) -> str:
@@ -49,15 +50,18 @@ class Try:
 
     @property
     def name(self) -> str:
-        return f"{self.saved}-m{self.after}" + (f"-z{self.to}" if self.to != self.stage else "")
+        form = "-universal" if self.universal else f"-z{self.to}" if self.to != self.stage else ""
+        return f"{self.saved}-m{self.after}{form}"
 
 
-def tries(cases: Iterable[str], before: Iterable[int], after: Iterable[int], to: int | None) -> list[Try]:
+def tries(
+    cases: Iterable[str], before: Iterable[int], after: Iterable[int], to: int | None, *, universal: bool = False
+) -> list[Try]:
     """All that `train` knows stages of; `to` another stage, or as they were saved."""
     from zero.resume import cases as known
 
     stages = [(c, s) for c in cases for s in known()[c].stages if s and s != to]
-    return [Try(c, s, n, m, to or s) for c, s in stages for n in before for m in after]
+    return [Try(c, s, n, m, to or s, universal) for c, s in stages for n in before for m in after]
 
 
 def run_jobs(python: str, out: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
@@ -99,8 +103,7 @@ def reshard(out: Path, each: Try) -> str:
         str(target),
         "--world-size",
         str(each.after),
-        "--stage",
-        str(each.to),
+        *(("--to", "universal") if each.universal else ("--stage", str(each.to))),
         "-q",
     ]
     done = subprocess.run(
@@ -116,6 +119,7 @@ def resume(python: str, out: Path, asked: Iterable[Try]) -> None:
     for ranks in sorted({t.after for t in asked}):
         jobs = [
             {"do": "resume", "run": str(out / t.name), "out": f"{out / t.name}-live", "case": t.case, "stage": t.to}
+            | ({"universal": True} if t.universal else {})
             for t in asked
             if t.after == ranks
         ]
@@ -173,13 +177,15 @@ def main() -> int:
     parser.add_argument("--before", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--after", type=int, nargs="+", default=[1, 2, 3, 4, 6])
     parser.add_argument("--case", action="append")
+    parser.add_argument("--to-universal", action="store_true", help="resume from DeepSpeed's universal checkpoints")
     parser.add_argument("--to-stage", type=int, help="resume in this stage; default: the one that saved")
     given = parser.parse_args()
     from run_zero_matrix import DEFAULT, trainer
 
     python = given.trainer or trainer(DEFAULT)
     given.out.mkdir(parents=True, exist_ok=True)
-    asked = tries(given.case or DEFAULT_CASES, given.before, given.after, given.to_stage)
+    cases = given.case or DEFAULT_CASES
+    asked = tries(cases, given.before, given.after, given.to_stage, universal=given.to_universal)
     save(python, given.out, asked)
     refused = {t.name: said for t in asked if (said := reshard(given.out, t))}
     resume(python, given.out, [t for t in asked if t.name not in refused])

@@ -28,7 +28,7 @@ def test_the_fixtures_cover_layouts_meshes_and_ranks() -> None:
     assert {f["fsdp"] for f in known} == {1, 2}
     assert {f["layout"] for f in known} == {
         "plain", "nested", "app", "flat-optim", "accelerate-sharded", "accelerate-adapter", "accelerate-full",
-        "hf-consolidated", "hf-shards",
+        "accelerate-ranks", "hf-consolidated", "hf-shards",
     }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def reshard_state(asked: ReshardRequest, out: str | None, options: Conversion) -
             world_size=asked.world_size,
             stage=asked.stage,
             tag=asked.tag,
+            to=asked.to,
             **options.knobs(reporter, show_plan),
         )
     if done.receipt is None:

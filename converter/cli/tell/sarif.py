@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from converter.core.files.names import ADAPTER_CONFIG, MODEL_CONFIG
 from converter.recipe.verbs.watch import Examined
 from converter.version import __version__
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/os/schemas/sarif-schema-2.1.0.json"
 _LEVELS = {"error": "error", "changes-numbers": "warning", "cosmetic": "note"}
 _NOT_EXAMINED = "not-examined"
-_SHOWN_AT = ("adapter_config.json", "config.json")
+_SHOWN_AT = (ADAPTER_CONFIG, MODEL_CONFIG)
 """Files at which a finding of a folder is shown: it needs one that is text."""
 
 

@@ -59,8 +59,8 @@ def reshard(
     to: Annotated[
         str | None,
         typer.Option(
-            metavar="dcp",
-            help="Write a model as a torch distributed checkpoint.",
+            metavar="dcp|universal",
+            help="dcp: a model as a torch distributed checkpoint; universal: a DeepSpeed run as its universal one.",
             show_default=False,
             rich_help_panel=OUTPUT,
         ),
@@ -76,14 +76,16 @@ def reshard(
     ] = None,
 ) -> int:
     """`rlhf-convert reshard`."""
-    if (world_size is not None or stage is not None) and (dequantize or to is not None or under is not None):
-        flag = "--dequantize" if dequantize else "--to" if to is not None else "--under"
-        raise UsageError("usage", f"{flag} rewrites a model; --world-size and --stage rewrite a run's state")
-    if world_size is not None or stage is not None:
+    is_state = world_size is not None or stage is not None or to == "universal"
+    flags = {"--dequantize": dequantize, "--to dcp": to == "dcp", "--under": under is not None}
+    if is_state and (wrong := [flag for flag, is_given in flags.items() if is_given]):
+        what = f"{wrong[0]} rewrites a model; --world-size, --stage and --to universal rewrite a run's state"
+        raise UsageError("usage", what)
+    if is_state:
         from converter.cli.run.reshard_state import reshard_state
         from converter.recipe.verbs.reshard_state import ReshardRequest
 
-        return reshard_state(ReshardRequest(src, world_size, tag, stage), options.target(out), options)
+        return reshard_state(ReshardRequest(src, world_size, tag, stage, to), options.target(out), options)
     if tag is not None:
         raise UsageError("usage", "--tag names a checkpoint of a run, and goes with --world-size or --stage")
     from converter.cli.run.reshard import reshard

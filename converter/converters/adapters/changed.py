@@ -16,6 +16,7 @@ from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.memory_names import Architecture, MemoryNames, architectures
+from converter.families.stacks import one_of
 from converter.families.words import CLASSIFIERS, INPUT_MODULES, OLD_BUFFERS, OTHER_INPUT_MODULES, OUTPUT_MODULES
 from converter.text import fold, show
 
@@ -54,11 +55,13 @@ class Changes:
         modules: the tuned model's tensors by module and leaf.
         equal: names on disk of what is the base's, bit by bit.
         places: what each changed module is kept as.
+        experts: changed experts that a load stacks, by names on disk.
     """
 
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     equal: list[str] = field(default_factory=list)
     places: dict[str, Kind] = field(default_factory=dict)
+    experts: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, kind: Kind) -> list[str]:
         """The modules that are kept so, in file order."""
@@ -84,19 +87,23 @@ def find_changes(tuned: Checkpoint, base: Checkpoint, context: Context) -> Chang
         if same:
             found.equal.append(disk)
         if is_made and not same:
-            missing.append(disk)
+            if below is None or one_of(disk, built) is None:
+                missing.append(disk)
+            else:
+                module, _, leaf = disk.rpartition(".")
+                found.experts[disk] = Tensor(module, leaf, tuned.tensors[disk], below, True)
         elif not is_made:
             module, _, leaf = memory.rpartition(".")
             found.modules.setdefault(module, {})[leaf] = Tensor(module, leaf, tuned.tensors[disk], below, not same)
     if missing:
-        what = f"{len(missing)} tensors changed that a load stacks, splits or permutes: {fold(missing)}"
+        what = f"{len(missing)} tensors changed that a load splits or permutes: {fold(missing)}"
         raise Refused(
             "adapter-no-place-experts",
             f"{what}; a LoRA adapter of modules can't hold them",
             where=show(tuned.origin.asked),
             next="keep the tuned model, or average it with its base instead",
         )
-    if not any(t.changed for held in found.modules.values() for t in held.values()):
+    if not found.experts and not any(t.changed for held in found.modules.values() for t in held.values()):
         what = "the tuned model is its base, bit by bit: there is no update to extract"
         raise Refused("no-op", what, where=show(tuned.origin.asked))
     _find_places(found, tuned, built, context)

@@ -16,6 +16,7 @@ from converter.converters.adapters import expert_pairs
 from converter.converters.adapters.expert_pairs import Joined, named, padded, put_together, scaled, taken_apart
 from converter.converters.adapters.layouts import Layout, find_layout
 from converter.converters.adapters.pairs import Pair, PlainLora, read_pairs, with_ranks
+from converter.converters.adapters.peft_config import PEFT_VERSION
 from converter.converters.adapters.tinker import as_tinker
 from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import read_modules
@@ -30,7 +31,6 @@ from converter.text import fold, show
 
 _IN_LAYER = re.compile(r"^.*?\.?(?:layers|h|blocks)\.\d+\.(?P<rest>.+)$", re.ASCII)
 _LOST = ("trainable_token_indices", "lora_bias", "ensure_weight_tying")
-_NEWEST = "0.21.2"
 _SELECTORS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -124,7 +124,7 @@ class ConvertLora:
             raise UsageError("base-needed", what, where=show(adapter.origin.asked), next=step)
         apart = taken_apart(found, adapter, self.base)
         if layout.name == "peft":
-            return put_together(apart, adapter, self.base)
+            return put_together(apart, self.base, adapter.config)
         if layout.is_mlx:
             what = "mlx-lm keeps the experts of a layer in one tensor of its own, which is not written here"
             raise Refused("adapter-not-for-target", what, where=show(adapter.origin.asked))
@@ -202,7 +202,7 @@ def _config(
     made.pop("target_parameters", None)
     made.pop("peft_version", None)
     if parameters:
-        made |= {"target_parameters": list(parameters), "peft_version": _NEWEST}
+        made |= {"target_parameters": list(parameters), "peft_version": PEFT_VERSION}
     made = with_ranks(made, pairs)
     if layout.fields is not None:
         made = {k: v for k, v in made.items() if k in layout.fields}

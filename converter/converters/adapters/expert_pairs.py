@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from converter.converters.adapters.pairs import Pair, PlainLora, scale_for
 from converter.converters.merge.adapter_keys import Module
@@ -94,13 +95,16 @@ class Joined:
     parameters: tuple[str, ...]
 
 
-def put_together(found: Sequence[Pair], adapter: Checkpoint, base: Checkpoint) -> Joined:
+def put_together(found: Sequence[Pair], base: Checkpoint, adapter: Mapping[str, Any]) -> Joined:
     """The pairs, those of single experts as one pair for each stack that a load makes of them.
+
+    Args:
+        adapter: the config of an adapter, which may name the class that it was trained on.
 
     Raises:
         Refused: the base's experts are not whole (`base-experts`).
     """
-    built = next(iter(architectures(base.config, adapter.config)), None)
+    built = next(iter(architectures(base.config, adapter)), None)
     stacks = find_stacks(built, {n: t.info for n, t in base.tensors.items()})
     for stack in stacks.values():
         if stack.fault:

@@ -2,18 +2,21 @@
 
 The way back of `merge-lora`. Each matrix that changed gets the best `B @ A` of its difference at a rank, or at the rank
 that keeps a share of its energy; what it leaves out is measured and kept in the receipt. What did not change, bit by
-bit, gets nothing. Heads, embeddings and norms that changed are kept whole.
+bit, gets nothing. Heads, embeddings and norms that changed are kept whole. Experts that a load stacks get a pair for
+the whole stack, as PEFT has them: `target_parameters`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from converter.converters.adapters.changed import BIAS, FACTORS, WHOLE, Changes, Tensor, find_changes
-from converter.converters.adapters.peft_config import lora_config, target_modules, task_of
+from converter.converters.adapters.expert_pairs import Joined, named, put_together
+from converter.converters.adapters.pairs import Pair
+from converter.converters.adapters.peft_config import PEFT_VERSION, lora_config, target_modules, task_of
 from converter.converters.merge.orientation import is_conv1d
 from converter.converters.merge.quantised.whole import found_in
 from converter.core.checkpoint import ADAPTER, MODEL, Checkpoint, Input
@@ -58,10 +61,11 @@ class ExtractLora:
         for model in (checkpoint, self.base):
             _expect_plain(model)
         changes = find_changes(checkpoint, self.base, context)
-        ranks = {m: self._rank(m, changes.modules[m]["weight"], context) for m in changes.of(FACTORS)}
+        ranks = {m: self._rank(changes.modules[m]["weight"], context) for m in changes.of(FACTORS)}
         # Differences that are zero though the bits differ: another dtype, or a sign of zero.
         factored = {m: rank for m, rank in ranks.items() if rank}
-        if not factored:
+        experts = put_together(list(self._experts(changes, context)), self.base, {})
+        if not factored and not experts.pairs:
             what = f"no linear layer changed, only {fold(changes.places)}: an adapter without LoRA is none"
             raise Refused("adapter-no-place", what, where=show(checkpoint.origin.asked))
         bias, biases = _biases(changes, factored)
@@ -72,8 +76,18 @@ class ExtractLora:
             if changes.places.get(module) == WHOLE:
                 out |= {f"{PEFT_PREFIX}{module}.{leaf}": t.tuned for leaf, t in held.items()}
         out |= biases
-        config = self._config(checkpoint, changes, factored, bias)
+        out |= {key: t for p in experts.pairs for key, t in zip(p.keys, (p.a, p.b), strict=True)}
+        config = self._config(checkpoint, changes, factored, bias, experts)
         return self._adapter(checkpoint, changes, out, config)
+
+    def _experts(self, changes: Changes, context: Context) -> Iterator[Pair]:
+        """A pair for each changed expert, by its name on disk."""
+        for weight in changes.experts.values():
+            rank = self._rank(weight, context)
+            if rank:
+                assert weight.base is not None
+                a, b = (self._factor(weight, part, rank, transposed=False) for part in ("A", "B"))
+                yield named(weight.module, a, b, 1.0)
 
     def _expect_sound(self) -> None:
         if (self.rank is None) == (self.energy is None):
@@ -83,7 +97,7 @@ class ExtractLora:
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UsageError("usage", "--energy is a share, above 0 and up to 1", got=str(self.energy))
 
-    def _rank(self, module: str, weight: Tensor, context: Context) -> int:
+    def _rank(self, weight: Tensor, context: Context) -> int:
         rows, columns = weight.tuned.info.shape
         if self.rank is not None:
             return min(self.rank, rows, columns)
@@ -93,27 +107,34 @@ class ExtractLora:
         return int.from_bytes(found, "little", signed=True)
 
     def _factors(self, module: str, weight: Tensor, rank: int, config: Mapping[str, Any]) -> dict[str, LazyTensor]:
-        assert weight.base is not None
-        pair = (weight.tuned, weight.base)
-        transposed = is_conv1d(f"{module}.weight", config)
-        common: dict[str, Param] = {"rank": rank, "transposed": transposed, "out": DType.F32.value}
+        turned = is_conv1d(f"{module}.weight", config)
         return {
-            f"{PEFT_PREFIX}{module}.lora_{part}.weight": tensors.apply(DIFFERENCE_FACTOR, pair, common | {"part": part})
+            f"{PEFT_PREFIX}{module}.lora_{part}.weight": self._factor(weight, part, rank, transposed=turned)
             for part in ("A", "B")
         }
 
-    def _config(self, tuned: Checkpoint, changes: Changes, ranks: Mapping[str, int], bias: str) -> dict[str, Any]:
+    def _factor(self, weight: Tensor, part: str, rank: int, *, transposed: bool) -> LazyTensor:
+        assert weight.base is not None
+        params: dict[str, Param] = {"part": part, "rank": rank, "transposed": transposed, "out": DType.F32.value}
+        return tensors.apply(DIFFERENCE_FACTOR, (weight.tuned, weight.base), params)
+
+    def _config(
+        self, tuned: Checkpoint, changes: Changes, ranks: Mapping[str, int], bias: str, experts: Joined
+    ) -> dict[str, Any]:
         weights = [m for m, held in changes.modules.items() if len(_shape(held)) > 1]
-        return lora_config(
+        made = lora_config(
             task=task_of(tuned.config),
             base=self.base.origin.asked,
-            ranks=ranks,
+            ranks={**ranks, **{p.module: p.rank for p in experts.pairs}},
             targets=target_modules(list(ranks), weights, list(changes.modules)),
             saved=changes.of(WHOLE),
             bias=bias,
             fan_in_fan_out=any(is_conv1d(f"{m}.weight", tuned.config) for m in ranks),
             model=tuned.config,
         )
+        if not experts.pairs:
+            return made
+        return made | {"target_parameters": list(experts.parameters), "peft_version": PEFT_VERSION}
 
     def _adapter(
         self, tuned: Checkpoint, changes: Changes, out: Mapping[str, LazyTensor], config: Mapping[str, Any]
@@ -145,7 +166,8 @@ def _shape(held: Mapping[str, Tensor]) -> tuple[int, ...]:
 def _left_over(tuned: Checkpoint, changes: Changes) -> list[str]:
     """Names of tensors that no module keeps: parameters that the user consented to leave, and old buffers."""
     placed = {id(t.tuned) for m, held in changes.modules.items() if m in changes.places for t in held.values()}
-    return [n for n, t in tuned.tensors.items() if n not in changes.equal and id(t) not in placed]
+    known = {*changes.equal, *changes.experts}
+    return [n for n, t in tuned.tensors.items() if n not in known and id(t) not in placed]
 
 
 def _biases(changes: Changes, ranks: Mapping[str, int]) -> tuple[str, dict[str, LazyTensor]]:

@@ -104,7 +104,7 @@ def _pair(
     a, b = factors
     rank, scale = _rank_for(config, name), scale_for(config, name)
     rows, columns = (a.info.shape or (0,))[0], (*b.info.shape, 0, 0)[1]
-    is_stacked = bool(raw.get("target_parameters")) and rows != rank and rows % rank == 0
+    is_stacked = bool(raw.get("target_parameters")) and rows != rank
     if rows != columns or (rows != rank and not is_stacked):
         raise Refused(
             "adapter-rank",

@@ -9,6 +9,12 @@ from typing import Any
 from converter.families.implied import class_of
 from converter.families.words import DECODER_CLASSES
 
+PEFT_VERSION = "0.21.2"
+"""The release whose layout of stacked experts is written; it says which side A is over where a matrix is square.
+
+Source: `_did_swap_in_out_features`, https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py
+"""
+
 _TASKS = (
     ("SEQ_CLS", ("ForSequenceClassification",)),
     ("TOKEN_CLS", ("ForTokenClassification",)),

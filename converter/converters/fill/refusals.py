@@ -96,8 +96,8 @@ def _shapes(names: Sequence[str], damage: Mapping[str, Damage]) -> str:
 
 def _helps(asked: str, *, head: bool = False) -> Next:
     base = ", or --base BASE if the base is a reward model that has the head" if head else ""
-    command = Command("repair", (asked, "OUT", "--weights-from", "DIR"))
-    return Steps(command, f", DIR being the run's DeepSpeed folder (global_step*){base}")
+    where = f"; --weights-from names the run's DeepSpeed folder (global_step*), where there is one{base}"
+    return Steps(Command("inspect", (asked, "--tensors")), f" lists every tensor that is there{where}")
 
 
 def older_weights(broken: Checkpoint, older: Offer, names: Sequence[str]) -> Refused:

@@ -151,7 +151,7 @@ def judge(checkpoint: Checkpoint, names: Mapping[str, str] | None = None) -> Jud
     aliases = {plain.get(n, n): n for n in checkpoint.tensors}
     infos = {plain.get(n, n): t.info for n, t in checkpoint.tensors.items()}
     stored = plain_shapes(infos, checkpoint.config, wanted.saved)
-    dialect = _dialect(checkpoint)
+    dialect = _dialect(checkpoint, wanted)
     heads: frozenset[str] = frozenset()
     if dialect is not None:
         stored, heads, back = _canonical(stored, dialect, checkpoint)
@@ -180,19 +180,24 @@ _OF_QUANTISED = re.compile(
 _PLAIN = (DType.F64, DType.F32, DType.F16, DType.BF16)
 
 
-def _dialect(checkpoint: Checkpoint) -> Dialect | None:
+def _dialect(checkpoint: Checkpoint, wanted: Expected) -> Dialect | None:
     """The dialect whose head is here, where it is not simply the class's."""
     try:
         found = detect(checkpoint)
     except ConvertError:
         return None
-    if found is None or found.dialect.head.kind == "none" or is_of_another_class(found.dialect, checkpoint.config):
+    if found is None or found.dialect.head.kind == "none":
         return None
-    return found.dialect
+    return None if is_of_another_class(found.dialect, checkpoint.config, wanted, checkpoint.tensors) else found.dialect
 
 
-def is_of_another_class(dialect: Dialect, config: Mapping[str, Any]) -> bool:
-    """True where a dialect's head is a class's of transformers, and config.json names another class of transformers."""
+def is_of_another_class(dialect: Dialect, config: Mapping[str, Any], wanted: Expected, names: Collection[str]) -> bool:
+    """True where a dialect's head is a class's of transformers, and config.json names another class of transformers
+    that does not find its own head.
+    """
+    own = [n for n in wanted.saved if wanted.is_outside(n)]
+    if own and all(n in names for n in own):
+        return False
     ends = tuple(end for marks in dialect.marks for end in marks.classes)
     named = class_of(config) or ""
     return dialect.class_says and bool(ends) and named in class_names() and not named.endswith(ends)

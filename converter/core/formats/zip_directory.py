@@ -22,6 +22,8 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
 _CENTRAL, _BEHIND = b"PK\x01\x02", b"PK\x07\x08"
 _MOST = 64
+_NEEDED = 45
+"""The version of the format that 64 bits need; what asks for a newer one is not of torch."""
 
 
 def near(read: Read, start: int, stop: int) -> Read:
@@ -58,6 +60,8 @@ def plain_directory(read: Read, start: int, stop: int) -> list[zipfile.ZipInfo] 
         entry = _ENTRY.unpack_from(raw, position)
         name = raw[position + _ENTRY.size :][: entry[10]]
         if entry[0] != b"PK\x01\x02" or entry[11] or entry[12] or entry[13] or not _is_plain(name, entry[10]):
+            return None
+        if entry[2] & 0xFF > _NEEDED:
             return None
         if 0xFFFFFFFF in (entry[8], entry[9], entry[16]):
             return None

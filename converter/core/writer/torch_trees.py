@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from converter.core.formats import torch_zip_writer as torch_zip
-from converter.core.formats.pickle_writer import write_pickle
+from converter.core.formats.pickle_values import Built, Persistent
+from converter.core.formats.pickle_writer import MAX_DEPTH, write_pickle
 from converter.core.formats.torch_container import Container
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType, TensorInfo
@@ -31,6 +32,33 @@ def lay_out_tree(file: str, tree: Any, source: Container) -> ShardPlan:
         Entry(n, t, r.offset, chunk_rows(t), is_storage=True) for (n, t), r in zip(named, archive.tensors, strict=True)
     ]
     return ShardPlan(file, archive.head, tuple(placed), b"", archive.size, pickled=pickled)
+
+
+def lay_out_any(file: str, tree: Any, source: Container) -> ShardPlan | bytes:
+    """A file with what `tree` says; its whole content where there is no tensor in it.
+
+    Raises:
+        Refused: see `lay_out_tree`.
+    """
+    if has_storage(tree):
+        return lay_out_tree(file, tree, source)
+    return torch_zip.tensorless(write_pickle(tree, reference=lambda identity: identity))
+
+
+def has_storage(tree: Any, depth: int = 0) -> bool:
+    """True where a tree refers to any storage."""
+    match tree:
+        case Persistent():
+            return True
+        case Built():
+            within: tuple[Any, ...] = (*tree.args, tree.state, *tree.items)
+        case dict():
+            within = (*tree.values(), getattr(tree, "state", None))
+        case list() | tuple():
+            within = tuple(tree)
+        case _:
+            return False
+    return depth < MAX_DEPTH and any(has_storage(each, depth + 1) for each in within)
 
 
 class _Storages:

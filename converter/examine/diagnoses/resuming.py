@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converter.core.context import Context
 from converter.core.files.names import TRAINER_STATE
 from converter.errors import ConvertError, UsageError
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
 from converter.sources.finding import find_place, kind_of
-from converter.sources.resharded import Resharded
 from converter.text import format_size, show
+
+if TYPE_CHECKING:
+    from converter.sources.resharded import Resharded
 
 _ANY = {
     "dcp": "a torch distributed checkpoint, which torch cuts as it loads",

@@ -30,8 +30,7 @@ def _zero3_empty_tensors(case: Case, context: Context) -> Iterable[Finding]:
     empty = tuple(n for n, info in case.shapes.items() if info.shape == (0,))
     places = case.training_near()
     recoverability = f"from {places[0].asked}" if places else LOST
-    elsewhere = case.repair("--weights-from", "DIR")
-    command = filling_command(case) or elsewhere
+    command = filling_command(case) or case.elsewhere(empty)
     message = finding_of(faults[0], case).text
     yield Finding(
         code="zero3-empty-tensors",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from converter.converters.heads.detect import Detected, detect
@@ -20,8 +21,9 @@ from converter.diagnostic import Command, Next, Steps, as_argument
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Near, diagnosis, folded
 from converter.families.expected import Expected
-from converter.families.words import INPUT, OUTPUT
 from converter.sources.rank_folders import ranks_in
+
+_IN_A_LAYER = re.compile(r"(?:^|\.)\d+\.", re.ASCII)
 
 _NOT_ALL_READ = frozenset(
     {"shard-missing", "index-phantom", "weights-missing", "file-truncated", "safetensors-header", "safetensors-not",
@@ -48,8 +50,9 @@ def is_vocabulary_alone(case: Case) -> bool:
         return True
     wrong = found.comparison.misshapen
     rows = case.text_config.get("vocab_size")
-    named = [n for n, (_, asked) in wrong.items() if asked[:1] == (rows,) and (INPUT.search(n) or OUTPUT.search(n))]
-    return rows_of_vocabulary(wrong, named)
+    named = [n for n, (_, asked) in wrong.items() if asked[:1] == (rows,)]
+    is_of_embeddings = any(not _IN_A_LAYER.search(n) for n in named)
+    return is_of_embeddings and rows_of_vocabulary(wrong, named)
 
 
 @diagnosis("tensors-missing", "model")
@@ -122,13 +125,15 @@ def config_refused(case: Case, context: Context) -> Iterable[Finding]:
 def head_of_another_class(case: Case) -> Detected | None:
     """Whose head it is, where config.json names another class."""
     found = judgement_of(case)
-    if found is None or found.unknown or found.dialect is not None:
+    if found is None or found.wanted is None or found.dialect is not None:
         return None
     try:
         detected = detect(case.checkpoint)
     except ConvertError:
         return None
-    return detected if detected is not None and is_of_another_class(detected.dialect, case.config) else None
+    if detected is None or not is_of_another_class(detected.dialect, case.config, found.wanted, case.shapes):
+        return None
+    return detected
 
 
 def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
@@ -139,9 +144,9 @@ def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
     command: Next | None = None
     if code != UNEXPECTED:
         base = ("--base", case.base.folder) if case.base is not None else ()
-        place = near.argument if near is not None else "DIR"
-        source = ("--weights-from", place) if near is not None or not base else ()
-        command = case.command("repair", *source, *base, out="fixed")
+        source = ("--weights-from", near.argument) if near is not None else ()
+        known = case.command("repair", *source, *base, out="fixed")
+        command = known if source or base else case.elsewhere(names)
     recoverability = LOST if near is None else f"from {near.asked}"
     if code == MISSHAPEN and found.slices is not None and len(ranks_in(case.root.parent)) == found.slices.ranks:
         command, recoverability = Command("gather", (as_argument(str(case.root.parent)), "OUT")), HERE

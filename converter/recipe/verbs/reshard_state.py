@@ -25,6 +25,7 @@ from converter.recipe.verbs.pieces import threads
 from converter.recipe.verbs.run_state import place_of
 from converter.sources.beside import find_beside
 from converter.sources.deepspeed.resharding.plan import MAX_RANKS, plan_resharding
+from converter.sources.deepspeed.resharding.universal import plan_universal
 from converter.sources.deepspeed.state import read_shards
 from converter.sources.finding import kind_of
 from converter.sources.hub.names import as_reference
@@ -37,6 +38,7 @@ from converter.version import __version__
 if TYPE_CHECKING:
     from converter.core.writer.write import Receipt
 
+UNIVERSAL = "universal"
 _OF_TRAINER = re.compile(rf"{re.escape(TRAINER_STATE)}|scheduler\.pt|rng_state(?:_(\d{{1,6}}))?\.pth", re.ASCII)
 """What transformers' Trainer reads beside the shards when it goes on; random states are those of one rank each."""
 _LEFT = re.compile(r".*\.(?:safetensors|bin)|optimizer\.pt", re.ASCII)
@@ -50,6 +52,7 @@ class ReshardRequest:
     world_size: int | None = None
     tag: str | None = None
     stage: int | None = None
+    to: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,7 @@ def reshard_state(
     world_size: int | None = None,
     stage: int | None = None,
     tag: str | None = None,
+    to: str | None = None,
     **writing: Unpack[StateWriting],
 ) -> ReshardedState:
     """Rewrite the state of a training run so that it goes on with another number of ranks.
@@ -103,6 +107,7 @@ def reshard_state(
         out: the folder to write; None: only plan.
         world_size: ranks that are to go on; None: as many as before.
         stage: of ZeRO, 1, 2 or 3; None: that of the run.
+        to: `universal`: DeepSpeed's universal checkpoint, which loads on any number of ranks.
         tag: which checkpoint of the run; None: what its tracker says.
         writing: see `StateWriting`.
 
@@ -113,7 +118,7 @@ def reshard_state(
     """
     options, going = options_of(WriteOptions, writing)
     _expect_state_options(optional(out), options)
-    asked = ReshardRequest(str(src), world_size, tag, stage)
+    asked = ReshardRequest(str(src), world_size, tag, stage, to)
     with allowing(options.allow_name):
         return _resharded(asked, None if out is None else Path(out).expanduser(), options, going)
 
@@ -161,6 +166,13 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
         Refused: a trainer's state that isn't cut by ranks (`reshard-any-ranks`), or that isn't read (`reshard-kind`);
             see `plan_resharding`.
     """
+    if asked.to not in (None, UNIVERSAL) or (asked.to is not None and asked.stage is not None):
+        what = (
+            "--stage has no meaning in a universal checkpoint"
+            if asked.to == UNIVERSAL
+            else f"no --to {show(str(asked.to))}"
+        )
+        raise UsageError("usage", what, expected=UNIVERSAL)
     if asked.world_size is not None and not 1 <= asked.world_size <= MAX_RANKS:
         raise UsageError(
             "usage", f"--world-size {asked.world_size} is not a number of ranks", expected=f"1 to {MAX_RANKS}"
@@ -177,15 +189,23 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
         shards.said.insert(0, f"tag {show(place.folder.name)}: {place.why}")
     ranks = asked.world_size or shards.ranks
     side_files, inputs, said = _beside(place.folder.parent, ranks, keep_code=keep_code)
-    made = plan_resharding(shards, ranks, stage=asked.stage, side_files=side_files, inputs=inputs)
+    if asked.to == UNIVERSAL:
+        made = plan_universal(shards, asked.world_size, side_files=side_files, inputs=inputs)
+    else:
+        made = plan_resharding(shards, ranks, stage=asked.stage, side_files=side_files, inputs=inputs)
     return _with_provenance(dataclasses.replace(made, said=(*made.said, *said)))
 
 
 def _plan_verl(root: Path, asked: ReshardRequest) -> Resharded:
     from converter.sources.verl.step import plan_verl
 
-    if asked.stage is not None or asked.world_size is None:
-        what = "--stage is of ZeRO, and this is a run of verl" if asked.stage is not None else "say --world-size"
+    if asked.stage is not None or asked.to is not None or asked.world_size is None:
+        given = "--stage" if asked.stage is not None else "--to universal"
+        what = (
+            "say --world-size"
+            if given == "--to universal" and asked.to is None
+            else f"{given} is DeepSpeed's, and this is verl's"
+        )
         raise UsageError("usage", what, where=show(asked.src))
     return plan_verl(root, asked.src, asked.world_size, tag=asked.tag)
 

@@ -19,9 +19,7 @@ from typing import Any
 from converter.core.checkpoint import RecordCheck, SideFile
 from converter.core.files.opening import Identity
 from converter.core.files.strict_json import load_json
-from converter.core.formats import torch_zip_writer as torch_zip
 from converter.core.formats.pickle_values import Built
-from converter.core.formats.pickle_writer import write_pickle
 from converter.core.formats.torch_container import Container, read_container
 from converter.core.formats.torch_file import read_torch_file
 from converter.core.formats.torch_tree import changed, saved
@@ -29,7 +27,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.core.writer.shard_plan import ShardPlan
-from converter.core.writer.torch_trees import lay_out_tree
+from converter.core.writer.torch_trees import lay_out_any, lay_out_tree
 from converter.sources.survey import file_names
 from converter.sources.verl.files import FSDP_CONFIG, rank_files
 from converter.sources.verl.meshes import RankMesh, UnknownMesh, is_dtensor, part
@@ -287,10 +285,11 @@ class _Resharding:
             if rank not in names and isinstance(tree, dict):
                 tree = {k: v for k, v in tree.items() if k != RNG}
             file = self._file("extra_state", rank)
-            if _has_storage(tree):
-                shards.append(lay_out_tree(file, tree, source))
+            made = lay_out_any(file, tree, source)
+            if isinstance(made, ShardPlan):
+                shards.append(made)
             else:
-                files[file] = SideFile(content=torch_zip.tensorless(write_pickle(tree, reference=id)))
+                files[file] = SideFile(content=made)
         self._say_random(sorted(names))
         return shards, files
 
@@ -326,17 +325,3 @@ def _stretch(parts: Sequence[LazyTensor], total: int, ranks: int, rank: int) -> 
     found = [tensors.narrow(flat, 0, start, count)] if count else []
     padding = [Filled(TensorInfo(flat.info.dtype, (share - count,)), 0)] if count < share else []
     return tensors.concat([*found, *padding], 0)
-
-
-def _has_storage(tree: Any, depth: int = 0) -> bool:
-    """True where a tree refers to any storage."""
-    match tree:
-        case Built():
-            within = (*tree.args, tree.state, *tree.items)
-        case dict():
-            within = tuple(tree.values())
-        case list() | tuple():
-            within = tuple(tree)
-        case _:
-            return type(tree).__name__ == "Persistent"
-    return depth < 64 and any(_has_storage(each, depth + 1) for each in within)

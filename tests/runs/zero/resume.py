@@ -2,7 +2,8 @@
 
     python tests/runs/zero/resume.py JOBS --ranks 4
 
-JOBS is a JSON list of {"do": "save" | "resume", "run": FOLDER, "case": NAME, "stage": N, "out": FOLDER}. All ranks
+JOBS is a JSON list of {"do": "save" | "resume", "run": FOLDER, "case": NAME, "stage": N, "out": FOLDER}, and
+`"universal": true` of a universal checkpoint. All ranks
 together see the same batches whatever their number, so that losses of runs on different numbers can be compared.
 
 - `save` trains two steps, saves, writes what lived to `oracle.safetensors`, goes on for five steps and writes their
@@ -83,7 +84,7 @@ def work(jobs: Path) -> None:
         out = Path(job["out"])
         out.mkdir(parents=True, exist_ok=True)
         try:
-            resume(Path(job["run"]), out, case, job["stage"])
+            resume(Path(job["run"]), out, case, job["stage"], universal=job.get("universal", False))
         except Exception:
             (out / "error.txt").write_text(traceback.format_exc())
             print(f"{out}: rank {dist.get_rank()} failed", flush=True)
@@ -91,7 +92,7 @@ def work(jobs: Path) -> None:
             os._exit(1)
 
 
-def start(case: Case, stage: int, *, changed: bool) -> tuple[Any, Any]:
+def start(case: Case, stage: int, *, changed: bool, universal: bool = False) -> tuple[Any, Any]:
     """An engine, and its module; changed: with other numbers than those that are going to be loaded."""
     import deepspeed
     import torch
@@ -105,13 +106,18 @@ def start(case: Case, stage: int, *, changed: bool) -> tuple[Any, Any]:
         torch.manual_seed(1)
         same = build(case.model)[0].state_dict()
         model.load_state_dict({n: t for n, t in same.items() if "lora_" not in n}, strict=False)
+    if universal:
+        # DeepSpeed loads what was trained, and leaves the rest as the model was built.
+        torch.manual_seed(1)
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        same = build(case.model)[0].state_dict()
+        model.load_state_dict({n: t for n, t in same.items() if n not in trained}, strict=False)
     # What is loaded has to bring its own settings.
     rate = 1.0 if changed else 1e-2
     optimizer = torch.optim.AdamW([{"params": g, "weight_decay": 0.1 * i} for i, g in enumerate(groups)], lr=rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings(case, stage)
-    )
+    config = settings(case, stage) | ({"checkpoint": {"load_universal": True}} if universal else {})
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine, model
 
 
@@ -165,12 +171,12 @@ def save(folder: Path, name: str, case: Case, stage: int) -> None:
     engine.destroy()
 
 
-def resume(folder: Path, out: Path, case: Case, stage: int) -> None:
+def resume(folder: Path, out: Path, case: Case, stage: int, *, universal: bool = False) -> None:
     """Load, look at what lives, and five steps."""
     import torch.distributed as dist
     from safetensors.torch import save_file
 
-    engine, _ = start(case, stage, changed=True)
+    engine, _ = start(case, stage, changed=True, universal=universal)
     path, client = engine.load_checkpoint(str(folder), load_module_strict=not case.exclude_frozen)
     if path is None:
         raise RuntimeError("DeepSpeed loaded nothing")

@@ -248,6 +248,8 @@ CONFIGS: dict[str, Breakage] = {
     "tensors-unexpected": Breakage("whole", changed(lambda t: t.update({"odd.weight": t[MATRIX].clone()})), "advice"),
     "tensors-mistyped": Breakage("whole", changed(lambda t: t.update({MATRIX: t[MATRIX].to(torch.int32)})), "advice"),
     "family-unknown": Breakage("whole", config(model_type="unheard-of", architectures=["UnheardOf"]), "told"),
+    "config-refused": Breakage("whole", config(num_attention_heads="many"), "advice"),
+    "architecture-head": Breakage("reward", config(architectures=["LlamaForCausalLM"]), "mended"),
     "pad-is-eos": Breakage("reward", config(pad_token_id=2), "told"),
     "vocabulary-rows": Breakage("whole", config(vocab_size=31), "mended"),
     "end-tokens-lost": Breakage(
@@ -350,6 +352,9 @@ CONFIGS: dict[str, Breakage] = {
     "loader-accepts": Breakage("reward", lambda f: None, "told", ("--for", "trl")),
     "nonfinite": Breakage("whole", at("model.norm.weight", lambda v: v * torch.nan), "values", ("--deep",)),
     "zero-tensors": Breakage("whole", at("model.layers.0.mlp.up_proj.weight", torch.zeros_like), "values", ("--deep",)),
+    "suspicious-values": Breakage(
+        "whole", at("model.layers.0.mlp.up_proj.weight", lambda v: torch.full_like(v, 0.02)), "values", ("--deep",)
+    ),
     "head-untrained": Breakage("reward", at(SCORE, torch.zeros_like), "told", ("--deep",)),
     "head-unmoved": Breakage("reward", unmoved, "values", ("--deep",), name="checkpoint-2"),
     "merged-equals-base": Breakage(

@@ -45,15 +45,10 @@ def plan_resharding(
     Raises:
         Refused: see `read_training`; layouts in which a rank's file holds more than its share (`zero-experts`).
     """
-    _expect_plain(shards)
-    rules = _rules(shards)
-    training = read_training(shards, rules)
+    run = read_run(shards, ranks, stage)
     tag = shards.folder.name
-    ranks, stage = ranks or shards.ranks, stage or shards.stage
-    if stage != shards.stage:
-        _expect_movable(shards)
-        training = stages.with_frozen(shards, training)
-    files = _files(_Run(shards, training, rules, ranks, stage))
+    ranks, stage = run.ranks, run.stage
+    files = _files(run)
     laid_out = tuple(lay_out_tree(f"{tag}/{name}", tree, source) for name, (tree, source) in files.items())
     checks = checks_of((e.tensor for s in laid_out for e in s.entries), shards.checks)
     beside = {**side_files, LATEST: SideFile(content=tag.encode())}
@@ -70,6 +65,22 @@ def plan_resharding(
         'engine.load_checkpoint("{out}")',
         shards.digest,
     )
+
+
+def read_run(shards: Shards, ranks: int | None, stage: int | None) -> Run:
+    """A run's state, and what it is to become; None: as it is.
+
+    Raises:
+        Refused: see `plan_resharding`.
+    """
+    _expect_plain(shards)
+    rules = _rules(shards)
+    training = read_training(shards, rules)
+    ranks, stage = ranks or shards.ranks, stage or shards.stage
+    if stage != shards.stage:
+        _expect_movable(shards)
+        training = stages.with_frozen(shards, training)
+    return Run(shards, training, rules, ranks, stage)
 
 
 def batch_words(config: Any, before: int, after: int) -> str | None:
@@ -114,7 +125,7 @@ def _expect_movable(shards: Shards) -> None:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """A run, and what it is to become."""
 
     shards: Shards
@@ -147,15 +158,18 @@ class _Run:
         return trees.optimizer_of_stages_1_and_2(*given, is_lean=is_lean), own
 
 
-def _files(run: _Run) -> dict[str, tuple[Any, Container]]:
-    """Trees by file name, each with the file that it was taken from."""
+def model_files(run: Run) -> dict[str, tuple[Any, Container]]:
+    """The model files' trees by name, each with the file that it was taken from: in stage 3 one a rank."""
     shards = run.shards
     if shards.stage == 3:
         expect_one_step(shards, shards.files.models)
     whole = _PREFIX.sub("", shards.model_file())
-    files: dict[str, tuple[Any, Container]] = {} if run.stage == 3 else {whole: run.model(0)}
-    for rank in range(run.ranks):
-        if run.stage == 3:
-            files[f"zero_pp_rank_{rank}_{whole}"] = run.model(rank)
-        files[_RANK.sub(str(rank), shards.files.optimizers[0])] = run.optimizer(rank)
-    return files
+    if run.stage != 3:
+        return {whole: run.model(0)}
+    return {f"zero_pp_rank_{rank}_{whole}": run.model(rank) for rank in range(run.ranks)}
+
+
+def _files(run: Run) -> dict[str, tuple[Any, Container]]:
+    """Trees by file name, each with the file that it was taken from."""
+    first = run.shards.files.optimizers[0]
+    return model_files(run) | {_RANK.sub(str(rank), first): run.optimizer(rank) for rank in range(run.ranks)}
