@@ -67,6 +67,10 @@ class ConvertError(Exception):
             parts.append(f"To go on all the same: --allow {self.code}")
         return "\n  ".join(parts)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that it comes whole out of another process."""
+        return _again, (type(self), self.what, dict(self.__dict__))
+
     @property
     def diagnostic(self) -> Diagnostic:
         """The same as a value."""
@@ -98,6 +102,12 @@ class ConvertError(Exception):
             "consent": self.consent,
             "exit_code": self.exit_code,
         }
+
+
+def _again(kind: type[ConvertError], what: str, state: dict[str, Any]) -> ConvertError:
+    error = kind.__new__(kind, what)
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(ConvertError):

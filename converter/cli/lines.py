@@ -166,7 +166,7 @@ def _work(entry: Entry, adapter_folders: set[str]) -> str:
     """The word for what happens to one tensor."""
     from converter.core.tensors.nodes import Apply, Cast, Filled
 
-    if entry.runs is not None:
+    if entry.runs is not None and not (isinstance(entry.tensor, Filled) and entry.length):
         from_adapter = any(run.file.rpartition("/")[0] in adapter_folders for run in entry.runs)
         return "from adapter" if from_adapter else "copied"
     match entry.tensor:

@@ -373,6 +373,15 @@ class HeadFlags(Conversion):
         typer.Option(help="A fresh head where SRC has none; it has learnt nothing.", show_default=False),
     ] = None
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of --init-head normal.")] = 0
+    tp: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With --to megatron: tensor-parallel ranks that the vocabulary is padded for.",
+            show_default=False,
+        ),
+    ] = None
 
     @property
     def plain(self) -> HeadOptions:

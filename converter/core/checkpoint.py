@@ -131,6 +131,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         one_file: the main weights must be in one file, however large: what loads them reads no index.
         stem: how the name of the main weight file begins, where a program looks for another one than the usual.
         under: keys of the dictionaries that a distributed checkpoint has the model in.
+        boxes: by name, how many leading dimensions of a tensor such a checkpoint has index by index; absent: none.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -157,6 +158,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     one_file: bool = False
     stem: str = ""
     under: tuple[str, ...] = ()
+    boxes: Mapping[str, int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LazyTensor:
         """The lazy tensor of that name; `converter.to_torch` reads its values."""

@@ -29,6 +29,9 @@ DIALECT = Dialect(
         Serves("nemo-rl", ("actor",), launch="policy.model_name={out}"),
         Serves("roll", ("actor",), launch="pretrain: {out}"),
         Serves("vllm", ("actor",), launch="vllm serve {out}"),
+        Serves(
+            "megatron", ("actor",), launch="--load {out} --ckpt-format torch_dist --finetune", lays_out="to-megatron"
+        ),
         Serves("trlx", ("actor",), "0.7", "0.7.0", launch="model.model_path={out}"),
     ),
     evidence=(Evidence("experiment", "transformers 4.46 and 5.23"),),

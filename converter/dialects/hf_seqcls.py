@@ -82,6 +82,13 @@ DIALECT = Dialect(
             launch="vllm serve {out} --runner pooling",
             goes_by_class="does not know that class",
         ),
+        Serves(
+            "megatron",
+            ("reward", "critic"),
+            labels=True,
+            launch="--load {out} --ckpt-format torch_dist --finetune",
+            lays_out="to-megatron",
+        ),
         Serves("nemo-rl", ("reward",), launch="env.reward_model.model_name={out}"),
         Serves(
             "roll",

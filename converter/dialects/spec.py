@@ -146,6 +146,7 @@ class Serves:
         launch_options: options that together give it away, where no word does.
         launch_keys: keys of a YAML file of which one gives it away.
         launch_roles: options that name a model's folder, and what it is used as.
+        lays_out: the step that makes the trainer's own files of the model, where it reads no folder of transformers'.
         probe: the script that runs the trainer's own loader: a file of `examine/verify/probes`, or a module of the
             package that the dialect is from (`my_package.probe_mine`).
     """
@@ -169,6 +170,7 @@ class Serves:
     launch_keys: tuple[str, ...] = ()
     launch_roles: tuple[tuple[str, Role], ...] = ()
     probe: str = ""
+    lays_out: str = ""
 
     def launch_line(self, path: str) -> str:
         """The line to type, with the folder as a word of a shell or of Python; empty where none is known."""

@@ -104,8 +104,8 @@ def write_to_hub(
         kept = stage.resume(summary, plan.provenance, fresh=not resume)
         names = {s.file for s in plan.shards} | plan.side_files.keys()
         expect_no_stale(names, make_repository(where), where)
-        with InputFiles(plan.inputs) as files, one_thread_each(plan), reading_through(plan):
-            sender = _Sender(plan, where, stage, files, reporter, jobs, budget, verify=verify)
+        with InputFiles(plan.inputs) as files, one_thread_each(plan) as ready, reading_through(plan):
+            sender = _Sender(plan, where, stage, files, reporter, jobs, budget, ready, verify=verify)
             reporter.start(plan.total_bytes, len(plan.shards))
             for shard in plan.shards:
                 sender.send(shard, kept.get(shard.file))
@@ -158,13 +158,15 @@ class _Sender:
         reporter: Reporter,
         jobs: int,
         budget: int,
+        ready: Callable[[], object],
         *,
         verify: bool,
     ) -> None:
         from huggingface_hub import HfApi
 
         self._plan, self._where, self._stage, self._files = plan, where, stage, files
-        self._reporter, self._jobs, self._budget, self._verify = reporter, jobs, budget, verify
+        self._reporter, self._jobs, self._verify = reporter, jobs, verify
+        self._budget, self._ready = budget, ready
         self._api = HfApi(token=where.token)
         self.lines: dict[str, Mapping[str, Any]] = {}
         self.ready: dict[str, Callable[[], Any]] = {}
@@ -186,9 +188,8 @@ class _Sender:
         if line is not None and is_still_there(shard, line, self._stage.folder):
             self._skip(shard, resumed=True)
         else:
-            line = ShardWriter(self._stage, self._files, self._reporter, self._budget).write([shard], self._jobs)[
-                shard.file
-            ]
+            writer = ShardWriter(self._stage, self._files, self._reporter, self._budget, self._ready)
+            line = writer.write([shard], self._jobs)[shard.file]
         if self._verify:
             alone = dataclasses.replace(self._plan, shards=(shard,), side_files={})
             reread, recomputed = check_written(alone, self._stage.folder, self._files)
@@ -263,7 +264,7 @@ def _source_of(shard: ShardPlan) -> sparse.SparseFile | None:
     runs = [run for entry in shard.entries for run in entry.runs or ()]
     if not runs or shard.is_torch or any(e.runs is None for e in shard.entries) or len({r.file for r in runs}) > 1:
         return None
-    file = sparse.at(runs[0].file)
+    file = sparse.at(runs[0].file) if runs[0].file else None
     if file is None or file.size != shard.size or shard.tail:
         return None
     for entry in shard.entries:

@@ -8,6 +8,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from converter.core.writer.reporter import Reporter
 
 
@@ -142,6 +144,7 @@ class HeadOptions(WriteOptions):
         label_weights: sum the rows of a head with these weights, as `-1,1`.
         init_head: a fresh head where the source has none.
         seed: of `init_head="normal"`.
+        tp: tensor-parallel ranks that a vocabulary is padded for, where the trainer's files are padded.
     """
 
     source: str | None = None
@@ -157,6 +160,7 @@ class HeadOptions(WriteOptions):
     label_weights: str | None = None
     init_head: str | None = None
     seed: int = 0
+    tp: int | None = None
 
 
 @dataclass(frozen=True)
@@ -165,4 +169,5 @@ class Going:
 
     dry_run: bool = False
     reporter: Reporter | None = None
+    executor: Executor | None = None
     on_plan: Callable[[Any], None] | None = None

@@ -63,7 +63,12 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
         if name != SOURCE and is_over_base and SOURCE not in recorded:
             compare_base(opened[SOURCE], other, context)
     checkpoint = opened[SOURCE]
+    is_laid_out = False
     for converter in instantiate(recipe, opened):
+        if getattr(converter, "lays_out", False):
+            # What it makes has names that no class of transformers asks for.
+            expect_whole(checkpoint, context)
+            is_laid_out = True
         checkpoint = converter(checkpoint, context)
     for name, other in opened.items():
         if name != SOURCE:
@@ -79,7 +84,8 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
     sparse.expect_all_read()
     if lost := unaccounted(list(opened.values()), checkpoint):
         raise Refused("unaccounted", f"tensors of the inputs would be lost: {lost}")
-    expect_whole(checkpoint, context)
+    if not is_laid_out:
+        expect_whole(checkpoint, context)
     expect_adapter_fits(checkpoint, list(opened.values()), context)
     output = recipe.output
     if output.link_unchanged and (output.layout == "pack" or output.max_shard_size is not None):

@@ -26,7 +26,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gather import MAKER, Run, has_deepspeed, median, table, timed, warm
+from measuring import Run, has_deepspeed, timed, warm
+from measuring import middle as median
+from run import ZERO, table
 
 RANKS = 8
 PEER = "deepspeed.checkpoint.ds_to_universal"
@@ -86,14 +88,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
         for hidden in given.hidden:
             folder = Path(scratch) / str(hidden)
-            maker = [sys.executable, str(MAKER), str(folder / "run"), "--stage", "3", "--moments"]
+            maker = [sys.executable, str(ZERO), str(folder / "run"), "--stage", "3", "--moments"]
             subprocess.run([*maker, "--hidden", str(hidden)], check=True)
             ways = commands(folder, given.peer_python)
             runs = compare(folder, given.rounds, {w: c for w, c in ways.items() if has_peer or w != "ds_to_universal"})
             size = sum(p.stat().st_size for p in (folder / "run").rglob("*.pt"))
             shutil.rmtree(folder)
             print(f"\nZeRO-3, 4 to {RANKS} ranks, {size / 1e6:.0f} MB, {len(os.sched_getaffinity(0))} cores")
-            print("\n".join(table(runs)))
+            print("\n".join(table({str(hidden): runs})))
             figures = ratios(runs)
             print("\n".join(f"{value:8.2f} {what}" for what, value in figures.items()), flush=True)
             listed = {w: [vars(r) for r in found] for w, found in runs.items()}

@@ -293,7 +293,7 @@ def test_a_signal_while_writing_exits_with_one_line_and_the_same_command_resumes
     interrupted = (
         "import os, signal, sys, converter.core.writer.shard_writer as e\n"
         "copy, once = e.copy_run, [1]\n"  # a second signal ends the process at once, as it should
-        f"def stop(*a): once and once.pop() and os.kill(os.getpid(), {int(number)}); return copy(*a)\n"
+        f"def stop(*a, **k): once and once.pop() and os.kill(os.getpid(), {int(number)}); return copy(*a, **k)\n"
         "e.copy_run = stop\n"
         "from converter.cli import main\n"
         "sys.exit(main(sys.argv[1:]))"

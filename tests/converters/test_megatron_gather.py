@@ -152,7 +152,7 @@ def test_what_the_family_has_and_the_checkpoint_lacks_is_missing(tmp_path: Path)
 
 def test_a_family_that_the_table_lacks_is_refused(tmp_path: Path) -> None:
     folder = _without_hf(tmp_path, LLAMA)
-    base = _base(tmp_path, LLAMA, model_type="gemma", architectures=["GemmaForCausalLM"])
+    base = _base(tmp_path, LLAMA, model_type="olmo2", architectures=["Olmo2ForCausalLM"])
     found = _refused("megatron-family", str(folder), str(tmp_path / "out"), "--base", base)
     assert "llama" in found["expected"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -173,19 +174,28 @@ def refusing(number: int) -> Callable[..., int]:
     return call
 
 
-@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_where_the_system_can_not_copy_the_bytes_are_read_and_written(
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY])
+def test_where_the_system_can_not_share_blocks_the_bytes_are_read_and_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(os, "copy_file_range", refusing(number))
+    monkeypatch.setattr(fcntl, "ioctl", refusing(number))
     written(changed(model), tmp_path / "out")
     assert same(load(tmp_path / "out"), reference(model))
 
 
-def test_where_there_is_no_such_call_the_bytes_are_read_and_written(
+def test_a_failing_disk_is_not_taken_for_one_that_shares_no_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_model(save_model(tmp_path / "model", {"large": numbers(100, 1000)}))
+    monkeypatch.setattr(fcntl, "ioctl", refusing(errno.EIO))
+    with pytest.raises(Refused, match="Input/output error"):
+        written(plan_of(checkpoint), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_there_is_no_such_call_the_space_is_not_reserved(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(os, "copy_file_range")
     monkeypatch.delattr(os, "posix_fallocate")
     written(changed(model), tmp_path / "out")
     assert same(load(tmp_path / "out"), reference(model))
@@ -200,19 +210,9 @@ def test_a_file_system_that_can_not_reserve_space_is_written_all_the_same(
 
 
 def test_short_counts_are_normal(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy, write, read = os.copy_file_range, os.pwrite, os.preadv
-    monkeypatch.setattr(os, "copy_file_range", lambda s, d, n, *at: copy(s, d, min(n, 4999), *at))
+    write, read = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:3001], at))
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: read(fd, [buffers[0][:7001]], at))
-    written(changed(model), tmp_path / "out")
-    assert same(load(tmp_path / "out"), reference(model))
-
-
-def test_a_copy_that_stops_early_goes_on_by_reading_and_writing(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some file systems return zero where the file does not end."""
-    monkeypatch.setattr(os, "copy_file_range", lambda *args: 0)
     written(changed(model), tmp_path / "out")
     assert same(load(tmp_path / "out"), reference(model))
 

@@ -56,6 +56,8 @@ def next_commands(done: Converted) -> list[Next]:
     path = out if Path(out).is_absolute() else f"./{Path(out)}"
     if goes_to_hub(out):
         path = as_loaders_take_it(out)
+    if aim.serves.lays_out:
+        return [Command("inspect", (as_argument(out),)), aim.serves.launch_line(path)]
     verify = [as_argument(out), "--for", done.request.to, "--role", aim.role]
     if found.part is None and not done.checkpoint.repaired:  # what was lost in SRC can't be compared with
         verify += ["--against", found.path if found.kind == "training" else done.request.src]

@@ -15,6 +15,7 @@ from converter.cli.run.planned import (
     dry_run,
     finish,
     finish_both,
+    finish_task,
     load_commands,
     missing_output,
     plan_lines,
@@ -114,7 +115,9 @@ def _kept(out: str) -> str:
 
 def _finish(done: Conversion, options: Flags, next_commands: Callable[[Any], Sequence[Next]]) -> None:
     """The screen's last lines, and what to type next."""
-    if done.receipt is None and not done.earlier:
+    if done.receipt is None and done.task is not None:
+        finish_task(done, options.sink)
+    elif done.receipt is None and not done.earlier:
         dry_run(done, options.sink)
     elif done.published is not None:
         finish_on_hub(done, options.sink, next_commands(done))

@@ -126,6 +126,15 @@ def finish(done: Conversion, sink: Sink, commands: Sequence[Next]) -> None:
     )
 
 
+def finish_task(done: Conversion, sink: Sink) -> None:
+    """The screen of a task that did not end the run."""
+    assert done.folder is not None
+    is_there = done.folder.is_dir()
+    state = "the output is there: another task ended the run" if is_there else "other tasks still write; the last ends"
+    sink.screen([line("task", f"{done.task}: its files are written"), line("", state)])
+    sink.json({"out": done.out, "task": str(done.task), "receipt": None, "is_published": is_there})
+
+
 def finish_both(model: Conversion, sink: Sink, next_commands: Callable[[Conversion], Sequence[Next]]) -> None:
     """The same for two outputs."""
     assert model.adapter is not None

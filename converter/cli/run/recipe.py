@@ -14,10 +14,10 @@ from converter.recipe.verbs.run import run_recipe
 from converter.text import show
 
 
-def run(name: str, given: tuple[str, ...], out: str | None, options: Flags) -> int:
+def run(name: str, given: tuple[str, ...], out: str | None, options: Flags, task: str | None) -> int:
     """Run a recipe, with the inputs and the output options that the command line adds."""
     inputs = _inputs(given)
-    own = functools.partial(verb.run, name, out, inputs=inputs)
+    own = functools.partial(verb.run, name, out, inputs=inputs, task=task)
     convert(own, out, options, recipe=lambda: run_recipe(name, inputs, options.plain), input_lines=input_lines)
     return 0
 

@@ -19,6 +19,7 @@ from converter.cli.options import INPUT, Conversion
         "rlhf-convert run ./recipe.yaml ./out",
         "rlhf-convert run merge-reward-lora ./rm --input adapter=./my-adapter",
         "rlhf-convert run ./recipe.yaml ./out --dry-run",
+        "srun -n 8 rlhf-convert run ./recipe.yaml ./out --task auto",
     ),
 )
 def run(
@@ -35,8 +36,18 @@ def run(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="K/N|auto",
+            help="Write the K-th of N shares of the files: N processes, on one file system, make one output, and the "
+            "last one publishes it. auto: as SLURM, torchrun, MPI or Kubernetes say (auto/N where they say no number).",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
     """`rlhf-convert run`."""
     from converter.cli.run.recipe import run
 
-    return run(recipe, tuple(given or ()), options.target(out), options)
+    return run(recipe, tuple(given or ()), options.target(out), options, task)

@@ -9,8 +9,8 @@ from typing import Any
 from converter.converters.gather.peft_names import PeftNames
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
-from converter.core.files.names import ADAPTER_CONFIG
-from converter.core.files.strict_json import load_json
+from converter.core.files.names import ADAPTER_CONFIG, LORA_META
+from converter.core.files.strict_json import load_json, parse_json
 from converter.core.side_files import recorded
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
@@ -19,7 +19,6 @@ from converter.families.words import CLASSIFIERS, LORA_EMBEDDING_PAIR, LORA_MAGN
 from converter.text import fold, show
 
 HEADS = frozenset(CLASSIFIERS)
-LORA_META = "lora_train_meta.json"
 LORA_FILES = frozenset({ADAPTER_CONFIG, LORA_META})
 """Read here; neither goes along with the tensors as it is."""
 
@@ -186,7 +185,10 @@ def recorded_alpha(files: Mapping[str, SideFile], ranks: Collection[int], where:
         Refused: it is of LoRA with another rank than the tensors (`adapter-rank`).
     """
     file = files.get(LORA_META)
-    value = None if file is None or file.source is None else load_json(Path(file.source))
+    if file is not None and file.content is not None:
+        value = parse_json(file.content, where=LORA_META)
+    else:
+        value = None if file is None or file.source is None else load_json(Path(file.source))
     if not isinstance(value, dict):
         return None
     rank, alpha = value.get("r"), value.get("lora_alpha")

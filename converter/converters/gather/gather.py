@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from converter.converters.gather import megatron_lora
 from converter.converters.gather.adapter_config import HEADS, LORA_FILES, adapter_config, head_task, with_folded_heads
-from converter.converters.gather.megatron import from_megatron, refuse_lora
+from converter.converters.gather.megatron import from_megatron
 from converter.converters.gather.peft_names import PeftNames, has_factors, peft_names, without_wrappers
 from converter.converters.gather.ties import without_tied_copies
 from converter.converters.gather.wrappers import (
@@ -71,18 +72,20 @@ class Gather:
             raise UsageError("not-training", text, where=show(checkpoint.origin.asked))
         for said in checkpoint.said:
             context.note("info", "found", said)
+        keys: dict[str, str] = {}
+        if megatron_lora.is_lora(checkpoint.tensors):
+            checkpoint, keys = megatron_lora.with_peft_names(checkpoint, self.base, context)
         names, taken = without_wrappers(checkpoint.tensors)
         if taken:
             context.note("info", "wrappers", "taken off the names: " + ", ".join(f"`{show(t)}`" for t in taken))
         inner = unwrap(names, checkpoint, self.part, context)
         _say_masters({n: checkpoint.tensors[n] for n in (*inner.names, *inner.head)}, context)
-        if is_megatron(inner.names.values()):
-            refuse_lora(inner.names, show(checkpoint.origin.asked))
         if has_factors(inner.names.values()):
             found = peft_names(inner.names, show(checkpoint.origin.asked))
             lora = _Lora(checkpoint, found, context, self.lora_alpha, self.rslora)
             made = lora.merged(self.base) if self.emit == "merged" else lora.adapter(self.base)
-            return inner.placed(made, checkpoint.tensors)
+            left = {keys.get(n, n): why for n, why in made.dropped.items()}
+            return inner.placed(made.replace(dropped=left), checkpoint.tensors)
         if self.emit == "adapter":
             raise Refused(
                 "no-adapter", "the run trained no LoRA: there is no adapter", where=show(checkpoint.origin.asked)

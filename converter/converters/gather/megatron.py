@@ -18,26 +18,8 @@ from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
 from converter.families.megatron.formulas import SizeError, Sizes, sizes_of
 from converter.families.megatron.names import ARGUMENTS_FILE, MTP, Value, layer_count, placed
-from converter.families.megatron.rows import EMBEDDING, OUTPUT, OUTPUT_BIAS, ROWS
+from converter.families.megatron.rows import EMBEDDING, OUTPUT, OUTPUT_BIAS, ROWS, ZERO_CENTRED
 from converter.text import fold, show
-
-_LORA = (".adapter.", ".lora_")
-
-
-def refuse_lora(names: Mapping[str, str], where: str) -> None:
-    """Go on with a model in which no adapter is.
-
-    Raises:
-        Refused: there is one, in Megatron's names (`megatron-lora`).
-    """
-    lora = [n for n in names.values() if any(word in n for word in _LORA)]
-    if lora:
-        raise Refused(
-            "megatron-lora",
-            f"{len(lora)} tensors are LoRA's in Megatron's fused matrices, which is not read: {fold(lora)}",
-            where=where,
-            next="merge or export the adapter with the trainer that wrote it (Megatron-Bridge, ms-swift)",
-        )
 
 
 def from_megatron(found: Checkpoint, context: Context) -> Checkpoint:
@@ -138,7 +120,10 @@ def _expect_same_model(found: Checkpoint, sizes: Sizes, arguments: Mapping[str, 
     Raises:
         Refused: they are not (`megatron-config`), or a layout of values is not read (`megatron-backend`).
     """
-    odd = [key for key in ("rotary_interleaved", "apply_layernorm_1p") if arguments.get(key) is True]
+    keys = ["rotary_interleaved", "apply_layernorm_1p"]
+    if found.config.get("model_type") in ZERO_CENTRED:
+        _expect_centred(arguments.get(keys.pop()), found, context)
+    odd = [key for key in keys if arguments.get(key) is True]
     if odd:
         raise Refused(
             "megatron-backend",
@@ -160,6 +145,24 @@ def _expect_same_model(found: Checkpoint, sizes: Sizes, arguments: Mapping[str, 
             )
             error.consent = True
             context.consent(error)
+
+
+def _expect_centred(is_centred: Value, found: Checkpoint, context: Context) -> None:
+    """Go on where norms of a family that multiplies by 1 + w do so in Megatron too, or the user says so.
+
+    Raises:
+        Refused: they do not, or nothing says whether they do (`megatron-norms`).
+    """
+    if is_centred is True:
+        return
+    kind = show(found.config["model_type"])
+    what = f"norms of a {kind} multiply by 1 + w. "
+    if is_centred is False:
+        what += "The run was without --apply-layernorm-1p (layernorm_zero_centered_gamma), and its weights are 1 + w"
+        step = "export it with the trainer that wrote it"
+        raise Refused("megatron-norms", what, where=show(found.origin.asked), next=step)
+    what += "Whether Megatron's did (layernorm_zero_centered_gamma, which Megatron-Bridge sets) is recorded nowhere"
+    context.consent(Refused("megatron-norms", what, where=show(found.origin.asked)))
 
 
 def _differences(found: Checkpoint, sizes: Sizes, arguments: Mapping[str, Value]) -> list[tuple[str, Any, Any]]:

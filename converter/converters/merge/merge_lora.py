@@ -150,8 +150,8 @@ class _Merge:
         files = trained_files(adapter)
         read = with_trained_files(read_modules(held, where), files, where)
         self.adapters.append(without_trained_files(adapter))
-        trained = classifier(self.base.config, adapter.config)
-        new = {n for n, m in read.modules.items() if is_new_head(m, config, self._names(), trained)}
+        names, trained = self._names(), classifier(self.base.config, adapter.config)
+        new = {n for n, m in read.modules.items() if is_new_head(m, config, names, trained)}
         expect_head(config, bool(new), self.base, trained, where)
         classes = architectures(self.base.config, adapter.config)
         experts = find_experts(read.modules, self.base.tensors, classes, adapter.config, where)
@@ -219,10 +219,11 @@ class _Merge:
 
     def _without_training(self, module: Module, method: Method) -> Module:
         """A module without the factors that only training reads."""
-        left = {name for name in module.factors if name.partition(".")[0] in method.training}
-        keys = {id(tensor): key for adapter in self.adapters for key, tensor in adapter.tensors.items()}
+        if not (left := {name for name in module.factors if name.partition(".")[0] in method.training}):
+            return module
+        keys = {id(t): key for adapter in self.adapters for key, t in adapter.tensors.items()}
         self.dropped |= {keys[id(module.factors[n])]: f"only the training of {method.title} reads it" for n in left}
-        return replace(module, factors={n: t for n, t in module.factors.items() if n not in left}) if left else module
+        return replace(module, factors={n: t for n, t in module.factors.items() if n not in left})
 
     def _below(self, module: Module, rule: NameRule, method: Method) -> dict[str, LazyTensor]:
         """The base's tensors of a module: those that the method needs, and its bias where it has one."""
@@ -317,15 +318,14 @@ class _Merge:
             self.context.note("info", "zero-lora-b", text)
 
     def result(self) -> Checkpoint:
-        out: dict[str, LazyTensor] = dict(self.base.tensors)
+        out, built = dict(self.base.tensors), dict[str, None]()
         untied: list[str] = []
-        built: list[str] = []
         for name in dict.fromkeys([*self.whole.own, *self.whole.rows, *self.updates]):
             group = [name, *self.base.tied_to(name)]
-            if not set(group) & set(built):
+            if not any(n in built for n in group):
                 apart = any(n in self.updates for n in group) or not self.whole.is_tied_still(self.base, group)
                 members = group if apart else [name]
-                built += members
+                built |= dict.fromkeys(members)
                 untied += group if apart and len(group) > 1 else []
                 values = {n: self._merged(n) for n in members}
                 out |= values if apart else {n: values[name] for n in group if n in out or len(group) == 1}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, assert_never
@@ -32,6 +34,26 @@ def on_one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+IMPORT_SWITCH_SECONDS = 0.0005
+"""How long a thread that imports keeps the interpreter from one that copies: for each block that asks three times, and
+Python's own 5 ms would leave copies 15 MB/s."""
+
+
+@contextlib.contextmanager
+def importing_on_one_thread() -> Iterator[Callable[[], object]]:
+    """The same, with torch imported in a thread of its own; yields what waits for it, and raises what it raised."""
+    if "torch" in sys.modules:
+        with on_one_thread():
+            yield lambda: None
+        return
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(IMPORT_SWITCH_SECONDS)
+    with contextlib.ExitStack() as entered, ThreadPoolExecutor(1, thread_name_prefix="torch") as pool:
+        begun = pool.submit(lambda: entered.enter_context(on_one_thread()))
+        begun.add_done_callback(lambda _: sys.setswitchinterval(before))
+        yield begun.result
 
 
 @cache

@@ -6,6 +6,8 @@ import re
 
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+LORA_META = "lora_train_meta.json"
+"""What verl records of an adapter beside its shards: rank, alpha."""
 GENERATION_CONFIG = "generation_config.json"
 
 MODEL_WEIGHTS = "model.safetensors"

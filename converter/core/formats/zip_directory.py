@@ -89,7 +89,8 @@ def value_checksum(tail: bytes) -> list[tuple[int, int]] | None:
     if begin < 0 or size < _ENTRY.size or tail[:4] != _BEHIND:
         return None
     behind = at - begin
-    checksum, others = None, [(4, 8)]
+    checksum: tuple[int, int] | None = None
+    others = [(4, 8)]
     position = begin
     while position + _ENTRY.size <= begin + size:
         entry = _ENTRY.unpack_from(tail, position)

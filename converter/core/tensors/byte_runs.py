@@ -38,7 +38,7 @@ def byte_runs(x: LazyTensor, *, zeros: bool = False) -> tuple[ByteRun, ...] | No
             return byte_runs(x.source, zeros=zeros)
         case Narrow():
             return _cut_runs(x)
-        case Filled() if zeros and x.value == 0:
+        case Filled() if zeros and x.value == 0 and math.copysign(1, x.value) > 0:
             return (ByteRun("", 0, x.info.nbytes),)
         case Concat():
             if math.prod(x.info.shape[: x.dim]) != 1:

@@ -9,13 +9,14 @@ Each tensor is copied or computed into its place as in any other file. Torch loa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from converter.core.formats import torch_zip_writer as torch_zip
 from converter.core.formats.dcp_metadata import Chunk, Entry, KeyPath, Place, default_paths, metadata_pickle
 from converter.core.formats.torch_tree import member
-from converter.core.tensors.nodes import LazyTensor
+from converter.core.tensors.nodes import LazyTensor, narrow
 from converter.core.writer import shard_plan
 from converter.core.writer.shard_plan import ShardPlan, chunk_rows
 from converter.errors import Refused
@@ -54,10 +55,31 @@ def file_name(rank: int) -> str:
     return f"__{rank}_0{SUFFIX}"
 
 
-def whole(tensor: LazyTensor, rank: int) -> Distributed:
-    """A tensor in one box, in the file of a rank."""
+def boxed(tensor: LazyTensor, leading: int = 0) -> list[tuple[tuple[int, ...], LazyTensor]]:
+    """A tensor in one box, or in one for each index of its leading dimensions: each with its offsets."""
     shape = tensor.info.shape
-    return Distributed(shape, (Box((0,) * len(shape), tensor, file_name(rank)),))
+    found: list[tuple[tuple[int, ...], LazyTensor]] = [((), tensor)]
+    for dim in range(leading):
+        found = [((*at, n), narrow(part, dim, n, 1)) for at, part in found for n in range(shape[dim])]
+    return [((*at, *[0] * (len(shape) - len(at))), part) for at, part in found]
+
+
+def in_files(tensors: Mapping[str, list[tuple[tuple[int, ...], LazyTensor]]], limit: int) -> dict[str, Distributed]:
+    """Boxes of each tensor laid into files in order, each of `limit` bytes at most, but for a single larger box."""
+    number, size = 0, 0
+    found = {}
+    for key, parts in tensors.items():
+        boxes = []
+        for offsets, part in parts:
+            nbytes = part.info.nbytes
+            if size and size + nbytes > limit:
+                number, size = number + 1, 0
+            size += nbytes
+            boxes.append(Box(offsets, part, file_name(number)))
+        last, end = parts[-1]
+        shape = tuple(at + n for at, n in zip(last, end.info.shape, strict=True))
+        found[key] = Distributed(shape, tuple(boxes))
+    return found
 
 
 def lay_out_distcp(
@@ -123,7 +145,7 @@ def _file(
     """A file's plan, and offset and length of each tensor's record and of each blob."""
     entries: list[shard_plan.Entry] = []
     places: list[tuple[int, int]] = []
-    several = {key for i, (key, _) in enumerate(items) if any(k == key for k, _ in items[:i])}
+    several = {key for key, count in Counter(key for key, _ in items).items() if count > 1}
     at, head = 0, b""
     for key, box in items:
         archive = torch_zip.archive(torch_zip.MEMBER, [("", box.tensor.info)], member(box.tensor.info))

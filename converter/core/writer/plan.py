@@ -23,7 +23,7 @@ from converter.core.formats.safetensors_io import Header, build_index
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.core.writer import shard_plan
 from converter.core.writer.accounting import checks_of
-from converter.core.writer.distcp import lay_out_distcp, whole
+from converter.core.writer.distcp import boxed, in_files, lay_out_distcp
 from converter.core.writer.shard_plan import Entry, ShardPlan, as_link, lay_out
 from converter.errors import Refused
 from converter.text import fold, format_size, show
@@ -188,7 +188,8 @@ def make_plan(
     config_file = ADAPTER_CONFIG if is_adapter(checkpoint) else MODEL_CONFIG
     files = dict(checkpoint.side_files) | {config_file: SideFile(content=config_content(checkpoint))}
     if checkpoint.container == "distcp":
-        shards, files[METADATA] = _distributed(checkpoint, max_shard_size)
+        place = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
+        shards, files[place + METADATA] = _distributed(checkpoint, max_shard_size)
     else:
         keep = layout == "preserve" or (layout == "auto" and max_shard_size is None and bool(checkpoint.shards))
         shards, index = _files(checkpoint, keep, max_shard_size, linkable or {})
@@ -224,11 +225,12 @@ def _files(
 
 
 def _distributed(checkpoint: Checkpoint, max_shard_size: int | None) -> tuple[tuple[ShardPlan, ...], SideFile]:
-    """The files of a distributed checkpoint, each tensor whole in one of them, and its `.metadata`."""
-    groups = _packed(list(checkpoint.tensors), checkpoint, max_shard_size or DEFAULT_MAX_SHARD_SIZE)
+    """The files of a distributed checkpoint, each tensor whole in one of them or in boxes, and its `.metadata`."""
     start = "".join(f"{word}." for word in checkpoint.under)
-    made = {start + n: whole(checkpoint.tensors[n], number) for number, group in enumerate(groups) for n in group}
-    shards, metadata = lay_out_distcp(made, paths=default_paths(list(made), checkpoint.under))
+    boxes = {n: boxed(t, checkpoint.boxes.get(n, 0)) for n, t in checkpoint.tensors.items()}
+    made = {start + n: each for n, each in in_files(boxes, max_shard_size or DEFAULT_MAX_SHARD_SIZE).items()}
+    paths = default_paths(list(made), checkpoint.under)
+    shards, metadata = lay_out_distcp(made, paths=paths, folder=checkpoint.subfolder)
     return shards, SideFile(content=metadata)
 
 
@@ -272,7 +274,10 @@ def _expect_plain_names(checkpoint: Checkpoint, shards: Sequence[str], files: Ma
     """Names come from steps and dialects, strangers' ones too: none may lead out of the output, or be another's."""
     wrong = [f for f in checkpoint.beside if not _WEIGHT_FILE.fullmatch(f)]
     wrong += [checkpoint.subfolder] if checkpoint.subfolder and not _FOLDER.fullmatch(checkpoint.subfolder) else []
-    taken = {*files, RECEIPT, *(name.partition("/")[0] for name in checkpoint.side_files)}
+    # A distributed checkpoint's own small files lie with its weights.
+    own = f"{checkpoint.subfolder}/" if checkpoint.subfolder and checkpoint.container == "distcp" else "/"
+    around = [name for name in checkpoint.side_files if not name.startswith(own)]
+    taken = {*files, RECEIPT, *(name.partition("/")[0] for name in around)}
     wrong += [f for i, f in enumerate(shards) if f in taken or f in shards[:i]]
     wrong += [checkpoint.subfolder] if checkpoint.subfolder in taken else []
     if wrong:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from converter.core.files.checksums import crc32, joined
 from converter.core.formats import torch_zip_writer as torch_zip
-from converter.core.writer.copying import write_all
+from converter.core.writer.copying import checksum, new_buffer, write_all
 from converter.core.writer.shard_plan import ShardPlan
-
-CHECKSUM_BLOCK = 1 << 20
-"""Bytes held while checksums of a file on disk are taken."""
 
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
@@ -29,19 +26,10 @@ def reserve(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def checksum(fd: int, offset: int, length: int, between: Callable[[], None] = lambda: None) -> int:
-    """CRC-32 of `length` bytes of a file; `between` is called between blocks, and may raise to stop."""
-    found = 0
-    for at in range(offset, offset + length, CHECKSUM_BLOCK):
-        between()
-        found = crc32(os.pread(fd, min(CHECKSUM_BLOCK, offset + length - at), at), found)
-    return found
-
-
 def whole_checksum(fd: int, shard: ShardPlan, sums: Sequence[int]) -> int:
     """CRC-32 of a file whose tensors have the CRC-32 `sums`: joined from them where nothing else lies between."""
     if shard.is_torch:
-        return checksum(fd, 0, shard.size)
+        return checksum(fd, 0, shard.size, buffer=new_buffer())
     found = crc32(shard.header)
     for entry, crc in zip(shard.entries, sums, strict=True):
         found = joined(found, crc, entry.length)
@@ -72,7 +60,8 @@ def is_still_there(shard: ShardPlan, line: Mapping[str, Any], folder: Path) -> b
         if os.fstat(fd).st_size != shard.size or os.pread(fd, len(shard.header), 0) != shard.header:
             return False
         computed = [entry for entry in shard.entries if entry.runs is None]
-        if not all(line["crc"].get(e.name) == [checksum(fd, *at) for at in e.extents] for e in computed):
+        buffer = new_buffer()
+        if not all(line["crc"].get(e.name) == [checksum(fd, *at, buffer=buffer) for at in e.extents] for e in computed):
             return False
         sums = line.get("sums")
         if not isinstance(sums, list) or len(sums) != len(shard.entries):

@@ -13,7 +13,7 @@ from converter.core.formats.torch_tree import member
 from converter.core.tensors import as_json as tensor_json
 from converter.core.tensors import kernel_specs
 from converter.core.tensors.byte_runs import ByteRun, byte_runs, leaves, reads
-from converter.core.tensors.nodes import Apply, Cast, Concat, LazyTensor, Narrow, Reshape, Strided, is_separable
+from converter.core.tensors.nodes import Apply, Cast, Concat, Filled, LazyTensor, Narrow, Reshape, Strided, is_separable
 
 CHUNK_ELEMENTS = 1 << 19
 """Elements of a row chunk, about: 2 MiB in fp32. Smaller ones fit the L2 cache better, but what Python does for each
@@ -47,8 +47,8 @@ class Entry:
 
     @cached_property
     def runs(self) -> tuple[ByteRun, ...] | None:
-        """Where the bytes lie as they are; None where they are computed."""
-        return byte_runs(self.tensor, zeros=self.is_storage)
+        """Where the bytes lie as they are; None where they are computed. Of a head of zeros they lie nowhere."""
+        return byte_runs(self.tensor, zeros=self.is_storage or isinstance(self.tensor, Filled))
 
     @cached_property
     def matrix(self) -> LazyTensor:

@@ -23,8 +23,8 @@ from converter.core.compute.measures import Measures
 from converter.core.files.checksums import crc32, joined
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor, rows
-from converter.core.writer.copying import copy_run, write_all
-from converter.core.writer.shard_files import checksum, close_archive, reserve, whole_checksum
+from converter.core.writer.copying import copy_run, new_buffer, write_all
+from converter.core.writer.shard_files import close_archive, reserve, whole_checksum
 from converter.core.writer.shard_plan import Entry, ShardPlan, chunk_cost
 from converter.core.writer.stage import FILE_MODE, Stage, fsync_folder, make_folders
 
@@ -114,11 +114,14 @@ class _Piece:
 class ShardWriter:
     """Writes shards into a stage with several workers. An exception in any thread stops all; `write` raises it."""
 
-    def __init__(self, stage: Stage, files: InputFiles, reporter: Reporter, budget: int) -> None:
+    def __init__(
+        self, stage: Stage, files: InputFiles, reporter: Reporter, budget: int, ready: Callable[[], object]
+    ) -> None:
         self._stage = stage
         self._files = files
         self._reporter = reporter
         self._budget = budget
+        self._ready = ready
         self._held = 0
         self._room = threading.Condition()
         self._next = threading.Lock()
@@ -169,7 +172,7 @@ class ShardWriter:
             self._room.notify_all()
 
     def _pieces(self, shards: list[ShardPlan]) -> Iterator[_Piece]:
-        """All work in file order; a shard's file is created when its first piece is taken."""
+        """All work, file by file; a shard's file is created when its first piece is taken."""
         for plan in shards:
             shard = self._create(plan)
             work: list[_Piece] = []
@@ -180,7 +183,8 @@ class ShardWriter:
                     shard.jobs[entry.name] = _Job.of(entry, self._files)
                     work += [_Piece(shard, entry, i, start, stop) for i, (start, stop) in enumerate(entry.chunks())]
             shard.pending = len(work)
-            yield from work
+            # Copies first: torch is being imported.
+            yield from sorted(work, key=lambda piece: piece.entry.runs is None)
 
     def _create(self, plan: ShardPlan) -> _Shard:
         path = self._stage.folder / (plan.file + ".tmp")
@@ -194,6 +198,7 @@ class ShardWriter:
         return _Shard(plan, path, fd)
 
     def _work(self, pieces: Iterator[_Piece]) -> None:
+        buffer = new_buffer()
         try:
             while not self._stop.is_set():
                 with self._next:
@@ -201,24 +206,23 @@ class ShardWriter:
                 if piece is None:
                     return
                 if piece.entry.runs is not None:
-                    self._copy(piece)
+                    self._copy(piece, buffer)
                 else:
                     self._compute(piece)
                 self._done(piece.shard)
         except BaseException as error:
             self._fail(error)
 
-    def _copy(self, piece: _Piece) -> None:
-        offset = piece.entry.offset
-        for run in piece.entry.runs or ():
-            copy_run(self._files, run, piece.shard.fd, offset, lambda n: self._advance(piece, n))
-            offset += run.length
-        self._sum(piece)
+    def _copy(self, piece: _Piece, buffer: memoryview) -> None:
+        offset, crc, out = piece.entry.offset, 0, piece.shard.fd
 
-    def _sum(self, piece: _Piece) -> None:
-        """Take the checksum of a copied tensor, from the file: what the kernel copied was never in our hands."""
-        shard, entry = piece.shard, piece.entry
-        shard.sums[entry.name] = checksum(shard.fd, entry.offset, entry.length, self._expect_no_stop)
+        def advance(count: int) -> None:
+            self._advance(piece, count)
+
+        for run in piece.entry.runs or ():
+            crc = copy_run(self._files, run, out, offset, buffer=buffer, start=crc, advance=advance)
+            offset += run.length
+        piece.shard.sums[piece.entry.name] = crc
 
     def _expect_no_stop(self) -> None:
         if self._stop.is_set():
@@ -229,6 +233,7 @@ class ShardWriter:
         whole = piece.start == 0 and piece.stop == (entry.matrix.info.shape or (1,))[0]
         tensor = entry.matrix if whole else rows(entry.matrix, piece.start, piece.stop)
         cost = job.cost(tensor, piece.stop - piece.start)
+        self._ready()
         self._take(cost)
         try:
             with job.lock:

@@ -191,6 +191,18 @@ class Stage:
         self._journal = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         return kept
 
+    def lines_of(self, summary: Mapping[str, str]) -> dict[str, Any] | None:
+        """Journal lines by file; None where there is no journal of this plan. Its owner may be writing it."""
+        lines = self._read_journal()
+        if not lines or lines[0]["plan"] != dict(summary):
+            return None
+        return {line["shard"]: line for line in lines[1:]}
+
+    def expect_plan(self, summary: Mapping[str, str]) -> None:
+        """Refuse a journal of another plan (`stage-differs`); one that is not there is not."""
+        if lines := self._read_journal():
+            self._expect_same_plan(lines[0]["plan"], summary)
+
     def _is_empty(self) -> bool:
         return set(os.listdir(self.folder)) <= {JOURNAL + ".tmp"}
 

@@ -34,6 +34,9 @@ from converter.text import show
 Accept = Callable[[Mapping[str, Measures]], None]
 """Called with every computed tensor's measures before the output is published; raises to stop it."""
 
+Take = Callable[[Stage, Mapping[str, Any]], dict[str, Any]]
+"""Journal lines by file, with the files moved into the stage."""
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -64,6 +67,8 @@ def write(
     resume: bool = True,
     verify: bool = True,
     accept: Accept | None = None,
+    take: Take | None = None,
+    already: int = 0,
 ) -> Receipt:
     """Write a plan's output folder; it appears under its name only once it is whole and checked.
 
@@ -73,6 +78,8 @@ def write(
         overwrite: replace an output that this tool made, after the new one is checked.
         resume: go on where an earlier run of the same plan was stopped.
         accept: a last look at the measures of all computed tensors.
+        take: brings files that other processes wrote into the stage, and is told of those that are there.
+        already: bytes of disk that those files hold.
 
     Raises:
         Refused: the target, the disk, the memory or an input does not allow it; nothing is published. What can be
@@ -86,23 +93,22 @@ def write(
     try:
         if not os.path.lexists(stage.marker):
             check_target(out, plan.inputs, overwrite=overwrite)
-        check_space(plan, out, already=stage.allocated())
+        check_space(plan, out, already=already + stage.allocated())
         stage.open()
         stage.recover(replace=overwrite)
         check_target(out, plan.inputs, overwrite=overwrite)
         kept = stage.resume(plan.summary, plan.provenance, fresh=not resume)
-        with InputFiles(plan.inputs) as files, one_thread_each(plan), reading_through(plan):
-            lines = _write_shards(plan, stage, files, kept, reporter, jobs, budget)
+        kept = kept if take is None else take(stage, kept)
+        with InputFiles(plan.inputs) as files, one_thread_each(plan) as ready, reading_through(plan):
+            writer = ShardWriter(stage, files, reporter, budget, ready)
+            lines = write_shards(plan, stage, kept, reporter, writer, jobs)
             measures = measures_of(plan, lines)
             refuse_new_nonfinite(measures, stage)
             if accept is not None:
                 _accept(accept, measures, stage)
             compare_records(plan.checks, files, jobs)
             content = receipt_content(plan, measures, lines, verified=verify)
-            for shard in plan.linked:
-                stage.link(shard.file, shard.link or "")
-            _write_side_files(plan, stage, files, content)
-            files.check_unchanged()
+            _write_beside(plan, stage, files, content)
             reporter.checking()
             checked = check_written(plan, stage.folder, files) if verify else (0, 0)
         _expect_all_files(plan, stage)
@@ -149,16 +155,19 @@ def system_refused(error: OSError, stage: Stage) -> Refused:
 
 
 @contextlib.contextmanager
-def one_thread_each(plan: Plan) -> Iterator[None]:
-    """Workers share the cores, so each computes on one thread; and results must not depend on how many there are."""
-    if plan.counts["computed"] + plan.counts["filled"] == 0:
-        yield
+def one_thread_each(plan: Plan) -> Iterator[Callable[[], object]]:
+    """Workers share the cores, so each computes on one thread; and results must not depend on how many there are.
+
+    Yields what a worker calls before it computes: it waits for torch, which is imported beside the first copies.
+    """
+    if all(entry.runs is not None for entry in plan.entries):
+        yield lambda: None
         return
-    from converter.core.compute.evaluate import on_one_thread
+    from converter.core.compute.evaluate import importing_on_one_thread
 
     keep_freed_memory()
-    with on_one_thread():
-        yield
+    with importing_on_one_thread() as ready:
+        yield ready
 
 
 def reading_through(plan: Plan) -> contextlib.AbstractContextManager[None]:
@@ -175,14 +184,8 @@ def _accept(accept: Accept, measures: Mapping[str, Measures], stage: Stage) -> N
         raise
 
 
-def _write_shards(
-    plan: Plan,
-    stage: Stage,
-    files: InputFiles,
-    kept: Mapping[str, Any],
-    reporter: Reporter,
-    jobs: int,
-    budget: int,
+def write_shards(
+    plan: Plan, stage: Stage, kept: Mapping[str, Any], reporter: Reporter, writer: ShardWriter, jobs: int
 ) -> dict[str, dict[str, Any]]:
     """Journal lines of all shards, by file; those of an earlier run are checked against what is on disk."""
     reporter.start(plan.total_bytes, len(plan.written))
@@ -196,7 +199,7 @@ def _write_shards(
             reporter.shard_done(shard.file, shard.size, True)
         else:
             todo.append(shard)
-    return lines | ShardWriter(stage, files, reporter, budget).write(todo, jobs)
+    return lines | writer.write(todo, jobs)
 
 
 def measures_of(plan: Plan, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Measures]:
@@ -256,6 +259,14 @@ def _checksums(shard: ShardPlan, line: Mapping[str, Any]) -> dict[str, Any]:
 def receipt_text(receipt: Mapping[str, Any]) -> bytes:
     """The receipt as a file."""
     return (json.dumps(receipt, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _write_beside(plan: Plan, stage: Stage, files: InputFiles, receipt: Mapping[str, Any]) -> None:
+    """Links, side files and the receipt; after them no input is read but for the check."""
+    for shard in plan.linked:
+        stage.link(shard.file, shard.link or "")
+    _write_side_files(plan, stage, files, receipt)
+    files.check_unchanged()
 
 
 def _write_side_files(plan: Plan, stage: Stage, files: InputFiles, receipt: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converter.core.tensors.nodes import LazyTensor, concat, narrow, reshape
+from converter.core.tensors.dtypes import TensorInfo
+from converter.core.tensors.nodes import Filled, LazyTensor, concat, narrow, reshape
 from converter.families.megatron.rows import Formula, Row
 
 
@@ -61,6 +62,58 @@ def parts(row: Row, tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
         SizeError: it has other rows than the sizes imply.
     """
     return _FORMULAS[row.formula](row.theirs, tensor, sizes)
+
+
+def joined(row: Row, held: Mapping[str, LazyTensor], sizes: Sizes, *, rows: int) -> LazyTensor:
+    """Megatron's tensor of those that transformers has, by the names of the row: what `parts` takes apart.
+
+    Args:
+        rows: of the vocabulary, with padding; rows that no token has are zero.
+
+    Raises:
+        SizeError: they have other rows than the sizes imply.
+    """
+    if row.formula in ("experts", "expert-halves"):
+        count = sum(1 for n in held) // len(row.theirs)
+        each = [
+            _joined(row.formula, tuple(n.replace("{E}", str(e)) for n in row.theirs), held, sizes, rows)
+            for e in range(count)
+        ]
+        return concat([reshape(t, (1, *t.info.shape)) for t in each], 0)
+    return _joined(row.formula, row.theirs, held, sizes, rows)
+
+
+def _joined(
+    formula: Formula, names: tuple[str, ...], held: Mapping[str, LazyTensor], sizes: Sizes, rows: int
+) -> LazyTensor:
+    found = [held[n] for n in names]
+    if formula == "vocabulary":
+        return _padded(found[0], sizes, rows)
+    if formula == "qkv":
+        return _fused(found, sizes)
+    if len(found) == 2 and found[0].info != found[1].info:
+        shapes = " and ".join(str(list(t.info.shape)) for t in found)
+        raise SizeError(f"gate and up projection have the shapes {shapes}")
+    return concat(found, 0) if len(found) > 1 else found[0]
+
+
+def _padded(tensor: LazyTensor, sizes: Sizes, rows: int) -> LazyTensor:
+    have = _rows(tensor)
+    if have != sizes.vocabulary:
+        raise SizeError(f"it has {have} rows, and config.json a vocabulary of {sizes.vocabulary}")
+    if rows == have:
+        return tensor
+    empty = TensorInfo(tensor.info.dtype, (rows - have, *tensor.info.shape[1:]))
+    return concat([tensor, Filled(empty, 0)], 0)
+
+
+def _fused(found: list[LazyTensor], sizes: Sizes) -> LazyTensor:
+    """Each group's queries, its key and its value."""
+    each = (sizes.heads // sizes.groups * sizes.head, sizes.head, sizes.head)
+    if [_rows(t) for t in found] != [sizes.groups * n for n in each]:
+        many = f"{sizes.heads} heads in {sizes.groups} groups of {sizes.head}"
+        raise SizeError(f"queries, keys and values have {[_rows(t) for t in found]} rows, and config.json {many}")
+    return concat([narrow(t, 0, g * n, n) for g in range(sizes.groups) for t, n in zip(found, each, strict=True)], 0)
 
 
 def _same(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:

@@ -10,7 +10,8 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.families.megatron.formulas import SizeError, Sizes, parts
 from converter.families.megatron.rows import Row
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.", re.ASCII)
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.", re.ASCII)
+"""What the key of a layer that lies apart begins with."""
 _OF_MEGATRON = re.compile(
     r"embedding\.word_embeddings\.weight|decoder\.final_layernorm\.weight|"
     r"decoder\.layers\.(?:\d+\.)?(?:self_attention\.linear_|mlp\.(?:linear_fc|experts\.experts\.)).+",
@@ -33,12 +34,12 @@ def is_megatron(names: Iterable[str]) -> bool:
 
 def is_stacked(names: Iterable[str]) -> bool:
     """True where the layers of a model are one tensor each kind, as they lie in a file."""
-    return any(n.startswith("decoder.layers.") and _LAYER.match(n) is None for n in names)
+    return any(n.startswith("decoder.layers.") and LAYER.match(n) is None for n in names)
 
 
 def layer_count(names: Iterable[str]) -> int:
     """How many layers there are, by the highest number."""
-    return max((int(m[1]) + 1 for n in names if (m := _LAYER.match(n)) is not None), default=0)
+    return max((int(m[1]) + 1 for n in names if (m := LAYER.match(n)) is not None), default=0)
 
 
 @dataclass
@@ -63,9 +64,9 @@ def placed(held: Mapping[str, LazyTensor], rows: Collection[Row], sizes: Sizes) 
     by_key = {key: row for row in rows for key in (row.ours, *row.others)}
     found = Placed()
     for name, tensor in held.items():
-        match = _LAYER.match(name)
+        match = LAYER.match(name)
         number = "" if match is None else match[1]
-        row = by_key.get(name if match is None else _LAYER.sub("decoder.layers.{N}.", name, count=1))
+        row = by_key.get(name if match is None else LAYER.sub("decoder.layers.{N}.", name, count=1))
         if row is None:
             found.unknown.append(name)
             continue

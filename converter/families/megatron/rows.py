@@ -11,6 +11,7 @@ transformer/attention.py, transformer/multi_latent_attention.py, transformer/mlp
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -28,12 +29,14 @@ class Row:
         ours: the key.
         theirs: names on disk; of `halves` gate and up, of `qkv` query, key and value.
         others: keys that mean the same.
+        layers: the layers whose tensor is written by this row, where two rows have the same of transformers.
     """
 
     ours: str
     formula: Formula
     theirs: tuple[str, ...]
     others: tuple[str, ...] = ()
+    layers: Literal["all", "dense", "experts"] = "all"
 
 
 _OURS, _THEIRS = "decoder.layers.{N}.", "model.layers.{N}."
@@ -69,10 +72,8 @@ _QK_NORM = (
     _layer("self_attention.q_layernorm.weight", "same", "self_attn.q_norm.weight"),
     _layer("self_attention.k_layernorm.weight", "same", "self_attn.k_norm.weight"),
 )
-_AFTER_ATTENTION = _layer(
-    "mlp.linear_fc1.layer_norm_weight", "same", "post_attention_layernorm.weight",
-    others=("pre_mlp_layernorm.weight",),
-)  # fmt: skip
+_BEFORE_DENSE, _BEFORE_EXPERTS = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
+_AFTER_ATTENTION = _layer(_BEFORE_DENSE, "same", "post_attention_layernorm.weight", others=(_BEFORE_EXPERTS,))
 _MLP = (
     _AFTER_ATTENTION,
     _layer("mlp.linear_fc1.weight", "halves", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
@@ -101,10 +102,17 @@ def _shared(theirs: str) -> tuple[Row, ...]:
     )
 
 
-_MOE = (_AFTER_ATTENTION, *_experts("mlp", "gate_proj", "up_proj", "down_proj"))
+_AROUND_EXPERTS = (
+    dataclasses.replace(_AFTER_ATTENTION, layers="dense"),
+    Row(_OURS + _BEFORE_EXPERTS, "same", _AFTER_ATTENTION.theirs, (_OURS + _BEFORE_DENSE,), layers="experts"),
+)
+_MOE = (*_AROUND_EXPERTS, *_experts("mlp", "gate_proj", "up_proj", "down_proj"))
 _EXPERT_BIAS = (_layer("mlp.router.expert_bias", "same", "mlp.gate.e_score_correction_bias"),)
 _LATENT = (
-    _ATTENTION[0],
+    _layer(
+        "input_layernorm.weight", "same", "input_layernorm.weight",
+        others=("self_attention.linear_qkv.layer_norm_weight",),
+    ),
     _layer("self_attention.linear_q_proj.weight", "same", "self_attn.q_proj.weight"),
     _layer("self_attention.linear_q_down_proj.weight", "same", "self_attn.q_a_proj.weight"),
     _layer("self_attention.linear_q_up_proj.weight", "same", "self_attn.q_b_proj.weight"),
@@ -125,12 +133,22 @@ _DENSE_FIRST = _MLP[1:]
 _MIXTURE = (*_ENDS, *_ATTENTION, *_MOE)
 _LATENT_MIXTURE = (*_ENDS, *_LATENT, *_MOE, *_DENSE_FIRST, *_shared("shared_experts"))
 
+_AROUND_BLOCKS = (
+    _layer("self_attention.linear_proj.post_layernorm.weight", "same", "post_attention_layernorm.weight"),
+    _layer("mlp.linear_fc1.layer_norm_weight", "same", "pre_feedforward_layernorm.weight"),
+    _layer("mlp.linear_fc2.post_layernorm.weight", "same", "post_feedforward_layernorm.weight"),
+)
+"""Norms before and behind each block. Source: Megatron-Bridge 932b713, models/gemma/gemma2_bridge.py."""
+
 ROWS: Mapping[str, tuple[Row, ...]] = {
     "llama": _DENSE,
     "mistral": _DENSE,
     "qwen2": (*_DENSE, *_QKV_BIAS),
     "qwen3": (*_DENSE, *_QK_NORM),
-    "mixtral": (*_ENDS, *_ATTENTION, _AFTER_ATTENTION, *_experts("block_sparse_moe", "w1", "w3", "w2")),
+    "gemma": _DENSE,
+    "gemma2": (*_ENDS, *_ATTENTION, *_AROUND_BLOCKS, *_MLP[1:]),
+    "gemma3_text": (*_ENDS, *_ATTENTION, *_AROUND_BLOCKS, *_MLP[1:], *_QK_NORM),
+    "mixtral": (*_ENDS, *_ATTENTION, *_AROUND_EXPERTS, *_experts("block_sparse_moe", "w1", "w3", "w2")),
     "qwen2_moe": (
         *_MIXTURE, *_DENSE_FIRST, *_QKV_BIAS, *_shared("shared_expert"),
         _layer("mlp.shared_experts.gate_weight", "same", "mlp.shared_expert_gate.weight"),
@@ -143,5 +161,9 @@ ROWS: Mapping[str, tuple[Row, ...]] = {
     ),
 }  # fmt: skip
 """Rows by `model_type`."""
+
+ZERO_CENTRED = frozenset({"gemma", "gemma2", "gemma3_text"})
+"""Families whose norms multiply by 1 + w. With `layernorm_zero_centered_gamma` Megatron's do so too, and the weights
+are the same; without it they would be 1 more."""
 
 EMBEDDING, OUTPUT, OUTPUT_BIAS = "embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"

@@ -15,10 +15,13 @@ from converter.recipe.verbs.pieces import threads
 from converter.text import parse_size, show
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from converter.core.checkpoint import Checkpoint
     from converter.core.context import Note
     from converter.core.writer.plan import Plan
     from converter.core.writer.reporter import Reporter
+    from converter.core.writer.tasks import Task
     from converter.core.writer.write import Accept, Receipt
     from converter.publish.requests import Destination
     from converter.publish.write import Published
@@ -43,6 +46,7 @@ class Conversion:
         destination: the repository that it goes to, and `account` whose it is.
         adapter: of two outputs the other one, in `OUT-adapter`.
         earlier: an earlier run wrote it, and it was compared with the plan.
+        task: which share of it this process wrote; `receipt` is then that of the one process that ended the run.
     """
 
     prepared: Prepared
@@ -54,6 +58,7 @@ class Conversion:
     account: str = ""
     adapter: Conversion | None = None
     earlier: bool = False
+    task: Task | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -104,12 +109,18 @@ def memory_of(options: WriteOptions) -> int | None:
 
 
 def convert_recipe(
-    recipe: Recipe, out: str | None, options: WriteOptions, going: Going, made: Callable[[Prepared], C]
+    recipe: Recipe,
+    out: str | None,
+    options: WriteOptions,
+    going: Going,
+    made: Callable[[Prepared], C],
+    task: Task | None = None,
 ) -> C:
     """Plan a recipe and write it; only planned where there is no `out`, and in a dry run.
 
     Args:
         made: the result, of what was prepared.
+        task: write this share of the files; whoever is last ends the run.
 
     Raises:
         UsageError, Refused, VerificationFailed: see `prepare`, `write` and `write_to_hub`.
@@ -122,14 +133,32 @@ def convert_recipe(
         from converter.core.writer.preflight import check_target
 
         # Before any input is opened: a mistyped output shall not cost a download.
-        check_target(target, (), overwrite=options.overwrite)
+        if task is None:  # else another task may have made it
+            check_target(target, (), overwrite=options.overwrite)
     planned = dataclasses.replace(made(prepared_of(recipe, options)), out=out)
     if going.on_plan is not None:
         going.on_plan(planned)
     if out is None or going.dry_run:
         _expect_room(planned)
         return planned
+    if task is not None:
+        return dataclasses.replace(planned, receipt=_write_task(planned, going, task), task=task)
     return dataclasses.replace(planned, receipt=write_folder(planned, going))
+
+
+def _write_task(planned: Conversion, going: Going, task: Task) -> Receipt | None:
+    from converter.core.writer.reporter import Silent
+    from converter.core.writer.tasks import write_task
+    from converter.recipe.run import refuse_no_op
+
+    assert planned.folder is not None
+    _expect_folders(planned.plan, "--task")
+    options = planned.options
+    return write_task(
+        planned.plan, planned.folder, task, reporter=going.reporter or Silent(), jobs=planned.jobs,
+        memory=planned.memory, overwrite=options.overwrite, resume=options.resume, verify=options.verify,
+        accept=lambda measures: refuse_no_op(planned.prepared, measures),
+    )  # fmt: skip
 
 
 def prepared_of(recipe: Recipe, options: WriteOptions) -> Prepared:
@@ -173,6 +202,8 @@ def write_plan(
 
     if out is None or goes_to_hub(str(out)):
         raise _no_folder()
+    if going.executor is not None:
+        return _write_with(going.executor, plan, Path(out).expanduser(), options, going, accept)
     return write(
         plan,
         Path(out).expanduser(),
@@ -186,11 +217,37 @@ def write_plan(
     )
 
 
+def _write_with(
+    executor: Executor, plan: Plan, out: Path, options: WriteOptions, going: Going, accept: Accept | None
+) -> Receipt:
+    from converter.core.writer.reporter import Silent
+    from converter.core.writer.tasks import write_with
+
+    _expect_folders(plan, "executor=")
+    return write_with(
+        executor, plan, out, reporter=going.reporter or Silent(), jobs=options.jobs or threads(),
+        memory=memory_of(options), overwrite=options.overwrite, resume=options.resume, verify=options.verify,
+        accept=accept,
+    )  # fmt: skip
+
+
+def _expect_folders(plan: Plan, wish: str) -> None:
+    """Refuse inputs of which other processes have no bytes.
+
+    Raises:
+        UsageError: one comes from the Hub in parts (`usage`).
+    """
+    from converter.core.files import sparse
+
+    if any(sparse.at(path) for path in plan.inputs):
+        raise UsageError("usage", f"{wish} reads folders, which every process sees; download the input first")
+
+
 def _no_folder() -> UsageError:
     return UsageError("usage", "a plan is written to a folder", expected="write(planned, out)")
 
 
-def write_planned(planned: C, out: str | None, reporter: Reporter | None) -> C:
+def write_planned(planned: C, out: str | None, reporter: Reporter | None, executor: Executor | None) -> C:
     """Write a plan to a folder; of two outputs both.
 
     Raises:
@@ -201,7 +258,7 @@ def write_planned(planned: C, out: str | None, reporter: Reporter | None) -> C:
     named = out or planned.out
     if named is None or goes_to_hub(named):
         raise _no_folder()
-    going = Going(reporter=reporter)
+    going = Going(reporter=reporter, executor=executor)
     planned = dataclasses.replace(planned, out=named)
     if planned.adapter is not None:
         second = dataclasses.replace(planned.adapter, out=named.rstrip("/") + SUFFIX)
@@ -245,6 +302,8 @@ def _convert_to_hub(recipe: Recipe, out: str, options: WriteOptions, going: Goin
     from converter.recipe.run import refuse_no_op
 
     where = _destination(out, options)
+    if going.executor is not None:
+        raise UsageError("usage", "executor= writes to a folder that its workers share, not to the Hub")
     if recipe.output.link_unchanged:
         raise UsageError("link-remote", "the Hub has no links; leave --link-unchanged out", where=show(out))
     # Before any input is opened: a token that can't write shall not cost a conversion.

@@ -245,8 +245,21 @@ def remap_recipe(
     if found.kind == "training":
         given = {"lora-alpha": options.lora_alpha, "base": fields.get("base"), "part": found.part}
         steps.append(Step("gather", {"emit": "merged", **{k: v for k, v in given.items() if v is not None}}))
-    steps += [Step("remap-head", fields), *cast_steps(options)]
+    steps += [Step("remap-head", fields), *cast_steps(options), *_laid_out(aim, options)]
     return Recipe({**inputs, **places}, tuple(steps), _output(aim, options), file=verb)
+
+
+def _laid_out(aim: Target, options: HeadOptions) -> list[Step]:
+    """The step that makes a trainer's own files, where it has some.
+
+    Raises:
+        UsageError: ranks for a trainer that reads a folder of transformers' (`usage`).
+    """
+    if not aim.serves.lays_out:
+        if options.tp is not None:
+            raise UsageError("usage", f"--tp goes with --to megatron; {aim.words} loads a model on any number of ranks")
+        return []
+    return [Step(aim.serves.lays_out, {} if options.tp is None else {"tp": options.tp})]
 
 
 def lost_and_found(found: Found, options: HeadOptions) -> tuple[dict[str, InputSpec], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
@@ -19,7 +20,11 @@ Where = str | Path
 
 
 class Effort(TypedDict, total=False):
-    """Keyword arguments that say how a plan is written, and not what."""
+    """Keyword arguments that say how a plan is written, and not what.
+
+    Each file is written in a worker of `executor`, any of `concurrent.futures.Executor`: threads, processes, or a
+    cluster's whose machines share the file system. `jobs` and `memory` are then those of each worker.
+    """
 
     jobs: int | None
     memory: str | int | None
@@ -27,6 +32,7 @@ class Effort(TypedDict, total=False):
     resume: bool
     verify: bool
     reporter: Reporter | None
+    executor: Executor | None
 
 
 class Writing(Effort, total=False):
@@ -66,6 +72,7 @@ class HeadWriting(Writing, total=False):
     label_weights: str | Sequence[float] | None
     init_head: str | None
     seed: int
+    tp: int
 
 
 Options = TypeVar("Options", bound=WriteOptions)
@@ -79,7 +86,7 @@ def options_of(kind: type[Options], given: Mapping[str, Any]) -> tuple[Options, 
         TypeError: an unknown keyword.
     """
     values = {name: value for name, value in given.items() if value is not None}
-    going = Going(**{n: values.pop(n) for n in ("dry_run", "reporter", "on_plan") if n in values})
+    going = Going(**{n: values.pop(n) for n in ("dry_run", "reporter", "on_plan", "executor") if n in values})
     if "from_" in values:
         values["source"] = values.pop("from_")
     for name in ("allow", "allow_name", "weights_from"):

@@ -139,6 +139,8 @@ def _resharded(asked: ReshardRequest, out: Path | None, options: WriteOptions, g
     from converter.core.writer.reporter import Silent
     from converter.core.writer.write import write
 
+    if going.executor is not None:
+        raise UsageError("usage", "executor= is for checkpoints of models; a run's state is written in this process")
     memory = memory_of(options)
     if out is not None:
         preflight.check_target(out, (), overwrite=options.overwrite)

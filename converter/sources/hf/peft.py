@@ -158,7 +158,8 @@ def _choose(root: Path, names: frozenset[str], survey: Survey) -> tuple[str, Wei
 
 def _collect(root: Path, name: str, weights: WeightFile, survey: Survey) -> None:
     survey.files[name] = weights.size
-    survey.entries = {n: StoredTensor(t, stored_path(root, name)) for n, t in weights.tensors.items()}
+    path = stored_path(root, name)
+    survey.entries = {n: StoredTensor(t, path) for n, t in weights.tensors.items()}
     empty = [n for n, e in survey.entries.items() if e.info.numel == 0]
     if empty:
         survey.faults.append(folder.empty_tensors(empty, survey.entries, show(root / name)))

@@ -6,6 +6,7 @@ The headers are the truth, the index is a claim.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -95,7 +96,7 @@ class HfSource:
             origin=origin("model", root, asked, revision, headers, survey.beside),
             side_files=side_files,
             ties=ties,
-            shards={n: Path(survey.entries[n].file).name for n in kept} if is_safetensors(headers) else {},
+            shards={n: os.path.basename(survey.entries[n].file) for n in kept} if is_safetensors(headers) else {},
             config_bytes=config_bytes,
             metadata=shared_metadata(headers.values()),
             dropped=shared,
@@ -379,7 +380,7 @@ def _compare(index: Index, survey: Survey, where: str) -> None:
             f"the index lists {len(phantom)} tensors that no shard holds: {fold(phantom)} (said to be in {fold(files)})"
         )
         survey.faults.append(Fault(code="index-phantom", severity="error", text=text, where=where, next=_AGAIN))
-    homes = {n: Path(e.file).name for n, e in survey.entries.items()}
+    homes = {n: os.path.basename(e.file) for n, e in survey.entries.items()}
     moved = [n for n, f in claims.items() if homes.get(n, f) != f]
     if moved:
         first = f"{show(moved[0])} is in {show(homes[moved[0]])}, not in {show(claims[moved[0]])}"

@@ -28,6 +28,7 @@ from converter.sources.dcp.metadata import Metadata, read_metadata
 from converter.sources.megatron.arguments import read_arguments
 from converter.sources.megatron.legacy import read_ranks, whole_tensors
 from converter.sources.megatron.places import STEP
+from converter.sources.megatron.run_config import recorded
 from converter.sources.megatron_files import MANIFEST, expect_read, kind_here
 from converter.sources.places import Place
 from converter.sources.survey import file_names, is_weights_of_model, snapshot_of
@@ -215,8 +216,11 @@ def open_chosen(
     beside = _beside(chosen.folder.absolute(), keep_code)
     told = [f"{show(chosen.folder.name)}: {chosen.why}"] if chosen.folder != root else []
     told += _sizes_said(found.arguments)
-    if found.arguments is not None:
-        beside.files[ARGUMENTS_FILE] = SideFile(content=json.dumps(found.arguments, sort_keys=True).encode())
+    run = recorded(chosen.folder)
+    if found.arguments is not None or run.arguments:
+        known = {**run.arguments, **(found.arguments or {})}
+        beside.files[ARGUMENTS_FILE] = SideFile(content=json.dumps(known, sort_keys=True).encode())
+    beside.files, beside.inputs = run.files | beside.files, beside.inputs | run.inputs
     real = chosen.folder.resolve()
     return Checkpoint(
         tensors=found.tensors,

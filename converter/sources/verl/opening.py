@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converter.core.checkpoint import Checkpoint, Origin, SideFile
-from converter.core.files.names import MODEL_CONFIG
+from converter.core.files.names import LORA_META, MODEL_CONFIG
 from converter.core.files.opening import identity
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
@@ -22,8 +22,6 @@ from converter.sources.verl.weights import Weights, read_weights
 from converter.text import show
 
 KIND = "training"
-LORA_META = "lora_train_meta.json"
-"""Rank and alpha of LoRA, which newer versions write beside the shards."""
 
 
 def open_chosen(

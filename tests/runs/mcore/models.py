@@ -53,12 +53,18 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+GEMMA: dict[str, dict[str, Any]] = {
+    name: {**_SIZES, "model_type": name, "head_dim": 8, "tie_word_embeddings": True}
+    for name in ("gemma", "gemma2", "gemma3_text")
+}
+"""Models whose norms multiply by 1 + w, which local specs can't build: their names are Megatron-Bridge's, read."""
+
 
 def built(name: str) -> Any:
     """The model of transformers, its weights drawn so that no two are alike, norms and biases included."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = dict(MODELS[name])
+    fields = dict((MODELS | GEMMA)[name])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
@@ -142,7 +148,12 @@ def _padded(rows: torch.Tensor) -> torch.Tensor:
 
 def _layer(layer: Mapping[str, torch.Tensor], config: Any) -> Iterator[tuple[str, torch.Tensor]]:
     yield "input_layernorm.weight", layer["input_layernorm.weight"]
-    yield "pre_mlp_layernorm.weight", layer["post_attention_layernorm.weight"]
+    if "pre_feedforward_layernorm.weight" in layer:
+        yield "self_attention.linear_proj.post_layernorm.weight", layer["post_attention_layernorm.weight"]
+        yield "mlp.linear_fc1.layer_norm_weight", layer["pre_feedforward_layernorm.weight"]
+        yield "mlp.linear_fc2.post_layernorm.weight", layer["post_feedforward_layernorm.weight"]
+    else:
+        yield "pre_mlp_layernorm.weight", layer["post_attention_layernorm.weight"]
     yield "self_attention.linear_proj.weight", layer["self_attn.o_proj.weight"]
     if "self_attn.kv_a_proj_with_mqa.weight" in layer:
         yield from _latent(layer)

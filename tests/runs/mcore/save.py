@@ -48,8 +48,8 @@ def launch(asked: argparse.Namespace) -> None:
         raise SystemExit(f"ranks ended with {codes}")
 
 
-def work(out: Path, asked: argparse.Namespace) -> None:
-    """One rank."""
+def join_ranks(asked: argparse.Namespace) -> None:
+    """This process as one rank of Megatron's, on CPU."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -79,6 +79,14 @@ def work(out: Path, asked: argparse.Namespace) -> None:
         asked.tp, asked.pp, virtual_pipeline_model_parallel_size=asked.vpp, expert_model_parallel_size=asked.ep,
         expert_tensor_parallel_size=1 if asked.ep > 1 else None,
     )  # fmt: skip
+
+
+def work(out: Path, asked: argparse.Namespace) -> None:
+    """One rank."""
+    import torch
+    import torch.distributed as dist
+
+    join_ranks(asked)
     theirs = built(asked.case)
     with contextlib.suppress(FileExistsError):
         out.mkdir(parents=True)
@@ -91,7 +99,7 @@ def work(out: Path, asked: argparse.Namespace) -> None:
         rounded.save_pretrained(out / "hf")
     dist.barrier()
     whole = _whole(out, theirs.config, asked)
-    chunks = _chunks(theirs.config, asked)
+    chunks = model_chunks(theirs.config, asked)
     for chunk in chunks:
         _fill(chunk, whole, asked)
     if dist.get_world_size() == 1 and not asked.critic and not hasattr(theirs.config, "kv_lora_rank"):
@@ -132,7 +140,7 @@ def _whole(out: Path, config: Any, asked: argparse.Namespace) -> dict[str, Any]:
     return whole
 
 
-def _chunks(config: Any, asked: argparse.Namespace) -> list[Any]:
+def model_chunks(config: Any, asked: argparse.Namespace) -> list[Any]:
     """This rank's GPTModel, or one a virtual stage."""
     import torch
     from megatron.core import parallel_state
@@ -197,13 +205,13 @@ def _fill(model: Any, whole: dict[str, Any], asked: argparse.Namespace) -> None:
         tensor = whole[key].float()
         is_split_expert = ".local_experts." in key and asked.ep == 1
         if ".local_experts." not in key or is_split_expert:
-            tensor = _sliced(key, tensor, tuple(parameter.shape), rank, asked.tp)
+            tensor = sliced(key, tensor, tuple(parameter.shape), rank, asked.tp)
         assert tensor.shape == parameter.shape, (key, tensor.shape, parameter.shape)
         with torch.no_grad():
             parameter.copy_(tensor)
 
 
-def _sliced(key: str, tensor: Any, shape: tuple[int, ...], rank: int, tp: int) -> Any:
+def sliced(key: str, tensor: Any, shape: tuple[int, ...], rank: int, tp: int) -> Any:
     import torch
 
     if tuple(tensor.shape) == shape:
@@ -272,7 +280,7 @@ def _save_sharded(folder: Path, chunks: list[Any], config: Any, asked: argparse.
         prefix = "" if len(chunks) == 1 else str(number)
         state[f"model{prefix}"] = chunk.sharded_state_dict()
         if asked.critic and "output_layer.weight" not in state[f"model{prefix}"] and hasattr(chunk, "output_layer"):
-            _add_head(state[f"model{prefix}"], chunk)
+            add_head(state[f"model{prefix}"], chunk)
         if asked.optimizer:
             for which, scale in (("exp_avg", 0.5), ("exp_avg_sq", 0.25), ("fp32_param", 1.0)):
 
@@ -287,7 +295,7 @@ def _save_sharded(folder: Path, chunks: list[Any], config: Any, asked: argparse.
     dist_checkpointing.save(state, str(folder))
 
 
-def _add_head(state: dict[str, Any], chunk: Any) -> None:
+def add_head(state: dict[str, Any], chunk: Any) -> None:
     """A bare Linear: what verl's, Megatron-Bridge's and AReaL's value heads are."""
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 

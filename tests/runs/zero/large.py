@@ -1,12 +1,12 @@
 """Large ZeRO-2 and ZeRO-3 checkpoints in DeepSpeed's layout, written with torch.save, for measuring time and memory.
 
-Real DeepSpeed would need the memory of training them; `tests/benchmarks/gather.py` has DeepSpeed's own reader compare
+Real DeepSpeed would need the memory of training them; `tests/benchmarks/run.py` has DeepSpeed's own reader compare
 what it finds in these files with what was gathered. Adam's moments, which neither reads, are in them with `--moments`,
 for those who write a run's state anew.
 
 Source of the layout: https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/utils/zero_to_fp32.py
 
-    python tests/runs/zero/large.py FOLDER --stage 3 --layers 5
+    python tests/runs/zero/large.py FOLDER --stage 3 --layers 5 --ranks 4
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-RANKS = 4
 TAG = "global_step5"
 
 
@@ -62,8 +61,8 @@ class Size:
         }  # fmt: skip
 
 
-def make(folder: Path, size: Size, stage: int, *, moments: bool = False) -> None:
-    """The run's folder: config, `latest`, and a tag with the files of four ranks."""
+def make(folder: Path, size: Size, stage: int, *, ranks: int = 4, moments: bool = False) -> None:
+    """The run's folder: config, `latest`, and a tag with the files of its ranks."""
     tag = folder / TAG
     tag.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(size.config()) + "\n")
@@ -75,14 +74,14 @@ def make(folder: Path, size: Size, stage: int, *, moments: bool = False) -> None
     )
     model = {
         "module": module, "buffer_names": [], "optimizer": None, "param_shapes": [shapes],
-        "frozen_param_shapes": None, "frozen_param_fragments": None, "shared_params": {}, "dp_world_size": RANKS,
+        "frozen_param_shapes": None, "frozen_param_fragments": None, "shared_params": {}, "dp_world_size": ranks,
         "mp_world_size": 1, "global_steps": 5, "ds_version": "0.19.8", "lr_scheduler": None,
         "ds_config": {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}},
     }  # fmt: skip
-    for rank in range(RANKS):
+    for rank in range(ranks):
         if stage == 3:
             torch.save(model, tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-        state = _third(masters, rank) if stage == 3 else _second(masters, rank)
+        state = _third(masters, rank, ranks) if stage == 3 else _second(masters, rank, ranks)
         if moments:
             _add_moments(state, stage)
         outer = {"optimizer_state_dict": state, "ds_config": {}, "ds_version": "0.19.8"}
@@ -96,26 +95,26 @@ def _masters(shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
     return {n: torch.randn(s) * 0.02 for n, s in shapes.items()}
 
 
-def _second(masters: dict[str, torch.Tensor], rank: int) -> dict[str, Any]:
+def _second(masters: dict[str, torch.Tensor], rank: int, ranks: int) -> dict[str, Any]:
     """One flat group, cut into equal stretches; what the last one is padded with isn't saved."""
     flat = torch.cat([t.flatten() for t in masters.values()])
-    part = -(-len(flat) // (2 * RANKS)) * 2
+    part = -(-len(flat) // (2 * ranks)) * 2
     mine = flat[rank * part : (rank + 1) * part].clone()
     return {
-        "zero_stage": 2, "partition_count": [RANKS], "single_partition_of_fp32_groups": [mine],
+        "zero_stage": 2, "partition_count": [ranks], "single_partition_of_fp32_groups": [mine],
         "group_paddings": [part - len(mine)], "base_optimizer_state": {"state": {}, "param_groups": []},
     }  # fmt: skip
 
 
-def _third(masters: dict[str, torch.Tensor], rank: int) -> dict[str, Any]:
+def _third(masters: dict[str, torch.Tensor], rank: int, ranks: int) -> dict[str, Any]:
     """Each parameter cut and padded alone; the pieces end to end."""
     pieces = []
     for tensor in masters.values():
-        part = -(-tensor.numel() // RANKS)
+        part = -(-tensor.numel() // ranks)
         piece = tensor.flatten()[rank * part : (rank + 1) * part]
         pieces.append(torch.nn.functional.pad(piece, (0, part - len(piece))))
     return {
-        "zero_stage": 3, "partition_count": RANKS, "fp32_flat_groups": [torch.cat(pieces)],
+        "zero_stage": 3, "partition_count": ranks, "fp32_flat_groups": [torch.cat(pieces)],
         "optimizer_state_dict": {"state": {}, "param_groups": [{"params": [0]}]},
     }  # fmt: skip
 
@@ -137,7 +136,9 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--moments", action="store_true")
     given = parser.parse_args()
     width = given.hidden * 11 // 4
-    make(given.folder, Size(given.layers, given.hidden, width, given.vocab), given.stage, moments=given.moments)
+    size = Size(given.layers, given.hidden, width, given.vocab)
+    make(given.folder, size, given.stage, ranks=given.ranks, moments=given.moments)

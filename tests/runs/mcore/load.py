@@ -1,0 +1,144 @@
+"""Loads a checkpoint that `convert --to megatron` wrote into megatron-core's GPTModel, and compares every parameter.
+
+Needs what `save.py` needs. Starts one process a rank; ends with an error where anything differs, or is not loaded:
+
+    python tests/runs/mcore/load.py WRITTEN --model MODEL --tp 2 --pp 2
+
+MODEL is the folder of transformers that was converted: the oracle, put into Megatron's modules by `models.py`. Keys
+that local specs call otherwise than TransformerEngine's, which are written, are renamed in what Megatron asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from models import VOCABULARY, in_megatron
+from save import _LOCAL_EXPERT, _LOCAL_LAYER, add_head, join_ranks, launch, model_chunks, sliced
+
+
+def work(asked: argparse.Namespace) -> None:
+    """One rank."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    join_ranks(asked)
+    config = AutoConfig.from_pretrained(asked.model)
+    held = load_file(asked.model / "model.safetensors")
+    asked.critic = held["score.weight"].shape[0] if "score.weight" in held else 0
+    asked.head_bias = False
+    whole = in_megatron(held, config) | ({"output_layer.weight": held["score.weight"]} if asked.critic else {})
+    (model,) = model_chunks(config, asked)
+    model.to(held["model.norm.weight"].dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            buffer.data = buffer.data.float()
+    for parameter in model.parameters():
+        parameter.data.fill_(7.0)
+    state = model.sharded_state_dict()
+    if asked.critic and hasattr(model, "output_layer") and "output_layer.weight" not in state:
+        add_head(state, model)
+    state = {k: v for k, v in state.items() if not k.endswith("_extra_state")}
+    latent = hasattr(config, "kv_lora_rank")
+    layers = _layers_with_experts(asked.model / "config.json")
+
+    def renamed(tensor: Any) -> Any:
+        if hasattr(tensor, "key"):
+            tensor.key = _key(tensor.key, latent, layers)
+        return tensor
+
+    loaded = dist_checkpointing.load({"model": dict_list_map_inplace(renamed, state)}, str(asked.written / "release"))
+    missing = model.load_state_dict(loaded["model"], strict=False)
+    assert all(k.endswith("_extra_state") for k in (*missing.missing_keys, *missing.unexpected_keys)), missing
+    count = 0
+    rank, expert_rank = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if "expert_bias" not in name and name.rpartition(".")[2] not in ("weight", "bias", "gate_weight"):
+            continue
+        key = _global_name(name, model, whole, asked.ep, expert_rank)
+        have, wanted = parameter.detach(), whole[key]
+        if ".local_experts." not in key or asked.ep == 1:
+            wanted = sliced(key, wanted, tuple(have.shape), rank, asked.tp)
+        if "word_embeddings" in key or (key == "output_layer.weight" and not asked.critic):
+            rows = max(0, min(have.shape[0], VOCABULARY - rank * have.shape[0]))
+            have, wanted = have[:rows], wanted[:rows]
+        assert torch.equal(have, wanted.to(have.dtype)), (name, have.shape)
+        assert have.dtype == whole[key].dtype, name
+        count += 1
+    print(f"rank {dist.get_rank()}: {count} tensors are those of the model", flush=True)
+    dist.destroy_process_group()
+
+
+def _layers_with_experts(config: Path) -> frozenset[int] | None:
+    """Numbers of layers with experts; None: all that there are."""
+    held = json.loads(config.read_text())
+    if not any(held.get(k) for k in ("n_routed_experts", "num_local_experts", "num_experts")):
+        return frozenset()
+    first = held.get("first_k_dense_replace", 0)
+    return frozenset(range(first, held["num_hidden_layers"])) if first else None
+
+
+def _key(key: str, latent: bool, layers: frozenset[int] | None) -> str:
+    """The key that modules of TransformerEngine have for the same tensor."""
+    match = _LOCAL_LAYER.match(key)
+    has_experts = layers is None or (match is not None and int(match[1]) in layers)
+    if has_experts:
+        key = key.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    else:
+        key = key.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+    if latent:
+        key = key.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+        for which in ("q", "kv"):
+            key = key.replace(f".{which}_layernorm.weight", f".linear_{which}_up_proj.layer_norm_weight")
+    else:
+        key = key.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
+    return key
+
+
+def _global_name(name: str, model: Any, whole: dict[str, Any], ep: int, expert_rank: int) -> str:
+    key = name
+    if found := _LOCAL_LAYER.match(key):
+        number = model.decoder.layers[int(found[1])].layer_number - 1
+        key = f"decoder.layers.{number}." + key[found.end() :]
+    if found := _LOCAL_EXPERT.search(key):
+        pattern = key.replace(found[0], ".local_experts.#.")
+        here = sum(pattern == _LOCAL_EXPERT.sub(".local_experts.#.", n) for n in whole)
+        key = key.replace(found[0], f".local_experts.{int(found[1]) + expert_rank * here // ep}.")
+    if key not in whole and key == "output_layer.weight":
+        key = "embedding.word_embeddings.weight"
+    return key
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("written", type=Path)
+    parser.add_argument("--model", type=Path, required=True)
+    for name in ("tp", "pp", "ep"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--worker", action="store_true")
+    asked = parser.parse_args()
+    asked.vpp, asked.per_layer = None, not list_is_stacked(asked.written)
+    if not asked.worker:
+        launch(asked)
+        return
+    warnings.simplefilter("ignore")
+    work(asked)
+
+
+def list_is_stacked(written: Path) -> bool:
+    """True where layers are one tensor of each kind, as Megatron asks for them then."""
+    return b"decoder.layers.0." not in (written / "release" / ".metadata").read_bytes()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main()
