@@ -6,6 +6,7 @@ Every verb that writes passes here, before the first byte.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TypeVar
 
 from converter.converters.adapters.whole import expect_loadable
 from converter.converters.heads.whole import MISSHAPEN, MISSING, Judgement, judge
@@ -14,6 +15,7 @@ from converter.converters.merge.merge_lora import MergeLora
 from converter.converters.merge.quantised.whole import expect_parts, found_in
 from converter.core.checkpoint import ADAPTER, MODEL, Checkpoint
 from converter.core.context import Context
+from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Command, as_argument
 from converter.errors import ConvertError, Refused, UsageError
 from converter.families.words import without_wrappers
@@ -88,7 +90,7 @@ def expect_adapter_fits(adapter: Checkpoint, opened: Collection[Checkpoint], con
         _not_compared(context, "none is at hand; --base names one")
         return
     try:
-        MergeLora((adapter,))(base, Context(context.allow))
+        MergeLora((adapter,))(base, _OfHeaders(context.allow))
         expect_whole_adapter(adapter, base, context)
     except Refused as error:
         if error.code in (*_MISFITS, "adapter-targets-missing"):
@@ -97,6 +99,33 @@ def expect_adapter_fits(adapter: Checkpoint, opened: Collection[Checkpoint], con
             _not_compared(context, error.what)
     except UsageError as error:
         _not_compared(context, error.what)
+
+
+T = TypeVar("T")
+
+
+class _OfHeaders(Context):
+    """Looks at values that are stored; what is yet to be computed is taken to be finite and not zero."""
+
+    def is_zero(self, tensor: LazyTensor) -> bool:
+        """False for what is yet to be computed."""
+        try:
+            return super().is_zero(tensor)
+        except Refused as error:
+            return _expect_computed(error, False)
+
+    def nonfinite(self, tensor: LazyTensor) -> int:
+        """None in what is yet to be computed."""
+        try:
+            return super().nonfinite(tensor)
+        except Refused as error:
+            return _expect_computed(error, 0)
+
+
+def _expect_computed(error: Refused, taken: T) -> T:
+    if error.code != "read-computed":
+        raise error
+    return taken
 
 
 def _base_at_hand(adapter: Checkpoint, opened: Collection[Checkpoint]) -> Checkpoint | None:

@@ -77,3 +77,9 @@ def test_options_that_contradict_are_usage_errors(place: Path) -> None:
     assert main(["reshard", run, str(place / "x"), "--to", "universal", "--stage", "1"]) == 2
     assert main(["reshard", run, str(place / "x"), "--to", "universal", "--dequantize"]) == 2
     assert list(place.iterdir()) == []
+
+
+def test_a_universal_checkpoint_is_said_to_load_on_any_ranks() -> None:
+    with pytest.raises(Refused, match="load_universal") as caught:
+        converter.reshard_state(THEIRS / "lora-z3-n2", world_size=3)
+    assert caught.value.code == "reshard-any-ranks"

@@ -18,7 +18,6 @@ from converter.cli.options import INPUT, Conversion
     examples=(
         "rlhf-convert run ./recipe.yaml ./out",
         "rlhf-convert run merge-reward-lora ./rm --input adapter=./my-adapter",
-        "rlhf-convert run ./recipe.yaml ./out --dry-run",
         "srun -n 8 rlhf-convert run ./recipe.yaml ./out --task auto",
     ),
 )

@@ -31,6 +31,9 @@ _FACTOR = re.compile(
     r"(?P<module>.+?)\.(?:adapter\.(?:adapter_(?P<one>\w+?)\.)?linear_(?P<way>in|out)|lora_(?P<letter>[AB])\.\w+)\.weight",
     re.ASCII,
 )
+_OF_MEGATRON = re.compile(
+    r"(?:^|\.)decoder\.layers\.\d+\.(?:self_attention|cross_attention|mlp)\.(?:\w+\.)*linear_\w+$"
+)
 _PARTS = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1}
 """Which of a row's names an adapter of one projection is of."""
 _FUSED = frozenset({"qkv", "halves"})
@@ -46,9 +49,10 @@ class _Found:
     misfits: dict[str, str] = field(default_factory=dict)
 
 
-def is_lora(names: Mapping[str, LazyTensor]) -> bool:
-    """True where Megatron's modules have adapters."""
-    return any(_FACTOR.fullmatch(n) for n in names)
+def is_lora(names: Iterable[str]) -> bool:
+    """True where Megatron's modules have adapters. `lora_A.default` is PEFT's own name too, of whatever module."""
+    found = (m for n in names if (m := _FACTOR.fullmatch(n)) is not None)
+    return any(m["letter"] is None or _OF_MEGATRON.search(m["module"]) for m in found)
 
 
 def with_peft_names(

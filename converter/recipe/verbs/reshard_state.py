@@ -225,6 +225,9 @@ def _with_provenance(made: Resharded) -> Resharded:
 def _expect_zero(kind: str | None, folder: Path, asked: str) -> None:
     if kind == "dcp":
         raise _any_ranks("this is a checkpoint of torch.distributed.checkpoint, which torch cuts as it loads", folder)
+    if kind == "deepspeed_universal":
+        what = "this is a universal checkpoint, which DeepSpeed cuts as it loads it with `load_universal`"
+        raise _any_ranks(what, folder)
     if kind != "deepspeed":
         is_model = kind in ("hf", "peft", None)
         raise Refused(

@@ -24,6 +24,7 @@ from breakages.sound import (
     beside,
     edit,
     renamed,
+    shuffle,
     store,
     whole,
 )
@@ -396,9 +397,3 @@ CONFIGS: dict[str, Breakage] = {
         ("--with-actor", "{here}/actor"),
     ),
 }
-
-
-def shuffle(folder: Path) -> None:
-    from breakages.sound import tokenizer
-
-    tokenizer(folder, w3=4, w4=3)

@@ -98,6 +98,11 @@ def tokenizer(folder: Path, **tokens: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
 
 
+def shuffle(folder: Path) -> None:
+    """The same words with two of them exchanged."""
+    tokenizer(folder, w3=4, w4=3)
+
+
 def edit(folder: Path, name: str = "config.json", drop: tuple[str, ...] = (), **changes: Any) -> None:
     """Change a JSON file."""
     value = json.loads((folder / name).read_text()) | changes

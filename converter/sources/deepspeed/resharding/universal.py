@@ -71,8 +71,8 @@ def plan_universal(
         kept = f"{len(others)} frozen tensors and buffers stay as the model is built"
         said.append(f"DeepSpeed loads from it what was trained; {kept}")
     if shards.stage == 3 and len({repr(_settings(g)) for g in run.training.groups}) > 1:
-        said.append("DeepSpeed's loader gives all parameter groups the settings of the first under ZeRO-3; "
-                    "--world-size keeps each group's own")  # fmt: skip
+        all_one = "under ZeRO-3 DeepSpeed's loader gives all parameter groups the settings of the first"
+        said.append(f"{all_one}; --world-size keeps each group's own")
     return Resharded(
         Plan(tuple(laid_out), beside, {**inputs, **shards.inputs}, {}, {}, checks=checks),
         tag,
@@ -107,7 +107,8 @@ def _of_parameter(group: Group, name: str, *, is_flat: bool) -> Iterator[tuple[s
     for key, flats in group.states.items():
         flat = saved(flats[name], requires_grad=key == MASTER)
         yield _FILES.get(key, key), flat if is_flat else {"param": saved(tensors.reshape(flats[name], shape))}
-    for key, number in () if is_flat else group.numbers.items():
+    numbers: Mapping[str, Any] = {} if is_flat else group.numbers
+    for key, number in numbers.items():
         yield key, saved(number) if isinstance(number, LazyTensor) else number
 
 
