@@ -95,6 +95,8 @@ COMMANDS: dict[str, list[str]] = {
         "tensors-misshapen",
         "--allow",
         "tensors-missing",
+        "--allow",
+        "adapter-shape",
         "--dry-run",
     ],
     "gather a universal checkpoint": ["gather", "universal", "gathered-universal"],

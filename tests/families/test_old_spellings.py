@@ -62,7 +62,7 @@ def test_the_config_of_a_text_model_inside_another_gets_them_too(tmp_path: Path)
 
 
 ROPE_BY_LAYER = {"full_attention": {"rope_theta": 1.0}, "sliding_attention": {"rope_theta": 2.0}}
-UNEVEN = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+UNEVEN = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
 
 
 @pytest.mark.parametrize(
