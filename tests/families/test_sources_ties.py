@@ -215,6 +215,15 @@ def test_t5_shares_its_embedding_whatever_the_config_says(
     assert find_ties(names, config | {"model_type": "t5"}) == (expected,)
 
 
+@pytest.mark.parametrize("kind", ["t5", "mt5", "umt5", "longt5"])
+def test_these_are_tied_whatever_their_config_says(kind: str) -> None:
+    """Expected: what the config of transformers makes of the same word."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert CONFIG_MAPPING[kind].from_dict({"tie_word_embeddings": False}).tie_word_embeddings is True
+    assert is_tied({"model_type": kind, "tie_word_embeddings": False})
+
+
 @pytest.mark.parametrize(
     ("kind", "outer", "inner", "tied"),
     [
