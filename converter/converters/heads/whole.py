@@ -165,18 +165,23 @@ def judge(checkpoint: Checkpoint, names: Mapping[str, str] | None = None) -> Jud
 def _mistyped(checkpoint: Checkpoint) -> dict[str, DType]:
     """Weights of integers, truths or narrow floats, where neither the config nor a scale says what they stand for."""
     inner = [v for v in checkpoint.config.values() if isinstance(v, Mapping)]
-    if any(_SAYS_QUANTISED.search(key) for each in (checkpoint.config, *inner) for key in each):
-        return {}
-    if any(_OF_QUANTISED.search(n) for n in checkpoint.tensors):
+    if any(_SAYS_QUANTISED.fullmatch(key) for each in (checkpoint.config, *inner) for key in each):
         return {}
     typed = {n: t.info.dtype for n, t in checkpoint.tensors.items() if n.endswith(".weight") and t.info.numel}
-    return {n: dtype for n, dtype in typed.items() if dtype not in _PLAIN}
+    found = {n: dtype for n, dtype in typed.items() if dtype not in _PLAIN}
+    return {n: d for n, d in found.items() if not _is_scaled(n, checkpoint.tensors)} if found else {}
 
 
-_SAYS_QUANTISED = re.compile(r"quantiz|compression")
-_OF_QUANTISED = re.compile(
-    r"[._]scales?(?:_inv|_2)?$|_scale_inv|qweight|qzeros|g_idx|absmax|weight_packed|_blocks$|\.SCB$|zero_point"
-)
+def _is_scaled(name: str, names: Collection[str]) -> bool:
+    """True where a scale of its own stands beside a weight: `weight_scale_inv`, `weight.absmax`, `scale`, `SCB`."""
+    stem = name.removesuffix("weight")
+    return any(f"{stem}{part}" in names for part in _PARTS) or any(
+        n.startswith((f"{name}_", f"{name}.")) for n in names
+    )
+
+
+_SAYS_QUANTISED = re.compile(r"quant(?:ization)?(?:_config)?|compression(?:_config)?")
+_PARTS = ("scale", "scales", "scale_inv", "SCB", "absmax", "qzeros", "zero_point")
 _PLAIN = (DType.F64, DType.F32, DType.F16, DType.BF16)
 
 
