@@ -69,6 +69,10 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
             # What it makes has names that no class of transformers asks for.
             expect_whole(checkpoint, context)
             is_laid_out = True
+        if getattr(converter, "compares_models", False):
+            # What one of the two lacks would be no difference, and no difference is written.
+            for each in opened.values():
+                expect_whole(each, context)
         checkpoint = converter(checkpoint, context)
     for name, other in opened.items():
         if name != SOURCE:

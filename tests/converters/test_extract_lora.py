@@ -266,7 +266,7 @@ def _refused(folder: Path, how: str) -> tuple[Path, Path]:
         ("norms only", "adapter-no-place"),
         ("vocabulary", "models-differ"),
         ("an adapter", "models-differ"),
-        ("a parameter", "adapter-no-place"),
+        ("a parameter", "tensors-unexpected"),
     ],
 )
 def test_what_an_adapter_has_no_place_for_is_refused(how: str, code: str, tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ class ExtractLora:
     rank: int | None = None
     energy: float | None = None
 
+    compares_models: ClassVar[bool] = True
+
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The adapter, in PEFT's format, its factors in fp32.
 
