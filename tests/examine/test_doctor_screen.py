@@ -18,6 +18,7 @@ from converter.cli import main
 from converter.examine.diagnoses.case import SEVERITIES
 from converter.examine.diagnoses.catalogue import FROM_USAGE, ROWS, covered, table
 from converter.examine.doctor import DoctorRequest, diagnoses, examine
+from converter.shipped import shipped
 from doctored import RUN, codes, edit, finding, serious, store
 
 LETTERS = {"A": 18, "B": 16, "C": 19, "D": 16, "E": 8, "F": 5}
@@ -159,3 +160,13 @@ def test_the_story_of_an_empty_reward_adapter_ends_in_a_model_that_loads(
         "loader-changes",
         "pad-token-missing",
     }
+
+
+def test_an_adapter_without_its_base_at_hand_is_not_called_sound_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = shutil.copytree(shipped("fixtures") / "tiny-reward-adapter", tmp_path / "adapter")
+    assert main(["doctor", str(adapter)]) == 0
+    assert capsys.readouterr().out.endswith("; not compared with a base, exit 0\n")
+    assert main(["doctor", str(adapter), "--base", str(shipped("fixtures") / "tiny-qwen2-base")]) == 0
+    assert "not compared" not in capsys.readouterr().out

@@ -132,4 +132,6 @@ def _verdict(report: Report, code: int) -> str:
     counts = {s: sum(f.severity == s for f in report.findings) for s in WORDS}
     words = {"error": "error", "changes-numbers": "that changes numbers", "cosmetic": "cosmetic"}
     listed = ", ".join(f"{n} {words[s]}{'s' if s == 'error' and n > 1 else ''}" for s, n in counts.items() if n)
-    return f"{listed or 'no finding'}, exit {code}"
+    # Without its base an adapter's names and shapes were not compared with what a load asks for.
+    is_compared = report.case.kind != "adapter" or report.case.base is not None
+    return f"{listed or 'no finding'}{'' if is_compared else '; not compared with a base'}, exit {code}"
