@@ -263,6 +263,7 @@ def test_a_recorded_base_that_is_not_here_is_no_hub_error(here: Path) -> None:
         (["tiny-qwen2-base", "rm", "--base", "trl-rm"], "rlhf-convert merge-lora trl-rm rm --base tiny-qwen2-base"),
         (["tiny-qwen2-base", "trl-rm"], "rlhf-convert merge-lora trl-rm OUT --base tiny-qwen2-base"),
         (["tiny-qwen2-base", "rm"], "rlhf-convert merge-lora ADAPTER rm --base tiny-qwen2-base"),
+        (["tiny-qwen2-base/config.json", "rm"], "rm --base tiny-qwen2-base/config.json"),
         (["trl-rm", "rm", "--base", "trl-rm"], "rlhf-convert merge-lora trl-rm rm --base BASE"),
     ],
 )
