@@ -103,9 +103,9 @@ def examined(asked: str, options: tuple[str, ...], capsys: pytest.CaptureFixture
 
 
 FIXES = {
-    "fill", "gather", "cast", "remap-head", "split-lora", "choose-weights", "mend-names", "mend-disk-names",
-    "mend-adapter-names", "mend-ties", "mend-vocabulary", "mend-labels", "mend-pad-token", "mend-architecture",
-    "mend-for-transformers-4",
+    "fill", "gather", "cast", "remap-head", "split-lora", "choose-weights", "fix-names", "fix-disk-names",
+    "fix-adapter-names", "fix-ties", "fix-vocabulary", "fix-labels", "fix-pad-token", "fix-architecture",
+    "fix-for-transformers-4",
 }  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_what_doctor_says_next_gets_the_user_out(
     found = [f for f in findings if f["code"] == code]
     assert found, [f["code"] for f in findings]
     step, before = found[0]["next"], listing(here)
-    if breakage.ends == "mended":
+    if breakage.ends == "fixed":
         for word, value in breakage.fill:
             step = re.sub(rf"(?<= ){word}\b", value, step)
         assert is_command(step), step

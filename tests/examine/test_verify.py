@@ -65,7 +65,7 @@ def test_a_folder_that_the_trainer_reads_is_verified_with_its_launch_line(
     assert any(str(rm) in line for line in found["next"])
 
 
-def test_a_head_under_another_name_fails_and_the_command_that_is_printed_mends_it(
+def test_a_head_under_another_name_fails_and_the_command_that_is_printed_fixes_it(
     rm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = copy(rm, tmp_path / "old", architectures=["RewardModel"])
@@ -75,7 +75,7 @@ def test_a_head_under_another_name_fails_and_the_command_that_is_printed_mends_i
     assert "head-missing" in codes(found)
     assert "random" in text_of(found, "head-missing")
     (command,) = found["next"]
-    out = str(tmp_path / "mended")
+    out = str(tmp_path / "fixed")
     assert main([out if word == "OUT" else word for word in command.split()[1:]]) == 0
     capsys.readouterr()
     assert verify(capsys, out, "--for", "openrlhf", "--role", "critic", "--against", str(old))[0] == 0

@@ -52,7 +52,7 @@ def of_request(asked: RepairRequest, out: str | None) -> functools.partial[Repai
 
 
 def _left(left: Sequence[tuple[str, str]]) -> list[str]:
-    """What is not mended without consent, and what to consent to."""
+    """What is not fixed without consent, and what to consent to."""
     return [report.line("left", f"{show(code)}: {show(needed)}") for code, needed in left]
 
 
@@ -64,11 +64,11 @@ def input_lines(planned: Repaired) -> list[str]:
         return [report.line("source", f"{show(source.origin.asked)}  {kind}")]
     if planned.is_whole:
         lines = [report.line("source", f"{show(source.origin.asked)}  {kind}")]
-        lines.append(report.line("mends", ", ".join(planned.mends.codes)))
+        lines.append(report.line("fixes", ", ".join(planned.fixes.codes)))
     else:
         lines = [report.line("broken", f"{show(source.origin.asked)}  {kind}, {_count(source)}")]
         lines += report.repaired_lines(planned.checkpoint.repaired)
-    return [*lines, *_left(planned.mends.left)]
+    return [*lines, *_left(planned.fixes.left)]
 
 
 def _count(source: Checkpoint) -> str:

@@ -48,7 +48,7 @@ class Finding(Diagnostic):
     Attributes:
         tensors: names of all tensors concerned; screens fold them.
         recoverability: `here`, `from <source>`, `lost`, or empty where nothing is missing.
-        fix: names of the converters that mend it, in order.
+        fix: names of the converters that fix it, in order.
         applicability: `safe`: no number changes; `unsafe`: needs consent; `display-only`: no converter fixes it.
     """
 

@@ -30,8 +30,8 @@ INDEX = "model.safetensors.index.json"
 FIRST, SHARD = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
 Tensors = dict[str, torch.Tensor]
 
-Ends = Literal["mended", "advice", "lost", "values", "told"]
-"""What follows a finding: its command mends the folder; a step that a person takes; nothing can; nothing has to."""
+Ends = Literal["fixed", "advice", "lost", "values", "told"]
+"""What follows a finding: its command fixes the folder; a step that a person takes; nothing can; nothing has to."""
 
 
 @dataclass(frozen=True)
