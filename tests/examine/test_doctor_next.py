@@ -156,8 +156,10 @@ def test_what_doctor_says_next_gets_the_user_out(
     assert found, [f["code"] for f in findings]
     step, before = found[0]["next"], listing(here)
     if breakage.ends == "fixed":
-        for word, value in breakage.fill:
-            step = re.sub(rf"(?<= ){word}\b", value, step)
+        for option, value in breakage.fill:
+            command, asked, _ = step.partition(f" with {option} and ")
+            assert asked, step
+            step = f"{command} {option} {value}"
         assert is_command(step), step
         assert not CAPITALS.search(step), step
         made = type_it(step) or asked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from converter.blanks import new_name
 from converter.cli import lines as report
 from converter.cli.options import Conversion as Flags
 from converter.cli.run import gather
@@ -83,7 +84,6 @@ def _next(done: Conversion) -> Sequence[Next]:
     if done.checkpoint.origin.kind != "adapter":
         return load_commands(done)
     base = done.checkpoint.config.get("base_model_name_or_path")
-    named = [] if isinstance(base, str) and base else ["--base", "BASE"]
     out = as_argument(str(done.out))
-    merge = Command("merge-lora", (out, f"{out.rstrip('/')}-merged", *named))
-    return [Command("inspect", (out,)), merge]
+    merge = [Command("merge-lora", (out, new_name(out, "merged")))] if isinstance(base, str) and base else []
+    return [Command("inspect", (out,)), *merge]

@@ -305,7 +305,7 @@ CONFIGS: dict[str, Breakage] = {
         "fixed",
         kept=lambda n: n != "lm_head.weight",
     ),
-    "lora-unmerged": Breakage("whole", with_lora, "fixed", fill=(("N", "4"),), kept=lambda n: False),
+    "lora-unmerged": Breakage("whole", with_lora, "fixed", fill=(("--lora-alpha", "4"),), kept=lambda n: False),
     "fsdp-flat": Breakage("whole", flat, "lost"),
     "output-embedding-missing": Breakage("whole", without("lm_head.weight"), "advice"),
     "tied-copies": Breakage(
@@ -322,13 +322,13 @@ CONFIGS: dict[str, Breakage] = {
     "head-named-otherwise": Breakage("reward", renamed(lambda n: "value_head.weight" if n == SCORE else n), "fixed"),
     "head-dialect": Breakage("whole", value_head, "fixed"),
     "heads-several": Breakage(
-        "reward", add(value_head__weight=torch.ones(1, HIDDEN)), "fixed", fill=(("DIALECT", "hf-seqcls"),)
+        "reward", add(value_head__weight=torch.ones(1, HIDDEN)), "fixed", fill=(("--from", "hf-seqcls"),)
     ),
     "head-rows": Breakage(
         "reward",
         both(at(SCORE, lambda v: v.repeat(2, 1)), config(id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})),
         "fixed",
-        fill=(("N", "0"),),
+        fill=(("--label", "0"),),
     ),
     "head-reshaped": Breakage("reward", at(SCORE, lambda v: v.reshape(8, 2)), "fixed"),
     "head-bias": Breakage("reward", add(score__bias=torch.ones(1)), "fixed"),

@@ -46,7 +46,7 @@ class Breakage:
         kept: values of the good folder that the result must have; others are of the breakage.
         at: the folder below the copy that is examined.
         name: the copy's name, where that counts.
-    fill: what a person puts in for the capital words of a command.
+        fill: options that the step asks a person for, with what they answer.
     """
 
     good: str
