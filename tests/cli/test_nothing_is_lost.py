@@ -18,6 +18,7 @@ import pytest
 
 import record_surface
 from converter.recipe.recipe import parse_recipe
+from schemas import faults_of
 
 BEFORE: dict[str, Any] = json.loads(Path(__file__).with_name("surface.json").read_text())
 
@@ -89,8 +90,8 @@ def lost_keys(before: dict[str, Any], now: dict[str, Any], commands: dict[str, A
 def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What every command does now, in a process of its own."""
     code = (
-        "import json, os, record_surface; os.environ.update(record_surface.OFFLINE); "
-        "print(json.dumps(record_surface.record_commands()))"
+        "import json, os, record_surface; os.environ.update(record_surface.OFFLINE); texts = {}; "
+        "print(json.dumps({**record_surface.record_commands(texts), 'texts': texts}))"
     )
     path = [str(record_surface.ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
@@ -152,6 +153,16 @@ def test_commands_exit_as_before_and_print_every_key_of_before(commands: dict[st
         *lost_keys(BEFORE["json"], commands["json"], BEFORE["commands"]),
     ]
     assert lost == []
+
+
+def test_what_every_command_prints_is_what_its_schema_says(commands: dict[str, Any]) -> None:
+    wrong = [
+        fault
+        for title, text in commands["texts"].items()
+        for value in record_surface.values_of(text)
+        for fault in faults_of(commands["commands"][title]["command"][0], value)
+    ]
+    assert wrong == []
 
 
 def test_the_commands_show_every_exit_code_and_every_verb() -> None:

@@ -4,7 +4,7 @@
 
     version   1; it changes with the shape of what follows
     path      what was asked
-    detected  model, adapter, training, run, weights or unread
+    detected  model, adapter, training, delta, run, weights or unread
     source    the source that reads it (hf, peft, deepspeed, ...), or null
     why       how it was recognised, in words
     for       the trainer that --for or --launch names, or null
@@ -44,6 +44,7 @@ _KINDS = {
     "model": "model",
     "adapter": "adapter",
     "training": "shards of a training run",
+    "delta": "the difference of two models",
     "run": "a run's folder",
     "weights": "a weight file without a config",
     "unread": "a layout that is not read",

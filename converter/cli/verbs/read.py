@@ -306,3 +306,25 @@ def env(options: Display) -> int:
     from converter.cli.tell.environment import env
 
     return env(options)
+
+
+@verb(
+    "schema",
+    Display,
+    short_help="Print the JSON schema of what a verb prints with --json.",
+    help="Print the JSON schema (2020-12) of what a verb prints with --json, and of rlhf-convert.json; without a name, "
+    "the names. Keys may be added without a new version; what a schema describes stays until the version rises.",
+    examples=(
+        "rlhf-convert schema",
+        "rlhf-convert schema doctor > doctor.schema.json",
+        "rlhf-convert schema receipt",
+    ),
+)
+def schema(
+    options: Display,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A verb, or receipt.", show_default=False)] = None,
+) -> int:
+    """`rlhf-convert schema`."""
+    from converter.cli.tell.schema import schema
+
+    return schema(name, options)

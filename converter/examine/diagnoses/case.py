@@ -27,7 +27,7 @@ from converter.text import fold, show
 
 T = TypeVar("T")
 Applicability = Literal["safe", "unsafe", "display-only"]
-Kind = Literal["model", "adapter", "training", "weights", "run", "unread"]
+Kind = Literal["model", "adapter", "training", "delta", "weights", "run", "unread"]
 
 SEVERITIES: tuple[Severity, ...] = ("error", "changes-numbers", "cosmetic")
 """From the worst to the least."""
@@ -318,7 +318,7 @@ class Diagnosis:
         return list(self.find(case, context))
 
 
-ALL_KINDS: tuple[Kind, ...] = ("model", "adapter", "training", "weights", "run", "unread")
+ALL_KINDS: tuple[Kind, ...] = ("model", "adapter", "training", "delta", "weights", "run", "unread")
 
 
 def diagnosis(code: str, *kinds: Kind, deep: bool = False) -> Callable[[Find], Diagnosis]:
