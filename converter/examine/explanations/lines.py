@@ -52,7 +52,7 @@ class Keys:
     def __init__(self, keys: Iterable[bytes]) -> None:
         held = frozenset(keys)
         self._exact = _shortest(held)
-        self._without_digits = _shortest({key.translate(None, _DIGITS) for key in held})
+        self._without_digits = _shortest(frozenset(key.translate(None, _DIGITS) for key in held))
         self._cold: set[bytes] = set()
 
     def in_text(self, data: bytes) -> re.Pattern[bytes] | None:
@@ -81,9 +81,12 @@ def _lines_with(key: bytes, data: bytes) -> Iterator[bytes]:
         at = data.find(key, end)
 
 
-def _shortest(keys: Iterable[bytes]) -> tuple[bytes, ...]:
-    held = {*keys}
-    return tuple(sorted(key for key in held if not any(other in key for other in held - {key})))
+@lru_cache(maxsize=8)
+def _shortest(keys: frozenset[bytes]) -> tuple[bytes, ...]:
+    """The keys that hold no other: a line with one of the others has one of these."""
+    joined = b"\n".join(keys)
+    longer = {line for key in keys for line in _lines_with(key, joined) if line != key}
+    return tuple(sorted(keys - longer))
 
 
 @lru_cache(maxsize=64)
