@@ -16,7 +16,7 @@
         tensors         names of all tensors concerned
         evidence        at most three lines
         recoverability  here, "from SOURCE", lost, or empty where nothing is missing
-        fix             names of converters that mend it, in order
+        fix             names of converters that fix it, in order
         applicability   safe, unsafe (needs --allow CODE) or display-only
         next            the exact next command or step, or null
 """

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import verb
-from converter.cli.options import CONSENT, HUB, INPUT, OUTPUT, Display, FailOnChoice, Reading, Report, Speaking
+from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Display, FailOnChoice, Reading, Report, Speaking
+from converter.cli.verbs.examining import Deep, Ignore
 from converter.cli.verbs.heads import RoleChoice
 
 
@@ -85,11 +86,8 @@ def doctor(
     fail_on: Annotated[
         FailOnChoice, typer.Option("--fail-on", help="The least severity that makes the exit code 1.")
     ] = FailOnChoice.changes_numbers,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", metavar="CODE", help="Leave this one out. Repeatable.", show_default=False),
-    ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Read values too: NaN, zeros, heads that never moved.")] = False,
+    ignore: Ignore = None,
+    deep: Deep = False,
     launch: Annotated[
         str | None,
         typer.Option(
@@ -176,15 +174,7 @@ def verify(
     pairs: Annotated[
         int, typer.Option(metavar="N", min=1, help="How many pairs of --probe are scored, the first ones.")
     ] = 200,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="CODE",
-            help="Go on past a refusal that printed CODE. Repeatable.",
-            show_default=False,
-            rich_help_panel=CONSENT,
-        ),
-    ] = None,
+    allow: Allow = None,
     report: Report = None,
 ) -> int:
     """`rlhf-convert verify`."""
