@@ -67,7 +67,7 @@ def page_of_doctor(report: Report) -> Page:
 def page_of_diff(done: Compared) -> Page:
     """Which tensors changed, by layer and projection, and what else differs."""
     found = done.difference
-    counts = Counter(p.status for p in found.pairs)
+    counts = Counter[str](p.status for p in found.pairs)
     counts.update({w: len(n) for w, n in (("only a", found.missing), ("only b", found.extra)) if n})
     alt = ", ".join(f"{n} {word}" for word, n in counts.items())
     bars = figures.bars(list(counts), [float(n) for n in counts.values()], "tensors")
@@ -108,10 +108,10 @@ def _changes(done: Compared) -> Iterator[Block]:
         yield Picture(figures.heat(grid, label, log=True), alt, "0 where nothing changed.", numbers)
     changed = sorted((p for p in done.pairs if p.status in ("changed", "shape")), key=lambda p: -p.relative)
     if changed:
-        rows = [(p.a, p.b if p.b != p.a else "", p.status, f"{p.relative:.4g}", f"{p.largest:.4g}") for p in changed]
+        told = [(p.a, p.b if p.b != p.a else "", p.status, f"{p.relative:.4g}", f"{p.largest:.4g}") for p in changed]
         apart = outside(p.a for p in changed)
         head = ("a", "b", "", "relative", "largest")
-        yield Table(head, rows, f"The largest change first; {len(apart)} of them belong to no layer")
+        yield Table(head, told, f"The largest change first; {len(apart)} of them belong to no layer")
 
 
 # verify
@@ -154,8 +154,8 @@ def _pairs(table: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
     alt = f"Margins of {len(margins)} pairs, chosen less rejected; {right} are above 0"
     yield Picture(figures.histograms(series, "margin"), alt, "Right of 0 the chosen answer scores higher.")
     points = calibrated(margins)
-    rows = [(f"{p:.3f}", f"{q:.3f}", n) for p, q, n in points]
-    numbers = Table(("what the margin says", "share in the right order", "pairs"), rows)
+    groups = [(f"{p:.3f}", f"{q:.3f}", n) for p, q, n in points]
+    numbers = Table(("what the margin says", "share in the right order", "pairs"), groups)
     alt = f"Calibration in {len(points)} groups: " + ", ".join(f"{p:.2f} says {q:.2f}" for p, q, _ in points)
     caption = "On the line a margin says as much as it is worth; a circle's area is its number of pairs."
     yield Picture(figures.calibration(points), alt, caption, numbers)

@@ -21,7 +21,7 @@ from converter.errors import ConvertError
 from converter.families.words import CLASSIFIERS
 from converter.recipe.verbs.conversion import Conversion
 from converter.sources.hub.secrets import words_without_token
-from converter.text import format_duration, format_size, show
+from converter.text import fold, format_duration, format_size, show
 
 HEAD_ELEMENTS = 1 << 18
 """Values of a head that are read to be drawn; of a larger one nothing is."""
@@ -105,7 +105,7 @@ def _fates(done: Conversion) -> Iterator[Block]:
     groups = {word: names for word, names in report.fates(done.plan, done.checkpoint, adapters).items() if names}
     counts = [float(len(names)) for names in groups.values()]
     alt = ", ".join(f"{len(names)} {word}" for word, names in groups.items())
-    rows = [(word, len(names), report.fold(names, 6)) for word, names in groups.items()]
+    rows = [(word, len(names), fold(names, 6)) for word, names in groups.items()]
     yield Picture(figures.bars(list(groups), counts, "tensors"), alt, numbers=Table(("fate", "tensors", "names"), rows))
     dropped = [(name, why) for name, why in done.plan.dropped.items()]
     if dropped:
