@@ -155,6 +155,18 @@ class Fetch:
     token: Token = None
 
 
+Report = Annotated[
+    str | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Write a page (.html) or a card (.png) of what was done; needs the extra `report`.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Conversion(Fetch, Reading):
     """Everything that verbs which write a checkpoint share."""
@@ -234,6 +246,7 @@ class Conversion(Fetch, Reading):
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip reading the output back.", rich_help_panel=OUTPUT)
     ] = False
+    report: Report = None
     push_to_hub: Annotated[
         str | None,
         typer.Option(
