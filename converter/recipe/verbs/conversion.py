@@ -225,8 +225,8 @@ def _write_with(
 
     _expect_folders(plan, "executor=")
     return write_with(
-        executor, plan, out, reporter=going.reporter or Silent(), jobs=options.jobs or threads(),
-        memory=memory_of(options), overwrite=options.overwrite, resume=options.resume, verify=options.verify,
+        executor, plan, out, reporter=going.reporter or Silent(),
+        jobs=options.jobs or getattr(executor, "default_jobs", None) or threads(), memory=memory_of(options), overwrite=options.overwrite, resume=options.resume, verify=options.verify,
         accept=accept,
     )  # fmt: skip
 
