@@ -17,7 +17,6 @@ from converter.recipe.verbs.conversion import Conversion
 from converter.recipe.verbs.run import run_recipe
 from converter.text import show
 
-
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
