@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from converter.core.context import Context, Note
     from converter.core.tensors.dtypes import DType, TensorInfo
     from converter.core.tensors.kernel_specs import KernelSpec
+    from converter.core.writer.on_ray import RayExecutor
     from converter.core.writer.plan import Plan, make_plan
     from converter.core.writer.write import Receipt
     from converter.errors import ConvertError, Interrupted, Refused, UsageError, VerificationFailed
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from converter.recipe.verbs.check import check
     from converter.recipe.verbs.conversion import Conversion
     from converter.recipe.verbs.convert import Converted, convert, critic_to_rm, rm_to_critic
+    from converter.recipe.verbs.delta import apply_delta, make_delta
     from converter.recipe.verbs.diff import Compared, diff
     from converter.recipe.verbs.doctor import doctor
     from converter.recipe.verbs.explain import Explanation, Messages, explain
@@ -68,6 +70,7 @@ _HOME = {
     "Origin": "core.checkpoint",
     "Plan": "core.writer.plan",
     "Push": "recipe.verbs.push",
+    "RayExecutor": "core.writer.on_ray",
     "Receipt": "core.writer.write",
     "Recipe": "recipe.recipe",
     "Refused": "errors",
@@ -81,6 +84,7 @@ _HOME = {
     "VerificationFailed": "errors",
     "Verified": "examine.verify.verify",
     "adam_moments": "sources.moments",
+    "apply_delta": "recipe.verbs.delta",
     "average": "recipe.verbs.average",
     "check": "recipe.verbs.check",
     "convert": "recipe.verbs.convert",
@@ -95,6 +99,7 @@ _HOME = {
     "interpolate": "recipe.verbs.average",
     "load": "recipe.verbs.load",
     "load_recipe": "recipe.recipe",
+    "make_delta": "recipe.verbs.delta",
     "make_plan": "core.writer.plan",
     "merge_lora": "recipe.verbs.merge",
     "open": "recipe.verbs.open",
@@ -134,6 +139,7 @@ __all__ = [
     "Origin",
     "Plan",
     "Push",
+    "RayExecutor",
     "Receipt",
     "Recipe",
     "Refused",
@@ -148,6 +154,7 @@ __all__ = [
     "Verified",
     "__version__",
     "adam_moments",
+    "apply_delta",
     "average",
     "check",
     "convert",
@@ -162,6 +169,7 @@ __all__ = [
     "interpolate",
     "load",
     "load_recipe",
+    "make_delta",
     "make_plan",
     "merge_lora",
     "open",

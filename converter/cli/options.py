@@ -29,6 +29,9 @@ from converter.recipe.options import (
 INPUT, OUTPUT, RESOURCES, HUB, CONSENT = PANELS = ("Input", "Output", "Resources", "Hub", "Consent")
 """Panels of `--help`, in their order. An option without one is the verb's own and stands before them."""
 
+_WHOLE = "Make a quantised model's weights whole first, as the vendor's own code does, to the bit."
+Dequantize = Annotated[bool, typer.Option("--dequantize", help=_WHOLE, rich_help_panel=INPUT)]
+
 if TYPE_CHECKING:
     from converter.core.writer.reporter import Reporter
 
@@ -39,6 +42,35 @@ class FailOnChoice(StrEnum):
     error = "error"
     changes_numbers = "changes-numbers"
     cosmetic = "cosmetic"
+
+
+Token = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TOKEN",
+        help="Hub token; default: as huggingface_hub finds it.",
+        show_default=False,
+        rich_help_panel=HUB,
+    ),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CODE",
+        help="Go on past a refusal that printed CODE. Repeatable.",
+        show_default=False,
+        rich_help_panel=CONSENT,
+    ),
+]
+LoraAlpha = Annotated[
+    float | None,
+    typer.Option(
+        metavar="N",
+        help="lora_alpha of training, where no config records it.",
+        show_default=False,
+        rich_help_panel=INPUT,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -120,15 +152,19 @@ class Fetch:
             rich_help_panel=HUB,
         ),
     ] = None
-    token: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TOKEN",
-            help="Hub token; default: as huggingface_hub finds it.",
-            show_default=False,
-            rich_help_panel=HUB,
-        ),
-    ] = None
+    token: Token = None
+
+
+Report = Annotated[
+    str | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Write a page (.html) or a card (.png) of what was done; needs the extra `report`.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -200,15 +236,7 @@ class Conversion(Fetch, Reading):
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that this tool made.", rich_help_panel=CONSENT)
     ] = False
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="CODE",
-            help="Go on past a refusal that printed CODE. Repeatable.",
-            show_default=False,
-            rich_help_panel=CONSENT,
-        ),
-    ] = None
+    allow: Allow = None
     keep_code: Annotated[
         bool, typer.Option("--keep-code", help="Carry .py files of the source along.", rich_help_panel=CONSENT)
     ] = False
@@ -218,6 +246,7 @@ class Conversion(Fetch, Reading):
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip reading the output back.", rich_help_panel=OUTPUT)
     ] = False
+    report: Report = None
     push_to_hub: Annotated[
         str | None,
         typer.Option(
@@ -346,15 +375,8 @@ class HeadFlags(Conversion):
             metavar="T", help="Which checkpoint of a run; default: `latest`.", show_default=False, rich_help_panel=INPUT
         ),
     ] = None
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option(
-            metavar="N",
-            help="lora_alpha of training, where no config records it.",
-            show_default=False,
-            rich_help_panel=INPUT,
-        ),
-    ] = None
+    lora_alpha: LoraAlpha = None
+    dequantize: Dequantize = False
     bias: Annotated[BiasChoice, typer.Option(help="A constant of the head that the target has no place for.")] = (
         BiasChoice.refuse
     )

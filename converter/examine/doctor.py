@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
+from converter.blanks import without_blanks
 from converter.core.context import Context
 from converter.core.files import sparse
 from converter.core.files.names import ADAPTER_CONFIG
@@ -117,9 +118,14 @@ def examine(asked: DoctorRequest) -> Report:
             findings += each(case, context)
     findings += [f for f in undocumented(case, known) if f.code not in asked.ignore]
     sparse.expect_all_read()
-    told = with_steps(one_per_cause(dict.fromkeys(findings)), case)
+    told = [_typeable(f) for f in with_steps(one_per_cause(dict.fromkeys(findings)), case)]
     worst_first = tuple(sorted(told, key=lambda f: SEVERITIES.index(f.severity)))
     return Report(case, worst_first, not_compared(case, worst_first))
+
+
+def _typeable(finding: Finding) -> Finding:
+    """A finding whose commands have no blanks for the user to fill in."""
+    return replace(finding, next=without_blanks(finding.next))
 
 
 def case_of(asked: DoctorRequest) -> Case:

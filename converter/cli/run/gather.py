@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from converter.blanks import new_name
 from converter.cli import lines as report
 from converter.cli.options import Conversion as Flags
 from converter.cli.run.folder import convert
@@ -32,7 +33,7 @@ def gather(asked: GatherRequest, out: str | None, options: Flags) -> int:
 
     own = functools.partial(
         verb.gather, asked.src, out, tag=asked.tag, base=asked.base, master=asked.master, emit=asked.emit,
-        part=asked.part, lora_alpha=asked.lora_alpha, rslora=asked.rslora,
+        part=asked.part, lora_alpha=asked.lora_alpha, rslora=asked.rslora, dequantize=asked.dequantize,
     )  # fmt: skip
     convert(own, out, options, recipe=recipe, input_lines=input_lines, next_commands=next_commands)
     return 0
@@ -71,6 +72,10 @@ def next_commands(done: Gathered) -> Sequence[Next]:
         return load_commands(done)
     out = as_argument(str(done.out))
     base = done.checkpoint.config.get("base_model_name_or_path")
-    named = [] if isinstance(base, str) and base and done.base is None else ["--base", done.base or "BASE"]
-    merge = Command("merge-lora", (out, f"{out.rstrip('/')}-merged", *named))
-    return [Command("inspect", (out,)), merge]
+    named = [] if done.base is None else ["--base", done.base]
+    merge = (
+        [Command("merge-lora", (out, new_name(out, "merged"), *named))]
+        if named or (isinstance(base, str) and base)
+        else []
+    )
+    return [Command("inspect", (out,)), *merge]

@@ -4,7 +4,7 @@
 
     version   1; it changes with the shape of what follows
     path      what was asked
-    detected  model, adapter, training, run, weights or unread
+    detected  model, adapter, training, delta, run, weights or unread
     source    the source that reads it (hf, peft, deepspeed, ...), or null
     why       how it was recognised, in words
     for       the trainer that --for or --launch names, or null
@@ -17,7 +17,7 @@
         tensors         names of all tensors concerned
         evidence        at most three lines
         recoverability  here, "from SOURCE", lost, or empty where nothing is missing
-        fix             names of converters that mend it, in order
+        fix             names of converters that fix it, in order
         applicability   safe, unsafe (needs --allow CODE) or display-only
         next            the exact next command or step, or null
 """
@@ -28,6 +28,8 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import line, next_lines, wrapped_step
+from converter.cli.report.asked import expect_report
+from converter.cli.report.writing import write_report
 from converter.diagnostic import is_command
 from converter.text import show
 
@@ -45,21 +47,27 @@ _KINDS = {
     "model": "model",
     "adapter": "adapter",
     "training": "shards of a training run",
+    "delta": "the difference of two models",
     "run": "a run's folder",
     "weights": "a weight file without a config",
     "unread": "a layout that is not read",
 }
 
 
-def doctor(path: str, fail_on: str, options: Display, **knobs: Any) -> int:
+def doctor(path: str, fail_on: str, options: Display, *, report_to: str | None = None, **knobs: Any) -> int:
     """Examine a folder; exit code 1 where a finding is as bad as `fail_on` or worse."""
     from converter.examine.doctor import at_or_above
     from converter.recipe.verbs.doctor import doctor
 
+    expect_report(report_to)
     report = doctor(path, **knobs)
     code = 1 if at_or_above(fail_on, report.findings) else 0
     options.sink.screen([*screen(report, verbose=options.verbose), _verdict(report, code)])
     options.sink.json(to_json(report))
+    if report_to is not None:
+        from converter.cli.report.of_reading import page_of_doctor
+
+        write_report(report_to, options.sink, lambda: page_of_doctor(report))
     return code
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.blanks import without_blanks
+from converter.cli.report.asked import expect_report
+from converter.cli.report.writing import write_report
 from converter.diagnostic import Command, Next, as_argument, commands
 from converter.dialects.known import Target
 from converter.errors import VerificationFailed
@@ -18,8 +21,9 @@ if TYPE_CHECKING:
 MARKS = {"holds": "ok  ", "note": "note", "fails": "FAIL"}
 
 
-def verify(folder: str, options: Display, **knobs: Any) -> int:
+def verify(folder: str, options: Display, *, report_to: str | None = None, **knobs: Any) -> int:
     """Verify a folder; exit code 0, or 4 where a check fails."""
+    expect_report(report_to)
     sink = options.sink
     found = verb.verify(folder, told=sink.tell, **knobs)
     broken = found.failed
@@ -46,13 +50,17 @@ def verify(folder: str, options: Display, **knobs: Any) -> int:
             "next": list(map(str, following)),
         }
     )
+    if report_to is not None:
+        from converter.cli.report.of_reading import page_of_verify
+
+        write_report(report_to, sink, lambda: page_of_verify(folder, found, following))
     return VerificationFailed.exit_code if broken else 0
 
 
 def _next(folder: str, aim: Target, broken: Sequence[Check]) -> list[Next]:
     """What fixes it; or the trainer's launch line and its traps."""
     if broken:
-        found = list(dict.fromkeys(c.next for c in broken if c.next))
+        found = list(dict.fromkeys(step for c in broken if (step := without_blanks(c.next))))
         return found if any(map(commands, found)) else [*found, Command("doctor", (as_argument(folder),))]
     from converter.sources.hub.names import as_reference, hub_name
 

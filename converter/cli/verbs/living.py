@@ -9,6 +9,20 @@ import typer
 
 from converter.cli.app import verb
 from converter.cli.options import OUTPUT, Display, FailOnChoice
+from converter.cli.verbs.examining import Deep, Ignore
+
+ForEach = Annotated[
+    str | None,
+    typer.Option("--for", metavar="TRAINER", help="Say what this loader does with each.", show_default=False),
+]
+
+
+class NotifyChoice(StrEnum):
+    """How changes are noticed."""
+
+    auto = "auto"
+    inotify = "inotify"
+    poll = "poll"
 
 
 @verb(
@@ -26,15 +40,9 @@ from converter.cli.options import OUTPUT, Display, FailOnChoice
 def watch(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder that gets checkpoints.", show_default=False)],
     options: Display,
-    target: Annotated[
-        str | None,
-        typer.Option("--for", metavar="TRAINER", help="Say what this loader does with each.", show_default=False),
-    ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Read values too: NaN, zeros, heads that never moved.")] = False,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", metavar="CODE", help="Leave this one out. Repeatable.", show_default=False),
-    ] = None,
+    target: ForEach = None,
+    deep: Deep = False,
+    ignore: Ignore = None,
     fail_on: Annotated[
         FailOnChoice, typer.Option("--fail-on", help="The least severity that counts as an error.")
     ] = FailOnChoice.error,
@@ -48,6 +56,22 @@ def watch(
             show_default=False,
         ),
     ] = None,
+    post: Annotated[
+        str | None,
+        typer.Option(
+            "--post",
+            metavar="URL",
+            help="Send what --json prints of each checkpoint there, as it is examined; the URL is never printed.",
+            show_default=False,
+        ),
+    ] = None,
+    notify: Annotated[
+        NotifyChoice,
+        typer.Option(
+            "--notify",
+            help="How changes are noticed: told by the kernel (needs the extra `watch`), or by looks at intervals.",
+        ),
+    ] = NotifyChoice.auto,
     once: Annotated[bool, typer.Option("--once", help="Examine what is there now, and end.")] = False,
     interval: Annotated[
         float, typer.Option("--interval", metavar="SECONDS", min=0.05, help="Time between two looks.")
@@ -71,7 +95,7 @@ def watch(
 
     return watch(
         run, fail_on.value, options, on_error=on_error, fail_fast=fail_fast, once=once, for_=target, deep=deep,
-        ignore=ignore or (), interval=interval, settle=settle, state=state,
+        ignore=ignore or (), interval=interval, settle=settle, state=state, post_to=post, notify=notify.value,
     )  # fmt: skip
 
 
@@ -100,15 +124,9 @@ class FormatChoice(StrEnum):
 def check(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files and folders.", show_default=False)],
     options: Display,
-    target: Annotated[
-        str | None,
-        typer.Option("--for", metavar="TRAINER", help="Say what this loader does with each.", show_default=False),
-    ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Read values too: NaN, zeros, heads that never moved.")] = False,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", metavar="CODE", help="Leave this one out. Repeatable.", show_default=False),
-    ] = None,
+    target: ForEach = None,
+    deep: Deep = False,
+    ignore: Ignore = None,
     fail_on: Annotated[
         FailOnChoice, typer.Option("--fail-on", help="The least severity that makes the exit code 1.")
     ] = FailOnChoice.changes_numbers,

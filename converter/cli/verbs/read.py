@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import verb
-from converter.cli.options import CONSENT, HUB, INPUT, OUTPUT, Display, FailOnChoice, Reading, Speaking
+from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Display, FailOnChoice, Reading, Report, Speaking
+from converter.cli.verbs.examining import Deep, Ignore
 from converter.cli.verbs.heads import RoleChoice
 
 
@@ -85,11 +86,8 @@ def doctor(
     fail_on: Annotated[
         FailOnChoice, typer.Option("--fail-on", help="The least severity that makes the exit code 1.")
     ] = FailOnChoice.changes_numbers,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", metavar="CODE", help="Leave this one out. Repeatable.", show_default=False),
-    ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Read values too: NaN, zeros, heads that never moved.")] = False,
+    ignore: Ignore = None,
+    deep: Deep = False,
     launch: Annotated[
         str | None,
         typer.Option(
@@ -104,12 +102,14 @@ def doctor(
         int | None,
         typer.Option(metavar="M", min=1, help="Say whether the run goes on with M ranks.", show_default=False),
     ] = None,
+    report: Report = None,
 ) -> int:
     """`rlhf-convert doctor`."""
     from converter.cli.tell.doctor import doctor
 
     return doctor(
-        path, fail_on.value, options, base=base, weights_from=weights_from or (), for_=target, with_actor=actor,
+        path, fail_on.value, options, report_to=report, base=base, weights_from=weights_from or (), for_=target,
+        with_actor=actor,
         ignore=ignore or (), deep=deep, launch=launch, resume_on=resume_on, allow_name=options.allow_name or (),
     )  # fmt: skip
 
@@ -174,21 +174,15 @@ def verify(
     pairs: Annotated[
         int, typer.Option(metavar="N", min=1, help="How many pairs of --probe are scored, the first ones.")
     ] = 200,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="CODE",
-            help="Go on past a refusal that printed CODE. Repeatable.",
-            show_default=False,
-            rich_help_panel=CONSENT,
-        ),
-    ] = None,
+    allow: Allow = None,
+    report: Report = None,
 ) -> int:
     """`rlhf-convert verify`."""
     from converter.cli.tell.verify import verify
 
     return verify(
-        folder, options, for_=trainer, role=None if role is None else role.value, against=against, from_=source,
+        folder, options, report_to=report, for_=trainer, role=None if role is None else role.value, against=against,
+        from_=source,
         base=base, live=live, python=python, probe=probe, pairs=pairs, allow=allow or (),
     )  # fmt: skip
 
@@ -242,11 +236,14 @@ def diff(
         list[str] | None,
         typer.Option(metavar="P", help="Taken off names before they are paired. Repeatable.", show_default=False),
     ] = None,
+    report: Report = None,
 ) -> int:
     """`rlhf-convert diff`."""
     from converter.cli.tell.diff import diff
 
-    return diff(a, b, options, ignore_prefix=ignore_prefix or (), allow_name=options.allow_name or ())
+    return diff(
+        a, b, options, report_to=report, ignore_prefix=ignore_prefix or (), allow_name=options.allow_name or (),
+    )  # fmt: skip
 
 
 @verb(
@@ -316,3 +313,25 @@ def env(options: Display) -> int:
     from converter.cli.tell.environment import env
 
     return env(options)
+
+
+@verb(
+    "schema",
+    Display,
+    short_help="Print the JSON schema of what a verb prints with --json.",
+    help="Print the JSON schema (2020-12) of what a verb prints with --json, and of rlhf-convert.json; without a name, "
+    "the names. Keys may be added without a new version; what a schema describes stays until the version rises.",
+    examples=(
+        "rlhf-convert schema",
+        "rlhf-convert schema doctor > doctor.schema.json",
+        "rlhf-convert schema receipt",
+    ),
+)
+def schema(
+    options: Display,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A verb, or receipt.", show_default=False)] = None,
+) -> int:
+    """`rlhf-convert schema`."""
+    from converter.cli.tell.schema import schema
+
+    return schema(name, options)

@@ -7,17 +7,9 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import Out, verb
-from converter.cli.options import INPUT, OUTPUT, Conversion
+from converter.cli.options import INPUT, OUTPUT, Conversion, Dequantize, LoraAlpha
 from converter.recipe.options import CombineChoice, EmitChoice, NumericsChoice, PartChoice, RequantizeChoice
 
-Dequantize = Annotated[
-    bool,
-    typer.Option(
-        "--dequantize",
-        help="Make a quantised model's weights whole first, as the vendor's own code does, to the bit.",
-        rich_help_panel=INPUT,
-    ),
-]
 Requantize = Annotated[
     RequantizeChoice | None,
     typer.Option(
@@ -172,18 +164,11 @@ def gather(
             help="Which model, where a trainer's state holds several.", show_default=False, rich_help_panel=INPUT
         ),
     ] = None,
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option(
-            metavar="N",
-            help="lora_alpha of training, where no config records it.",
-            show_default=False,
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
+    lora_alpha: LoraAlpha = None,
     rslora: Annotated[
         bool, typer.Option("--rslora", help="Training set use_rslora, and no config records it.", rich_help_panel=INPUT)
     ] = False,
+    dequantize: Dequantize = False,
 ) -> int:
     """`rlhf-convert gather`."""
     from converter.cli.run.gather import gather
@@ -198,6 +183,7 @@ def gather(
         lora_alpha=lora_alpha,
         rslora=rslora,
         part=None if part is None else part.value,
+        dequantize=dequantize,
     )
     return gather(asked, options.target(out), options)
 
