@@ -51,3 +51,31 @@ def transformers_made_random(folder: Path) -> list[str]:
 
     _, info = transformers.AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     return list(info["missing_keys"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_a_classifiers_head_under_a_name_of_ones_own_is_not_copied_as_it_is(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Saved("seqcls", kind).write(tmp_path / kind)
+    tensors = read_tensors(folder)
+    tensors["reward_head.weight"] = tensors.pop("score.weight")
+    write_tensors(folder, tensors)
+    assert transformers_notices(folder)
+    for command in (["reshard", str(folder)], ["average", str(folder), str(folder)]):
+        assert main([*command, str(tmp_path / "out"), "--dry-run"]) == 3
+        assert "score.weight" in capsys.readouterr().err
+    assert main(["convert", str(folder), str(tmp_path / "rm"), "--to", "trl", "--role", "reward", "-q"]) == 0
+    assert not transformers_notices(tmp_path / "rm")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+def test_a_bias_that_the_class_of_the_config_has_no_place_for_is_not_copied(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Saved("tokcls", kind).write(tmp_path / kind)
+    named = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(named.replace("ForTokenClassification", "ForSequenceClassification"))
+    assert transformers_notices(folder)
+    assert main(["reshard", str(folder), str(tmp_path / "out"), "--dry-run"]) == 3
+    assert "score.bias" in capsys.readouterr().err

@@ -247,20 +247,24 @@ def _without_heads(found: Comparison, wanted: Expected, heads: frozenset[str], d
         return found
     of_class = heads & wanted.saved.keys() and dialect.head.kind != "lm-row"
     # Under a class of transformers a head that no trainer looks for is left over, and the class's own output is random.
-    is_nobodys = not dialect.serves and not wanted.free and not wanted.name.endswith(("Classification", "Model"))
-    lm_head = dialect.head.lm_head or is_nobodys
+    is_nobodys = not dialect.serves and not wanted.free and not wanted.name.endswith("Model")
+    lm_head = dialect.head.lm_head or (is_nobodys and not wanted.name.endswith("Classification"))
 
     def is_replaced(name: str) -> bool:
         """True for the class's head, in whose place the dialect's is."""
+        if is_nobodys:
+            return False
         is_output = name.startswith(OUTPUT_PREFIXES)
         return not of_class and wanted.is_outside(name) and not (is_output and lm_head)
 
     missing = {n: s for n, s in found.missing.items() if not is_replaced(n)}
     is_output_too = lm_head or not wanted.name.endswith(("Classification", "Model"))
+    # A bias beside a class's own head that has none: a load passes over it.
+    is_too_much = bool(of_class) and dialect.class_says and not wanted.free
     unexpected = {
         n: s
         for n, s in found.unexpected.items()
-        if n not in heads and not (is_output_too and n.startswith(OUTPUT_PREFIXES))
+        if (n not in heads or is_too_much) and not (is_output_too and n.startswith(OUTPUT_PREFIXES))
     }
     misshapen = {n: p for n, p in found.misshapen.items() if n not in heads or of_class}
     return Comparison(missing, unexpected, misshapen, found.asked)
