@@ -46,7 +46,7 @@ for arguments in asked:
 def modules_after_each(command_lines: Sequence[Sequence[str]]) -> list[set[str]]:
     """As `modules_after` of each: forks of one process that has imported the command line and nothing else."""
     words = [sys.executable, "-c", _EACH, json.dumps([list(c) for c in command_lines])]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
     return [{name.split(".")[0] for name in json.loads(line)} for line in done.stdout.splitlines()]
 
 
