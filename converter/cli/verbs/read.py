@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import verb
-from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Display, FailOnChoice, Reading, Report, Speaking
+from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Display, FailOnChoice, Reading, Report
+from converter.cli.speaking import Speaking
 from converter.cli.verbs.examining import Deep, Ignore
 from converter.cli.verbs.heads import RoleChoice
 
