@@ -29,6 +29,9 @@ from converter.recipe.options import (
 INPUT, OUTPUT, RESOURCES, HUB, CONSENT = PANELS = ("Input", "Output", "Resources", "Hub", "Consent")
 """Panels of `--help`, in their order. An option without one is the verb's own and stands before them."""
 
+_WHOLE = "Make a quantised model's weights whole first, as the vendor's own code does, to the bit."
+Dequantize = Annotated[bool, typer.Option("--dequantize", help=_WHOLE, rich_help_panel=INPUT)]
+
 if TYPE_CHECKING:
     from converter.core.writer.reporter import Reporter
 
@@ -373,6 +376,7 @@ class HeadFlags(Conversion):
         ),
     ] = None
     lora_alpha: LoraAlpha = None
+    dequantize: Dequantize = False
     bias: Annotated[BiasChoice, typer.Option(help="A constant of the head that the target has no place for.")] = (
         BiasChoice.refuse
     )
