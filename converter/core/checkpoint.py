@@ -131,6 +131,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         one_file: the main weights must be in one file, however large: what loads them reads no index.
         stem: how the name of the main weight file begins, where a program looks for another one than the usual.
         under: keys of the dictionaries that a distributed checkpoint has the model in.
+        copies: tensors that several ranks saved: the name, what is taken, and another rank's, which must be equal.
         boxes: by name, how many leading dimensions of a tensor such a checkpoint has index by index; absent: none.
     """
 
@@ -158,6 +159,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     one_file: bool = False
     stem: str = ""
     under: tuple[str, ...] = ()
+    copies: tuple[tuple[str, LazyTensor, LazyTensor], ...] = ()
     boxes: Mapping[str, int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LazyTensor:

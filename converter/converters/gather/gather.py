@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from converter.converters.gather import megatron_lora
 from converter.converters.gather.adapter_config import HEADS, LORA_FILES, adapter_config, head_task, with_folded_heads
+from converter.converters.gather.autoep import from_autoep
 from converter.converters.gather.megatron import from_megatron
 from converter.converters.gather.peft_names import PeftNames, has_factors, peft_names, without_wrappers
 from converter.converters.gather.ties import without_tied_copies
@@ -72,6 +73,7 @@ class Gather:
             raise UsageError("not-training", text, where=show(checkpoint.origin.asked))
         for said in checkpoint.said:
             context.note("info", "found", said)
+        _expect_equal_copies(checkpoint, context)
         keys: dict[str, str] = {}
         if megatron_lora.is_lora(checkpoint.tensors):
             checkpoint, keys = megatron_lora.with_peft_names(checkpoint, self.base, context)
@@ -91,6 +93,19 @@ class Gather:
                 "no-adapter", "the run trained no LoRA: there is no adapter", where=show(checkpoint.origin.asked)
             )
         return inner.placed(_model(checkpoint, inner, self.base, context), checkpoint.tensors)
+
+
+def _expect_equal_copies(checkpoint: Checkpoint, context: Context) -> None:
+    """What several ranks saved has to be one value."""
+    differ = [name for name, taken, other in checkpoint.copies if not context.equal(taken, other)]
+    if differ:
+        text = f"ranks that should have copies of one tensor have different values: {fold(dict.fromkeys(differ))}"
+        raise Refused(
+            "zero-mixed",
+            text,
+            where=show(checkpoint.origin.asked),
+            next="look for another checkpoint of the run: its ranks are not of one model",
+        )
 
 
 def _say_masters(found: Mapping[str, LazyTensor], context: Context) -> None:
@@ -128,6 +143,7 @@ def _model(checkpoint: Checkpoint, inner: Unwrapped, base: Checkpoint | None, co
         found = for_value_model(found, base, context)
     if is_megatron(found.tensors):
         found = from_megatron(found, context)
+    found = from_autoep(found, context)
     expect_known_ends(found)
     if not inner.is_raw:
         found = without_foreign_prefix(found, context)
