@@ -15,7 +15,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.text import fold, format_size, show
 
-MODEL, ADAPTER, TRAINING = "model", "adapter", "training"
+MODEL, ADAPTER, TRAINING, STATE = "model", "adapter", "training", "state"
 """What a checkpoint is, as `Origin.kind` says."""
 
 Container = Literal["safetensors", "torch", "distcp"]
@@ -46,7 +46,8 @@ class Origin:
     """Where a checkpoint came from.
 
     Attributes:
-        kind: `model`, `adapter`, or `training`: the state of a trainer, whose names are those in memory.
+        kind: `model`, `adapter`, `training`: the state of a trainer, whose names are those in memory; or `state`: the
+            tensors of one under these names, which are no model.
         path: the folder that was opened, absolute; never written into an output.
         asked: what the user typed, for screens.
         name: for the receipt: the Hub id, else the folder's own name.

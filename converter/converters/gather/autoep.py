@@ -59,7 +59,8 @@ def from_autoep(found: Checkpoint, context: Context) -> Checkpoint:
     dropped: dict[str, str] = {}
     for layer in layers:
         w1, w2, w3 = (found.tensors.get(f"{layer}.experts.w{i}") for i in (1, 2, 3))
-        assert w1 is not None and w2 is not None
+        assert w1 is not None
+        assert w2 is not None
         if w3 is None or w1.info != w3.info or len(w1.info.shape) != 3:
             raise Refused("zero-experts", f"the experts of {show(layer)} are not three stacks of AutoEP", where=where)
         pairs = [tensors.concat([tensors.narrow(w, 0, e, 1) for w in (w1, w3)], 1) for e in range(w1.info.shape[0])]
@@ -85,9 +86,7 @@ def from_autoep(found: Checkpoint, context: Context) -> Checkpoint:
         trained = (trained - gone) | stacks.keys()
     left = (*found.left, *(found.tensors[n] for n in dropped))
     plain = found.replace(tensors=kept, ties=ties, trained=trained).rename(names)
-    return plain.replace(
-        tensors={**plain.tensors, **stacks}, dropped={**found.dropped, **dropped}, left=left
-    )
+    return plain.replace(tensors={**plain.tensors, **stacks}, dropped={**found.dropped, **dropped}, left=left)
 
 
 def _is_known(name: str, tensor: LazyTensor, wanted: Expected, built: Architecture) -> bool:

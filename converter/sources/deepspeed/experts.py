@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 
 FILE = re.compile(r"(?:layer_(\d{1,6})_)?expert_(\d{1,6})_mp_rank_(\d{1,4})_model_states\.pt", re.ASCII)
 OPTIMIZER = re.compile(r"expp_rank_(\d{1,6})_mp_rank_(\d{1,4})_optim_states\.pt", re.ASCII)
+GROUPS = "ds_zero_partition_groups"
 _OWN = re.compile(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..+)", re.ASCII)
 _STACKED = re.compile(r"(.+\.experts\.w[123])\.(\d+)", re.ASCII)
 _STACK = re.compile(r".+\.experts\.w[123]", re.ASCII)
+
+
+_WITH_DEEPSPEED = "load it with DeepSpeed in the training script, and save it gathered"
 
 
 def holds_experts(names: Iterable[str]) -> bool:
@@ -48,18 +52,21 @@ def expert_files(shards: Shards) -> dict[tuple[int, int], str]:
             continue
         if match[1] is None or int(match[3]) != 0:
             what = "of an old version, without the layer's number" if match[1] is None else "of tensor-parallel ranks"
-            raise shards.refuse("zero-experts", f"the files of experts are {what}, which are not read", file=name)
+            text = f"the files of experts are {what}, which are not read"
+            raise shards.refuse("zero-experts", text, file=name, next=_WITH_DEEPSPEED)
         found[int(match[1]), int(match[2])] = name
     counts = shards.model().get("num_experts")
     listed = counts if isinstance(counts, list) and all(type(n) is int and 0 < n < 10**6 for n in counts) else None
     if listed is None:
         text = "the model file doesn't say how many experts its layers have (`num_experts`)"
-        raise shards.refuse("zero-experts", text, file=shards.model_file())
+        raise shards.refuse("zero-experts", text, file=shards.model_file(), next=_WITH_DEEPSPEED)
     wanted = {(layer, e) for layer, count in enumerate(listed) for e in range(count)}
     if len(wanted) > 10**6 or wanted != found.keys():
         lost = [f"layer_{i}_expert_{e}" for i, e in sorted(wanted - found.keys())]
         extra = [found[k] for k in sorted(found.keys() - wanted)]
-        what = f"files of experts are missing: {fold(lost)}" if lost else f"more experts than the run had: {fold(extra)}"
+        what = (
+            f"files of experts are missing: {fold(lost)}" if lost else f"more experts than the run had: {fold(extra)}"
+        )
         raise shards.refuse(
             "zero-experts", what, next="copy them from the nodes that wrote them; nothing else holds these experts"
         )
@@ -125,6 +132,35 @@ class Ranks:
         return cls(tuple(tuple(range(e, ranks, sets)) for e in range(sets)))
 
 
+def rank_sets(shards: Shards, index: int, count: int) -> tuple[tuple[int, ...], ...]:
+    """The ranks that hold a sub-group of stage 3, which was cut in `count` parts: by set of experts, in their order.
+
+    Raises:
+        Refused: the files contradict each other (`zero-experts`).
+    """
+    if count == shards.ranks:
+        return (tuple(range(count)),)
+    places: dict[tuple[int, ...], int] = {}
+    for rank in range(shards.ranks):
+        listed = shards.optim(rank).get(GROUPS)
+        own = listed[index] if isinstance(listed, list) and index < len(listed) else None
+        ranks = tuple(own.get("partition_ranks") or ()) if isinstance(own, dict) else ()
+        if len(ranks) != count or not all(type(n) is int for n in ranks) or rank not in ranks:
+            text = f"the file doesn't say which {count} ranks hold sub-group {index}"
+            raise shards.refuse("zero-experts", text, file=shards.files.optimizers[rank])
+        layers = shards.model(rank).get("ds_autoep_layers")
+        number = {layer.get("ep_rank") for layer in layers} if isinstance(layers, list) else set()
+        if len(number) != 1 or places.setdefault(ranks, *number) not in number:
+            text = "which experts a rank holds is not recorded, or is not the same in all files"
+            raise shards.refuse("zero-experts", text, file=shards.model_file(rank))
+    sets = tuple(sorted(places, key=lambda ranks: places[ranks]))
+    if sorted(places.values()) != list(range(len(sets))) or sorted(r for s in sets for r in s) != list(
+        range(shards.ranks)
+    ):
+        raise shards.refuse("zero-experts", f"the ranks of sub-group {index} are not all of the run's, each once")
+    return sets
+
+
 @dataclass(frozen=True)
 class Numbers:
     """The numbers of experts among all, by those on a rank.
@@ -171,9 +207,7 @@ def all_names(shards: Shards, group: Mapping[str, tuple[int, ...]], sets: int) -
     return found
 
 
-def joined(
-    shards: Shards, group: Iterable[str], by_set: Sequence[Mapping[str, LazyTensor]]
-) -> dict[str, LazyTensor]:
+def joined(shards: Shards, group: Iterable[str], by_set: Sequence[Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
     """Tensors of a group by their names among all ranks, from those of each set of experts."""
     numbers = Numbers.of(shards, group)
     found: dict[str, LazyTensor] = {}

@@ -249,7 +249,7 @@ def search_universal(root: Path, asked: str, tag: str | None = None) -> Place | 
 
 
 def slices_in(folder: Path) -> list[int]:
-    """Numbers of the ranks that a model was split over by layers or within tensors (`mp_rank_01`); 0 where it wasn't."""
+    """Numbers of the ranks that a model was split over by layers or within tensors (`mp_rank_01`); else 0 alone."""
     matches = [m for n in file_names(folder) for m in (_MODEL.fullmatch(n), _OPTIMIZER.fullmatch(n)) if m is not None]
     return sorted({int(m[2]) for m in matches})
 

@@ -97,9 +97,7 @@ def pipeline_weights(found: Pipeline) -> tuple[dict[str, LazyTensor], list[Copy]
         Refused: a layer's file is missing or is not of these stages (`zero-pipeline`).
     """
     first = found.first
-    shapes = [{n: s for g in trained_shapes(stage) for n, s in g.items()} if stage.stage else {}
-              for stage in found.stages]  # fmt: skip
-    known = {n: s for each in shapes for n, s in each.items()}
+    known = {n: s for stage in found.stages for n, s in _shapes(stage).items()}
     numbered = {int(m[1]) for n in known if (m := _LAYER.fullmatch(n))}
     if lost := sorted(numbered - found.layers.keys()):
         raise first.refuse(
@@ -107,21 +105,43 @@ def pipeline_weights(found: Pipeline) -> tuple[dict[str, LazyTensor], list[Copy]
             f"the files of layers {fold([str(n) for n in lost])} are missing",
             next="copy them from the nodes that wrote them",
         )
-    tied = _tied_layers(found, known)
+    tied = _tied_layers(found, {n: s for n, s in known.items() if s is not None})
     weights: dict[str, LazyTensor] = {}
     copies: list[Copy] = []
     for number, own in found.layers.items():
         before = f"{TIED}{tied[number]}." if number in tied else f"{number}."
         for key, tensor in own.items():
             name = f"{before}{key}"
-            if known.get(name, tensor.info.shape) != tensor.info.shape:
+            if (known.get(name) or tensor.info.shape) != tensor.info.shape:
                 text = f"{show(key)} is {list(tensor.info.shape)} in layer {number}, and not so in param_shapes"
                 raise first.refuse("zero-sizes", text)
             if name in weights:
                 copies.append((name, weights[name], tensor))
             else:
                 weights[name] = tensor
+    if lost_names := [n for n, shape in known.items() if shape is None and n not in weights]:
+        text = f"no file of a layer holds {fold(lost_names)}, and without ZeRO its shape is not recorded"
+        raise first.refuse("zero-pipeline", text, next="look for a checkpoint that was saved with ZeRO stage 1")
     return weights, copies
+
+
+def lists_shapes(stage: Shards) -> bool:
+    """True where the parameters' shapes are recorded: BF16_Optimizer's run without ZeRO leaves them out."""
+    return bool(stage.stage) and stage.model().get("param_shapes") is not None
+
+
+def _shapes(stage: Shards) -> dict[str, tuple[int, ...] | None]:
+    """The parameters of a stage with their shapes; None where only the names are recorded."""
+    if not stage.stage:
+        return {}
+    if lists_shapes(stage):
+        return {n: s for g in trained_shapes(stage) for n, s in g.items()}
+    names: dict[str, tuple[int, ...] | None] = {}
+    for rank in stage.files.optimizers:
+        listed = stage.optim(rank).get("param_slice_mappings")
+        for group in listed if isinstance(listed, list) else []:
+            names |= {n: None for n in group if isinstance(n, str)} if isinstance(group, dict) else {}
+    return names
 
 
 def _tied_layers(found: Pipeline, known: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
@@ -148,9 +168,7 @@ def _tied_layers(found: Pipeline, known: Mapping[str, tuple[int, ...]]) -> dict[
     return tied
 
 
-def pipeline_states(
-    found: Pipeline, state: State = MASTER
-) -> tuple[dict[str, LazyTensor], list[Copy]]:
+def pipeline_states(found: Pipeline, state: State = MASTER) -> tuple[dict[str, LazyTensor], list[Copy]]:
     """Masters, or a state of the optimizer, by name, and other stages' copies of shared modules'.
 
     Raises:

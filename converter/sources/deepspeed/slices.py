@@ -64,7 +64,10 @@ def read_slices(first: Shards) -> list[Shards]:
         raise first.refuse("zero-tensor-parallel", text, next="copy them from the nodes that wrote them")
     slices = [first, *(read_shards(folder, n, like=first) for n in range(1, count))]
     keys = ("global_steps", "dp_world_size", "mp_world_size")
-    if len({tuple(repr(s.model().get(k)) for k in keys) for s in slices}) > 1 or len({(s.stage, s.ranks) for s in slices}) > 1:
+    if (
+        len({tuple(repr(s.model().get(k)) for k in keys) for s in slices}) > 1
+        or len({(s.stage, s.ranks) for s in slices}) > 1
+    ):
         raise first.refuse("zero-mixed", "the files of tensor-parallel ranks are of different steps or runs")
     return slices
 
@@ -140,7 +143,10 @@ class Joiner:
         for number, part in enumerate(parts):
             own = ranks.get(number, ranks.get(str(number)))
             pieces = own.get("pieces") if isinstance(own, dict) else None
-            if not isinstance(pieces, list) or tuple(own["shard_shape"] if isinstance(own, dict) else ()) != part.info.shape:
+            if (
+                not isinstance(pieces, list)
+                or tuple(own["shard_shape"] if isinstance(own, dict) else ()) != part.info.shape
+            ):
                 raise self._refuse(name, f"slice {number} is {list(part.info.shape)}, and not as is recorded")
             for piece in pieces:
                 dim, box = self._box(name, piece, whole, part.info.shape)
@@ -231,7 +237,7 @@ class Joiner:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """True where a recorded pattern is for this name. Patterns come from a file: only escaped names and `\\d+` count."""
+    """True where a recorded pattern is for this name. Patterns come from a file: escaped names count, with digits."""
     plain = pattern.removeprefix("^").removesuffix("$")
     if re.fullmatch(r"(?:[\w.]|\\\.|\\d\+|\\-|\\_)+", plain) is None or len(plain) > 1000:
         return False

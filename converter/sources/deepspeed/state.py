@@ -145,7 +145,7 @@ def read_shards(folder: Path, slice: int = 0, like: Shards | None = None) -> Sha
     if is_universal(folder):
         _read_universal(shards, first)
         return shards
-    shards.experts = holds_experts(file_names(folder))
+    shards.experts = holds_experts(file_names(folder)) or bool(first.get("ds_autoep_layers"))
     shards.stage = _stage(shards, first)
     shards.ranks = _ranks(shards, first)
     stale = [n for found in (files.models, files.optimizers) for r, n in found.items() if r >= shards.ranks]

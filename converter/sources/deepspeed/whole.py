@@ -96,7 +96,7 @@ def _pipeline(first: Shards, words: str, *, master: bool) -> Whole:
     found = pipeline.read_pipeline(first)
     held, copies = pipeline.pipeline_weights(found)
     trained: frozenset[str] | None = None
-    if first.stage:
+    if first.stage and (master or all(pipeline.lists_shapes(s) for s in found.stages)):
         masters, others = pipeline.pipeline_states(found)
         trained = frozenset(masters)
         copies += others
@@ -107,7 +107,7 @@ def _pipeline(first: Shards, words: str, *, master: bool) -> Whole:
                 held[name] = tensor
             elif name not in held:
                 held[name] = tensors.cast(tensor, training_dtype(first, None))
-    else:
+    elif not first.stage:
         pipeline.expect_all_held(found, held)
         if master and not all(t.info.dtype.name == "F32" for t in held.values() if t.info.dtype.is_float):
             raise first.refuse("zero-no-masters", "without ZeRO the optimizer's states are not stored by name")
@@ -152,9 +152,7 @@ def joiner_of(first: Shards, count: int) -> Joiner:
     return Joiner(first, count, recorded, implied)
 
 
-def states_of(
-    folder: Path, which: Literal["exp_avg", "exp_avg_sq"], allow: Collection[str]
-) -> dict[str, LazyTensor]:
+def states_of(folder: Path, which: Literal["exp_avg", "exp_avg_sq"], allow: Collection[str]) -> dict[str, LazyTensor]:
     """One of Adam's moments of every trained parameter, by its name in memory.
 
     Raises:

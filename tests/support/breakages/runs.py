@@ -167,7 +167,7 @@ RUNS: dict[str, Breakage] = {
     "zero-rank-missing": Breakage(Z3, gone("*rank_1_*optim_states.pt"), "advice"),
     "zero-mixed": Breakage(Z3, mixed, "advice"),
     "zero-experts": Breakage(Z2, stray("expert_0_mp_rank_00_model_states.pt"), "advice"),
-    "zero-pipeline": Breakage(Z2, stray("layer_00-model_00-model_states.pt"), "advice"),
+    "zero-pipeline": Breakage(Z2, stray("layer_00-model_01-model_states.pt"), "advice"),
     "zero-tensor-parallel": Breakage(Z2, stray("mp_rank_01_model_states.pt"), "advice"),
     "zero-sizes": Breakage(Z3, other_sizes, "advice"),
     "zero-malformed": Breakage(

@@ -2,7 +2,7 @@
 
 Needs `deepspeed` and `transformers`. Starts one process a rank:
 
-    python tests/runs/zero/parallel.py OUT --ranks 2 --case moe --stage 2
+    python tests/runs/zero/split.py OUT --ranks 2 --case moe --stage 2
 
 As in `train.py` the oracle is what lived in memory, here put together by DeepSpeed's own communication: masters and
 moments of every partition by all-gather in the group that it was cut for, slices of tensors by AutoTP's own gathering.
@@ -50,6 +50,8 @@ CASES = {
     "autoep-fp32": Case("autoep", model="mixtral", dtype="fp32"),
     "autoep-qwen3": Case("autoep", model="qwen3_moe", stages=(0, 1, 2, 3)),
     "pipe": Case("pipe", stages=(0, 1)),
+    "pipe-llama": Case("pipe", stages=(1,), model="llama"),
+    "pipe-llama-tied": Case("pipe", stages=(1,), model="tied"),
     "pipe-fp32": Case("pipe", stages=(0, 1), dtype="fp32"),
     "tp": Case("tp", stages=(0, 1, 2)),
     "tp-fp32": Case("tp", stages=(0, 1, 2), dtype="fp32"),
@@ -235,6 +237,9 @@ def train_pipe(case: Case, stage: int) -> tuple[Any, Any]:
         LayerSpec(nn.Linear, 7, 6),
         TiedLayerSpec("shared", nn.Linear, 6, 6, bias=False, forward_fn=embed),
     ]
+    config: Any = None
+    if case.model:
+        specs, config = llama_layers(tied=case.model == "tied")
     model = PipelineModule(
         specs, num_stages=case.size, loss_fn=lambda out, label: (out.float() - label.float()).pow(2).mean(),
         partition_method="uniform",
@@ -246,13 +251,54 @@ def train_pipe(case: Case, stage: int) -> tuple[Any, Any]:
 
     def batches() -> Any:
         torch.manual_seed(5)
+        while case.model:
+            yield torch.randint(1, 28, (2, 7)), torch.randn(2, 7, 29, dtype=dtype)
         while True:
             yield torch.randn(3, 6, dtype=dtype), torch.randn(3, 6, dtype=dtype)
 
     data = batches()
     for _ in range(STEPS):
         engine.train_batch(data_iter=data)
+    if config is not None:
+        model.config = config
     return engine, model
+
+
+def llama_layers(*, tied: bool) -> tuple[list[Any], Any]:
+    """transformers' own layers in a pipeline, as those who train a model of transformers in one do."""
+    import torch
+    import transformers
+    from deepspeed.pipe import LayerSpec, TiedLayerSpec
+    from torch import nn
+    from transformers.models.llama import modeling_llama as llama
+
+    config = transformers.LlamaConfig(
+        vocab_size=29, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=tied, use_cache=False,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    config.architectures = ["LlamaForCausalLM"]
+
+    class Block(llama.LlamaDecoderLayer):  # type: ignore[misc]
+        def __init__(self, index: int) -> None:
+            super().__init__(config, index)
+            self.rotary = llama.LlamaRotaryEmbedding(config)
+
+        def forward(self, x: Any) -> Any:
+            places = torch.arange(x.shape[1])[None]
+            mask = torch.full((x.shape[1], x.shape[1]), -1e9, dtype=x.dtype).triu(1)[None, None]
+            out = super().forward(x, attention_mask=mask, position_embeddings=self.rotary(x, places))
+            return out[0] if isinstance(out, tuple) else out
+
+    blocks = [LayerSpec(Block, i) for i in range(3)]
+    norm = LayerSpec(llama.LlamaRMSNorm, 8)
+    if tied:
+        project = lambda layer, x: x @ layer.weight.t()  # noqa: E731
+        return [
+            TiedLayerSpec("embed", nn.Embedding, 29, 8), *blocks, norm,
+            TiedLayerSpec("embed", nn.Embedding, 29, 8, forward_fn=project),
+        ], config  # fmt: skip
+    return [LayerSpec(nn.Embedding, 29, 8), *blocks, norm, LayerSpec(nn.Linear, 8, 29, bias=False)], config
 
 
 def train_tp(case: Case, stage: int) -> tuple[Any, Any]:
@@ -371,7 +417,7 @@ def partitions(engine: Any, named: list[tuple[str, Any]]) -> dict[str, Any]:
                 if parameter.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
                     continue
                 start = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
-                if 0 <= start and start + parameter.numel() <= flat.numel():
+                if start >= 0 and start + parameter.numel() <= flat.numel():
                     found[f"{key}/{name}"] = joined[start : start + parameter.numel()].view_as(parameter).clone()
     missing = [n for n, _ in named if f"master/{n}" not in found]
     if missing:
