@@ -15,8 +15,8 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.text import fold, format_size, show
 
-MODEL, ADAPTER, TRAINING, STATE = "model", "adapter", "training", "state"
-"""What a checkpoint is, as `Origin.kind` says."""
+MODEL, ADAPTER, TRAINING, DELTA, STATE = "model", "adapter", "training", "delta", "state"
+"""What a checkpoint is, as `Origin.kind` says; `delta`: the difference of two models."""
 
 Container = Literal["safetensors", "torch", "distcp"]
 """What weights are written in: safetensors; torch's zip format (`pytorch_model.bin`), all that some loaders read; or a
@@ -46,8 +46,8 @@ class Origin:
     """Where a checkpoint came from.
 
     Attributes:
-        kind: `model`, `adapter`, `training`: the state of a trainer, whose names are those in memory; or `state`: the
-            tensors of one under these names, which are no model.
+        kind: `model`, `adapter`, `delta`, `training`: the state of a trainer, whose names are those in memory; or
+            `state`: the tensors of one under these names, which are no model.
         path: the folder that was opened, absolute; never written into an output.
         asked: what the user typed, for screens.
         name: for the receipt: the Hub id, else the folder's own name.
