@@ -56,12 +56,13 @@ def expert_files(shards: Shards) -> dict[tuple[int, int], str]:
             raise shards.refuse("zero-experts", text, file=name, next=_WITH_DEEPSPEED)
         found[int(match[1]), int(match[2])] = name
     counts = shards.model().get("num_experts")
-    listed = counts if isinstance(counts, list) and all(type(n) is int and 0 < n < 10**6 for n in counts) else None
+    sound = isinstance(counts, list) and all(type(n) is int and 0 < n < 10**6 for n in counts)
+    listed = counts if sound and isinstance(counts, list) and sum(counts) < 10**6 else None
     if listed is None:
         text = "the model file doesn't say how many experts its layers have (`num_experts`)"
         raise shards.refuse("zero-experts", text, file=shards.model_file(), next=_WITH_DEEPSPEED)
     wanted = {(layer, e) for layer, count in enumerate(listed) for e in range(count)}
-    if len(wanted) > 10**6 or wanted != found.keys():
+    if wanted != found.keys():
         lost = [f"layer_{i}_expert_{e}" for i, e in sorted(wanted - found.keys())]
         extra = [found[k] for k in sorted(found.keys() - wanted)]
         what = (
@@ -149,7 +150,8 @@ def rank_sets(shards: Shards, index: int, count: int) -> tuple[tuple[int, ...], 
             text = f"the file doesn't say which {count} ranks hold sub-group {index}"
             raise shards.refuse("zero-experts", text, file=shards.files.optimizers[rank])
         layers = shards.model(rank).get("ds_autoep_layers")
-        number = {layer.get("ep_rank") for layer in layers} if isinstance(layers, list) else set()
+        known = isinstance(layers, list) and all(isinstance(n, dict) and type(n.get("ep_rank")) is int for n in layers)
+        number = {layer["ep_rank"] for layer in layers} if known and isinstance(layers, list) else set()
         if len(number) != 1 or places.setdefault(ranks, *number) not in number:
             text = "which experts a rank holds is not recorded, or is not the same in all files"
             raise shards.refuse("zero-experts", text, file=shards.model_file(rank))
@@ -231,9 +233,11 @@ def placed_in_order(shards: Shards) -> None:
     """
     layers = shards.model().get("ds_autoep_layers")
     for layer in layers if isinstance(layers, list) else []:
-        count, placement = layer.get("num_local_experts"), layer.get("expert_placement")
+        facts = layer if isinstance(layer, dict) else {}
+        count, placement = facts.get("num_local_experts"), facts.get("expert_placement")
         listed: Any = placement.get("ranks") if isinstance(placement, dict) else None
         for entry in listed if isinstance(listed, list) else []:
-            rank = entry.get("rank")
-            if type(rank) is not int or entry.get("experts") != list(range(rank * count, (rank + 1) * count)):
+            rank, own = (entry.get("rank"), entry.get("experts")) if isinstance(entry, dict) else (None, None)
+            numbers = type(rank) is int and type(count) is int and isinstance(own, list)
+            if not numbers or own != [rank * count + i for i in range(len(own))]:
                 raise shards.refuse("zero-experts", "experts were placed on the ranks in an order of their own")

@@ -47,6 +47,47 @@ class Box:
     at: int
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A block of elements as a run records it: offsets and strides in the whole and in the slice."""
+
+    shape: Shape
+    source: int
+    source_strides: list[int]
+    dest: int
+    dest_strides: list[int]
+    locations: tuple[int, ...]
+    scale: float
+
+    @classmethod
+    def of(cls, value: Any, dims: int) -> Piece | None:
+        """What a file says, or None where it is of another form."""
+        if not isinstance(value, dict):
+            return None
+        shape, locations, scale = _shape(value.get("shape")), _shape(value.get("locations")), value.get("scale", 1.0)
+        source, dest = _place(value.get("source"), dims), _place(value.get("dest"), dims)
+        if shape is None or len(shape) != dims or not locations or source is None or dest is None:
+            return None
+        if not isinstance(scale, int | float) or 0 in shape:
+            return None
+        return cls(shape, *source, *dest, tuple(sorted(locations)), float(scale))
+
+
+def _shape(value: Any) -> Shape | None:
+    """Numbers of a list, none of them negative."""
+    if not isinstance(value, list | tuple) or not all(type(n) is int and 0 <= n < 2**62 for n in value):
+        return None
+    return tuple(value)
+
+
+def _place(value: Any, dims: int) -> tuple[int, list[int]] | None:
+    """An offset, and as many strides as there are dimensions."""
+    if not isinstance(value, list | tuple) or len(value) != 2 or _shape([value[0]]) is None:
+        return None
+    strides = _shape(value[1])
+    return None if strides is None or len(strides) != dims else (value[0], list(strides))
+
+
 def read_slices(first: Shards) -> list[Shards]:
     """Every slice of a model, of which the first is read.
 
@@ -133,10 +174,8 @@ class Joiner:
     def _by_boxes(
         self, name: str, parts: Sequence[LazyTensor], recorded: Mapping[Any, Any]
     ) -> tuple[LazyTensor, list[Copy]]:
-        shape = recorded.get("logical_shape")
-        whole: Shape = tuple(shape) if isinstance(shape, list | tuple) and all(type(n) is int for n in shape) else ()
-        ranks = recorded.get("ranks")
-        if len(whole) != len(parts[0].info.shape) or not isinstance(ranks, dict):
+        whole, ranks = _shape(recorded.get("logical_shape")), recorded.get("ranks")
+        if whole is None or len(whole) != len(parts[0].info.shape) or not isinstance(ranks, dict):
             raise self._refuse(name, "what is recorded of it has another form")
         boxes: set[Box] = set()
         dims: set[int] = set()
@@ -144,11 +183,15 @@ class Joiner:
             own = ranks.get(number, ranks.get(str(number)))
             pieces = own.get("pieces") if isinstance(own, dict) else None
             if (
-                not isinstance(pieces, list)
-                or tuple(own["shard_shape"] if isinstance(own, dict) else ()) != part.info.shape
+                not isinstance(own, dict)
+                or not isinstance(pieces, list)
+                or _shape(own.get("shard_shape")) != part.info.shape
             ):
                 raise self._refuse(name, f"slice {number} is {list(part.info.shape)}, and not as is recorded")
-            for piece in pieces:
+            for value in pieces:
+                piece = Piece.of(value, len(whole))
+                if piece is None or any(h >= len(parts) for h in piece.locations):
+                    raise self._refuse(name, "what is recorded of it has another form")
                 dim, box = self._box(name, piece, whole, part.info.shape)
                 boxes.add(box)
                 dims |= set() if dim is None else {dim}
@@ -158,7 +201,7 @@ class Joiner:
         ordered = sorted(boxes, key=lambda b: b.start)
         at = 0
         for box in ordered:
-            if box.start != at or any(h >= len(parts) for h in box.holders):
+            if box.start != at:
                 raise self._refuse(name, "what is recorded of its slices leaves gaps or overlaps")
             at += box.length
         if at != (whole[dim] if whole else 1):
@@ -171,23 +214,22 @@ class Joiner:
             copies += [(name, held[0], other) for other in held[1:]]
         return tensors.concat(taken, dim) if whole else taken[0], copies
 
-    def _box(self, name: str, piece: Any, whole: Shape, part: Shape) -> tuple[int | None, Box]:
+    def _box(self, name: str, piece: Piece, whole: Shape, part: Shape) -> tuple[int | None, Box]:
         """A piece as a stretch along one dimension, whole in all others."""
-        source, dest = piece.get("source", (None, None)), piece.get("dest", (None, None))
-        shape = tuple(piece.get("shape", ()))
-        if piece.get("scale", 1.0) != 1.0:
-            raise self._refuse(name, f"its slices are kept multiplied by {piece.get('scale')}")
-        if list(source[1]) != _strides(whole) or list(dest[1]) != _strides(part) or len(shape) != len(whole):
+        if piece.scale != 1.0:
+            raise self._refuse(name, f"its slices are kept multiplied by {piece.scale}")
+        if piece.source_strides != _strides(whole) or piece.dest_strides != _strides(part):
             raise self._refuse(name, "its slices don't lie in it as boxes")
-        begins, ends = _index(source[0], whole), _index(dest[0], part)
-        split = [d for d in range(len(whole)) if shape[d] != whole[d] or shape[d] != part[d]]
+        begins, ends = _index(piece.source, whole), _index(piece.dest, part)
+        split = [d for d in range(len(whole)) if piece.shape[d] != whole[d] or piece.shape[d] != part[d]]
         if len(split) > 1 or any(begins[d] or ends[d] for d in range(len(whole)) if d not in split):
             raise self._refuse(name, "it was split along several dimensions")
-        dim = split[0] if split else None
-        at = dim or 0
-        length = shape[at] if whole else 1
-        holders = tuple(sorted(n for n in piece.get("locations", ()) if type(n) is int))
-        return dim, Box(begins[at] if whole else 0, length, holders, ends[at] if whole else 0)
+        if not whole:
+            return None, Box(0, 1, piece.locations, 0)
+        at = split[0] if split else 0
+        if begins[at] + piece.shape[at] > whole[at] or ends[at] + piece.shape[at] > part[at]:
+            raise self._refuse(name, "what is recorded of its slices is larger than they are")
+        return split[0] if split else None, Box(begins[at], piece.shape[at], piece.locations, ends[at])
 
     def _dim_by_pattern(self, name: str, parts: Sequence[LazyTensor]) -> int | None:
         """The dimension by the patterns of names that a run recorded; None where every slice has the whole."""
@@ -252,12 +294,12 @@ def _strides(shape: Shape) -> list[int]:
     return found[::-1]
 
 
-def _index(offset: Any, shape: Shape) -> list[int]:
+def _index(offset: int, shape: Shape) -> list[int]:
     """Coordinates of an element by its number."""
     found = []
     for stride in _strides(shape):
-        found.append(int(offset) // stride)
-        offset = int(offset) % stride
+        found.append(offset // max(stride, 1))
+        offset %= max(stride, 1)
     return found
 
 
