@@ -6,6 +6,7 @@ DeepSpeed's own communication from live parameters.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,32 @@ def test_the_state_of_a_module_of_ones_own_is_written_under_its_names_and_called
     gather(run, tmp_path / "out", emit="state", dtype="float32")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["rlhf-convert.json", "state.safetensors"]
     assert differences(load_file(tmp_path / "out" / "state.safetensors"), live(run, "master")) == []
+
+
+def in_llama(name: str) -> str:
+    """What the layers of the stored pipeline are: an embedding, three layers, a norm, a head."""
+    number, _, rest = name.partition(".")
+    modules = {"0": "model.embed_tokens", "4": "model.norm", "5": "lm_head"}
+    return f"{modules.get(number, f'model.layers.{int(number) - 1}')}.{rest}"
+
+
+def test_layers_of_a_pipeline_are_named_as_the_class_names_them_where_one_way_fits(tmp_path: Path) -> None:
+    run = SPLIT / "pipe-llama-z1-n2"
+    gather(run, tmp_path / "out")
+    wanted = {in_llama(n): t for n, t in live(run).items()}
+    assert differences(load_file(tmp_path / "out" / "model.safetensors"), wanted) == []
+
+
+@of("pipe-llama-z1-n2")
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 4}, {"hidden_size": 16}, {"attention_bias": True}])
+def test_layers_of_a_pipeline_that_are_not_the_classs_are_refused(
+    run: Path, change: dict[str, Any], tmp_path: Path
+) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(Refused) as caught:
+        gather(run, tmp_path / "out")
+    assert (caught.value.code, "in no way" in caught.value.what) == ("zero-pipeline", True)
 
 
 @of("tp-z1-n2")

@@ -14,6 +14,7 @@ from converter.converters.gather.megatron import from_megatron
 from converter.converters.gather.peft_names import PeftNames, has_factors, peft_names, without_wrappers
 from converter.converters.gather.pipeline import from_pipeline
 from converter.converters.gather.ties import without_tied_copies
+from converter.converters.gather.trainer_names import from_trainer_names
 from converter.converters.gather.wrappers import (
     Part,
     Unwrapped,
@@ -158,7 +159,7 @@ def _model(checkpoint: Checkpoint, inner: Unwrapped, base: Checkpoint | None, co
         found = for_value_model(found, base, context)
     if is_megatron(found.tensors):
         found = from_megatron(found, context)
-    found = from_pipeline(from_autoep(found, context), context)
+    found = from_trainer_names(from_pipeline(from_autoep(found, context), context), context)
     expect_known_ends(found)
     if not inner.is_raw:
         found = without_foreign_prefix(found, context)

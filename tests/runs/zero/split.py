@@ -110,7 +110,7 @@ def work(out: Path, case: str, stage: int, ranks: int) -> None:
         (folder / "zero_to_torch.py").unlink(missing_ok=True)
         save_file({k: v.clone().contiguous() for k, v in found.items()}, folder / "oracle.safetensors")
         if hasattr(model, "config"):
-            model.config.architectures = [type(model).__name__]
+            model.config.architectures = model.config.architectures or [type(model).__name__]
             (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2, default=str))
         facts = {"case": case, "stage": stage, "ranks": ranks, "split": CASES[case].split, "dtype": CASES[case].dtype}
         facts["version"] = deepspeed.__version__
