@@ -1,7 +1,7 @@
-"""torchtitan's and torchtune's distributed checkpoints come out as the model of transformers that they were made of.
+"""torchtitan's and torchtune's distributed checkpoints come out as the models of transformers that they were made of.
 
-`tests/runs/dcp/trainer_names.py` made the stored ones with the trainers' own converters; the oracle is transformers' own
-state, bit by bit.
+`tests/runs/dcp/trainer_names.py` made the stored ones with the trainers' own converters; the oracle is transformers'
+own state, bit by bit.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _TITAN: Mapping[str, str] = {
     "attention.qkv_linear.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
     "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
-    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "moe.router.gate": "mlp.gate",
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }  # fmt: skip
 _TUNE: Mapping[str, str] = {
     "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
@@ -44,8 +44,6 @@ _TUNE: Mapping[str, str] = {
     "sa_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
 }  # fmt: skip
 _ENDS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head", "lm_head": "lm_head"}
-_EXPERTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_EXPERT = re.compile(r"moe\.(?:routed_experts\.inner_experts|experts)\.(w[123])(?:_[A-Z]+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Trainer:
     plain: frozenset[str]
 
 
-TITAN = Trainer("torchtitan", _TITAN, frozenset({"llama"}), frozenset({"qwen3", "qwen3_moe"}))
+TITAN = Trainer("torchtitan", _TITAN, frozenset({"llama"}), frozenset({"qwen3"}))
 TUNE = Trainer("torchtune", _TUNE, frozenset({"llama", "mistral", "gemma"}), frozenset({"qwen2"}))
 
 
@@ -138,14 +136,6 @@ def _renamed(raw: str, tensor: LazyTensor, trainer: Trainer) -> dict[str, LazyTe
         end = _ENDS.get(module)
         return {f"{end}.weight": tensor} if end is not None and leaf in ("weight", "scale") else {}
     before = f"model.layers.{layer[1]}."
-    if trainer is TITAN and (match := _EXPERT.fullmatch(layer[2])) and len(tensor.info.shape) == 3:
-        shape = tensor.info.shape[1:]
-        return {
-            f"{before}mlp.experts.{e}.{_EXPERTS[match[1]]}.weight": tensors.reshape(
-                tensors.narrow(tensor, 0, e, 1), shape
-            )
-            for e in range(tensor.info.shape[0])
-        }
     module, _, leaf = layer[2].rpartition(".")
     known = trainer.layers.get(module)
     if known is None or leaf not in ("weight", "bias", "scale"):

@@ -100,14 +100,14 @@ def tune(wheel: Path, family: str, model: Any) -> dict[str, torch.Tensor]:
     own = code(wheel, "torchtune/models/qwen2/_convert_weights.py", "torchtune.models.qwen2")
     own["get_mapped_key"] = plain["get_mapped_key"]
     found = own["qwen2_hf_to_tune"](state, **sizes, dim=config.hidden_size)
-    return found
+    return dict(found)
 
 
 def save(out: Path, model: Any, state: dict[str, torch.Tensor], facts: dict[str, str]) -> None:
     """A distributed checkpoint, its config and its oracle."""
     out.mkdir(parents=True)
     wrapped: dict[str, Any] = {"model": state} if facts["trainer"] == "torchtune" else state
-    dcp.save({k: v for k, v in wrapped.items()}, checkpoint_id=str(out / "step-2"), no_dist=True)
+    dcp.save(dict(wrapped), checkpoint_id=str(out / "step-2"), no_dist=True)
     model.config.architectures = [type(model).__name__]
     (out / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2, default=str))
     save_file({k: v.clone() for k, v in model.state_dict().items()}, out / "oracle.safetensors")
