@@ -148,19 +148,25 @@ def note_lines(notes: Iterable[Note], *, verbose: bool) -> list[str]:
 
 def plan_line(plan: Plan, checkpoint: Checkpoint, adapters: Sequence[Checkpoint]) -> str:
     """`142 copied, 196 merged, 1 from adapter: score.weight, 1 dropped: lm_head.weight`."""
-    folders = {a.origin.path for a in adapters}
-    groups: dict[str, list[str]] = {}
-    for shard in plan.shards:
-        for entry in shard.entries:
-            groups.setdefault(_work(entry, folders) if shard.link is None else "linked", []).append(entry.name)
     named = {"from adapter", "filled", "dropped"}
-    groups["dropped"] = list(checkpoint.dropped)
+    groups = fates(plan, checkpoint, adapters)
     parts = [
         f"{len(names)} {work}" + (f": {fold(names)}" if work in named else "")
         for work, names in groups.items()
         if names
     ]
     return line("plan", ", ".join(parts))
+
+
+def fates(plan: Plan, checkpoint: Checkpoint, adapters: Sequence[Checkpoint]) -> dict[str, list[str]]:
+    """Names of tensors by what happens to them."""
+    folders = {a.origin.path for a in adapters}
+    groups: dict[str, list[str]] = {}
+    for shard in plan.shards:
+        for entry in shard.entries:
+            groups.setdefault(_work(entry, folders) if shard.link is None else "linked", []).append(entry.name)
+    groups["dropped"] = list(checkpoint.dropped)
+    return groups
 
 
 def _work(entry: Entry, adapter_folders: set[str]) -> str:

@@ -29,6 +29,9 @@ from converter.recipe.options import (
 INPUT, OUTPUT, RESOURCES, HUB, CONSENT = PANELS = ("Input", "Output", "Resources", "Hub", "Consent")
 """Panels of `--help`, in their order. An option without one is the verb's own and stands before them."""
 
+_WHOLE = "Make a quantised model's weights whole first, as the vendor's own code does, to the bit."
+Dequantize = Annotated[bool, typer.Option("--dequantize", help=_WHOLE, rich_help_panel=INPUT)]
+
 if TYPE_CHECKING:
     from converter.core.writer.reporter import Reporter
 
@@ -152,6 +155,18 @@ class Fetch:
     token: Token = None
 
 
+Report = Annotated[
+    str | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Write a page (.html) or a card (.png) of what was done; needs the extra `report`.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Conversion(Fetch, Reading):
     """Everything that verbs which write a checkpoint share."""
@@ -231,6 +246,7 @@ class Conversion(Fetch, Reading):
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip reading the output back.", rich_help_panel=OUTPUT)
     ] = False
+    report: Report = None
     push_to_hub: Annotated[
         str | None,
         typer.Option(
@@ -360,6 +376,7 @@ class HeadFlags(Conversion):
         ),
     ] = None
     lora_alpha: LoraAlpha = None
+    dequantize: Dequantize = False
     bias: Annotated[BiasChoice, typer.Option(help="A constant of the head that the target has no place for.")] = (
         BiasChoice.refuse
     )

@@ -18,6 +18,7 @@ from typing import Any
 from converter.core.files import sparse
 from converter.core.files.names import CARD, RECEIPT
 from converter.core.files.opening import open_input, read_exact
+from converter.core.files.origins import Origin
 from converter.core.files.reading import InputFiles
 from converter.core.writer.plan import Plan
 from converter.core.writer.preflight import check_space, memory_limit
@@ -280,7 +281,7 @@ def _source_of(shard: ShardPlan) -> sparse.SparseFile | None:
         os.close(fd)
 
 
-def _copies(where: Destination, origin: sparse.Origin, name: str) -> Callable[[], Any] | None:
+def _copies(where: Destination, origin: Origin, name: str) -> Callable[[], Any] | None:
     """What commits a copy of a file of another repository, or of another commit of this one; None where it can't."""
     from huggingface_hub import CommitOperationCopy
 
@@ -294,7 +295,7 @@ def _copies(where: Destination, origin: sparse.Origin, name: str) -> Callable[[]
     )
 
 
-def _may_copy(where: Destination, origin: sparse.Origin) -> bool:
+def _may_copy(where: Destination, origin: Origin) -> bool:
     """Ask the Hub to put the content where our repository can name it, as the client does before such a commit.
 
     It can't between storage regions, nor what is not kept by chunks: then the file is sent.

@@ -147,6 +147,7 @@ class HeadOptions(WriteOptions):
         part: which model, where the source is a trainer's state that holds several.
         tag: which checkpoint of a run; None: `latest`.
         lora_alpha: lora_alpha of training, where no config records it.
+        dequantize: a quantised model, or the quantised base of an adapter or a run, is made whole first.
         bias: what happens to a constant of the head that the target has no place for.
         normaliser: mean and std: folded into the head, or left out.
         label: take this row of a head with several.
@@ -163,6 +164,7 @@ class HeadOptions(WriteOptions):
     part: str | None = None
     tag: str | None = None
     lora_alpha: float | None = None
+    dequantize: bool = False
     bias: str = "refuse"
     normaliser: str = "fold"
     label: int | None = None

@@ -35,7 +35,7 @@ def gather(asked: GatherRequest, out: str | None, options: Flags) -> int:
 
     own = functools.partial(
         verb.gather, asked.src, out, tag=asked.tag, base=asked.base, master=asked.master, emit=asked.emit,
-        part=asked.part, lora_alpha=asked.lora_alpha, rslora=asked.rslora,
+        part=asked.part, lora_alpha=asked.lora_alpha, rslora=asked.rslora, dequantize=asked.dequantize,
     )  # fmt: skip
     convert(own, out, options, recipe=recipe, input_lines=input_lines, next_commands=next_commands)
     return 0

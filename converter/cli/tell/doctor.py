@@ -27,6 +27,8 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import line, next_lines, wrapped_step
+from converter.cli.report.asked import expect_report
+from converter.cli.report.writing import write_report
 from converter.diagnostic import is_command
 from converter.text import show
 
@@ -51,15 +53,20 @@ _KINDS = {
 }
 
 
-def doctor(path: str, fail_on: str, options: Display, **knobs: Any) -> int:
+def doctor(path: str, fail_on: str, options: Display, *, report_to: str | None = None, **knobs: Any) -> int:
     """Examine a folder; exit code 1 where a finding is as bad as `fail_on` or worse."""
     from converter.examine.doctor import at_or_above
     from converter.recipe.verbs.doctor import doctor
 
+    expect_report(report_to)
     report = doctor(path, **knobs)
     code = 1 if at_or_above(fail_on, report.findings) else 0
     options.sink.screen([*screen(report, verbose=options.verbose), _verdict(report, code)])
     options.sink.json(to_json(report))
+    if report_to is not None:
+        from converter.cli.report.of_reading import page_of_doctor
+
+        write_report(report_to, options.sink, lambda: page_of_doctor(report))
     return code
 
 

@@ -18,6 +18,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.cli.tell.posting import expect_url, post
 from converter.errors import UsageError
 from converter.examine.glance import glance_of
 from converter.recipe.verbs import watch as verb
@@ -28,19 +29,31 @@ if TYPE_CHECKING:
 
 
 def watch(
-    run: str, fail_on: str, options: Display, *, on_error: str | None, fail_fast: bool, once: bool, **knobs: Any
+    run: str,
+    fail_on: str,
+    options: Display,
+    *,
+    on_error: str | None,
+    fail_fast: bool,
+    once: bool,
+    post_to: str | None = None,
+    **knobs: Any,
 ) -> int:
     """Tell of each checkpoint once it is complete; exit code 1 where one of them is as bad as `fail_on` or worse."""
     command = None if on_error is None else command_of(on_error)
+    expect_url(post_to)
     sink, code = options.sink, 0
     checkpoints = verb.watch(run, once=once, **knobs)
     sink.tell(f"watching {show(run)}; {'ends when all that is there was examined' if once else 'Ctrl-C ends it'}")
     for each in checkpoints:
         glance = glance_of(each.path, each.findings, fail_on, failed=each.failed)
         sink.screen([glance.line])
+        told: dict[str, Any] = {"version": 1, "path": each.path, "verdict": glance.word, "failed": each.failed}
+        told |= {"findings": list(each.findings)}
         if sink.as_json:
-            told = {"version": 1, "path": each.path, "verdict": glance.word, "failed": each.failed}
-            sink.data(json.dumps({**told, "findings": list(each.findings)}))
+            sink.data(json.dumps(told))
+        if post_to is not None and (failure := post(post_to, told)) is not None:
+            sink.tell(f"--post: {failure}")
         if not glance.bad and each.failed is None:
             continue
         code = 1

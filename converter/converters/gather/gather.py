@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from converter.converters.gather import megatron_lora
 from converter.converters.gather.adapter_config import HEADS, LORA_FILES, adapter_config, head_task, with_folded_heads
 from converter.converters.gather.autoep import from_autoep
+from converter.converters.gather.copies import expect_equal_copies
 from converter.converters.gather.megatron import from_megatron
 from converter.converters.gather.peft_names import PeftNames, has_factors, peft_names, without_wrappers
 from converter.converters.gather.pipeline import from_pipeline
@@ -27,6 +28,7 @@ from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import Module
 from converter.converters.merge.layer import merged_alone
 from converter.converters.merge.merge_lora import MergeLora
+from converter.converters.merge.quantised.dequantise import Dequantise
 from converter.core.checkpoint import STATE, Checkpoint, Input
 from converter.core.context import Context
 from converter.core.side_files import recorded
@@ -36,6 +38,7 @@ from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.families.disk_names import with_disk_names
 from converter.families.megatron.names import is_megatron
+from converter.families.quantised.reading import Quantised, read
 from converter.families.words import PEFT_PREFIX
 from converter.text import fold, show
 
@@ -52,6 +55,7 @@ class Gather:
         base: the base model: config and tokenizer come from it, and weights that the state does not hold.
         lora_alpha, rslora: for adapters whose config is lost.
         part: which model, where the state holds a policy and a value model.
+        dequantize: make the quantised weights below LoRA whole before the merge.
     """
 
     name: ClassVar[str] = "gather"
@@ -61,6 +65,7 @@ class Gather:
     lora_alpha: float | None = None
     rslora: bool = False
     part: Part | None = None
+    dequantize: bool = False
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The model, the adapter, or the merged model.
@@ -76,7 +81,7 @@ class Gather:
             raise UsageError("not-training", text, where=show(checkpoint.origin.asked))
         for said in checkpoint.said:
             context.note("info", "found", said)
-        _expect_equal_copies(checkpoint, context)
+        expect_equal_copies(checkpoint, context)
         if self.emit == "state":
             return _state(checkpoint, context)
         keys: dict[str, str] = {}
@@ -90,7 +95,7 @@ class Gather:
         if has_factors(inner.names.values()):
             found = peft_names(inner.names, show(checkpoint.origin.asked))
             lora = _Lora(checkpoint, found, context, self.lora_alpha, self.rslora)
-            made = lora.merged(self.base) if self.emit == "merged" else lora.adapter(self.base)
+            made = lora.merged(self.base, whole=self.dequantize) if self.emit == "merged" else lora.adapter(self.base)
             left = {keys.get(n, n): why for n, why in made.dropped.items()}
             return inner.placed(made.replace(dropped=left), checkpoint.tensors)
         if self.emit == "adapter":
@@ -98,19 +103,6 @@ class Gather:
                 "no-adapter", "the run trained no LoRA: there is no adapter", where=show(checkpoint.origin.asked)
             )
         return inner.placed(_model(checkpoint, inner, self.base, context), checkpoint.tensors)
-
-
-def _expect_equal_copies(checkpoint: Checkpoint, context: Context) -> None:
-    """What several ranks saved has to be one value."""
-    differ = [name for name, taken, other in checkpoint.copies if not context.equal(taken, other)]
-    if differ:
-        text = f"ranks that should have copies of one tensor have different values: {fold(dict.fromkeys(differ))}"
-        raise Refused(
-            "zero-mixed",
-            text,
-            where=show(checkpoint.origin.asked),
-            next="look for another checkpoint of the run: its ranks are not of one model",
-        )
 
 
 def _say_masters(found: Mapping[str, LazyTensor], context: Context) -> None:
@@ -332,9 +324,14 @@ class _Lora:
             checks=self.source.checks,
         )
 
-    def merged(self, base: Checkpoint | None) -> Checkpoint:
-        """The merged model, over the run's own frozen weights where it has them all, else over the base."""
-        own = self._holds_base()
+    def merged(self, base: Checkpoint | None, *, whole: bool = False) -> Checkpoint:
+        """The merged model, over the run's own frozen weights where it has them all, else over the base.
+
+        Args:
+            whole: what it is merged into is quantised, and made whole first.
+        """
+        quantised = self._quantised()
+        own = self._holds_base() and not (quantised.method and (base is not None or quantised.faults))
         if not own and base is None:
             raise Refused(
                 "base-needed",
@@ -344,21 +341,30 @@ class _Lora:
             )
         adapter = self.adapter(None if own else base, alone=not own)
         under = base if not own and base is not None else self._own_base(base)
+        if not own and quantised.weights and not whole:
+            text = f"the run trained over its own quantised weights ({quantised.words}), which --dequantize merges into"
+            self.context.note("info", "trained-over", f"{text}; merged onto the base, as it is named")
+        under = Dequantise()(under, self.context) if whole else under
         result = MergeLora(adapters=(adapter,))(under, self.context)
         dropped = dict.fromkeys(self.names.copies, "the untrained copy of a module that was trained whole")
         if not own:
             dropped |= dict.fromkeys(self.names.base.values(), "frozen: the base's own is used")
         here = {n: why for n, why in dropped.items() if self.source.tensors[n].info.numel}
+        # What is left out of the run's own weights goes by the names that they have in the run.
+        left = {self.names.base.get(n, n) if own else n: why for n, why in result.dropped.items()}
         return _as_model(
-            result.replace(
-                dropped={**self.source.dropped, **here, **result.dropped}, inputs={**adapter.inputs, **result.inputs}
-            )
+            result.replace(dropped={**self.source.dropped, **here, **left}, inputs={**adapter.inputs, **result.inputs})
         )
 
     def _holds_base(self) -> bool:
         raws = [self.names.base.get(f"{m}.weight") for m in self.names.targets]
         held = [raw for raw in self.names.base.values() if is_placeholder(self.source.tensors[raw])]
         return bool(raws) and not held and all(r is not None for r in raws)
+
+    def _quantised(self) -> Quantised:
+        """What of the run's own frozen weights is quantised, as QLoRA has them: a base that is named is meant then."""
+        own = {name: self.source.tensors[raw].info for name, raw in self.names.base.items()}
+        return read(own, self.source.config)
 
     def _own_base(self, base: Checkpoint | None) -> Checkpoint:
         """The run's frozen weights as a base model; heads come with the adapter."""

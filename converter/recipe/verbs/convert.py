@@ -244,7 +244,10 @@ def remap_recipe(
             fields["base"] = "base"
     if found.kind == "training":
         given = {"lora-alpha": options.lora_alpha, "base": fields.get("base"), "part": found.part}
+        given |= {"dequantize": True} if options.dequantize else {}
         steps.append(Step("gather", {"emit": "merged", **{k: v for k, v in given.items() if v is not None}}))
+    elif options.dequantize:
+        steps.append(Step("dequantize", {}))
     steps += [Step("remap-head", fields), *cast_steps(options), *_laid_out(aim, options)]
     return Recipe({**inputs, **places}, tuple(steps), _output(aim, options), file=verb)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from converter.core.files.opening import read_limited
 from converter.errors import Refused, UsageError
-from converter.sources.places import Place, by_number, tagged
+from converter.sources.places import LIGHTNING_DEPTH, Place, by_number, lightning_folders, tagged
 from converter.sources.survey import file_names
 from converter.sources.unread import other_layout
 from converter.text import fold, show
@@ -188,11 +188,22 @@ def _named_by(file: Path) -> str:
 
 def _below(root: Path, asked: str, tag: str | None) -> Place | None:
     """A run's folder: the checkpoints in it have the tags."""
-    inside = _only([p for p in _folders(root) if tags_in(p)], asked)
+    saved = _saved_below(root)
+    if (chosen := next((p for p in saved if p.name == tag), None)) is not None:
+        saved, tag = [chosen], None
+    inside = _only(saved, asked)
     if inside is None:
         return None
-    found = find_tag(inside, f"{asked.rstrip('/')}/{inside.name}", tag)
+    found = find_tag(inside, f"{asked.rstrip('/')}/{inside.relative_to(root)}", tag)
     return Place(found.folder, f"in {show(inside.name)}, the only checkpoint of the run; {found.why}")
+
+
+def _saved_below(root: Path, depth: int = LIGHTNING_DEPTH) -> list[Path]:
+    """A run's checkpoints that have tags in them: below its folder, or where Lightning puts them."""
+    found = [p for p in _folders(root) if tags_in(p)]
+    for below in lightning_folders(root) if depth and not found else ():
+        found = found or _saved_below(below, depth - 1)
+    return found
 
 
 def _only(inside: list[Path], asked: str) -> Path | None:
@@ -204,7 +215,9 @@ def _only(inside: list[Path], asked: str) -> Path | None:
     if len(inside) > 1:
         listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in inside[-8:])
         what = f"a run folder with {len(inside)} checkpoints; name one of them"
-        raise UsageError("several-checkpoints", what, where=show(asked), expected=listed)
+        raise UsageError(
+            "several-checkpoints", what, where=show(asked), expected=listed, next=tagged(asked, inside[-1].name)
+        )
     return inside[0] if inside else None
 
 
@@ -294,4 +307,6 @@ def run_folders(tag_folder: Path) -> list[Path]:
     folders = [tag_folder, tag_folder.parent]
     if _TRAINER_FOLDER.fullmatch(tag_folder.parent.name):
         folders.append(tag_folder.parent.parent)
+    if tag_folder.parent.suffix == ".ckpt":  # Lightning's, some folders below the run's top
+        folders += list(tag_folder.parents)[1 : LIGHTNING_DEPTH + 2]
     return folders
