@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from converter.errors import ConvertError, Refused
+from converter.recipe.verbs.doctor import doctor
 from converter.recipe.verbs.gather import gather
 from converter.recipe.verbs.reshard_state import ReshardRequest, plan_state
 from converter.sources.deepspeed.source import SOURCE
@@ -253,3 +254,9 @@ def test_experts_of_autoep_come_out_as_transformers_saves_them(tmp_path: Path) -
         logits = model(torch.arange(1, 15).view(2, 7)).logits
     wanted = load_file(SPLIT / "autoep-fp32-z2-n2" / "oracle.safetensors")["logits/model"]
     assert torch.allclose(logits, wanted, atol=1e-7)
+
+
+@pytest.mark.parametrize(("ranks", "severity"), [(2, "cosmetic"), (4, "error")])
+def test_a_split_run_resumes_on_the_ranks_that_saved_it_alone(ranks: int, severity: str) -> None:
+    report = doctor(SPLIT / "tp-z1-n2", resume_on=ranks)
+    assert [f.severity for f in report.findings if f.code == "resume-on"] == [severity]

@@ -333,6 +333,19 @@ def _step(shards: Shards, state: Mapping[Any, Any]) -> float | None:
     return float(step) if isinstance(step, int | float) and not isinstance(step, bool) else None
 
 
+def counted_steps(shards: Shards) -> tuple[float, float] | None:
+    """Steps that the optimizer counted, and those of the run without the ones it skipped; None where one is missing."""
+    if not shards.files.optimizers:
+        return None
+    own = _step(shards, shards.optim(min(shards.files.optimizers)))
+    taken, skipped = (
+        shards.model(min(shards.files.models, default=0)).get(k) for k in ("global_steps", "skipped_steps")
+    )
+    if own is None or type(taken) is not int:
+        return None
+    return own, float(taken - (skipped if type(skipped) is int else 0))
+
+
 def shapes(shards: Shards, value: Any, file: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of `param_shapes` or `frozen_param_shapes`.
 

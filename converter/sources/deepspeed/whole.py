@@ -90,6 +90,11 @@ def expect_not_split(shards: Shards) -> None:
             raise shards.refuse(code, text, next="resume on as many ranks as before; gather reads the weights")
 
 
+def ranks_in_all(shards: Shards) -> int:
+    """How many ranks saved a run, those that split its layers or tensors included."""
+    return shards.ranks * max(len(slices_in(shards.folder)), 1)
+
+
 def _pipeline(first: Shards, words: str, *, master: bool) -> Whole:
     if first.experts:
         raise first.refuse("zero-experts", "experts in the layers of a pipeline are not read")
