@@ -15,7 +15,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.text import fold, format_size, show
 
-MODEL, ADAPTER, TRAINING, DELTA = "model", "adapter", "training", "delta"
+MODEL, ADAPTER, TRAINING, DELTA, STATE = "model", "adapter", "training", "delta", "state"
 """What a checkpoint is, as `Origin.kind` says; `delta`: the difference of two models."""
 
 Container = Literal["safetensors", "torch", "distcp"]
@@ -46,7 +46,8 @@ class Origin:
     """Where a checkpoint came from.
 
     Attributes:
-        kind: `model`, `adapter`, `delta`, or `training`: the state of a trainer, whose names are those in memory.
+        kind: `model`, `adapter`, `delta`, `training`: the state of a trainer, whose names are those in memory; or
+            `state`: the tensors of one under these names, which are no model.
         path: the folder that was opened, absolute; never written into an output.
         asked: what the user typed, for screens.
         name: for the receipt: the Hub id, else the folder's own name.
@@ -131,6 +132,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         one_file: the main weights must be in one file, however large: what loads them reads no index.
         stem: how the name of the main weight file begins, where a program looks for another one than the usual.
         under: keys of the dictionaries that a distributed checkpoint has the model in.
+        copies: tensors that several ranks saved: the name, what is taken, and another rank's, which must be equal.
         boxes: by name, how many leading dimensions of a tensor such a checkpoint has index by index; absent: none.
     """
 
@@ -158,6 +160,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     one_file: bool = False
     stem: str = ""
     under: tuple[str, ...] = ()
+    copies: tuple[tuple[str, LazyTensor, LazyTensor], ...] = ()
     boxes: Mapping[str, int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LazyTensor:

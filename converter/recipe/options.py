@@ -55,6 +55,15 @@ class EmitChoice(StrEnum):
     both = "both"
 
 
+class GatherEmit(StrEnum):
+    """The same, and the state itself."""
+
+    adapter = "adapter"
+    merged = "merged"
+    both = "both"
+    state = "state"
+
+
 class PartChoice(StrEnum):
     """Which model of a trainer's state that holds several."""
 

@@ -238,6 +238,9 @@ def diff(
         list[str] | None,
         typer.Option(metavar="P", help="Taken off names before they are paired. Repeatable.", show_default=False),
     ] = None,
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="Adam's moments of two runs, whatever their ranks; not the weights.")
+    ] = False,
     report: Report = None,
 ) -> int:
     """`rlhf-convert diff`."""
@@ -245,6 +248,7 @@ def diff(
 
     return diff(
         a, b, options, report_to=report, ignore_prefix=ignore_prefix or (), allow_name=options.allow_name or (),
+        optimizer=optimizer,
     )  # fmt: skip
 
 

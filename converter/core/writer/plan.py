@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from converter.core.checkpoint import ADAPTER, DELTA, Checkpoint, RecordCheck, SideFile
+from converter.core.checkpoint import ADAPTER, DELTA, STATE, Checkpoint, RecordCheck, SideFile
 from converter.core.context import Context
 from converter.core.files.names import ADAPTER_CONFIG, ADAPTER_STEM, DELTA_CONFIG, MODEL_CONFIG, RECEIPT
 from converter.core.files.opening import Identity
@@ -186,7 +186,9 @@ def make_plan(
     if not checkpoint.tensors:
         raise Refused("no-tensors", "there is no tensor to write", where=checkpoint.origin.asked)
     config_file = {ADAPTER: ADAPTER_CONFIG, DELTA: DELTA_CONFIG}.get(checkpoint.origin.kind, MODEL_CONFIG)
-    files = dict(checkpoint.side_files) | {config_file: SideFile(content=config_content(checkpoint))}
+    files = dict(checkpoint.side_files)
+    if checkpoint.origin.kind != STATE:
+        files[config_file] = SideFile(content=config_content(checkpoint))
     if checkpoint.container == "distcp":
         place = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
         shards, files[place + METADATA] = _distributed(checkpoint, max_shard_size)
