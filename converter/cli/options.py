@@ -21,6 +21,7 @@ from converter.recipe.options import (
     HeadOptions,
     InitChoice,
     LayoutChoice,
+    ModulesChoice,
     NormaliserChoice,
     PartChoice,
     WriteOptions,
@@ -186,7 +187,9 @@ class Conversion(Fetch, Reading):
     layout: Annotated[
         LayoutChoice | None,
         typer.Option(
-            help="Keep the source's files, or fill new ones; default: auto.", show_default=False, rich_help_panel=OUTPUT
+            help="Keep the source's files, or fill new ones; default: auto. With --to megatron: its format.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ] = None
     link_unchanged: Annotated[
@@ -378,9 +381,37 @@ class HeadFlags(Conversion):
         typer.Option(
             metavar="N",
             min=1,
-            help="With --to megatron: tensor-parallel ranks that the vocabulary is padded for.",
+            help="With --to megatron: tensor-parallel ranks, for which the vocabulary is padded.",
             show_default=False,
         ),
+    ] = None
+    pp: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With --to megatron: pipeline stages. torch_dist records them and loads on any; legacy is for them.",
+            show_default=False,
+        ),
+    ] = None
+    ep: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="With --to megatron: expert-parallel ranks, as --pp.", show_default=False
+        ),
+    ] = None
+    etp: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With --to megatron: ranks of an expert's matrices; default: as --tp.",
+            show_default=False,
+        ),
+    ] = None
+    modules: Annotated[
+        ModulesChoice | None,
+        typer.Option(help="With --layout legacy: the classes of Megatron that load it.", show_default=False),
     ] = None
 
     @property

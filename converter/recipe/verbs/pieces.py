@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from converter.core.tensors.dtypes import DType
-from converter.recipe.options import WriteOptions
+from converter.errors import UsageError
+from converter.recipe.options import MEGATRON_LAYOUTS, WriteOptions
 from converter.recipe.recipe import Output, Recipe, Step
 from converter.text import parse_size
 
@@ -16,7 +17,13 @@ def cast_steps(options: WriteOptions) -> tuple[Step, ...]:
 
 
 def output(options: WriteOptions, recipe: Recipe | None = None) -> Output:
-    """The layout that the options ask for, else the recipe's."""
+    """The layout that the options ask for, else the recipe's.
+
+    Raises:
+        UsageError: a format of Megatron's, for something else (`usage`).
+    """
+    if options.layout is not None and options.layout in MEGATRON_LAYOUTS:
+        raise UsageError("usage", f"--layout {options.layout.value} goes with --to megatron")
     given = recipe.output if recipe else Output()
     size = given.max_shard_size
     if options.max_shard_size is not None:
