@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from models import VOCABULARY, in_megatron
-from ranks import expert_tp, join, launch, place, ranks_for
+from ranks import expert_tp, join, launch, place, ranks_for, sizes_of
 from save import _LOCAL_EXPERT, _LOCAL_LAYER, add_head, model_chunks, sliced
 
 
@@ -138,7 +138,8 @@ def _runs(asked: argparse.Namespace) -> dict[str, argparse.Namespace]:
     if asked.many is None:
         return {"": asked}
     every = {name: _parser().parse_args(given) for name, given in json.loads(asked.many.read_text()).items()}
-    return {name: run for name, run in every.items() if not _done(asked, name).is_file()}
+    left = {name: run for name, run in every.items() if not _done(asked, name).is_file()}
+    return dict(sorted(left.items(), key=lambda pair: sizes_of(pair[1])))
 
 
 def _done(asked: argparse.Namespace, name: str) -> Path:

@@ -53,7 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4_moe": {
         **_SIZES, **_EXPERTS, "model_type": "glm4_moe", "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
         "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5,
-        "n_group": 1, "topk_group": 1,
+        "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
     },
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from typing import Any
@@ -39,7 +40,6 @@ def launch(ranks: int, arguments: list[str]) -> bool:
 def join() -> None:
     """This process as one rank, with what megatron-core asks of a GPU answered by the CPU."""
     import torch
-    import torch.distributed as dist
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -61,25 +61,47 @@ def join() -> None:
 
     DotProductAttention.__init__ = without_sizes
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    dist.init_process_group("gloo", timeout=timedelta(seconds=900))
+    connect()
+
+
+def connect() -> None:
+    """Meet the other ranks, for the next run's groups."""
+    import torch.distributed as dist
+
+    stem = f"{tempfile.gettempdir()}/mcore-{os.environ['MASTER_PORT']}-{len(_placed)}"
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    limit = timedelta(seconds=900)
+    dist.init_process_group("gloo", init_method=f"file://{stem}", rank=rank, world_size=count, timeout=limit)
 
 
 _placed: list[tuple[Any, ...]] = []
 
 
 def place(asked: argparse.Namespace) -> None:
-    """Groups of ranks for a run's sizes; those of the run before are kept where they are the same."""
+    """Groups of ranks for a run's sizes; those of the run before are kept where they are the same.
+
+    Else they are ended: each group has threads of its own, hundreds after a few runs.
+    """
+    import torch.distributed as dist
     from megatron.core import parallel_state
 
-    experts = expert_tp(asked)
-    sizes = (asked.tp, asked.pp, asked.vpp, asked.ep, experts)
+    sizes = sizes_of(asked)
     if sizes not in _placed[-1:]:
-        parallel_state.destroy_model_parallel()
+        if _placed:
+            dist.barrier()
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+            connect()
         parallel_state.initialize_model_parallel(
             asked.tp, asked.pp, virtual_pipeline_model_parallel_size=asked.vpp, expert_model_parallel_size=asked.ep,
-            expert_tensor_parallel_size=experts,
+            expert_tensor_parallel_size=expert_tp(asked),
         )  # fmt: skip
         _placed.append(sizes)
+
+
+def sizes_of(asked: argparse.Namespace) -> tuple[int, ...]:
+    """What groups of ranks depend on."""
+    return (asked.tp, asked.pp, asked.vpp or 0, asked.ep, expert_tp(asked))
 
 
 def expert_tp(asked: argparse.Namespace) -> int:

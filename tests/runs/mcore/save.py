@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from models import LAYERS, PADDED, built, in_megatron, next_tokens, transformer_config
-from ranks import expert_tp, join, launch, place, ranks_for
+from ranks import expert_tp, join, launch, place, ranks_for, sizes_of
 
 ITERATION = 10
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -338,7 +338,8 @@ def _runs(asked: argparse.Namespace) -> dict[str, argparse.Namespace]:
         return {"": asked}
     named: dict[str, list[str]] = json.loads(asked.many.read_text())
     every = {name: _parser().parse_args([str(asked.out / name), *given]) for name, given in named.items()}
-    return {name: run for name, run in every.items() if not (run.out / "fixture.json").is_file()}
+    left = {name: run for name, run in every.items() if not (run.out / "fixture.json").is_file()}
+    return dict(sorted(left.items(), key=lambda pair: sizes_of(pair[1])))
 
 
 def main() -> None:
