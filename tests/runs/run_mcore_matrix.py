@@ -75,9 +75,9 @@ def every_run() -> dict[str, list[str]]:
 
 
 CHOSEN = re.compile(
-    r"old-.+|[a-z0-9_]+|(?:deepseek_v3|glm4_moe)-mtp.*|.*(?:vpp|uneven|layers|apart|critic|labels|fp32|optimizer).*|"
-    r"qwen2-tied-.+|qwen3-tp2-pp2|(?:qwen3_moe|gpt_oss)-.+|deepseek_v3-(?:tp2|tp2-pp2|ep2)|"
-    r"(?:mixtral|qwen2_moe|glm4_moe|deepseek_v2)-tp2-ep2"
+    r"(?:old-)?(?:[a-z0-9_]+|.*-mtp.*|.*(?:vpp|uneven|layers|apart|critic|labels|fp32|optimizer).*|"
+    r"qwen2-tied.*|qwen3_moe-.+|(?:deepseek_v3|gpt_oss)-(?:tp2-pp2|ep2)|"
+    r"(?:mixtral|qwen2_moe|glm4_moe|deepseek_v2)-tp2-ep2)"
 )
 """Runs without `--all`: every family, and every size of those that differ most."""
 

@@ -11,7 +11,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import timedelta
 from typing import Any
@@ -68,10 +67,11 @@ def connect() -> None:
     """Meet the other ranks, for the next run's groups."""
     import torch.distributed as dist
 
-    stem = f"{tempfile.gettempdir()}/mcore-{os.environ['MASTER_PORT']}-{len(_placed)}"
+    place = f"tcp://127.0.0.1:{int(os.environ['MASTER_PORT']) + len(_placed)}"
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    limit = timedelta(seconds=900)
-    dist.init_process_group("gloo", init_method=f"file://{stem}", rank=rank, world_size=count, timeout=limit)
+    dist.init_process_group(
+        "gloo", init_method=place, rank=rank, world_size=count, timeout=timedelta(seconds=900)
+    )  # fmt: skip
 
 
 _placed: list[tuple[Any, ...]] = []
