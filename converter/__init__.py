@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from converter.recipe.verbs.check import check
     from converter.recipe.verbs.conversion import Conversion
     from converter.recipe.verbs.convert import Converted, convert, critic_to_rm, rm_to_critic
+    from converter.recipe.verbs.delta import apply_delta, make_delta
     from converter.recipe.verbs.diff import Compared, diff
     from converter.recipe.verbs.doctor import doctor
     from converter.recipe.verbs.explain import Explanation, Messages, explain
@@ -81,6 +82,7 @@ _HOME = {
     "VerificationFailed": "errors",
     "Verified": "examine.verify.verify",
     "adam_moments": "sources.moments",
+    "apply_delta": "recipe.verbs.delta",
     "average": "recipe.verbs.average",
     "check": "recipe.verbs.check",
     "convert": "recipe.verbs.convert",
@@ -95,6 +97,7 @@ _HOME = {
     "interpolate": "recipe.verbs.average",
     "load": "recipe.verbs.load",
     "load_recipe": "recipe.recipe",
+    "make_delta": "recipe.verbs.delta",
     "make_plan": "core.writer.plan",
     "merge_lora": "recipe.verbs.merge",
     "open": "recipe.verbs.open",
@@ -148,6 +151,7 @@ __all__ = [
     "Verified",
     "__version__",
     "adam_moments",
+    "apply_delta",
     "average",
     "check",
     "convert",
@@ -162,6 +166,7 @@ __all__ = [
     "interpolate",
     "load",
     "load_recipe",
+    "make_delta",
     "make_plan",
     "merge_lora",
     "open",

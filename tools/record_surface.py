@@ -255,8 +255,8 @@ def record() -> dict[str, Any]:
     }
 
 
-def record_commands() -> dict[str, Any]:
-    """What every command returns, and the keys of what it prints."""
+def record_commands(printed: dict[str, str] | None = None) -> dict[str, Any]:
+    """What every command returns, and the keys of what it prints; `printed` gets the texts."""
     os.environ["HF_HOME"] = str(Path("hub").resolve())
     exits: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
@@ -266,6 +266,8 @@ def record_commands() -> dict[str, Any]:
             tamper()
             code, text = run([*command, "--json"])
             exits[title] = {"command": [*command, "--json"], "exit": code}
+            if printed is not None:
+                printed[title] = text
             found: dict[str, set[str]] = {}
             words: dict[str, set[str]] = {}
             for value in values_of(text):

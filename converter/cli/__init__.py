@@ -27,6 +27,8 @@ VERBS = (
     "run",
     "average",
     "interpolate",
+    "make-delta",
+    "apply-delta",
     "extract-lora",
     "prune-lora",
     "convert-lora",
@@ -38,12 +40,13 @@ VERBS = (
     "demo",
     "list",
     "env",
+    "schema",
     "watch",
     "check",
     "push",
 )
 
-READING = ("inspect", "doctor", "watch", "verify", "explain", "diff", "list", "env")
+READING = ("inspect", "doctor", "watch", "verify", "explain", "diff", "list", "env", "schema")
 """Those that write nothing but what they print."""
 
 

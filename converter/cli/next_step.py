@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from converter.blanks import OUTPUTS, has_blank, without_blanks
 from converter.diagnostic import Again, Command, Next, Steps, as_argument, commands, completed, parts, renamed
 from converter.errors import ConvertError, UsageError
 
-_PLACEHOLDERS = ("OUT", "./NEW_FOLDER")
-"""Words that stand for an output."""
-
 _SHOWS = " shows all that is wrong there"
+_RECORDED = " shows what is recorded there"
 
 
 def complete(error: ConvertError, verb: str, arguments: list[str]) -> None:
@@ -30,9 +29,11 @@ def complete(error: ConvertError, verb: str, arguments: list[str]) -> None:
     typed = _parsed(verb, arguments)
     if any(isinstance(p, Again) for p in parts(error.next)):
         _complete_again(error, verb, arguments, typed)
-    error.next = _with_output(error.next, typed)
+    step = _with_output(error.next, typed)
+    error.next = without_blanks(step, Command(verb, tuple(arguments)))
     if error.exit_code in (2, 3, 4) and not commands(error.next):
-        error.next = _with_command(error, verb, typed)
+        asks = any(has_blank(c) and "--weights-from" not in c.arguments for c in commands(step))
+        error.next = _with_command(error, verb, typed, asks=asks)
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ def _complete_again(error: ConvertError, verb: str, arguments: list[str], typed:
 
 def _with_output(step: Next | None, typed: _Typed) -> Next | None:
     """The step with the user's own output where one command has a placeholder: the refusal has left that name free."""
-    waiting = [c for c in commands(step) if any(w in _PLACEHOLDERS for w in c.arguments)]
+    waiting = [c for c in commands(step) if any(w in OUTPUTS for w in c.arguments)]
     if typed.output is None or len(waiting) != 1 or os.path.lexists(os.path.expanduser(typed.output)):
         return step
     (old,) = waiting
-    words = (as_argument(typed.output) if w in _PLACEHOLDERS else w for w in old.arguments)
+    words = (as_argument(typed.output) if w in OUTPUTS else w for w in old.arguments)
     new = Command(old.verb, tuple(words), old.program)
     return _replaced(step, old, new)
 
@@ -109,8 +110,12 @@ def _replaced(step: Next | None, old: Command, new: Command) -> Next | None:
     return new if step == old else step
 
 
-def _with_command(error: ConvertError, verb: str, typed: _Typed) -> Next:
-    """The step with a command behind it that shows more."""
+def _with_command(error: ConvertError, verb: str, typed: _Typed, *, asks: bool) -> Next:
+    """The step with a command behind it that shows more.
+
+    Args:
+        asks: the step asks the user for something, and nothing need be wrong with the folder.
+    """
     folder = _folder(error, typed)
     if error.code == "path-missing":
         return Steps(*_sentence(error.next), Command("", (_parent(typed),), program="ls"))
@@ -120,8 +125,8 @@ def _with_command(error: ConvertError, verb: str, typed: _Typed) -> Next:
         return Steps(*_sentence(error.next), Command("", ("-l", as_argument(elsewhere)), program="ls"))
     if folder is None or is_about_words or verb == "doctor":
         return Steps(*_sentence(error.next), Command(verb, ("--help",)))
-    look = Command("doctor", (as_argument(folder),))
-    return look if error.next is None else Steps(*_sentence(error.next), look, _SHOWS)
+    look = Command("inspect" if asks else "doctor", (as_argument(folder),))
+    return look if error.next is None else Steps(*_sentence(error.next), look, _RECORDED if asks else _SHOWS)
 
 
 def _sentence(step: Next | None) -> Iterator[Next]:

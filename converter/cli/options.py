@@ -42,6 +42,35 @@ class FailOnChoice(StrEnum):
     cosmetic = "cosmetic"
 
 
+Token = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TOKEN",
+        help="Hub token; default: as huggingface_hub finds it.",
+        show_default=False,
+        rich_help_panel=HUB,
+    ),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CODE",
+        help="Go on past a refusal that printed CODE. Repeatable.",
+        show_default=False,
+        rich_help_panel=CONSENT,
+    ),
+]
+LoraAlpha = Annotated[
+    float | None,
+    typer.Option(
+        metavar="N",
+        help="lora_alpha of training, where no config records it.",
+        show_default=False,
+        rich_help_panel=INPUT,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Display:
     """How a verb shows what it has to say."""
@@ -121,15 +150,7 @@ class Fetch:
             rich_help_panel=HUB,
         ),
     ] = None
-    token: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TOKEN",
-            help="Hub token; default: as huggingface_hub finds it.",
-            show_default=False,
-            rich_help_panel=HUB,
-        ),
-    ] = None
+    token: Token = None
 
 
 @dataclass(frozen=True)
@@ -203,15 +224,7 @@ class Conversion(Fetch, Reading):
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that this tool made.", rich_help_panel=CONSENT)
     ] = False
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="CODE",
-            help="Go on past a refusal that printed CODE. Repeatable.",
-            show_default=False,
-            rich_help_panel=CONSENT,
-        ),
-    ] = None
+    allow: Allow = None
     keep_code: Annotated[
         bool, typer.Option("--keep-code", help="Carry .py files of the source along.", rich_help_panel=CONSENT)
     ] = False
@@ -349,15 +362,7 @@ class HeadFlags(Conversion):
             metavar="T", help="Which checkpoint of a run; default: `latest`.", show_default=False, rich_help_panel=INPUT
         ),
     ] = None
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option(
-            metavar="N",
-            help="lora_alpha of training, where no config records it.",
-            show_default=False,
-            rich_help_panel=INPUT,
-        ),
-    ] = None
+    lora_alpha: LoraAlpha = None
     bias: Annotated[BiasChoice, typer.Option(help="A constant of the head that the target has no place for.")] = (
         BiasChoice.refuse
     )

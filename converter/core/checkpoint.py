@@ -15,8 +15,8 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.text import fold, format_size, show
 
-MODEL, ADAPTER, TRAINING = "model", "adapter", "training"
-"""What a checkpoint is, as `Origin.kind` says."""
+MODEL, ADAPTER, TRAINING, DELTA = "model", "adapter", "training", "delta"
+"""What a checkpoint is, as `Origin.kind` says; `delta`: the difference of two models."""
 
 Container = Literal["safetensors", "torch", "distcp", "trees"]
 """What weights are written in: safetensors; torch's zip format (`pytorch_model.bin`), all that some loaders read; or a
@@ -46,7 +46,7 @@ class Origin:
     """Where a checkpoint came from.
 
     Attributes:
-        kind: `model`, `adapter`, or `training`: the state of a trainer, whose names are those in memory.
+        kind: `model`, `adapter`, `delta`, or `training`: the state of a trainer, whose names are those in memory.
         path: the folder that was opened, absolute; never written into an output.
         asked: what the user typed, for screens.
         name: for the receipt: the Hub id, else the folder's own name.

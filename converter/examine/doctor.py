@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
+from converter.blanks import without_blanks
 from converter.core.context import Context
 from converter.core.files import sparse
 from converter.core.files.names import ADAPTER_CONFIG
@@ -111,8 +112,13 @@ def examine(asked: DoctorRequest) -> Report:
             findings += each(case, context)
     findings += [f for f in undocumented(case, known) if f.code not in asked.ignore]
     sparse.expect_all_read()
-    told = with_steps(one_per_cause(dict.fromkeys(findings)), case)
+    told = [_typeable(f) for f in with_steps(one_per_cause(dict.fromkeys(findings)), case)]
     return Report(case, tuple(sorted(told, key=lambda f: SEVERITIES.index(f.severity))))
+
+
+def _typeable(finding: Finding) -> Finding:
+    """A finding whose commands have no blanks for the user to fill in."""
+    return replace(finding, next=without_blanks(finding.next))
 
 
 def case_of(asked: DoctorRequest) -> Case:

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from converter.converters.fix.names import peft_name
 from converter.converters.gather.gather import Gather
 from converter.converters.gather.peft_names import without_wrappers
 from converter.converters.heads.detect import detect
 from converter.converters.heads.model import Head, Linear
 from converter.converters.heads.read import read
-from converter.converters.mend.names import peft_name
 from converter.core.checkpoint import Checkpoint, SideFile
 from converter.core.context import Context
 from converter.core.files.opening import Identity

@@ -36,7 +36,7 @@ def with_old_tokenizer(checkpoint: Checkpoint, context: Context) -> Checkpoint:
         new = _added(side_json(checkpoint.side_files, TOKENIZER)) | new
     if new == value:
         return checkpoint
-    context.note("info", "mended", f"{TOKENIZER_CONFIG}: class and special tokens as transformers 4 reads them")
+    context.note("info", "fixed", f"{TOKENIZER_CONFIG}: class and special tokens as transformers 4 reads them")
     content = (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
     return checkpoint.replace(side_files={**checkpoint.side_files, TOKENIZER_CONFIG: SideFile(content=content)})
 

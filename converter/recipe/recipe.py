@@ -34,6 +34,15 @@ SOURCE = "source"
 
 _INPUT_NAME = re.compile(r"[a-z][a-z0-9-]{0,40}", re.ASCII)
 
+RENAMED = {
+    f"mend-{each}": f"fix-{each}"
+    for each in (
+        "adapter-names", "architecture", "disk-names", "for-transformers-4", "labels", "names", "pad-token", "ties",
+        "vocabulary",
+    )
+}  # fmt: skip
+"""Steps by the names that release 0.1.0 had for them: recipe files of that release are run as they are."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -208,7 +217,7 @@ def _steps(values: Iterable[dict[str, Any]], read: RecipeText, file: str) -> Ite
             got = ", ".join(show(k) for k in value) or "none"
             raise UsageError("recipe", "a step is one converter's name and its fields", where=f"{file}:{line}", got=got)
         ((name, fields),) = value.items()
-        yield Step(name, fields or {})
+        yield Step(RENAMED.get(name, name), fields or {})
 
 
 def _input_spec(recipe: Recipe, name: str, value: Any) -> InputSpec:

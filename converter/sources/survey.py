@@ -26,8 +26,8 @@ from converter.errors import Refused
 from converter.text import fold, show
 
 FolderKind = Literal["model", "adapter"]
-SourceKind = Literal["model", "adapter", "training", "unread"]
-"""What a source's folders are; `unread`: recognised, and refused by name."""
+SourceKind = Literal["model", "adapter", "training", "delta", "unread"]
+"""What a source's folders are; `delta`: the difference of two models; `unread`: recognised, and refused by name."""
 
 SHARD = re.compile(r"model-(\d{5,6})-of-(\d{5,6})\.safetensors", re.ASCII)
 PICKLED = re.compile(r"(?:pytorch_model|model|consolidated)[\w.-]*\.(?:bin|pt|pth)", re.ASCII)

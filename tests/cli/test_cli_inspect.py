@@ -38,8 +38,7 @@ def test_a_model_on_one_screen(here: Path) -> None:
         "files    chat_template.jinja, generation_config.json, tokenizer.json, tokenizer_config.json",
         "saved by transformers 5.23.0",
         "faults   none found in headers and configs",
-        "Next:    rlhf-convert reshard ./tiny-qwen2-base OUT --max-shard-size 5GB",
-        "         rlhf-convert merge-lora ADAPTER OUT --base ./tiny-qwen2-base",
+        "Next:    rlhf-convert reshard ./tiny-qwen2-base ./tiny-qwen2-base-resharded --max-shard-size 5GB",
     ]
 
 
@@ -56,7 +55,7 @@ def test_an_adapter_on_one_screen(here: Path) -> None:
         "files    chat_template.jinja, tokenizer.json, tokenizer_config.json",
         "saved by peft 0.21.2",
         "faults   none found in headers and configs",
-        "Next:    rlhf-convert merge-lora ./tiny-reward-adapter OUT",
+        "Next:    rlhf-convert merge-lora ./tiny-reward-adapter ./tiny-reward-adapter-merged",
     ]
 
 
@@ -65,7 +64,7 @@ def test_an_adapter_without_its_base_at_hand_asks_for_it(here: Path) -> None:
     ran = run("./tiny-reward-adapter")
     assert ran.code == 0
     assert "base tiny-qwen2-base, neither here nor in the Hub's cache" in ran.text
-    assert ran.out.splitlines()[-1].endswith("rlhf-convert merge-lora ./tiny-reward-adapter OUT --base BASE")
+    assert ran.out.splitlines()[-1].endswith("rlhf-convert doctor ./tiny-reward-adapter")
 
 
 def test_a_merged_reward_model_shows_its_head_and_label(here: Path) -> None:

@@ -242,7 +242,8 @@ def test_an_adapter_that_records_no_base_asks_for_one(here: Path, recorded: str 
     ran = run("merge-lora", "./trl-rm", "./rm")
     assert (ran.code, ran.out) == (2, "")
     assert "base-unknown" in ran.err
-    assert "rlhf-convert merge-lora ./trl-rm ./rm --base BASE" in ran.err
+    assert "the same command with --base and the folder or the Hub name of the base model" in ran.text
+    assert "rlhf-convert inspect ./trl-rm" in ran.text
 
 
 def test_a_recorded_base_that_is_not_here_is_no_hub_error(here: Path) -> None:
@@ -250,7 +251,8 @@ def test_a_recorded_base_that_is_not_here_is_no_hub_error(here: Path) -> None:
     ran = run("merge-lora", "./trl-rm", "./rm")
     assert (ran.code, ran.out) == (3, "")
     assert "the adapter records tiny-qwen2-base as its base" in ran.text
-    assert "rlhf-convert merge-lora ./trl-rm ./rm --base BASE" in ran.err
+    assert "the same command with --base and the folder or the Hub name of the base model" in ran.text
+    assert "rlhf-convert inspect ./trl-rm" in ran.text
     assert "hub-download" not in ran.err
 
 
@@ -261,9 +263,10 @@ def test_a_recorded_base_that_is_not_here_is_no_hub_error(here: Path) -> None:
     ("arguments", "corrected"),
     [
         (["tiny-qwen2-base", "rm", "--base", "trl-rm"], "rlhf-convert merge-lora trl-rm rm --base tiny-qwen2-base"),
-        (["tiny-qwen2-base", "trl-rm"], "rlhf-convert merge-lora trl-rm OUT --base tiny-qwen2-base"),
-        (["tiny-qwen2-base", "rm"], "rlhf-convert merge-lora ADAPTER rm --base tiny-qwen2-base"),
-        (["trl-rm", "rm", "--base", "trl-rm"], "rlhf-convert merge-lora trl-rm rm --base BASE"),
+        (["tiny-qwen2-base", "trl-rm"], "rlhf-convert merge-lora trl-rm trl-rm-merged --base tiny-qwen2-base"),
+        (["tiny-qwen2-base", "rm"], "rlhf-convert merge-lora rm --base tiny-qwen2-base with the folder of the adapter"),
+        (["tiny-qwen2-base/config.json", "rm"], "tiny-qwen2-base/config.json is a model, not an adapter"),
+        (["trl-rm", "rm", "--base", "trl-rm"], "the same command with --base and the folder"),
     ],
 )
 def test_swapped_arguments_are_recognised_by_content(here: Path, arguments: list[str], corrected: str) -> None:
@@ -376,7 +379,7 @@ def test_control_characters_in_names_reach_no_terminal(here: Path) -> None:
 def test_a_base_given_as_the_output_is_recognised(here: Path) -> None:
     ran = run("merge-lora", "trl-rm", "tiny-qwen2-base")
     assert ran.code == 2
-    assert "rlhf-convert merge-lora trl-rm OUT --base tiny-qwen2-base" in ran.err
+    assert "rlhf-convert merge-lora trl-rm trl-rm-merged --base tiny-qwen2-base" in ran.err
 
 
 def test_a_relative_base_that_an_adapter_records_is_found_beside_it_from_anywhere(

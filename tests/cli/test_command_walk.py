@@ -13,7 +13,7 @@ import pytest
 
 from command_walk import Walk, faults, walk
 from served_shell import Shell
-from walk_inputs import BREAKAGES, VERBS, Place, Places
+from walk_inputs import BREAKAGES, VERBS, Places
 
 SHORT = {
     "shard-missing": ("doctor", "reshard", "convert-actor", "verify"),
@@ -85,10 +85,12 @@ def test_the_users_own_output_stands_where_one_has_to_be_chosen(shell: Shell, pl
 @pytest.mark.parametrize(
     ("command", "fault"),
     [
-        ("rlhf-convert convert a b --base base --base DIR", "gives --base twice"),
+        ("rlhf-convert convert a b --base base --base other", "gives --base twice"),
         ("rlhf-convert verify a [--for X]", "has a part that is to be left out or filled in"),
         ("rlhf-convert gather run/iter_5/optimizer out", "names an optimizer's folder"),
         ("rlhf-convert repair a b --allow x --allow y", None),
+        ("rlhf-convert gather a OUT", "has a blank: OUT"),
+        ("rlhf-convert merge-lora a b --base BASE", "has a blank: BASE"),
     ],
 )
 def test_the_walk_sees_what_no_command_may_have(command: str, fault: str | None) -> None:
@@ -98,7 +100,7 @@ def test_the_walk_sees_what_no_command_may_have(command: str, fault: str | None)
 def test_the_walk_sees_a_loop_and_a_refusal_without_a_command(tmp_path: Path) -> None:
     """With a program that answers as a broken version of ours would."""
     with Shell(program=LOOPING) as shell:
-        found = Walk(shell, Place(tmp_path, "a", "b"))
+        found = Walk(shell, tmp_path)
         found.go("rlhf-convert round a")
         found.go("rlhf-convert mute a")
     assert [w.partition(": ")[2].split()[0] for w in found.wrong] == ["leads", "mute"]

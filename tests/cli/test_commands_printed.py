@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from converter.diagnostic import Again, Command, Steps, as_argument, commands, completed, is_command, quoted
+from converter.blanks import new_name, without_blanks
+from converter.diagnostic import Again, Command, Next, Steps, as_argument, commands, completed, is_command, quoted
 from doctored import RUN, causal, edit, reward, store
 
 __all__ = ["causal", "reward"]
@@ -86,6 +88,44 @@ def test_the_same_command_is_the_users_own_where_its_verb_takes_the_options() ->
     assert str(Again()) == "run the same command again"
 
 
+BASE_ASKED = "with --base and the folder or the Hub name of the base model"
+
+
+@pytest.mark.parametrize(
+    ("command", "printed"),
+    [
+        (Command("gather", ("run", "OUT")), "rlhf-convert gather run ./run-gathered"),
+        (Command("merge-lora", ("run", "OUT", "-j", "1")), "rlhf-convert merge-lora run ./run-merged -j 1"),
+        (Command("reshard", ("me/model@v2", "OUT")), "rlhf-convert reshard me/model@v2 ./model-resharded"),
+        (Command("gather", ("run", "out", "--base", "BASE")), f"rlhf-convert gather run out {BASE_ASKED}"),
+        (Command("convert", ("mine", "out", "--base", "BASE")), f"the same command {BASE_ASKED}"),
+        (Command("doctor", ("BASE", "--deep")), "rlhf-convert doctor --deep with the folder of the base model"),
+        (Command("repair", ("run", "OUT", "--lora-alpha", "N")),
+         "rlhf-convert repair run ./run-fixed with --lora-alpha and the lora_alpha of the training script"),
+        (Steps(Command("merge-lora", ("a", "OUT")), ", then ", Command("diff", ("OUT", "b"))),
+         "rlhf-convert merge-lora a ./a-merged, then rlhf-convert diff ./a-merged b"),
+    ],
+)  # fmt: skip
+def test_no_command_is_printed_with_a_blank(command: Next, printed: str, here: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(here)
+    assert str(without_blanks(command, Command("convert", ("mine", "out", "--to", "trl")))) == printed
+
+
+def test_a_new_folder_gets_a_name_that_nothing_has(here: Path) -> None:
+    for name in ("rm", "rm-fixed"):
+        (here / name).mkdir()
+    (here / "lone.safetensors").touch()
+    made = [new_name(str(here / n), "fixed") for n in ("rm", "rm/", "rm/.", "lone.safetensors")]
+    assert made == [*[f"{here}/rm-fixed-2"] * 3, f"{here}/lone-fixed"]
+
+
+def test_a_folder_that_is_named_like_a_blank_is_none(here: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(here)
+    (here / "BASE").mkdir()
+    command = Command("merge-lora", ("adapter", "out", "--base", "BASE"))
+    assert without_blanks(command) == command
+
+
 def test_steps_say_which_of_their_parts_can_be_typed() -> None:
     first, second = Command("", ("a", "a.old"), program="mv"), Command("repair", ("a", "b"))
     assert str(Steps(first, second)) == "mv a a.old && rlhf-convert repair a b"
@@ -122,11 +162,11 @@ def test_a_refusal_prints_the_users_own_command_with_what_it_lacked(here: Path) 
     typed = f"rlhf-convert gather {quoted(str(state))} ./out --emit merged --memory 2GB"
     refused = bash(typed, here)
     assert refused.returncode in (2, 3), refused.stdout
-    (command,) = printed_next(refused.stderr)[:1]
-    assert command.startswith(f"{typed} --base ")
-    assert command.count("--base") == 1
+    (step,) = printed_next(refused.stderr)[:1]
+    assert step.startswith(f"the same command {BASE_ASKED}; rlhf-convert inspect ")
+    assert bash(step.partition("; ")[2].removesuffix(" shows what is recorded there"), here).returncode == 0
     base = next(p for p in run.rglob("base") if p.is_dir())
-    done = bash(command.partition(" --base ")[0] + f" --base {quoted(str(base))}", here)
+    done = bash(f"{typed} --base {quoted(str(base))}", here)
     assert done.returncode == 0, done.stderr
     assert load_file(here / "out" / "model.safetensors")
 
@@ -164,7 +204,8 @@ def test_a_folder_that_begins_with_a_dash_is_named_so_that_it_is_no_option(here:
     told = bash("rlhf-convert inspect ./-lm", here)
     assert told.returncode == 0, told.stderr
     first = printed_next(told.stdout)[0]
-    done = bash(first.replace(" OUT ", " ./-out "), here)
+    assert first == "rlhf-convert reshard ./-lm ./-lm-resharded --max-shard-size 5GB"
+    done = bash(first, here)
     assert done.returncode == 0, done.stderr
-    assert printed_next(done.stdout)[0] == "rlhf-convert inspect ./-out"
+    assert printed_next(done.stdout)[0] == "rlhf-convert inspect ./-lm-resharded"
     assert bash(printed_next(done.stdout)[0], here).returncode == 0

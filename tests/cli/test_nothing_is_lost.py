@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 import record_surface
+from converter.recipe.recipe import parse_recipe
+from schemas import faults_of
 
 BEFORE: dict[str, Any] = json.loads(Path(__file__).with_name("surface.json").read_text())
 
@@ -88,8 +90,8 @@ def lost_keys(before: dict[str, Any], now: dict[str, Any], commands: dict[str, A
 def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What every command does now, in a process of its own."""
     code = (
-        "import json, os, record_surface; os.environ.update(record_surface.OFFLINE); "
-        "print(json.dumps(record_surface.record_commands()))"
+        "import json, os, record_surface; os.environ.update(record_surface.OFFLINE); texts = {}; "
+        "print(json.dumps({**record_surface.record_commands(texts), 'texts': texts}))"
     )
     path = [str(record_surface.ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
@@ -117,12 +119,31 @@ def test_no_flag_of_a_verb_is_lost(verb: str) -> None:
     assert list(lost_parameters(BEFORE["verbs"][verb], now)) == []
 
 
+def read_now(steps: list[str]) -> dict[str, str]:
+    """Names of steps, and what a recipe file that says them is read as."""
+    lines = [f"  - {name}: {{}}" for name in steps]
+    text = "\n".join(["version: 1", "inputs:", "  source: ./model", "steps:", *lines])
+    return dict(zip(steps, (s.name for s in parse_recipe(text.encode(), file="old.yaml").steps), strict=True))
+
+
 def test_no_step_of_a_recipe_is_lost() -> None:
-    assert list(lost_steps(BEFORE["steps"], record_surface.steps())) == []
+    """Steps may be renamed, and recipe files of before are read all the same."""
+    now = record_surface.steps()
+    called = read_now(list(BEFORE["steps"]))
+    assert list(lost_steps(BEFORE["steps"], now | {old: now[new] for old, new in called.items() if new in now})) == []
+
+
+def test_steps_that_are_called_otherwise_now_are_those_that_fix() -> None:
+    called = read_now(list(BEFORE["steps"]))
+    assert {old: new for old, new in called.items() if old != new} == {
+        old: old.replace("mend-", "fix-") for old in BEFORE["steps"] if old.startswith("mend-")
+    }
 
 
 def test_no_plug_in_is_lost() -> None:
     now = record_surface.plug_ins()
+    called = read_now(BEFORE["plug_ins"]["converter"])
+    now["converter"] += [old for old, new in called.items() if new in now["converter"]]
     assert [f"{kind} {n}" for kind, names in BEFORE["plug_ins"].items() for n in names if n not in now[kind]] == []
 
 
@@ -132,6 +153,16 @@ def test_commands_exit_as_before_and_print_every_key_of_before(commands: dict[st
         *lost_keys(BEFORE["json"], commands["json"], BEFORE["commands"]),
     ]
     assert lost == []
+
+
+def test_what_every_command_prints_is_what_its_schema_says(commands: dict[str, Any]) -> None:
+    wrong = [
+        fault
+        for title, text in commands["texts"].items()
+        for value in record_surface.values_of(text)
+        for fault in faults_of(commands["commands"][title]["command"][0], value)
+    ]
+    assert wrong == []
 
 
 def test_the_commands_show_every_exit_code_and_every_verb() -> None:

@@ -100,7 +100,7 @@ def test_a_state_dict_becomes_what_a_save_writes_and_loads_with_nothing_missing(
     folder = _folder(model, _in_memory(model), tmp_path / "memory")
     found = [f for f in examine(DoctorRequest(str(folder))).findings if f.code in CODES]
     assert [f.code for f in found] == ["names-in-memory"]
-    assert found[0].fix == ("mend-disk-names",) and found[0].recoverability == "here"
+    assert found[0].fix == ("fix-disk-names",) and found[0].recoverability == "here"
     assert str(found[0].next) == f"rlhf-convert repair {folder} {folder}-fixed"
     assert _codes(folder, target="transformers@4") == {"names-in-memory": "error"}
     assert main(["repair", str(folder), f"{folder}-fixed", "-q"]) == 0
@@ -175,7 +175,7 @@ def test_some_experts_one_by_one_and_all_of_them_stacked_are_kept_once(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "mixtral"])
-def test_wrappers_a_wrapped_class_and_names_in_memory_are_mended_in_one_pass(tmp_path: Path, name: str) -> None:
+def test_wrappers_a_wrapped_class_and_names_in_memory_are_fixed_in_one_pass(tmp_path: Path, name: str) -> None:
     model = _live(name)
     disk = _saved(model, tmp_path / "saved")
     wrapped = {f"module._orig_mod.{n}": t for n, t in _in_memory(model).items()}

@@ -177,7 +177,8 @@ def test_other_verbs_refuse_and_name_the_command_that_repairs(tmp_path: Path, ve
     assert "--weights-from" not in done.text  # its shards lie in the folder, and are found
     drop_shards(src.parent)
     done = run(verb, src, tmp_path / "out", *base)
-    assert f"Next: rlhf-convert repair {src} {tmp_path / 'out'} --weights-from DIR" in done.text
+    assert "--weights-from and a folder of the same run that still holds them" in done.text
+    assert f"rlhf-convert doctor {src} shows all that is wrong there" in done.text
 
 
 def test_a_place_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_wrapped_copies_that_differ_are_untied_with_consent_alone(tmp_path: Path
     assert torch.equal(loaded.model.embed_tokens.weight, state["module.model.embed_tokens.weight"])
 
 
-def test_a_wrapped_reward_model_of_a_wrapped_class_without_labels_is_mended_in_one_pass(tmp_path: Path) -> None:
+def test_a_wrapped_reward_model_of_a_wrapped_class_without_labels_is_fixed_in_one_pass(tmp_path: Path) -> None:
     model = _model("reward")
     good = _saved(model, tmp_path / "good")
     names = {f"module._orig_mod.{n}": t for n, t in good.items()}
@@ -221,7 +221,7 @@ def test_lora_left_in_a_full_model_is_merged_into_what_it_computed(tmp_path: Pat
         assert torch.allclose(loaded.eval()(ids).logits, expected, atol=1e-5)
 
 
-def test_a_wrapped_reward_model_with_lora_and_without_labels_is_merged_and_mended_in_one_pass(tmp_path: Path) -> None:
+def test_a_wrapped_reward_model_with_lora_and_without_labels_is_merged_and_fixed_in_one_pass(tmp_path: Path) -> None:
     model = _trained("reward", target_modules=["q_proj"], task_type="SEQ_CLS")
     lost = {"id2label": None, "label2id": None, "num_labels": None}
     wrapped = {f"module._orig_mod.{n}": t for n, t in model.state_dict().items()}

@@ -63,7 +63,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-def test_a_config_that_is_mended_leaves_every_weight_file_a_link_to_the_source(model: Path, tmp_path: Path) -> None:
+def test_a_config_that_is_fixed_leaves_every_weight_file_a_link_to_the_source(model: Path, tmp_path: Path) -> None:
     done = run("repair", model, tmp_path / "out", "--link-unchanged")
     assert done.returncode == 0
     assert "0 recomputed equal" in done.stdout  # nothing was written that could be compared with its source

@@ -103,9 +103,9 @@ def examined(asked: str, options: tuple[str, ...], capsys: pytest.CaptureFixture
 
 
 FIXES = {
-    "fill", "gather", "cast", "remap-head", "split-lora", "choose-weights", "mend-names", "mend-disk-names",
-    "mend-adapter-names", "mend-ties", "mend-vocabulary", "mend-labels", "mend-pad-token", "mend-architecture",
-    "mend-for-transformers-4",
+    "fill", "gather", "cast", "remap-head", "split-lora", "choose-weights", "fix-names", "fix-disk-names",
+    "fix-adapter-names", "fix-ties", "fix-vocabulary", "fix-labels", "fix-pad-token", "fix-architecture",
+    "fix-for-transformers-4",
 }  # fmt: skip
 
 
@@ -155,9 +155,11 @@ def test_what_doctor_says_next_gets_the_user_out(
     found = [f for f in findings if f["code"] == code]
     assert found, [f["code"] for f in findings]
     step, before = found[0]["next"], listing(here)
-    if breakage.ends == "mended":
-        for word, value in breakage.fill:
-            step = re.sub(rf"(?<= ){word}\b", value, step)
+    if breakage.ends == "fixed":
+        for option, value in breakage.fill:
+            command, asked, _ = step.partition(f" with {option} and ")
+            assert asked, step
+            step = f"{command} {option} {value}"
         assert is_command(step), step
         assert not CAPITALS.search(step), step
         made = type_it(step) or asked

@@ -167,7 +167,7 @@ def check(seed: int, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(16))
-def test_of_several_breakages_each_is_named_once_and_repair_mends_or_writes_nothing(
+def test_of_several_breakages_each_is_named_once_and_repair_fixes_or_writes_nothing(
     seed: int, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check(seed, here, capsys)
@@ -176,7 +176,7 @@ def test_of_several_breakages_each_is_named_once_and_repair_mends_or_writes_noth
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(16, 216))
-def test_of_many_more_breakages_each_is_named_once_and_repair_mends_or_writes_nothing(
+def test_of_many_more_breakages_each_is_named_once_and_repair_fixes_or_writes_nothing(
     seed: int, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check(seed, here, capsys)

@@ -43,9 +43,12 @@ def test_a_causal_adapter_is_sent_to_merge_lora_and_a_reward_adapter_to_convert(
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
     code, found = verify(capsys, str(tmp_path / "a"))
-    assert (code, found["next"]) == (4, [f"rlhf-convert merge-lora {tmp_path / 'a'} OUT"])
+    assert (code, found["next"]) == (4, [f"rlhf-convert merge-lora {tmp_path / 'a'} {tmp_path / 'a'}-merged"])
     code, found = verify(capsys, str(tmp_path / "a"), "--for", "trl")
-    assert (code, found["next"]) == (4, [f"rlhf-convert convert {tmp_path / 'a'} OUT --to trl --role reward"])
+    assert (code, found["next"]) == (
+        4,
+        [f"rlhf-convert convert {tmp_path / 'a'} {tmp_path / 'a'}-converted --to trl --role reward"],
+    )
 
 
 @pytest.mark.parametrize(("trainer", "knows"), [("trl", True), ("vllm", False), ("transformers", False)])
@@ -65,7 +68,7 @@ def test_a_folder_that_the_trainer_reads_is_verified_with_its_launch_line(
     assert any(str(rm) in line for line in found["next"])
 
 
-def test_a_head_under_another_name_fails_and_the_command_that_is_printed_mends_it(
+def test_a_head_under_another_name_fails_and_the_command_that_is_printed_fixes_it(
     rm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = copy(rm, tmp_path / "old", architectures=["RewardModel"])
@@ -75,8 +78,8 @@ def test_a_head_under_another_name_fails_and_the_command_that_is_printed_mends_i
     assert "head-missing" in codes(found)
     assert "random" in text_of(found, "head-missing")
     (command,) = found["next"]
-    out = str(tmp_path / "mended")
-    assert main([out if word == "OUT" else word for word in command.split()[1:]]) == 0
+    out = f"{old}-converted"
+    assert main(command.split()[1:]) == 0
     capsys.readouterr()
     assert verify(capsys, out, "--for", "openrlhf", "--role", "critic", "--against", str(old))[0] == 0
 

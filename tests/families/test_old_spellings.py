@@ -37,7 +37,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def mended(folder: Path) -> Path:
+def fixed(folder: Path) -> Path:
     out = folder.parent / "out"
     assert main(["repair", str(folder), str(out), "--for", "transformers@4", "-q"]) == 0
     return out
@@ -46,7 +46,7 @@ def mended(folder: Path) -> Path:
 @pytest.mark.parametrize("name", ADDED)
 def test_old_keys_stand_beside_the_new_ones(name: str, tmp_path: Path) -> None:
     expected = save(name, tmp_path / "model")
-    out = mended(tmp_path / "model")
+    out = fixed(tmp_path / "model")
     before = config_of(tmp_path / "model")
     assert config_of(out) == before | ADDED[name] | {"torch_dtype": "float32"}
     assert torch.equal(load(name, out), expected)  # transformers 5 reads both, and computes what it did
@@ -54,7 +54,7 @@ def test_old_keys_stand_beside_the_new_ones(name: str, tmp_path: Path) -> None:
 
 def test_the_config_of_a_text_model_inside_another_gets_them_too(tmp_path: Path) -> None:
     expected = save("qwen2_vl", tmp_path / "model")
-    out = mended(tmp_path / "model")
+    out = fixed(tmp_path / "model")
     text = config_of(out)["text_config"]
     assert text["rope_theta"] == 500000.0
     assert text["rope_scaling"] == {"rope_type": "default", "mrope_section": [1, 1, 2], "type": "mrope"}
@@ -112,6 +112,6 @@ def test_a_tokenizer_adds_in_transformers_4_what_its_own_template_adds(added: st
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps({"post_processor": template}))
     config = {"backend": "tokenizers", "tokenizer_class": "LlamaTokenizer", "extra_special_tokens": ["<a>"]}
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
-    told = json.loads((mended(tmp_path / "model") / "tokenizer_config.json").read_text())
+    told = json.loads((fixed(tmp_path / "model") / "tokenizer_config.json").read_text())
     old = {"backend": "tokenizers", "tokenizer_class": "LlamaTokenizer", "additional_special_tokens": ["<a>"]}
     assert told == old | expected

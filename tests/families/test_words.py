@@ -11,7 +11,7 @@ import torch
 
 from all_families import DECODERS, FAMILIES, input_of, output_of, small
 from converter.cli import main
-from converter.converters.mend.vocabulary import vocabulary_tensors
+from converter.converters.fix.vocabulary import vocabulary_tensors
 from converter.converters.merge.embeddings import is_vocabulary
 from converter.examine.doctor import DoctorRequest, examine
 from converter.families import words

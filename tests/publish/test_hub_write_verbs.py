@@ -22,7 +22,7 @@ VERBS = {
     "gather": ["gather", "{here}/tiny-reward-run", "OUT"],
     "gather merged": ["gather", "{here}/tiny-reward-run", "OUT", *BASE, "--emit", "merged"],
     "repair": ["repair", "{here}/tiny-reward-run/checkpoint-4", "OUT", *BASE],
-    "mend": ["repair", "{here}/wrapped", "OUT"],
+    "fix": ["repair", "{here}/wrapped", "OUT"],
     "reshard": ["reshard", "{here}/tiny-qwen2-base", "OUT", "--max-shard-size", "60KB"],
     "reshard fp32": ["reshard", "{here}/tiny-qwen2-base", "OUT", "--dtype", "fp32"],
     "run": ["run", "{here}/recipe.yaml", "OUT"],

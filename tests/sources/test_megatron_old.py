@@ -100,6 +100,24 @@ def test_names_of_ranks_mean_what_the_arguments_say(tmp_path: Path) -> None:
     assert {n: t.tolist() for n, t in got.items()} == {f"decoder.layers.0.{name}": [[[0.0] * 3] * 2, [[1.0] * 3] * 2]}
 
 
+@pytest.mark.parametrize("sizes", [{"padded_vocab_size": 8}, {}], ids=["vocabulary-told", "untold"])
+def test_a_critics_row_is_whole_on_each_rank_and_an_output_embedding_is_split(
+    sizes: dict[str, int], tmp_path: Path
+) -> None:
+    """Megatron's value heads are no parallel layers: each TP rank has the one row, and saves it."""
+    row, rows = torch.tensor([[1.0, 2.0, 3.0]]), torch.arange(24.0).view(8, 3)
+    given = {"num_layers": 1, "tensor_model_parallel_size": 2, **sizes}
+    ranks = ("00", "01")
+    critic = _saved(tmp_path / "critic", {r: {"model": {"output_layer.weight": row.clone()}} for r in ranks}, **given)
+    actor = _saved(
+        tmp_path / "actor",
+        {r: {"model": {"output_layer.weight": rows[4 * n : 4 * n + 4].clone()}} for n, r in enumerate(ranks)},
+        **given,
+    )
+    held = [evaluated(SOURCE.open(f, asked="x").tensors)["output_layer.weight"] for f in (critic, actor)]
+    assert [t.tolist() for t in held] == [row.tolist(), rows.tolist()]
+
+
 def test_virtual_stages_are_put_in_the_order_of_layers(tmp_path: Path) -> None:
     def stage(*values: float) -> dict[str, Any]:
         key = "decoder.layers.0.mlp.linear_fc2.weight"

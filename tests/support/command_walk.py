@@ -13,16 +13,20 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from served_shell import Said, Shell, Typed
-from walk_inputs import Place
+
+if TYPE_CHECKING:
+    from walk_inputs import Place
 
 REPEATABLE = ("--allow", "--weights-from", "--adapter", "--weight", "--input", "--ignore")
 SHOWING = ("doctor", "inspect", "verify", "explain", "diff")
-PLACEHOLDER = re.compile(r"(?<= )(DIR|BASE|ADAPTER|OUT|NEW|TRAINER|DIALECT|N|RUN/global_stepN|\./NEW_FOLDER)(?= |$)")
+BLANK = re.compile(r"[A-Z][A-Z_]*(?:/\w*[A-Z])?|\./NEW_FOLDER|(?:LAST_)?CHECKPOINT")
+"""A word that a user would have to fill in; no path of the walk's is written in capitals."""
 DEEPEST = 6
 FAILED = 4
 Mark = tuple[str, str, str | None]
@@ -34,29 +38,29 @@ class Walk:
     """What was typed, and what is wrong with what was printed."""
 
     shell: Shell
-    place: Place
+    folder: Path
     typed: int = 0
     wrong: list[str] = field(default_factory=list)
 
     def go(self, line: str) -> None:
         """Type a line, and every command that follows from it."""
-        self._follow(line, (), filled=False)
+        self._follow(line, ())
 
     def _type(self, line: str) -> Typed:
-        done = self.shell.type(line, self.place.folder)
+        done = self.shell.type(line, self.folder)
         self.typed += 1
         if done.code == 70 or "Traceback" in done.err:
             self.wrong.append(f"{line}: a bug: {done.err[-400:]}")
         return done
 
-    def _follow(self, line: str, seen: tuple[Mark, ...], *, filled: bool) -> None:
-        before = set(os.listdir(self.place.folder))
-        self._follow_typed(line, self._type(line), seen, filled=filled)
-        for name in set(os.listdir(self.place.folder)) - before:
-            path = self.place.folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def _follow(self, line: str, seen: tuple[Mark, ...]) -> None:
+        folders = written_to(line, self.folder)
+        before = {folder: set(os.listdir(folder)) for folder in folders}
+        self._follow_typed(line, self._type(line), seen)
+        for path in [f / n for f in folders if f.is_dir() for n in set(os.listdir(f)) - before[f]]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def _follow_typed(self, line: str, done: Typed, seen: tuple[Mark, ...], *, filled: bool) -> None:
+    def _follow_typed(self, line: str, done: Typed, seen: tuple[Mark, ...]) -> None:
         error = next((s for s in reversed(done.said) if s.exit is not None), None)
         if error is None:
             if not seen:
@@ -64,10 +68,11 @@ class Walk:
                     self._follow_all(line, finding, ())
                 self._follow_printed(line, done)
             return
-        if filled:
-            if error.code == "usage":
-                self.wrong.append(f"{line}: does not parse: {error.text}")
-            return
+        self._expect_printed(line, done, error)
+        self.follow_error(line, error, seen)
+
+    def follow_error(self, line: str, error: Said, seen: tuple[Mark, ...] = ()) -> None:
+        """What an error's commands lead to."""
         mark = (error.code, error.text, error.where)
         if mark in seen:
             self.wrong.append(f"{line}: leads back to {error.code}: {error.text[:160]}")
@@ -76,7 +81,6 @@ class Walk:
         else:
             if not error.commands:
                 self.wrong.append(f"{line}: {error.code} prints no command: {[s['text'] for s in error.steps]}")
-            self._expect_printed(line, done, error)
             self._follow_all(line, error, (*seen, mark))
 
     def _expect_printed(self, line: str, done: Typed, error: Said) -> None:
@@ -87,9 +91,8 @@ class Walk:
     def _follow_all(self, line: str, said: Said, seen: tuple[Mark, ...]) -> None:
         for command in said.commands:
             self.wrong += [f"{line}: {said.code}: {why}: {command}" for why in faults(command)]
-            whole = filled(command, self.place)
             if command.startswith(("rlhf-convert ", "ls ")):
-                self._follow(whole, seen or ((said.code, said.text, None),), filled=whole != command)
+                self._follow(command, seen or ((said.code, said.text, None),))
 
     def _follow_printed(self, line: str, done: Typed) -> None:
         """The last lines of a screen: what was written is looked at as they say, what fails is looked into."""
@@ -99,19 +102,28 @@ class Walk:
         for each in filter(None, map(str.strip, block.split("\n"))):
             self.wrong += [f"{line}: {why}: {each}" for why in faults(each)]
             if each.startswith("rlhf-convert "):
-                whole = filled(each, self.place)
-                self._follow(whole, (("printed", each, None),), filled=whole != each)
+                self._follow(each, (("printed", each, None),))
 
 
 def walk(shell: Shell, place: Place, verb: str) -> Walk:
     """The walk from one verb on one folder."""
-    begun = Walk(shell, place)
+    begun = Walk(shell, place.folder)
     begun.go(place.line(verb))
     return begun
 
 
-def faults(command: str) -> Iterator[str]:
-    """What no command may have, whatever it does."""
+def written_to(line: str, here: Path) -> set[Path]:
+    """Folders in which a command may make something: where it is typed, and those of its words."""
+    named = (Path(os.path.abspath(here / w)).parent for w in shlex.split(line, comments=True)[2:] if "/" in w)
+    return {here, *(folder for folder in named if folder.is_dir() and folder.parent != folder)}
+
+
+def faults(command: str, own: Collection[str] = ()) -> Iterator[str]:
+    """What no command may have, whatever it does.
+
+    Args:
+        own: words that the user typed, whatever they look like.
+    """
     if "[" in command and not command.startswith("python"):
         yield "has a part that is to be left out or filled in"
     words = shlex.split(command, comments=True)
@@ -121,12 +133,8 @@ def faults(command: str) -> Iterator[str]:
         yield "names an optimizer's folder"
     if "..." in words:
         yield "leaves words out"
-
-
-def filled(command: str, place: Place) -> str:
-    """The command with what a user would put in for capital words."""
-    values = {"DIR": place.base, "BASE": place.base, "TRAINER": "trl", "DIALECT": "hf-seqcls", "N": "1"}
-    return PLACEHOLDER.sub(lambda m: values.get(m[1], "./filled"), command)
+    open_words = [w for w in words[2:] if BLANK.fullmatch(w) and w not in own]
+    yield from (f"has a blank: {w}" for w in open_words if command.startswith("rlhf-convert "))
 
 
 def main() -> int:

@@ -88,9 +88,9 @@ def test_an_ungathered_tensor_is_a_size_mismatch_and_after_repair_the_folder_loa
     assert "torch.Size([0])" in told
     assert "size mismatch" in told or "mismatch" in told.lower()
 
-    mended = reward_model.parent / "mended"
-    assert main(["repair", str(broken), str(mended), "--weights-from", str(whole)]) == 0
-    after = load(envs, version, mended, "reward")
+    fixed = reward_model.parent / "fixed"
+    assert main(["repair", str(broken), str(fixed), "--weights-from", str(whole)]) == 0
+    after = load(envs, version, fixed, "reward")
     assert "error" not in after
     assert after["head"]["score.weight"]["values"] == torch.linspace(-1, 1, 32).double().tolist()
     names = [n for n in load_file(whole / "model.safetensors") if "score" not in n]

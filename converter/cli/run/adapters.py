@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from converter.blanks import new_name
 from converter.cli import lines as report
 from converter.cli.options import Conversion as Flags
 from converter.cli.run.folder import convert
@@ -57,7 +58,7 @@ def adapter_lines(planned: Conversion) -> list[str]:
 
 def _use(done: Conversion) -> Sequence[Next]:
     out = as_argument(str(done.out))
-    return [Command("inspect", (out,)), Command("merge-lora", (out, "MERGED"))]
+    return [Command("inspect", (out,)), Command("merge-lora", (out, new_name(out, "merged")))]
 
 
 def model_lines(planned: Conversion) -> list[str]:
@@ -67,5 +68,5 @@ def model_lines(planned: Conversion) -> list[str]:
 
 
 def _merge_back(done: Conversion) -> Sequence[Next]:
-    base = done.prepared.opened["base"].origin.asked
-    return [Command("merge-lora", (as_argument(str(done.out)), "MERGED", "--base", as_argument(base)))]
+    base, out = done.prepared.opened["base"].origin.asked, as_argument(str(done.out))
+    return [Command("merge-lora", (out, new_name(out, "merged"), "--base", as_argument(base)))]

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from converter.blanks import new_name
 from converter.cli import lines as report
 from converter.cli.options import Conversion as Flags
 from converter.cli.run.folder import convert
@@ -71,6 +72,10 @@ def next_commands(done: Gathered) -> Sequence[Next]:
         return load_commands(done)
     out = as_argument(str(done.out))
     base = done.checkpoint.config.get("base_model_name_or_path")
-    named = [] if isinstance(base, str) and base and done.base is None else ["--base", done.base or "BASE"]
-    merge = Command("merge-lora", (out, f"{out.rstrip('/')}-merged", *named))
-    return [Command("inspect", (out,)), merge]
+    named = [] if done.base is None else ["--base", done.base]
+    merge = (
+        [Command("merge-lora", (out, new_name(out, "merged"), *named))]
+        if named or (isinstance(base, str) and base)
+        else []
+    )
+    return [Command("inspect", (out,)), *merge]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from converter.blanks import new_name
 from converter.cli import lines as report
 from converter.cli.options import Conversion as Flags
 from converter.cli.run import gather
@@ -52,7 +53,7 @@ def of_request(asked: RepairRequest, out: str | None) -> functools.partial[Repai
 
 
 def _left(left: Sequence[tuple[str, str]]) -> list[str]:
-    """What is not mended without consent, and what to consent to."""
+    """What is not fixed without consent, and what to consent to."""
     return [report.line("left", f"{show(code)}: {show(needed)}") for code, needed in left]
 
 
@@ -64,11 +65,11 @@ def input_lines(planned: Repaired) -> list[str]:
         return [report.line("source", f"{show(source.origin.asked)}  {kind}")]
     if planned.is_whole:
         lines = [report.line("source", f"{show(source.origin.asked)}  {kind}")]
-        lines.append(report.line("mends", ", ".join(planned.mends.codes)))
+        lines.append(report.line("fixes", ", ".join(planned.fixes.codes)))
     else:
         lines = [report.line("broken", f"{show(source.origin.asked)}  {kind}, {_count(source)}")]
         lines += report.repaired_lines(planned.checkpoint.repaired)
-    return [*lines, *_left(planned.mends.left)]
+    return [*lines, *_left(planned.fixes.left)]
 
 
 def _count(source: Checkpoint) -> str:
@@ -83,7 +84,6 @@ def _next(done: Conversion) -> Sequence[Next]:
     if done.checkpoint.origin.kind != "adapter":
         return load_commands(done)
     base = done.checkpoint.config.get("base_model_name_or_path")
-    named = [] if isinstance(base, str) and base else ["--base", "BASE"]
     out = as_argument(str(done.out))
-    merge = Command("merge-lora", (out, f"{out.rstrip('/')}-merged", *named))
-    return [Command("inspect", (out,)), merge]
+    merge = [Command("merge-lora", (out, new_name(out, "merged")))] if isinstance(base, str) and base else []
+    return [Command("inspect", (out,)), *merge]

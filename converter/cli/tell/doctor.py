@@ -4,7 +4,7 @@
 
     version   1; it changes with the shape of what follows
     path      what was asked
-    detected  model, adapter, training, run, weights or unread
+    detected  model, adapter, training, delta, run, weights or unread
     source    the source that reads it (hf, peft, deepspeed, ...), or null
     why       how it was recognised, in words
     for       the trainer that --for or --launch names, or null
@@ -16,7 +16,7 @@
         tensors         names of all tensors concerned
         evidence        at most three lines
         recoverability  here, "from SOURCE", lost, or empty where nothing is missing
-        fix             names of converters that mend it, in order
+        fix             names of converters that fix it, in order
         applicability   safe, unsafe (needs --allow CODE) or display-only
         next            the exact next command or step, or null
 """
@@ -44,6 +44,7 @@ _KINDS = {
     "model": "model",
     "adapter": "adapter",
     "training": "shards of a training run",
+    "delta": "the difference of two models",
     "run": "a run's folder",
     "weights": "a weight file without a config",
     "unread": "a layout that is not read",

@@ -6,21 +6,30 @@ import os
 import stat
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import wrapped_step
+from converter.cli.progress import progress
 from converter.cli.tell.doctor import WIDTH
 from converter.diagnostic import Command, Next
 from converter.errors import UsageError
 from converter.recipe.verbs import explain as verb
 from converter.recipe.verbs.explain import Explanation, Messages, known_codes
+from converter.text import format_size
 
 if TYPE_CHECKING:
     from converter.cli.options import Display, Speaking
     from converter.examine.explanations.log import Seen
 
 _BLOCK = 1 << 20
+_LARGE = 64 << 20
+"""Bytes of a file from which on it is told how far it is read."""
+
+_BETWEEN = 5.0
+"""Seconds between two lines about that."""
 _WORDS = {"error": "ERROR", "changes-numbers": "NUMBERS", "cosmetic": "harmless"}
 
 
@@ -34,13 +43,35 @@ def explain(subject: str | None, fail_on: str | None, options: Speaking) -> int:
         return _list_codes(options)
     if subject == "-":
         return _live(fail_on, options)
-    found = verb.explain(subject)
+    with _progress(options) as on_read:
+        found = verb.explain(subject, on_read=on_read)
     if isinstance(found, Explanation):
         _tell_code(found, options)
         return 0
     for seen in found.found:
         options.sink.screen(_screen(seen, numbered=found.is_log, in_chinese=options.in_chinese))
     return _ended(found, fail_on, options)
+
+
+@contextmanager
+def _progress(options: Speaking) -> Iterator[Callable[[int, int], object]]:
+    """Of a large file how far it is read: a bar on a terminal, elsewhere a line now and then."""
+    with progress(options.sink) as reporter:
+        done, told = 0, time.monotonic()
+
+        def on_read(count: int, size: int) -> None:
+            nonlocal done, told
+            if size < _LARGE:
+                return
+            if done == 0:
+                reporter.start(size, 1)
+            done += count
+            reporter.advance(count, "reading")
+            if not sys.stderr.isatty() and time.monotonic() - told >= _BETWEEN:
+                told = time.monotonic()
+                options.sink.tell(f"read {format_size(done)} of {format_size(size)}")
+
+        yield on_read
 
 
 def _live(fail_on: str | None, options: Speaking) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.blanks import has_blank, new_name
 from converter.cli.lines import adapter_kind, dtype_word, line, next_lines, short_revision
 from converter.cli.sink import Sink
 from converter.diagnostic import PROGRAM, Command, Next, as_argument, commands, is_command
@@ -274,7 +275,7 @@ def _next(found: Inspection) -> list[Next]:
     if found.report.is_for_others():
         return []
     if found.is_training:
-        return [Command("gather", (path, "OUT"))]
+        return [Command("gather", (path, new_name(path, "gathered")))]
     # A head that only its own trainer finds: no other command moves it to where others look.
     steps: list[Next] = [f.next for f in found.findings if f.code == "head-dialect" and f.next]
     if found.is_adapter:
@@ -282,10 +283,10 @@ def _next(found: Inspection) -> list[Next]:
 
         named = as_base(found.config.get("base_model_name_or_path"), found.config.get("revision"))
         base = () if _base_at_hand(found.config) else ("--base", named)
-        return [*steps, Command("merge-lora", (path, "OUT", *base))]
-    steps.append(Command("reshard", (path, "OUT", "--max-shard-size", "5GB")))
-    is_causal = "CausalLM" in _family(found.config)
-    return steps + ([Command("merge-lora", ("ADAPTER", "OUT", "--base", path))] if is_causal else [])
+        merge = Command("merge-lora", (path, new_name(path, "merged"), *base))
+        # Of an adapter that names no base doctor says what it fits.
+        return [*steps, Command("doctor", (path,)) if has_blank(merge) else merge]
+    return [*steps, Command("reshard", (path, new_name(path, "resharded"), "--max-shard-size", "5GB"))]
 
 
 def _json(found: Inspection) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.blanks import without_blanks
 from converter.diagnostic import Command, Next, as_argument, commands
 from converter.dialects.known import Target
 from converter.errors import VerificationFailed
@@ -52,7 +53,7 @@ def verify(folder: str, options: Display, **knobs: Any) -> int:
 def _next(folder: str, aim: Target, broken: Sequence[Check]) -> list[Next]:
     """What fixes it; or the trainer's launch line and its traps."""
     if broken:
-        found = list(dict.fromkeys(c.next for c in broken if c.next))
+        found = list(dict.fromkeys(step for c in broken if (step := without_blanks(c.next))))
         return found if any(map(commands, found)) else [*found, Command("doctor", (as_argument(folder),))]
     from converter.sources.hub.names import as_reference, hub_name
 

@@ -65,3 +65,65 @@ def interpolate(
     from converter.cli.run.average import average
 
     return average((a, b), (1.0 - t, t), options.target(out), options)
+
+
+@verb(
+    "make-delta",
+    Conversion,
+    short_help="Write the difference of two models.",
+    help="Write what training added to a base, a task vector: TUNED - BASE in fp32, tensor by tensor, streamed. Models "
+    "that differ in more than values are refused. The folder is no model: apply-delta adds it to one.",
+    examples=(
+        "rlhf-convert make-delta Qwen/Qwen2.5-7B ./dpo ./dpo-delta",
+        "rlhf-convert make-delta ./base ./tuned ./delta --dtype bf16",
+        "rlhf-convert make-delta ./base ./tuned ./delta --dry-run",
+    ),
+)
+def make_delta(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The model that training began with.", show_default=False)
+    ],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The model that came out of it.", show_default=False)],
+    options: Conversion,
+    out: Out = None,
+) -> int:
+    """`rlhf-convert make-delta`."""
+    from converter.cli.run.delta import make_delta
+
+    return make_delta(base, tuned, options.target(out), options)
+
+
+@verb(
+    "apply-delta",
+    Conversion,
+    short_help="Write a model plus differences of models.",
+    help="Write a model plus one or more differences that make-delta wrote, each times a weight. Summed in fp64, "
+    "rounded once to the model's own dtypes, streamed; the model's side files are kept.",
+    examples=(
+        "rlhf-convert apply-delta ./base ./dpo-delta ./dpo",
+        "rlhf-convert apply-delta ./sft ./dpo-delta ./code-delta ./both --weight 0.5 --weight 0.3",
+        "rlhf-convert apply-delta ./tuned ./toxic-delta ./without --weight -1",
+    ),
+)
+def apply_delta(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="BASE DELTA ... OUT", help="A model, differences, then the folder to write.", show_default=False
+        ),
+    ],
+    options: Conversion,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="W", help="Factor of each difference, in order; default: 1. Repeatable.", show_default=False
+        ),
+    ] = None,
+) -> int:
+    """`rlhf-convert apply-delta`."""
+    from converter.cli.run.delta import apply_delta
+
+    base, *rest = paths
+    named = options.out_option is None
+    deltas, out = (rest[:-1], rest[-1] if rest else None) if named else (rest, None)
+    return apply_delta(base, deltas, weight or (), options.target(out), options)

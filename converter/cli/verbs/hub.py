@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import verb
-from converter.cli.options import CONSENT, HUB, OUTPUT, Reading
+from converter.cli.options import CONSENT, HUB, OUTPUT, Reading, Token
 
 
 @verb(
@@ -26,15 +26,7 @@ def push(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder to push.", show_default=False)],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub.", show_default=False)],
     options: Reading,
-    token: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TOKEN",
-            help="Hub token; default: as huggingface_hub finds it.",
-            show_default=False,
-            rich_help_panel=HUB,
-        ),
-    ] = None,
+    token: Token = None,
     public: Annotated[
         bool, typer.Option("--public", help="Make a new repository public.", rich_help_panel=HUB)
     ] = False,

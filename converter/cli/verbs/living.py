@@ -9,6 +9,12 @@ import typer
 
 from converter.cli.app import verb
 from converter.cli.options import OUTPUT, Display, FailOnChoice
+from converter.cli.verbs.examining import Deep, Ignore
+
+ForEach = Annotated[
+    str | None,
+    typer.Option("--for", metavar="TRAINER", help="Say what this loader does with each.", show_default=False),
+]
 
 
 @verb(
@@ -26,15 +32,9 @@ from converter.cli.options import OUTPUT, Display, FailOnChoice
 def watch(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder that gets checkpoints.", show_default=False)],
     options: Display,
-    target: Annotated[
-        str | None,
-        typer.Option("--for", metavar="TRAINER", help="Say what this loader does with each.", show_default=False),
-    ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Read values too: NaN, zeros, heads that never moved.")] = False,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", metavar="CODE", help="Leave this one out. Repeatable.", show_default=False),
-    ] = None,
+    target: ForEach = None,
+    deep: Deep = False,
+    ignore: Ignore = None,
     fail_on: Annotated[
         FailOnChoice, typer.Option("--fail-on", help="The least severity that counts as an error.")
     ] = FailOnChoice.error,
@@ -100,15 +100,9 @@ class FormatChoice(StrEnum):
 def check(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files and folders.", show_default=False)],
     options: Display,
-    target: Annotated[
-        str | None,
-        typer.Option("--for", metavar="TRAINER", help="Say what this loader does with each.", show_default=False),
-    ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Read values too: NaN, zeros, heads that never moved.")] = False,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", metavar="CODE", help="Leave this one out. Repeatable.", show_default=False),
-    ] = None,
+    target: ForEach = None,
+    deep: Deep = False,
+    ignore: Ignore = None,
     fail_on: Annotated[
         FailOnChoice, typer.Option("--fail-on", help="The least severity that makes the exit code 1.")
     ] = FailOnChoice.changes_numbers,

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import verb
-from converter.cli.options import CONSENT, HUB, INPUT, OUTPUT, Display, FailOnChoice, Reading, Speaking
+from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Display, FailOnChoice, Reading, Speaking
+from converter.cli.verbs.examining import Deep, Ignore
 from converter.cli.verbs.heads import RoleChoice
 
 
@@ -85,11 +86,8 @@ def doctor(
     fail_on: Annotated[
         FailOnChoice, typer.Option("--fail-on", help="The least severity that makes the exit code 1.")
     ] = FailOnChoice.changes_numbers,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", metavar="CODE", help="Leave this one out. Repeatable.", show_default=False),
-    ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Read values too: NaN, zeros, heads that never moved.")] = False,
+    ignore: Ignore = None,
+    deep: Deep = False,
     launch: Annotated[
         str | None,
         typer.Option(
@@ -174,15 +172,7 @@ def verify(
     pairs: Annotated[
         int, typer.Option(metavar="N", min=1, help="How many pairs of --probe are scored, the first ones.")
     ] = 200,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="CODE",
-            help="Go on past a refusal that printed CODE. Repeatable.",
-            show_default=False,
-            rich_help_panel=CONSENT,
-        ),
-    ] = None,
+    allow: Allow = None,
 ) -> int:
     """`rlhf-convert verify`."""
     from converter.cli.tell.verify import verify
@@ -316,3 +306,25 @@ def env(options: Display) -> int:
     from converter.cli.tell.environment import env
 
     return env(options)
+
+
+@verb(
+    "schema",
+    Display,
+    short_help="Print the JSON schema of what a verb prints with --json.",
+    help="Print the JSON schema (2020-12) of what a verb prints with --json, and of rlhf-convert.json; without a name, "
+    "the names. Keys may be added without a new version; what a schema describes stays until the version rises.",
+    examples=(
+        "rlhf-convert schema",
+        "rlhf-convert schema doctor > doctor.schema.json",
+        "rlhf-convert schema receipt",
+    ),
+)
+def schema(
+    options: Display,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A verb, or receipt.", show_default=False)] = None,
+) -> int:
+    """`rlhf-convert schema`."""
+    from converter.cli.tell.schema import schema
+
+    return schema(name, options)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import Out, verb
-from converter.cli.options import INPUT, OUTPUT, Conversion
+from converter.cli.options import INPUT, OUTPUT, Conversion, LoraAlpha
 from converter.recipe.options import CombineChoice, EmitChoice, NumericsChoice, PartChoice, RequantizeChoice
 
 Dequantize = Annotated[
@@ -172,15 +172,7 @@ def gather(
             help="Which model, where a trainer's state holds several.", show_default=False, rich_help_panel=INPUT
         ),
     ] = None,
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option(
-            metavar="N",
-            help="lora_alpha of training, where no config records it.",
-            show_default=False,
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
+    lora_alpha: LoraAlpha = None,
     rslora: Annotated[
         bool, typer.Option("--rslora", help="Training set use_rslora, and no config records it.", rich_help_panel=INPUT)
     ] = False,

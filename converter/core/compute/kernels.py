@@ -252,6 +252,14 @@ def weighted_sum(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tenso
     return mean, measured(base, exact - base, mean, inputs)
 
 
+def difference(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor, Measures]:
+    """What makes the second tensor of the first; see `converter.core.tensors.kernel_specs.DIFFERENCE`."""
+    base = inputs[0].to(torch.float64)
+    exact = inputs[1].to(torch.float64) - base
+    rounded = exact.to(_out_dtype(params))
+    return rounded, measured(base, exact, base + rounded.to(torch.float64), inputs)
+
+
 def head_rows(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
     """Sums of a head's rows, in fp32, or in fp64 where 32 bits are written; see `kernel_specs.HEAD_ROWS`."""
     weight = inputs[0]

@@ -6,6 +6,9 @@ import re
 
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+DELTA_CONFIG = "delta_config.json"
+"""What a folder with a difference of two models has in place of config.json, so that no loader takes it for a model."""
+DELTA_STEM = "delta"
 LORA_META = "lora_train_meta.json"
 """What verl records of an adapter beside its shards: rank, alpha."""
 GENERATION_CONFIG = "generation_config.json"

@@ -193,6 +193,16 @@ WEIGHTED_SUM = KernelSpec(
 )
 """`sum(share_i * W_i)` in fp64, in order, rounded once; all of one shape. Params: `shares`, `out`."""
 
+DIFFERENCE = KernelSpec(
+    "difference",
+    "converter.core.compute.kernels:difference",
+    _merge_info,
+    lambda start, stop, inputs, params: tuple(Slice(0, start, stop - start) for _ in inputs),
+    lambda inputs, params: 40 * inputs[0].numel,
+    rounds=True,
+)
+"""`tuned - base` in fp64, rounded once. Inputs: base, tuned, of one shape. Params: `out`."""
+
 HEAD_NORMAL = KernelSpec(
     "head-normal",
     "converter.core.compute.kernels:head_normal",

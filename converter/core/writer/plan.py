@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from converter.core.checkpoint import Checkpoint, RecordCheck, SideFile
+from converter.core.checkpoint import ADAPTER, DELTA, Checkpoint, RecordCheck, SideFile
 from converter.core.context import Context
-from converter.core.files.names import ADAPTER_CONFIG, ADAPTER_STEM, MODEL_CONFIG, RECEIPT
+from converter.core.files.names import ADAPTER_CONFIG, ADAPTER_STEM, DELTA_CONFIG, MODEL_CONFIG, RECEIPT
 from converter.core.files.opening import Identity
 from converter.core.formats.dcp_metadata import METADATA, default_paths
 from converter.core.formats.safetensors_io import Header, build_index
@@ -186,7 +186,7 @@ def make_plan(
     """
     if not checkpoint.tensors:
         raise Refused("no-tensors", "there is no tensor to write", where=checkpoint.origin.asked)
-    config_file = ADAPTER_CONFIG if is_adapter(checkpoint) else MODEL_CONFIG
+    config_file = {ADAPTER: ADAPTER_CONFIG, DELTA: DELTA_CONFIG}.get(checkpoint.origin.kind, MODEL_CONFIG)
     files = dict(checkpoint.side_files) | {config_file: SideFile(content=config_content(checkpoint))}
     if checkpoint.container == "distcp":
         place = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
@@ -250,7 +250,7 @@ def _shard(
 
 def is_adapter(checkpoint: Checkpoint) -> bool:
     """True where the files get the names that PEFT looks for."""
-    return checkpoint.origin.kind == "adapter"
+    return checkpoint.origin.kind == ADAPTER
 
 
 def config_content(checkpoint: Checkpoint) -> bytes:

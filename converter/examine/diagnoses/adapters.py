@@ -368,7 +368,7 @@ def adapter_keys_named(case: Case, context: Context) -> Iterable[Finding]:
             tensors=odd,
             evidence=folded(case, odd),
             recoverability=HERE,
-            fix=("mend-adapter-names",),
+            fix=("fix-adapter-names",),
             applicability="safe",
             next=command,
         )

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from converter.blanks import new_name
 from converter.converters.heads.whole import Judgement, judge
 from converter.core.checkpoint import Checkpoint, Origin
 from converter.core.context import Context
@@ -26,7 +27,7 @@ from converter.text import fold, show
 
 T = TypeVar("T")
 Applicability = Literal["safe", "unsafe", "display-only"]
-Kind = Literal["model", "adapter", "training", "weights", "run", "unread"]
+Kind = Literal["model", "adapter", "training", "delta", "weights", "run", "unread"]
 
 SEVERITIES: tuple[Severity, ...] = ("error", "changes-numbers", "cosmetic")
 """From the worst to the least."""
@@ -35,7 +36,6 @@ HERE, LOST = "here", "lost"
 """Recoverability, where it is not `from SOURCE`: from the folder itself, or from nothing."""
 
 MAX_EVIDENCE = 3
-_MOST_OUTPUTS = 100
 _MOST_LOOKED_AT = 4
 """Checkpoints of the same run whose headers are read."""
 _TOKENIZER_BYTES = 200_000_000
@@ -48,7 +48,7 @@ class Finding(Diagnostic):
     Attributes:
         tensors: names of all tensors concerned; screens fold them.
         recoverability: `here`, `from <source>`, `lost`, or empty where nothing is missing.
-        fix: names of the converters that mend it, in order.
+        fix: names of the converters that fix it, in order.
         applicability: `safe`: no number changes; `unsafe`: needs consent; `display-only`: no converter fixes it.
     """
 
@@ -272,16 +272,7 @@ class Case:
 
     def out(self, word: str, beside: Near | None = None) -> str:
         """A path for a command to write to, beside this folder or another, and not there yet: `./rm-fixed`."""
-        typed, root = (self.folder, self.root) if beside is None else (beside.asked, beside.path)
-        if not Path(typed).expanduser().exists():  # a model on the Hub: `owner/name@revision`
-            typed = f"./{typed.removeprefix('hf://').partition('@')[0].rpartition('/')[2]}"
-        elif Path(typed).expanduser().is_file():
-            typed = os.path.splitext(typed)[0]
-        elif os.path.basename(typed.rstrip("/")) in ("", ".", ".."):
-            typed = os.path.normpath(os.path.join(typed, "..", root.resolve().name))
-        first = f"{typed.rstrip('/')}-{word}"
-        paths = (first if n == 1 else f"{first}-{n}" for n in range(1, _MOST_OUTPUTS))
-        return as_argument(next((p for p in paths if not os.path.lexists(os.path.expanduser(p))), first))
+        return new_name(self.folder if beside is None else beside.asked, word)
 
     def elsewhere(self, names: Collection[str]) -> Next:
         """What to type about tensors that are lost: where a model of the same run has them all, the repair from it.
@@ -327,7 +318,7 @@ class Diagnosis:
         return list(self.find(case, context))
 
 
-ALL_KINDS: tuple[Kind, ...] = ("model", "adapter", "training", "weights", "run", "unread")
+ALL_KINDS: tuple[Kind, ...] = ("model", "adapter", "training", "delta", "weights", "run", "unread")
 
 
 def diagnosis(code: str, *kinds: Kind, deep: bool = False) -> Callable[[Find], Diagnosis]:

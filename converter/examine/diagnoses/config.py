@@ -76,7 +76,7 @@ def architecture_wrapper(case: Case, context: Context) -> Iterable[Finding]:
             severity="error",
             text=text,
             recoverability=HERE,
-            fix=("mend-architecture",),
+            fix=("fix-architecture",),
             applicability="safe",
         )
 
@@ -116,7 +116,7 @@ def labels_mismatch(case: Case, context: Context) -> Iterable[Finding]:
                 tensors=(name,),
                 evidence=folded(case, [name]),
                 recoverability=HERE,
-                fix=("mend-labels",),
+                fix=("fix-labels",),
                 applicability="safe",
                 next=case.repair(),
             )
@@ -157,7 +157,7 @@ def pad_token_missing(case: Case, context: Context) -> Iterable[Finding]:
         severity="changes-numbers",
         text=text,
         recoverability=HERE if known is not None else "",
-        fix=("mend-pad-token",) if known is not None else (),
+        fix=("fix-pad-token",) if known is not None else (),
         applicability="safe" if known is not None else "display-only",
         next=next_step,
     )
@@ -206,7 +206,7 @@ def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
             tensors=tuple(wrong),
             evidence=folded(case, wrong),
             recoverability=HERE,
-            fix=("mend-vocabulary",),
+            fix=("fix-vocabulary",),
             applicability="unsafe",
             next=case.repair("--allow", "vocabulary-rows"),
         )
@@ -264,7 +264,7 @@ def tokenizer_of_transformers_5(case: Case, context: Context) -> Iterable[Findin
             text=text,
             evidence=tuple(wrong),
             recoverability=HERE,
-            fix=("mend-for-transformers-4",),
+            fix=("fix-for-transformers-4",),
             applicability="safe",
             next=command,
         )
@@ -293,7 +293,7 @@ def rope_of_transformers_5(case: Case, context: Context) -> Iterable[Finding]:
             severity=severity,
             text=text,
             recoverability=HERE,
-            fix=("mend-for-transformers-4",),
+            fix=("fix-for-transformers-4",),
             applicability="safe",
             next=command,
         )

@@ -258,8 +258,8 @@ def finding_of(fault: Fault, case: Case) -> Finding:
     """A source's fault as a finding."""
     recoverability = _DOCUMENTED.get(fault.code, ("", ""))[0]
     file = Path(fault.where).name if fault.where and fault.where != show(case.root) else ""
-    is_mended = fault.code in _WRITTEN_ANEW
-    command = case.repair() if is_mended and fault.code != "stray-weights" else None
+    is_fixed = fault.code in _WRITTEN_ANEW
+    command = case.repair() if is_fixed and fault.code != "stray-weights" else None
     places = case.training_near() if fault.code == "weights-missing" else []
     if places:
         above = places[0] if case.root.is_relative_to(places[0].path) else None
@@ -272,7 +272,7 @@ def finding_of(fault: Fault, case: Case) -> Finding:
         text=f"not read here: {fault.text}" if is_foreign else fault.text,
         evidence=(file,) if file else (),
         recoverability=recoverability if fault.severity == "error" else "",
-        applicability="safe" if is_mended else "display-only",
+        applicability="safe" if is_fixed else "display-only",
         next=command or _typed(fault.next, case),
         facts=fault.facts,
     )

@@ -39,7 +39,7 @@ def names_wrapped(case: Case, context: Context) -> Iterable[Finding]:
             tensors=wrapped,
             evidence=shown,
             recoverability=HERE,
-            fix=("mend-names",),
+            fix=("fix-names",),
             applicability="safe",
             next=command,
         )
@@ -139,7 +139,7 @@ def names_doubled(case: Case, context: Context) -> Iterable[Finding]:
             tensors=found,
             evidence=shown,
             recoverability=HERE,
-            fix=("mend-names",),
+            fix=("fix-names",),
             applicability="safe",
             next=command,
         )
@@ -227,7 +227,7 @@ def _disk_names(case: Case, code: str, severity: Severity, text: str, names: tup
         tensors=names,
         evidence=shown,
         recoverability=HERE,
-        fix=("mend-disk-names",),
+        fix=("fix-disk-names",),
         applicability="safe",
         next=command,
     )

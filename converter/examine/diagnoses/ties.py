@@ -97,7 +97,7 @@ def _copies(case: Case, context: Context, tie: Tie, first: str, other: str) -> I
                 tensors=pair,
                 evidence=(*folded(case, pair), measured),
                 recoverability=HERE,
-                fix=("mend-ties",),
+                fix=("fix-ties",),
                 applicability="unsafe",
                 next=command.with_options("--allow", "untie"),
             )
@@ -111,7 +111,7 @@ def _copies(case: Case, context: Context, tie: Tie, first: str, other: str) -> I
             tensors=pair,
             evidence=folded(case, pair),
             recoverability=HERE,
-            fix=("mend-ties",),
+            fix=("fix-ties",),
             applicability="safe",
             next=command,
         )

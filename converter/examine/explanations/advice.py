@@ -130,7 +130,7 @@ MESSAGES = (
     Message(
         code="vision-names",
         severity="error",
-        keys=("language_model", "visual."),
+        keys=("KeyError: '", 'KeyError: "'),
         pattern=r"KeyError: "
         r"['\"](?P<name>(?:model\.)?(?:language_model|visual|vision_tower|vision_model)\.[\w.]{1,300})"
         r"['\"]",
@@ -191,7 +191,7 @@ MESSAGES = (
     Message(
         code="reverse-not-implemented",
         severity="error",
-        keys=("reverse_op", "reverse_transform"),
+        keys=("NotImplementedError", "in reverse_op"),
         pattern=r"reverse_(?:op|transform).{0,200}NotImplementedError|NotImplementedError.{0,200}reverse_(?:op|"
         r"transform)|in reverse_op",
         text="transformers 5 can't save this model's tensors under the names of its files. The weights in memory "

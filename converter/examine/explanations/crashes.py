@@ -77,7 +77,10 @@ MESSAGES = (
     Message(
         code="crash-below-python",
         severity="error",
-        keys=("Segmentation fault", "core dumped", "Bus error", "Fatal Python error", "SIGSEGV", "SIGBUS", "SIGABRT"),
+        keys=(
+            *("Segmentation fault", "core dumped", "Bus error", "Fatal Python error", "received signal SIG"),
+            *("Signal 6 (SIGABRT", "Signal 7 (SIGBUS", "Signal 11 (SIGSEGV"),
+        ),
         pattern=r"(?P<name>Segmentation fault|Bus error|Aborted) \(core dumped\)|Fatal Python error: |"
         r"Caught signal 11 \(Segmentation fault|received signal SIG(?:SEGV|BUS|ABRT)|"
         r"Signal (?:6 \(SIGABRT|7 \(SIGBUS|11 \(SIGSEGV)|^\s*(?:Segmentation fault|Bus error)\s*$",

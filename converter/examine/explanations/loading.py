@@ -233,7 +233,7 @@ MESSAGES = (
     Message(
         code="unmerged-keys",
         severity="error",
-        keys=("base_layer.weight", "lora_A", "lora_B", "KeyError: 'layers", "KeyError: 'model.layers"),
+        keys=("KeyError: '", 'KeyError: "', "not found in", "Unexpected key"),
         pattern=r"(?:KeyError|not found in|Unexpected key).{0,2000}?(?:base_layer\.weight|lora_[AB])|"
         r"KeyError: '(?:model\.)?layers\.\d+\.[\w.]{1,200}'",
         text="The engine meets a layer's name that it does not expect. Nearly always a full model was saved with "
@@ -244,7 +244,7 @@ MESSAGES = (
     Message(
         code="no-value-head-found",
         severity="cosmetic",
-        keys=("value_head", "v_head weight"),
+        keys=("no v_head weight", "Failed to load value_head", "does not contain value head"),
         pattern=r"(?:no v_head weight is found|Failed to load value_head\.(?:bin|safetensors)|Provided path \(.*\)"
         r" does not "
         r"contain "

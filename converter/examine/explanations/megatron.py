@@ -259,7 +259,7 @@ MESSAGES = (
     Message(
         code="nemo-draft-weights",
         severity="error",
-        keys=("[draft] ",),
+        keys=("[draft] No ", "[draft] Checkpoint", "[draft] Cannot infer", "[draft] Unexpected"),
         pattern=r"\[draft\] (?:No supported checkpoint files were found in|Checkpoint '|Checkpoint index '|"
         r"No Eagle weights were mapped|Cannot infer TP sharding|Unexpected shape mismatch)",
         text="NeMo-RL could not load the draft model for speculative decoding. The policy's weights are not concerned.",

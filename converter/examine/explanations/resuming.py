@@ -171,7 +171,7 @@ MESSAGES = (
     Message(
         code="dcp-metadata-not-found",
         severity="error",
-        keys=("/.metadata", "but couldn't find a valid metadata file"),
+        keys=("/.metadata'", "but couldn't find a valid metadata file"),
         pattern=r"No such file or directory: '(?P<name>[^']{1,300})/\.metadata'|"
         r"Tried to load from (?P<other>\S{1,300}) but couldn't find a valid metadata file",
         text="{name} has no `.metadata`, the table of a distributed checkpoint: it is one level too high (look for "

@@ -49,7 +49,7 @@ MESSAGES = (
     Message(
         code="world-size-changed",
         severity="error",
-        keys=("world size",),
+        keys=(" world size",),
         pattern=r"(?:checkpoint.{0,80}?)?DP world size of (?P<have>\d+) .{0,80}?"
         r"(?:current world size is (?P<want>\d+)|current|different)|checkpoint.* world size",
         text="The run was saved on another number of ranks ({have}), and DeepSpeed resumes on as many only. reshard "
@@ -78,7 +78,7 @@ MESSAGES = (
     Message(
         code="dcp-key-invalid",
         severity="error",
-        keys=("is invalid", ".distcp"),
+        keys=("` is invalid",),
         pattern=r"Key `(?P<name>[\w.]+)` is invalid",
         text="accelerate's merge-weights unwraps one top key only, and this checkpoint has several (model, "
         "optim, step).",
@@ -200,8 +200,8 @@ MESSAGES = (
             "Killed",
             "oom-kill",
             "oom_kill",
-            "SIGKILL",
-            "exitcode",
+            "Signal 9 (SIGKILL",
+            *("exitcode: -9", "exitcode : -9", "exitcode  : -9"),
             "return code = -9",
         ),
         pattern=r"CUDA out of memory|OutOfMemoryError|^\s*Killed\s*$|\d+ Killed {2}|oom[-_]kill|Out of memory: Killed|"

@@ -55,13 +55,17 @@ class Messages:
 
 
 def explain(
-    what: str | Path | Iterable[bytes], *, on_message: Callable[[Seen], bool | None] | None = None
+    what: str | Path | Iterable[bytes],
+    *,
+    on_message: Callable[[Seen], bool | None] | None = None,
+    on_read: Callable[[int, int], object] | None = None,
 ) -> Explanation | Messages:
     """A code (`Explanation`); a log file, a pasted error, or a stream of bytes (`Messages`).
 
     Args:
         what: a code, a path, a text, or blocks of bytes as they come.
         on_message: called with each message when it is first met; true ends the reading.
+        on_read: called with the bytes of each block of a file that was read, and with the file's size.
 
     Raises:
         UsageError: no text (`usage`), an unknown code (`unknown-code`), or a path that is
@@ -80,7 +84,7 @@ def explain(
         if path.is_dir():
             look = Command("doctor", (as_argument(subject),))
             raise UsageError("path-not-a-file", "this is a folder", where=show(subject), next=look)
-        return Messages(_sorted(_read(_file(path), on_message)))
+        return Messages(_sorted(_read(_file(path, on_read), on_message)))
     if _CODE.fullmatch(code) and match(code) is None:
         return _of_code(code)
     pasted = _sorted(_read([subject.encode("utf-8", "replace")], on_message))
@@ -160,12 +164,15 @@ def known_codes() -> list[str]:
     return sorted({*diagnoses(), *codes(), *(m.code for m in MESSAGES)})
 
 
-def _file(path: Path) -> Iterator[bytes]:
+def _file(path: Path, on_read: Callable[[int, int], object] | None) -> Iterator[bytes]:
     from converter.core.files.opening import open_input
 
     fd = open_input(path)
     try:
+        size = os.fstat(fd).st_size
         while block := os.read(fd, _BLOCK):
             yield block
+            if on_read is not None:
+                on_read(len(block), size)
     finally:
         os.close(fd)

@@ -156,6 +156,8 @@ def _kind(text: str) -> str | None:
             folder = resolve(text, in_parts=True).path
         except ConvertError:
             return None  # whoever opens it says why
+    elif folder.is_file():
+        folder = folder.parent
     if (folder / ADAPTER_CONFIG).is_file():
         return "adapter"
     return "model" if (folder / MODEL_CONFIG).is_file() else None

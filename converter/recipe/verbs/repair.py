@@ -24,7 +24,7 @@ from converter.text import show
 if TYPE_CHECKING:
     from converter.diagnostic import Next
     from converter.recipe.run import Prepared
-    from converter.recipe.verbs.repair_mends import Mends
+    from converter.recipe.verbs.repair_fixes import Fixes
     from converter.recipe.verbs.repair_places import Search
 
 
@@ -47,11 +47,11 @@ class Repaired(Conversion):
     """A repaired folder.
 
     Attributes:
-        mends: what is fixed beside lost tensors, and what is left.
+        fixes: what is fixed beside lost tensors, and what is left.
         is_whole: no tensor was lost: names, config and the like are fixed, and no value.
     """
 
-    mends: Mends
+    fixes: Fixes
     is_whole: bool = False
 
 
@@ -126,25 +126,25 @@ def repaired(asked: RepairRequest, out: str | None, options: WriteOptions, going
     asked = found.asked
     if asked.emit == "both":
         return _both(found, out, options, going)
-    mends = mends_of(asked, options)
-    recipe = repair_recipe(asked, found.search, options, mends=mends.steps)
+    fixes = fixes_of(asked, options)
+    recipe = repair_recipe(asked, found.search, options, fixes=fixes.steps)
 
     def made(prepared: Prepared) -> Repaired:
-        from converter.recipe.verbs.repair_mends import NEVER_FILLED
+        from converter.recipe.verbs.repair_fixes import NEVER_FILLED
 
-        expect_sound(asked, mends, only=NEVER_FILLED)
-        return Repaired(prepared=prepared, options=options, mends=mends)
+        expect_sound(asked, fixes, only=NEVER_FILLED)
+        return Repaired(prepared=prepared, options=options, fixes=fixes)
 
     try:
         return convert_recipe(recipe, out, options, going, made)
     except NothingToRepair as healthy:
-        expect_sound(asked, mends)
-        if not mends.codes:
-            return Sound(healthy.what, healthy.next, mends.left)
-        recipe = mend_recipe(asked, mends, options)
+        expect_sound(asked, fixes)
+        if not fixes.codes:
+            return Sound(healthy.what, healthy.next, fixes.left)
+        recipe = fix_recipe(asked, fixes, options)
         return convert_recipe(
             recipe, out, options, going,
-            lambda p: Repaired(prepared=p, options=options, mends=mends, is_whole=True),
+            lambda p: Repaired(prepared=p, options=options, fixes=fixes, is_whole=True),
         )  # fmt: skip
     except Refused as error:
         looked = found.search.looked
@@ -153,11 +153,11 @@ def repaired(asked: RepairRequest, out: str | None, options: WriteOptions, going
         raise
 
 
-_NAMES_FIRST = ("choose-weights", "split-lora", "mend-names", "mend-disk-names", "mend-adapter-names", "mend-ties")
+_NAMES_FIRST = ("choose-weights", "split-lora", "fix-names", "fix-disk-names", "fix-adapter-names", "fix-ties")
 
 
-def _with_vocabulary(mends: Mends, to: str) -> Mends:
-    """The mends with the step that `--vocab` asks for, in place of one that only changes the config.
+def _with_vocabulary(fixes: Fixes, to: str) -> Fixes:
+    """The fixes with the step that `--vocab` asks for, in place of one that only changes the config.
 
     Raises:
         UsageError: neither `rows`, `tokenizer` nor a number (`usage`).
@@ -167,17 +167,17 @@ def _with_vocabulary(mends: Mends, to: str) -> Mends:
             "usage", f"--vocab {show(to)} is not a vocabulary", expected="rows, tokenizer or a number of rows"
         )
     wanted = Step("vocabulary", {"to": int(to) if to.isdecimal() else to})
-    steps = [s for s in mends.steps if s.name != "mend-vocabulary"]
+    steps = [s for s in fixes.steps if s.name != "fix-vocabulary"]
     at = max((n for n, s in enumerate(steps, 1) if s.name in _NAMES_FIRST), default=0)
-    left = tuple(each for each in mends.left if each[0] != "vocabulary-rows")
+    left = tuple(each for each in fixes.left if each[0] != "vocabulary-rows")
     # What the gate finds in the result is refused there.
-    unmended = tuple(f for f in mends.unmended if f.code not in ("vocabulary-rows", "tensors-misshapen"))
+    unfixed = tuple(f for f in fixes.unfixed if f.code not in ("vocabulary-rows", "tensors-misshapen"))
     return dataclasses.replace(
-        mends,
+        fixes,
         steps=(*steps[:at], wanted, *steps[at:]),
-        codes=(*mends.codes, "vocabulary"),
+        codes=(*fixes.codes, "vocabulary"),
         left=left,
-        unmended=unmended,
+        unfixed=unfixed,
     )
 
 
@@ -211,30 +211,30 @@ def recipe_of(asked: RepairRequest, options: WriteOptions) -> Recipe:
     found = _look_around(asked, options)
     if found.shards is not None:
         return gather_recipe(GatherRequest(found.shards, base=asked.base), options)[0]
-    mends = mends_of(found.asked, options)
-    recipe = repair_recipe(found.asked, found.search, options, mends=mends.steps)
+    fixes = fixes_of(found.asked, options)
+    recipe = repair_recipe(found.asked, found.search, options, fixes=fixes.steps)
     # `fill` would stop a run that has nothing to fill.
-    return mend_recipe(found.asked, mends, options) if mends.codes and is_whole(recipe, options) else recipe
+    return fix_recipe(found.asked, fixes, options) if fixes.codes and is_whole(recipe, options) else recipe
 
 
 def _both(found: _Around, out: str | None, options: WriteOptions, going: Going) -> Repaired:
     """LoRA layers left in a full model: the merged model in OUT, the adapter in OUT-adapter."""
 
     def planned(emit: str) -> Repaired:
-        mends = mends_of(dataclasses.replace(found.asked, emit=emit), options)
-        filling = repair_recipe(found.asked, found.search, options, mends=mends.steps)
+        fixes = fixes_of(dataclasses.replace(found.asked, emit=emit), options)
+        filling = repair_recipe(found.asked, found.search, options, fixes=fixes.steps)
         whole = is_whole(filling, options)
-        recipe = mend_recipe(found.asked, mends, options) if whole else filling
-        return Repaired(prepared=prepared_of(recipe, options), options=options, mends=mends, is_whole=True)
+        recipe = fix_recipe(found.asked, fixes, options) if whole else filling
+        return Repaired(prepared=prepared_of(recipe, options), options=options, fixes=fixes, is_whole=True)
 
     return convert_both(planned, out, options, going)
 
 
-def mends_of(asked: RepairRequest, options: WriteOptions) -> Mends:
+def fixes_of(asked: RepairRequest, options: WriteOptions) -> Fixes:
     """What is fixed beside lost tensors."""
-    from converter.recipe.verbs.repair_mends import find_mends
+    from converter.recipe.verbs.repair_fixes import find_fixes
 
-    mends = find_mends(
+    fixes = find_fixes(
         asked.src,
         base=asked.base,
         target=asked.target,
@@ -243,7 +243,7 @@ def mends_of(asked: RepairRequest, options: WriteOptions) -> Mends:
         weights=asked.weights,
         emit=asked.emit,
     )
-    return mends if asked.vocab is None else _with_vocabulary(mends, asked.vocab)
+    return fixes if asked.vocab is None else _with_vocabulary(fixes, asked.vocab)
 
 
 def is_whole(recipe: Recipe, options: WriteOptions) -> bool:
@@ -260,33 +260,33 @@ def is_whole(recipe: Recipe, options: WriteOptions) -> bool:
     return False
 
 
-def expect_sound(asked: RepairRequest, mends: Mends, only: frozenset[str] | None = None) -> None:
-    """Say what neither mends nor filling reach: an output with an error in it is not a repaired folder.
+def expect_sound(asked: RepairRequest, fixes: Fixes, only: frozenset[str] | None = None) -> None:
+    """Say what neither fixes nor filling reach: an output with an error in it is not a repaired folder.
 
     Raises:
         Refused: there is an error, of the codes in `only` if given, that would be in the output; under its code.
     """
-    from converter.recipe.verbs.repair_mends import LORA_ALPHA
+    from converter.recipe.verbs.repair_fixes import LORA_ALPHA
 
-    left = [f for f in mends.unmended if only is None or f.code in only]
+    left = [f for f in fixes.unfixed if only is None or f.code in only]
     if not left:
         return
     others = [f.code for f in left[1:]]
     more = f" (and {', '.join(others)})" if others else ""
-    needed = dict(mends.left).get(left[0].code)
+    needed = dict(fixes.left).get(left[0].code)
     expected = needed if needed in (None, LORA_ALPHA) else f"--allow {needed}"
     raise Refused(left[0].code, left[0].text + more, where=show(asked.src), expected=expected, next=left[0].next)
 
 
-def mend_recipe(asked: RepairRequest, mends: Mends, options: WriteOptions) -> Recipe:
-    """The recipe of the mends alone: every tensor is there."""
-    from converter.recipe.verbs.repair_mends import CHOOSE
+def fix_recipe(asked: RepairRequest, fixes: Fixes, options: WriteOptions) -> Recipe:
+    """The recipe of the fixes alone: every tensor is there."""
+    from converter.recipe.verbs.repair_fixes import CHOOSE
 
-    choosing = any(s.name == CHOOSE for s in mends.steps)
+    choosing = any(s.name == CHOOSE for s in fixes.steps)
     inputs = {SOURCE: InputSpec(asked.src, revision=options.revision, broken=choosing)}
-    if asked.base is not None and any("base" in s.fields for s in mends.steps):
+    if asked.base is not None and any("base" in s.fields for s in fixes.steps):
         inputs["base"] = input_spec(asked.base)
-    return Recipe(inputs, (*mends.steps, *cast_steps(options)), output(options), file="repair")
+    return Recipe(inputs, (*fixes.steps, *cast_steps(options)), output(options), file="repair")
 
 
 def shards_alone(root: Path, asked: RepairRequest, found: Search) -> str | None:
@@ -303,10 +303,10 @@ def shards_alone(root: Path, asked: RepairRequest, found: Search) -> str | None:
 
 
 def repair_recipe(
-    asked: RepairRequest, found: Search, options: WriteOptions, *, mends: tuple[Step, ...] = ()
+    asked: RepairRequest, found: Search, options: WriteOptions, *, fixes: tuple[Step, ...] = ()
 ) -> Recipe:
     """The recipe that the arguments mean: the broken folder, every place that may help, and the base if at hand."""
-    from converter.recipe.verbs.repair_mends import CHOOSE
+    from converter.recipe.verbs.repair_fixes import CHOOSE
 
     inputs = {SOURCE: InputSpec(asked.src, revision=options.revision, broken=True)}
     places = {f"weights-{n}": InputSpec(p.path, broken=p.is_copy) for n, p in enumerate(found.places, 1)}
@@ -315,8 +315,8 @@ def repair_recipe(
     if base is not None:
         fields["base"] = "base"
         places["base"] = base
-    before = tuple(s for s in mends if s.name == CHOOSE)
-    steps = (*before, Step("fill", fields), *(s for s in mends if s not in before), *cast_steps(options))
+    before = tuple(s for s in fixes if s.name == CHOOSE)
+    steps = (*before, Step("fill", fields), *(s for s in fixes if s not in before), *cast_steps(options))
     return Recipe(inputs | places, steps, output(options), file="repair")
 
 

@@ -8,26 +8,12 @@ Every tensor is cut among the ranks along its first dimension, loaded, and gathe
 from __future__ import annotations
 
 import argparse
-import os
-import socket
-import subprocess
 import sys
 import warnings
+from pathlib import Path
 
-
-def launch(arguments: list[str], ranks: int) -> None:
-    """Start one process a rank and wait for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        env = os.environ | {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        workers.append(subprocess.Popen([sys.executable, __file__, *arguments, "--worker"], env=env))
-    codes = [worker.wait() for worker in workers]
-    if any(codes):
-        raise SystemExit(f"ranks ended with {codes}")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
 
 
 def work(folder: str, out: str) -> None:
@@ -64,7 +50,7 @@ def main() -> None:
     if given.worker:
         work(given.folder, given.out)
     else:
-        launch([given.folder, given.out], given.ranks)
+        run_ranks(given.ranks, __file__, given.folder, given.out, "--worker")
 
 
 if __name__ == "__main__":

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import build, odd_state, whole
+
+from ranks import run_ranks
 
 STEPS = 2
 
@@ -82,20 +82,8 @@ CASES = {
 
 def launch(out: Path, cases: list[str], ranks: int) -> None:
     """Start one process a rank and wait for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, __file__, str(out), "--ranks", str(ranks), "--worker"]
-    command += [word for case in cases for word in ("--case", case)]
-    workers = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-        env = os.environ | {k: str(v) for k, v in place.items()}
-        env |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        workers.append(subprocess.Popen(command, env=env))
-    codes = [worker.wait() for worker in workers]
-    if any(codes):
-        raise SystemExit(f"ranks ended with {codes}")
+    chosen = [word for case in cases for word in ("--case", case)]
+    run_ranks(ranks, __file__, out, "--ranks", ranks, "--worker", *chosen, ACCELERATE_USE_CPU="true")
 
 
 def work(out: Path, cases: list[str], ranks: int) -> None:

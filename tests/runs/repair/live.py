@@ -48,7 +48,7 @@ def saved(folder: Path) -> Tensors:
 
 
 def rewrite(file: Path, *, empty: Iterable[str] = (), drop: Iterable[str] = (), **changed: Any) -> None:
-    """Break or mend a file of weights: some tensors emptied as ZeRO-3 leaves them, some gone, some others."""
+    """Break or fix a file of weights: some tensors emptied as ZeRO-3 leaves them, some gone, some others."""
     held = load_file(file) | changed.pop("put", {})
     held |= {n: torch.empty(0, dtype=held[n].dtype) for n in empty}
     file.unlink()

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
 
 RANKS = 2
 VOCABULARY = 11
@@ -76,19 +76,7 @@ CASES = {
 
 def launch(out: Path, cases: list[str]) -> None:
     """Start one process a rank and wait for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, __file__, str(out), "--worker", *(w for c in cases for w in ("--case", c))]
-    workers = []
-    for rank in range(RANKS):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_SIZE": RANKS, "MASTER_PORT": port}
-        env = os.environ | {k: str(v) for k, v in place.items()}
-        env |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        workers.append(subprocess.Popen(command, env=env))
-    codes = [worker.wait() for worker in workers]
-    if any(codes):
-        raise SystemExit(f"ranks ended with {codes}")
+    run_ranks(RANKS, __file__, out, "--worker", *(w for c in cases for w in ("--case", c)))
 
 
 def work(out: Path, cases: list[str]) -> None:

@@ -9,34 +9,18 @@ trains two steps. The environment is that of `train`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from train import CASES, Case, Stubs, build, oracle, wrap
 
-
-def launch(jobs: Path, ranks: int) -> None:
-    """Start one process a rank and wait for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, __file__, str(jobs), "--worker"]
-    workers = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        env = os.environ | {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        workers.append(subprocess.Popen(command, env=env))
-    codes = [worker.wait() for worker in workers]
-    if any(codes):
-        raise SystemExit(f"ranks ended with {codes}")
+from ranks import run_jobs
 
 
 def work(jobs: Path) -> None:
@@ -103,17 +87,5 @@ def same(one: Any, other: Any) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("jobs", type=Path)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--worker", action="store_true")
-    given = parser.parse_args()
-    if given.worker:
-        work(given.jobs)
-    else:
-        launch(given.jobs, given.ranks)
-
-
 if __name__ == "__main__":
-    main()
+    run_jobs(__file__, __doc__, work)

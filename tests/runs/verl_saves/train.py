@@ -16,15 +16,15 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
 
 STEPS = 2
 # verl's package imports these; its checkpoint manager never calls them.
@@ -63,20 +63,9 @@ CASES = {
 
 def launch(out: Path, cases: list[str], versions: list[int], ranks: int) -> None:
     """Start one process a rank and wait for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, __file__, str(out), "--ranks", str(ranks), "--worker"]
-    command += [word for case in cases for word in ("--case", case)]
-    command += [word for version in versions for word in ("--fsdp", str(version))]
-    workers = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        env = os.environ | {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        workers.append(subprocess.Popen(command, env=env))
-    codes = [worker.wait() for worker in workers]
-    if any(codes):
-        raise SystemExit(f"ranks ended with {codes}")
+    chosen = [word for case in cases for word in ("--case", case)]
+    chosen += [word for version in versions for word in ("--fsdp", str(version))]
+    run_ranks(ranks, __file__, out, "--ranks", ranks, "--worker", *chosen)
 
 
 class Unused:

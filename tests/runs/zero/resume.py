@@ -14,11 +14,8 @@ together see the same batches whatever their number, so that losses of runs on d
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 import traceback
 from collections import OrderedDict
@@ -26,8 +23,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from train import CASES, STEPS, Case, build, describe, oracle, settings
+
+from ranks import run_jobs
 
 MORE_STEPS = 5
 ROWS = 12
@@ -47,23 +47,6 @@ def cases() -> dict[str, Case]:
         "lora-fp32": replace(CASES["lora"], dtype="fp32"),
     }
     return CASES | more
-
-
-def launch(jobs: Path, ranks: int) -> None:
-    """Start one process a rank and wait for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, __file__, str(jobs), "--ranks", str(ranks), "--worker"]
-    workers = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
-        env = os.environ | {k: str(v) for k, v in place.items()}
-        env |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        workers.append(subprocess.Popen(command, env=env))
-    codes = [worker.wait() for worker in workers]
-    if any(codes):
-        raise SystemExit(f"ranks ended with {codes}")
 
 
 def work(jobs: Path) -> None:
@@ -196,17 +179,5 @@ def resume(folder: Path, out: Path, case: Case, stage: int, *, universal: bool =
     engine.destroy()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("jobs", type=Path)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--worker", action="store_true")
-    given = parser.parse_args()
-    if given.worker:
-        work(given.jobs)
-    else:
-        launch(given.jobs, given.ranks)
-
-
 if __name__ == "__main__":
-    main()
+    run_jobs(__file__, __doc__, work)

@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
 
 STEPS = 2
 
@@ -69,21 +69,9 @@ CASES = {
 
 def launch(out: Path, cases: list[str], stages: list[int], ranks: int) -> None:
     """Start one process a rank and wait for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, __file__, str(out), "--ranks", str(ranks), "--worker"]
-    command += [word for case in cases for word in ("--case", case)]
-    command += [word for stage in stages for word in ("--stage", str(stage))]
-    workers = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
-        env = os.environ | {k: str(v) for k, v in place.items()}
-        env |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        workers.append(subprocess.Popen(command, env=env))
-    codes = [worker.wait() for worker in workers]
-    if any(codes):
-        raise SystemExit(f"ranks ended with {codes}")
+    chosen = [word for case in cases for word in ("--case", case)]
+    chosen += [word for stage in stages for word in ("--stage", str(stage))]
+    run_ranks(ranks, __file__, out, "--ranks", ranks, "--worker", *chosen)
 
 
 def work(out: Path, cases: list[str], stages: list[int], ranks: int) -> None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
 
 RANKS = 2
 SIZES: dict[str, Any] = {
@@ -28,23 +29,8 @@ ZERO = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False, "stage3_
 
 
 def launch(out: Path, way: str) -> None:
-    """Start one process a rank and wait for them; the first that fails ends the others."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = []
-    for rank in range(RANKS):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_SIZE": RANKS, "MASTER_PORT": port}
-        env = os.environ | {k: str(v) for k, v in place.items()}
-        env |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        workers.append(subprocess.Popen([sys.executable, __file__, str(out), way, "--worker"], env=env))
-    try:
-        codes = [worker.wait(timeout=300) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    if any(codes):
-        raise SystemExit(f"ranks ended with {codes}")
+    """Start one process a rank and wait for them."""
+    run_ranks(RANKS, __file__, out, way, "--worker", seconds=300)
 
 
 def work(out: Path, way: str) -> None:

@@ -125,7 +125,7 @@ def over_split(folder: Path) -> None:
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 
 ADAPTERS: dict[str, Breakage] = {
-    "adapter-empty-twin": Breakage("adapter", twin, "mended"),
+    "adapter-empty-twin": Breakage("adapter", twin, "fixed"),
     "adapter-empty": Breakage("adapter", having(lambda t: {}), "lost"),
     "adapter-and-model": Breakage(
         "adapter", lambda f: save_file({"a": torch.ones(1)}, f / "model.safetensors", metadata=PT), "told"
@@ -172,7 +172,7 @@ ADAPTERS: dict[str, Breakage] = {
     "peft-type-unsupported": Breakage("adapter", config(peft_type="NOVEL"), "told"),
     "peft-type-unmergeable": Breakage("adapter", config(peft_type="PROMPT_TUNING"), "told"),
     "adapter-task-unknown": Breakage("adapter", without_a_task, "advice"),
-    "adapter-named-otherwise": Breakage("adapter", as_fsdp_state, "mended"),
+    "adapter-named-otherwise": Breakage("adapter", as_fsdp_state, "fixed"),
     "adapter-files-unread": Breakage(
         "adapter", lambda f: save_file({"tower.weight": torch.ones(3)}, f / "extra.safetensors", metadata=PT), "advice"
     ),
@@ -181,7 +181,7 @@ ADAPTERS: dict[str, Breakage] = {
         "adapter", having(lambda t: {n: torch.zeros_like(v) if "lora_B" in n else v for n, v in t.items()}), "lost"
     ),
     "adapter-keys-named": Breakage(
-        "adapter", having(lambda t: {n.replace(".weight", ".default.weight"): v for n, v in t.items()}), "mended"
+        "adapter", having(lambda t: {n.replace(".weight", ".default.weight"): v for n, v in t.items()}), "fixed"
     ),
     "base-differs": Breakage("adapter", lambda f: beside(f, "whole", "another"), "told", ("--base", "{here}/another")),
     "base-quantised": Breakage(

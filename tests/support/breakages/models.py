@@ -152,28 +152,28 @@ FILES: dict[str, Breakage] = {
     "safetensors-not": Breakage("model", lambda f: (f / SHARD).write_bytes(b"<html><body>404</body></html>"), "advice"),
     "safetensors-header-huge": Breakage("whole", huge_header, "advice"),
     "shard-missing": Breakage("model", lambda f: (f / SHARD).unlink(), "advice"),
-    "index-missing": Breakage("model", lambda f: (f / INDEX).unlink(), "mended"),
-    "index-malformed": Breakage("model", lambda f: (f / INDEX).write_text("{"), "mended"),
+    "index-missing": Breakage("model", lambda f: (f / INDEX).unlink(), "fixed"),
+    "index-malformed": Breakage("model", lambda f: (f / INDEX).write_text("{"), "fixed"),
     "index-phantom": Breakage("model", lambda f: index_of(f, lambda m: m.update({"no.such.weight": SHARD})), "advice"),
     "index-conflict": Breakage(
-        "model", lambda f: index_of(f, lambda m: m.update({min(n for n in m if m[n] == SHARD): FIRST})), "mended"
+        "model", lambda f: index_of(f, lambda m: m.update({min(n for n in m if m[n] == SHARD): FIRST})), "fixed"
     ),
-    "index-unlisted": Breakage("model", lambda f: index_of(f, lambda m: m.pop("model.norm.weight")), "mended"),
-    "index-total-size": Breakage("model", lambda f: index_of(f, lambda m: None, total_size=12), "mended"),
-    "weight-sets": Breakage("model", twice, "mended"),
+    "index-unlisted": Breakage("model", lambda f: index_of(f, lambda m: m.pop("model.norm.weight")), "fixed"),
+    "index-total-size": Breakage("model", lambda f: index_of(f, lambda m: None, total_size=12), "fixed"),
+    "weight-sets": Breakage("model", twice, "fixed"),
     "layers-missing": Breakage(
         "whole", lambda f: store(f, lambda t: {n: v for n, v in t.items() if ".1." not in n}), "lost"
     ),
     "config-missing": Breakage("model", lambda f: (f / "config.json").unlink(), "advice"),
     "adapter-config-stray": Breakage(
-        "model", lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "mended"
+        "model", lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "fixed"
     ),
     "stray-weights": Breakage(
         "model", lambda f: save_file({"a": torch.ones(1)}, f / "leftover.safetensors", metadata=PT), "told"
     ),
     "download-unfinished": Breakage("model", lambda f: (f / f"{FIRST}.incomplete").write_bytes(b""), "advice"),
     "pickle-names": Breakage("model", lambda f: pickled(f, {"a": torch.ones(1), "b": Hostile()}), "advice"),
-    "pickled-weights": Breakage("model", lambda f: pickled(f, whole(f), "consolidated.00.pth"), "mended"),
+    "pickled-weights": Breakage("model", lambda f: pickled(f, whole(f), "consolidated.00.pth"), "fixed"),
     "torch-not": Breakage(
         "model",
         lambda f: (pickled(f, whole(f)), (f / "pytorch_model.bin").write_bytes(b"<html>not found</html>")),
@@ -198,7 +198,7 @@ FILES: dict[str, Breakage] = {
     "config-unreadable": Breakage("model", lambda f: (f / "generation_config.json").write_text("{"), "advice"),
     "input-outside": Breakage("model", link_out, "advice"),
     "input-not-a-file": Breakage("whole", lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "advice"),
-    "format-missing": Breakage("whole", lambda f: save_file(load_file(f / WEIGHTS), f / WEIGHTS), "mended"),
+    "format-missing": Breakage("whole", lambda f: save_file(load_file(f / WEIGHTS), f / WEIGHTS), "fixed"),
     "being-written": Breakage("model", lambda f: (f / f"{FIRST}.tmp").write_bytes(b""), "told"),
     "weights-alone": Breakage(
         "whole",
@@ -207,7 +207,7 @@ FILES: dict[str, Breakage] = {
     ),
     "shards-deleted": Breakage("whole", lambda f: (f / "latest").write_text("global_step5"), "told"),
     "adapter-left-beside": Breakage(
-        "whole", left_beside, "mended", kept=lambda n: "q_proj" not in n and "v_proj" not in n
+        "whole", left_beside, "fixed", kept=lambda n: "q_proj" not in n and "v_proj" not in n
     ),
 }
 
@@ -236,12 +236,12 @@ def changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
 
 CONFIGS: dict[str, Breakage] = {
     "architecture-missing": Breakage("whole", config(drop=("architectures",)), "told"),
-    "architecture-wrapper": Breakage("whole", config(architectures=["FSDPLlamaForCausalLM"]), "mended"),
+    "architecture-wrapper": Breakage("whole", config(architectures=["FSDPLlamaForCausalLM"]), "fixed"),
     "architecture-openrlhf": Breakage(
-        "reward", config(architectures=["RewardModel"], value_head_prefix="score"), "mended"
+        "reward", config(architectures=["RewardModel"], value_head_prefix="score"), "fixed"
     ),
-    "labels-mismatch": Breakage("reward", config(id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1}), "mended"),
-    "pad-token-missing": Breakage("reward", config(pad_token_id=None), "mended"),
+    "labels-mismatch": Breakage("reward", config(id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1}), "fixed"),
+    "pad-token-missing": Breakage("reward", config(pad_token_id=None), "fixed"),
     "tensors-missing": Breakage("whole", changed(lambda t: t.pop(MATRIX)), "lost"),
     "tensors-misshapen": Breakage(
         "whole", changed(lambda t: t.update({MATRIX: t[MATRIX][: t[MATRIX].shape[0] // 2].clone()})), "lost"
@@ -250,25 +250,25 @@ CONFIGS: dict[str, Breakage] = {
     "tensors-mistyped": Breakage("whole", changed(lambda t: t.update({MATRIX: t[MATRIX].to(torch.int32)})), "advice"),
     "family-unknown": Breakage("whole", config(model_type="unheard-of", architectures=["UnheardOf"]), "told"),
     "config-refused": Breakage("whole", config(num_attention_heads="many"), "advice"),
-    "architecture-head": Breakage("reward", config(architectures=["LlamaForCausalLM"]), "mended"),
+    "architecture-head": Breakage("reward", config(architectures=["LlamaForCausalLM"]), "fixed"),
     "pad-is-eos": Breakage("reward", config(pad_token_id=2), "told"),
-    "vocabulary-rows": Breakage("whole", config(vocab_size=31), "mended"),
+    "vocabulary-rows": Breakage("whole", config(vocab_size=31), "fixed"),
     "end-tokens-lost": Breakage(
         "whole",
         lambda f: edit(beside(f, "whole", "base"), "generation_config.json", eos_token_id=[2, 5]),
-        "mended",
+        "fixed",
         ("--base", "{here}/base"),
     ),
     "tokenizer-of-transformers-5": Breakage(
         "reward",
         lambda f: edit(f, "tokenizer_config.json", tokenizer_class="TokenizersBackend"),
-        "mended",
+        "fixed",
         ("--for", "transformers@4"),
     ),
     "rope-of-transformers-5": Breakage(
         "whole",
         config(rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
-        "mended",
+        "fixed",
         ("--for", "transformers@4"),
     ),
     "remote-code-missing": Breakage("whole", config(auto_map={"AutoModel": "modeling_x.Model"}), "advice"),
@@ -276,7 +276,7 @@ CONFIGS: dict[str, Breakage] = {
     "quantised-incomplete": Breakage(
         "whole", changed(lambda t: t.update({MATRIX: t[MATRIX].to(torch.float8_e4m3fn)})), "advice"
     ),
-    "dtype-differs": Breakage("whole", config(dtype="bfloat16"), "mended"),
+    "dtype-differs": Breakage("whole", config(dtype="bfloat16"), "fixed"),
     "rope-lost": Breakage(
         "whole",
         lambda f: edit(
@@ -291,8 +291,8 @@ CONFIGS: dict[str, Breakage] = {
         "advice",
         ("--base", "{here}/base"),
     ),
-    "names-wrapped": Breakage("whole", renamed(lambda n: f"_orig_mod.{n}"), "mended"),
-    "names-doubled": Breakage("whole", renamed(lambda n: f"model.{n}" if n.startswith("model.") else n), "mended"),
+    "names-wrapped": Breakage("whole", renamed(lambda n: f"_orig_mod.{n}"), "fixed"),
+    "names-doubled": Breakage("whole", renamed(lambda n: f"model.{n}" if n.startswith("model.") else n), "fixed"),
     "names-of-a-trainer": Breakage(
         "whole",
         both(
@@ -302,36 +302,36 @@ CONFIGS: dict[str, Breakage] = {
                 lambda t: {**t, "v_head.summary.weight": torch.ones(1, HIDDEN), "v_head.summary.bias": torch.zeros(1)},
             ),
         ),
-        "mended",
+        "fixed",
         kept=lambda n: n != "lm_head.weight",
     ),
-    "lora-unmerged": Breakage("whole", with_lora, "mended", fill=(("N", "4"),), kept=lambda n: False),
+    "lora-unmerged": Breakage("whole", with_lora, "fixed", fill=(("--lora-alpha", "4"),), kept=lambda n: False),
     "fsdp-flat": Breakage("whole", flat, "lost"),
     "output-embedding-missing": Breakage("whole", without("lm_head.weight"), "advice"),
     "tied-copies": Breakage(
-        "tied", lambda f: store(f, lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()}), "mended"
+        "tied", lambda f: store(f, lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()}), "fixed"
     ),
     "tied-copies-deep": Breakage(
         "tied",
         lambda f: store(f, lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"] + 1}),
-        "mended",
+        "fixed",
         ("--deep",),
     ),
     "output-embedding-in-classifier": Breakage("reward", add(lm_head__weight=torch.ones(32, HIDDEN)), "told"),
     "head-missing": Breakage("reward", without(SCORE), "lost"),
-    "head-named-otherwise": Breakage("reward", renamed(lambda n: "value_head.weight" if n == SCORE else n), "mended"),
-    "head-dialect": Breakage("whole", value_head, "mended"),
+    "head-named-otherwise": Breakage("reward", renamed(lambda n: "value_head.weight" if n == SCORE else n), "fixed"),
+    "head-dialect": Breakage("whole", value_head, "fixed"),
     "heads-several": Breakage(
-        "reward", add(value_head__weight=torch.ones(1, HIDDEN)), "mended", fill=(("DIALECT", "hf-seqcls"),)
+        "reward", add(value_head__weight=torch.ones(1, HIDDEN)), "fixed", fill=(("--from", "hf-seqcls"),)
     ),
     "head-rows": Breakage(
         "reward",
         both(at(SCORE, lambda v: v.repeat(2, 1)), config(id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})),
-        "mended",
-        fill=(("N", "0"),),
+        "fixed",
+        fill=(("--label", "0"),),
     ),
-    "head-reshaped": Breakage("reward", at(SCORE, lambda v: v.reshape(8, 2)), "mended"),
-    "head-bias": Breakage("reward", add(score__bias=torch.ones(1)), "mended"),
+    "head-reshaped": Breakage("reward", at(SCORE, lambda v: v.reshape(8, 2)), "fixed"),
+    "head-bias": Breakage("reward", add(score__bias=torch.ones(1)), "fixed"),
     "normaliser-broken": Breakage(
         "reward", config(architectures=["RewardModel"], value_head_prefix="score", mean=1.0), "advice"
     ),
@@ -339,17 +339,17 @@ CONFIGS: dict[str, Breakage] = {
     "merged-without-head": Breakage(
         "whole",
         lambda f: beside(f, "reward-adapter", "ra"),
-        "mended",
+        "fixed",
         ("--weights-from", "{here}/ra"),
         kept=lambda n: "q_proj" not in n and "v_proj" not in n,
     ),
     "loader-random": Breakage(
-        "reward", renamed(lambda n: "value_head.weight" if n == SCORE else n), "mended", ("--for", "openrlhf")
+        "reward", renamed(lambda n: "value_head.weight" if n == SCORE else n), "fixed", ("--for", "openrlhf")
     ),
     "loader-refuses": Breakage(
-        "plain-reward", lambda f: None, "mended", ("--for", "deepspeed-chat"), kept=lambda n: False
+        "plain-reward", lambda f: None, "fixed", ("--for", "deepspeed-chat"), kept=lambda n: False
     ),
-    "loader-changes": Breakage("reward", add(score__bias=torch.ones(1)), "mended", ("--for", "trl")),
+    "loader-changes": Breakage("reward", add(score__bias=torch.ones(1)), "fixed", ("--for", "trl")),
     "loader-accepts": Breakage("reward", lambda f: None, "told", ("--for", "trl")),
     "nonfinite": Breakage("whole", at("model.norm.weight", lambda v: v * torch.nan), "values", ("--deep",)),
     "zero-tensors": Breakage("whole", at("model.layers.0.mlp.up_proj.weight", torch.zeros_like), "values", ("--deep",)),

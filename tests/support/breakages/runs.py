@@ -157,12 +157,12 @@ def offloaded(folder: Path) -> None:
 
 
 RUNS: dict[str, Breakage] = {
-    "training-state": Breakage(Z3, lambda f: None, "mended"),
-    "training-state-z2": Breakage(Z2, lambda f: None, "mended"),
-    "training-state-dcp": Breakage("dcp/runs/accelerate-n2", lambda f: None, "mended"),
-    "training-state-verl": Breakage(VERL, lambda f: None, "mended"),
-    "training-state-lora": Breakage("zero/runs/lora-z3-n2", lambda f: None, "mended"),
-    "zero-latest": Breakage(Z3, lambda f: (f / "latest").write_text("global_step99"), "mended"),
+    "training-state": Breakage(Z3, lambda f: None, "fixed"),
+    "training-state-z2": Breakage(Z2, lambda f: None, "fixed"),
+    "training-state-dcp": Breakage("dcp/runs/accelerate-n2", lambda f: None, "fixed"),
+    "training-state-verl": Breakage(VERL, lambda f: None, "fixed"),
+    "training-state-lora": Breakage("zero/runs/lora-z3-n2", lambda f: None, "fixed"),
+    "zero-latest": Breakage(Z3, lambda f: (f / "latest").write_text("global_step99"), "fixed"),
     "zero-model-file": Breakage(Z2, gone("*model_states.pt"), "advice"),
     "zero-rank-missing": Breakage(Z3, gone("*rank_1_*optim_states.pt"), "advice"),
     "zero-mixed": Breakage(Z3, mixed, "advice"),
@@ -183,13 +183,13 @@ RUNS: dict[str, Breakage] = {
     "dcp-optimizer-alone": Breakage("dcp/runs/accelerate-n2", lambda f: None, "advice", at="checkpoint-2/optimizer_0"),
     "verl-rank-missing": Breakage(VERL, gone("model_world_size_3_rank_1.pt"), "advice"),
     "verl-mixed": Breakage(VERL, two_worlds, "advice"),
-    "weights-missing-verl": Breakage("verl_saves/runs/actor-fsdp1-n1", lambda f: None, "mended", at="huggingface"),
-    "zero3-empty-tensors-run": Breakage("repair/runs/reward", lambda f: None, "mended", at="checkpoint-2"),
+    "weights-missing-verl": Breakage("verl_saves/runs/actor-fsdp1-n1", lambda f: None, "fixed", at="huggingface"),
+    "zero3-empty-tensors-run": Breakage("repair/runs/reward", lambda f: None, "fixed", at="checkpoint-2"),
     "sole-copy": Breakage("repair/runs/reward", lambda f: None, "told", at="checkpoint-2"),
     "zero3-empty-tensors-lora": Breakage(
-        "repair/runs/lora", lambda f: None, "mended", ("--base", "{folder}/../base"), at="checkpoint-2"
+        "repair/runs/lora", lambda f: None, "fixed", ("--base", "{folder}/../base"), at="checkpoint-2"
     ),
-    "head-base-lost-run": Breakage("repair/runs/head", lambda f: None, "mended", at="checkpoint-2"),
+    "head-base-lost-run": Breakage("repair/runs/head", lambda f: None, "fixed", at="checkpoint-2"),
     "shards-deleted-lost": Breakage(
         "repair/runs/reward", lambda f: shutil.rmtree(f / "checkpoint-2" / "global_step2"), "lost", at="checkpoint-2"
     ),
@@ -217,8 +217,8 @@ RUNS: dict[str, Breakage] = {
     "verl-malformed": Breakage(VERL, lambda f: rank_state(f, lambda s: [1]), "advice"),
     "verl-placement": Breakage(VERL, lambda f: rank_state(f, placed_twice), "advice"),
     "verl-note": Breakage(VERL, with_others, "told"),
-    "verl-latest": Breakage(VERL, lambda f: as_verl(f, "critic", tracker="11"), "mended"),
-    "several-parts": Breakage(VERL, lambda f: as_verl(f, "actor", "critic", tracker="9"), "mended"),
+    "verl-latest": Breakage(VERL, lambda f: as_verl(f, "critic", tracker="11"), "fixed"),
+    "several-parts": Breakage(VERL, lambda f: as_verl(f, "actor", "critic", tracker="9"), "fixed"),
     "megatron-backend": Breakage(MEGATRON, saved_as("fsdp_dtensor"), "advice", at="iter_0000010"),
     "megatron-unfinished": Breakage(MEGATRON, gone("metadata.json"), "advice", at="iter_0000010"),
     "zero-offloaded": Breakage(Z3, lambda f: offloaded(f / "global_step2"), "advice", at="global_step2"),

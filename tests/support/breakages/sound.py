@@ -30,8 +30,8 @@ INDEX = "model.safetensors.index.json"
 FIRST, SHARD = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
 Tensors = dict[str, torch.Tensor]
 
-Ends = Literal["mended", "advice", "lost", "values", "told"]
-"""What follows a finding: its command mends the folder; a step that a person takes; nothing can; nothing has to."""
+Ends = Literal["fixed", "advice", "lost", "values", "told"]
+"""What follows a finding: its command fixes the folder; a step that a person takes; nothing can; nothing has to."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Breakage:
         kept: values of the good folder that the result must have; others are of the breakage.
         at: the folder below the copy that is examined.
         name: the copy's name, where that counts.
-    fill: what a person puts in for the capital words of a command.
+        fill: options that the step asks a person for, with what they answer.
     """
 
     good: str

@@ -166,12 +166,12 @@ def with_rows_in_config(checkpoint: Checkpoint, context: Context, *, consent: bo
     config = text_config(checkpoint.config)
     said = config.get("vocab_size")
     if said == count:
-        context.note("info", "mended", f"vocab_size: {count}, as many as the embeddings have rows")
+        context.note("info", "fixed", f"vocab_size: {count}, as many as the embeddings have rows")
         return checkpoint
     if consent:
         what = f"config.json says vocab_size {show(said)}, and the embeddings have {count} rows"
         context.consent(Refused("vocabulary-rows", what, where=show(checkpoint.origin.asked)))
-    context.note("changes-numbers", "mended", f"vocab_size: {show(said)} becomes {count}")
+    context.note("changes-numbers", "fixed", f"vocab_size: {show(said)} becomes {count}")
     new = dict(checkpoint.config)
     if config is not checkpoint.config:
         new["text_config"] = {**config, "vocab_size": count}

@@ -219,7 +219,7 @@ def test_lora_layers_left_in_a_full_model_are_merged_with_the_alpha_that_is_give
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_no_mend_reaches_is_refused_with_the_step_that_does_and_nothing_is_written(
+def test_what_no_fix_reaches_is_refused_with_the_step_that_does_and_nothing_is_written(
     causal: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(causal, quantization_config={"quant_method": "gptq"}, architectures=["FSDPLlamaForCausalLM"])

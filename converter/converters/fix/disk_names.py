@@ -1,4 +1,4 @@
-"""`mend-disk-names`: tensors under their names in memory get the names that transformers' own save writes."""
+"""`fix-disk-names`: tensors under their names in memory get the names that transformers' own save writes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from converter.families.disk_names import memory_form, with_disk_names
 
 
 @dataclass(frozen=True)
-class MendDiskNames:
+class FixDiskNames:
     """Give a model the names that transformers' save writes: renames undone, stacks of experts taken apart."""
 
-    name: ClassVar[str] = "mend-disk-names"
+    name: ClassVar[str] = "fix-disk-names"
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The checkpoint under its names on disk.

@@ -1,4 +1,4 @@
-"""Mends of a config: labels, pad token, architecture, vocabulary, and both spellings of what transformers 5 renamed.
+"""Fixes of a config: labels, pad token, architecture, vocabulary, and both spellings of what transformers 5 renamed.
 
 No tensor changes. What can't be inferred from the folder itself is refused, never guessed.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from converter.converters.mend.vocabulary import with_rows_in_config
+from converter.converters.fix.vocabulary import with_rows_in_config
 from converter.converters.merge.task_head import pad_token_of
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
@@ -23,10 +23,10 @@ _WRAPPER = WRAPPED_CLASS
 
 
 @dataclass(frozen=True)
-class MendArchitecture:
+class FixArchitecture:
     """Take a trainer's wrapper off the class name in `architectures`: FSDPQwen2ForCausalLM is Qwen2ForCausalLM."""
 
-    name: ClassVar[str] = "mend-architecture"
+    name: ClassVar[str] = "fix-architecture"
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The checkpoint with its class named.
@@ -40,15 +40,15 @@ class MendArchitecture:
             raise Refused("config-architecture", what, where=show(checkpoint.origin.asked))
         bare = [_WRAPPER.sub("", n) for n in names]
         if bare != names:
-            context.note("info", "mended", f"architectures: {show(names[0])} is {show(bare[0])}")
+            context.note("info", "fixed", f"architectures: {show(names[0])} is {show(bare[0])}")
         return _with(checkpoint, {"architectures": bare})
 
 
 @dataclass(frozen=True)
-class MendLabels:
+class FixLabels:
     """Make the config's labels as many as the head has rows."""
 
-    name: ClassVar[str] = "mend-labels"
+    name: ClassVar[str] = "fix-labels"
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The checkpoint with its labels counted.
@@ -63,17 +63,17 @@ class MendLabels:
         if rows is None:
             what = "there is no head whose rows could be counted"
             raise Refused("head-missing", what, where=show(checkpoint.origin.asked))
-        context.note("info", "mended", f"num_labels: {rows}, the rows of the head")
+        context.note("info", "fixed", f"num_labels: {rows}, the rows of the head")
         labels = {str(i): f"LABEL_{i}" for i in range(rows)}
         back = {label: int(i) for i, label in labels.items()}
         return _with(checkpoint, {"num_labels": rows, "id2label": labels, "label2id": back})
 
 
 @dataclass(frozen=True)
-class MendPadToken:
+class FixPadToken:
     """Write the tokenizer's pad token into a config that has none."""
 
-    name: ClassVar[str] = "mend-pad-token"
+    name: ClassVar[str] = "fix-pad-token"
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The checkpoint with a pad token.
@@ -91,15 +91,15 @@ class MendPadToken:
                 where=show(checkpoint.origin.asked),
                 next="set pad_token_id in config.json to the id that training used",
             )
-        context.note("info", "mended", f"pad_token_id: {known}, the tokenizer's pad token")
+        context.note("info", "fixed", f"pad_token_id: {known}, the tokenizer's pad token")
         return _with(checkpoint, {"pad_token_id": known})
 
 
 @dataclass(frozen=True)
-class MendVocabulary:
+class FixVocabulary:
     """Make the config's vocab_size the number of rows of the embeddings."""
 
-    name: ClassVar[str] = "mend-vocabulary"
+    name: ClassVar[str] = "fix-vocabulary"
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The checkpoint with its vocabulary counted.
@@ -111,10 +111,10 @@ class MendVocabulary:
 
 
 @dataclass(frozen=True)
-class MendForTransformers4:
+class FixForTransformers4:
     """Write what transformers 5 renamed under its old name too, so that both read the folder alike."""
 
-    name: ClassVar[str] = "mend-for-transformers-4"
+    name: ClassVar[str] = "fix-for-transformers-4"
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The checkpoint with `rope_theta`, `rope_scaling`, `torch_dtype` and their like beside the new spellings.
@@ -124,7 +124,7 @@ class MendForTransformers4:
         """
         config = with_old_spellings(checkpoint.config, context, asked=checkpoint.origin.asked)
         if config != dict(checkpoint.config):
-            context.note("info", "mended", "config.json: old spellings written beside those of transformers 5")
+            context.note("info", "fixed", "config.json: old spellings written beside those of transformers 5")
         return with_old_tokenizer(checkpoint.replace(config=config), context)
 
 

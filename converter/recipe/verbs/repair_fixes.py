@@ -29,15 +29,15 @@ CHOOSE = "choose-weights"
 _ORDER = (
     CHOOSE,
     "split-lora",
-    "mend-names",
-    "mend-disk-names",
-    "mend-adapter-names",
-    "mend-ties",
-    "mend-vocabulary",
-    "mend-labels",
-    "mend-pad-token",
-    "mend-architecture",
-    "mend-for-transformers-4",
+    "fix-names",
+    "fix-disk-names",
+    "fix-adapter-names",
+    "fix-ties",
+    "fix-vocabulary",
+    "fix-labels",
+    "fix-pad-token",
+    "fix-architecture",
+    "fix-for-transformers-4",
 )
 _OF_THE_MERGE = frozenset(
     {"base-quantised", "tied-copies-differ", "vocab-mismatch", "adapter-field-unknown", "adapter-field-unsupported",
@@ -53,33 +53,33 @@ NEVER_FILLED = frozenset(
 )  # fmt: skip
 """Errors that are in the output too, whatever tensors are filled."""
 
-_CLEARING = frozenset({"mend-names", "mend-disk-names", "mend-architecture", "split-lora"})
+_CLEARING = frozenset({"fix-names", "fix-disk-names", "fix-architecture", "split-lora"})
 _LORA = re.compile(rf"\.(?:{LORA_FACTOR_WORD})\b")
 _PEFT = re.compile(rf"^{re.escape(PEFT_PREFIX)}")
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
 LORA_ALPHA = "--lora-alpha N"
 """What is needed where no tensor records the alpha; a consent's code everywhere else."""
 
-_CONSENTS = {"mend-vocabulary": "vocabulary-rows", "mend-ties": "untie"}
+_CONSENTS = {"fix-vocabulary": "vocabulary-rows", "fix-ties": "untie"}
 
 
 @dataclass(frozen=True)
-class Mends:
-    """Steps that mend a folder.
+class Fixes:
+    """Steps that fix a folder.
 
     Attributes:
-        codes: findings that the steps, or writing the files anew, mend.
+        codes: findings that the steps, or writing the files anew, fix.
         left: findings that a step would fix with consent, and the code to consent to.
-        unmended: errors that would be in the output as well.
+        unfixed: errors that would be in the output as well.
     """
 
     steps: tuple[Step, ...]
     codes: tuple[str, ...]
     left: tuple[tuple[str, str], ...]
-    unmended: tuple[Finding, ...] = ()
+    unfixed: tuple[Finding, ...] = ()
 
 
-def find_mends(
+def find_fixes(
     src: str,
     *,
     base: str | None,
@@ -88,7 +88,7 @@ def find_mends(
     allow: Sequence[str],
     weights: str | None = None,
     emit: str | None = None,
-) -> Mends:
+) -> Fixes:
     """The steps for what doctor finds.
 
     Args:
@@ -122,10 +122,10 @@ def find_mends(
     if report.case.kind == "model" and not _CLEARING.isdisjoint(names):
         for finding in _behind_the_names(report.case, findings, lora="split-lora" in names):
             note(finding)
-    if "mend-names" in names:
-        names["mend-ties"] = None  # by the names that are stored no tie is seen
+    if "fix-names" in names:
+        names["fix-ties"] = None  # by the names that are stored no tie is seen
     if is_transformers_4(target):
-        names["mend-for-transformers-4"] = None
+        names["fix-for-transformers-4"] = None
         # Where nothing says how the old version writes it, the step says so: it was asked for.
         codes.update({f.code: None for f in findings if f.code == "rope-of-transformers-5"})
     root = report.case.root
@@ -136,7 +136,7 @@ def find_mends(
         names[CHOOSE] = None
     if emit is not None:
         _expect_lora(names, left, show(src))
-        if emit == "adapter":  # the other mends are of a model
+        if emit == "adapter":  # the other fixes are of a model
             names = {n: None for n in names if n in (CHOOSE, "split-lora")}
     given: dict[str, dict[str, Any]] = {"split-lora": {"lora-alpha": lora_alpha} | ({"base": "base"} if base else {})}
     given["split-lora"] |= {} if emit is None else {"emit": emit}
@@ -144,8 +144,8 @@ def find_mends(
         given[CHOOSE] = {"file": weights}
     steps = tuple(Step(n, given.get(n, {})) for n in _ORDER if n in names)
     passed = {*codes, *_OF_THE_MERGE, *(c for c in WHOLE if c in allow)}
-    unmended = [f for f in findings if f.severity == "error" and f.code not in passed]
-    return Mends(steps, tuple(codes), tuple(left.items()), tuple(unmended))
+    unfixed = [f for f in findings if f.severity == "error" and f.code not in passed]
+    return Fixes(steps, tuple(codes), tuple(left.items()), tuple(unfixed))
 
 
 def _expect_lora(names: Mapping[str, None], left: Mapping[str, str], where: str) -> None:
@@ -159,18 +159,18 @@ def _expect_lora(names: Mapping[str, None], left: Mapping[str, str], where: str)
 
 def _behind_the_names(case: Case, findings: Sequence[Finding], *, lora: bool) -> list[Finding]:
     """Faults that only show once names and the class are fixed: a head behind a wrapper is no head to doctor."""
-    entries = _mended(case, lora=lora)
+    entries = _fixed(case, lora=lora)
     named = case.config.get("architectures")
     bare = class_of(case.config)
     listed = {"architectures": [bare, *named[1:]]} if isinstance(named, list) and bare is not None else {}
     config = {**case.config, **listed}
-    mended = case.changed(entries, config)
+    fixed = case.changed(entries, config)
     known = {f.code for f in findings}
-    found = [f for each in diagnoses().values() for f in each(mended, Context())]
+    found = [f for each in diagnoses().values() for f in each(fixed, Context())]
     return [f for f in found if f.code not in known]
 
 
-def _mended(case: Case, *, lora: bool) -> dict[str, StoredTensor]:
+def _fixed(case: Case, *, lora: bool) -> dict[str, StoredTensor]:
     """The tensors by the names that they will have; without LoRA's, where those are merged."""
     names = case.plain.names
     form = memory_form({n: case.survey.entries[raw].tensor for raw, n in names.items()}, case.config)

@@ -1,4 +1,4 @@
-"""Mends of names and of stored ties: wrappers off, PEFT's own spelling, equal copies once, different ones untied."""
+"""Fixes of names and of stored ties: wrappers off, PEFT's own spelling, equal copies once, different ones untied."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _LEAVES = frozenset({"weight", "bias"})
 
 
 @dataclass(frozen=True)
-class MendNames:
+class FixNames:
     """Take wrappers (module., _orig_mod., FSDP's) and prefixes that are not theirs off the names, to a fixpoint."""
 
-    name: ClassVar[str] = "mend-names"
+    name: ClassVar[str] = "fix-names"
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The checkpoint under plain names; what is there with and without a wrapper is kept once where equal.
@@ -50,19 +50,19 @@ class MendNames:
                     )
                 dropped[raw] = f"the same as {first}"
         if plain.taken:
-            context.note("info", "mended", "taken off the names: " + ", ".join(f"`{show(t)}`" for t in plain.taken))
+            context.note("info", "fixed", "taken off the names: " + ", ".join(f"`{show(t)}`" for t in plain.taken))
         if dropped:
-            context.note("info", "mended", f"there with a wrapper and without, with equal values: {fold(dropped)}")
+            context.note("info", "fixed", f"there with a wrapper and without, with equal values: {fold(dropped)}")
         kept = {n: t for n, t in checkpoint.tensors.items() if n not in dropped}
         less = checkpoint.replace(tensors=kept, dropped={**checkpoint.dropped, **dropped})
         return less.rename({raw: n for raw, n in plain.names.items() if raw not in dropped})
 
 
 @dataclass(frozen=True)
-class MendAdapterNames:
+class FixAdapterNames:
     """Give an adapter's tensors the names that PEFT writes and looks for."""
 
-    name: ClassVar[str] = "mend-adapter-names"
+    name: ClassVar[str] = "fix-adapter-names"
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The adapter under PEFT's names.
@@ -74,7 +74,7 @@ class MendAdapterNames:
         names = {raw: peft_name(name) for raw, name in plain.items()}
         changed = sum(raw != name for raw, name in names.items())
         if changed:
-            context.note("info", "mended", f"{changed} keys renamed to those that PEFT looks for")
+            context.note("info", "fixed", f"{changed} keys renamed to those that PEFT looks for")
         return checkpoint.rename(names)
 
 
@@ -90,10 +90,10 @@ def peft_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class MendTies:
+class FixTies:
     """Store tied embeddings once where both copies are equal, and untie them, with consent, where they differ."""
 
-    name: ClassVar[str] = "mend-ties"
+    name: ClassVar[str] = "fix-ties"
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The checkpoint with its ties as stored.
@@ -112,7 +112,7 @@ class MendTies:
                 elif tie.newer:
                     dropped[name] = f"equal to {first}, to which its class ties it"
         if dropped:
-            context.note("info", "mended", f"{fold(dropped)}: tied, equal, and stored once")
+            context.note("info", "fixed", f"{fold(dropped)}: tied, equal, and stored once")
             kept = {n: t for n, t in stored.items() if n not in dropped}
             left = (*checkpoint.left, *(stored[n] for n in dropped))
             checkpoint = checkpoint.replace(tensors=kept, dropped={**checkpoint.dropped, **dropped}, left=left)
@@ -166,7 +166,7 @@ class SplitLora:
         """
         plain, _ = without_wrappers(checkpoint.tensors)
         context.note(
-            "info", "mended", f"LoRA layers in a full model: {fold([n for n in plain.values() if 'lora_' in n])}"
+            "info", "fixed", f"LoRA layers in a full model: {fold([n for n in plain.values() if 'lora_' in n])}"
         )
         ties, copies = _ties_that_hold(checkpoint, context)
         names = {raw: n if PEFT_PREFIX in n else f"{PEFT_PREFIX}{n}" for raw, n in plain.items()}
