@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from converter.cli.megatron_flags import PANEL as MEGATRON
+from converter.cli.megatron_flags import MegatronFlags
 from converter.cli.sink import Sink
 from converter.errors import UsageError
 from converter.recipe.options import (
@@ -21,13 +23,13 @@ from converter.recipe.options import (
     HeadOptions,
     InitChoice,
     LayoutChoice,
-    ModulesChoice,
     NormaliserChoice,
     PartChoice,
     WriteOptions,
 )
 
-INPUT, OUTPUT, RESOURCES, HUB, CONSENT = PANELS = ("Input", "Output", "Resources", "Hub", "Consent")
+INPUT, OUTPUT, RESOURCES, HUB, CONSENT = _PANELS = ("Input", "Output", "Resources", "Hub", "Consent")
+PANELS = (*_PANELS, MEGATRON)
 """Panels of `--help`, in their order. An option without one is the verb's own and stands before them."""
 
 if TYPE_CHECKING:
@@ -308,7 +310,7 @@ def with_options(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[...
 
 
 @dataclass(frozen=True)
-class HeadFlags(Conversion):
+class HeadFlags(Conversion, MegatronFlags):
     """Options of the verbs that write a head."""
 
     source: Annotated[
@@ -381,43 +383,6 @@ class HeadFlags(Conversion):
         typer.Option(help="A fresh head where SRC has none; it has learnt nothing.", show_default=False),
     ] = None
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of --init-head normal.")] = 0
-    tp: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="With --to megatron: tensor-parallel ranks, for which the vocabulary is padded.",
-            show_default=False,
-        ),
-    ] = None
-    pp: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="With --to megatron: pipeline stages. torch_dist records them and loads on any; legacy is for them.",
-            show_default=False,
-        ),
-    ] = None
-    ep: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="With --to megatron: expert-parallel ranks, as --pp.", show_default=False
-        ),
-    ] = None
-    etp: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="With --to megatron: ranks of an expert's matrices; default: as --tp.",
-            show_default=False,
-        ),
-    ] = None
-    modules: Annotated[
-        ModulesChoice | None,
-        typer.Option(help="With --layout legacy: the classes of Megatron that load it.", show_default=False),
-    ] = None
 
     @property
     def plain(self) -> HeadOptions:
