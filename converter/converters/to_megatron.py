@@ -78,7 +78,8 @@ class ToMegatron:
         where = show(checkpoint.origin.asked)
         rows, sizes = _table(checkpoint, where)
         held, head = _with_head(checkpoint, context, where)
-        _without_copies(held, checkpoint, context)
+        dropped = {**checkpoint.dropped, **_without_copies(held, checkpoint, context)}
+        checkpoint = checkpoint.replace(dropped=dropped)
         step = DIVISOR * self.tp
         vocabulary = -(-sizes.vocabulary // step) * step
         made = filed(held, rows, sizes, vocabulary=vocabulary)
@@ -175,16 +176,19 @@ def _with_head(
     return held, head
 
 
-def _without_copies(held: dict[str, LazyTensor], checkpoint: Checkpoint, context: Context) -> None:
-    """Take out the embeddings that layers for multi-token prediction have again; Megatron has each once."""
+def _without_copies(held: dict[str, LazyTensor], checkpoint: Checkpoint, context: Context) -> dict[str, str]:
+    """Take out the embeddings that layers for multi-token prediction have again; the reason by name."""
+    dropped: dict[str, str] = {}
     layers = checkpoint.config.get("num_hidden_layers")
     if not count(checkpoint.config) or type(layers) is not int:
-        return
+        return dropped
     for name, whole in copies(held, layers).items():
         if whole not in held or not context.equal(held[name], held[whole]):
             what = f"{show(name)} differs from {show(whole)}, and Megatron has one tensor for both"
             raise Refused("megatron-keys", what, where=show(checkpoint.origin.asked))
         del held[name]
+        dropped[name] = f"a copy of {show(whole)}, which Megatron has once"
+    return dropped
 
 
 def _expect_filed(
