@@ -20,7 +20,7 @@ from typing import Any
 
 from models import VOCABULARY, in_megatron
 from ranks import expert_tp, join, launch, place, ranks_for, sizes_of
-from save import _LOCAL_EXPERT, _LOCAL_LAYER, add_head, model_chunks, sliced
+from save import _LOCAL_EXPERT, _LOCAL_LAYER, add_head, model_chunks, replicas, sliced
 
 
 def work(asked: argparse.Namespace) -> None:
@@ -45,7 +45,7 @@ def work(asked: argparse.Namespace) -> None:
             buffer.data = buffer.data.float()
     for parameter in model.parameters():
         parameter.data.fill_(7.0)
-    state = model.sharded_state_dict()
+    state = model.sharded_state_dict(metadata=replicas())
     if asked.critic and hasattr(model, "output_layer") and "output_layer.weight" not in state:
         add_head(state, model)
     state = {k: v for k, v in state.items() if not k.endswith("_extra_state")}

@@ -127,7 +127,9 @@ def model_chunks(config: Any, asked: argparse.Namespace) -> list[Any]:
         if asked.vpp:
             parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
         if isinstance(getattr(settings, "moe_layer_freq", 1), list):
-            spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, normalization="RMSNorm")
+            spec = get_gpt_decoder_block_spec(
+                settings, use_transformer_engine=False, normalization="RMSNorm", vp_stage=virtual
+            )
         else:
             spec = get_gpt_layer_local_spec(
                 settings.num_moe_experts, False, settings.qk_layernorm, settings.multi_latent_attention,
@@ -253,7 +255,7 @@ def _save_sharded(folder: Path, chunks: list[Any], config: Any, asked: argparse.
         state["args"] = _arguments(config, asked)
     for number, chunk in enumerate(chunks):
         prefix = "" if len(chunks) == 1 else str(number)
-        state[f"model{prefix}"] = chunk.sharded_state_dict()
+        state[f"model{prefix}"] = chunk.sharded_state_dict(metadata=replicas())
         if asked.critic and "output_layer.weight" not in state[f"model{prefix}"] and hasattr(chunk, "output_layer"):
             add_head(state[f"model{prefix}"], chunk)
         if asked.optimizer:
@@ -265,9 +267,16 @@ def _save_sharded(folder: Path, chunks: list[Any], config: Any, asked: argparse.
                     value = tensor.data.detach().float() * scale
                     return make_sharded_optimizer_tensor(tensor, value, f"optimizer.state.{which}")
 
-                held = {k: v for k, v in chunk.sharded_state_dict().items() if not k.endswith("_extra_state")}
+                held = {k: v for k, v in chunk.sharded_state_dict(metadata=replicas()).items() if not k.endswith("_extra_state")}
                 state[f"optimizer{prefix}.{which}"] = dict_list_map_inplace(moment, held)
     dist_checkpointing.save(state, str(folder))
+
+
+def replicas() -> dict[str, Any]:
+    """What newer versions ask to be told of who has the same values."""
+    from megatron.core import parallel_state
+
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def add_head(state: dict[str, Any], chunk: Any) -> None:
