@@ -238,6 +238,7 @@ def placed_in_order(shards: Shards) -> None:
         listed: Any = placement.get("ranks") if isinstance(placement, dict) else None
         for entry in listed if isinstance(listed, list) else []:
             rank, own = (entry.get("rank"), entry.get("experts")) if isinstance(entry, dict) else (None, None)
-            numbers = type(rank) is int and type(count) is int and isinstance(own, list)
-            if not numbers or own != [rank * count + i for i in range(len(own))]:
+            if not (type(rank) is int and type(count) is int and isinstance(own, list)) or own != [
+                rank * count + i for i in range(len(own))
+            ]:
                 raise shards.refuse("zero-experts", "experts were placed on the ranks in an order of their own")
