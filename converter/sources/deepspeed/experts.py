@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
+from converter.sources.deepspeed.files import EXPERT_FILE
 from converter.sources.survey import file_names
 from converter.text import fold, show
 
 if TYPE_CHECKING:
     from converter.sources.deepspeed.state import Shards
 
-FILE = re.compile(r"(?:layer_(\d{1,6})_)?expert_(\d{1,6})_mp_rank_(\d{1,4})_model_states\.pt", re.ASCII)
 OPTIMIZER = re.compile(r"expp_rank_(\d{1,6})_mp_rank_(\d{1,4})_optim_states\.pt", re.ASCII)
 GROUPS = "ds_zero_partition_groups"
 _OWN = re.compile(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..+)", re.ASCII)
@@ -34,11 +34,6 @@ _STACK = re.compile(r".+\.experts\.w[123]", re.ASCII)
 _WITH_DEEPSPEED = "load it with DeepSpeed in the training script, and save it gathered"
 
 
-def holds_experts(names: Iterable[str]) -> bool:
-    """True where files of experts are among these."""
-    return any(FILE.fullmatch(n) for n in names)
-
-
 def expert_files(shards: Shards) -> dict[tuple[int, int], str]:
     """Files by layer and expert, all of which are there.
 
@@ -47,7 +42,7 @@ def expert_files(shards: Shards) -> dict[tuple[int, int], str]:
     """
     found: dict[tuple[int, int], str] = {}
     for name in sorted(file_names(shards.folder)):
-        match = FILE.fullmatch(name)
+        match = EXPERT_FILE.fullmatch(name)
         if match is None:
             continue
         if match[1] is None or int(match[3]) != 0:

@@ -106,8 +106,9 @@ def built(name: str, *, layers: int = LAYERS) -> Any:
 def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
     """Megatron's config for a model of transformers."""
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-    from ranks import expert_tp
     from torch.nn.functional import silu
+
+    from ranks import expert_tp
 
     kind = config.model_type
     fields: dict[str, Any] = {

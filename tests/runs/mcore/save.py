@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from models import LAYERS, PADDED, built, in_megatron, next_tokens, transformer_config
+
 from ranks import expert_tp, join, launch, place, ranks_for, sizes_of
 
 ITERATION = 10
