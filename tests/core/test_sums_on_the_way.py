@@ -1,4 +1,4 @@
-"""Checksums of records, of which most bytes were summed while they were read: the sums of zlib, however they were read."""
+"""Checksums of records, of which bytes were summed while they were read: the sums of zlib, however they were read."""
 
 from __future__ import annotations
 
