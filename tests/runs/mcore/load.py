@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from models import VOCABULARY, in_megatron
-from ranks import expert_tp, join, launch, place, ranks_for, sizes_of
 from save import _LOCAL_EXPERT, _LOCAL_LAYER, add_head, model_chunks, replicas, sliced
+
+from ranks import expert_tp, join, launch, place, ranks_for, sizes_of
 
 
 def work(asked: argparse.Namespace) -> None:
