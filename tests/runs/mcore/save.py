@@ -268,7 +268,8 @@ def _save_sharded(folder: Path, chunks: list[Any], config: Any, asked: argparse.
                     value = tensor.data.detach().float() * scale
                     return make_sharded_optimizer_tensor(tensor, value, f"optimizer.state.{which}")
 
-                held = {k: v for k, v in chunk.sharded_state_dict(metadata=replicas()).items() if not k.endswith("_extra_state")}
+                every = chunk.sharded_state_dict(metadata=replicas())
+                held = {k: v for k, v in every.items() if not k.endswith("_extra_state")}
                 state[f"optimizer{prefix}.{which}"] = dict_list_map_inplace(moment, held)
     dist_checkpointing.save(state, str(folder))
 
