@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from converter.core.context import Context, Note
     from converter.core.tensors.dtypes import DType, TensorInfo
     from converter.core.tensors.kernel_specs import KernelSpec
+    from converter.core.writer.on_ray import RayExecutor
     from converter.core.writer.plan import Plan, make_plan
     from converter.core.writer.write import Receipt
     from converter.errors import ConvertError, Interrupted, Refused, UsageError, VerificationFailed
@@ -69,6 +70,7 @@ _HOME = {
     "Origin": "core.checkpoint",
     "Plan": "core.writer.plan",
     "Push": "recipe.verbs.push",
+    "RayExecutor": "core.writer.on_ray",
     "Receipt": "core.writer.write",
     "Recipe": "recipe.recipe",
     "Refused": "errors",
@@ -137,6 +139,7 @@ __all__ = [
     "Origin",
     "Plan",
     "Push",
+    "RayExecutor",
     "Receipt",
     "Recipe",
     "Refused",

@@ -18,6 +18,7 @@ from typing import Any
 from converter.core.files import sparse
 from converter.core.files.names import CARD, RECEIPT
 from converter.core.files.opening import open_input, read_exact
+from converter.core.files.origins import Origin
 from converter.core.files.reading import InputFiles
 from converter.core.writer.plan import Plan
 from converter.core.writer.preflight import check_space, memory_limit
@@ -104,7 +105,11 @@ def write_to_hub(
         kept = stage.resume(summary, plan.provenance, fresh=not resume)
         names = {s.file for s in plan.shards} | plan.side_files.keys()
         expect_no_stale(names, make_repository(where), where)
-        with InputFiles(plan.inputs) as files, one_thread_each(plan) as ready, reading_through(plan):
+        with (
+            InputFiles(plan.inputs, {c.file for c in plan.checks}) as files,
+            one_thread_each(plan) as ready,
+            reading_through(plan),
+        ):
             sender = _Sender(plan, where, stage, files, reporter, jobs, budget, ready, verify=verify)
             reporter.start(plan.total_bytes, len(plan.shards))
             for shard in plan.shards:
@@ -280,7 +285,7 @@ def _source_of(shard: ShardPlan) -> sparse.SparseFile | None:
         os.close(fd)
 
 
-def _copies(where: Destination, origin: sparse.Origin, name: str) -> Callable[[], Any] | None:
+def _copies(where: Destination, origin: Origin, name: str) -> Callable[[], Any] | None:
     """What commits a copy of a file of another repository, or of another commit of this one; None where it can't."""
     from huggingface_hub import CommitOperationCopy
 
@@ -294,7 +299,7 @@ def _copies(where: Destination, origin: sparse.Origin, name: str) -> Callable[[]
     )
 
 
-def _may_copy(where: Destination, origin: sparse.Origin) -> bool:
+def _may_copy(where: Destination, origin: Origin) -> bool:
     """Ask the Hub to put the content where our repository can name it, as the client does before such a commit.
 
     It can't between storage regions, nor what is not kept by chunks: then the file is sent.

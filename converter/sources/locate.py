@@ -26,6 +26,7 @@ from converter.errors import Refused, UsageError
 from converter.families.words import HEAD_FILES
 from converter.sources.hub.names import REPO_ID as _REPO_ID
 from converter.sources.hub.names import SCHEME, hub_name
+from converter.sources.store_names import StoreName, local_path, store_name
 from converter.sources.survey import file_names, folder_kind, repository_of, snapshot_of
 from converter.text import nearest, show
 
@@ -81,6 +82,9 @@ def resolve(
             cache and not to be downloaded (`hub-not-cached`, `cache-incomplete`); the download failed
             (`hub-download`).
     """
+    if (place := store_name(text)) is not None:
+        return _in_store(place, allow_download)
+    text = local_path(text)
     named = hub_name(text)
     if named is not None:
         if revision and named.revision and revision != named.revision:
@@ -101,6 +105,20 @@ def resolve(
         if is_hub_id or _cached(text, revision) is not None:
             return _on_hub(text, revision, token, allow_download, in_parts, whole)
     raise _missing(path, text)
+
+
+def _in_store(place: StoreName, allow_download: bool) -> Located:
+    """A folder of an object store, whose bytes come when they are read.
+
+    Raises:
+        Refused: it is recorded somewhere and was not asked for (`store-unasked`); see also `store_mirror`.
+    """
+    if not allow_download:
+        what = f"{place} is in an object store, and nothing is fetched from there unasked"
+        raise Refused("store-unasked", what, next=Again(("--base", str(place))))
+    from converter.sources.stores.mirror import store_mirror
+
+    return Located(store_mirror(place), None, None)
 
 
 def _on_hub(

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from big_headers import llama_70b
 from converter.core.files import sparse
 from converter.core.files.opening import read_exact
+from converter.core.files.origins import Origin
 from converter.errors import Refused, UsageError
 from converter.sources.hub import download as hub_download
 from converter.sources.hub import mirror as hub_mirror
@@ -285,7 +286,7 @@ def made(tmp_path: Path, content: bytes, log: list[tuple[int, int]]) -> sparse.S
         log.append((start, stop))
         return content[start:stop]
 
-    origin = sparse.Origin("a/b", "0" * 40, "x", hashlib.sha256(content).hexdigest(), "1" * 40)
+    origin = Origin("a/b", "0" * 40, "x", hashlib.sha256(content).hexdigest(), "1" * 40)
     file = sparse.SparseFile(tmp_path / "x", len(content), fetch, origin, is_whole=False)
     sparse.add(file)
     return file

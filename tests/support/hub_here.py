@@ -37,7 +37,7 @@ def client_of(hub: FakeHub, home: Path) -> Iterator[None]:
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         sleep = time.sleep
         patch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
-        hub_mirror._workspace.cache_clear()
+        hub_mirror.workspace.cache_clear()
         try:
             yield
         finally:

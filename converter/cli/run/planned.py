@@ -106,7 +106,7 @@ def written_lines(done: Conversion, *, verbose: bool = False) -> list[str]:
         *report.update_lines(receipt.measures, plan),
         *(report.by_projection(receipt.measures) if verbose else []),
         *source_lines(),
-        report.wrote_line(str(done.out), done.checkpoint.config, _pad_token(done.folder)),
+        report.wrote_line(str(done.out), done.checkpoint.config, _pad_token(done.folder), done.checkpoint.origin.kind),
     ]
 
 
@@ -193,12 +193,18 @@ def source_lines() -> list[str]:
     """What was read of the Hub, and which files' digests are known."""
     from converter.core.files import sparse
 
-    read = [f for f in sparse.known() if f.fetched]
+    fetched = [f for f in sparse.known() if f.fetched]
+    stored = [f for f in fetched if f.origin.mark is not None]
+    lines = []
+    if stored:
+        text = f"{format_size(sum(f.fetched for f in stored))} of {len(stored)} objects, which are what they were"
+        lines.append(line("from store", text))
+    read = [f for f in fetched if f.origin.mark is None]
     if not read:
-        return []
+        return lines
     whole = [f for f in read if f.is_checked]
     part = [f.path.name for f in read if f.is_checked is None and not f.is_copied]
     text = f"{format_size(sum(f.fetched for f in read))} of {len(read)} files; {len(whole)} whole, equal in digest"
     if part:
         text += f"; read in part, so without a digest of the file: {fold([show(n) for n in part])}"
-    return [line("from Hub", text)]
+    return [*lines, line("from Hub", text)]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from converter.cli.app import Out, verb
-from converter.cli.options import INPUT, Conversion
+from converter.cli.options import INPUT, RESOURCES, Conversion
+
+
+class ExecutorChoice(StrEnum):
+    """Where files are written."""
+
+    ray = "ray"
 
 
 @verb(
@@ -16,9 +23,9 @@ from converter.cli.options import INPUT, Conversion
     short_help="Run a recipe.",
     help="Run a recipe: a file, or the name of a shipped one (see `rlhf-convert list`).",
     examples=(
-        "rlhf-convert run ./recipe.yaml ./out",
         "rlhf-convert run merge-reward-lora ./rm --input adapter=./my-adapter",
         "srun -n 8 rlhf-convert run ./recipe.yaml ./out --task auto",
+        "rlhf-convert run ./recipe.yaml ./out --executor ray --ray-address head:6379",
     ),
 )
 def run(
@@ -45,8 +52,35 @@ def run(
             show_default=False,
         ),
     ] = None,
+    executor: Annotated[
+        ExecutorChoice | None,
+        typer.Option(
+            help="ray: write each file in a task of a Ray cluster, whose machines share the file system.",
+            show_default=False,
+            rich_help_panel=RESOURCES,
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A",
+            help="Head of the Ray cluster; default: RAY_ADDRESS, else the one on this machine, else a new one.",
+            show_default=False,
+            rich_help_panel=RESOURCES,
+        ),
+    ] = None,
+    ray_resource: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Use machines with this custom resource only, for example those with the inputs on their own disk.",
+            show_default=False,
+            rich_help_panel=RESOURCES,
+        ),
+    ] = None,
 ) -> int:
     """`rlhf-convert run`."""
-    from converter.cli.run.recipe import run
+    from converter.cli.run.recipe import Spread, run
 
-    return run(recipe, tuple(given or ()), options.target(out), options, task)
+    spread = Spread(task, executor is ExecutorChoice.ray, ray_address, ray_resource)
+    return run(recipe, tuple(given or ()), options.target(out), options, spread)

@@ -42,7 +42,8 @@ def expect_finite(adapter: Checkpoint, context: Context) -> None:
         Refused: a tensor holds such values, and `--allow nonfinite` was not given (`nonfinite`).
     """
     stored = {n: t for n, t in adapter.tensors.items() if byte_runs(t) is not None}
-    bad = {name: count for name, tensor in stored.items() if (count := context.nonfinite(tensor))}
+    with context.keeping_open():
+        bad = {name: count for name, tensor in stored.items() if (count := context.nonfinite(tensor))}
     if bad:
         first, count = next(iter(bad.items()))
         what = f"{len(bad)} of {len(adapter.tensors)} tensors hold NaN or infinity: {fold(bad)}"

@@ -1,4 +1,4 @@
-"""Files of the Hub that are here in part: sparse files of the right size, whose bytes are fetched before a read.
+"""Files of the Hub and of object stores that are here in part: sparse files, whose bytes are fetched before a read.
 
 Whoever reads one does so inside `reading`, and never sees a hole. Only a bounded part of all of them is on the disk at
 a time: what was not read for longest is punched out again. A file that is read whole and in order has its sha256
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from converter.core.files import holes
+from converter.core.files.origins import Fetch, Origin, fetch_parts
 from converter.errors import Refused
 from converter.text import show
 
@@ -29,23 +31,9 @@ BUDGET = 256_000_000
 """Bytes of weight files that are on the disk at a time."""
 
 LARGEST_FETCH = 16 << 20
-"""Bytes of one request, which are held in memory."""
+"""Bytes that are fetched at once, by several requests."""
 
 T = TypeVar("T")
-Fetch = Callable[[int, int], bytes]
-"""The bytes from a first offset up to a last one that is not included."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a file is on the Hub, and what stands for its content there: `sha256`, else git's own `blob_id`."""
-
-    repo_id: str
-    commit: str
-    name: str
-    sha256: str | None
-    blob_id: str
-    xet_hash: str | None = None
 
 
 @dataclass
@@ -68,10 +56,21 @@ class SparseFile:
         is_whole: fetched in one piece and checked at once: what is small, or is read as text.
         is_copied: the Hub copied it whole by its digest; it did not have to come here.
         fetched: bytes that came so far.
+        expect_same: refuses where the file is not what it was when it was listed, and no digest can tell.
     """
 
-    def __init__(self, path: Path, size: int, fetch: Fetch, origin: Origin, *, is_whole: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        size: int,
+        fetch: Fetch,
+        origin: Origin,
+        *,
+        is_whole: bool,
+        expect_same: Callable[[], None] = lambda: None,
+    ) -> None:
         self.path, self.size, self.origin, self.is_whole = path, size, origin, is_whole
+        self.expect_same = expect_same
         self.is_copied = False
         self.fetched = 0
         self._fetch = fetch
@@ -90,11 +89,13 @@ class SparseFile:
     @property
     def digest(self) -> str:
         """What the Hub lists for its content."""
-        return self.origin.sha256 or self.origin.blob_id
+        return self.origin.digest
 
     @property
     def is_checked(self) -> bool | None:
         """True: every byte was read, and they are those that the Hub lists; None: not every byte was, or in order."""
+        if self.origin.mark is not None:
+            return None
         if self.is_whole:
             return True if self._is_here else None
         if self.origin.sha256 is None or self._hashed < self.size:
@@ -132,17 +133,11 @@ class SparseFile:
         for _ in range(2):
             content = self._fetch(0, self.size)
             self.fetched += len(content)
-            if self._is_as_listed(content):
+            if len(content) == self.size and self.origin.lists(content):
                 _write(self._fd, content, 0)
                 self._is_here = True
                 return
         raise corrupt(self.path.name)
-
-    def _is_as_listed(self, content: bytes) -> bool:
-        if self.origin.sha256 is not None:
-            return hashlib.sha256(content).hexdigest() == self.origin.sha256
-        raw = b"blob %d\0" % len(content) + content
-        return hashlib.sha1(raw, usedforsecurity=False).hexdigest() == self.origin.blob_id
 
     def _fill(self, units: range) -> None:
         """Fetch what is missing of these units, and what comes next where a file is read through."""
@@ -165,11 +160,9 @@ class SparseFile:
                 last += 1
             _make_room((last - first) * UNIT)
         start, stop = first * UNIT, min(last * UNIT, self.size)
-        content = self._fetch(start, stop)
-        assert len(content) == stop - start
-        _write(self._fd, content, start)
+        fetch_parts(self._fetch, start, stop, functools.partial(_write, self._fd))
         with _state:
-            self.fetched += len(content)
+            self.fetched += stop - start
             _here.update(((self, u), None) for u in range(first, last))
 
     def _hash_on(self) -> None:
@@ -329,11 +322,15 @@ def check(path: str) -> None:
     """Compare the digest of a file that was read whole.
 
     Raises:
-        Refused: it isn't the one that the Hub lists (`download-corrupt`).
+        Refused: it isn't the one that the Hub lists (`download-corrupt`); or the store has another object there now
+            (`input-changed`).
     """
     file = at(path)
-    if file is not None and file.is_checked is False:
+    if file is None:
+        return
+    if file.is_checked is False:
         raise corrupt(file.path.name)
+    file.expect_same()
 
 
 def read_again(path: Path, read: Callable[[], T]) -> T:

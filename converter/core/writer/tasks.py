@@ -15,13 +15,14 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, as_completed, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future, as_completed, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from converter.core.files.names import RECEIPT
 from converter.core.files.reading import InputFiles
+from converter.core.tensors.byte_runs import reads
 from converter.core.writer.plan import Plan
 from converter.core.writer.preflight import check_space, check_target, memory_limit
 from converter.core.writer.proof import check_written
@@ -55,6 +56,42 @@ class Task:
     def __str__(self) -> str:
         """As it is typed: `2/8`."""
         return f"{self.number}/{self.count}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One task's files of a plan, as they are given to a worker.
+
+    Attributes:
+        plan: these files alone, and the inputs that are read for them.
+        summary: of the whole plan.
+        stage: the output's name of the task's own stage.
+        jobs: threads of the worker.
+        memory: bytes that the worker may hold; None: what its machine has free.
+    """
+
+    plan: Plan
+    summary: Mapping[str, str]
+    out: Path
+    stage: Path
+    jobs: int
+    memory: int | None
+    resume: bool
+
+
+@dataclasses.dataclass
+class Written:
+    """What a worker did: file, bytes, and whether an earlier run wrote it."""
+
+    files: list[tuple[str, int, bool]] = dataclasses.field(default_factory=list)
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """An executor whose workers tell how far they are while they write."""
+
+    def listen(self, advance: Callable[[int, str], None]) -> None:
+        """From now on `advance` is called with bytes that were written since, and a tensor's name."""
 
 
 def partition(shards: Sequence[ShardPlan], count: int) -> list[list[ShardPlan]]:
@@ -91,11 +128,11 @@ def write_task(
             has another plan (`stage-differs`).
     """
     run = _Run(plan, out, task.count)
-    budget = memory_limit(plan, memory)
+    memory_limit(plan, memory)
     try:
         if not run.is_published() and not run.is_written():
             check_target(out, plan.inputs, overwrite=overwrite)
-            run.write_share(task, reporter, jobs, budget, resume=resume)
+            write_share(run.share(task, jobs, memory, resume=resume), reporter)
     except Refused as error:
         if error.code != "output-exists" or not run.is_published():
             raise
@@ -147,30 +184,94 @@ def write_with(
     memory_limit(plan, memory)
     check_target(out, plan.inputs, overwrite=overwrite)
     check_space(plan, out, already=run.allocated() + Stage(out).allocated())
+    reporter.start(plan.total_bytes, len(plan.written))
+    is_telling = isinstance(executor, Telling)
+    if isinstance(executor, Telling):
+        executor.listen(reporter.advance)
     with one_thread_each(plan) as ready:
         ready()  # workers may be threads of this process: none shall set for itself how many threads torch has
-        futures = [
-            executor.submit(write_share, plan, out, Task(n + 1, run.count), jobs=jobs, memory=memory, resume=resume)
-            for n in range(run.count)
-        ]
+        shares = [run.share(Task(n + 1, run.count), jobs, memory, resume=resume) for n in range(run.count)]
+        futures: list[Future[Written]] = [executor.submit(write_share, share) for share in shares]
         try:
             for future in as_completed(futures):
-                future.result()
+                for file, size, resumed in future.result().files:
+                    reporter.advance(0 if is_telling else size, "")
+                    reporter.shard_done(file, size, resumed)
         finally:
             for future in futures:
                 future.cancel()
             wait(futures)
         receipt = write(
-            plan, out, reporter=reporter, jobs=jobs, memory=memory, overwrite=overwrite, verify=verify, accept=accept,
-            take=run.take, already=run.allocated(),
+            plan, out, reporter=_Told(reporter), jobs=jobs, memory=memory, overwrite=overwrite, verify=verify,
+            accept=accept, take=run.take, already=run.allocated(),
         )  # fmt: skip
     run.clear()
     return receipt
 
 
-def write_share(plan: Plan, out: Path, task: Task, *, jobs: int, memory: int | None, resume: bool) -> None:
-    """What a worker of an executor does: one task's files into their stage."""
-    _Run(plan, out, task.count).write_share(task, Silent(), jobs, memory_limit(plan, memory), resume=resume)
+class _Told(Silent):
+    """Hears the end of a run whose files were told of already."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def checking(self) -> None:
+        """Passed on."""
+        self._reporter.checking()
+
+
+class _Noted:
+    """Passes all on, and notes the files."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.written = Written()
+        self.start, self.advance, self.checking = reporter.start, reporter.advance, reporter.checking
+        self._shard_done = reporter.shard_done
+
+    def shard_done(self, file: str, size: int, resumed: bool) -> None:
+        """Noted."""
+        self.written.files.append((file, size, resumed))
+        self._shard_done(file, size, resumed)
+
+
+def write_share(share: Share, reporter: Reporter | None = None) -> Written:
+    """Write what is missing of one task's files into their stage: what a worker of an executor does.
+
+    Raises:
+        Refused: as of `write`; and another process does the same (`output-busy`).
+    """
+    stage, noted = Stage(share.stage), _Noted(reporter or Silent())
+    done = (stage.lines_of(share.summary) if share.resume else None) or {}
+    todo = [s for s in share.plan.written if not _is_moved(s, done, stage, share.out)]
+    plan = dataclasses.replace(share.plan, shards=tuple(todo), side_files={})
+    budget = memory_limit(plan, share.memory)
+    try:
+        check_space(plan, stage.out, already=stage.allocated())
+        stage.open()
+        kept = stage.resume(share.summary, plan.provenance, fresh=not share.resume)
+        with InputFiles(plan.inputs) as files, one_thread_each(plan) as ready, reading_through(plan):
+            writer = ShardWriter(stage, files, noted, budget, ready)
+            write_shards(plan, stage, kept, noted, writer, share.jobs)
+            files.check_unchanged()
+    except BaseException as error:
+        if not is_worth_keeping(stage, error):
+            with contextlib.suppress(OSError):
+                stage.discard()
+        if isinstance(error, OSError):
+            raise system_refused(error, stage) from error
+        raise
+    finally:
+        stage.close()
+    return noted.written
+
+
+def _is_done(shard: ShardPlan, lines: Mapping[str, Any], stage: Path, out: Path) -> bool:
+    """True for a journalled file in the task's stage or in the shared one, in this order: it moves that way."""
+    return shard.file in lines and any((Stage(s).folder / shard.file).is_file() for s in (stage, out))
+
+
+def _is_moved(shard: ShardPlan, lines: Mapping[str, Any], stage: Stage, out: Path) -> bool:
+    return _is_done(shard, lines, stage.out, out) and not (stage.folder / shard.file).is_file()
 
 
 class _Run:
@@ -202,7 +303,7 @@ class _Run:
         """True where every task's journal is there and lists its files, which are there too."""
         lines = [Stage(s).lines_of(self._plan.summary) for s in self._stages]
         return all(
-            found is not None and all(self._is_done(shard, found, stage) for shard in share)
+            found is not None and all(_is_done(shard, found, stage, self._out) for shard in share)
             for found, share, stage in zip(lines, self._shares, self._stages, strict=True)
         )
 
@@ -215,36 +316,13 @@ class _Run:
         for each in self._stages:
             Stage(each).expect_plan(self._plan.summary)
 
-    def _is_done(self, shard: ShardPlan, lines: Mapping[str, Any], stage: Path) -> bool:
-        """True for a journalled file in the task's stage or in the shared one, in this order: it moves that way."""
-        return shard.file in lines and any((Stage(s).folder / shard.file).is_file() for s in (stage, self._out))
-
-    def write_share(self, task: Task, reporter: Reporter, jobs: int, budget: int, *, resume: bool) -> None:
-        """Write what is missing of one task's files."""
-        stage = Stage(self._stages[task.number - 1])
-        done = (stage.lines_of(self._plan.summary) if resume else None) or {}
-        shards = [s for s in self._shares[task.number - 1] if not self._is_moved(s, done, stage)]
-        share = dataclasses.replace(self._plan, shards=tuple(shards), side_files={})
-        try:
-            check_space(share, stage.out, already=stage.allocated())
-            stage.open()
-            kept = stage.resume(self._plan.summary, self._plan.provenance, fresh=not resume)
-            with InputFiles(self._plan.inputs) as files, one_thread_each(share) as ready, reading_through(share):
-                writer = ShardWriter(stage, files, reporter, budget, ready)
-                write_shards(share, stage, kept, reporter, writer, jobs)
-                files.check_unchanged()
-        except BaseException as error:
-            if not is_worth_keeping(stage, error):
-                with contextlib.suppress(OSError):
-                    stage.discard()
-            if isinstance(error, OSError):
-                raise system_refused(error, stage) from error
-            raise
-        finally:
-            stage.close()
-
-    def _is_moved(self, shard: ShardPlan, lines: Mapping[str, Any], stage: Stage) -> bool:
-        return self._is_done(shard, lines, stage.out) and not (stage.folder / shard.file).is_file()
+    def share(self, task: Task, jobs: int, memory: int | None, *, resume: bool) -> Share:
+        """What a worker needs for one task, and no more."""
+        shards = tuple(self._shares[task.number - 1])
+        read = {run.file for s in shards for e in s.entries for run in reads(e.tensor)}
+        inputs = {path: identity for path, identity in self._plan.inputs.items() if path in read}
+        plan = dataclasses.replace(self._plan, shards=shards, side_files={}, inputs=inputs, checks=())
+        return Share(plan, self._plan.summary, self._out, self._stages[task.number - 1], jobs, memory, resume)
 
     def take(self, stage: Stage, kept: Mapping[str, Any]) -> dict[str, Any]:
         """Move every task's files into the shared stage; their journal lines by file, with those that it has."""

@@ -224,10 +224,10 @@ def _write_with(
     from converter.core.writer.tasks import write_with
 
     _expect_folders(plan, "executor=")
+    jobs = options.jobs or getattr(executor, "default_jobs", None) or threads()
     return write_with(
-        executor, plan, out, reporter=going.reporter or Silent(), jobs=options.jobs or threads(),
-        memory=memory_of(options), overwrite=options.overwrite, resume=options.resume, verify=options.verify,
-        accept=accept,
+        executor, plan, out, reporter=going.reporter or Silent(), jobs=jobs, memory=memory_of(options),
+        overwrite=options.overwrite, resume=options.resume, verify=options.verify, accept=accept,
     )  # fmt: skip
 
 

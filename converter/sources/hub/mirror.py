@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from converter.core.files import sparse
+from converter.core.files.origins import Origin
 from converter.errors import Refused
 from converter.sources.hub.client import ListedFile, Repository, open_repository
 from converter.sources.survey import is_weight_file
@@ -38,7 +39,7 @@ def mirror(repo_id: str, revision: str | None, token: str | None) -> tuple[Path,
         Refused: the repository can't be read (`hub-download`, `hub-listing`), or TMPDIR is not ours (`hub-mirror`).
     """
     repository = open_repository(repo_id, revision, token)
-    folder = _workspace() / ("models--" + repo_id.replace("/", "--")) / "snapshots" / repository.commit
+    folder = workspace() / ("models--" + repo_id.replace("/", "--")) / "snapshots" / repository.commit
     if not folder.is_dir():  # another name of the same commit
         sparse.folders[str(folder)] = f"hf://{repo_id}@{repository.commit}"
         for file in repository.files:
@@ -52,12 +53,12 @@ def _add(folder: Path, file: ListedFile, repository: Repository) -> None:
     is_text = not is_weight_file(path.name) and path.suffix != ".distcp" and file.size <= LARGEST_TEXT
     is_whole = file.size <= SMALL or is_text
     fetch = functools.partial(repository.read, file)
-    origin = sparse.Origin(repository.repo_id, repository.commit, file.name, file.sha256, file.blob_id, file.xet_hash)
+    origin = Origin(repository.repo_id, repository.commit, file.name, file.sha256, file.blob_id, file.xet_hash)
     sparse.add(sparse.SparseFile(path, file.size, fetch, origin, is_whole=is_whole))
 
 
 @functools.cache
-def _workspace() -> Path:
+def workspace() -> Path:
     """This process's own folder. Its name is the same in every run that is alone, so that plans are the same too."""
     base = Path(tempfile.gettempdir()) / f"rlhf-convert-{os.getuid()}"
     try:
@@ -95,8 +96,8 @@ def bring_texts(folder: Path) -> None:
 
 def forget() -> None:
     """Remove what this process has read of the Hub; what is asked for next is read anew."""
-    if _workspace.cache_info().currsize:
-        folder = _workspace()
+    if workspace.cache_info().currsize:
+        folder = workspace()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
     sparse.forget_all()
@@ -105,4 +106,4 @@ def forget() -> None:
 
 def _leave() -> None:
     forget()
-    shutil.rmtree(_workspace(), ignore_errors=True)
+    shutil.rmtree(workspace(), ignore_errors=True)

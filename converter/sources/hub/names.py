@@ -10,6 +10,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from converter.errors import UsageError
+from converter.sources.store_names import is_in_store
 from converter.text import show
 
 SCHEME = "hf://"
@@ -100,6 +101,9 @@ def below(asked: str, root: Path, folder: Path) -> str:
     if relative == ".":
         return asked
     reference = as_reference(asked)
+    if is_in_store(asked):
+        scheme, _, place = asked.partition("://")
+        return f"{scheme}://" + posixpath.normpath(posixpath.join(place, relative))
     if not reference.startswith(SCHEME):
         joined = os.path.join(asked, relative)
         return os.path.normpath(joined) if relative.startswith("..") else joined

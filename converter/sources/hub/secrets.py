@@ -12,6 +12,13 @@ from pathlib import Path
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}", re.ASCII)
 """Source: https://github.com/huggingface/huggingface_hub/blob/v2.4.0/src/huggingface_hub/_login.py"""
 
+_OF_STORES = re.compile(
+    r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=[?&])(?:X-Amz-(?:Signature|Credential|Security-Token)|X-Goog-Signature|Signature|sig)"
+    r"=[^&\s\"']+",
+    re.ASCII,
+)
+"""Key ids of S3, and what signs an address."""
+
 _SHORTEST = 8
 """Characters of the shortest text that is taken for a token: `--token x` shall not blot every x."""
 
@@ -22,7 +29,7 @@ def without_secrets(text: str, *secrets: str) -> str:
         for form in (secret, secret.encode("unicode_escape").decode("ascii")):
             if len(form) >= _SHORTEST and form in text:
                 text = text.replace(form, "***")
-    return _TOKEN.sub("***", text)
+    return _OF_STORES.sub("***", _TOKEN.sub("***", text))
 
 
 def words_without_token(words: list[str]) -> list[str]:
@@ -38,8 +45,14 @@ def words_without_token(words: list[str]) -> list[str]:
     return kept
 
 
+_VARIABLES = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_CLIENT_SECRET",
+)  # fmt: skip
+
+
 def _known() -> list[str]:
-    found = [os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")]
+    found = [os.environ.get(name) for name in _VARIABLES]
     words = sys.argv[1:]
     found += [b for a, b in itertools.pairwise(words) if a == "--token"]
     found += [w.partition("=")[2] for w in words if w.startswith("--token=")]

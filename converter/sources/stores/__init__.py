@@ -1,0 +1,1 @@
+"""Models in object stores: names, listings, bytes by range."""
