@@ -381,7 +381,7 @@ class _Merge:
 def _alpha_again(where: str) -> Steps:
     """The same command with the alpha that training used."""
     merge = Command("merge-lora", (where, "OUT", "--lora-alpha", "N"))
-    return Steps(Again(("--lora-alpha", "N"), otherwise=merge), ", N being the alpha of the training script")
+    return Again(("--lora-alpha", "N"), otherwise=merge)
 
 
 def _needed(modules: Iterable[Module], method: Method) -> dict[str, list[str]]:

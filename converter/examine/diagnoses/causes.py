@@ -25,6 +25,7 @@ _ECHOES: Mapping[str, frozenset[str]] = {
     "adapter-and-model": frozenset({"stray-weights"}),
     "tensor-twice": frozenset({"index-conflict"}),
     "launch-same-path": frozenset({"pair-same-path"}),
+    "nonfinite": frozenset({"adapter-merge-refused"}),
 }
 """By the code that names a cause: codes that the same cause shows itself under as well."""
 
@@ -91,6 +92,8 @@ def _explains(cause: Finding, echo: Finding) -> bool:
         return cause.severity == "error"  # both forms lie in the folder: layers are under either
     if echo.code == "adapter-unmatched":
         return echo.fact("missing") == len(cause.tensors)
+    if echo.code == "adapter-merge-refused":
+        return echo.text.startswith(f"{cause.code}: ")
     return True
 
 
