@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from converter.cli.megatron_flags import PANEL as MEGATRON
+from converter.cli.megatron_flags import MegatronFlags
 from converter.cli.sink import Sink
 from converter.errors import UsageError
 from converter.recipe.options import (
@@ -24,7 +26,8 @@ from converter.recipe.options import (
     WriteOptions,
 )
 
-INPUT, OUTPUT, RESOURCES, HUB, CONSENT = PANELS = ("Input", "Output", "Resources", "Hub", "Consent")
+INPUT, OUTPUT, RESOURCES, HUB, CONSENT = _PANELS = ("Input", "Output", "Resources", "Hub", "Consent")
+PANELS = (*_PANELS, MEGATRON)
 """Panels of `--help`, in their order. An option without one is the verb's own and stands before them."""
 
 _WHOLE = "Make a quantised model's weights whole first, as the vendor's own code does, to the bit."
@@ -189,7 +192,9 @@ class Conversion(Fetch, Reading):
     layout: Annotated[
         LayoutChoice | None,
         typer.Option(
-            help="Keep the source's files, or fill new ones; default: auto.", show_default=False, rich_help_panel=OUTPUT
+            help="Keep the source's files, or fill new ones; default: auto. With --to megatron: its format.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ] = None
     link_unchanged: Annotated[
@@ -288,7 +293,7 @@ def with_options(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[...
 
 
 @dataclass(frozen=True)
-class HeadFlags(Conversion):
+class HeadFlags(Conversion, MegatronFlags):
     """Options of the verbs that write a head."""
 
     source: Annotated[
@@ -362,15 +367,6 @@ class HeadFlags(Conversion):
         typer.Option(help="A fresh head where SRC has none; it has learnt nothing.", show_default=False),
     ] = None
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of --init-head normal.")] = 0
-    tp: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="With --to megatron: tensor-parallel ranks that the vocabulary is padded for.",
-            show_default=False,
-        ),
-    ] = None
 
     @property
     def plain(self) -> HeadOptions:
