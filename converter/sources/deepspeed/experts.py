@@ -13,18 +13,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
+from converter.sources.deepspeed.files import EXPERT
+from converter.sources.deepspeed.state import Shards
 from converter.sources.survey import file_names
 from converter.text import fold, show
 
-if TYPE_CHECKING:
-    from converter.sources.deepspeed.state import Shards
-
-FILE = re.compile(r"(?:layer_(\d{1,6})_)?expert_(\d{1,6})_mp_rank_(\d{1,4})_model_states\.pt", re.ASCII)
-OPTIMIZER = re.compile(r"expp_rank_(\d{1,6})_mp_rank_(\d{1,4})_optim_states\.pt", re.ASCII)
 GROUPS = "ds_zero_partition_groups"
 _OWN = re.compile(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..+)", re.ASCII)
 _STACKED = re.compile(r"(.+\.experts\.w[123])\.(\d+)", re.ASCII)
@@ -32,11 +29,6 @@ _STACK = re.compile(r".+\.experts\.w[123]", re.ASCII)
 
 
 _WITH_DEEPSPEED = "load it with DeepSpeed in the training script, and save it gathered"
-
-
-def holds_experts(names: Iterable[str]) -> bool:
-    """True where files of experts are among these."""
-    return any(FILE.fullmatch(n) for n in names)
 
 
 def expert_files(shards: Shards) -> dict[tuple[int, int], str]:
@@ -47,7 +39,7 @@ def expert_files(shards: Shards) -> dict[tuple[int, int], str]:
     """
     found: dict[tuple[int, int], str] = {}
     for name in sorted(file_names(shards.folder)):
-        match = FILE.fullmatch(name)
+        match = EXPERT.fullmatch(name)
         if match is None:
             continue
         if match[1] is None or int(match[3]) != 0:
@@ -238,6 +230,6 @@ def placed_in_order(shards: Shards) -> None:
         listed: Any = placement.get("ranks") if isinstance(placement, dict) else None
         for entry in listed if isinstance(listed, list) else []:
             rank, own = (entry.get("rank"), entry.get("experts")) if isinstance(entry, dict) else (None, None)
-            numbers = type(rank) is int and type(count) is int and isinstance(own, list)
-            if not numbers or own != [rank * count + i for i in range(len(own))]:
+            first = rank * count if type(rank) is int and type(count) is int else None
+            if first is None or not isinstance(own, list) or own != list(range(first, first + len(own))):
                 raise shards.refuse("zero-experts", "experts were placed on the ranks in an order of their own")

@@ -27,6 +27,7 @@ MAX_TAG = 200
 # The files of old versions lack the underscore before their last word.
 _MODEL = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,4})_?model_states\.pt", re.ASCII)
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,4})_?optim_states\.pt", re.ASCII)
+EXPERT = re.compile(r"(?:layer_(\d{1,6})_)?expert_(\d{1,6})_mp_rank_(\d{1,4})_model_states\.pt", re.ASCII)
 LAYER = re.compile(r"layer_(\d{1,6})(?:-model_(\d{1,4}))?-model_states\.pt", re.ASCII)
 """A layer of a pipeline, and which tensor-parallel rank's."""
 _TRAINER_FOLDER = re.compile(r"(?:checkpoint|step|epoch|iter)[-_]?\d+", re.ASCII)
@@ -51,6 +52,11 @@ class RankFiles:
 def holds_shards(names: Collection[str]) -> bool:
     """True where DeepSpeed's model or optimizer files are among these names."""
     return any(_MODEL.fullmatch(n) or _OPTIMIZER.fullmatch(n) for n in names)
+
+
+def holds_experts(names: Collection[str]) -> bool:
+    """True where files of experts are among these names."""
+    return any(EXPERT.fullmatch(n) for n in names)
 
 
 def is_universal(folder: Path) -> bool:

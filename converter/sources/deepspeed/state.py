@@ -18,8 +18,7 @@ from converter.core.formats.torch_file import Opaque, read_torch_file, read_tree
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused
-from converter.sources.deepspeed.experts import holds_experts
-from converter.sources.deepspeed.files import UNIVERSAL, RankFiles, is_universal, rank_files
+from converter.sources.deepspeed.files import UNIVERSAL, RankFiles, holds_experts, is_universal, rank_files
 from converter.sources.survey import file_names
 from converter.text import fold, show
 
