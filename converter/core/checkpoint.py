@@ -18,9 +18,9 @@ from converter.text import fold, format_size, show
 MODEL, ADAPTER, TRAINING, DELTA, STATE = "model", "adapter", "training", "delta", "state"
 """What a checkpoint is, as `Origin.kind` says; `delta`: the difference of two models."""
 
-Container = Literal["safetensors", "torch", "distcp"]
+Container = Literal["safetensors", "torch", "distcp", "trees"]
 """What weights are written in: safetensors; torch's zip format (`pytorch_model.bin`), all that some loaders read; or a
-distributed checkpoint (`.distcp` files and `.metadata`)."""
+distributed checkpoint (`.distcp` files and `.metadata`), or files of torch's that hold more than tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         under: keys of the dictionaries that a distributed checkpoint has the model in.
         copies: tensors that several ranks saved: the name, what is taken, and another rank's, which must be equal.
         boxes: by name, how many leading dimensions of a tensor such a checkpoint has index by index; absent: none.
+        trees: what files of torch's say, by path, their tensors lazy: they are written in place of `tensors`.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -162,6 +163,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     under: tuple[str, ...] = ()
     copies: tuple[tuple[str, LazyTensor, LazyTensor], ...] = ()
     boxes: Mapping[str, int] = field(default_factory=dict)
+    trees: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LazyTensor:
         """The lazy tensor of that name; `converter.to_torch` reads its values."""

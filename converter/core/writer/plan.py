@@ -25,6 +25,7 @@ from converter.core.writer import shard_plan
 from converter.core.writer.accounting import checks_of
 from converter.core.writer.distcp import boxed, in_files, lay_out_distcp
 from converter.core.writer.shard_plan import Entry, ShardPlan, as_link, lay_out
+from converter.core.writer.torch_trees import lay_out_tree
 from converter.errors import Refused
 from converter.text import fold, format_size, show
 
@@ -192,6 +193,8 @@ def make_plan(
     if checkpoint.container == "distcp":
         place = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
         shards, files[place + METADATA] = _distributed(checkpoint, max_shard_size)
+    elif checkpoint.container == "trees":
+        shards = tuple(lay_out_tree(file, tree) for file, tree in checkpoint.trees.items())
     else:
         keep = layout == "preserve" or (layout == "auto" and max_shard_size is None and bool(checkpoint.shards))
         shards, index = _files(checkpoint, keep, max_shard_size, linkable or {})

@@ -13,15 +13,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
-from converter.sources.deepspeed.files import EXPERT
-from converter.sources.deepspeed.state import Shards
+from converter.sources.deepspeed.files import EXPERT_FILE
 from converter.sources.survey import file_names
 from converter.text import fold, show
 
+if TYPE_CHECKING:
+    from converter.sources.deepspeed.state import Shards
+
+OPTIMIZER = re.compile(r"expp_rank_(\d{1,6})_mp_rank_(\d{1,4})_optim_states\.pt", re.ASCII)
 GROUPS = "ds_zero_partition_groups"
 _OWN = re.compile(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..+)", re.ASCII)
 _STACKED = re.compile(r"(.+\.experts\.w[123])\.(\d+)", re.ASCII)
@@ -39,7 +42,7 @@ def expert_files(shards: Shards) -> dict[tuple[int, int], str]:
     """
     found: dict[tuple[int, int], str] = {}
     for name in sorted(file_names(shards.folder)):
-        match = EXPERT.fullmatch(name)
+        match = EXPERT_FILE.fullmatch(name)
         if match is None:
             continue
         if match[1] is None or int(match[3]) != 0:
@@ -230,6 +233,7 @@ def placed_in_order(shards: Shards) -> None:
         listed: Any = placement.get("ranks") if isinstance(placement, dict) else None
         for entry in listed if isinstance(listed, list) else []:
             rank, own = (entry.get("rank"), entry.get("experts")) if isinstance(entry, dict) else (None, None)
-            first = rank * count if type(rank) is int and type(count) is int else None
-            if first is None or not isinstance(own, list) or own != list(range(first, first + len(own))):
+            if not (type(rank) is int and type(count) is int and isinstance(own, list)) or own != [
+                rank * count + i for i in range(len(own))
+            ]:
                 raise shards.refuse("zero-experts", "experts were placed on the ranks in an order of their own")

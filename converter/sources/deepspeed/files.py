@@ -8,7 +8,7 @@ https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/pipe/mod
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,8 @@ UNIVERSAL = "zero"
 MAX_TAG = 200
 # The files of old versions lack the underscore before their last word.
 _MODEL = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,4})_?model_states\.pt", re.ASCII)
+EXPERT_FILE = re.compile(r"(?:layer_(\d{1,6})_)?expert_(\d{1,6})_mp_rank_(\d{1,4})_model_states\.pt", re.ASCII)
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,4})_?optim_states\.pt", re.ASCII)
-EXPERT = re.compile(r"(?:layer_(\d{1,6})_)?expert_(\d{1,6})_mp_rank_(\d{1,4})_model_states\.pt", re.ASCII)
 LAYER = re.compile(r"layer_(\d{1,6})(?:-model_(\d{1,4}))?-model_states\.pt", re.ASCII)
 """A layer of a pipeline, and which tensor-parallel rank's."""
 _TRAINER_FOLDER = re.compile(r"(?:checkpoint|step|epoch|iter)[-_]?\d+", re.ASCII)
@@ -52,11 +52,6 @@ class RankFiles:
 def holds_shards(names: Collection[str]) -> bool:
     """True where DeepSpeed's model or optimizer files are among these names."""
     return any(_MODEL.fullmatch(n) or _OPTIMIZER.fullmatch(n) for n in names)
-
-
-def holds_experts(names: Collection[str]) -> bool:
-    """True where files of experts are among these names."""
-    return any(EXPERT.fullmatch(n) for n in names)
 
 
 def is_universal(folder: Path) -> bool:
@@ -316,3 +311,8 @@ def run_folders(tag_folder: Path) -> list[Path]:
     if tag_folder.parent.suffix == ".ckpt":  # Lightning's, some folders below the run's top
         folders += list(tag_folder.parents)[1 : LIGHTNING_DEPTH + 2]
     return folders
+
+
+def holds_experts(names: Iterable[str]) -> bool:
+    """True where files of experts are among these."""
+    return any(EXPERT_FILE.fullmatch(n) for n in names)
