@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.core.checkpoint import MODEL, STATE
 from converter.core.compute.measures import energy_kept, has_update, relative_size, surviving_share
 from converter.diagnostic import Again, Command, Next, is_command, parts
 from converter.errors import ConvertError, Refused
@@ -147,19 +148,25 @@ def note_lines(notes: Iterable[Note], *, verbose: bool) -> list[str]:
 
 def plan_line(plan: Plan, checkpoint: Checkpoint, adapters: Sequence[Checkpoint]) -> str:
     """`142 copied, 196 merged, 1 from adapter: score.weight, 1 dropped: lm_head.weight`."""
-    folders = {a.origin.path for a in adapters}
-    groups: dict[str, list[str]] = {}
-    for shard in plan.shards:
-        for entry in shard.entries:
-            groups.setdefault(_work(entry, folders) if shard.link is None else "linked", []).append(entry.name)
     named = {"from adapter", "filled", "dropped"}
-    groups["dropped"] = list(checkpoint.dropped)
+    groups = fates(plan, checkpoint, adapters)
     parts = [
         f"{len(names)} {work}" + (f": {fold(names)}" if work in named else "")
         for work, names in groups.items()
         if names
     ]
     return line("plan", ", ".join(parts))
+
+
+def fates(plan: Plan, checkpoint: Checkpoint, adapters: Sequence[Checkpoint]) -> dict[str, list[str]]:
+    """Names of tensors by what happens to them."""
+    folders = {a.origin.path for a in adapters}
+    groups: dict[str, list[str]] = {}
+    for shard in plan.shards:
+        for entry in shard.entries:
+            groups.setdefault(_work(entry, folders) if shard.link is None else "linked", []).append(entry.name)
+    groups["dropped"] = list(checkpoint.dropped)
+    return groups
 
 
 def _work(entry: Entry, adapter_folders: set[str]) -> str:
@@ -289,8 +296,10 @@ def _percent(share: float) -> str:
     return f"{percent:.3g} %" if abs(percent) < 99.95 else f"{percent:.4g} %"
 
 
-def wrote_line(out: str, config: Mapping[str, Any], pad_token: str | None) -> str:
+def wrote_line(out: str, config: Mapping[str, Any], pad_token: str | None, kind: str = MODEL) -> str:
     """`./rm  Qwen2ForSequenceClassification, 1 label, pad <|endoftext|>`."""
+    if kind == STATE:
+        return line("wrote", f"{show(out)}  a state dict, which is no model")
     if config.get("peft_type"):
         return line("wrote", f"{show(out)}  {adapter_kind(config)}")
     architectures = config.get("architectures")

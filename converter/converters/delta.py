@@ -129,7 +129,7 @@ def _expect_of(model: Checkpoint, delta: Checkpoint) -> None:
     """Refuse a difference whose names, shapes, ties or config are not the model's."""
     asked = show(delta.origin.asked)
     if delta.origin.kind != DELTA:
-        made = Command("make-delta", ("BASE", as_argument(delta.origin.asked), "DELTA"))
+        made = Command("make-delta", ("BASE", as_argument(delta.origin.asked), "OUT"))
         raise Refused("not-a-delta", "it is not a difference of two models", where=asked, next=made)
     floats = {n: t.info.shape for n, t in model.tensors.items() if t.info.dtype.is_float}
     shapes = {n: t.info.shape for n, t in delta.tensors.items()}

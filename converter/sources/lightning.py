@@ -20,7 +20,7 @@ from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
 from converter.sources.base import Held, TrainingSource
 from converter.sources.beside import find_beside
-from converter.sources.places import Place, by_number
+from converter.sources.places import LIGHTNING_DEPTH, Place, by_number, lightning_folders
 from converter.sources.survey import file_names, folder_kind, snapshot_of
 from converter.text import fold, show
 
@@ -31,13 +31,11 @@ CKPT = re.compile(r"(?:[\w.,=+ -]*(?:epoch|step)[\w.,=+ -]*|last(?:-v\d+)?)\.ckp
 _LAST = "last.ckpt"
 _ANY_NAME = re.compile(r"[\w.]+")
 """Hyper-parameters may hold anything of the user's; what runs code is refused all the same."""
-_INSIDE = ("checkpoints", "lightning_logs")
-_VERSION = re.compile(r"version_\d+", re.ASCII)
 _ABOVE = 4
 """Folders above a file in which a run's config.json may lie: `RUN/lightning_logs/version_0/checkpoints`."""
 
 
-def files_in(root: Path, depth: int = 3) -> list[Path]:
+def files_in(root: Path, depth: int = LIGHTNING_DEPTH) -> list[Path]:
     """Checkpoints in a folder, or where Lightning puts them below it; the newest version's where there are several."""
     if root.is_file():
         return [root] if root.name.endswith(".ckpt") else []
@@ -46,20 +44,10 @@ def files_in(root: Path, depth: int = 3) -> list[Path]:
         return []
     if found := sorted((root / n for n in names if CKPT.fullmatch(n)), key=by_number):
         return found
-    for below in _folders(root) if depth else ():
+    for below in lightning_folders(root) if depth else ():
         if found := files_in(below, depth - 1):
             return found
     return []
-
-
-def _folders(root: Path) -> list[Path]:
-    """Lightning's own folders right below, the newest version first."""
-    try:
-        below = [p for p in root.iterdir() if p.is_dir()]
-    except OSError:
-        return []
-    versions = sorted((p for p in below if _VERSION.fullmatch(p.name)), key=by_number, reverse=True)
-    return [*(p for p in below if p.name in _INSIDE), *versions]
 
 
 def search(root: Path, asked: str, tag: str | None = None) -> Place | None:

@@ -15,6 +15,10 @@ MOST_LISTED = 8
 """Folders that an error lists."""
 
 _NUMBER = re.compile(r"\d+", re.ASCII)
+_LIGHTNING = ("checkpoints", "lightning_logs")
+_LIGHTNING_VERSION = re.compile(r"version_\d+", re.ASCII)
+LIGHTNING_DEPTH = 3
+"""Folders that Lightning puts between a run's top and its checkpoints: `lightning_logs/version_0/checkpoints`."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,16 @@ class Place:
 def by_number(folder: Path) -> tuple[list[int], str]:
     """Sorts `checkpoint-9` before `checkpoint-10`."""
     return [int(n) for n in _NUMBER.findall(folder.name)], folder.name
+
+
+def lightning_folders(root: Path) -> list[Path]:
+    """Lightning's own folders right below one, the newest version first."""
+    try:
+        below = [p for p in root.iterdir() if p.is_dir()]
+    except OSError:
+        return []
+    versions = sorted((p for p in below if _LIGHTNING_VERSION.fullmatch(p.name)), key=by_number, reverse=True)
+    return [*(p for p in below if p.name in _LIGHTNING), *versions]
 
 
 def no_parts(source: str, asked: str, part: str) -> UsageError:

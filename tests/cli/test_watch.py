@@ -51,11 +51,14 @@ def watch(run: Path, state: Path, *more: str) -> int:
     return main(["watch", str(run), *timing, *more])
 
 
-def test_each_checkpoint_of_a_slow_writer_is_judged_once_and_whole_over_a_kill_and_a_restart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("notify", ["poll", "inotify"])
+def test_each_checkpoint_of_a_slow_writer_is_judged_once_and_whole_over_a_kill_and_a_restart(
+    notify: str, tmp_path: Path
+) -> None:
     run, state = tmp_path / "run", tmp_path / "state.json"
     run.mkdir()
     with subprocess.Popen([sys.executable, "-c", WRITER, str(BASE), str(run), "1", "2", "3"]) as writer:
-        first = watcher(run, state)
+        first = watcher(run, state, "--notify", notify)
         assert first.stdout is not None
         one = first.stdout.readline()
         deadline = time.monotonic() + 30
@@ -64,7 +67,7 @@ def test_each_checkpoint_of_a_slow_writer_is_judged_once_and_whole_over_a_kill_a
         first.kill()
         rest, _ = first.communicate()
         writer.wait(60)
-    second = watcher(run, state, "--once")
+    second = watcher(run, state, "--once", "--notify", notify)
     out, _ = second.communicate(timeout=60)
     assert second.returncode == 0
     assert judged(one + rest + out) == [(f"checkpoint-{n}", "sound") for n in (1, 2, 3)]

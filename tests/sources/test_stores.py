@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from converter.sources.stores.names import store_name
 
 import converter
 from converter.core.files import sparse
@@ -18,7 +19,6 @@ from converter.errors import Refused, UsageError
 from converter.shipped import shipped
 from converter.sources.hub import mirror as hub_mirror
 from converter.sources.locate import resolve
-from converter.sources.stores.names import store_name
 from hub_here import run
 from small_models import numbers, save_model
 from store_here import BUCKET, SECRET, Fault, Store, running

@@ -99,10 +99,17 @@ class Walk:
         _, label, block = done.out.rpartition("\nNext: ")
         if not label or (line.split()[1] in SHOWING and done.code != FAILED):
             return
-        for each in filter(None, map(str.strip, block.split("\n"))):
+        for each in filter(is_typed, map(str.strip, block.split("\n"))):
             self.wrong += [f"{line}: {why}: {each}" for why in faults(each)]
             if each.startswith("rlhf-convert "):
                 self._follow(each, (("printed", each, None),))
+
+
+def is_typed(line: str) -> bool:
+    """True for a line of a screen that is a command or a shell's comment; sentences are for people to read."""
+    return (
+        line.startswith(("rlhf-convert ", "python", "ls ", "mv ", "cp ", "#", "-", "vllm ")) and " with --" not in line
+    )
 
 
 def walk(shell: Shell, place: Place, verb: str) -> Walk:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from converter.cli.options import Conversion as Flags
 from converter.cli.progress import progress
+from converter.cli.report.asked import expect_report
+from converter.cli.report.writing import write_report
 from converter.cli.run.hub import check_push, finish_on_hub, hub_lines, push_written, with_command
 from converter.cli.run.planned import (
     dry_run,
@@ -50,6 +52,7 @@ def convert(
         input_lines: what the screen says of the inputs, of the planned result.
         next_commands: what to type next, of the finished one.
     """
+    expect_report(options.report, out)
     if options.print_recipe:
         print_recipe(recipe(), options)
         return None
@@ -61,7 +64,18 @@ def convert(
     done = written(verb, out, options, input_lines=input_lines)
     if isinstance(done, Conversion):
         _finish(done, options, next_commands)
+        _report(done, options, next_commands)
     return done
+
+
+def _report(done: Conversion, options: Flags, next_commands: Callable[[Any], Sequence[Next]]) -> None:
+    """The page of a run that was planned or written here."""
+    if options.report is None or (done.receipt is None and done.task is not None):
+        return
+    from converter.cli.report.of_run import grid_of_run, page_of
+
+    following = next_commands(done) if done.receipt is not None else ()
+    write_report(options.report, options.sink, lambda: page_of(done, following), lambda: grid_of_run(done))
 
 
 def written(verb: Callable[..., V], out: str | None, options: Flags, *, input_lines: Callable[[Any], list[str]]) -> V:

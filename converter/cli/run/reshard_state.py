@@ -19,7 +19,8 @@ from converter.text import show
 
 def reshard_state(asked: ReshardRequest, out: str | None, options: Conversion) -> int:
     """Write a trainer's state for another number of ranks."""
-    for flag, is_given in (("--print-recipe", options.print_recipe), ("--push-to-hub", options.push_to_hub)):
+    without = {"--print-recipe": options.print_recipe, "--push-to-hub": options.push_to_hub, "--report": options.report}
+    for flag, is_given in without.items():
         if is_given:
             raise UsageError("usage", f"{flag} has no meaning with --world-size: a trainer's state is kept as it is")
     if out is None and not options.dry_run:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import line
 from converter.cli.progress import progress
+from converter.cli.report.asked import expect_report
+from converter.cli.report.writing import write_report
 from converter.recipe.verbs import diff as verb
 from converter.text import fold, show
 
@@ -21,8 +23,9 @@ MOST = 8
 MAX_VALUE = 60
 
 
-def diff(a: str, b: str, options: Display, **knobs: Any) -> int:
+def diff(a: str, b: str, options: Display, *, report_to: str | None = None, **knobs: Any) -> int:
     """Compare; exit code 0 where all is equal, else 1."""
+    expect_report(report_to)
     with progress(options.sink) as reporter:
         done = verb.diff(a, b, reporter=reporter, **knobs)
     found = done.difference
@@ -34,6 +37,10 @@ def diff(a: str, b: str, options: Display, **knobs: Any) -> int:
         ]
     )
     options.sink.json(to_json(found))
+    if report_to is not None:
+        from converter.cli.report.of_reading import grid_of_diff, page_of_diff
+
+        write_report(report_to, options.sink, lambda: page_of_diff(done), lambda: grid_of_diff(done))
     return 0 if done.is_equal else 1
 
 

@@ -9,6 +9,7 @@
     why       how it was recognised, in words
     for       the trainer that --for or --launch names, or null
     near      folders around it: [{"path", "source"}]
+    not_compared  why names and shapes were not compared with what a load asks for, or null
     findings  the worst first, each:
         code            kebab-case, stable
         severity        error, changes-numbers or cosmetic
@@ -27,6 +28,8 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import line, next_lines, wrapped_step
+from converter.cli.report.asked import expect_report
+from converter.cli.report.writing import write_report
 from converter.diagnostic import is_command
 from converter.text import show
 
@@ -51,15 +54,20 @@ _KINDS = {
 }
 
 
-def doctor(path: str, fail_on: str, options: Display, **knobs: Any) -> int:
+def doctor(path: str, fail_on: str, options: Display, *, report_to: str | None = None, **knobs: Any) -> int:
     """Examine a folder; exit code 1 where a finding is as bad as `fail_on` or worse."""
     from converter.examine.doctor import at_or_above
     from converter.recipe.verbs.doctor import doctor
 
+    expect_report(report_to)
     report = doctor(path, **knobs)
     code = 1 if at_or_above(fail_on, report.findings) else 0
     options.sink.screen([*screen(report, verbose=options.verbose), _verdict(report, code)])
     options.sink.json(to_json(report))
+    if report_to is not None:
+        from converter.cli.report.of_reading import page_of_doctor
+
+        write_report(report_to, options.sink, lambda: page_of_doctor(report))
     return code
 
 
@@ -74,6 +82,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "why": case.why,
         "for": case.target,
         "near": [{"path": n.asked, "source": n.source} for n in case.near],
+        "not_compared": report.not_compared or None,
         "findings": [f.to_json() for f in report.findings],
     }
 
@@ -133,6 +142,5 @@ def _verdict(report: Report, code: int) -> str:
     counts = {s: sum(f.severity == s for f in report.findings) for s in WORDS}
     words = {"error": "error", "changes-numbers": "that changes numbers", "cosmetic": "cosmetic"}
     listed = ", ".join(f"{n} {words[s]}{'s' if s == 'error' and n > 1 else ''}" for s, n in counts.items() if n)
-    # Without its base an adapter's names and shapes were not compared with what a load asks for.
-    is_compared = report.case.kind != "adapter" or report.case.base is not None
-    return f"{listed or 'no finding'}{'' if is_compared else '; not compared with a base'}, exit {code}"
+    without = f"; {report.not_compared}" if report.not_compared else ""
+    return f"{listed or 'no finding'}{without}, exit {code}"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from converter.blanks import without_blanks
+from converter.cli.report.asked import expect_report
+from converter.cli.report.writing import write_report
 from converter.diagnostic import Command, Next, as_argument, commands
 from converter.dialects.known import Target
 from converter.errors import VerificationFailed
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
 MARKS = {"holds": "ok  ", "note": "note", "fails": "FAIL"}
 
 
-def verify(folder: str, options: Display, **knobs: Any) -> int:
+def verify(folder: str, options: Display, *, report_to: str | None = None, **knobs: Any) -> int:
     """Verify a folder; exit code 0, or 4 where a check fails."""
+    expect_report(report_to)
     sink = options.sink
     found = verb.verify(folder, told=sink.tell, **knobs)
     broken = found.failed
@@ -47,6 +50,10 @@ def verify(folder: str, options: Display, **knobs: Any) -> int:
             "next": list(map(str, following)),
         }
     )
+    if report_to is not None:
+        from converter.cli.report.of_reading import page_of_verify
+
+        write_report(report_to, sink, lambda: page_of_verify(folder, found, following))
     return VerificationFailed.exit_code if broken else 0
 
 

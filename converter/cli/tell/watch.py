@@ -2,11 +2,12 @@
 
 `watch --json` prints one object a line, each with
 
-    version   1; it changes with the shape of what follows
-    path      the checkpoint
-    verdict   sound, numbers, error or not examined
-    failed    why it could not be examined, or null
-    findings  as `doctor --json` prints them
+    version       1; it changes with the shape of what follows
+    path          the checkpoint
+    verdict       sound, not compared, numbers, error or not examined
+    failed        why it could not be examined, or null
+    not_compared  why names and shapes were not compared with what a load asks for, or null
+    findings      as `doctor --json` prints them
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.cli.tell.posting import expect_url, post
 from converter.errors import UsageError
 from converter.examine.glance import glance_of
 from converter.recipe.verbs import watch as verb
@@ -28,19 +30,31 @@ if TYPE_CHECKING:
 
 
 def watch(
-    run: str, fail_on: str, options: Display, *, on_error: str | None, fail_fast: bool, once: bool, **knobs: Any
+    run: str,
+    fail_on: str,
+    options: Display,
+    *,
+    on_error: str | None,
+    fail_fast: bool,
+    once: bool,
+    post_to: str | None = None,
+    **knobs: Any,
 ) -> int:
     """Tell of each checkpoint once it is complete; exit code 1 where one of them is as bad as `fail_on` or worse."""
     command = None if on_error is None else command_of(on_error)
+    expect_url(post_to)
     sink, code = options.sink, 0
     checkpoints = verb.watch(run, once=once, **knobs)
     sink.tell(f"watching {show(run)}; {'ends when all that is there was examined' if once else 'Ctrl-C ends it'}")
     for each in checkpoints:
-        glance = glance_of(each.path, each.findings, fail_on, failed=each.failed)
+        glance = glance_of(each.path, each.findings, fail_on, failed=each.failed, not_compared=each.not_compared)
         sink.screen([glance.line])
+        told: dict[str, Any] = {"version": 1, "path": each.path, "verdict": glance.word, "failed": each.failed}
+        told |= {"not_compared": each.not_compared, "findings": list(each.findings)}
         if sink.as_json:
-            told = {"version": 1, "path": each.path, "verdict": glance.word, "failed": each.failed}
-            sink.data(json.dumps({**told, "findings": list(each.findings)}))
+            sink.data(json.dumps(told))
+        if post_to is not None and (failure := post(post_to, told)) is not None:
+            sink.tell(f"--post: {failure}")
         if not glance.bad and each.failed is None:
             continue
         code = 1

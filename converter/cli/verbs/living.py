@@ -17,6 +17,14 @@ ForEach = Annotated[
 ]
 
 
+class NotifyChoice(StrEnum):
+    """How changes are noticed."""
+
+    auto = "auto"
+    inotify = "inotify"
+    poll = "poll"
+
+
 @verb(
     "watch",
     Display,
@@ -48,6 +56,22 @@ def watch(
             show_default=False,
         ),
     ] = None,
+    post: Annotated[
+        str | None,
+        typer.Option(
+            "--post",
+            metavar="URL",
+            help="Send what --json prints of each checkpoint there, as it is examined; the URL is never printed.",
+            show_default=False,
+        ),
+    ] = None,
+    notify: Annotated[
+        NotifyChoice,
+        typer.Option(
+            "--notify",
+            help="How changes are noticed: told by the kernel (needs the extra `watch`), or by looks at intervals.",
+        ),
+    ] = NotifyChoice.auto,
     once: Annotated[bool, typer.Option("--once", help="Examine what is there now, and end.")] = False,
     interval: Annotated[
         float, typer.Option("--interval", metavar="SECONDS", min=0.05, help="Time between two looks.")
@@ -71,7 +95,7 @@ def watch(
 
     return watch(
         run, fail_on.value, options, on_error=on_error, fail_fast=fail_fast, once=once, for_=target, deep=deep,
-        ignore=ignore or (), interval=interval, settle=settle, state=state,
+        ignore=ignore or (), interval=interval, settle=settle, state=state, post_to=post, notify=notify.value,
     )  # fmt: skip
 
 

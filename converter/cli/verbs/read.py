@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from converter.cli.app import verb
-from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Display, FailOnChoice, Reading, Speaking
+from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Display, FailOnChoice, Reading, Report
+from converter.cli.speaking import Speaking
 from converter.cli.verbs.examining import Deep, Ignore
 from converter.cli.verbs.heads import RoleChoice
 
@@ -102,12 +104,14 @@ def doctor(
         int | None,
         typer.Option(metavar="M", min=1, help="Say whether the run goes on with M ranks.", show_default=False),
     ] = None,
+    report: Report = None,
 ) -> int:
     """`rlhf-convert doctor`."""
     from converter.cli.tell.doctor import doctor
 
     return doctor(
-        path, fail_on.value, options, base=base, weights_from=weights_from or (), for_=target, with_actor=actor,
+        path, fail_on.value, options, report_to=report, base=base, weights_from=weights_from or (), for_=target,
+        with_actor=actor,
         ignore=ignore or (), deep=deep, launch=launch, resume_on=resume_on, allow_name=options.allow_name or (),
     )  # fmt: skip
 
@@ -173,12 +177,14 @@ def verify(
         int, typer.Option(metavar="N", min=1, help="How many pairs of --probe are scored, the first ones.")
     ] = 200,
     allow: Allow = None,
+    report: Report = None,
 ) -> int:
     """`rlhf-convert verify`."""
     from converter.cli.tell.verify import verify
 
     return verify(
-        folder, options, for_=trainer, role=None if role is None else role.value, against=against, from_=source,
+        folder, options, report_to=report, for_=trainer, role=None if role is None else role.value, against=against,
+        from_=source,
         base=base, live=live, python=python, probe=probe, pairs=pairs, allow=allow or (),
     )  # fmt: skip
 
@@ -232,11 +238,18 @@ def diff(
         list[str] | None,
         typer.Option(metavar="P", help="Taken off names before they are paired. Repeatable.", show_default=False),
     ] = None,
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="Adam's moments of two runs, whatever their ranks; not the weights.")
+    ] = False,
+    report: Report = None,
 ) -> int:
     """`rlhf-convert diff`."""
     from converter.cli.tell.diff import diff
 
-    return diff(a, b, options, ignore_prefix=ignore_prefix or (), allow_name=options.allow_name or ())
+    return diff(
+        a, b, options, report_to=report, ignore_prefix=ignore_prefix or (), allow_name=options.allow_name or (),
+        optimizer=optimizer,
+    )  # fmt: skip
 
 
 @verb(
@@ -328,3 +341,32 @@ def schema(
     from converter.cli.tell.schema import schema
 
     return schema(name, options)
+
+
+class ShellChoice(StrEnum):
+    """Shells that complete."""
+
+    bash = "bash"
+    zsh = "zsh"
+    fish = "fish"
+
+
+@verb(
+    "completion",
+    Display,
+    short_help="Print a script that completes command lines in a shell.",
+    help="Print a script that completes verbs, options, their choices, trainers, codes and folders. It holds all "
+    "words: a shell that completes starts no Python. Print it anew after an update.",
+    examples=(
+        "rlhf-convert completion bash > ~/.local/share/bash-completion/completions/rlhf-convert",
+        'rlhf-convert completion zsh > "${fpath[1]}/_rlhf-convert"',
+        "rlhf-convert completion fish > ~/.config/fish/completions/rlhf-convert.fish",
+    ),
+)
+def completion(
+    options: Display, shell: Annotated[ShellChoice, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")]
+) -> int:
+    """`rlhf-convert completion`."""
+    from converter.cli.tell.completion import completion
+
+    return completion(shell.value, options)

@@ -23,7 +23,6 @@ class ExecutorChoice(StrEnum):
     short_help="Run a recipe.",
     help="Run a recipe: a file, or the name of a shipped one (see `rlhf-convert list`).",
     examples=(
-        "rlhf-convert run ./recipe.yaml ./out",
         "rlhf-convert run merge-reward-lora ./rm --input adapter=./my-adapter",
         "srun -n 8 rlhf-convert run ./recipe.yaml ./out --task auto",
         "rlhf-convert run ./recipe.yaml ./out --executor ray --ray-address head:6379",

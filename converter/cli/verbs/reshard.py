@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import Out, verb
-from converter.cli.options import INPUT, OUTPUT, Conversion
-from converter.cli.verbs.write import Dequantize
+from converter.cli.options import INPUT, OUTPUT, Conversion, Dequantize
 from converter.errors import UsageError
 
 

@@ -7,17 +7,9 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import Out, verb
-from converter.cli.options import INPUT, OUTPUT, Conversion, LoraAlpha
-from converter.recipe.options import CombineChoice, EmitChoice, NumericsChoice, PartChoice, RequantizeChoice
+from converter.cli.options import INPUT, OUTPUT, Conversion, Dequantize, LoraAlpha
+from converter.recipe.options import CombineChoice, EmitChoice, GatherEmit, NumericsChoice, PartChoice, RequantizeChoice
 
-Dequantize = Annotated[
-    bool,
-    typer.Option(
-        "--dequantize",
-        help="Make a quantised model's weights whole first, as the vendor's own code does, to the bit.",
-        rich_help_panel=INPUT,
-    ),
-]
 Requantize = Annotated[
     RequantizeChoice | None,
     typer.Option(
@@ -158,10 +150,10 @@ def gather(
     ] = None,
     master: Annotated[bool, typer.Option("--master", help="Keep the fp32 masters; the same as --dtype fp32.")] = False,
     emit: Annotated[
-        EmitChoice | None,
+        GatherEmit | None,
         typer.Option(
             help="After LoRA: the adapter (default), the merged model, or both: the model in OUT, the adapter in "
-            "OUT-adapter.",
+            "OUT-adapter. state: the tensors under the names that the run has, for a module of your own: no model.",
             show_default=False,
             rich_help_panel=OUTPUT,
         ),
@@ -176,6 +168,7 @@ def gather(
     rslora: Annotated[
         bool, typer.Option("--rslora", help="Training set use_rslora, and no config records it.", rich_help_panel=INPUT)
     ] = False,
+    dequantize: Dequantize = False,
 ) -> int:
     """`rlhf-convert gather`."""
     from converter.cli.run.gather import gather
@@ -190,6 +183,7 @@ def gather(
         lora_alpha=lora_alpha,
         rslora=rslora,
         part=None if part is None else part.value,
+        dequantize=dequantize,
     )
     return gather(asked, options.target(out), options)
 

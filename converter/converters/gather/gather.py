@@ -9,9 +9,13 @@ from typing import Any, ClassVar, Literal
 
 from converter.converters.gather import megatron_lora
 from converter.converters.gather.adapter_config import HEADS, LORA_FILES, adapter_config, head_task, with_folded_heads
+from converter.converters.gather.autoep import from_autoep
+from converter.converters.gather.copies import expect_equal_copies
 from converter.converters.gather.megatron import from_megatron
 from converter.converters.gather.peft_names import PeftNames, has_factors, peft_names, without_wrappers
+from converter.converters.gather.pipeline import from_pipeline
 from converter.converters.gather.ties import without_tied_copies
+from converter.converters.gather.trainer_names import from_trainer_names
 from converter.converters.gather.wrappers import (
     Part,
     Unwrapped,
@@ -24,7 +28,8 @@ from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import Module
 from converter.converters.merge.layer import merged_alone
 from converter.converters.merge.merge_lora import MergeLora
-from converter.core.checkpoint import Checkpoint, Input
+from converter.converters.merge.quantised.dequantise import Dequantise
+from converter.core.checkpoint import STATE, Checkpoint, Input
 from converter.core.context import Context
 from converter.core.side_files import recorded
 from converter.core.tensors.dtypes import DType
@@ -33,6 +38,7 @@ from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.families.disk_names import with_disk_names
 from converter.families.megatron.names import is_megatron
+from converter.families.quantised.reading import Quantised, read
 from converter.families.words import PEFT_PREFIX
 from converter.text import fold, show
 
@@ -44,19 +50,22 @@ class Gather:
     """Make a model or an adapter of a trainer's state.
 
     Attributes:
-        emit: `auto`: an adapter where LoRA was trained, else the model; `merged`: LoRA merged in the same pass.
+        emit: `auto`: an adapter where LoRA was trained, else the model; `merged`: LoRA merged in the same pass;
+            `state`: every tensor under the state's own name, which is no model.
         base: the base model: config and tokenizer come from it, and weights that the state does not hold.
         lora_alpha, rslora: for adapters whose config is lost.
         part: which model, where the state holds a policy and a value model.
+        dequantize: make the quantised weights below LoRA whole before the merge.
     """
 
     name: ClassVar[str] = "gather"
 
-    emit: Literal["auto", "adapter", "merged"] = "auto"
+    emit: Literal["auto", "adapter", "merged", "state"] = "auto"
     base: Input | None = None
     lora_alpha: float | None = None
     rslora: bool = False
     part: Part | None = None
+    dequantize: bool = False
 
     def __call__(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """The model, the adapter, or the merged model.
@@ -72,6 +81,9 @@ class Gather:
             raise UsageError("not-training", text, where=show(checkpoint.origin.asked))
         for said in checkpoint.said:
             context.note("info", "found", said)
+        expect_equal_copies(checkpoint, context)
+        if self.emit == "state":
+            return _state(checkpoint, context)
         keys: dict[str, str] = {}
         if megatron_lora.is_lora(checkpoint.tensors):
             checkpoint, keys = megatron_lora.with_peft_names(checkpoint, self.base, context)
@@ -83,7 +95,7 @@ class Gather:
         if has_factors(inner.names.values()):
             found = peft_names(inner.names, show(checkpoint.origin.asked))
             lora = _Lora(checkpoint, found, context, self.lora_alpha, self.rslora)
-            made = lora.merged(self.base) if self.emit == "merged" else lora.adapter(self.base)
+            made = lora.merged(self.base, whole=self.dequantize) if self.emit == "merged" else lora.adapter(self.base)
             left = {keys.get(n, n): why for n, why in made.dropped.items()}
             return inner.placed(made.replace(dropped=left), checkpoint.tensors)
         if self.emit == "adapter":
@@ -118,6 +130,17 @@ def _refuse_lost(names: list[str], where: str, next: str) -> None:
         )
 
 
+def _state(checkpoint: Checkpoint, context: Context) -> Checkpoint:
+    """The tensors as they are, for whoever builds the module: no model, no config, no adapter."""
+    held = checkpoint.tensors
+    lost = [n for n, t in held.items() if is_placeholder(t)]
+    _refuse_lost(lost, show(checkpoint.origin.asked), "look for another checkpoint of the run that was saved with them")
+    _say_masters(held, context)
+    context.note("info", "state", "a state dict under the names that the run has, for load_state_dict: it is no model")
+    origin = dataclasses.replace(checkpoint.origin, kind=STATE)
+    return checkpoint.replace(origin=origin, side_files={}, config={}, config_bytes=None, stem=STATE)
+
+
 def _model(checkpoint: Checkpoint, inner: Unwrapped, base: Checkpoint | None, context: Context) -> Checkpoint:
     asked = show(checkpoint.origin.asked)
     lost = [n for raw, n in (inner.names | inner.head).items() if is_placeholder(checkpoint.tensors[raw])]
@@ -128,6 +151,7 @@ def _model(checkpoint: Checkpoint, inner: Unwrapped, base: Checkpoint | None, co
         found = for_value_model(found, base, context)
     if is_megatron(found.tensors):
         found = from_megatron(found, context)
+    found = from_trainer_names(from_pipeline(from_autoep(found, context), context), context)
     expect_known_ends(found)
     if not inner.is_raw:
         found = without_foreign_prefix(found, context)
@@ -149,7 +173,11 @@ def _with_config(found: Checkpoint, base: Checkpoint | None, context: Context) -
             "config-missing",
             "there is no config.json beside or above the shards, and without it nothing loads the weights",
             where=show(found.origin.asked),
-            next=Steps(_with(found.origin.asked, "--base", "BASE"), ", the model that training began with"),
+            next=Steps(
+                _with(found.origin.asked, "--base", "BASE"),
+                ", the model that training began with; for a module of your own, its state dict: ",
+                _with(found.origin.asked, "--emit", "state"),
+            ),
         )
     context.note("info", "found", f"config.json taken from the base, {show(base.origin.name)}")
     return found.replace(side_files=files, config=base.config, config_bytes=base.config_bytes)
@@ -296,9 +324,14 @@ class _Lora:
             checks=self.source.checks,
         )
 
-    def merged(self, base: Checkpoint | None) -> Checkpoint:
-        """The merged model, over the run's own frozen weights where it has them all, else over the base."""
-        own = self._holds_base()
+    def merged(self, base: Checkpoint | None, *, whole: bool = False) -> Checkpoint:
+        """The merged model, over the run's own frozen weights where it has them all, else over the base.
+
+        Args:
+            whole: what it is merged into is quantised, and made whole first.
+        """
+        quantised = self._quantised()
+        own = self._holds_base() and not (quantised.method and (base is not None or quantised.faults))
         if not own and base is None:
             raise Refused(
                 "base-needed",
@@ -308,21 +341,30 @@ class _Lora:
             )
         adapter = self.adapter(None if own else base, alone=not own)
         under = base if not own and base is not None else self._own_base(base)
+        if not own and quantised.weights and not whole:
+            text = f"the run trained over its own quantised weights ({quantised.words}), which --dequantize merges into"
+            self.context.note("info", "trained-over", f"{text}; merged onto the base, as it is named")
+        under = Dequantise()(under, self.context) if whole else under
         result = MergeLora(adapters=(adapter,))(under, self.context)
         dropped = dict.fromkeys(self.names.copies, "the untrained copy of a module that was trained whole")
         if not own:
             dropped |= dict.fromkeys(self.names.base.values(), "frozen: the base's own is used")
         here = {n: why for n, why in dropped.items() if self.source.tensors[n].info.numel}
+        # What is left out of the run's own weights goes by the names that they have in the run.
+        left = {self.names.base.get(n, n) if own else n: why for n, why in result.dropped.items()}
         return _as_model(
-            result.replace(
-                dropped={**self.source.dropped, **here, **result.dropped}, inputs={**adapter.inputs, **result.inputs}
-            )
+            result.replace(dropped={**self.source.dropped, **here, **left}, inputs={**adapter.inputs, **result.inputs})
         )
 
     def _holds_base(self) -> bool:
         raws = [self.names.base.get(f"{m}.weight") for m in self.names.targets]
         held = [raw for raw in self.names.base.values() if is_placeholder(self.source.tensors[raw])]
         return bool(raws) and not held and all(r is not None for r in raws)
+
+    def _quantised(self) -> Quantised:
+        """What of the run's own frozen weights is quantised, as QLoRA has them: a base that is named is meant then."""
+        own = {name: self.source.tensors[raw].info for name, raw in self.names.base.items()}
+        return read(own, self.source.config)
 
     def _own_base(self, base: Checkpoint | None) -> Checkpoint:
         """The run's frozen weights as a base model; heads come with the adapter."""

@@ -8,7 +8,7 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
-from converter.families.ties import untied
+from converter.families.ties import find_ties, untied
 from converter.families.words import INPUT_MODULES, OUTPUT_MODULES
 from converter.text import fold, show
 
@@ -19,10 +19,22 @@ def with_prefix(checkpoint: Checkpoint, prefix: str, backbone: set[str]) -> Chec
 
 
 def untie(checkpoint: Checkpoint, names: Sequence[str], context: Context) -> Checkpoint:
-    """Both sides of a tie written as two tensors, and the config told so."""
-    ties = tuple(group for group in checkpoint.ties if not set(group) & set(names))
+    """Both sides of a tie written as two tensors, and the config told so.
+
+    Other ties that go by the same word of the config come apart with it, such as the two biases of BERT's output
+    embedding: what was stored once is then stored under each name.
+    """
+    config, tensors, shards = untied(checkpoint.config), dict(checkpoint.tensors), dict(checkpoint.shards)
+    still = {name for group in find_ties(tensors, config) for name in group}
+    others = [group for group in checkpoint.ties if not set(group) & set(names)]
+    for group in others:
+        held = next(n for n in group if n in tensors)
+        for name in (n for n in group if n not in tensors and n not in still):
+            tensors[name] = tensors[held]
+            shards |= {name: shards[held]} if held in shards else {}
+    ties = tuple(group for group in others if still.issuperset(group))
     context.note("info", "untied", f"untied: the adapter changes {fold(names)} and not what it is tied to")
-    return checkpoint.replace(config=untied(checkpoint.config), ties=ties)
+    return checkpoint.replace(tensors=tensors, shards=shards, config=config, ties=ties)
 
 
 def with_vocabulary(checkpoint: Checkpoint, base: Checkpoint, prefix: str = "") -> Checkpoint:

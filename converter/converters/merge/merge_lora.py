@@ -38,7 +38,7 @@ from converter.converters.merge.trained_files import (
     with_trained_files,
     without_trained_files,
 )
-from converter.converters.merge.whole_tensors import WholeTensors, is_same
+from converter.converters.merge.whole_tensors import WholeTensors, is_same, stored
 from converter.core.checkpoint import Checkpoint, Input, SideFile
 from converter.core.context import Context
 from converter.core.files.opening import Identity
@@ -231,7 +231,8 @@ class _Merge:
             leaf: self.whole.root(self.base, rule.tensor(f"{module.name}.{leaf}")) for leaf in method.leaves(module)
         }
         bias = self.biases.on_disk(f"{module.name}.bias", rule)
-        return {**found, "bias": self.base.tensors[bias]} if bias in self.base.tensors else found
+        is_there = any(n in self.base.tensors for n in (bias, *self.base.tied_to(bias)))
+        return {**found, "bias": stored(self.base, bias)} if is_there else found
 
     def _settle_ties(self, touched: Collection[str]) -> None:
         """A config may tie two tensors that are stored with different values; loaders then do not tie them."""
@@ -275,6 +276,9 @@ class _Merge:
 
     def _update(self, site: Site, rule: NameRule) -> tuple[Update, ...]:
         updates = updates_of(site)
+        if site.target in self.whole.own:
+            # PEFT loads the adapter's own copy of the weight over the one that it has moved: that one is moved already.
+            updates = tuple(replace(update, start=None) for update in updates)
         if len(self.adapters) > 1 and any(u.start is not None for u in updates):
             raise Refused(
                 "adapters-conflict", "PiSSA and OLoRA move the base and can't be merged with others", where=site.where

@@ -109,9 +109,10 @@ def _say_of_training(base: Checkpoint, adapters: Sequence[Checkpoint], context: 
     made = next((n for n in context.notes if n.code == DEQUANTISED), None)
     recorded = [n for a in adapters if isinstance(n := a.config.get("base_model_name_or_path"), str)]
     if made is not None:
+        of_run = all(a.origin.path == base.origin.path for a in adapters)
         whole_ones = [n for n in recorded if not is_quantised_name(n) and _last(n) != _last(base.origin.path)]
         text = "merged onto the dequantised weights: an adapter that was trained over this base was trained over these"
-        if whole_ones:
+        if whole_ones and not of_run:
             text = (
                 f"merged onto the dequantised weights; the adapter records {show(whole_ones[0])} as its base: nearer "
                 "to its training are that model's own weights, unless it was loaded quantised"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from converter.converters.merge.adapter_keys import PLAIN, SAVED, Module
+from converter.converters.merge.adapter_keys import PLAIN, SAVED, UNDER, Module
 from converter.converters.merge.embeddings import has_vocabulary_rows, is_vocabulary
 from converter.converters.merge.methods.method import AdapterConfig
 from converter.converters.merge.name_rules import NameRule
@@ -74,7 +74,8 @@ class WholeTensors:
             name, key = rule.tensor(f"{module.name}.{leaf}"), module.key(leaf)
             old = stored(base, name)
             saved = module.saved or any(_is_below(module.name, m) for m in config.modules_to_save)
-            if not (saved or is_vocabulary(name) or (leaf == "bias" and config.bias != "none")):
+            copied = UNDER in module.whole[leaf] and bool(module.factors) and has_vocabulary_rows(name, old, base)
+            if not (saved or copied or is_vocabulary(name) or (leaf == "bias" and config.bias != "none")):
                 raise Refused(
                     "adapter-unexpected",
                     f"{show(key)} would replace {show(name)}, and the config does not ask for that",

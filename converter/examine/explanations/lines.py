@@ -64,8 +64,8 @@ class Keys:
 
     def __init__(self, keys: Iterable[bytes]) -> None:
         held = frozenset(keys)
-        self._exact = _Table(held)
-        self._without_digits = _Table({key.translate(None, _DIGITS) for key in held})
+        self._exact = _table(held)
+        self._without_digits = _table(frozenset(key.translate(None, _DIGITS) for key in held))
         self._cold: set[bytes] = set()
         self._blocks_as_they_are = 0
 
@@ -103,7 +103,7 @@ class _Table:
     """Keys by eight of their bytes."""
 
     def __init__(self, keys: Iterable[bytes]) -> None:
-        held = _shortest(keys)
+        held = _shortest(frozenset(keys))
         self._short = tuple(key for key in held if len(key) < _SHORTEST)
         self._of_number: dict[int, set[bytes]] = {}
         for key in set(held).difference(self._short):
@@ -125,6 +125,11 @@ class _Table:
         return {start for key in self.possible(data) for start in _lines_with(key, data)}
 
 
+@lru_cache(maxsize=8)
+def _table(keys: frozenset[bytes]) -> _Table:
+    return _Table(keys)
+
+
 def _lines_with(key: bytes, data: bytes) -> Iterator[int]:
     at = data.find(key)
     while at >= 0:
@@ -139,9 +144,12 @@ def _end(data: bytes, at: int) -> int:
     return len(data) if end < 0 else end
 
 
-def _shortest(keys: Iterable[bytes]) -> Sequence[bytes]:
-    held = {*keys}
-    return sorted(key for key in held if not any(other in key for other in held - {key}))
+@lru_cache(maxsize=8)
+def _shortest(keys: frozenset[bytes]) -> tuple[bytes, ...]:
+    """The keys that hold no other: a line with one of the others has one of these."""
+    joined = b"\n".join(keys)
+    starts = {start for key in keys for start in _lines_with(key, joined) if joined[start : _end(joined, start)] != key}
+    return tuple(sorted(keys - {joined[start : _end(joined, start)] for start in starts}))
 
 
 @lru_cache(maxsize=64)

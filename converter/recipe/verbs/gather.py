@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 from converter.core.tensors.dtypes import DType
-from converter.diagnostic import Command, Steps
+from converter.diagnostic import Again, Command, Steps
 from converter.errors import ConvertError, UsageError
 from converter.recipe.options import Going, WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, Step
@@ -28,6 +28,7 @@ class GatherRequest:
 
     Attributes:
         recorded: the base is the one that the run's adapter config records.
+        dequantize: a quantised base is made whole before the merge.
     """
 
     src: str
@@ -39,6 +40,7 @@ class GatherRequest:
     part: str | None = None
     rslora: bool = False
     recorded: bool = False
+    dequantize: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ def gather(
     part: str | None = None,
     lora_alpha: float | None = None,
     rslora: bool = False,
+    dequantize: bool = False,
     **writing: Unpack[Writing],
 ) -> Gathered:
     """Make a model, or the LoRA adapter that was trained, of a trainer's shards: DeepSpeed, FSDP, DCP, verl.
@@ -76,27 +79,36 @@ def gather(
         base: for config, tokenizer and weights that aren't saved; None: the one that the run records, if needed.
         master: keep the fp32 masters, as `dtype="float32"`.
         emit: after LoRA `adapter`, `merged`, or `both`: the model in `out`, and the adapter in `out`-adapter, whose
-            result is `found.adapter`. None: the adapter where one was trained.
+            result is `found.adapter`; `state`: the tensors under the run's own names, which are no model. None: the
+            adapter where one was trained.
         part: which model, where the state holds several.
         lora_alpha: lora_alpha of training, where no config records it; `rslora` likewise.
+        dequantize: make the quantised base of a QLoRA run whole first; with `emit="merged"` or `"both"`.
         writing: see `Writing`.
 
     Raises:
-        UsageError: several tags or models to choose from.
+        UsageError: several tags or models to choose from, or `dequantize` without a merge.
         Refused: shards are missing, or the output can't be written; nothing is on the disk.
         VerificationFailed: what was written is not what it should be; it is not published.
     """
     options, going = options_of(WriteOptions, writing)
     request = GatherRequest(
         str(src), tag=tag, base=optional(base), master=master, emit=emit, lora_alpha=lora_alpha, part=part,
-        rslora=rslora,
+        rslora=rslora, dequantize=dequantize,
     )  # fmt: skip
     with allowing(options.allow_name):
         return gathered(request, optional(out), options, going)
 
 
 def gathered(request: GatherRequest, out: str | None, options: WriteOptions, going: Going) -> Gathered:
-    """What `gather` does, of plain values."""
+    """What `gather` does, of plain values.
+
+    Raises:
+        UsageError: a base is to be made whole, and none is written (`usage`).
+    """
+    if request.dequantize and request.emit not in ("merged", "both"):
+        what = "--dequantize makes the base of a QLoRA run whole for a merge, and an adapter has no base in it"
+        raise UsageError("usage", what, expected="--emit merged or --emit both", next=Again(("--emit", "merged")))
     options = dataclasses.replace(options, dtype=with_masters(request, options.dtype))
 
     def recipe_of(recorded: bool, emit: str | None) -> tuple[Recipe, str]:
@@ -167,6 +179,8 @@ def gather_recipe(asked: GatherRequest, options: WriteOptions) -> tuple[Recipe, 
         fields["lora-alpha"] = asked.lora_alpha
     if asked.rslora:
         fields["rslora"] = True
+    if asked.dequantize and asked.emit != "adapter":
+        fields["dequantize"] = True
     steps = (Step("gather", fields), *cast_steps(options))
     return Recipe(inputs, steps, output(options), file="gather"), said
 

@@ -68,6 +68,7 @@ class HeadWriting(Writing, total=False):
     part: str | None
     tag: str | None
     lora_alpha: float | None
+    dequantize: bool
     bias: str
     normaliser: str
     label: int | None

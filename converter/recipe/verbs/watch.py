@@ -14,6 +14,7 @@ from typing import Any
 from converter.errors import ConvertError, UsageError
 from converter.recipe.verbs.at_rest import Look, is_unfinished, look, open_for_writing
 from converter.recipe.verbs.knobs import Where
+from converter.recipe.verbs.waiting import IDLE, Notify, Waiter, waiting
 from converter.text import show
 
 INTERVAL = 5.0
@@ -34,11 +35,13 @@ class Examined:
         path: as the user would type it.
         findings: as `doctor --json` prints them, the worst first.
         failed: why it could not be examined; None where it was.
+        not_compared: why names and shapes were not compared with what a load asks for; None where they were.
     """
 
     path: str
     findings: tuple[Mapping[str, Any], ...] = ()
     failed: str | None = None
+    not_compared: str | None = None
 
 
 def watch(
@@ -51,6 +54,7 @@ def watch(
     interval: float = INTERVAL,
     settle: float = SETTLE,
     state: Where | None = None,
+    notify: Notify = "auto",
 ) -> Iterator[Examined]:
     """Every checkpoint in a run's folder, examined once when it is complete; goes on until the caller stops.
 
@@ -66,6 +70,8 @@ def watch(
         interval: seconds between two looks.
         settle: seconds for which nothing may change.
         state: a file that remembers what was examined; None: one for this run in the user's own state folder.
+        notify: `inotify`: the kernel tells of changes; `poll`: looks at intervals; `auto`: the kernel where the package
+            `watchfiles` is installed and the file system is of this machine alone.
 
     Raises:
         UsageError: there is no such folder (`path-missing`), or no trainer is known by that name.
@@ -74,25 +80,48 @@ def watch(
     if not root.is_dir():
         raise UsageError("path-missing", f"there is no folder {show(str(run))}", expected="a run's folder")
     memory = Memory(Path(state).expanduser() if state is not None else _state_file(root), f"{for_} {deep} {[*ignore]}")
-    return _watched(str(run), root, memory, {"for_": for_, "deep": deep, "ignore": ignore}, once, interval, settle)
+    knobs = {"for_": for_, "deep": deep, "ignore": ignore}
+    return _told(str(run), root, memory, knobs, _Timing(once, interval, settle), notify)
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """When to look, and for how long nothing may change."""
+
+    once: bool
+    interval: float
+    settle: float
+
+    def pause(self, waiter: Waiter, is_pending: bool) -> float:
+        """Seconds to the next look, at the most."""
+        return IDLE if waiter.is_told and not is_pending and not self.once else self.interval
+
+
+def _told(
+    asked: str, root: Path, memory: Memory, knobs: Mapping[str, Any], timing: _Timing, notify: Notify
+) -> Iterator[Examined]:
+    with waiting(root, notify) as waiter:
+        yield from _watched(asked, root, memory, knobs, timing, waiter)
 
 
 def _watched(
-    asked: str, root: Path, memory: Memory, knobs: Mapping[str, Any], once: bool, interval: float, settle: float
+    asked: str, root: Path, memory: Memory, knobs: Mapping[str, Any], timing: _Timing, waiter: Waiter
 ) -> Iterator[Examined]:
     since: dict[str, tuple[Look, float]] = {}
     first_look: float | None = None
     while True:
         began = time.monotonic()
+        is_pending = False
         for folder in _candidates(root):
             seen, now = look(folder), time.monotonic()
             if seen is None or memory.holds(folder.name, seen):
                 continue
+            is_pending = True
             before = since.get(folder.name)
             if before is None or before[0] != seen:
                 since[folder.name] = (seen, now)
                 continue
-            if not _is_complete(folder, seen, now - before[1], settle):
+            if not _is_complete(folder, seen, now - before[1], timing.settle):
                 continue
             found = examined(os.path.join(asked, folder.name), knobs)
             if look(folder) != seen:
@@ -102,9 +131,9 @@ def _watched(
             memory.add(folder.name, seen)
         # At the end of `settle` all that rested since the first look was examined; the rest is being written.
         first_look = time.monotonic() if first_look is None else first_look
-        if once and began - first_look >= settle:
+        if timing.once and began - first_look >= timing.settle:
             return
-        time.sleep(interval)
+        waiter.wait(timing.pause(waiter, is_pending))
 
 
 def _candidates(root: Path) -> list[Path]:
@@ -137,7 +166,9 @@ def examined(asked: str, knobs: Mapping[str, Any]) -> Examined:
     from converter.recipe.verbs.doctor import doctor
 
     try:
-        return Examined(asked, tuple(f.to_json() for f in doctor(asked, **knobs).findings))
+        report = doctor(asked, **knobs)
+        found = tuple(f.to_json() for f in report.findings)
+        return Examined(asked, found, not_compared=report.not_compared or None)
     except ConvertError as error:
         if error.code in ("unknown-trainer", "unknown-code", "trainer-version"):
             raise

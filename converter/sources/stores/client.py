@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from converter.diagnostic import Next
 from converter.errors import Refused
 from converter.sources.hub.secrets import without_secrets
-from converter.sources.stores.names import StoreName
+from converter.sources.store_names import StoreName
 from converter.text import show
 
 ATTEMPTS = 6
