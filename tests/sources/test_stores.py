@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from converter.sources.stores.names import store_name
 
 import converter
 from converter.core.files import sparse
@@ -19,6 +18,7 @@ from converter.errors import Refused, UsageError
 from converter.shipped import shipped
 from converter.sources.hub import mirror as hub_mirror
 from converter.sources.locate import resolve
+from converter.sources.store_names import store_name
 from hub_here import run
 from small_models import numbers, open_model, plan_of, save_model, written
 from store_here import BUCKET, SECRET, Fault, Store, running
