@@ -61,11 +61,16 @@ class Backbone:
                 if own:
                     _Lender(self, module, own).attach()
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The last hidden states `[n, t, h]` of token ids `[n, t]`, as a head gets them."""
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, *, counts_padding: bool = False) -> torch.Tensor:
+        """The last hidden states `[n, t, h]` of token ids `[n, t]`, as a head gets them.
+
+        Args:
+            counts_padding: positions are counted from the row's begin, padding included, as transformers' own classes
+                do where nobody hands them positions.
+        """
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
         takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        more = {"position_ids": positions} if takes_positions else {}
+        more = {"position_ids": positions} if takes_positions and not counts_padding else {}
         with InputFiles(self._reading.checkpoint.inputs) as files, torch.no_grad():
             self._evaluator = Evaluator(files)
             try:
