@@ -82,3 +82,21 @@ def test_left_padding_that_moves_nothing_is_no_drift(tmp_path: Path, capsys: pyt
     found = ask(capsys, source, folder, pairs)
     assert text_of(found, "drift") == ""
     assert any("scores are the source's" in c["text"] for c in found["checks"])
+
+
+def test_scores_of_rows_that_are_padded_on_the_left_are_numbers_and_those_of_the_right(tmp_path: Path) -> None:
+    """The mask of fp64 under a softmax of fp32 made them NaN, and a comparison of NaN holds."""
+    from converter.converters.heads.detect import detect
+    from converter.converters.heads.read import read
+    from converter.core.context import Context
+    from converter.examine.verify.values import Reference, padded
+    from converter.sources.opening import input_spec, open_checkpoint
+
+    checkpoint = open_checkpoint(input_spec(str(make_rm(tmp_path / "rm"))), token=None, keep_code=False)
+    detected = detect(checkpoint)
+    assert detected is not None
+    reference = Reference(read(checkpoint, detected.dialect, Context(frozenset())))
+    batches = padded([[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]], 0)
+    left, right = (reference.rewards(batches[side], "last-non-pad", 0) for side in ("left", "right"))
+    assert bool(left.isfinite().all())
+    assert left.tolist() == pytest.approx(right.tolist(), abs=1e-6)

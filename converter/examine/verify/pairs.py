@@ -164,9 +164,11 @@ def _padded(pairs: Sequence[Pair], side: Scored) -> list[float]:
     """Scores of a model as its own tokenizer pads a pair: the shorter answer to the length of the longer one.
 
     Who scores at the last token that is not padding is transformers' own class, which counts positions from the row's
-    begin; the others hand positions over, counted without padding.
+    begin; the others hand positions over, counted without padding. To a model without embeddings of positions only
+    distances matter, which padding leaves as they are.
     """
-    counts = side.pooling == "last-non-pad"
+    modules = (name.removesuffix(".weight").rpartition(".")[2] for name in side.reference.reading.checkpoint.tensors)
+    counts = side.pooling == "last-non-pad" and any(m == "wpe" or "position" in m for m in modules)
     found: list[float] = []
     for pair in pairs:
         rows = [tokens(side, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
