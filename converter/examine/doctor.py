@@ -19,6 +19,7 @@ from converter.core.files.names import ADAPTER_CONFIG
 from converter.diagnostic import Command, Severity
 from converter.dialects.known import trainers
 from converter.errors import ConvertError, Refused, UsageError
+from converter.examine.compared import not_compared
 from converter.examine.diagnoses.adapters import NOT_MERGED_HERE
 from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
 from converter.examine.diagnoses.case import SEVERITIES, Case, Diagnosis, Finding, Kind, Near
@@ -46,17 +47,22 @@ _WORD = re.compile(r"[A-Za-z]{2,}", re.ASCII)
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, the worst first."""
+    """What was found, the worst first.
+
+    Attributes:
+        not_compared: why names and shapes were not compared with what a load asks for; empty where they were.
+    """
 
     case: Case
     findings: tuple[Finding, ...]
+    not_compared: str = ""
 
     def worst(self) -> Severity | None:
         """The severity of the worst finding."""
         return next((s for s in SEVERITIES if any(f.severity == s for f in self.findings)), None)
 
     def is_for_others(self) -> bool:
-        """True for what is sound and neither merged nor gathered here: another tool has to."""
+        """True for what is neither merged nor gathered here, and has no fault: another tool has to."""
         return any(f.code in {"adapter-bias", *NOT_MERGED_HERE, *NOT_READ_HERE} for f in self.findings)
 
 
@@ -113,7 +119,8 @@ def examine(asked: DoctorRequest) -> Report:
     findings += [f for f in undocumented(case, known) if f.code not in asked.ignore]
     sparse.expect_all_read()
     told = [_typeable(f) for f in with_steps(one_per_cause(dict.fromkeys(findings)), case)]
-    return Report(case, tuple(sorted(told, key=lambda f: SEVERITIES.index(f.severity))))
+    worst_first = tuple(sorted(told, key=lambda f: SEVERITIES.index(f.severity)))
+    return Report(case, worst_first, not_compared(case, worst_first))
 
 
 def _typeable(finding: Finding) -> Finding:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from converter.examine.diagnoses.case import SEVERITIES
 from converter.text import fold, show
 
-Word = Literal["sound", "numbers", "error", "not examined"]
+Word = Literal["sound", "not compared", "numbers", "error", "not examined"]
 _WORDS: Mapping[str, Word] = {"error": "error", "changes-numbers": "numbers", "cosmetic": "sound"}
 _MOST_TEXT = 160
 
@@ -20,7 +20,8 @@ class Glance:
 
     Attributes:
         folder: as the user would type it.
-        word: how bad the worst finding is; a cosmetic one leaves a checkpoint sound.
+        word: how bad the worst finding is; a cosmetic one leaves a checkpoint sound, where it was compared with what
+            a load asks for.
         bad: findings as bad as the limit or worse, as `doctor --json` prints them.
         line: the line; what comes from the input is escaped in it.
     """
@@ -31,12 +32,20 @@ class Glance:
     line: str
 
 
-def glance_of(folder: str, findings: Sequence[Mapping[str, Any]], fail_on: str, *, failed: str | None = None) -> Glance:
+def glance_of(
+    folder: str,
+    findings: Sequence[Mapping[str, Any]],
+    fail_on: str,
+    *,
+    failed: str | None = None,
+    not_compared: str | None = None,
+) -> Glance:
     """The line of findings that are sorted, the worst first.
 
     Args:
         fail_on: the least severity of `bad`.
         failed: why nothing is known; None where it was examined.
+        not_compared: why names and shapes were not compared with what a load asks for; None where they were.
     """
     if failed is not None:
         return Glance(folder, "not examined", (), f"{show(folder)}: not examined: {show(failed)}")
@@ -46,12 +55,15 @@ def glance_of(folder: str, findings: Sequence[Mapping[str, Any]], fail_on: str, 
     told = [f for f in findings if f["severity"] != "cosmetic"]
     if not told:
         codes = fold([str(f["code"]) for f in findings])
-        return Glance(folder, word, bad, f"{show(folder)}: sound{f' ({codes})' if codes else ''}")
+        listed = f" ({codes})" if codes else ""
+        if not_compared:
+            return Glance(folder, "not compared", bad, f"{show(folder)}: no finding{listed}; {show(not_compared)}")
+        return Glance(folder, word, bad, f"{show(folder)}: sound{listed}")
     first, rest = told[0], [str(f["code"]) for f in told[1:]]
     text = str(first["message"])
     text = text if len(text) <= _MOST_TEXT else f"{text[: _MOST_TEXT - 1].rstrip()}…"
     saved = f"; recoverable: {first['recoverability']}" if first["recoverability"] else ""
     saved = "; lost" if first["recoverability"] == "lost" else saved
     more = f"; and {fold(rest)}" if rest else ""
-    shown = {"error": "ERROR", "numbers": "NUMBERS"}[word]
+    shown = "ERROR" if word == "error" else "NUMBERS"
     return Glance(folder, word, bad, f"{show(folder)}: {shown} {first['code']}: {text}{saved}{more}")

@@ -24,6 +24,11 @@ _FORGET = (
     "torch_dtype", "dtype", "_name_or_path", "compression_config",
 )  # fmt: skip
 
+_MOST_SECONDS = 120
+"""Of the processor's time for one model, torch's and transformers' import included: the largest that are published
+take a second or two. By the clock a busy machine would answer that it does not know the class.
+"""
+
 _MOST_MEMORY = 8 << 30
 """Bytes; a config may claim any number of layers."""
 
@@ -190,6 +195,9 @@ def _main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is not an answer
     for line in sys.stdin:
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        most = int(spent.ru_utime + spent.ru_stime) + _MOST_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         try:
             found = _answer(json.loads(line))
         except Exception as error:

@@ -27,7 +27,9 @@ from converter.examine.glance import Glance, glance_of
 from converter.integrations.settings import what_to_set
 
 LOGGER = logging.getLogger("converter.integrations")
-"""Where the lines go: `info` for what is sound, `error` for what is broken, `warning` for the rest."""
+"""Where the lines go: `info` for what is sound, `error` for what is broken, `warning` for the rest: what changes
+numbers, and what could not be examined, or compared with what a load asks for.
+"""
 
 TIMEOUT = 600.0
 """Seconds after which a child is given up; ranks that wait for it are given up by NCCL after ten minutes."""
@@ -58,6 +60,7 @@ class Examination:
         seconds: how long the child took.
         findings: as `doctor --json` prints them, the worst first.
         failed: why it could not be examined; None where it was.
+        not_compared: why names and shapes were not compared with what a load asks for; None where they were.
         ended: set when all of this is known.
     """
 
@@ -66,6 +69,7 @@ class Examination:
     seconds: float = 0.0
     findings: tuple[Mapping[str, Any], ...] = ()
     failed: str | None = None
+    not_compared: str | None = None
     ended: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -75,7 +79,7 @@ class Examination:
     @property
     def glance(self) -> Glance:
         """What it found, in a line."""
-        return glance_of(self.folder, self.findings, self.fail_on, failed=self.failed)
+        return glance_of(self.folder, self.findings, self.fail_on, failed=self.failed, not_compared=self.not_compared)
 
     def error(self) -> BrokenCheckpoint | None:
         """What strict training stops with; None where it was examined and nothing is as bad as `fail_on`."""
@@ -158,7 +162,7 @@ def _examine(running: Examination, words: Sequence[str], timeout: float) -> None
     command = [sys.executable, "-P", "-m", "converter", "doctor", as_argument(running.folder), "--json", *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=_environment())
-        running.findings, running.failed = _told(done.stdout, done.stderr, done.returncode)
+        _take(running, done.stdout, done.stderr, done.returncode)
     except subprocess.TimeoutExpired:
         running.failed = f"doctor did not end in {timeout:g} s"
     except OSError as failed:
@@ -172,15 +176,18 @@ def _examine(running: Examination, words: Sequence[str], timeout: float) -> None
             running.ended.set()
 
 
-def _told(out: str, err: str, code: int) -> tuple[tuple[Mapping[str, Any], ...], str | None]:
+def _take(running: Examination, out: str, err: str, code: int) -> None:
+    """What the child printed, as what was found."""
     try:
         told = json.loads(out)
     except ValueError:
         last = err.strip().splitlines()[-1:] or [f"exit code {code}"]
-        return (), f"doctor said nothing that is understood: {last[0]}"
+        running.failed = f"doctor said nothing that is understood: {last[0]}"
+        return
     if "error" in told:
-        return (), str(told["error"].get("what"))
-    return tuple(told["findings"]), None
+        running.failed = str(told["error"].get("what"))
+        return
+    running.findings, running.not_compared = tuple(told["findings"]), told["not_compared"]
 
 
 def _environment() -> dict[str, str]:

@@ -41,6 +41,7 @@ class CardFacts:
         licence: the base's, as the Hub's tag, where it is known.
         consents: codes that the push itself needed, with what was refused otherwise.
         checks: what was checked of the files for a trainer: its words, each check's text and whether it holds.
+        not_compared: why names and shapes were not compared with what a load asks for; empty where they were.
     """
 
     repo_id: str
@@ -51,6 +52,7 @@ class CardFacts:
     licence: str | None = None
     consents: Mapping[str, str] | None = None
     checks: tuple[str, tuple[tuple[str, bool], ...]] | None = None
+    not_compared: str = ""
 
 
 def model_card(facts: CardFacts, existing: str = "") -> str:
@@ -171,9 +173,18 @@ def _section(facts: CardFacts) -> str:
         lines += _listed("Repaired, and from where", receipt.get("repaired"))
         lines += _listed("Gone on with, though refused by default", receipt.get("consents"))
         lines += _notes(receipt)
+    lines += _not_compared(facts)
     lines += _checks(facts)
     lines += _listed("Pushed all the same", facts.consents)
     return "\n".join([*lines, "", *_load(facts)]).replace("\n\n\n", "\n\n")
+
+
+def _not_compared(facts: CardFacts) -> list[str]:
+    """What was compared with nothing: as the files are, else as they were when they were written."""
+    notes = facts.receipt.get("notes")
+    rows = [n for n in notes if isinstance(n, list) and len(n) == 3] if isinstance(notes, list) else []
+    found = [facts.not_compared] if facts.not_compared else [n[2] for n in rows if n[1] in NOT_COMPARED]
+    return [line for text in dict.fromkeys(map(str, found)) for line in (f"Not checked: {_text(text)}.", "")]
 
 
 def _head(receipt: Mapping[str, Any]) -> list[str]:
@@ -309,6 +320,9 @@ def _text(value: object) -> str:
     text = show(value, MAX_TEXT)
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", text).replace("<", "&lt;").replace(">", "&gt;")
 
+
+NOT_COMPARED = ("family-unknown", "adapter-not-compared")
+"""Codes of a receipt's notes that say what the gate had nothing to compare with."""
 
 TOLD = frozenset(
     {

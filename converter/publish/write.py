@@ -105,7 +105,11 @@ def write_to_hub(
         kept = stage.resume(summary, plan.provenance, fresh=not resume)
         names = {s.file for s in plan.shards} | plan.side_files.keys()
         expect_no_stale(names, make_repository(where), where)
-        with InputFiles(plan.inputs) as files, one_thread_each(plan) as ready, reading_through(plan):
+        with (
+            InputFiles(plan.inputs, {c.file for c in plan.checks}) as files,
+            one_thread_each(plan) as ready,
+            reading_through(plan),
+        ):
             sender = _Sender(plan, where, stage, files, reporter, jobs, budget, ready, verify=verify)
             reporter.start(plan.total_bytes, len(plan.shards))
             for shard in plan.shards:

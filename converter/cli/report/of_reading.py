@@ -54,6 +54,8 @@ def page_of_doctor(report: Report) -> Page:
         sections.append(Section("Findings", blocks))
     else:
         sections.append(Section("Findings", [Prose("No finding in what was examined.")]))
+    if report.not_compared:
+        sections.append(Section("Not checked", [Prose(f"{report.not_compared}.")]))
     files = [(name, format_size(size)) for name, size in case.survey.files.items()]
     if files:
         sections.append(Section("Files", [Table(("file", "size"), files)]))

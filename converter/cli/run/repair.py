@@ -38,9 +38,11 @@ def repair(asked: RepairRequest, out: str | None, options: Flags) -> int:
         recipe=lambda: recipe_of(asked, options.plain), input_lines=lines, next_commands=_next,
     )  # fmt: skip
     if isinstance(done, Sound):
-        options.sink.screen([f"{show(asked.src)}: {done.what}", *_left(done.left), str(done.next)])
+        without = [report.line("but", show(done.not_compared))] if done.not_compared else []
+        options.sink.screen([f"{show(asked.src)}: {done.what}", *without, *_left(done.left), str(done.next)])
         advice = spelled(done.next)
-        options.sink.json({"healthy": not done.left, "what": done.what, "advice": advice, "left": list(done.left)})
+        found = {"healthy": not done.left and not done.not_compared, "not_compared": done.not_compared or None}
+        options.sink.json({**found, "what": done.what, "advice": advice, "left": list(done.left)})
     return 0
 
 

@@ -4,7 +4,8 @@
 
     version  1; it changes with the shape of what follows
     failed   how many checkpoints have a finding as bad as --fail-on or worse, or could not be examined
-    folders  each checkpoint: path, verdict (sound, numbers, error, not examined), failed (why it could not be examined,
+    folders  each checkpoint: path, verdict (sound, not compared, numbers, error, not examined), failed (why it could
+             not be examined, or null), not_compared (why names and shapes were not compared with what a load asks for,
              or null), findings as `doctor --json` prints them
 """
 
@@ -25,7 +26,7 @@ from converter.text import show
 def check(paths: Sequence[str], fail_on: str, form: str, output: str | None, options: Display, **knobs: Any) -> int:
     """Examine every checkpoint that paths name; exit code 1 where one is as bad as `fail_on` or worse."""
     found = verb.check(paths, **knobs)
-    glances = [glance_of(each.path, each.findings, fail_on, failed=each.failed) for each in found]
+    glances = [glance_of(e.path, e.findings, fail_on, failed=e.failed, not_compared=e.not_compared) for e in found]
     bad = [g for g in glances if g.bad or g.word == "not examined"]
     sink = options.sink
     form = "json" if options.as_json else form
@@ -45,7 +46,10 @@ def check(paths: Sequence[str], fail_on: str, form: str, output: str | None, opt
 def _verdict(paths: Sequence[str], glances: Sequence[Glance], bad: Sequence[Glance]) -> str:
     if not glances:
         return f"no checkpoint in {show(' '.join(paths), 80)}"
-    return f"{len(glances)} checkpoint{'s' if len(glances) > 1 else ''} examined, {len(bad)} with findings that count"
+    without = sum(g.word == "not compared" for g in glances)
+    more = f", {without} not compared with what a load asks for" if without else ""
+    count = f"{len(glances)} checkpoint{'s' if len(glances) > 1 else ''} examined"
+    return f"{count}, {len(bad)} with findings that count{more}"
 
 
 def _document(form: str, found: Sequence[Examined], glances: Sequence[Glance], fail_on: str) -> str:
@@ -58,7 +62,8 @@ def _document(form: str, found: Sequence[Examined], glances: Sequence[Glance], f
 
         return json.dumps(sarif(found), indent=2)
     folders = [
-        {"path": e.path, "verdict": g.word, "failed": e.failed, "findings": list(e.findings)}
+        {"path": e.path, "verdict": g.word, "failed": e.failed, "not_compared": e.not_compared}
+        | {"findings": list(e.findings)}
         for e, g in zip(found, glances, strict=True)
     ]
     failed = sum(bool(g.bad) or g.word == "not examined" for g in glances)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.app import value_of
+from converter.cli.app import app, command_of, value_of
 from converter.diagnostic import PROGRAM
 
 if TYPE_CHECKING:
@@ -65,14 +65,11 @@ def completion(shell: str, options: Display) -> int:
 
 def verbs() -> Iterator[Verb]:
     """Every verb of the command line."""
-    from converter.cli import VERBS
-    from converter.cli.verbs.all import app, command_of
-
-    about = {command.name: command.short_help or "" for command in app.registered_commands}
-    for name in VERBS:
+    for command in app.registered_commands:
+        name = str(command.name)
         found = [_option(p) for p in command_of(name).params if p.param_type_name == "option"]
         found.append(Option(("-h", "--help"), "Show this message and exit.", False))
-        yield Verb(name, str(about[name]), found, _NAMED.get(name, ""))
+        yield Verb(name, command.short_help or "", found, _NAMED.get(name, ""))
 
 
 def _lists() -> Mapping[str, Sequence[str]]:

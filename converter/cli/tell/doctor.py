@@ -9,6 +9,7 @@
     why       how it was recognised, in words
     for       the trainer that --for or --launch names, or null
     near      folders around it: [{"path", "source"}]
+    not_compared  why names and shapes were not compared with what a load asks for, or null
     findings  the worst first, each:
         code            kebab-case, stable
         severity        error, changes-numbers or cosmetic
@@ -81,6 +82,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "why": case.why,
         "for": case.target,
         "near": [{"path": n.asked, "source": n.source} for n in case.near],
+        "not_compared": report.not_compared or None,
         "findings": [f.to_json() for f in report.findings],
     }
 
@@ -140,6 +142,5 @@ def _verdict(report: Report, code: int) -> str:
     counts = {s: sum(f.severity == s for f in report.findings) for s in WORDS}
     words = {"error": "error", "changes-numbers": "that changes numbers", "cosmetic": "cosmetic"}
     listed = ", ".join(f"{n} {words[s]}{'s' if s == 'error' and n > 1 else ''}" for s, n in counts.items() if n)
-    # Without its base an adapter's names and shapes were not compared with what a load asks for.
-    is_compared = report.case.kind != "adapter" or report.case.base is not None
-    return f"{listed or 'no finding'}{'' if is_compared else '; not compared with a base'}, exit {code}"
+    without = f"; {report.not_compared}" if report.not_compared else ""
+    return f"{listed or 'no finding'}{without}, exit {code}"

@@ -260,7 +260,11 @@ def _verdict(found: Inspection) -> list[str]:
         lines += textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     if lines:
         return [*lines, line("", f"{Command('doctor', (as_argument(found.asked),))} says more")]
-    return [line("faults", "none found in headers and configs")]
+    without = f"; {found.report.not_compared}" if found.report.not_compared else ""
+    return textwrap.wrap(
+        line("faults", f"none found in headers and configs{without}"),
+        WIDTH, subsequent_indent=" " * len(line("", "")), break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _next(found: Inspection) -> list[Next]:
@@ -307,5 +311,6 @@ def _json(found: Inspection) -> dict[str, Any]:
         "heads": {n: list(shape) for n, shape in found.heads.items()},
         "saved_by": list(found.saved_by),
         "side_files": list(found.side_files),
+        "not_compared": found.report.not_compared or None,
         "findings": [f.to_json() for f in found.findings],
     }

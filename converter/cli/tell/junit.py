@@ -13,7 +13,9 @@ _NOT_XML = re.compile(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit(found: Sequence[Examined], fail_on: str) -> str:
-    """A failure for each finding as bad as `fail_on` or worse; a checkpoint without one passes."""
+    """A failure for each finding as bad as `fail_on` or worse; a checkpoint without one passes, unless its tensors were
+    compared with nothing: that is a test that was skipped.
+    """
     limit = SEVERITIES.index(fail_on)
     suites = ElementTree.Element("testsuites", name="rlhf-convert")
     for each in found:
@@ -29,10 +31,14 @@ def junit(found: Sequence[Examined], fail_on: str) -> str:
         if each.failed is not None:
             case = _case(suite, each.path, "examined")
             ElementTree.SubElement(case, "error", message=_xml(each.failed))
+        elif each.not_compared is not None:
+            case = _case(suite, each.path, "compared")
+            ElementTree.SubElement(case, "skipped", message=_xml(each.not_compared))
         elif not bad:
             _case(suite, each.path, "doctor")
         suite.set("tests", str(len(suite)))
         suite.set("failures", str(len(bad)))
+        suite.set("skipped", str(len(suite.findall("testcase/skipped"))))
         suite.set("errors", str(int(each.failed is not None)))
     return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True)
 

@@ -17,18 +17,23 @@ from converter.version import __version__
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/os/schemas/sarif-schema-2.1.0.json"
 _LEVELS = {"error": "error", "changes-numbers": "warning", "cosmetic": "note"}
-_NOT_EXAMINED = "not-examined"
+_NOT_EXAMINED, _NOT_COMPARED = "not-examined", "not-compared"
 _SHOWN_AT = (ADAPTER_CONFIG, MODEL_CONFIG)
 """Files at which a finding of a folder is shown: it needs one that is text."""
 
 
 def sarif(found: Sequence[Examined]) -> dict[str, Any]:
-    """One run with a result for each finding, and for each checkpoint that could not be examined."""
+    """One run with a result for each finding, and for each checkpoint that could not be examined or compared."""
     results = [_result(each.path, finding) for each in found for finding in each.findings]
     results += [
         _result(each.path, {"code": _NOT_EXAMINED, "severity": "error", "message": each.failed})
         for each in found
         if each.failed is not None
+    ]
+    results += [
+        _result(each.path, {"code": _NOT_COMPARED, "severity": "cosmetic", "message": each.not_compared})
+        for each in found
+        if each.not_compared is not None
     ]
     codes = sorted({str(r["ruleId"]) for r in results})
     for result in results:

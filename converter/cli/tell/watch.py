@@ -2,11 +2,12 @@
 
 `watch --json` prints one object a line, each with
 
-    version   1; it changes with the shape of what follows
-    path      the checkpoint
-    verdict   sound, numbers, error or not examined
-    failed    why it could not be examined, or null
-    findings  as `doctor --json` prints them
+    version       1; it changes with the shape of what follows
+    path          the checkpoint
+    verdict       sound, not compared, numbers, error or not examined
+    failed        why it could not be examined, or null
+    not_compared  why names and shapes were not compared with what a load asks for, or null
+    findings      as `doctor --json` prints them
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ def watch(
     checkpoints = verb.watch(run, once=once, **knobs)
     sink.tell(f"watching {show(run)}; {'ends when all that is there was examined' if once else 'Ctrl-C ends it'}")
     for each in checkpoints:
-        glance = glance_of(each.path, each.findings, fail_on, failed=each.failed)
+        glance = glance_of(each.path, each.findings, fail_on, failed=each.failed, not_compared=each.not_compared)
         sink.screen([glance.line])
         told: dict[str, Any] = {"version": 1, "path": each.path, "verdict": glance.word, "failed": each.failed}
-        told |= {"findings": list(each.findings)}
+        told |= {"not_compared": each.not_compared, "findings": list(each.findings)}
         if sink.as_json:
             sink.data(json.dumps(told))
         if post_to is not None and (failure := post(post_to, told)) is not None:

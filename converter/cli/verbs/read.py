@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import verb
-from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Display, FailOnChoice, Reading, Report, Speaking
+from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Display, FailOnChoice, Reading, Report
+from converter.cli.speaking import Speaking
 from converter.cli.verbs.examining import Deep, Ignore
 from converter.cli.verbs.heads import RoleChoice
 
@@ -237,6 +238,9 @@ def diff(
         list[str] | None,
         typer.Option(metavar="P", help="Taken off names before they are paired. Repeatable.", show_default=False),
     ] = None,
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="Adam's moments of two runs, whatever their ranks; not the weights.")
+    ] = False,
     report: Report = None,
 ) -> int:
     """`rlhf-convert diff`."""
@@ -244,6 +248,7 @@ def diff(
 
     return diff(
         a, b, options, report_to=report, ignore_prefix=ignore_prefix or (), allow_name=options.allow_name or (),
+        optimizer=optimizer,
     )  # fmt: skip
 
 

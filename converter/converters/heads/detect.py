@@ -47,7 +47,7 @@ def detect(checkpoint: Checkpoint) -> Detected | None:
     found = sorted(_candidates(checkpoint), key=lambda each: (-each[0], each[1].name))
     if not found:
         stem = plain_head(checkpoint)
-        if stem is not None and not _is_encoders_own(checkpoint):
+        if stem is not None and not is_encoders_own(checkpoint):
             shape = list(checkpoint.tensors[f"{stem}.weight"].info.shape)
             return Detected(linear_head(stem), f"{show(stem)}.weight {shape} is all that the backbone has beside it")
         _refuse_unknown(checkpoint)
@@ -132,7 +132,7 @@ def _reading(dialect: Dialect, kind: Family, checkpoint: Checkpoint) -> tuple[ob
 
 def _refuse_unknown(checkpoint: Checkpoint) -> None:
     heads = head_like(_names(checkpoint))
-    if heads and _is_encoders_own(checkpoint):
+    if heads and is_encoders_own(checkpoint):
         first = show(checkpoint.config["architectures"][0])
         what = f"{first} scores with other layers than one linear on one token: no decoder's head says the same"
         raise Refused("head-not-linear", what, where=show(checkpoint.origin.asked))
@@ -152,7 +152,7 @@ def _layer(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _is_encoders_own(checkpoint: Checkpoint) -> bool:
+def is_encoders_own(checkpoint: Checkpoint) -> bool:
     """True for a class of transformers that pools by more than one linear layer on one token."""
     listed = checkpoint.config.get("architectures")
     first = str(listed[0]) if isinstance(listed, list) and listed else ""

@@ -11,8 +11,10 @@ import dataclasses
 from converter.core.checkpoint import Checkpoint
 from converter.dialects.spec import Dialect, HeadSpec
 from converter.errors import Refused
-from converter.families.expected import Expected, expected
+from converter.families.expected import Expected, Unknown, expected
 from converter.families.family import family, label_count
+from converter.families.implied import class_of
+from converter.families.memory_names import class_names
 from converter.families.words import OUTPUT_PREFIXES
 from converter.text import fold, show
 
@@ -55,6 +57,8 @@ def plain_head(checkpoint: Checkpoint) -> str | None:
     if rows > min(_FEW_ROWS, kind.hidden - 1) and rows != label_count(checkpoint.config):
         return None
     wanted = expected(checkpoint.config)
+    if isinstance(wanted, Unknown) and class_of(checkpoint.config) in class_names():
+        return None  # it may be that class's own: whoever knows the class did not answer
     is_of_class = isinstance(wanted, Expected) and not wanted.free and f"{stem}.weight" in wanted.saved
     return None if is_of_class else stem
 

@@ -99,7 +99,11 @@ def write(
         check_target(out, plan.inputs, overwrite=overwrite)
         kept = stage.resume(plan.summary, plan.provenance, fresh=not resume)
         kept = kept if take is None else take(stage, kept)
-        with InputFiles(plan.inputs) as files, one_thread_each(plan) as ready, reading_through(plan):
+        with (
+            InputFiles(plan.inputs, {c.file for c in plan.checks}) as files,
+            one_thread_each(plan) as ready,
+            reading_through(plan),
+        ):
             writer = ShardWriter(stage, files, reporter, budget, ready)
             lines = write_shards(plan, stage, kept, reporter, writer, jobs)
             measures = measures_of(plan, lines)

@@ -142,7 +142,7 @@ def _of(error: ConvertError, case: Case, more: Sequence[str] = ()) -> Finding:
     details += [f"got {error.got}"] if error.got else []
     base = f"base: {show(case.base.asked)}" if case.base is not None else ""
     severity = _severity(error, case)
-    what = error.what if severity != "cosmetic" else f"sound, and not merged here: {error.what}"
+    what = error.what if severity != "cosmetic" else f"not merged here: {error.what}"
     lost = LOST if error.code == "no-op" else ""
     return Finding(
         code=error.code,

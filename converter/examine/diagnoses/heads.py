@@ -16,6 +16,7 @@ from converter.examine.diagnoses.commands import convert_command, filling_comman
 from converter.examine.diagnoses.config import architecture, label_count
 from converter.examine.diagnoses.names import WRAPPER
 from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among
+from converter.examine.diagnoses.whole import judgement_of
 from converter.families.factors import factor_in_name
 from converter.families.family import family, hidden_size
 from converter.families.words import HEAD_FILES, HEAD_MODULES, PEFT_PREFIX
@@ -218,7 +219,7 @@ def heads_several(case: Case, context: Context) -> Iterable[Finding]:
         yield Finding(
             code="heads-several", severity="cosmetic" if equal else "changes-numbers", text=text, evidence=tuple(files)
         )
-    elif len(stems) > 1:
+    elif len(stems) > 1 and not _is_one_renamed(case):
         text = f"several heads: {fold(sorted(stems))}. Which one counts depends on the loader"
         here = heads_here(case)
         is_whole = all(name in case.shapes for name in wanted_head(case))
@@ -229,6 +230,12 @@ def heads_several(case: Case, context: Context) -> Iterable[Finding]:
             tensors=tuple(here),
             evidence=folded(case, here),
         )
+
+
+def _is_one_renamed(case: Case) -> bool:
+    """True where the second head is what the class's own lacks, behind a prefix: `net.classifier.dense.weight`."""
+    found = judgement_of(case)
+    return found is not None and bool(found.prefix)
 
 
 def _equal_files(case: Case, files: list[str], context: Context) -> bool:

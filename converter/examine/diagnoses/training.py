@@ -42,7 +42,7 @@ def training_state(case: Case, context: Context) -> Iterable[Finding]:
     count = sum(1 for i in case.shapes.values() if i.numel)
     saved = any(n.kind in ("model", "adapter") and _has_weights(n.path) for n in case.near)
     keep = "" if saved else f". Keep it until then: sole copy of {count} tensors"
-    text = f"sound, and no folder that loads as it is: `gather` makes one{keep}"
+    text = f"all ranks' files are here, and no loader of models reads them: `gather` makes a folder that loads{keep}"
     command = case.command("gather", out="gathered")
     yield Finding(
         code="training-state",

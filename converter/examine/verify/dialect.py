@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from converter.converters.heads.detect import detect
+from converter.converters.heads.detect import detect, is_encoders_own
 from converter.converters.heads.model import Linear, Mlp, Reading
 from converter.converters.heads.read import read, values
 from converter.converters.heads.whole import MISSHAPEN, MISSING, MISTYPED, UNEXPECTED, judge
@@ -39,13 +39,15 @@ class Verdict:
 
 
 def is_classifier_of_its_own(checkpoint: Checkpoint) -> bool:
-    """True for a whole classifier whose head no trainer's dialect has: BERT's dense layer before its output, T5's."""
+    """True for a classifier whose head no trainer's dialect has: BERT's dense layer before its output, T5's."""
     listed = checkpoint.config.get("architectures")
     first = str(listed[0]) if isinstance(listed, list) and listed else ""
     if checkpoint.origin.kind != "model" or not first.endswith(_CLASSIFIERS):
         return False
     found = judge(checkpoint)
-    return found.dialect is None and found.wanted is not None and found.wanted.name == first and not found.codes
+    is_of_class = found.dialect is None and found.wanted is not None and found.wanted.name == first
+    # Of an encoder no other head can be meant: what its class lacks is missing.
+    return is_of_class and (not found.codes or is_encoders_own(checkpoint))
 
 
 def check_own_class(checkpoint: Checkpoint, target: Target, context: Context, *, remedy: Command) -> Verdict:

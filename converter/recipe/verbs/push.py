@@ -118,7 +118,7 @@ def _push(asked: PushRequest, reporter: Reporter | None, on_plan: Callable[[Push
 
     asked, folder = _read_the_right_way(asked), Path(asked.folder).expanduser()
     repo_id, branch = repository(asked.repo_id, asked.revision)
-    consents = _preflight(asked, folder)
+    consents, without = _preflight(asked, folder)
     files, left_out = files_to_push(folder, keep_code=asked.keep_code)
     where = Destination(
         repo_id, asked.token, asked.public, branch, asked.create_pr,
@@ -130,7 +130,7 @@ def _push(asked: PushRequest, reporter: Reporter | None, on_plan: Callable[[Push
         me = check_destination(where)
         expect_no_stale([f.name for f in files], make_repository(where), where)
         there = _card_there(asked, where, next((f for f in files if f.name == CARD), None), consents)
-    files = _with_card(files, asked, folder, consents, there)
+    files = _with_card(files, asked, folder, consents, there, without)
     found = Push(where, me, tuple(files), tuple(left_out))
     if on_plan is not None:
         on_plan(found)
@@ -220,8 +220,8 @@ def _card_there(asked: PushRequest, where: Destination, own: LocalFile | None, c
     return ""
 
 
-def _preflight(asked: PushRequest, folder: Path) -> dict[str, str]:
-    """What doctor and the receipt say; consents that were needed and given, by code.
+def _preflight(asked: PushRequest, folder: Path) -> tuple[dict[str, str], str]:
+    """What doctor and the receipt say: consents that were needed and given, by code, and why nothing was compared.
 
     Raises:
         Refused: an error without consent, under the finding's own code.
@@ -243,11 +243,11 @@ def _preflight(asked: PushRequest, folder: Path) -> dict[str, str]:
     ):
         if check.outcome == "fails":
             context.consent(Refused(check.code, check.text, where=show(asked.folder), next=check.next))
-    return dict(context.consents)
+    return dict(context.consents), report.not_compared
 
 
 def _with_card(
-    files: list[LocalFile], asked: PushRequest, folder: Path, consents: Mapping[str, str], there: str
+    files: list[LocalFile], asked: PushRequest, folder: Path, consents: Mapping[str, str], there: str, without: str
 ) -> list[LocalFile]:
     """The files with the card: made from the receipt, or the folder's own with our section in it."""
     from converter.publish.card import CardFacts, base_models, model_card
@@ -261,7 +261,7 @@ def _with_card(
     total = sum(f.size for f in files if f.name.endswith((".safetensors", ".bin", ".pt")))
     facts = CardFacts(
         repository(asked.repo_id, "main")[0], receipt, config, is_adapter, total, consents=consents,
-        checks=None if is_adapter else _checks(asked, receipt),
+        checks=None if is_adapter else _checks(asked, receipt), not_compared=without,
     )  # fmt: skip
     bases = base_models(facts)
     if bases and not asked.dry_run:

@@ -62,11 +62,13 @@ class Sound:
     Attributes:
         what: why, in words; `next` what to do then.
         left: findings that would be fixed with consent, and the code to consent to.
+        not_compared: why names and shapes were not compared with what a load asks for; empty where they were.
     """
 
     what: str
     next: Next | None
     left: tuple[tuple[str, str], ...]
+    not_compared: str = ""
 
 
 def repair(
@@ -140,7 +142,7 @@ def repaired(asked: RepairRequest, out: str | None, options: WriteOptions, going
     except NothingToRepair as healthy:
         expect_sound(asked, fixes)
         if not fixes.codes:
-            return Sound(healthy.what, healthy.next, fixes.left)
+            return Sound(healthy.what, healthy.next, fixes.left, fixes.not_compared)
         recipe = fix_recipe(asked, fixes, options)
         return convert_recipe(
             recipe, out, options, going,

@@ -71,12 +71,14 @@ class Fixes:
         codes: findings that the steps, or writing the files anew, fix.
         left: findings that a step would fix with consent, and the code to consent to.
         unfixed: errors that would be in the output as well.
+        not_compared: why names and shapes were not compared with what a load asks for; empty where they were.
     """
 
     steps: tuple[Step, ...]
     codes: tuple[str, ...]
     left: tuple[tuple[str, str], ...]
     unfixed: tuple[Finding, ...] = ()
+    not_compared: str = ""
 
 
 def find_fixes(
@@ -145,7 +147,7 @@ def find_fixes(
     steps = tuple(Step(n, given.get(n, {})) for n in _ORDER if n in names)
     passed = {*codes, *_OF_THE_MERGE, *(c for c in WHOLE if c in allow)}
     unfixed = [f for f in findings if f.severity == "error" and f.code not in passed]
-    return Fixes(steps, tuple(codes), tuple(left.items()), tuple(unfixed))
+    return Fixes(steps, tuple(codes), tuple(left.items()), tuple(unfixed), report.not_compared)
 
 
 def _expect_lora(names: Mapping[str, None], left: Mapping[str, str], where: str) -> None:

@@ -35,11 +35,13 @@ class Examined:
         path: as the user would type it.
         findings: as `doctor --json` prints them, the worst first.
         failed: why it could not be examined; None where it was.
+        not_compared: why names and shapes were not compared with what a load asks for; None where they were.
     """
 
     path: str
     findings: tuple[Mapping[str, Any], ...] = ()
     failed: str | None = None
+    not_compared: str | None = None
 
 
 def watch(
@@ -164,7 +166,9 @@ def examined(asked: str, knobs: Mapping[str, Any]) -> Examined:
     from converter.recipe.verbs.doctor import doctor
 
     try:
-        return Examined(asked, tuple(f.to_json() for f in doctor(asked, **knobs).findings))
+        report = doctor(asked, **knobs)
+        found = tuple(f.to_json() for f in report.findings)
+        return Examined(asked, found, not_compared=report.not_compared or None)
     except ConvertError as error:
         if error.code in ("unknown-trainer", "unknown-code", "trainer-version"):
             raise
