@@ -378,7 +378,7 @@ class _Merge:
         return merged
 
 
-def _alpha_again(where: str) -> Steps:
+def _alpha_again(where: str) -> Again:
     """The same command with the alpha that training used."""
     merge = Command("merge-lora", (where, "OUT", "--lora-alpha", "N"))
     return Again(("--lora-alpha", "N"), otherwise=merge)
