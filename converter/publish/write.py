@@ -91,8 +91,7 @@ def write_to_hub(
 
     client: Any = huggingface_hub.utils
     client.disable_progress_bars()  # the reporter tells
-    begun = time.monotonic()
-    budget = memory_limit(plan, memory)
+    begun, budget = time.monotonic(), memory_limit(plan, memory)
     largest = _largest(plan)
     stage = Stage(stage_of(where).absolute())
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from converter.diagnostic import Command, commands
 from converter.examine.explanations.log import MESSAGES, Seen, read
 from converter.examine.explanations.message import Message
 from converter.shipped import shipped
-from printed_messages import PRINTED
+
+PRINTED = tomllib.loads((Path(__file__).parents[1] / "support" / "printed_messages.toml").read_text(encoding="utf-8"))
+"""One text as it is printed, by the message's code."""
 
 BY_CODE = {message.code: message for message in MESSAGES}
 FRAMES = """\
