@@ -89,6 +89,7 @@ def _filled(command: Command, folder: str) -> Command:
     words = {
         "BASE": base,
         "FULL_PRECISION_BASE": base,
+        "ALPHA_OF_TRAINING": "8",
         "RANKS": "2",
         "N": "8",
         "OUT": f"{folder}-out",

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from converter.sources.stores.names import store_name
 
 import converter
 from converter.core.files import sparse
@@ -19,8 +18,9 @@ from converter.errors import Refused, UsageError
 from converter.shipped import shipped
 from converter.sources.hub import mirror as hub_mirror
 from converter.sources.locate import resolve
+from converter.sources.store_names import store_name
 from hub_here import run
-from small_models import numbers, save_model
+from small_models import numbers, open_model, plan_of, save_model, written
 from store_here import BUCKET, SECRET, Fault, Store, running
 
 pytestmark = [pytest.mark.remote, pytest.mark.filterwarnings("ignore")]
@@ -101,11 +101,11 @@ def test_a_store_that_fails_for_good_is_refused_without_a_word_of_the_secret(sto
 def test_an_object_that_is_written_again_meanwhile_is_refused(store: Store, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", {"w": numbers(64, 64)})
     store.put(model, "changing")
-    planned = converter.reshard(f"s3://{BUCKET}/changing", dtype="bfloat16")
+    plan = plan_of(open_model(resolve(f"s3://{BUCKET}/changing").path))
     save_model(tmp_path / "second", {"w": numbers(64, 64, seed=1)})
     store.put(tmp_path / "second", "changing")
     with pytest.raises(Refused, match="written again") as caught:
-        converter.write(planned, tmp_path / "out")
+        written(plan, tmp_path / "out")
     assert caught.value.code == "input-changed"
     assert not (tmp_path / "out").exists()
 
@@ -114,7 +114,7 @@ def test_several_ranges_are_in_flight_and_little_of_the_model_is_on_the_disk(sto
     shards = [{f"w.{n}": numbers(1024, 2048, seed=n)} for n in range(4)]
     model = save_model(tmp_path / "model", *shards)
     store.put(model, "large")
-    converter.reshard(f"s3://{BUCKET}/large", tmp_path / "out")
+    written(plan_of(open_model(resolve(f"s3://{BUCKET}/large").path)), tmp_path / "out")
     assert weights(tmp_path / "out") == weights(model)
     assert store.most_in_flight >= 2
     folder = resolve(f"s3://{BUCKET}/large").path

@@ -13,7 +13,7 @@ from converter.recipe.options import CombineChoice, EmitChoice, GatherEmit, Nume
 Requantize = Annotated[
     RequantizeChoice | None,
     typer.Option(
-        help="same: write adapted weights of an FP8 base back in its own blocks, rounded a second time.",
+        help="same: write adapted weights of an FP8 or MXFP4 base back in its own format, rounded a second time.",
         show_default=False,
         rich_help_panel=OUTPUT,
     ),

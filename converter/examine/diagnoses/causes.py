@@ -25,6 +25,7 @@ _ECHOES: Mapping[str, frozenset[str]] = {
     "adapter-and-model": frozenset({"stray-weights"}),
     "tensor-twice": frozenset({"index-conflict"}),
     "launch-same-path": frozenset({"pair-same-path"}),
+    "nonfinite": frozenset({"adapter-merge-refused"}),
 }
 """By the code that names a cause: codes that the same cause shows itself under as well."""
 
@@ -59,8 +60,18 @@ def _is_said(finding: Finding, every: Sequence[Finding]) -> bool:
     others = [f for f in every if f.code not in _SAME_TENSORS]
     named = {n for f in others if f.severity != "cosmetic" or f.code in _OTHER_NAMES for n in f.tensors}
     behind = {end for f in others if f.code in _OTHER_NAMES for n in f.tensors for end in _ends(n)}
-    heads = any(f.code in _NAMES_THE_HEAD for f in others)
-    return all(n in named or n in behind or (heads and is_of_head(n)) for n in finding.tensors)
+    heads = [f for f in others if f.code in _NAMES_THE_HEAD and f.severity != "cosmetic"]
+    return all(
+        n in named or n in behind or (is_of_head(n) and any(_tells_of(f, n) for f in heads)) for n in finding.tensors
+    )
+
+
+def _tells_of(finding: Finding, name: str) -> bool:
+    """True where a finding about a head is about this tensor: a trifle about another head explains no missing one."""
+    if finding.code == "output-embedding-missing" and name.startswith(OUTPUT_PREFIXES):
+        return True
+    layer = name.rpartition(".")[0]
+    return any(layer in text for text in (finding.text, *finding.evidence, *finding.tensors))
 
 
 def _ends(name: str) -> list[str]:
@@ -81,6 +92,8 @@ def _explains(cause: Finding, echo: Finding) -> bool:
         return cause.severity == "error"  # both forms lie in the folder: layers are under either
     if echo.code == "adapter-unmatched":
         return echo.fact("missing") == len(cause.tensors)
+    if echo.code == "adapter-merge-refused":
+        return echo.text.startswith(f"{cause.code}: ")
     return True
 
 

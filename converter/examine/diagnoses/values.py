@@ -16,6 +16,7 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosi
 from converter.examine.diagnoses.heads import heads_here
 from converter.examine.diagnoses.places import heads_in
 from converter.families.family import hidden_size
+from converter.families.quantised.reading import read
 from converter.families.words import OUTPUT_MODULES
 from converter.sources.hf import peft
 from converter.sources.hf import source as hf
@@ -82,7 +83,7 @@ def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
     LoRA's B at the start are zero by design; an embedding's rows of tokens that nobody has may be.)
     """
     heads = set(heads_here(case))
-    found: list[str] = []
+    found = _zero_parts(case, context)
     parts: dict[str, tuple[int, int]] = {}
     for name, tensor in _stored(case):
         is_matrix = len(tensor.info.shape) > 1 and min(tensor.info.shape) > 1 and LAYERS.search(name)
@@ -108,6 +109,21 @@ def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
             evidence=stretches or folded(case, names),
             recoverability=LOST,
         )
+
+
+_NEVER_ZERO = frozenset(
+    {"weight", "qweight", "packed", "scale", "scales", "absmax", "nested_absmax", "quant_map", "nested_quant_map"}
+)
+"""Parts of a quantised weight by what each is: zero points, orders and layouts may be zero."""
+
+
+def _zero_parts(case: Case, context: Context) -> list[str]:
+    """Codes, scales and tables of quantised weights that are zero everywhere: the weight is zero, or noise."""
+    if not case.shapes or not case.config:
+        return []
+    parts = {n for w, _ in read(case.shapes, case.config).weights for k, n in w.parts.items() if k in _NEVER_ZERO}
+    floats = {n for n in parts if case.shapes[n].dtype.is_float and LAYERS.search(n)}  # matrices, looked at as others
+    return [n for n, tensor in _stored(case) if n in parts - floats and context.is_zero(tensor)]
 
 
 def _zero_rows(tensor: LazyTensor, context: Context) -> tuple[int, int] | None:

@@ -18,14 +18,27 @@ from converter.core.tensors import quantised_specs as kernels
 from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import ConvertError, Refused
-from converter.families.quantised.weight import Fault, Format, Found, Infos, Weight, misshapen, missing, orphan
+from converter.families.quantised.weight import (
+    Fault,
+    Format,
+    Found,
+    Infos,
+    Weight,
+    misshapen,
+    missing,
+    mistyped,
+    orphan,
+)
 from converter.text import show
 
 _STATE = ".quant_state.bitsandbytes__"
 _TABLES = ("nf4", "fp4")
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _USUAL_BLOCK = 64
-_CODES = 256
+_CODES, _ENTRIES = 256, 16
+_FLOATS = (DType.F32, DType.BF16, DType.F16)
+_LEAST_STATE = {False: 64, True: 120}
+"""Bytes of the JSON of a `quant_state`, without and with double quantisation: its keys alone are nearly as many."""
 
 
 def find_four_bit(infos: Infos, config: Mapping[str, Any]) -> Iterator[Found]:
@@ -72,11 +85,20 @@ def _four_bit(infos: Infos, weight: str, table: str, state: str) -> Found:
         if part not in infos:
             return missing(weight, part)
     absmax = infos[parts["absmax"]]
-    if (absmax.dtype is DType.U8) != is_nested:
+    if absmax.dtype not in ((DType.U8,) if is_nested else _FLOATS):
         asked = "u8, as double quantisation has it" if is_nested else "f32"
         return Fault(weight, f"{show(parts['absmax'])} is {absmax.dtype.value}, and {asked} is expected")
-    if is_nested and infos[parts["nested_quant_map"]].shape != (_CODES,):
-        return misshapen(weight, parts["nested_quant_map"], infos[parts["nested_quant_map"]].shape, (_CODES,))
+    for part, count in (("quant_map", _ENTRIES), ("nested_quant_map", _CODES)):
+        if part in parts and infos[parts[part]].shape != (count,):
+            return misshapen(weight, parts[part], infos[parts[part]].shape, (count,))
+    for part in ("quant_map", "nested_quant_map", "nested_absmax"):
+        if part in parts and infos[parts[part]].dtype not in _FLOATS:
+            return mistyped(weight, parts[part], infos[parts[part]].dtype, "f32")
+    held = infos[state]
+    if held.dtype is not DType.U8 or len(held.shape) != 1:
+        return mistyped(weight, state, held.dtype, "u8")
+    if held.numel < _LEAST_STATE[is_nested]:
+        return misshapen(weight, state, held.shape, f"{_LEAST_STATE[is_nested]} bytes of JSON or more")
     size = infos[weight].nbytes
     count = absmax.numel
     blocks = tuple(b for b in _BLOCKS if count in (-(-2 * size // b), -(-(2 * size - 1) // b)))
@@ -178,6 +200,8 @@ def _int8(infos: Infos, module: str, scale: str) -> Found:
         return orphan(scale, weight)
     if infos[scale].shape != held.shape[:1]:
         return misshapen(weight, scale, infos[scale].shape, held.shape[:1])
+    if infos[scale].dtype not in _FLOATS:
+        return mistyped(weight, scale, infos[scale].dtype, "f32")
     parts = {"weight": weight, "scale": scale} | ({"format": layout} if layout in infos else {})
     return Weight(weight, "int8 of bitsandbytes", parts, held.shape)
 

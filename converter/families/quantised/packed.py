@@ -18,7 +18,17 @@ from converter.core.tensors import quantised_specs as kernels
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
-from converter.families.quantised.weight import Fault, Format, Found, Infos, Weight, misshapen, missing, orphan
+from converter.families.quantised.weight import (
+    Fault,
+    Format,
+    Found,
+    Infos,
+    Weight,
+    misshapen,
+    missing,
+    mistyped,
+    orphan,
+)
 from converter.text import show
 
 _WORD = 32
@@ -53,6 +63,25 @@ def _bits(config: Mapping[str, Any]) -> set[int]:
     return found
 
 
+def _group_counts(config: Mapping[str, Any], columns: tuple[int, int]) -> list[tuple[int, int]]:
+    """The least and the most groups of a row of so many columns, for each group of a config; nothing where one of them
+    says no size.
+    """
+    groups = config.get("config_groups")
+    found = []
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        held = group.get("weights") if isinstance(group, Mapping) else None
+        held = held if isinstance(held, Mapping) else {}
+        size = held.get("group_size")
+        if held.get("strategy") in ("channel", "tensor"):
+            found.append((1, 1))
+        elif held.get("strategy") == "group" and type(size) is int and size > 0:
+            found.append((-(-columns[0] // size), -(-columns[1] // size)))
+        else:
+            return []
+    return found
+
+
 def _compressed(infos: Infos, packed: str, config: Mapping[str, Any]) -> Found:
     module = packed.removesuffix(_PACKED)
     weight, scale, shape = f"{module}.weight", f"{module}.weight_scale", f"{module}{_SHAPE}"
@@ -74,11 +103,16 @@ def _compressed(infos: Infos, packed: str, config: Mapping[str, Any]) -> Found:
     rows, per = words.shape[0], _WORD // width
     if len(scales.shape) != _MATRIX or scales.shape[0] not in (rows, 1) or scales.dtype not in _FLOATS:
         return misshapen(packed, scale, scales.shape, f"scales of {rows} rows")
+    if infos[shape].dtype not in (DType.I64, DType.I32):
+        return mistyped(packed, shape, infos[shape].dtype, "i64")
+    columns = ((words.shape[1] - 1) * per + 1, words.shape[1] * per)
+    if (counts := _group_counts(config, columns)) and not any(a <= scales.shape[1] <= b for a, b in counts):
+        return misshapen(packed, scale, scales.shape, f"{' or '.join(str(b) for _, b in counts)} groups a row")
     asked = (-(-rows // per), scales.shape[1])
     if zero in infos and infos[zero].shape != asked:
         return misshapen(packed, zero, infos[zero].shape, asked)
     parts = {"packed": packed, "scale": scale, "shape": shape, **({"zero": zero} if zero in infos else {})}
-    low, high = rows * ((words.shape[1] - 1) * per + 1), rows * words.shape[1] * per
+    low, high = rows * columns[0], rows * columns[1]
     scheme = f"int{width} of compressed-tensors, packed"
     return Weight(weight, scheme, parts, None, (low, high), rows, {"bits": width})
 
@@ -120,9 +154,14 @@ def find_awq(infos: Infos, config: Mapping[str, Any]) -> Iterator[Found]:
 
 
 def _packed_columns(infos: Infos, config: Mapping[str, Any], layout: str) -> Iterator[Found]:
+    ordered = [n for n in infos if n.endswith(".g_idx")] if layout == "gptq" else []
     for name in infos:
         module, _, part = name.rpartition(".")
-        if part == "qweight":
+        if part == "qweight" and (ordered or config.get("desc_act") is True) and layout == "gptq":
+            # Without its own order a weight's inputs are in other groups than the others' are.
+            order = f"{module}.g_idx"
+            yield _columns(infos, module, config, layout) if order in infos else missing(name, order)
+        elif part == "qweight":
             yield _columns(infos, module, config, layout)
         elif part in ("qzeros", "scales", "g_idx") and f"{module}.qweight" not in infos:
             yield orphan(name, f"{module}.qweight")

@@ -91,6 +91,11 @@ def misshapen(tensor: str, part: str, got: Shape, asked: Shape | str) -> Fault:
     return Fault(part, f"{show(part)} of {show(tensor)} is {list(got)}, and {expected} is expected")
 
 
+def mistyped(tensor: str, part: str, got: DType, asked: str) -> Fault:
+    """The fault of a part of a type that holds something else."""
+    return Fault(part, f"{show(part)} of {show(tensor)} is {got.value}, and {asked} is expected")
+
+
 def orphan(tensor: str, of: str) -> Fault:
     """The fault of a scale whose weight is not there, or is not quantised."""
     return Fault(tensor, f"{show(tensor)} is a part of a quantised weight, and {show(of)} is not one")
