@@ -93,10 +93,9 @@ def write_to_hub(
     client.disable_progress_bars()  # the reporter tells
     begun = time.monotonic()
     budget = memory_limit(plan, memory)
-    largest = _largest(plan)
     stage = Stage(stage_of(where).absolute())
     try:
-        check_space(dataclasses.replace(plan, shards=(largest,)), stage.out, already=stage.allocated())
+        check_space(dataclasses.replace(plan, shards=(_largest(plan),)), stage.out, already=stage.allocated())
         stage.open()
         summary = plan.summary | {"destination": f"{where.repo_id}@{where.revision}"}
         kept = stage.resume(summary, plan.provenance, fresh=not resume)
