@@ -220,6 +220,18 @@ def joined(shards: Shards, group: Iterable[str], by_set: Sequence[Mapping[str, L
     return found
 
 
+def router_aliases(shards: Shards) -> dict[str, str]:
+    """Second names of AutoEP's routers, by the first: it keeps each where transformers had its own, too.
+
+    DeepSpeed doesn't list them among shared parameters, and in stage 3 they are empty places.
+    """
+    layers = shards.model().get("ds_autoep_layers")
+    paths = (
+        [layer.get("module_path") for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
+    )
+    return {f"{p}.gate.gate.weight": f"{p}.router.gate.weight" for p in paths if isinstance(p, str)}
+
+
 def placed_in_order(shards: Shards) -> None:
     """AutoEP's experts must lie on the ranks in their order, which is all that it does.
 

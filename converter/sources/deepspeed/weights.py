@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
-from converter.sources.deepspeed.experts import expert_weights, placed_in_order
+from converter.sources.deepspeed.experts import expert_weights, placed_in_order, router_aliases
 from converter.sources.deepspeed.layout import frozen_tensors, trained_shapes, trained_tensors
 from converter.sources.deepspeed.state import Shards, expect_one_step
 from converter.text import show
@@ -54,6 +54,8 @@ def read_weights(shards: Shards, *, master: bool = False) -> Weights:
         placed_in_order(shards)
         held |= expert_weights(shards) if shards.stage < 3 else {}
     shared = shared_names(shards) if shards.stage else _same_bytes(held)
+    if shards.experts and shards.stage == 3:
+        shared |= {a: n for a, n in router_aliases(shards).items() if a in held and n in held}
     has_shapes = shards.stage > 0
     trained = frozenset(n for g in trained_shapes(shards) for n in g) if has_shapes else None
     computed: dict[str, LazyTensor] = {}
