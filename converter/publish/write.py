@@ -93,10 +93,7 @@ def write_to_hub(
     client.disable_progress_bars()  # the reporter tells
     begun = time.monotonic()
     budget = memory_limit(plan, memory)
-    largest = max(plan.shards, key=lambda s: s.size)
-    if largest.size > MAX_FILE:
-        what = f"{show(largest.file)} would have {largest.size} bytes, and the Hub takes {MAX_FILE} in one file"
-        raise Refused("hub-file-too-large", what, next=Again(("--max-shard-size", "5GB")))
+    largest = _largest(plan)
     stage = Stage(stage_of(where).absolute())
     try:
         check_space(dataclasses.replace(plan, shards=(largest,)), stage.out, already=stage.allocated())
@@ -143,6 +140,19 @@ def write_to_hub(
         stage.close()
     receipt = Receipt(content, measures, sender.reread, sender.recomputed, time.monotonic() - begun)
     return Published(receipt, pushed, tuple(sender.copied))
+
+
+def _largest(plan: Plan) -> ShardPlan:
+    """The largest file.
+
+    Raises:
+        Refused: it is larger than the Hub takes (`hub-file-too-large`).
+    """
+    largest = max(plan.shards, key=lambda s: s.size)
+    if largest.size > MAX_FILE:
+        what = f"{show(largest.file)} would have {largest.size} bytes, and the Hub takes {MAX_FILE} in one file"
+        raise Refused("hub-file-too-large", what, next=Again(("--max-shard-size", "5GB")))
+    return largest
 
 
 class _Sender:

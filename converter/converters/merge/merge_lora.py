@@ -44,7 +44,7 @@ from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.side_files import adapter_first
 from converter.core.tensors.nodes import LazyTensor
-from converter.diagnostic import Again, Command, Steps
+from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
 from converter.families.memory_names import Architecture, architectures, classifier
 from converter.text import fold, show
