@@ -100,9 +100,11 @@ def read_ranks(folder: Path) -> Ranks:
 
     Raises:
         Refused: a file without arguments or model (`megatron-malformed`), of another run (`megatron-mixed`), or missing
-            (`megatron-rank-missing`); a layout of layers that is not read (`megatron-backend`).
+            (`megatron-rank-missing`), or there twice (`megatron-copies`); a layout of layers that is not read
+            (`megatron-backend`).
     """
     ranks: Ranks | None = None
+    seen: dict[object, str] = {}
     for place in rank_folders(folder):
         path = place / RANK_FILE
         read = read_torch_file(path, root=folder, allow_names=ANY)
@@ -119,6 +121,13 @@ def read_ranks(folder: Path) -> Ranks:
             raise ranks.refuse("megatron-mixed", what, next="put the files of one save into one folder")
         tp, pp, ep = _place(place.name, ranks)
         models = [_tensors(chunks[n], ranks) for n in range(len(chunks))]
+        values = tuple((c.length, c.crc) for c in read.checks) or read.digest
+        if (other := seen.setdefault(values, place.name)) != place.name:
+            what = (
+                f"{show(place.name)} has the values of {show(other)}, number by number: one file is a copy of the other"
+            )
+            lost = "the file of that rank, from the node that wrote it; nothing else holds its values"
+            raise ranks.refuse("megatron-copies", what, next=f"put back {lost}")
         ranks.files.append(RankFile(tp, pp, ep, path, models))
         ranks.checks += read.checks
         ranks.inputs[str(path.absolute())] = read.identity
