@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,7 @@ from converter.diagnostic import Command, commands
 from converter.examine.explanations.log import MESSAGES, Seen, read
 from converter.examine.explanations.message import Message
 from converter.shipped import shipped
-
-PRINTED = tomllib.loads((Path(__file__).parents[1] / "support" / "printed_messages.toml").read_text(encoding="utf-8"))
-"""One text as it is printed, by the message's code."""
+from printed_messages import PRINTED
 
 BY_CODE = {message.code: message for message in MESSAGES}
 FRAMES = """\

@@ -11,16 +11,15 @@ from converter.core.files.names import MODEL_PICKLED
 from converter.diagnostic import Command, Next
 from converter.dialects.known import own_classes
 from converter.errors import ConvertError
-from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Near, diagnosis, folded
+from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.commands import convert_command, filling_command, role_word
 from converter.examine.diagnoses.config import architecture, label_count
 from converter.examine.diagnoses.names import WRAPPER
-from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among
+from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among, keeps
 from converter.examine.diagnoses.whole import judgement_of
 from converter.families.factors import factor_in_name
 from converter.families.family import family, hidden_size
 from converter.families.words import HEAD_FILES, HEAD_MODULES, PEFT_PREFIX
-from converter.sources.finding import sources
 from converter.text import fold, show
 
 _HEAD = re.compile(rf"(?:^|\.)(?:{'|'.join(HEAD_MODULES)})(?:\.|$)")
@@ -133,11 +132,11 @@ def head_base_lost(case: Case, context: Context) -> Iterable[Finding]:
             continue
         names = tuple(n for n in case.shapes if n.startswith(f"{module}."))
         places = case.training_near()
-        keeps = next((p for p in places if _keeps(p, module)), None)
-        there = f"is in {show(keeps.asked)}, and not in this folder" if keeps else "is in no file here"
+        keeper = next((p for p in places if keeps(p, _COPY.sub("", module))), None)
+        there = f"is in {show(keeper.asked)}, and not in this folder" if keeper else "is in no file here"
         text = f"{show(_COPY.sub('', module))} = W0 + BA: BA is here; the frozen weight under it {there}"
         command = filling_command(case)
-        found = f"from {keeps.asked}" if keeps else LOST
+        found = f"from {keeper.asked}" if keeper else LOST
         yield Finding(
             code="head-base-lost",
             severity="error",
@@ -149,13 +148,6 @@ def head_base_lost(case: Case, context: Context) -> Iterable[Finding]:
             applicability="safe",
             next=command,
         )
-
-
-def _keeps(place: Near, module: str) -> bool:
-    """True where a run's state holds the weight under a LoRA, frozen as it was."""
-    stem = _COPY.sub("", module).rpartition(".")[2]
-    entries = sources()[place.source].survey(place.path).entries
-    return any(n.endswith((f"{stem}.weight", f"{stem}.base_layer.weight")) and e.info.numel for n, e in entries.items())
 
 
 @diagnosis("head-named-otherwise", "model")
