@@ -17,7 +17,7 @@ OUTPUTS = frozenset({"OUT", "MERGED", "./NEW_FOLDER"})
 
 _ASKED: Mapping[str, str] = {
     "--base": "the folder or the Hub name of the base model",
-    "--weights-from": "a folder of the same run that still holds them",
+    "--weights-from": "a folder of the same run that still holds them, as global_step500",
     "--lora-alpha": "the lora_alpha of the training script",
     "--from": "the trainer that saved it",
     "--to": "the trainer that shall load it",

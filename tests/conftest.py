@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,22 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Matrices here are tiny, and a team of threads for each costs more than all that is computed. Tests that are about
 # threads ask torch for some.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Temporary files of tests, of their children and of libraries lie where pytest removes them.
+
+    What the tool itself makes there has to be gone at the end.
+    """
+    before, folder = os.environ.get("TMPDIR"), tmp_path_factory.mktemp("t")
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    yield
+    tempfile.tempdir = None
+    del os.environ["TMPDIR"]
+    if before is not None:
+        os.environ["TMPDIR"] = before
+    assert [p.name for p in folder.glob("rlhf-convert*")] == []
 
 
 @pytest.fixture

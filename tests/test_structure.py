@@ -25,6 +25,7 @@ LINES_OF_A_FUNCTION = 71
 TOP_LEVEL = {
     *("pyproject.toml", "README.md", "README.zh-CN.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
     *("constraints.txt", "converter", "recipes", "tests", "fixtures", "tools", "docs", ".ci", ".gitignore"),
+    *("Dockerfile", ".dockerignore"),
     *("action.yml", ".pre-commit-hooks.yaml"),  # where GitHub and pre-commit look for them
 }
 

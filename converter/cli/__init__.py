@@ -41,12 +41,13 @@ VERBS = (
     "list",
     "env",
     "schema",
+    "completion",
     "watch",
     "check",
     "push",
 )
 
-READING = ("inspect", "doctor", "watch", "verify", "explain", "diff", "list", "env", "schema")
+READING = ("inspect", "doctor", "watch", "verify", "explain", "diff", "list", "env", "schema", "completion")
 """Those that write nothing but what they print."""
 
 

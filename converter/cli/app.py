@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -48,6 +49,16 @@ class Paneled(TyperCommand):
             if records:
                 with formatter.section(name):
                     formatter.write_dl(records)
+
+
+def value_of(parameter: Any) -> tuple[str, tuple[str, ...]]:
+    """What an option or argument takes: the name of its type, and the values to choose from, where they are listed."""
+    annotation = parameter.type_descriptor.annotation
+    inner = [a for a in get_args(annotation) if a is not type(None)]
+    annotation = inner[0] if inner else annotation
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return "choice", tuple(str(each.value) for each in annotation)
+    return str(getattr(annotation, "__name__", "text")), ()
 
 
 app = _new_app()

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.core.checkpoint import MODEL, STATE
 from converter.core.compute.measures import energy_kept, has_update, relative_size, surviving_share
 from converter.diagnostic import Again, Command, Next, is_command, parts
 from converter.errors import ConvertError, Refused
@@ -295,8 +296,10 @@ def _percent(share: float) -> str:
     return f"{percent:.3g} %" if abs(percent) < 99.95 else f"{percent:.4g} %"
 
 
-def wrote_line(out: str, config: Mapping[str, Any], pad_token: str | None) -> str:
+def wrote_line(out: str, config: Mapping[str, Any], pad_token: str | None, kind: str = MODEL) -> str:
     """`./rm  Qwen2ForSequenceClassification, 1 label, pad <|endoftext|>`."""
+    if kind == STATE:
+        return line("wrote", f"{show(out)}  a state dict, which is no model")
     if config.get("peft_type"):
         return line("wrote", f"{show(out)}  {adapter_kind(config)}")
     architectures = config.get("architectures")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from converter.cli.megatron_flags import PANEL as MEGATRON
+from converter.cli.megatron_flags import MegatronFlags
 from converter.cli.sink import Sink
 from converter.errors import UsageError
 from converter.recipe.options import (
@@ -26,7 +26,8 @@ from converter.recipe.options import (
     WriteOptions,
 )
 
-INPUT, OUTPUT, RESOURCES, HUB, CONSENT = PANELS = ("Input", "Output", "Resources", "Hub", "Consent")
+INPUT, OUTPUT, RESOURCES, HUB, CONSENT = _PANELS = ("Input", "Output", "Resources", "Hub", "Consent")
+PANELS = (*_PANELS, MEGATRON)
 """Panels of `--help`, in their order. An option without one is the verb's own and stands before them."""
 
 _WHOLE = "Make a quantised model's weights whole first, as the vendor's own code does, to the bit."
@@ -90,37 +91,6 @@ class Display:
 
 
 _OF_EVERY_VERB = frozenset(f.name for f in dataclasses.fields(Display))
-
-
-class LanguageChoice(StrEnum):
-    """In which language `explain` answers; Chinese stands above the English."""
-
-    en = "en"
-    zh = "zh"
-
-
-@dataclass(frozen=True)
-class Speaking(Display):
-    """In which language a verb answers."""
-
-    lang: Annotated[
-        LanguageChoice | None,
-        typer.Option("--lang", help="zh: one line in Chinese too; default: by the locale.", show_default=False),
-    ] = None
-
-    @property
-    def in_chinese(self) -> bool:
-        """Whether a line in Chinese is wanted, by `--lang` or else by the locale, and can be printed."""
-        if self.lang is None:
-            set_ones = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
-            wanted = next(filter(None, set_ones), "").startswith("zh")
-        else:
-            wanted = self.lang is LanguageChoice.zh
-        try:
-            "中".encode(sys.stdout.encoding or "utf-8")
-        except UnicodeEncodeError:
-            return False
-        return wanted
 
 
 @dataclass(frozen=True)
@@ -222,7 +192,9 @@ class Conversion(Fetch, Reading):
     layout: Annotated[
         LayoutChoice | None,
         typer.Option(
-            help="Keep the source's files, or fill new ones; default: auto.", show_default=False, rich_help_panel=OUTPUT
+            help="Keep the source's files, or fill new ones; default: auto. With --to megatron: its format.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ] = None
     link_unchanged: Annotated[
@@ -321,7 +293,7 @@ def with_options(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[...
 
 
 @dataclass(frozen=True)
-class HeadFlags(Conversion):
+class HeadFlags(Conversion, MegatronFlags):
     """Options of the verbs that write a head."""
 
     source: Annotated[
@@ -395,15 +367,6 @@ class HeadFlags(Conversion):
         typer.Option(help="A fresh head where SRC has none; it has learnt nothing.", show_default=False),
     ] = None
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of --init-head normal.")] = 0
-    tp: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="With --to megatron: tensor-parallel ranks that the vocabulary is padded for.",
-            show_default=False,
-        ),
-    ] = None
 
     @property
     def plain(self) -> HeadOptions:

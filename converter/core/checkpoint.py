@@ -15,12 +15,12 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.text import fold, format_size, show
 
-MODEL, ADAPTER, TRAINING, DELTA = "model", "adapter", "training", "delta"
+MODEL, ADAPTER, TRAINING, DELTA, STATE = "model", "adapter", "training", "delta", "state"
 """What a checkpoint is, as `Origin.kind` says; `delta`: the difference of two models."""
 
-Container = Literal["safetensors", "torch", "distcp"]
+Container = Literal["safetensors", "torch", "distcp", "trees"]
 """What weights are written in: safetensors; torch's zip format (`pytorch_model.bin`), all that some loaders read; or a
-distributed checkpoint (`.distcp` files and `.metadata`)."""
+distributed checkpoint (`.distcp` files and `.metadata`), or files of torch's that hold more than tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class Origin:
     """Where a checkpoint came from.
 
     Attributes:
-        kind: `model`, `adapter`, `delta`, or `training`: the state of a trainer, whose names are those in memory.
+        kind: `model`, `adapter`, `delta`, `training`: the state of a trainer, whose names are those in memory; or
+            `state`: the tensors of one under these names, which are no model.
         path: the folder that was opened, absolute; never written into an output.
         asked: what the user typed, for screens.
         name: for the receipt: the Hub id, else the folder's own name.
@@ -131,7 +132,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
         one_file: the main weights must be in one file, however large: what loads them reads no index.
         stem: how the name of the main weight file begins, where a program looks for another one than the usual.
         under: keys of the dictionaries that a distributed checkpoint has the model in.
+        copies: tensors that several ranks saved: the name, what is taken, and another rank's, which must be equal.
         boxes: by name, how many leading dimensions of a tensor such a checkpoint has index by index; absent: none.
+        trees: what files of torch's say, by path, their tensors lazy: they are written in place of `tensors`.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -158,7 +161,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
     one_file: bool = False
     stem: str = ""
     under: tuple[str, ...] = ()
+    copies: tuple[tuple[str, LazyTensor, LazyTensor], ...] = ()
     boxes: Mapping[str, int] = field(default_factory=dict)
+    trees: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LazyTensor:
         """The lazy tensor of that name; `converter.to_torch` reads its values."""

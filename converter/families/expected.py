@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,7 +132,7 @@ def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
             {**table.shapes},
             {**table.shapes, **table.optional},
             ties=_table_ties(table),
-            passes_unexpected=table.passes,
+            passes_unexpected=(*table.passes, *_after_the_last(table.passes, config)),
             prefix=built.prefix if built is not None else "",
             source=f"formulas of transformers {implied.version()}",
         )
@@ -148,11 +148,23 @@ def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
         {n: tuple(s) for n, s in found["memory"].items()},
         tuple(tuple(g) for g in found["ties"]),
         tuple(filter(_is_pattern, found["passes_missing"])),
-        tuple(filter(_is_pattern, found["passes_unexpected"])),
+        (*filter(_is_pattern, found["passes_unexpected"]), *_after_the_last(found["passes_unexpected"], config)),
         frozenset(found["unsaved"]),
         found["prefix"],
         source=f"transformers {found['transformers']}",
     )
+
+
+_NUMBERED = re.compile(r"model\\\.layers\\\.\d+\.\*")
+"""How transformers passes over layers for multi-token prediction: by the number in models of the published sizes."""
+
+
+def _after_the_last(passes: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The same for a model of another size, whose config says that it has such layers."""
+    layers, extra = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    if type(layers) is not int or type(extra) is not int or not any(map(_NUMBERED.fullmatch, passes)):
+        return ()
+    return tuple(rf"model\.layers\.{layers + n}\." for n in range(min(extra, 64)))
 
 
 def _is_newer(config: Mapping[str, Any], installed: str) -> bool:

@@ -91,12 +91,8 @@ def write_to_hub(
 
     client: Any = huggingface_hub.utils
     client.disable_progress_bars()  # the reporter tells
-    begun = time.monotonic()
-    budget = memory_limit(plan, memory)
-    largest = max(plan.shards, key=lambda s: s.size)
-    if largest.size > MAX_FILE:
-        what = f"{show(largest.file)} would have {largest.size} bytes, and the Hub takes {MAX_FILE} in one file"
-        raise Refused("hub-file-too-large", what, next=Again(("--max-shard-size", "5GB")))
+    begun, budget = time.monotonic(), memory_limit(plan, memory)
+    largest = _largest(plan)
     stage = Stage(stage_of(where).absolute())
     try:
         check_space(dataclasses.replace(plan, shards=(largest,)), stage.out, already=stage.allocated())
@@ -105,7 +101,11 @@ def write_to_hub(
         kept = stage.resume(summary, plan.provenance, fresh=not resume)
         names = {s.file for s in plan.shards} | plan.side_files.keys()
         expect_no_stale(names, make_repository(where), where)
-        with InputFiles(plan.inputs) as files, one_thread_each(plan) as ready, reading_through(plan):
+        with (
+            InputFiles(plan.inputs, {c.file for c in plan.checks}) as files,
+            one_thread_each(plan) as ready,
+            reading_through(plan),
+        ):
             sender = _Sender(plan, where, stage, files, reporter, jobs, budget, ready, verify=verify)
             reporter.start(plan.total_bytes, len(plan.shards))
             for shard in plan.shards:
@@ -139,6 +139,19 @@ def write_to_hub(
         stage.close()
     receipt = Receipt(content, measures, sender.reread, sender.recomputed, time.monotonic() - begun)
     return Published(receipt, pushed, tuple(sender.copied))
+
+
+def _largest(plan: Plan) -> ShardPlan:
+    """The largest file.
+
+    Raises:
+        Refused: it is larger than the Hub takes (`hub-file-too-large`).
+    """
+    largest = max(plan.shards, key=lambda s: s.size)
+    if largest.size > MAX_FILE:
+        what = f"{show(largest.file)} would have {largest.size} bytes, and the Hub takes {MAX_FILE} in one file"
+        raise Refused("hub-file-too-large", what, next=Again(("--max-shard-size", "5GB")))
+    return largest
 
 
 class _Sender:

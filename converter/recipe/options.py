@@ -14,11 +14,24 @@ if TYPE_CHECKING:
 
 
 class LayoutChoice(StrEnum):
-    """How tensors are spread over files."""
+    """How tensors are spread over files; the last two are Megatron's formats."""
 
     auto = "auto"
     preserve = "preserve"
     pack = "pack"
+    torch_dist = "torch_dist"
+    legacy = "legacy"
+
+
+MEGATRON_LAYOUTS = frozenset({LayoutChoice.torch_dist, LayoutChoice.legacy})
+
+
+class ModulesChoice(StrEnum):
+    """Classes of Megatron's that load a checkpoint in its old format."""
+
+    transformer_engine = "transformer-engine"
+    grouped = "grouped"
+    local = "local"
 
 
 class CombineChoice(StrEnum):
@@ -53,6 +66,15 @@ class EmitChoice(StrEnum):
     adapter = "adapter"
     merged = "merged"
     both = "both"
+
+
+class GatherEmit(StrEnum):
+    """The same, and the state itself."""
+
+    adapter = "adapter"
+    merged = "merged"
+    both = "both"
+    state = "state"
 
 
 class PartChoice(StrEnum):
@@ -146,6 +168,8 @@ class HeadOptions(WriteOptions):
         init_head: a fresh head where the source has none.
         seed: of `init_head="normal"`.
         tp: tensor-parallel ranks that a vocabulary is padded for, where the trainer's files are padded.
+        pp, ep, etp: stages, expert-parallel ranks and ranks of an expert's matrices, for Megatron.
+        modules: classes of Megatron's that load its old format.
     """
 
     source: str | None = None
@@ -163,6 +187,10 @@ class HeadOptions(WriteOptions):
     init_head: str | None = None
     seed: int = 0
     tp: int | None = None
+    pp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
+    modules: ModulesChoice | None = None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from converter.errors import Refused, UsageError
 from converter.families.words import HEAD_FILES
 from converter.sources.hub.names import REPO_ID as _REPO_ID
 from converter.sources.hub.names import SCHEME, hub_name
-from converter.sources.stores.names import StoreName, local_path, store_name
+from converter.sources.store_names import StoreName, local_path, store_name
 from converter.sources.survey import file_names, folder_kind, repository_of, snapshot_of
 from converter.text import nearest, show
 

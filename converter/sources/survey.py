@@ -21,7 +21,7 @@ from converter.core.files.names import (
 from converter.core.formats.weight_file import WeightFile
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import LazyTensor
-from converter.diagnostic import Command, Diagnostic, Next, Steps
+from converter.diagnostic import Command, Diagnostic, Next
 from converter.errors import Refused
 from converter.text import fold, show
 
@@ -222,8 +222,7 @@ def _repair_command(root: Path) -> Next:
     command = Command("repair", (str(root), "OUT"))
     if any(_TAG.fullmatch(name) for name in around):
         return command
-    named = command.with_options("--weights-from", "DIR")
-    return Steps(named, ", DIR being the run's DeepSpeed folder (global_step*)")
+    return command.with_options("--weights-from", "DIR")
 
 
 def _pattern(name: str) -> str:

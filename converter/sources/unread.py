@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from converter.core.checkpoint import Checkpoint
 from converter.errors import Refused, UsageError
-from converter.sources.survey import Fault, SourceKind, Survey, file_names
-from converter.text import fold, show
-
-_OTHER_FILES = (
-    (
-        re.compile(r"layer_\d+-model_\d+-model_states\.pt", re.ASCII),
-        "zero-pipeline",
-        "a pipeline-parallel checkpoint (one file a layer)",
-        "Megatron-DeepSpeed's tools/convert_checkpoint/deepspeed_to_transformers.py",
-    ),
-    (
-        re.compile(
-            r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_.*optim_states\.pt", re.ASCII
-        ),
-        "zero-experts",
-        "a checkpoint with DeepSpeed's own mixture-of-experts layers",
-        "the training script itself: load it with DeepSpeed and save with gathered parameters",
-    ),
-)
+from converter.sources.survey import Fault, SourceKind, Survey
+from converter.text import show
 
 
 class Unread:
@@ -58,12 +40,6 @@ class Unread:
 
 def other_layout(root: Path) -> Refused | None:
     """The refusal for a layout that this source recognises and does not read."""
-    names = file_names(root)
-    for pattern, code, what, tool in _OTHER_FILES:
-        found = sorted(n for n in names if pattern.fullmatch(n))
-        if found:
-            text = f"this is {what}, which is not read: {fold([show(n) for n in found])}"
-            return Refused(code, text, where=show(root), next=f"convert it with {tool}")
     try:
         below = [p for p in root.iterdir() if p.is_dir()]
     except OSError:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from converter.cli import VERBS, with_verb
-from imported import modules_after, third_party
+from imported import modules_after_each, third_party
 from oracle.command import run
 
 
@@ -28,9 +28,19 @@ def typer_alone() -> set[str]:
     return third_party({m.split(".")[0] for m in done.stdout.rpartition("MODULES ")[2].split()})
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], *([v, "--help"] for v in VERBS)])
-def test_help_imports_typer_and_nothing_else(arguments: list[str], typer_alone: set[str]) -> None:
-    assert third_party(modules_after(*arguments)) <= typer_alone
+HELP = [["--help"], [], ["--version"], *([v, "--help"] for v in VERBS)]
+
+
+@pytest.fixture(scope="module")
+def imported() -> list[set[str]]:
+    """What each command line of `HELP` imports."""
+    return modules_after_each(HELP)
+
+
+@pytest.mark.parametrize("number", range(len(HELP)), ids=[" ".join(a) or "nothing" for a in HELP])
+def test_help_imports_typer_and_nothing_else(number: int, imported: list[set[str]], typer_alone: set[str]) -> None:
+    assert "converter" in imported[number]
+    assert third_party(imported[number]) <= typer_alone
     assert not typer_alone & {"torch", "transformers", "peft", "huggingface_hub", "yaml", "rich", "numpy"}
 
 

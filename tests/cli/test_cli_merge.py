@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from converter.core.writer import shard_writer
 from converter.shipped import shipped
 from oracle.command import listing, run
 
@@ -87,14 +93,12 @@ def test_the_command_that_loads_the_output_is_copyable_and_works(here: Path) -> 
     ran = run("merge-lora", "./trl-rm", "./rm")
     command = ran.out.splitlines()[-1].strip()
     assert command.startswith('python -c "from transformers import Qwen2ForSequenceClassification as M;')
-    done = subprocess.run(
-        ["bash", "-c", command.replace("python", sys.executable, 1)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert "(score): Linear(in_features=64, out_features=1, bias=False)" in done.stdout
+    program, option, code = shlex.split(command)
+    assert (program, option) == ("python", "-c")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    assert "(score): Linear(in_features=64, out_features=1, bias=False)" in printed.getvalue()
 
 
 def test_json_is_one_object_with_the_receipt_that_lies_beside_the_model(here: Path) -> None:
@@ -291,23 +295,23 @@ def test_a_run_folder_with_several_checkpoints_lists_them_newest_last(here: Path
 @pytest.mark.signals
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_writing_exits_with_one_line_and_the_same_command_resumes(
-    here: Path, number: signal.Signals, code: int
+    here: Path, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted = (
-        "import os, signal, sys, converter.core.writer.shard_writer as e\n"
-        "copy, once = e.copy_run, [1]\n"  # a second signal ends the process at once, as it should
-        f"def stop(*a, **k): once and once.pop() and os.kill(os.getpid(), {int(number)}); return copy(*a, **k)\n"
-        "e.copy_run = stop\n"
-        "from converter.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
+    real, once = shard_writer.copy_run, [1]  # a second signal ends the process at once, as it should
+
+    def stop(*given: Any, **named: Any) -> Any:
+        if once:
+            once.pop()
+            os.kill(os.getpid(), number)
+        return real(*given, **named)
+
     command = ["merge-lora", "./trl-rm", "./rm"]
-    done = subprocess.run(
-        [sys.executable, "-c", interrupted, *command], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "interrupted, nothing published: what is done is kept in rm.partial" in " ".join(done.stderr.split())
+    with monkeypatch.context() as patched:
+        patched.setattr(shard_writer, "copy_run", stop)
+        ran = run(*command)
+    assert ran.code == code, ran.err
+    assert "Traceback" not in ran.err
+    assert "interrupted, nothing published: what is done is kept in rm.partial" in ran.text
     assert not (here / "rm").exists()
     assert (here / "rm.partial").is_dir()
     assert run(*command).code == 0
@@ -317,44 +321,29 @@ def test_a_signal_while_writing_exits_with_one_line_and_the_same_command_resumes
 
 
 def test_a_file_that_can_t_grow_fails_in_one_line_and_the_same_command_resumes(here: Path) -> None:
-    limited = (
-        "import resource, sys\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from converter.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
     command = ["merge-lora", "./trl-rm", "./rm"]
-    done = subprocess.run(
-        [sys.executable, "-c", limited, *command], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 3, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "REFUSED system: nothing published" in done.stderr
-    assert "File too large" in done.stderr
-    assert "repeat the same command" in done.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        ran = run(*command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ran.code == 3, ran.err
+    assert "Traceback" not in ran.err
+    assert "REFUSED system: nothing published" in ran.err
+    assert "File too large" in ran.err
+    assert "repeat the same command" in ran.err
     assert not (here / "rm").exists()
     assert run(*command).code == 0
     assert sorted(p.name for p in here.iterdir()) == ["rm", "tiny-qwen2-base", "trl-rm"]
 
 
 @pytest.mark.signals
-def test_a_signal_while_planning_leaves_nothing(here: Path) -> None:
-    interrupted = (
-        "import os, signal, sys, converter.recipe.run as r\n"
-        "def stop(*a, **k): os.kill(os.getpid(), signal.SIGTERM)\n"
-        "r.make_plan = stop\n"
-        "from converter.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", interrupted, "merge-lora", "./trl-rm", "./rm"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 143
-    assert "Traceback" not in done.stderr
+def test_a_signal_while_planning_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("converter.recipe.run.make_plan", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    ran = run("merge-lora", "./trl-rm", "./rm")
+    assert ran.code == 143
+    assert "Traceback" not in ran.err
     assert sorted(p.name for p in here.iterdir()) == ["tiny-qwen2-base", "trl-rm"]
 
 

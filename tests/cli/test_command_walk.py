@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,12 +26,6 @@ SHORT = {
     "several-parts": ("gather",),
 }
 """Folders and verbs of the run that always is made: one of each kind of refusal."""
-
-
-@pytest.fixture(scope="module")
-def shell() -> Iterator[Shell]:
-    with Shell() as served:
-        yield served
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,11 @@ from safetensors.torch import load_file
 from converter.blanks import new_name, without_blanks
 from converter.diagnostic import Again, Command, Next, Steps, as_argument, commands, completed, is_command, quoted
 from doctored import RUN, causal, edit, reward, store
+from served_shell import Shell
 
 __all__ = ["causal", "reward"]
 
 ODD = """it's a "run" $HOME"""
-PROGRAM = f'rlhf-convert() {{ {sys.executable} -m converter "$@"; }}; '
-
-
-def bash(text: str, here: Path) -> subprocess.CompletedProcess[str]:
-    """What a user's shell does with a line."""
-    return subprocess.run(
-        ["bash", "-c", PROGRAM + text], cwd=here, capture_output=True, text=True, check=False, timeout=120
-    )
 
 
 def words_in_bash(text: str) -> list[bytes]:
@@ -134,20 +126,20 @@ def test_steps_say_which_of_their_parts_can_be_typed() -> None:
     assert as_argument("-rm") == "./-rm" and as_argument("rm") == "rm"
 
 
-def test_doctors_command_repairs_and_what_that_prints_loads_the_model(here: Path, reward: Path) -> None:
+def test_doctors_command_repairs_and_what_that_prints_loads_the_model(shell: Shell, here: Path, reward: Path) -> None:
     folder = here / "my rm"
     shutil.copytree(reward, folder)
     edit(folder, num_labels=3, id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": 0, "b": 1, "c": 2})
-    told = bash("rlhf-convert doctor 'my rm'", here)
-    assert told.returncode == 1, told.stderr
-    assert bash(f"rlhf-convert doctor {quoted(str(folder))} -q", here).returncode == 1
-    (command,) = printed_next(bash(f"rlhf-convert doctor {quoted(str(folder))}", here).stdout)
+    told = shell.type("rlhf-convert doctor 'my rm'", here)
+    assert told.code == 1, told.err
+    assert shell.type(f"rlhf-convert doctor {quoted(str(folder))} -q", here).code == 1
+    (command,) = printed_next(shell.type(f"rlhf-convert doctor {quoted(str(folder))}", here).out)
     assert command.startswith(f"rlhf-convert repair {quoted(str(folder))} ")
-    done = bash(command, here)
-    assert done.returncode == 0, done.stderr
-    for each in printed_next(done.stdout):
+    done = shell.type(command, here)
+    assert done.code == 0, done.err
+    for each in printed_next(done.out):
         if each.startswith("rlhf-convert"):
-            assert bash(each, here).returncode == 0, each
+            assert shell.type(each, here).code == 0, each
         else:
             words = words_in_bash(each)
             assert words[:2] == [b"python", b"-c"]
@@ -155,57 +147,65 @@ def test_doctors_command_repairs_and_what_that_prints_loads_the_model(here: Path
             assert f"{folder}-fixed" in eval(words[2].decode().partition("from_pretrained(")[2].removesuffix("))"))
 
 
-def test_a_refusal_prints_the_users_own_command_with_what_it_lacked(here: Path) -> None:
+def test_a_refusal_prints_the_users_own_command_with_what_it_lacked(shell: Shell, here: Path) -> None:
     run = here / "run 1"
     shutil.copytree(RUN / "embed-lora", run)
     state = next(p for p in run.rglob("global_step*"))
     typed = f"rlhf-convert gather {quoted(str(state))} ./out --emit merged --memory 2GB"
-    refused = bash(typed, here)
-    assert refused.returncode in (2, 3), refused.stdout
-    (step,) = printed_next(refused.stderr)[:1]
-    assert step.startswith(f"the same command {BASE_ASKED}; rlhf-convert inspect ")
-    assert bash(step.partition("; ")[2].removesuffix(" shows what is recorded there"), here).returncode == 0
+    refused = shell.type(typed, here)
+    assert refused.code in (2, 3), refused.out
+    (step,) = printed_next(refused.err)[:1]
+    asked, _, alone = step.partition("; for a module of your own, its state dict: ")
+    assert asked == f"the same command {BASE_ASKED}, the model that training began with"
+    assert shell.type(alone, here).code == 0, alone
+    shutil.rmtree(here / "out")
     base = next(p for p in run.rglob("base") if p.is_dir())
-    done = bash(f"{typed} --base {quoted(str(base))}", here)
-    assert done.returncode == 0, done.stderr
+    done = shell.type(f"{typed} --base {quoted(str(base))}", here)
+    assert done.code == 0, done.err
     assert load_file(here / "out" / "model.safetensors")
 
 
-def test_a_head_with_a_bias_is_converted_by_the_command_that_the_refusal_prints(here: Path, reward: Path) -> None:
+def test_a_head_with_a_bias_is_converted_by_the_command_that_the_refusal_prints(
+    shell: Shell, here: Path, reward: Path
+) -> None:
     source = here / "with bias"
     shutil.copytree(reward, source)
     store(source, lambda t: {n.replace("score.", "value_head."): v for n, v in t.items()})
     store(source, lambda t: t | {"value_head.bias": torch.full((1,), 0.5)})
     typed = f"rlhf-convert convert {quoted(str(source))} out --to trl --role reward"
-    refused = bash(typed, here)
-    assert refused.returncode in (2, 3), refused.stdout
-    steps = printed_next(refused.stderr)
+    refused = shell.type(typed, here)
+    assert refused.code in (2, 3), refused.out
+    steps = printed_next(refused.err)
     assert steps[0].startswith(typed)
-    as_json = json.loads(bash(f"{typed} --json", here).stdout)
+    as_json = json.loads(shell.type(f"{typed} --json", here).out)
     assert as_json["error"]["next"].startswith(f"{typed} --json --")
-    done = bash(steps[0], here)
-    assert done.returncode == 0, (steps, done.stderr)
+    done = shell.type(steps[0], here)
+    assert done.code == 0, (steps, done.err)
 
 
 @pytest.mark.parametrize(
     "typed", ["doctor . --for openrlhf@99", "verify . --for openrlhf@99", "rm-to-critic . out --to openrlhf@99"]
 )
-def test_an_unknown_version_is_answered_with_the_option_of_that_verb(here: Path, causal: Path, typed: str) -> None:
+def test_an_unknown_version_is_answered_with_the_option_of_that_verb(
+    shell: Shell, here: Path, causal: Path, typed: str
+) -> None:
     shutil.copytree(causal, here, dirs_exist_ok=True)
-    refused = bash(f"rlhf-convert {typed}", here)
-    assert refused.returncode == 2
-    (command,) = printed_next(refused.stderr)
+    refused = shell.type(f"rlhf-convert {typed}", here)
+    assert refused.code == 2
+    (command,) = printed_next(refused.err)
     verb, option = typed.split(maxsplit=1)[0], typed.split()[-2]
     assert command.startswith(f"rlhf-convert {verb} . ") and command.endswith(f" {option} openrlhf@0.11.2")
 
 
-def test_a_folder_that_begins_with_a_dash_is_named_so_that_it_is_no_option(here: Path, causal: Path) -> None:
+def test_a_folder_that_begins_with_a_dash_is_named_so_that_it_is_no_option(
+    shell: Shell, here: Path, causal: Path
+) -> None:
     shutil.copytree(causal, here / "-lm")
-    told = bash("rlhf-convert inspect ./-lm", here)
-    assert told.returncode == 0, told.stderr
-    first = printed_next(told.stdout)[0]
+    told = shell.type("rlhf-convert inspect ./-lm", here)
+    assert told.code == 0, told.err
+    first = printed_next(told.out)[0]
     assert first == "rlhf-convert reshard ./-lm ./-lm-resharded --max-shard-size 5GB"
-    done = bash(first, here)
-    assert done.returncode == 0, done.stderr
-    assert printed_next(done.stdout)[0] == "rlhf-convert inspect ./-lm-resharded"
-    assert bash(printed_next(done.stdout)[0], here).returncode == 0
+    done = shell.type(first, here)
+    assert done.code == 0, done.err
+    assert printed_next(done.out)[0] == "rlhf-convert inspect ./-lm-resharded"
+    assert shell.type(printed_next(done.out)[0], here).code == 0

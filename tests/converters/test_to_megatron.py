@@ -5,6 +5,7 @@ That megatron-core loads it at TP 1 and 2, PP 1 and 2, EP 2 is compared by tests
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import warnings
@@ -87,8 +88,12 @@ def test_a_loader_finds_the_release_and_pieces_of_one_layer_and_one_expert(tmp_p
     assert run("convert", _model(tmp_path, "qwen3_moe"), out, "--to", "megatron", "--role", "actor").code == 0
     assert (out / "latest_checkpointed_iteration.txt").read_text() == "release"
     assert json.loads((out / "release" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
-    common = torch.load(out / "release" / "common.pt", weights_only=True)  # noqa: TID251
-    assert common == {"checkpoint_version": 3.0, "iteration": 0}
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        common = torch.load(out / "release" / "common.pt", weights_only=True)  # noqa: TID251
+    assert (common["checkpoint_version"], common["iteration"]) == (3.0, 0)
+    args = common["args"]
+    assert (args.num_layers, args.num_experts, args.moe_ffn_hidden_size, args.kv_channels) == (2, 4, 12, 8)
+    assert (args.tensor_model_parallel_size, args.untie_embeddings_and_output_weights) == (1, True)
     entries = FileSystemReader(out / "release").read_metadata().state_dict_metadata
     sizes = {
         tuple(chunk.sizes[:2])

@@ -1,16 +1,21 @@
-"""Saves every family with real megatron-core on CPU and compares what is gathered with what lived. Slow.
+"""Saves every family with real megatron-core on CPU, over its sizes, and compares what is gathered with what lived.
 
     python tests/runs/run_mcore_matrix.py OUT                     builds an environment with megatron-core, once
     python tests/runs/run_mcore_matrix.py OUT --trainer PYTHON    a Python that has megatron-core and transformers
     python tests/runs/run_mcore_matrix.py OUT --compare-only      what was saved before, again
     python tests/runs/run_mcore_matrix.py OUT --only mixtral      runs whose names have this in them
+    python tests/runs/run_mcore_matrix.py OUT --all               every family at every size
 
-Exits with 1 on a difference. The Python that runs this has rlhf-convert.
+TP 1, 2 x PP 1, 2 x EP 1, 2, both formats, layers stacked and apart, virtual and uneven stages, heads of critics. All of
+them are saved by one start of four ranks. Slow: about ten minutes. Exits with 1 on a difference, and where a run is not
+saved. The Python that runs this has rlhf-convert.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,31 +28,61 @@ DEFAULT = Path("~/.cache/rlhf-convert-trainers/megatron-core").expanduser()
 PACKAGES = ("torch==2.13.0", "numpy", "safetensors", "transformers==5.23.0", "einops", "pyyaml")
 MEGATRON = "megatron-core==0.16.1"
 
-RUNS: dict[str, list[str]] = {
-    "llama": ["--case", "llama"],
-    "llama-layers-pp2": ["--case", "llama", "--pp", "2", "--per-layer"],
-    "mistral": ["--case", "mistral"],
-    "qwen2": ["--case", "qwen2"],
-    "qwen2-tied-tp2-pp2": ["--case", "qwen2-tied", "--tp", "2", "--pp", "2"],
-    "qwen3": ["--case", "qwen3"],
-    "qwen3-tp2-optimizer": ["--case", "qwen3", "--tp", "2", "--optimizer"],
+DENSE = ("llama", "mistral", "qwen2", "qwen2-tied", "qwen3", "qwen3-tied")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss")
+SIZES = ("", "tp2", "pp2", "tp2-pp2")
+OF_EXPERTS = ("ep2", "tp2-ep2", "pp2-ep2", "tp2-pp2-ep2", "tp2-ep2-etp2")
+OTHERS: dict[str, list[str]] = {
+    "llama-vpp2": ["--case", "llama", "--pp", "2", "--vpp", "2", "--layers", "4"],
+    "qwen3_moe-vpp2-ep2": ["--case", "qwen3_moe", "--pp", "2", "--vpp", "2", "--layers", "4", "--ep", "2"],
+    "deepseek_v3-vpp2": ["--case", "deepseek_v3", "--pp", "2", "--vpp", "2", "--layers", "4"],
+    "qwen2-uneven": ["--case", "qwen2", "--pp", "2", "--layers", "3", "--first-stage", "1", "--tp", "2"],
+    "qwen3-12-layers": ["--case", "qwen3", "--layers", "12", "--pp", "2"],
+    "llama-apart-pp2": ["--case", "llama", "--pp", "2", "--per-layer"],
+    "qwen3-apart-12-layers": ["--case", "qwen3", "--layers", "12", "--per-layer", "--tp", "2"],
+    "qwen3_moe-apart": ["--case", "qwen3_moe", "--per-layer", "--ep", "2"],
+    "deepseek_v3-mtp": ["--case", "deepseek_v3-mtp"],
+    "deepseek_v3-mtp-tp2-pp2": ["--case", "deepseek_v3-mtp", "--tp", "2", "--pp", "2"],
+    "deepseek_v3-mtp-ep2": ["--case", "deepseek_v3-mtp", "--ep", "2"],
+    "glm4_moe-mtp-pp2": ["--case", "glm4_moe-mtp", "--pp", "2"],
     "qwen3-fp32": ["--case", "qwen3", "--dtype", "fp32"],
-    "qwen3-critic-tp2": ["--case", "qwen3-tied", "--tp", "2", "--critic", "1", "--no-args"],
-    "qwen2-reward-3": ["--case", "qwen2", "--critic", "3", "--head-bias"],
-    "mixtral": ["--case", "mixtral"],
-    "qwen2_moe": ["--case", "qwen2_moe"],
-    "qwen3_moe": ["--case", "qwen3_moe"],
-    "qwen3_moe-ep2": ["--case", "qwen3_moe", "--ep", "2"],
-    "qwen3_moe-layers": ["--case", "qwen3_moe", "--per-layer"],
-    "deepseek_v2": ["--case", "deepseek_v2"],
-    "deepseek_v3": ["--case", "deepseek_v3"],
-    "glm4_moe": ["--case", "glm4_moe"],
-    "old-qwen2-tied-tp2-pp2": ["--case", "qwen2-tied", "--tp", "2", "--pp", "2", "--format", "torch"],
-    "old-qwen3-critic-tp2": ["--case", "qwen3", "--tp", "2", "--critic", "1", "--format", "torch"],
-    "old-qwen3_moe-ep2": ["--case", "qwen3_moe", "--ep", "2", "--format", "torch"],
-    "old-qwen3_moe-tp2-ep2": ["--case", "qwen3_moe", "--tp", "2", "--ep", "2", "--format", "torch"],
-    "old-deepseek_v3-tp2": ["--case", "deepseek_v3", "--tp", "2", "--format", "torch"],
+    "qwen3-optimizer-tp2": ["--case", "qwen3", "--tp", "2", "--optimizer"],
+    "qwen3-critic": ["--case", "qwen3-tied", "--critic", "1", "--no-args"],
+    "qwen3-critic-tp2-pp2": ["--case", "qwen3-tied", "--tp", "2", "--pp", "2", "--critic", "1", "--no-args"],
+    "qwen3_moe-critic-ep2": ["--case", "qwen3_moe", "--ep", "2", "--critic", "1"],
+    "deepseek_v3-critic-tp2": ["--case", "deepseek_v3", "--tp", "2", "--critic", "1"],
+    "qwen2-labels-tp2": ["--case", "qwen2", "--tp", "2", "--critic", "3", "--head-bias"],
 }
+NOT_OLD = frozenset({"qwen3-optimizer-tp2", "llama-apart-pp2", "qwen3-apart-12-layers", "qwen3_moe-apart"})
+"""What the old format has no other form for."""
+NO_ARGS = "--no-args"
+
+
+def _sizes(words: str) -> list[str]:
+    """`tp2-pp2` as options."""
+    return [part for word in words.split("-") if word for part in (f"--{word[:-1]}", word[-1])]
+
+
+def every_run() -> dict[str, list[str]]:
+    """Runs by name, with the arguments of `mcore/save.py`."""
+    found: dict[str, list[str]] = {}
+    for case in (*DENSE, *MIXTURES):
+        for sizes in (*SIZES, *(OF_EXPERTS if case in MIXTURES else ())):
+            # Megatron splits no expert that has biases.
+            whole = ["--etp", "1"] if case == "gpt_oss" and "etp" not in sizes else []
+            found["-".join(w for w in (case, sizes) if w)] = ["--case", case, *_sizes(sizes), *whole]
+    del found["gpt_oss-tp2-ep2-etp2"]
+    found |= OTHERS
+    old = {f"old-{n}": [a for a in given if a != NO_ARGS] for n, given in found.items() if n not in NOT_OLD}
+    return found | {name: [*given, "--format", "torch"] for name, given in old.items()}
+
+
+CHOSEN = re.compile(
+    r"(?:old-)?(?:[a-z0-9_]+|.*-mtp.*|.*(?:vpp|uneven|layers|apart|critic|labels|fp32|optimizer).*|"
+    r"qwen2-tied.*|qwen3_moe-.+|(?:deepseek_v3|gpt_oss)-(?:tp2-pp2|ep2)|"
+    r"(?:mixtral|qwen2_moe|glm4_moe|deepseek_v2)-tp2-ep2)"
+)
+"""Runs without `--all`: every family, and every size of those that differ most."""
 
 
 def trainer(folder: Path) -> str:
@@ -63,13 +98,13 @@ def trainer(folder: Path) -> str:
     return str(python)
 
 
-def save(python: str, out: Path, name: str) -> str:
-    """One run; what the script said of the two models' logits, or why it failed."""
-    command = [python, str(HERE / "mcore" / "save.py"), str(out / name), *RUNS[name]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    (out / f"{name}.log").write_text(done.stdout + done.stderr)
-    said = next((line for line in done.stdout.splitlines() if line.startswith("logits")), "")
-    return said if done.returncode == 0 else f"NOT SAVED ({out / name}.log)"
+def save(python: str, out: Path, runs: dict[str, list[str]]) -> None:
+    """All runs that are not there yet."""
+    left = out / "runs.json"
+    left.write_text(json.dumps(runs))
+    command = [python, str(HERE / "mcore" / "save.py"), str(out), "--many", str(left)]
+    with (out / "save.log").open("w") as log:
+        subprocess.run(command, stdout=log, stderr=log, check=False)
 
 
 def compare(out: Path, name: str) -> list[str]:
@@ -95,19 +130,24 @@ def main() -> None:
     parser.add_argument("--trainer")
     parser.add_argument("--compare-only", action="store_true")
     parser.add_argument("--only", default="")
+    parser.add_argument("--all", action="store_true")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    failed = 0
-    for name in (n for n in RUNS if asked.only in n):
-        said = "" if asked.compare_only else save(asked.trainer or trainer(DEFAULT), asked.out, name)
+    every = {n: given for n, given in every_run().items() if asked.all or CHOSEN.fullmatch(n)}
+    runs = {name: given for name, given in every.items() if asked.only in name}
+    if not asked.compare_only:
+        save(asked.trainer or trainer(DEFAULT), asked.out, runs)
+    counts = {"equal": 0, "different": 0, "not saved": 0}
+    for name in runs:
         if not (asked.out / name / "fixture.json").is_file():
-            failed += not asked.compare_only
-            print(f"{name:24} {said or 'not there'}", flush=True)
-            continue
-        found = compare(asked.out, name)
-        failed += bool(found)
-        print(f"{name:24} {'; '.join(found[:3]) if found else 'equal'}  {said}", flush=True)
-    raise SystemExit(1 if failed else 0)
+            said = "not saved"
+        else:
+            found = compare(asked.out, name)
+            said = "; ".join(found[:3]) if found else "equal"
+        counts[said if said in counts else "different"] += 1
+        print(f"{name:32} {said}", flush=True)
+    print(", ".join(f"{n} {word}" for word, n in counts.items()))
+    raise SystemExit(1 if counts["different"] + counts["not saved"] else 0)
 
 
 if __name__ == "__main__":

@@ -206,22 +206,6 @@ def test_code_that_metadata_names_is_not_run_andrefused(tmp_path: Path) -> None:
     assert not proof.exists()
 
 
-def test_torchtitans_own_names_arerefused(tmp_path: Path) -> None:
-    run = copied(tmp_path, "accelerate-n2")
-
-    def titan(metadata: Any) -> None:
-        old, new = "model.model.embed_tokens.weight", "model.tok_embeddings.weight"
-        metadata.planner_data[new] = ("model", "tok_embeddings.weight")
-        entry = metadata.state_dict_metadata.pop(old)
-        metadata.state_dict_metadata[new] = entry
-        for chunk in entry.chunks:
-            place = metadata.storage_data.pop(MetadataIndex(old, chunk.offsets))
-            metadata.storage_data[MetadataIndex(new, chunk.offsets)] = place
-
-    edit(run / "checkpoint-2" / "pytorch_model_fsdp_0", titan)
-    assert "convert_to_hf" in str(refused(run, "names-of-trainer").next)
-
-
 def test_a_survey_lists_tensors_and_never_raises(tmp_path: Path) -> None:
     found = SOURCE.survey(RUNS / "odd-n3")
     assert found.error() is None

@@ -222,9 +222,6 @@ def test_user_state_of_any_class_is_data(tmp_path: Path) -> None:
 
 
 _FOREIGN = {
-    "zero-pipeline": ["layer_00-model_00-model_states.pt", "mp_rank_00_model_states.pt"],
-    "zero-experts": ["layer_0_expert_1_mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt"],
-    "zero-tensor-parallel": ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"],
     "zero-offloaded": ["offloaded_tensors/rank00/x.swp", "zero_pp_rank_0_mp_rank_00_model_states.pt"],
 }
 

@@ -54,6 +54,7 @@ def test_mutated_files_are_read_or_refused_in_one_gigabyte(tmp_path: Path) -> No
     kinds = (
         RUNS,
         RUNS.with_name("universal_runs"),
+        RUNS.with_name("split_runs"),
         RUNS.parents[1] / "dcp" / "runs",
         RUNS.parents[1] / "verl_saves" / "runs",
     )

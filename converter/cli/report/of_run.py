@@ -18,7 +18,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.core.writer import preflight
 from converter.diagnostic import Command, Next
 from converter.errors import ConvertError
-from converter.families.words import CLASSIFIERS
+from converter.families.words import HEAD_MODULES
 from converter.recipe.verbs.conversion import Conversion
 from converter.sources.hub.secrets import words_without_token
 from converter.text import fold, format_duration, format_size, show
@@ -28,8 +28,6 @@ HEAD_ELEMENTS = 1 << 18
 
 FACTOR_ELEMENTS = 1 << 28
 """Values of factors that are read, one pair at a time, for their spectra; pairs past it are counted."""
-
-_HEADS = (*CLASSIFIERS, "v_head", "value_head", "reward_head", "rm_head")
 
 
 def page_of(done: Conversion, following: Sequence[Next]) -> Page:
@@ -207,7 +205,7 @@ def _heads(done: Conversion) -> Iterator[Block]:
 
 
 def _is_head(name: str) -> bool:
-    return any(word in _HEADS for word in name.split("."))
+    return any(word in HEAD_MODULES for word in name.split("."))
 
 
 def _before(name: str, tensor: LazyTensor, sources: Mapping[str, Checkpoint]) -> list[float]:

@@ -12,8 +12,10 @@ from converter.cli import lines as report
 from converter.cli.options import Conversion as Flags
 from converter.cli.run.folder import convert
 from converter.cli.run.planned import load_commands
+from converter.core.checkpoint import STATE
 from converter.diagnostic import Command, Next, as_argument
 from converter.errors import UsageError
+from converter.publish.outputs import as_loaders_take_it
 from converter.recipe.recipe import SOURCE
 from converter.recipe.verbs import gather as verb
 from converter.recipe.verbs.gather import Gathered, GatherRequest, gather_recipe, with_masters
@@ -68,6 +70,12 @@ def input_lines(planned: Gathered) -> list[str]:
 
 def next_commands(done: Gathered) -> Sequence[Next]:
     """The check, then what loads the result."""
+    if done.checkpoint.origin.kind == STATE:
+        path = as_loaders_take_it(str(done.out))
+        if len(done.plan.shards) > 1:
+            return [Command("inspect", (as_argument(str(done.out)),))]
+        loads = f"from safetensors.torch import load_file; print(load_file({f'{path}/{STATE}.safetensors'!r}).keys())"
+        return [Command("", ("-c", loads), program="python")]
     if done.checkpoint.origin.kind != "adapter":
         return load_commands(done)
     out = as_argument(str(done.out))

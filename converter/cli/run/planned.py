@@ -106,7 +106,7 @@ def written_lines(done: Conversion, *, verbose: bool = False) -> list[str]:
         *report.update_lines(receipt.measures, plan),
         *(report.by_projection(receipt.measures) if verbose else []),
         *source_lines(),
-        report.wrote_line(str(done.out), done.checkpoint.config, _pad_token(done.folder)),
+        report.wrote_line(str(done.out), done.checkpoint.config, _pad_token(done.folder), done.checkpoint.origin.kind),
     ]
 
 

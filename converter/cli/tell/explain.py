@@ -21,7 +21,8 @@ from converter.recipe.verbs.explain import Explanation, Messages, known_codes
 from converter.text import format_size
 
 if TYPE_CHECKING:
-    from converter.cli.options import Display, Speaking
+    from converter.cli.options import Display
+    from converter.cli.speaking import Speaking
     from converter.examine.explanations.log import Seen
 
 _BLOCK = 1 << 20

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from converter.blanks import has_blank, new_name
 from converter.cli.lines import adapter_kind, dtype_word, line, next_lines, short_revision
 from converter.cli.sink import Sink
+from converter.converters.merge.quantised.full_precision import full_precision_in
 from converter.diagnostic import PROGRAM, Command, Next, as_argument, commands, is_command
 from converter.errors import ConvertError
 from converter.examine import facts
@@ -131,8 +132,14 @@ def _model(found: Inspection) -> list[str]:
 
 def _quantised(found: Inspection) -> list[str]:
     """`quantised: 196 NF4, doubly quantised`: weights by how they are stored; the other tensors are whole."""
-    words = found.quantised.words or found.quantised.unsupported
-    return [line("", f"quantised: {words}")] if words else []
+    held = found.quantised
+    if not held.method:
+        return []
+    names = f": {fold([w.name for w, _ in held.weights], most=4)}" if held.weights else ""
+    lines = [line("", f"quantised: {held.words or held.title}{names}")]
+    lines += [line("", f"can't be made whole here: {held.unsupported}")] if held.unsupported else []
+    made_of = full_precision_in(found.path, found.config, (found.asked.removeprefix("hf://"), found.asked))
+    return lines + ([line("", f"made from {show(made_of)}, which is in full precision")] if made_of else [])
 
 
 def _weights(found: Inspection) -> str:
@@ -290,6 +297,8 @@ def _next(found: Inspection) -> list[Next]:
         merge = Command("merge-lora", (path, new_name(path, "merged"), *base))
         # Of an adapter that names no base doctor says what it fits.
         return [*steps, Command("doctor", (path,)) if has_blank(merge) else merge]
+    if found.quantised.weights and not found.quantised.unsupported:
+        return [*steps, Command("reshard", (path, new_name(path, "whole"), "--dequantize"))]
     return [*steps, Command("reshard", (path, new_name(path, "resharded"), "--max-shard-size", "5GB"))]
 
 

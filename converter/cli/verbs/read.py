@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from converter.cli.app import verb
-from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Display, FailOnChoice, Reading, Report, Speaking
+from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Display, FailOnChoice, Reading, Report
+from converter.cli.speaking import Speaking
 from converter.cli.verbs.examining import Deep, Ignore
 from converter.cli.verbs.heads import RoleChoice
 
@@ -236,6 +238,9 @@ def diff(
         list[str] | None,
         typer.Option(metavar="P", help="Taken off names before they are paired. Repeatable.", show_default=False),
     ] = None,
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="Adam's moments of two runs, whatever their ranks; not the weights.")
+    ] = False,
     report: Report = None,
 ) -> int:
     """`rlhf-convert diff`."""
@@ -243,6 +248,7 @@ def diff(
 
     return diff(
         a, b, options, report_to=report, ignore_prefix=ignore_prefix or (), allow_name=options.allow_name or (),
+        optimizer=optimizer,
     )  # fmt: skip
 
 
@@ -335,3 +341,32 @@ def schema(
     from converter.cli.tell.schema import schema
 
     return schema(name, options)
+
+
+class ShellChoice(StrEnum):
+    """Shells that complete."""
+
+    bash = "bash"
+    zsh = "zsh"
+    fish = "fish"
+
+
+@verb(
+    "completion",
+    Display,
+    short_help="Print a script that completes command lines in a shell.",
+    help="Print a script that completes verbs, options, their choices, trainers, codes and folders. It holds all "
+    "words: a shell that completes starts no Python. Print it anew after an update.",
+    examples=(
+        "rlhf-convert completion bash > ~/.local/share/bash-completion/completions/rlhf-convert",
+        'rlhf-convert completion zsh > "${fpath[1]}/_rlhf-convert"',
+        "rlhf-convert completion fish > ~/.config/fish/completions/rlhf-convert.fish",
+    ),
+)
+def completion(
+    options: Display, shell: Annotated[ShellChoice, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")]
+) -> int:
+    """`rlhf-convert completion`."""
+    from converter.cli.tell.completion import completion
+
+    return completion(shell.value, options)

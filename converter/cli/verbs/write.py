@@ -8,12 +8,12 @@ import typer
 
 from converter.cli.app import Out, verb
 from converter.cli.options import INPUT, OUTPUT, Conversion, Dequantize, LoraAlpha
-from converter.recipe.options import CombineChoice, EmitChoice, NumericsChoice, PartChoice, RequantizeChoice
+from converter.recipe.options import CombineChoice, EmitChoice, GatherEmit, NumericsChoice, PartChoice, RequantizeChoice
 
 Requantize = Annotated[
     RequantizeChoice | None,
     typer.Option(
-        help="same: write adapted weights of an FP8 base back in its own blocks, rounded a second time.",
+        help="same: write adapted weights of an FP8 or MXFP4 base back in its own format, rounded a second time.",
         show_default=False,
         rich_help_panel=OUTPUT,
     ),
@@ -150,10 +150,10 @@ def gather(
     ] = None,
     master: Annotated[bool, typer.Option("--master", help="Keep the fp32 masters; the same as --dtype fp32.")] = False,
     emit: Annotated[
-        EmitChoice | None,
+        GatherEmit | None,
         typer.Option(
             help="After LoRA: the adapter (default), the merged model, or both: the model in OUT, the adapter in "
-            "OUT-adapter.",
+            "OUT-adapter. state: the tensors under the names that the run has, for a module of your own: no model.",
             show_default=False,
             rich_help_panel=OUTPUT,
         ),

@@ -13,7 +13,7 @@ from converter.core.files.names import ADAPTER_CONFIG, LORA_META
 from converter.core.files.strict_json import load_json, parse_json
 from converter.core.side_files import recorded
 from converter.core.tensors.nodes import LazyTensor
-from converter.diagnostic import Again, Command, Steps
+from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
 from converter.families.words import CLASSIFIERS, LORA_EMBEDDING_PAIR, LORA_MAGNITUDE, LORA_PAIR
 from converter.text import fold, show
@@ -145,7 +145,7 @@ def _rebuilt(
 
 def _alpha_unknown(what: str, where: str) -> UsageError:
     command = Command("gather", (where, "OUT", "--lora-alpha", "N"))
-    step = Steps(Again(("--lora-alpha", "N"), otherwise=command), ", with the N of the training script")
+    step = Again(("--lora-alpha", "N"), otherwise=command)
     return UsageError("lora-alpha-unknown", what, where=where, next=step)
 
 

@@ -9,9 +9,13 @@ from typing import Any, ClassVar, Literal
 
 from converter.converters.gather import megatron_lora
 from converter.converters.gather.adapter_config import HEADS, LORA_FILES, adapter_config, head_task, with_folded_heads
+from converter.converters.gather.autoep import from_autoep
+from converter.converters.gather.copies import expect_equal_copies
 from converter.converters.gather.megatron import from_megatron
 from converter.converters.gather.peft_names import PeftNames, has_factors, peft_names, without_wrappers
+from converter.converters.gather.pipeline import from_pipeline
 from converter.converters.gather.ties import without_tied_copies
+from converter.converters.gather.trainer_names import from_trainer_names
 from converter.converters.gather.wrappers import (
     Part,
     Unwrapped,
@@ -25,7 +29,7 @@ from converter.converters.merge.adapter_keys import Module
 from converter.converters.merge.layer import merged_alone
 from converter.converters.merge.merge_lora import MergeLora
 from converter.converters.merge.quantised.dequantise import Dequantise
-from converter.core.checkpoint import Checkpoint, Input
+from converter.core.checkpoint import STATE, Checkpoint, Input
 from converter.core.context import Context
 from converter.core.side_files import recorded
 from converter.core.tensors.dtypes import DType
@@ -46,7 +50,8 @@ class Gather:
     """Make a model or an adapter of a trainer's state.
 
     Attributes:
-        emit: `auto`: an adapter where LoRA was trained, else the model; `merged`: LoRA merged in the same pass.
+        emit: `auto`: an adapter where LoRA was trained, else the model; `merged`: LoRA merged in the same pass;
+            `state`: every tensor under the state's own name, which is no model.
         base: the base model: config and tokenizer come from it, and weights that the state does not hold.
         lora_alpha, rslora: for adapters whose config is lost.
         part: which model, where the state holds a policy and a value model.
@@ -55,7 +60,7 @@ class Gather:
 
     name: ClassVar[str] = "gather"
 
-    emit: Literal["auto", "adapter", "merged"] = "auto"
+    emit: Literal["auto", "adapter", "merged", "state"] = "auto"
     base: Input | None = None
     lora_alpha: float | None = None
     rslora: bool = False
@@ -76,6 +81,9 @@ class Gather:
             raise UsageError("not-training", text, where=show(checkpoint.origin.asked))
         for said in checkpoint.said:
             context.note("info", "found", said)
+        expect_equal_copies(checkpoint, context)
+        if self.emit == "state":
+            return _state(checkpoint, context)
         keys: dict[str, str] = {}
         if megatron_lora.is_lora(checkpoint.tensors):
             checkpoint, keys = megatron_lora.with_peft_names(checkpoint, self.base, context)
@@ -122,6 +130,17 @@ def _refuse_lost(names: list[str], where: str, next: str) -> None:
         )
 
 
+def _state(checkpoint: Checkpoint, context: Context) -> Checkpoint:
+    """The tensors as they are, for whoever builds the module: no model, no config, no adapter."""
+    held = checkpoint.tensors
+    lost = [n for n, t in held.items() if is_placeholder(t)]
+    _refuse_lost(lost, show(checkpoint.origin.asked), "look for another checkpoint of the run that was saved with them")
+    _say_masters(held, context)
+    context.note("info", "state", "a state dict under the names that the run has, for load_state_dict: it is no model")
+    origin = dataclasses.replace(checkpoint.origin, kind=STATE)
+    return checkpoint.replace(origin=origin, side_files={}, config={}, config_bytes=None, stem=STATE)
+
+
 def _model(checkpoint: Checkpoint, inner: Unwrapped, base: Checkpoint | None, context: Context) -> Checkpoint:
     asked = show(checkpoint.origin.asked)
     lost = [n for raw, n in (inner.names | inner.head).items() if is_placeholder(checkpoint.tensors[raw])]
@@ -132,6 +151,7 @@ def _model(checkpoint: Checkpoint, inner: Unwrapped, base: Checkpoint | None, co
         found = for_value_model(found, base, context)
     if is_megatron(found.tensors):
         found = from_megatron(found, context)
+    found = from_trainer_names(from_pipeline(from_autoep(found, context), context), context)
     expect_known_ends(found)
     if not inner.is_raw:
         found = without_foreign_prefix(found, context)
@@ -153,7 +173,11 @@ def _with_config(found: Checkpoint, base: Checkpoint | None, context: Context) -
             "config-missing",
             "there is no config.json beside or above the shards, and without it nothing loads the weights",
             where=show(found.origin.asked),
-            next=Steps(_with(found.origin.asked, "--base", "BASE"), ", the model that training began with"),
+            next=Steps(
+                _with(found.origin.asked, "--base", "BASE"),
+                ", the model that training began with; for a module of your own, its state dict: ",
+                _with(found.origin.asked, "--emit", "state"),
+            ),
         )
     context.note("info", "found", f"config.json taken from the base, {show(base.origin.name)}")
     return found.replace(side_files=files, config=base.config, config_bytes=base.config_bytes)

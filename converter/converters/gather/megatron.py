@@ -17,7 +17,8 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
 from converter.families.megatron.formulas import SizeError, Sizes, sizes_of
-from converter.families.megatron.names import ARGUMENTS_FILE, MTP, Value, layer_count, placed
+from converter.families.megatron.names import ARGUMENTS_FILE, Value, layer_count, placed
+from converter.families.megatron.next_tokens import MTP, after_the_last, count, with_copies
 from converter.families.megatron.rows import EMBEDDING, OUTPUT, OUTPUT_BIAS, ROWS, ZERO_CENTRED
 from converter.text import fold, show
 
@@ -47,8 +48,8 @@ def from_megatron(found: Checkpoint, context: Context) -> Checkpoint:
     arguments = _arguments(found)
     _expect_same_model(found, sizes, arguments, context)
     held, head = _without_head(found.tensors, sizes)
-    held, dropped = _without_mtp(held, where, context)
-    result = placed(held, rows, sizes)
+    held, dropped = _without_mtp(held, found, where, context)
+    result = placed(after_the_last(held, sizes.layers), rows, sizes)
     if result.unknown:
         raise Refused(
             "megatron-keys",
@@ -63,7 +64,8 @@ def from_megatron(found: Checkpoint, context: Context) -> Checkpoint:
         raise Refused("rename-collision", f"two tensors would be named {fold(result.twice)}", where=where)
     _say_padding(found, sizes, context)
     files = {n: f for n, f in found.side_files.items() if n != ARGUMENTS_FILE}
-    made = found.replace(tensors=result.tensors, side_files=files, dropped={**found.dropped, **dropped})
+    tensors = with_copies(result.tensors, sizes.layers)
+    made = found.replace(tensors=tensors, side_files=files, dropped={**found.dropped, **dropped})
     return as_classifier(made, head, context) if head else made
 
 
@@ -85,17 +87,23 @@ def _without_head(held: Mapping[str, LazyTensor], sizes: Sizes) -> tuple[dict[st
 
 
 def _without_mtp(
-    held: Mapping[str, LazyTensor], where: str, context: Context
+    held: Mapping[str, LazyTensor], found: Checkpoint, where: str, context: Context
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The model without layers for multi-token prediction, which are left out where the user says so."""
+    """The model without layers for multi-token prediction that its config does not have, where the user says so."""
     extra = [k for k in held if k.startswith(MTP)]
+    layers = len({k.split(".")[2] for k in extra})
+    said = count(found.config)
+    if layers == said:
+        return dict(held), {}
     if not extra:
+        text = f"config.json has {said} layers for multi-token prediction, and the run trained none: they are left out"
+        context.note("info", "megatron-mtp", text)
         return dict(held), {}
     context.consent(
         Refused(
             "megatron-mtp",
-            f"{len(extra)} tensors are of layers for multi-token prediction, whose halves of eh_proj trainers write in "
-            f"two orders: they would be left out, and transformers does not use them: {fold(extra)}",
+            f"{len(extra)} tensors are of {layers} layers for multi-token prediction, and config.json has {said} such "
+            f"(num_nextn_predict_layers): they would be left out, and transformers does not use them: {fold(extra)}",
             where=where,
         )
     )

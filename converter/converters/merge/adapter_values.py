@@ -46,9 +46,7 @@ def expect_finite(adapter: Checkpoint, context: Context) -> None:
         bad = {name: count for name, tensor in stored.items() if (count := context.nonfinite(tensor))}
     if bad:
         first, count = next(iter(bad.items()))
-        what = (
-            f"{len(bad)} of {len(adapter.tensors)} tensors hold NaN or infinity: {fold(bad)}; {count} in {show(first)}"
-        )
+        what = f"{len(bad)} of {len(adapter.tensors)} tensors hold NaN or infinity: {fold(bad)}"
         step = Command("doctor", (show(adapter.origin.asked), "--deep"))
         got = f"{count} such values in {show(first)}"
         context.consent(Refused("nonfinite", what, where=show(adapter.origin.asked), got=got, next=step))

@@ -44,7 +44,7 @@ from converter.core.context import Context
 from converter.core.files.opening import Identity
 from converter.core.side_files import adapter_first
 from converter.core.tensors.nodes import LazyTensor
-from converter.diagnostic import Again, Command, Steps
+from converter.diagnostic import Again, Command
 from converter.errors import Refused, UsageError
 from converter.families.memory_names import Architecture, architectures, classifier
 from converter.text import fold, show
@@ -378,10 +378,10 @@ class _Merge:
         return merged
 
 
-def _alpha_again(where: str) -> Steps:
+def _alpha_again(where: str) -> Again:
     """The same command with the alpha that training used."""
     merge = Command("merge-lora", (where, "OUT", "--lora-alpha", "N"))
-    return Steps(Again(("--lora-alpha", "N"), otherwise=merge), ", N being the alpha of the training script")
+    return Again(("--lora-alpha", "N"), otherwise=merge)
 
 
 def _needed(modules: Iterable[Module], method: Method) -> dict[str, list[str]]:

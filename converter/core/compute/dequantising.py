@@ -31,6 +31,10 @@ _FP4_HALF = (
     0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
 )  # fmt: skip
 _E2M1_HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1_BETWEEN = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+"""Halfway between neighbours; a value that lies there takes the larger, as gpt-oss' packer has it."""
+
+_MX_GROUP = 32
 _TABLES = {
     "nf4": _NF4,
     "fp4": (*_FP4_HALF, *(0.0 - v for v in _FP4_HALF)),
@@ -139,6 +143,51 @@ def mxfp4(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
             values *= _powers()[part + _HALF].unsqueeze(-1)
         out[expert].copy_(values.view(rows, -1).T)
     return out
+
+
+def _grouped(weight: Tensor) -> Tensor:
+    """An expert's matrix `[32 G, R]` by its rows' groups, `[R, G, 32]`."""
+    inner, rows = weight.shape
+    return weight.T.contiguous().view(rows, inner // _MX_GROUP, _MX_GROUP)
+
+
+def _mx_exponents(groups: Tensor) -> Tensor:
+    """Exponents of the groups' scales with IEEE's bias, by gpt-oss' own packer: rounded up to a power of two.
+
+    Source: `downcast_to_mxfp_torch`, which transformers calls,
+    https://github.com/triton-lang/triton/blob/v3.4.0/python/triton_kernels/triton_kernels/numerics_details/mxfp.py
+    """
+    bits = (groups.abs().amax(-1) / _E2M1_HALF[-1]).view(torch.int32)
+    return ((bits + 0x007FFFFF) & 0x7F800000) >> 23
+
+
+def mxfp4_scales(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
+    """Exponents of groups, one expert at a time; see `quantised_specs.QUANTISE_MXFP4_SCALES`."""
+    return torch.stack([_mx_exponents(_grouped(each)).to(torch.uint8) for each in inputs[0]])
+
+
+def mxfp4_blocks(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tensor, Measures]:
+    """Codes under the groups' scales, and how far off they are; see `quantised_specs.QUANTISE_MXFP4_BLOCKS`."""
+    found: list[Tensor] = []
+    said: dict[str, float] = {}
+    for expert, weight in enumerate(inputs[0]):
+        groups = _grouped(weight)
+        exponents = _mx_exponents(groups).unsqueeze(-1)
+        scale = (exponents << 23).view(torch.float32)
+        scaled = groups * torch.where(scale == 0, 0.0, 1.0 / scale)
+        codes = torch.bucketize(scaled.abs(), torch.tensor(_E2M1_BETWEEN), right=True).to(torch.uint8)
+        codes += scaled.signbit().to(torch.uint8) << 3
+        packed = codes[..., ::2] | (codes[..., 1::2] << 4)
+        found.append(packed)
+        stored = torch.tensor(_TABLES["e2m1"])[codes.long()].mul_(scale).view(weight.shape[1], -1).T
+        error, flat = (stored - weight).flatten(), weight.flatten()
+        parts = {"requantised_error": float(torch.dot(error, error)), "requantised": float(torch.dot(flat, flat))}
+        if len(inputs) > 1:
+            base, stored = inputs[1][expert].to(torch.float32), stored.contiguous()
+            parts["codes_changed"] = float(stored.ne(base).sum())  # a value may have several codes
+            parts |= measured(base, weight - base, stored, [inputs[0][expert], inputs[1][expert]])
+        said = {key: said.get(key, 0.0) + value for key, value in parts.items()}
+    return torch.stack(found), said
 
 
 def _unpacked(words: Tensor, bits: int, dim: int, order: tuple[int, ...] | None = None) -> Tensor:

@@ -287,3 +287,8 @@ def head_normal(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
         values += (radius * math.cos(angle), radius * math.sin(angle))
     drawn = torch.tensor(values[:count], dtype=torch.float64).mul_(float(params["std"]))
     return drawn.view(*params["shape"]).to(_out_dtype(params))
+
+
+def permute(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
+    """Dimensions in another order; see `converter.core.tensors.kernel_specs.PERMUTE`."""
+    return inputs[0].permute([int(n) for n in params["dims"]]).contiguous()

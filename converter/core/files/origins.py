@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-PART = 2 << 20
+PART = 1 << 20
 """Bytes of one request, about, which are held in memory."""
 
 IN_FLIGHT = 8

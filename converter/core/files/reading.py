@@ -6,21 +6,55 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Self
 
 from converter.core.files import sparse
+from converter.core.files.checksums import crc32
 from converter.core.files.opening import Identity, open_input
 from converter.errors import Refused
 from converter.text import show
 
 
-class InputFiles:
-    """The files that a plan reads: one descriptor each, shared by all threads."""
+class Sums:
+    """CRC-32 of the stretches of a file that were read, each put together of the reads that followed one another."""
 
-    def __init__(self, identities: Mapping[str, Identity]) -> None:
+    def __init__(self) -> None:
+        self._by_end: dict[int, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, offset: int, content: memoryview) -> None:
+        """Note a read; it lengthens the stretch that ends where it begins."""
+        with self._lock:
+            start, before = self._by_end.pop(offset, (offset, 0))
+        found = crc32(content, before)
+        with self._lock:
+            self._by_end[offset + len(content)] = start, found
+
+    def within(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Stretches of a part of the file, in order, none over another: first byte, last, CRC-32."""
+        found, at = [], start
+        with self._lock:
+            stretches = sorted((first, end, crc) for end, (first, crc) in self._by_end.items())
+        for first, end, crc in stretches:
+            if at <= first < end <= stop:
+                found.append((first, end, crc))
+                at = end
+        return found
+
+
+class InputFiles:
+    """The files that a plan reads: one descriptor each, shared by all threads.
+
+    Args:
+        identities: what each was when it was planned.
+        summed: files of which every read is summed up on its way; see `sums`.
+    """
+
+    def __init__(self, identities: Mapping[str, Identity], summed: Collection[str] = ()) -> None:
         self._identities = identities
+        self._sums = {path: Sums() for path in summed}
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -62,6 +96,12 @@ class InputFiles:
             if count == 0:
                 raise cut_short(path, offset + len(view))
             done += count
+        if path in self._sums:
+            self._sums[path].add(offset, view)
+
+    def sums(self, path: str) -> Sums:
+        """CRC-32 of what was read so far of a file."""
+        return self._sums.get(path) or Sums()
 
     def check_unchanged(self) -> None:
         """Compare every planned file, read or not, with its identity in the plan.

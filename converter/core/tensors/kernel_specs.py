@@ -217,3 +217,22 @@ HEAD_NORMAL = KernelSpec(
 
 def _shape(params: Params) -> tuple[int, ...]:
     return tuple(int(n) for n in _flags(params, "shape"))
+
+
+def _permuted_info(inputs: Infos, params: Params) -> TensorInfo:
+    dims = [int(n) for n in _flags(params, "dims")]
+    return TensorInfo(inputs[0].dtype, tuple(inputs[0].shape[d] for d in dims))
+
+
+def _permuted_needs(start: int, stop: int, inputs: Infos, params: Params) -> tuple[Slice | None, ...] | None:
+    return (Slice(0, start, stop - start),) if _flags(params, "dims")[0] == 0 else None
+
+
+PERMUTE = KernelSpec(
+    "permute",
+    "converter.core.compute.kernels:permute",
+    _permuted_info,
+    _permuted_needs,
+    lambda inputs, params: inputs[0].nbytes,
+)
+"""The same values with their dimensions in another order, as `torch.permute` has it. Params: `dims`."""

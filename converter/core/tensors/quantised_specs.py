@@ -210,6 +210,38 @@ scales `[groups, out]`, and with act order the group of each input `[in]` i32. P
 `in`; `awq`: along `out`, interleaved), `bits`, `group`, `zero` (added to a stored zero point), `first`, `out`."""
 
 
+# Back into MXFP4
+
+_GROUP = 32
+"""Codes under one scale."""
+
+
+def _mx_shape(inputs: Infos) -> tuple[int, int, int]:
+    experts, inner, rows = inputs[0].shape
+    return experts, rows, inner // _GROUP
+
+
+QUANTISE_MXFP4_SCALES = KernelSpec(
+    "quantise-mxfp4-scales",
+    f"{_BODIES}:mxfp4_scales",
+    lambda inputs, params: TensorInfo(DType.U8, _mx_shape(inputs)),
+    _rows_of_all,
+    lambda inputs, params: 8 * inputs[0].numel // max(inputs[0].shape[0], 1),
+)
+"""The exponent of each group of 32: the power of two that is the largest magnitude over 6 or just above it. Input: W
+`[E, 32 G, R]` fp32; result `[E, R, G]`."""
+
+QUANTISE_MXFP4_BLOCKS = KernelSpec(
+    "quantise-mxfp4-blocks",
+    f"{_BODIES}:mxfp4_blocks",
+    lambda inputs, params: TensorInfo(DType.U8, (*_mx_shape(inputs), _GROUP // 2)),
+    _rows_of_all,
+    lambda inputs, params: 48 * inputs[0].numel // max(inputs[0].shape[0], 1),
+)
+"""The nearest e2m1 number of each value under its group's scale, ties away from zero, two codes a byte, the low half
+first. Inputs: W `[E, 32 G, R]` fp32; then, for what the update leaves of itself, the weight before it."""
+
+
 # Back into FP8
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from converter.core.checkpoint import ADAPTER, DELTA, Checkpoint, RecordCheck, SideFile
+from converter.core.checkpoint import ADAPTER, DELTA, STATE, Checkpoint, RecordCheck, SideFile
 from converter.core.context import Context
 from converter.core.files.names import ADAPTER_CONFIG, ADAPTER_STEM, DELTA_CONFIG, MODEL_CONFIG, RECEIPT
 from converter.core.files.opening import Identity
@@ -25,6 +25,7 @@ from converter.core.writer import shard_plan
 from converter.core.writer.accounting import checks_of
 from converter.core.writer.distcp import boxed, in_files, lay_out_distcp
 from converter.core.writer.shard_plan import Entry, ShardPlan, as_link, lay_out
+from converter.core.writer.torch_trees import lay_out_tree
 from converter.errors import Refused
 from converter.text import fold, format_size, show
 
@@ -186,10 +187,14 @@ def make_plan(
     if not checkpoint.tensors:
         raise Refused("no-tensors", "there is no tensor to write", where=checkpoint.origin.asked)
     config_file = {ADAPTER: ADAPTER_CONFIG, DELTA: DELTA_CONFIG}.get(checkpoint.origin.kind, MODEL_CONFIG)
-    files = dict(checkpoint.side_files) | {config_file: SideFile(content=config_content(checkpoint))}
+    files = dict(checkpoint.side_files)
+    if checkpoint.origin.kind != STATE:
+        files[config_file] = SideFile(content=config_content(checkpoint))
     if checkpoint.container == "distcp":
         place = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
         shards, files[place + METADATA] = _distributed(checkpoint, max_shard_size)
+    elif checkpoint.container == "trees":
+        shards = tuple(lay_out_tree(file, tree) for file, tree in checkpoint.trees.items())
     else:
         keep = layout == "preserve" or (layout == "auto" and max_shard_size is None and bool(checkpoint.shards))
         shards, index = _files(checkpoint, keep, max_shard_size, linkable or {})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from converter.core.checkpoint import RecordCheck
-from converter.core.files.checksums import crc32
+from converter.core.files.checksums import crc32, joined
 from converter.core.files.reading import InputFiles
 from converter.errors import Refused
 from converter.text import show
@@ -16,7 +16,7 @@ BLOCK = 1 << 22
 
 
 def compare_records(checks: Sequence[RecordCheck], files: InputFiles, jobs: int) -> None:
-    """Read every record that the run used and compare its CRC-32.
+    """Compare the CRC-32 of every record that the run used: of its bytes as they were read, and the rest is read here.
 
     Raises:
         Refused: one differs (`input-corrupt`); names the file.
@@ -38,11 +38,20 @@ def compare_records(checks: Sequence[RecordCheck], files: InputFiles, jobs: int)
 
 
 def _checksum(check: RecordCheck, files: InputFiles) -> int:
-    buffer = bytearray(min(BLOCK, check.length))
-    checksum, at = 0, 0
-    while at < check.length:
-        view = memoryview(buffer)[: min(BLOCK, check.length - at)]
-        files.read_into(check.file, check.offset + at, view)
+    checksum, at, stop = 0, check.offset, check.offset + check.length
+    for first, end, crc in [*files.sums(check.file).within(at, stop), (stop, stop, 0)]:
+        checksum = _read_on(check.file, files, at, first, checksum)
+        checksum = joined(checksum, crc, end - first)
+        at = end
+    return checksum
+
+
+def _read_on(path: str, files: InputFiles, start: int, stop: int, checksum: int) -> int:
+    buffer = bytearray(min(BLOCK, stop - start))
+    at = start
+    while at < stop:
+        view = memoryview(buffer)[: min(BLOCK, stop - at)]
+        files.read_into(path, at, view)
         checksum = crc32(view, checksum)
         at += len(view)
     return checksum

@@ -13,6 +13,7 @@ from converter.core.formats.torch_tree import member
 from converter.core.tensors import as_json as tensor_json
 from converter.core.tensors import kernel_specs
 from converter.core.tensors.byte_runs import ByteRun, byte_runs, leaves, reads
+from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import Apply, Cast, Concat, Filled, LazyTensor, Narrow, Reshape, Strided, is_separable
 
 CHUNK_ELEMENTS = 1 << 19
@@ -212,6 +213,8 @@ def chunk_cost(tensor: LazyTensor) -> int:
             spec = kernel_specs.find(tensor.kernel)
             held = sum(chunk_cost(i) for i in tensor.inputs)
             return held + spec.workspace(infos, dict(tensor.params)) + tensor.info.nbytes
+        case Cast() if tensor.dtype is DType.F16 and tensor.source.info.dtype is DType.BF16:
+            return chunk_cost(tensor.source) + 3 * tensor.info.nbytes  # by way of fp32
         case Cast() | Narrow():
             return chunk_cost(tensor.source) + tensor.info.nbytes
         case Concat() if any(isinstance(p, Apply | Reshape) for p in tensor.parts):

@@ -16,7 +16,7 @@ from converter.errors import Refused
 from converter.text import show
 
 
-def lay_out_tree(file: str, tree: Any, source: Container) -> ShardPlan:
+def lay_out_tree(file: str, tree: Any, source: Container | None = None) -> ShardPlan:
     """A file with what `tree` says; a storage is a lazy tensor, or the key of one of `source`, copied whole.
 
     Raises:
@@ -25,7 +25,7 @@ def lay_out_tree(file: str, tree: Any, source: Container) -> ShardPlan:
     storages = _Storages(source)
     pickled = write_pickle(tree, reference=storages.reference)
     if not storages.tensors:
-        raise Refused("torch-tensor", "the file holds no tensor", where=show(source.path))
+        raise Refused("torch-tensor", "the file holds no tensor", where=show(file))
     named = [(f"data/{i}", t) for i, t in enumerate(storages.tensors)]
     archive = torch_zip.archive(file, [(n, t.info) for n, t in named], pickled)
     placed = [
@@ -64,16 +64,16 @@ def has_storage(tree: Any, depth: int = 0) -> bool:
 class _Storages:
     """Storages in the order in which they are first referred to, which is that of their numbers."""
 
-    def __init__(self, source: Container) -> None:
+    def __init__(self, source: Container | None) -> None:
         self._source = source
-        self._file = str(source.path.absolute())
+        self._where = "" if source is None else show(source.path)
         self._numbers: dict[str, str] = {}
         self.tensors: list[LazyTensor] = []
 
     def reference(self, identity: Any) -> Any:
         """The identity of a storage in the new file."""
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
-            raise Refused("torch-tensor", "a storage is referred to in an unknown way", where=show(self._source.path))
+            raise Refused("torch-tensor", "a storage is referred to in an unknown way", where=self._where)
         key = identity[2]
         if not isinstance(key, str):
             return (*identity[:2], self._add(key), *identity[3:])
@@ -87,8 +87,8 @@ class _Storages:
         return str(len(self.tensors) - 1)
 
     def _stored(self, key: str) -> LazyTensor:
-        record = self._source.storages.get(key)
-        if record is None:
+        record = None if self._source is None else self._source.storages.get(key)
+        if self._source is None or record is None:
             text = f"the storage {show(key)} is referred to, and the file has nothing of it"
-            raise Refused("torch-tensor", text, where=show(self._source.path))
-        return tensors.stored(TensorInfo(DType.U8, (record.length,)), self._file, record.offset)
+            raise Refused("torch-tensor", text, where=self._where)
+        return tensors.stored(TensorInfo(DType.U8, (record.length,)), str(self._source.path.absolute()), record.offset)

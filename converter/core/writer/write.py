@@ -99,7 +99,11 @@ def write(
         check_target(out, plan.inputs, overwrite=overwrite)
         kept = stage.resume(plan.summary, plan.provenance, fresh=not resume)
         kept = kept if take is None else take(stage, kept)
-        with InputFiles(plan.inputs) as files, one_thread_each(plan) as ready, reading_through(plan):
+        with (
+            InputFiles(plan.inputs, {c.file for c in plan.checks}) as files,
+            one_thread_each(plan) as ready,
+            reading_through(plan),
+        ):
             writer = ShardWriter(stage, files, reporter, budget, ready)
             lines = write_shards(plan, stage, kept, reporter, writer, jobs)
             measures = measures_of(plan, lines)
@@ -115,18 +119,23 @@ def write(
         check_target(out, plan.inputs, overwrite=overwrite)
         stage.publish(replace=overwrite)
     except BaseException as error:
-        if not is_worth_keeping(stage, error):
-            with contextlib.suppress(OSError):
-                stage.discard()
-        if isinstance(error, OSError):
-            raise system_refused(error, stage) from error
-        if isinstance(error, KeyboardInterrupt) and stage.is_published:
-            what = "interrupted while the old output was removed; the new one is whole"
-            raise Interrupted(error.args[0] if error.args else signal.SIGINT, what) from None
+        _give_up(stage, error)
         raise
     finally:
         stage.close()
     return Receipt(content, measures, *checked, seconds=time.monotonic() - begun)
+
+
+def _give_up(stage: Stage, error: BaseException) -> None:
+    """Remove what no later call can go on from, and raise what the user is told in place of an error, if anything."""
+    if not is_worth_keeping(stage, error):
+        with contextlib.suppress(OSError):
+            stage.discard()
+    if isinstance(error, OSError):
+        raise system_refused(error, stage) from error
+    if isinstance(error, KeyboardInterrupt) and stage.is_published:
+        what = "interrupted while the old output was removed; the new one is whole"
+        raise Interrupted(error.args[0] if error.args else signal.SIGINT, what) from None
 
 
 _SPOILT = ("input-changed", "input-cut", "input-missing", "input-corrupt", "download-corrupt")

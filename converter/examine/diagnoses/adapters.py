@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from converter.converters.merge.asked_modules import modules_missing
 from converter.core.context import Context
 from converter.core.files.names import ADAPTER_CONFIG
-from converter.diagnostic import Next, Severity, Steps, completed
+from converter.diagnostic import Next, Severity, completed
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.examine.diagnoses.commands import filling_command
@@ -193,8 +193,7 @@ def lora_alpha_zero(case: Case, context: Context) -> Iterable[Finding]:
     """
     if case.adapter_config.get("lora_alpha") == 0:
         text = "lora_alpha is 0: a merge would give the base model back. The training script has the value"
-        merge = case.command("merge-lora", out="merged").with_options("--lora-alpha", "N")
-        advice = Steps(merge, ", N being the alpha of the training script")
+        advice = case.command("merge-lora", out="merged").with_options("--lora-alpha", "N")
         yield Finding(code="lora-alpha-zero", severity="error", text=text, evidence=(ADAPTER_CONFIG,), next=advice)
 
 

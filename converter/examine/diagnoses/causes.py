@@ -25,6 +25,7 @@ _ECHOES: Mapping[str, frozenset[str]] = {
     "adapter-and-model": frozenset({"stray-weights"}),
     "tensor-twice": frozenset({"index-conflict"}),
     "launch-same-path": frozenset({"pair-same-path"}),
+    "nonfinite": frozenset({"adapter-merge-refused"}),
 }
 """By the code that names a cause: codes that the same cause shows itself under as well."""
 
@@ -91,6 +92,8 @@ def _explains(cause: Finding, echo: Finding) -> bool:
         return cause.severity == "error"  # both forms lie in the folder: layers are under either
     if echo.code == "adapter-unmatched":
         return echo.fact("missing") == len(cause.tensors)
+    if echo.code == "adapter-merge-refused":
+        return echo.text.startswith(f"{cause.code}: ")
     return True
 
 
@@ -225,6 +228,9 @@ _STEPS: Mapping[str, Next | Callable[[Finding, Case], Next | None]] = {
     "normaliser-broken": "set mean and std in config.json to one number each, or take both out",
     "normaliser-lost": _of_source,
     "nonfinite": "take an earlier checkpoint; if a merge overflowed, merge again with --dtype bf16",
+    **dict.fromkeys(("moments-nonfinite", "moments-zero", "moments-older"),
+                    "go on from a checkpoint whose moments are sound, or knowingly with a new optimizer; gather reads "
+                    "the weights as they are"),
     "head-unmoved": "train the head: it has to be in modules_to_save or require gradients, and be gathered on saving",
     "merged-equals-base": _merged_again,
     "adapter-config": "set what it names in adapter_config.json to what training used",

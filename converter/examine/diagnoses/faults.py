@@ -36,7 +36,7 @@ _WORSE: dict[str, Severity] = {
 }
 """Faults that are read here all the same, and that transformers stops at or applies twice."""
 
-NOT_READ_HERE = frozenset({"megatron-backend", "zero-pipeline", "zero-experts", "zero-tensor-parallel"})
+NOT_READ_HERE = frozenset({"megatron-backend"})
 """Layouts that their own trainers resume from: no fault of the folder, as a state that `gather` reads is none."""
 
 # Code: (recoverability, what `explain` says).
@@ -248,9 +248,18 @@ _DOCUMENTED: dict[str, tuple[str, str]] = {
         "from the NVMe folder of the run",
         "The optimizer state was offloaded to NVMe and is not in the shards.",
     ),
-    "zero-pipeline": ("", "A pipeline-parallel checkpoint of Megatron-DeepSpeed, which is not read."),
-    "zero-experts": ("", "DeepSpeed's own mixture-of-experts layout, which is not read."),
-    "zero-tensor-parallel": ("", "The model was split over tensor-parallel ranks, which are not joined here."),
+    "zero-pipeline": (
+        "",
+        "A pipeline's checkpoint: files of layers or stages are missing, or tensors were split too, which isn't read.",
+    ),
+    "zero-experts": (
+        "",
+        "Experts were spread over the ranks: files of some are missing, or they are in a form that is not read.",
+    ),
+    "zero-tensor-parallel": (
+        "",
+        "Tensors were split over ranks: ranks are missing, or nothing says how the slices lie in the whole.",
+    ),
 }
 
 

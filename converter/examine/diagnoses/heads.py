@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from converter.converters.heads.detect import Detected, detect
 from converter.core.context import Context
-from converter.core.files.names import MODEL_CONFIG, MODEL_PICKLED
+from converter.core.files.names import MODEL_PICKLED
 from converter.diagnostic import Command, Next
 from converter.dialects.known import own_classes
 from converter.errors import ConvertError
@@ -15,7 +15,7 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosi
 from converter.examine.diagnoses.commands import convert_command, filling_command, role_word
 from converter.examine.diagnoses.config import architecture, label_count
 from converter.examine.diagnoses.names import WRAPPER
-from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among
+from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among, keeps
 from converter.examine.diagnoses.whole import judgement_of
 from converter.families.factors import factor_in_name
 from converter.families.family import family, hidden_size
@@ -24,7 +24,6 @@ from converter.text import fold, show
 
 _HEAD = re.compile(rf"(?:^|\.)(?:{'|'.join(HEAD_MODULES)})(?:\.|$)")
 _COPY = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})+")
-_SIDECARS = HEAD_FILES
 _LINEAR_BELOW = {"layoutlmv3": 10}
 """Labels below which the head of a token classifier is one layer, where it is two else.
 
@@ -53,7 +52,7 @@ def wanted_head(case: Case) -> tuple[str, ...]:
 def heads_here(case: Case) -> list[str]:
     """Names in the folder that look like a head's, LoRA factors left out; those in files beside come with the file."""
     inside = [n for n in heads_among(case.shapes) if ".lora_" not in n]
-    return inside + [f"{file}:{n}" for file, f in case.survey.beside.items() for n in f.tensors if file in _SIDECARS]
+    return inside + [f"{file}:{n}" for file, f in case.survey.beside.items() for n in f.tensors if file in HEAD_FILES]
 
 
 def dialect_of(case: Case) -> Detected | None:
@@ -94,7 +93,7 @@ def head_missing(case: Case, context: Context) -> Iterable[Finding]:
 def _adapter_lacks_head(case: Case) -> bool:
     if case.adapter_config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
         return False
-    beside = {*_SIDECARS, MODEL_PICKLED} & case.names
+    beside = {*HEAD_FILES, MODEL_PICKLED} & case.names
     in_base = case.base is not None and (
         any(map(_is_of_a_head, case.base.shapes)) or any(n in case.base.shapes for n in wanted_head(case.base))
     )
@@ -133,9 +132,11 @@ def head_base_lost(case: Case, context: Context) -> Iterable[Finding]:
             continue
         names = tuple(n for n in case.shapes if n.startswith(f"{module}."))
         places = case.training_near()
-        text = f"{show(_COPY.sub('', module))} = W0 + BA: BA is here; the frozen weight under it was never saved"
+        keeper = next((p for p in places if keeps(p, _COPY.sub("", module))), None)
+        there = f"is in {show(keeper.asked)}, and not in this folder" if keeper else "is in no file here"
+        text = f"{show(_COPY.sub('', module))} = W0 + BA: BA is here; the frozen weight under it {there}"
         command = filling_command(case)
-        found = f"from {places[0].asked}, if it kept frozen weights" if places else LOST
+        found = f"from {keeper.asked}" if keeper else LOST
         yield Finding(
             code="head-base-lost",
             severity="error",
@@ -210,7 +211,7 @@ def heads_several(case: Case, context: Context) -> Iterable[Finding]:
     """Two heads lie in one folder (score.weight and value_head.weight, or value_head.safetensors and .bin). Which one
     counts depends on the loader, and the other may be of an older save. Say which is meant with --from.
     """
-    files = [n for n in _SIDECARS if n in case.survey.beside]
+    files = [n for n in HEAD_FILES if n in case.survey.beside]
     stems = {n.rpartition(":")[2].split(".")[0] for n in heads_here(case)} - {"normalizer"}
     if len(files) > 1:
         tensors = [sorted((n, str(t.info)) for n, t in case.survey.beside[f].tensors.items()) for f in files]
@@ -320,39 +321,6 @@ def head_bias(case: Case, context: Context) -> Iterable[Finding]:
             recoverability=HERE,
             next=command,
         )
-
-
-@diagnosis("normaliser-broken", "model")
-def normaliser_broken(case: Case, context: Context) -> Iterable[Finding]:
-    """config.json of an OpenRLHF model has `mean` without `std`, or lists instead of numbers. OpenRLHF reads both as
-    soon as there is a `mean` and stops: AttributeError, or TypeError.
-    """
-    if architecture(case) not in own_classes():
-        return
-    values = {k: case.config[k] for k in ("mean", "std") if k in case.config}
-    odd = [k for k, v in values.items() if isinstance(v, bool) or not isinstance(v, int | float)]
-    if values and (len(values) == 1 or odd):
-        text = f"config.json has {' and '.join(values)}; OpenRLHF needs mean and std as one number each, or neither"
-        yield Finding(
-            code="normaliser-broken", severity="error", text=text, evidence=(MODEL_CONFIG,), recoverability=HERE
-        )
-
-
-@diagnosis("normaliser-lost", "model")
-def normaliser_lost(case: Case, context: Context) -> Iterable[Finding]:
-    """The adapter or reward model that this was made of says in its config.json by which mean and std scores are
-    normalised; this one does not: a merge that copied the base's config loses them, and rewards have another scale.
-    """
-    if "mean" in case.config or not (heads_here(case) or wanted_head(case)):
-        return
-    for near in case.near:
-        config: Mapping[str, object] = near.config
-        if near.kind in ("model", "adapter") and "mean" in config and "std" in config and near.given:
-            text = f"{show(near.asked)} normalises its scores (mean, std in config.json), and this model does not"
-            yield Finding(
-                code="normaliser-lost", severity="changes-numbers", text=text, recoverability=f"from {near.asked}"
-            )
-            return
 
 
 @diagnosis("task-type-wrong", "adapter")

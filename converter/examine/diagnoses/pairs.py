@@ -8,7 +8,7 @@ from typing import Any
 from converter.core.context import Context
 from converter.core.files.names import CHAT_TEMPLATE, MODEL_CONFIG, RECEIPT, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from converter.core.files.opening import read_limited
-from converter.diagnostic import Command, Steps
+from converter.diagnostic import Command
 from converter.errors import Refused
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
 from converter.examine.diagnoses.config import is_part_of_vision
@@ -182,7 +182,7 @@ def adapter_left_beside(case: Case, context: Context) -> Iterable[Finding]:
         text = "verl's adapter lies in lora_adapter/: this model is the base, without what was trained"
         merge = Command("merge-lora", (inside[0].argument, case.out("merged"), "--base", case.folder))
         has_alpha = inside[0].adapter_config.get("lora_alpha")
-        step = merge if has_alpha else Steps(merge.with_options("--lora-alpha", "N"), ", N as in the training script")
+        step = merge if has_alpha else merge.with_options("--lora-alpha", "N")
         yield Finding(
             code="adapter-left-beside",
             severity="changes-numbers",

@@ -75,3 +75,10 @@ def heads_among(names: Iterable[str]) -> list[str]:
 
 def _training(case: Case, near: Near) -> Elsewhere:
     return Elsewhere(near.asked, "training", given=near.given, is_inside=near.path.is_relative_to(case.root))
+
+
+def keeps(place: Near, module: str) -> bool:
+    """True where a run's state holds the weight under a LoRA, frozen as it was."""
+    stem = module.rpartition(".")[2]
+    entries = sources()[place.source].survey(place.path).entries
+    return any(n.endswith((f"{stem}.weight", f"{stem}.base_layer.weight")) and e.info.numel for n, e in entries.items())

@@ -60,7 +60,8 @@ def _found(case: Case, ranks: int, words: str) -> Finding:
             return _as_it_is(case, place.folder, words, _ANY[kind], kind)
     made = _planned(case, ranks, kind)
     if made is None or made.ranks_before == ranks:
-        return _as_it_is(case, case.root, words, f"{words} saved it" if made else "every rank's state is whole", kind)
+        why = f"{words} saved it" if made or _saved_by(case, kind) == ranks else "every rank's state is whole"
+        return _as_it_is(case, case.root, words, why, kind)
     command = case.command("reshard", "--world-size", str(ranks), out=f"on-{ranks}")
     out = case.out(f"on-{ranks}")
     is_trainers = made.stage is not None and (_folder(case).parent / TRAINER_STATE).is_file()
@@ -75,6 +76,16 @@ def _found(case: Case, ranks: int, words: str) -> Finding:
         applicability="safe",
         next=command,
     )
+
+
+def _saved_by(case: Case, kind: str | None) -> int | None:
+    """How many ranks saved a run of DeepSpeed's."""
+    if kind != "deepspeed":
+        return None
+    from converter.sources.deepspeed.state import read_shards
+    from converter.sources.deepspeed.whole import ranks_in_all
+
+    return ranks_in_all(read_shards(_folder(case)))
 
 
 def _folder(case: Case) -> Path:
@@ -92,8 +103,13 @@ def _planned(case: Case, ranks: int, kind: str | None) -> Resharded | None:
         raise UsageError("no-shards", "no state of a trainer is here: weights alone begin a run, and resume none")
     from converter.sources.deepspeed.resharding.plan import plan_resharding
     from converter.sources.deepspeed.state import read_shards
+    from converter.sources.deepspeed.whole import expect_not_split, ranks_in_all
 
     shards = read_shards(_folder(case))
+    if ranks_in_all(shards) != ranks:
+        expect_not_split(shards)
+    elif ranks != shards.ranks or shards.experts:
+        return None
     return None if shards.stage == 0 else plan_resharding(shards, ranks, side_files={}, inputs={})
 
 

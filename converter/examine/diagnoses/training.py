@@ -14,6 +14,7 @@ from converter.core.files.names import ADAPTER_PICKLED, ADAPTER_WEIGHTS
 from converter.core.files.opening import read_limited
 from converter.diagnostic import Command
 from converter.errors import ConvertError
+from converter.examine.diagnoses import megatron
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis
 from converter.sources.survey import file_names, is_weights_of_model
 from converter.text import fold, show
@@ -38,6 +39,8 @@ def training_state(case: Case, context: Context) -> Iterable[Finding]:
     they are the only copy.
     """
     if any(f.severity == "error" for f in case.survey.faults) or not case.shapes:
+        return
+    if case.once(megatron.CODE, megatron.refusal) is not None:
         return
     count = sum(1 for i in case.shapes.values() if i.numel)
     saved = any(n.kind in ("model", "adapter") and _has_weights(n.path) for n in case.near)

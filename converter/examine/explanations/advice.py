@@ -24,6 +24,7 @@ MESSAGES = (
         "(removing --gradient_checkpointing) cures no checkpoint: not a head that is random, not "
         "torch.Size([0]), not a "
         "size mismatch.",
+        seen_in=("transformers 5.23.0: transformers/modeling_layers.py",),
     ),
     Message(
         code="mismatched-sizes-ignored",
@@ -231,6 +232,7 @@ MESSAGES = (
         "typing error: "
         "what is not a folder is taken for a name on the Hub.",
         next=Command("inspect", ("DIR",)),
+        seen_in=("transformers 5.23.0: transformers/utils/hub.py",),
     ),
     Message(
         code="config-file-missing",

@@ -64,8 +64,8 @@ class Keys:
 
     def __init__(self, keys: Iterable[bytes]) -> None:
         held = frozenset(keys)
-        self._exact = _Table(held)
-        self._without_digits = _Table({key.translate(None, _DIGITS) for key in held})
+        self._exact = _table(held)
+        self._without_digits = _table(frozenset(key.translate(None, _DIGITS) for key in held))
         self._cold: set[bytes] = set()
         self._blocks_as_they_are = 0
 
@@ -123,6 +123,11 @@ class _Table:
     def starts(self, data: bytes) -> set[int]:
         """Where the lines begin that hold a key."""
         return {start for key in self.possible(data) for start in _lines_with(key, data)}
+
+
+@lru_cache(maxsize=8)
+def _table(keys: frozenset[bytes]) -> _Table:
+    return _Table(keys)
 
 
 def _lines_with(key: bytes, data: bytes) -> Iterator[int]:

@@ -195,6 +195,7 @@ MESSAGES = (
         "the folder "
         "checkpoint-N inside of it.",
         next=Command("inspect", ("DIR",)),
+        seen_in=("huggingface_hub 2.4.0: huggingface_hub/utils/_validators.py",),
     ),
     Message(
         code="no-adapter-config",

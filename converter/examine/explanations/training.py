@@ -66,6 +66,7 @@ MESSAGES = (
         "they "
         "are.",
         next=Command("doctor", ("DIR",)),
+        seen_in=("torch 2.13.0: torch/distributed/fsdp/_common_utils.py",),
     ),
     Message(
         code="verl-config-missing",
@@ -161,6 +162,7 @@ MESSAGES = (
         pattern=r"does not appear to have a file named (?P<name>[\w.*]+\.py)",
         text="config.json names code ({name}) that was not copied with the weights. Copy it from the base model.",
         next=Command("doctor", ("DIR",)),
+        seen_in=("transformers 5.23.0: transformers/utils/hub.py",),
     ),
     Message(
         code="tokenizer-class",

@@ -61,9 +61,20 @@ class Backbone:
                 if own:
                     _Lender(self, module, own).attach()
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The last hidden states `[n, t, h]` of token ids `[n, t]`, as a head gets them."""
-        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, *, counts_padding: bool = False) -> torch.Tensor:
+        """The last hidden states `[n, t, h]` of token ids `[n, t]`, as a head gets them.
+
+        Args:
+            counts_padding: positions are counted from the row's begin, padding included, as transformers' own classes
+                do where nobody hands them positions.
+        """
+        columns = torch.arange(ids.shape[-1]).expand_as(ids)
+        positions = columns if counts_padding else (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+        # A padding token before all others attends to nothing, which is NaN where softmax is taken in fp32 under a mask
+        # of fp64, and from there in every score: rows begin with their tokens, which keep their positions.
+        leading = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+        turned = (columns + leading) % ids.shape[-1]
+        ids, mask, positions = (each.gather(-1, turned) for each in (ids, mask, positions))
         takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         more = {"position_ids": positions} if takes_positions else {}
         with InputFiles(self._reading.checkpoint.inputs) as files, torch.no_grad():
@@ -80,7 +91,8 @@ class Backbone:
                 raise Refused("backbone-unloadable", what, where=show(self._reading.checkpoint.origin.asked)) from None
             finally:
                 self._evaluator = None
-        return found
+        back = (columns - leading) % columns.shape[-1]
+        return found.gather(1, back.unsqueeze(-1).expand_as(found))
 
     def _fill(self) -> None:
         """Every parameter, for good; one that has several names is computed once."""

@@ -18,7 +18,7 @@ from converter.converters.heads.model import Reading
 from converter.dialects.spec import Pooling
 from converter.examine.verify.check import Check, holds, note, spread
 from converter.examine.verify.pairs_file import Pair, Pairs
-from converter.examine.verify.values import Reference, apply_head, padded, scored_column
+from converter.examine.verify.values import Reference, apply_head, padded, pooled, scored_column
 from converter.text import format_duration, show
 
 if TYPE_CHECKING:
@@ -32,6 +32,12 @@ BATCH_TOKENS = 2048
 
 CAUSES = ("template", "base", "head", "normalisation", "pad token")
 """What may move a score, in the order in which it is exchanged, the source's for ours."""
+
+PADDING = "padding side"
+"""What may move it besides, where the tokenizers pad on other sides: each model's own padding, at both ends."""
+
+_PADDING_FELT = 1e-5
+"""Of a model's spread: what padding moves less is the rounding of another shape of batch."""
 
 _EXACT = 1e-9
 _CONFIDENCE = 1.959964
@@ -79,6 +85,8 @@ def check_pairs(
     """
     pairs = found.pairs
     steps = _steps(pairs, here, there, told)
+    if there is not None and padding_side(here) != padding_side(there):
+        steps = [_padded(pairs, there), *steps, _padded(pairs, here)]
     ours, theirs = steps[-1], steps[0]
     table = [
         {"prompt": _short(p), "chosen": c, "rejected": r, "margin": c - r}
@@ -147,6 +155,29 @@ def _steps(pairs: Sequence[Pair], here: Scored, there: Scored | None, told: Told
     ]
 
 
+def padding_side(side: Scored) -> str:
+    """Where a tokenizer pads a batch: `left` or `right`."""
+    return str(getattr(side.tokenizer, "padding_side", "right"))
+
+
+def _padded(pairs: Sequence[Pair], side: Scored) -> list[float]:
+    """Scores of a model as its own tokenizer pads a pair: the shorter answer to the length of the longer one.
+
+    Who scores at the last token that is not padding is transformers' own class, which counts positions from the row's
+    begin; the others hand positions over, counted without padding. To a model without embeddings of positions only
+    distances matter, which padding leaves as they are.
+    """
+    modules = (name.removesuffix(".weight").rpartition(".")[2] for name in side.reference.reading.checkpoint.tensors)
+    counts = side.pooling == "last-non-pad" and any(m == "wpe" or "position" in m for m in modules)
+    found: list[float] = []
+    for pair in pairs:
+        rows = [tokens(side, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+        batch = padded(rows, side.pad or 0)[padding_side(side)]
+        values = side.reference.values(batch, side.reference.hidden(batch, counts_padding=counts))
+        found += pooled(values, batch, side.pooling, side.pad).tolist()
+    return found
+
+
 def _values(head: Scored, normaliser: Scored, hidden: torch.Tensor) -> list[float]:
     found = apply_head(head.reference.head, normaliser.reference.normaliser, hidden)[..., 0]
     return [float(v) for v in found.tolist()]
@@ -202,13 +233,14 @@ def _drift(steps: Sequence[Sequence[float]], *, is_rounded: bool) -> list[Check]
     ours, theirs = steps[-1], steps[0]
     moved = _largest(ours, theirs)
     width = spread(theirs) or 1.0
-    if moved <= _EXACT * width:
+    is_padded = len(steps) > len(CAUSES) + 1
+    if moved <= (_PADDING_FELT if is_padded else _EXACT) * width:
         return [holds("drift", f"scores are the source's: they differ by {moved:.2g} at most")]
     n = len(ours) // 2
     margins = [[c - r for c, r in zip(s[::2], s[1::2], strict=True)] for s in (ours, theirs)]
     flips = sum((a > 0) != (b > 0) for a, b in zip(*margins, strict=True))
     shift = sum(a - b for a, b in zip(*margins, strict=True)) / n
-    parts = {c: _largest(a, b) for c, a, b in zip(CAUSES, steps, steps[1:], strict=False)}
+    parts = _parts(steps, width)
     names = {"base": "rounding of the base to another dtype"} if is_rounded else {}
     listed = ", ".join(f"{names.get(c, c)} {size:.3g}" for c, size in parts.items() if size > _EXACT * width)
     rank, low, high = _rank_correlation(ours, theirs)
@@ -219,6 +251,16 @@ def _drift(steps: Sequence[Sequence[float]], *, is_rounded: bool) -> list[Check]
     )
     is_small = moved <= 2**-6 * width and not flips
     return [note("drift", "drift-rounding" if is_small else "drift", text)]
+
+
+def _parts(steps: Sequence[Sequence[float]], width: float) -> dict[str, float]:
+    """How far each cause moved a score at the most; padding stands at both ends, where it was looked at."""
+    inner = steps if len(steps) == len(CAUSES) + 1 else steps[1:-1]
+    parts = {c: _largest(a, b) for c, a, b in zip(CAUSES, inner[:-1], inner[1:], strict=True)}
+    if inner is not steps:
+        felt = max(_largest(steps[0], steps[1]), _largest(steps[-2], steps[-1]))
+        parts[PADDING] = felt if felt > _PADDING_FELT * width else 0.0
+    return parts
 
 
 def _largest(a: Sequence[float], b: Sequence[float]) -> float:

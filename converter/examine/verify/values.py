@@ -110,11 +110,12 @@ class Reference:
             self.head = fp64(reading.head, Evaluator(files))
         self.normaliser = reading.normaliser
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
+    def hidden(self, batch: Batch, *, counts_padding: bool = False) -> torch.Tensor:
         """The last hidden states `[n, t, h]` in fp64, as the backbone gives them to a head."""
         import torch
 
-        return self.backbone(torch.tensor(batch.input_ids), torch.tensor(batch.attention_mask)).double()
+        ids, mask = torch.tensor(batch.input_ids), torch.tensor(batch.attention_mask)
+        return self.backbone(ids, mask, counts_padding=counts_padding).double()
 
     def values(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """`[n, t]`: the first row of the head at every position, normalised as the dialect says."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.core.tensors.dtypes import TensorInfo
-from converter.core.tensors.nodes import Filled, LazyTensor, concat, narrow, reshape
+from converter.core.tensors.kernel_specs import PERMUTE
+from converter.core.tensors.nodes import Filled, LazyTensor, apply, concat, narrow, reshape
 from converter.families.megatron.rows import Formula, Row
 
 
@@ -91,6 +92,10 @@ def _joined(
         return _padded(found[0], sizes, rows)
     if formula == "qkv":
         return _fused(found, sizes)
+    if formula == "stack":
+        return _transposed(found[0])
+    if formula == "stack-halves":
+        return _halves_in_order(found[0])
     if len(found) == 2 and found[0].info != found[1].info:
         shapes = " and ".join(str(list(t.info.shape)) for t in found)
         raise SizeError(f"gate and up projection have the shapes {shapes}")
@@ -147,6 +152,41 @@ def _halves(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[st
     return {name: narrow(tensor, 0, n * half, half) for n, name in enumerate(names)}
 
 
+def _stack(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+    return {names[0]: _transposed(tensor)}
+
+
+def _transposed(tensor: LazyTensor) -> LazyTensor:
+    """`[e, a, b]` as `[e, b, a]`."""
+    if len(tensor.info.shape) != 3:
+        raise SizeError(f"it is of the shape {list(tensor.info.shape)}, which is not a matrix for each expert")
+    return apply(PERMUTE, [tensor], {"dims": (0, 2, 1)})
+
+
+def _stack_halves(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+    """`[e, gate; up, in]` as `[e, in, gate and up by turns]`; a bias without `in`."""
+    count, half, rest = _by_halves(tensor, 1)
+    apart = reshape(tensor, (count, 2, half, *rest))
+    turned = apply(PERMUTE, [apart], {"dims": (0, 3, 2, 1) if rest else (0, 2, 1)})
+    return {names[0]: reshape(turned, (count, *rest, 2 * half))}
+
+
+def _halves_in_order(tensor: LazyTensor) -> LazyTensor:
+    """What `_stack_halves` takes apart."""
+    count, half, rest = _by_halves(tensor, -1)
+    apart = reshape(tensor, (count, *rest, half, 2))
+    turned = apply(PERMUTE, [apart], {"dims": (0, 3, 2, 1) if rest else (0, 2, 1)})
+    return reshape(turned, (count, 2 * half, *rest))
+
+
+def _by_halves(tensor: LazyTensor, dim: int) -> tuple[int, int, tuple[int, ...]]:
+    """Experts, the size of gate or of up, which `dim` has twice, and the other dimension of a matrix."""
+    shape = tensor.info.shape
+    if len(shape) not in (2, 3) or shape[dim] % 2:
+        raise SizeError(f"it is of the shape {list(shape)}, which is not a gate and up projection for each expert")
+    return shape[0], shape[dim] // 2, (shape[2:] if dim == 1 else shape[1:-1])
+
+
 def _of_each(
     inner: Callable[[tuple[str, ...], LazyTensor, Sizes], dict[str, LazyTensor]],
 ) -> Callable[[tuple[str, ...], LazyTensor, Sizes], dict[str, LazyTensor]]:
@@ -175,4 +215,6 @@ _FORMULAS: dict[Formula, Callable[[tuple[str, ...], LazyTensor, Sizes], dict[str
     "halves": _halves,
     "experts": _of_each(_same),
     "expert-halves": _of_each(_halves),
+    "stack": _stack,
+    "stack-halves": _stack_halves,
 }

@@ -23,9 +23,6 @@ ARGUMENTS_FILE = "megatron-args.json"
 Value = str | int | float | bool | None
 """Of an argument."""
 
-MTP = "mtp."
-"""What keys of layers for multi-token prediction begin with."""
-
 
 def is_megatron(names: Iterable[str]) -> bool:
     """True for names that megatron-core gives to a GPT model's tensors."""

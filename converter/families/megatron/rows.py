@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Formula = Literal["same", "vocabulary", "qkv", "halves", "experts", "expert-halves"]
+Formula = Literal["same", "vocabulary", "qkv", "halves", "experts", "expert-halves", "stack", "stack-halves"]
 """`same`: as it is. `vocabulary`: without rows that no token has. `qkv`: for each group its queries, key and value.
-`halves`: `[gate; up]`. `experts`: `[e, ...]`, one after the other. `expert-halves`: `halves` of each."""
+`halves`: `[gate; up]`. `experts`: `[e, ...]`, one after the other. `expert-halves`: `halves` of each. `stack`: experts
+in one tensor, each transposed. `stack-halves`: the same, columns of gate and up by turns."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,15 @@ _AROUND_EXPERTS = (
     Row(_OURS + _BEFORE_EXPERTS, "same", _AFTER_ATTENTION.theirs, (_OURS + _BEFORE_DENSE,), layers="experts"),
 )
 _MOE = (*_AROUND_EXPERTS, *_experts("mlp", "gate_proj", "up_proj", "down_proj"))
+_NEXT_TOKENS = (
+    _layer("enorm.weight", "same", "enorm.weight"),
+    _layer("hnorm.weight", "same", "hnorm.weight"),
+    _layer("eh_proj.weight", "same", "eh_proj.weight"),
+    _layer("final_layernorm.weight", "same", "shared_head.norm.weight"),
+)
+"""Of a layer for multi-token prediction, which transformers numbers after those of the model. `eh_proj` multiplies
+`[embedding, hidden]` for megatron-core and for these families. Source: Megatron-Bridge 067f987,
+models/deepseek/common.py; transformer/multi_token_prediction.py of megatron-core 0.13.1, 0.16.1 and 0.19.2."""
 _EXPERT_BIAS = (_layer("mlp.router.expert_bias", "same", "mlp.gate.e_score_correction_bias"),)
 _LATENT = (
     _layer(
@@ -140,6 +150,19 @@ _AROUND_BLOCKS = (
 )
 """Norms before and behind each block. Source: Megatron-Bridge 932b713, models/gemma/gemma2_bridge.py."""
 
+_STACKED_EXPERTS = (
+    _layer("mlp.router.weight", "same", "mlp.router.weight"),
+    _layer("mlp.router.bias", "same", "mlp.router.bias"),
+    _layer("mlp.experts.experts.linear_fc1.weight", "stack-halves", "mlp.experts.gate_up_proj"),
+    _layer("mlp.experts.experts.linear_fc1.bias", "stack-halves", "mlp.experts.gate_up_proj_bias"),
+    _layer("mlp.experts.experts.linear_fc2.weight", "stack", "mlp.experts.down_proj"),
+    _layer("mlp.experts.experts.linear_fc2.bias", "same", "mlp.experts.down_proj_bias"),
+    _layer("self_attention.linear_proj.bias", "same", "self_attn.o_proj.bias"),
+    _layer("self_attention.core_attention.softmax_offset", "same", "self_attn.sinks"),
+)
+"""Of gpt-oss, whose experts are one tensor `[e, in, out]` for transformers. Source: Megatron-Bridge 067f987,
+models/gpt_oss/gpt_oss_bridge.py."""
+
 ROWS: Mapping[str, tuple[Row, ...]] = {
     "llama": _DENSE,
     "mistral": _DENSE,
@@ -155,9 +178,10 @@ ROWS: Mapping[str, tuple[Row, ...]] = {
     ),
     "qwen3_moe": (*_MIXTURE, *_DENSE_FIRST, *_QK_NORM),
     "deepseek_v2": _LATENT_MIXTURE,
-    "deepseek_v3": (*_LATENT_MIXTURE, *_EXPERT_BIAS),
+    "deepseek_v3": (*_LATENT_MIXTURE, *_EXPERT_BIAS, *_NEXT_TOKENS),
+    "gpt_oss": (*_ENDS, *_ATTENTION, *_QKV_BIAS, *_AROUND_EXPERTS, *_STACKED_EXPERTS),
     "glm4_moe": (
-        *_MIXTURE, *_DENSE_FIRST, *_QKV_BIAS, *_QK_NORM, *_EXPERT_BIAS, *_shared("shared_experts"),
+        *_MIXTURE, *_DENSE_FIRST, *_QKV_BIAS, *_QK_NORM, *_EXPERT_BIAS, *_shared("shared_experts"), *_NEXT_TOKENS,
     ),
 }  # fmt: skip
 """Rows by `model_type`."""

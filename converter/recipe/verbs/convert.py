@@ -14,7 +14,7 @@ from converter.diagnostic import Again, Steps
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, UsageError
-from converter.recipe.options import Going, HeadOptions
+from converter.recipe.options import MEGATRON_LAYOUTS, Going, HeadOptions
 from converter.recipe.recipe import SOURCE, Output, Recipe, Step
 from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.conversion import Conversion, convert_recipe
@@ -258,11 +258,18 @@ def _laid_out(aim: Target, options: HeadOptions) -> list[Step]:
     Raises:
         UsageError: ranks for a trainer that reads a folder of transformers' (`usage`).
     """
+    asked = {word: getattr(options, word) for word in ("tp", "pp", "ep", "etp", "modules")}
+    fields = {word: value for word, value in asked.items() if value is not None}
     if not aim.serves.lays_out:
-        if options.tp is not None:
-            raise UsageError("usage", f"--tp goes with --to megatron; {aim.words} loads a model on any number of ranks")
+        if fields:
+            what = f"--{next(iter(fields))} goes with --to megatron; {aim.words} loads a model on any number of ranks"
+            raise UsageError("usage", what)
         return []
-    return [Step(aim.serves.lays_out, {} if options.tp is None else {"tp": options.tp})]
+    if options.layout is not None and options.layout in MEGATRON_LAYOUTS:
+        fields["layout"] = options.layout.value
+    if "modules" in fields and fields.get("layout") != "legacy":
+        raise UsageError("usage", "--modules goes with --layout legacy: a torch_dist checkpoint loads into any")
+    return [Step(aim.serves.lays_out, fields)]
 
 
 def lost_and_found(found: Found, options: HeadOptions) -> tuple[dict[str, InputSpec], list[str]]:
@@ -325,4 +332,6 @@ def _output(aim: Target, options: HeadOptions) -> Output:
         raise UsageError(
             "usage", f"{aim.words} reads one weight file: --max-shard-size and --layout have no place here"
         )
+    if aim.serves.lays_out and options.layout in MEGATRON_LAYOUTS:
+        options = dataclasses.replace(options, layout=None)
     return output(options)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from converter.errors import ConvertError, Refused
 from converter.recipe.verbs.allowing import allowing
@@ -42,6 +42,7 @@ def diff(
     b: str | Path,
     *,
     ignore_prefix: Sequence[str] = (),
+    optimizer: bool = False,
     allow_name: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> Compared:
@@ -50,6 +51,7 @@ def diff(
     Args:
         a: a folder, a weight file, or a name on the Hub; `b` likewise.
         ignore_prefix: taken off names before they are paired.
+        optimizer: compare Adam's moments of two training runs, whatever their ranks, and not the weights.
         allow_name: patterns of names of your own classes that pickled files may mention.
         reporter: hears of each tensor before it is read.
 
@@ -63,10 +65,27 @@ def diff(
     told = reporter or Silent()
     prefixes = (ignore_prefix,) if isinstance(ignore_prefix, str) else tuple(ignore_prefix)
     with allowing(allow_name):
-        (one, lost, fault), (two, others, other_fault) = _open(str(a)), _open(str(b))
+        read = _moments if optimizer else _open
+        (one, lost, fault), (two, others, other_fault) = read(str(a)), read(str(b))
         told.start(one.total_bytes, 0)
         found = compare(one, two, ignore_prefixes=prefixes, told=lambda name, size: told.advance(size, name))
     return Compared(one, two, dataclasses.replace(found, lost=(lost, others), broken=(fault, other_fault)))
+
+
+def _moments(text: str) -> tuple[Checkpoint, tuple[str, ...], str]:
+    """Adam's moments of a run, whole, as a checkpoint of their own.
+
+    Raises:
+        UsageError, Refused: see `adam_moments`.
+    """
+    from converter.core.checkpoint import STATE, Checkpoint, Origin
+    from converter.sources.moments import adam_moments
+
+    kinds: tuple[Literal["exp_avg", "exp_avg_sq"], ...] = ("exp_avg", "exp_avg_sq")
+    held = {f"{kind}/{name}": tensor for kind in kinds for name, tensor in adam_moments(text, which=kind).items()}
+    path = Path(text).expanduser().resolve()
+    origin = Origin(STATE, str(path), text, path.name, None, "", "Adam's moments")
+    return Checkpoint(tensors=held, config={}, origin=origin), (), ""
 
 
 def _open(text: str) -> tuple[Checkpoint, tuple[str, ...], str]:

@@ -79,7 +79,8 @@ def gather(
         base: for config, tokenizer and weights that aren't saved; None: the one that the run records, if needed.
         master: keep the fp32 masters, as `dtype="float32"`.
         emit: after LoRA `adapter`, `merged`, or `both`: the model in `out`, and the adapter in `out`-adapter, whose
-            result is `found.adapter`. None: the adapter where one was trained.
+            result is `found.adapter`; `state`: the tensors under the run's own names, which are no model. None: the
+            adapter where one was trained.
         part: which model, where the state holds several.
         lora_alpha: lora_alpha of training, where no config records it; `rslora` likewise.
         dequantize: make the quantised base of a QLoRA run whole first; with `emit="merged"` or `"both"`.

@@ -71,7 +71,7 @@ def merge_lora(
         combine: `sum`, which is exact, or a way of PEFT's `add_weighted_adapter`: `cat`, `linear`, `svd`, `ties`,
             `magnitude_prune`, `dare_linear`, `dare_ties`; with `density`, `svd_rank` and `seed`.
         dequantize: make a quantised base's weights whole first.
-        requantize: `same` writes adapted weights of a quantised base back in their own format (FP8 in blocks).
+        requantize: `same` writes adapted weights of a quantised base back in their own format (FP8 in blocks, MXFP4).
         writing: see `Writing`.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from converter.converters.heads.whole import CODES as WHOLE
 from converter.core.context import Context
-from converter.diagnostic import Again, Steps
+from converter.diagnostic import Again
 from converter.errors import UsageError
 from converter.examine.diagnoses.aims import is_transformers_4
 from converter.examine.diagnoses.case import Case, Finding
@@ -153,7 +153,7 @@ def find_fixes(
 def _expect_lora(names: Mapping[str, None], left: Mapping[str, str], where: str) -> None:
     if "lora-unmerged" in left:
         what = "no tensor records lora_alpha, and the scale of the update depends on it"
-        step = Steps(Again(("--lora-alpha", "N")), ", as in the training script")
+        step = Again(("--lora-alpha", "N"))
         raise UsageError("lora-alpha-unknown", what, where=where, next=step)
     if "split-lora" not in names:
         raise UsageError("no-adapter", "there are no LoRA layers in this model to split off", where=where)

@@ -27,6 +27,7 @@ from converter.sources.beside import find_beside
 from converter.sources.deepspeed.resharding.plan import MAX_RANKS, plan_resharding
 from converter.sources.deepspeed.resharding.universal import plan_universal
 from converter.sources.deepspeed.state import read_shards
+from converter.sources.deepspeed.whole import expect_not_split
 from converter.sources.finding import kind_of
 from converter.sources.hub.names import as_reference
 from converter.sources.locate import resolve
@@ -185,6 +186,7 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
     place, _ = place_of(root, as_reference(asked.src), tag=asked.tag, part=None)
     _expect_zero(kind_of(place.folder), place.folder, asked.src)
     shards = read_shards(place.folder)
+    expect_not_split(shards)
     if shards.stage == 0:
         raise _any_ranks("without ZeRO every rank has the whole state, in one file", place.folder)
     if place.folder != root:

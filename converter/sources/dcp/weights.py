@@ -191,15 +191,6 @@ def _full_states(folder: Path) -> dict[str, dict[str, Any]]:
 def open_chosen(chosen: Place, root: Path, *, asked: str, revision: str | None, keep_code: bool) -> Checkpoint:
     """A folder, found at or below `root`, as a checkpoint."""
     found = read_weights(chosen.folder)
-    foreign = [n for n in found.tensors if n.endswith("tok_embeddings.weight")]
-    if foreign:
-        raise Refused(
-            "names-of-trainer",
-            f"tensors have torchtitan's names ({show(foreign[0])}), not those of transformers, and its matrices are "
-            "permuted",
-            where=show(chosen.folder),
-            next="convert it with torchtitan's scripts/checkpoint_conversion/convert_to_hf.py",
-        )
     beside = find_beside(run_folders(chosen.folder), keep_code=keep_code)
     told = [f"{show(chosen.folder.name)}: {chosen.why}"] if chosen.folder != root else []
     real = chosen.folder.resolve()

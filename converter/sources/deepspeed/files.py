@@ -8,7 +8,7 @@ https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/pipe/mod
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,10 @@ UNIVERSAL = "zero"
 MAX_TAG = 200
 # The files of old versions lack the underscore before their last word.
 _MODEL = re.compile(r"(?:(?:bf16_)?zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,4})_?model_states\.pt", re.ASCII)
+EXPERT_FILE = re.compile(r"(?:layer_(\d{1,6})_)?expert_(\d{1,6})_mp_rank_(\d{1,4})_model_states\.pt", re.ASCII)
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,4})_?optim_states\.pt", re.ASCII)
+LAYER = re.compile(r"layer_(\d{1,6})(?:-model_(\d{1,4}))?-model_states\.pt", re.ASCII)
+"""A layer of a pipeline, and which tensor-parallel rank's."""
 _TRAINER_FOLDER = re.compile(r"(?:checkpoint|step|epoch|iter)[-_]?\d+", re.ASCII)
 
 
@@ -259,40 +262,39 @@ def search_universal(root: Path, asked: str, tag: str | None = None) -> Place | 
     return Place(found[0], f"the only one; there is no `{LATEST_UNIVERSAL}`")
 
 
-def rank_files(folder: Path) -> RankFiles:
+def slices_in(folder: Path) -> list[int]:
+    """Numbers of the ranks that a model was split over by layers or within tensors (`mp_rank_01`); else 0 alone."""
+    matches = [m for n in file_names(folder) for m in (_MODEL.fullmatch(n), _OPTIMIZER.fullmatch(n)) if m is not None]
+    return sorted({int(m[2]) for m in matches})
+
+
+def rank_files(folder: Path, slice: int = 0) -> RankFiles:
     """The shard files of a tag's folder, by rank.
 
+    Args:
+        slice: of a model that was split over ranks by layers or within tensors: which part.
+
     Raises:
-        Refused: tensor-parallel ranks (`zero-tensor-parallel`), one rank in two files or files of stage 3 among those
-            of another stage (`zero-mixed`), another layout (see `other_layout`).
+        Refused: one rank in two files or files of stage 3 among those of another stage (`zero-mixed`), another layout
+            (see `other_layout`).
     """
     if (refusal := other_layout(folder)) is not None:
         raise refusal
     models: dict[int, str] = {}
     optimizers: dict[int, str] = {}
     whole: list[str] = []
-    parallel: list[str] = []
     for name in sorted(file_names(folder)):
         for pattern, found in ((_MODEL, models), (_OPTIMIZER, optimizers)):
             match = pattern.fullmatch(name)
-            if match is None:
+            if match is None or int(match[2]) != slice:
                 continue
-            if int(match[2]) != 0:
-                parallel.append(name)
-            elif match[1] is None:
+            if match[1] is None:
                 whole.append(name)
             elif int(match[1]) in found:
                 text = f"{show(name)} and {show(found[int(match[1])])} are of one rank: two runs saved into this folder"
                 raise Refused("zero-mixed", text, where=show(folder))
             else:
                 found[int(match[1])] = name
-    if parallel:
-        raise Refused(
-            "zero-tensor-parallel",
-            f"the model was split over tensor-parallel ranks: {fold(parallel)}",
-            where=show(folder),
-            next="load it with DeepSpeed and save it gathered (engine.save_16bit_model)",
-        )
     if whole and models:
         text = f"{show(whole[0])} is of stages 0 to 2, {fold(models.values())} of stage 3: two runs saved into it"
         raise Refused("zero-mixed", text, where=show(folder))
@@ -309,3 +311,8 @@ def run_folders(tag_folder: Path) -> list[Path]:
     if tag_folder.parent.suffix == ".ckpt":  # Lightning's, some folders below the run's top
         folders += list(tag_folder.parents)[1 : LIGHTNING_DEPTH + 2]
     return folders
+
+
+def holds_experts(names: Iterable[str]) -> bool:
+    """True where files of experts are among these."""
+    return any(EXPERT_FILE.fullmatch(n) for n in names)

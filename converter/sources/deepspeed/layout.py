@@ -18,12 +18,50 @@ from typing import Any
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
+from converter.sources.deepspeed.experts import GROUPS, Ranks, all_names, joined, rank_sets
 from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, all_optimizers, shapes, tensor_list
 from converter.sources.deepspeed.zero_folder import MASTER, Shapes, State, universal_tensors
+from converter.text import show
 
 
 def trained_shapes(shards: Shards) -> list[Shapes]:
-    """Shapes of the trained parameters, one mapping for each optimizer group (stage 3: sub-group), in flat order."""
+    """Shapes of the trained parameters, one mapping for each optimizer group (stage 3: sub-group), in flat order.
+
+    Experts that were spread over the ranks are listed under their numbers among all.
+    """
+    listed = _listed_shapes(shards)
+    if not shards.experts or shards.stage not in (1, 2, 3):
+        return listed
+    counts = partition_counts(shards, len(listed))
+    return [all_names(shards, g, shards.ranks // n) for g, n in zip(listed, counts, strict=True)]
+
+
+def partition_counts(shards: Shards, groups: int) -> list[int]:
+    """Over how many ranks each optimizer group (stage 3: sub-group) is cut.
+
+    Raises:
+        Refused: the optimizer files say something else (`zero-sizes`).
+    """
+    if not shards.files.optimizers:
+        return [shards.ranks] * groups
+    value = _recorded_counts(shards)
+    counts = value if isinstance(value, list) else [value if type(value) is int else shards.ranks] * groups
+    if len(counts) != groups or not all(type(n) is int and n > 0 and shards.ranks % n == 0 for n in counts):
+        text = f"param_shapes has {groups} groups for {shards.ranks} ranks, partition_count is {show(value)}"
+        raise shards.refuse("zero-sizes", text)
+    return counts
+
+
+def _recorded_counts(shards: Shards) -> Any:
+    state = shards.optim(min(shards.files.optimizers))
+    if shards.stage < 3:
+        return state.get("partition_count")
+    listed = state.get(GROUPS)
+    return [g.get("partition_count") for g in listed if isinstance(g, dict)] if isinstance(listed, list) else None
+
+
+def _listed_shapes(shards: Shards) -> list[Shapes]:
+    """The same under the names that the model file has: those on its rank."""
     value = shards.model().get("param_shapes")
     file = shards.model_file()
     groups = value if isinstance(value, list) else [value] if isinstance(value, dict) else None
@@ -51,32 +89,43 @@ def trained_tensors(shards: Shards, state: State = MASTER) -> dict[str, LazyTens
 
 
 def _stage_1_2(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State) -> dict[str, LazyTensor]:
-    groups = trained_shapes(shards)
+    groups = _listed_shapes(shards)
     parts = [_flat_parts(shards, rank, found, state) for rank, found in enumerate(states)]
-    paddings = states[0].get("param_alignment_paddings")
     found: dict[str, LazyTensor] = {}
-    for index, group in enumerate(groups):
+    counts = partition_counts(shards, len(groups))
+    for index, (group, count) in enumerate(zip(groups, counts, strict=True)):
         if any(len(p) != len(groups) for p in parts):
             raise shards.refuse(
                 "zero-sizes", f"param_shapes has {len(groups)} groups, an optimizer file has another number"
             )
-        flat = tensors.concat([p[index] for p in parts], 0)
-        gaps = gaps_of(shards, paddings, index, len(group))
-        needed = sum(math.prod(s) for s in group.values()) + sum(gaps)
-        length = flat.info.numel
-        padded = math.ceil(needed / (2 * shards.ranks)) * 2 * shards.ranks
-        is_lean = state == MASTER and shards.optimizer != BF16_OPTIMIZER
-        if length not in ((needed,) if is_lean else (needed, padded)):
-            raise shards.refuse(
-                "zero-sizes",
-                f"group {index} has {needed} elements by param_shapes, and the optimizer files hold {length}: they are "
-                "not of one checkpoint, or in a layout that is not known",
-            )
-        offset = 0
-        for (name, shape), gap in zip(group.items(), gaps, strict=True):
-            count = math.prod(shape)
-            found[name] = _whole([tensors.narrow(flat, 0, offset, count)], shape, flat.info)
-            offset += count + gap
+        sets = Ranks.of(shards, count).sets
+        own = [_cut(shards, index, group, [parts[r][index] for r in ranks], state) for ranks in sets]
+        found |= own[0] if len(sets) == 1 else joined(shards, group, own)
+    return found
+
+
+def _cut(
+    shards: Shards, index: int, group: Shapes, stretches: Sequence[LazyTensor], state: State
+) -> dict[str, LazyTensor]:
+    """The parameters of a group of stages 1 and 2, from the stretches of the ranks that hold it."""
+    flat = tensors.concat(list(stretches), 0)
+    gaps = gaps_of(shards, shards.optim(0).get("param_alignment_paddings"), index, len(group))
+    needed = sum(math.prod(s) for s in group.values()) + sum(gaps)
+    length, unit = flat.info.numel, 2 * len(stretches)
+    padded = math.ceil(needed / unit) * unit
+    is_lean = state == MASTER and shards.optimizer != BF16_OPTIMIZER
+    if length not in ((needed,) if is_lean else (needed, padded)):
+        raise shards.refuse(
+            "zero-sizes",
+            f"group {index} has {needed} elements by param_shapes, and the optimizer files hold {length}: they are "
+            "not of one checkpoint, or in a layout that is not known",
+        )
+    found: dict[str, LazyTensor] = {}
+    offset = 0
+    for (name, shape), gap in zip(group.items(), gaps, strict=True):
+        count = math.prod(shape)
+        found[name] = _whole([tensors.narrow(flat, 0, offset, count)], shape, flat.info)
+        offset += count + gap
     return found
 
 
@@ -114,11 +163,13 @@ def _by_number(base: Mapping[Any, Any]) -> list[Any] | None:
 
 
 def _stage_3(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State) -> dict[str, LazyTensor]:
-    groups = trained_shapes(shards)
+    groups = _listed_shapes(shards)
+    counts = partition_counts(shards, len(groups))
     flats = []
     for rank, found in enumerate(states):
         parts = _sub_groups(shards, rank, found, state)
-        sizes = [sum(share(math.prod(s), shards.ranks) for s in g.values()) for g in groups]
+        pairs = zip(groups, counts, strict=True)
+        sizes = [sum(share(math.prod(s), count) for s in g.values()) for g, count in pairs]
         if sum(sizes) != sum(p.info.numel for p in parts):
             raise shards.refuse(
                 "zero-sizes",
@@ -129,21 +180,31 @@ def _stage_3(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State) 
         flats.append(tensors.concat(parts, 0) if parts else None)
     found_tensors: dict[str, LazyTensor] = {}
     offset = 0
-    for group in groups:
-        for name, shape in group.items():
-            count = math.prod(shape)
-            part = share(count, shards.ranks)
-            pieces = [
-                tensors.narrow(flat, 0, offset, min(part, count - rank * part))
-                for rank, flat in enumerate(flats)
-                if flat is not None and rank * part < count
-            ]
-            assert pieces or not count
-            first = next((f.info for f in flats if f is not None), None)
-            assert first is not None
-            found_tensors[name] = _whole(pieces, shape, first)
-            offset += part
+    for index, (group, parts_of) in enumerate(zip(groups, counts, strict=True)):
+        sets = rank_sets(shards, index, parts_of)
+        own = [_pieces(group, [flats[r] for r in ranks], offset) for ranks in sets]
+        found_tensors |= own[0] if len(sets) == 1 else joined(shards, group, own)
+        offset += sum(share(math.prod(s), parts_of) for s in group.values())
     return found_tensors
+
+
+def _pieces(group: Shapes, flats: Sequence[LazyTensor | None], offset: int) -> dict[str, LazyTensor]:
+    """Parameters of a sub-group that begins at `offset` in what each of its ranks has."""
+    found: dict[str, LazyTensor] = {}
+    for name, shape in group.items():
+        count = math.prod(shape)
+        part = share(count, len(flats))
+        pieces = [
+            tensors.narrow(flat, 0, offset, min(part, count - place * part))
+            for place, flat in enumerate(flats)
+            if flat is not None and place * part < count
+        ]
+        assert pieces or not count
+        first = next((f.info for f in flats if f is not None), None)
+        assert first is not None
+        found[name] = _whole(pieces, shape, first)
+        offset += part
+    return found
 
 
 def _sub_groups(shards: Shards, rank: int, found: Mapping[Any, Any], state: State) -> list[LazyTensor]:

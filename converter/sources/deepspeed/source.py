@@ -90,14 +90,11 @@ class DeepSpeedSource(TrainingSource):
             UsageError: several tags to choose from (`several-checkpoints`).
             Refused: files missing, mixed or malformed, each named.
         """
-        from converter.sources.deepspeed.state import read_shards
-        from converter.sources.deepspeed.weights import read_weights
+        from converter.sources.deepspeed.whole import read_whole
 
         tag = self.place(root, show(root))
-        shards = read_shards(tag.folder)
-        found = read_weights(shards)
-        listed = [shards.files.whole, *shards.files.models.values(), *shards.files.optimizers.values()]
-        return Held(tag.folder, [n for n in listed if n is not None], found.tensors, shards.said)
+        whole = read_whole(tag.folder)
+        return Held(tag.folder, whole.shards.names, whole.weights.tensors, list(dict.fromkeys(whole.shards.said)))
 
     def open(self, root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False) -> Checkpoint:
         """The checkpoint in the training dtype.
@@ -130,7 +127,7 @@ class DeepSpeedSource(TrainingSource):
             tag: the folder's name; None: what `latest` says, or the only one.
             master: trained parameters as fp32 masters.
         """
-        from converter.sources.deepspeed.weights import open_chosen
+        from converter.sources.deepspeed.whole import open_chosen
 
         chosen = self.place(root, asked, tag)
         return open_chosen(chosen, root, asked=asked, revision=revision, keep_code=keep_code, master=master)
@@ -152,12 +149,9 @@ class DeepSpeedSource(TrainingSource):
             UsageError: no such tag.
             Refused: another optimizer; files missing, mixed or malformed; stage 0 with an order that nothing proves.
         """
-        from converter.sources.deepspeed.layout import trained_tensors
-        from converter.sources.deepspeed.moments_without_zero import plain_moments
-        from converter.sources.deepspeed.state import read_shards
+        from converter.sources.deepspeed.whole import states_of
 
-        shards = read_shards(self.place(root, show(root), tag).folder)
-        return trained_tensors(shards, which) if shards.stage else plain_moments(shards, which, allow)
+        return states_of(self.place(root, show(root), tag).folder, which, allow)
 
 
 SOURCE = DeepSpeedSource()

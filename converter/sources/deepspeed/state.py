@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import struct
@@ -17,7 +18,8 @@ from converter.core.formats.torch_file import Opaque, read_torch_file, read_tree
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused
-from converter.sources.deepspeed.files import UNIVERSAL, RankFiles, is_universal, rank_files
+from converter.sources.deepspeed.files import UNIVERSAL, RankFiles, holds_experts, is_universal, rank_files
+from converter.sources.survey import file_names
 from converter.text import fold, show
 
 BF16_OPTIMIZER = "BF16_Optimizer"
@@ -32,6 +34,7 @@ class Shards:
         ranks: data-parallel ranks that saved; 1 where no file says.
         optimizer: `BF16_Optimizer`, or empty.
         universal: ds_to_universal.py made it: masters and moments lie in one folder a parameter.
+        experts: experts were spread over the ranks, and their weights lie in a file each.
         said: what was found that a user should know.
     """
 
@@ -40,6 +43,7 @@ class Shards:
     ranks: int = 1
     optimizer: str = ""
     universal: bool = False
+    experts: bool = False
     said: list[str] = field(default_factory=list)
     checks: list[RecordCheck] = field(default_factory=list)
     inputs: dict[str, Identity] = field(default_factory=dict)
@@ -57,6 +61,12 @@ class Shards:
         """sha256 over what the files opened so far say."""
         text = repr(sorted(self._digests.items()))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the files of all ranks, and of what else was read."""
+        own = [self.files.whole, *self.files.models.values(), *self.files.optimizers.values()]
+        return list(dict.fromkeys([n for n in own if n is not None] + list(self._opened)))
 
     def refuse(self, code: str, what: str, *, file: str | None = None, next: str | None = None) -> Refused:
         """A refusal about the folder or one of its files."""
@@ -111,15 +121,19 @@ class Shards:
         return [r for r in range(self.ranks) if r not in self.files.optimizers]
 
 
-def read_shards(folder: Path) -> Shards:
+def read_shards(folder: Path, slice: int = 0, like: Shards | None = None) -> Shards:
     """The tag's files, checked as far as their names and the first of them go.
+
+    Args:
+        slice: see `rank_files`.
+        like: those of another slice, which keeps what is read of both.
 
     Raises:
         Refused: files that are not of one checkpoint (`zero-mixed`), or without which nothing can be read
             (`zero-rank-missing`, `zero-model-file`).
     """
-    shards = Shards(rank_files(folder))
-    files = shards.files
+    files = rank_files(folder, slice)
+    shards = Shards(files) if like is None else dataclasses.replace(like, files=files, optimizer="")
     if files.whole is None and not files.models:
         raise shards.refuse(
             "zero-model-file",
@@ -130,6 +144,7 @@ def read_shards(folder: Path) -> Shards:
     if is_universal(folder):
         _read_universal(shards, first)
         return shards
+    shards.experts = holds_experts(file_names(folder)) or bool(first.get("ds_autoep_layers"))
     shards.stage = _stage(shards, first)
     shards.ranks = _ranks(shards, first)
     stale = [n for found in (files.models, files.optimizers) for r, n in found.items() if r >= shards.ranks]
@@ -206,9 +221,10 @@ def _partitions(shards: Shards) -> int | None:
     state = shards.optim(min(shards.files.optimizers))
     value = state.get("partition_count")
     counts = {n if type(n) is int else None for n in (value if isinstance(value, list) else [value])}
-    if len(counts) != 1:
-        raise shards.refuse("zero-experts", "parameter groups were partitioned over different numbers of ranks")
-    (count,) = counts
+    if len(counts) != 1 and (not shards.experts or None in counts):
+        text = "parameter groups were partitioned over different numbers of ranks, and there are no files of experts"
+        raise shards.refuse("zero-experts", text)
+    count = max((n for n in counts if n is not None), default=None)
     return count if type(count) is int and count > 0 else None
 
 
@@ -314,6 +330,19 @@ def _step(shards: Shards, state: Mapping[Any, Any]) -> float | None:
             os.close(fd)
         return float(struct.unpack("<f" if step.info.dtype is DType.F32 else "<q", raw)[0])
     return float(step) if isinstance(step, int | float) and not isinstance(step, bool) else None
+
+
+def counted_steps(shards: Shards) -> tuple[float, float] | None:
+    """Steps that the optimizer counted, and those of the run without the ones it skipped; None where one is missing."""
+    if not shards.files.optimizers:
+        return None
+    own = _step(shards, shards.optim(min(shards.files.optimizers)))
+    taken, skipped = (
+        shards.model(min(shards.files.models, default=0)).get(k) for k in ("global_steps", "skipped_steps")
+    )
+    if own is None or type(taken) is not int:
+        return None
+    return own, float(taken - (skipped if type(skipped) is int else 0))
 
 
 def shapes(shards: Shards, value: Any, file: str) -> dict[str, tuple[int, ...]]:

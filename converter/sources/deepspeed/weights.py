@@ -1,4 +1,4 @@
-"""The weights of a DeepSpeed tag as lazy tensors, with the config and tokenizer that lie beside or above the shards.
+"""The weights of a DeepSpeed run as lazy tensors, of one that was split by experts or data alone.
 
 Apart from the source itself, which other folders' inspection imports too: reading shards takes the pickle reader.
 """
@@ -7,21 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from converter.core.checkpoint import Checkpoint, Origin
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
-from converter.sources.beside import find_beside
-from converter.sources.deepspeed.files import run_folders
+from converter.sources.deepspeed.experts import expert_weights, placed_in_order, router_aliases
 from converter.sources.deepspeed.layout import frozen_tensors, trained_shapes, trained_tensors
-from converter.sources.deepspeed.state import Shards, expect_one_step, read_shards
-from converter.sources.places import Place
-from converter.sources.survey import name_of
+from converter.sources.deepspeed.state import Shards, expect_one_step
 from converter.text import show
 
-KIND = "training"
 WRAPPED = "pretrained_model."
 """What TRL's value-head wrapper puts before the names of the model in it."""
 
@@ -56,7 +50,12 @@ def read_weights(shards: Shards, *, master: bool = False) -> Weights:
         raise shards.refuse("zero-malformed", "the model file holds no module", file=shards.model_file())
     held = {n: t for n, t in module.items() if isinstance(t, LazyTensor)}
     held = _named_as_parameters(shards, held) if shards.stage else held
+    if shards.experts:
+        placed_in_order(shards)
+        held |= expert_weights(shards) if shards.stage < 3 else {}
     shared = shared_names(shards) if shards.stage else _same_bytes(held)
+    if shards.experts and shards.stage == 3:
+        shared |= {a: n for a, n in router_aliases(shards).items() if a in held and n in held}
     has_shapes = shards.stage > 0
     trained = frozenset(n for g in trained_shapes(shards) for n in g) if has_shapes else None
     computed: dict[str, LazyTensor] = {}
@@ -141,35 +140,6 @@ def training_dtype(shards: Shards, placeholder: LazyTensor | None) -> DType:
         if isinstance(section, dict) and section.get("enabled") is True:
             return dtype
     return DType.F32
-
-
-def open_chosen(
-    chosen: Place, root: Path, *, asked: str, revision: str | None, keep_code: bool, master: bool
-) -> Checkpoint:
-    """A tag's folder, found at or below `root`, as a checkpoint."""
-    shards = read_shards(chosen.folder)
-    found = read_weights(shards, master=master)
-    beside = find_beside(run_folders(chosen.folder), keep_code=keep_code)
-    told = [f"{show(chosen.folder.name)}: {chosen.why}"] if chosen.folder != root else []
-    return Checkpoint(
-        tensors=found.tensors,
-        config=beside.config,
-        origin=_origin(shards, chosen.folder, asked, revision),
-        side_files=beside.files,
-        ties=found.shared,
-        config_bytes=beside.config_bytes,
-        dropped=dict.fromkeys(found.extra, "it is not a tensor, but state of a module's own"),
-        inputs=beside.inputs | shards.inputs,
-        checks=tuple(shards.checks),
-        said=(*told, *shards.said, *beside.said),
-        trained=found.trained,
-    )
-
-
-def _origin(shards: Shards, folder: Path, asked: str, revision: str | None) -> Origin:
-    real = folder.resolve()
-    stored = described(shards, shards.stage, shards.ranks)
-    return Origin(KIND, str(real), asked, name_of(real), revision, shards.digest, stored)
 
 
 def described(shards: Shards, stage: int, ranks: int) -> str:

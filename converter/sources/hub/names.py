@@ -10,7 +10,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from converter.errors import UsageError
-from converter.sources.stores.names import is_in_store
+from converter.sources.store_names import is_in_store
 from converter.text import show
 
 SCHEME = "hf://"

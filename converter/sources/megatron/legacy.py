@@ -20,24 +20,20 @@ from typing import Any
 from converter.core.checkpoint import RecordCheck
 from converter.core.files.opening import Identity
 from converter.core.formats.torch_file import Opaque, read_torch_file
-from converter.core.tensors.nodes import LazyTensor, Stored, concat, narrow, reshape
+from converter.core.tensors.nodes import Concat, LazyTensor, Stored, concat, reshape
 from converter.errors import Refused
 from converter.families.megatron.names import Value
+from converter.families.megatron.splitting import joined, way
 from converter.sources.megatron.arguments import ANY, plain_fields
 from converter.sources.megatron_files import RANK_FILE, RANK_FOLDER, rank_folders
 from converter.text import fold, show
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)", re.ASCII)
+_NEXT_TOKENS = re.compile(r"(mtp\.layers\.\d+\.(?:transformer_layer\.|mtp_model_layer\.)?)(.+)", re.ASCII)
+"""Of layers for multi-token prediction, which are not numbered by stage."""
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))", re.ASCII)
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.(?:weight|bias))(\d+)", re.ASCII)
 _CHUNK = re.compile(r"model(\d*)", re.ASCII)
-_ROWS = re.compile(
-    r".*(?:word_embeddings\.weight|linear_qkv\.(?:weight|bias)|linear_q_proj\.weight|linear_q_up_proj\.weight|"
-    r"linear_kv_up_proj\.weight|core_attention\.softmax_offset)",
-    re.ASCII,
-)
-_COLUMNS = re.compile(r".*(?:linear_proj|linear_fc2)\.weight", re.ASCII)
-_HALVES = re.compile(r".*linear_fc1\.(?:weight|bias)", re.ASCII)
 _MAYBE_ROWS = {
     "self_attention.linear_q_down_proj.weight": ("q_lora_rank",),
     "self_attention.linear_kv_down_proj.weight": ("kv_lora_rank", "qk_pos_emb_head_dim"),
@@ -104,9 +100,11 @@ def read_ranks(folder: Path) -> Ranks:
 
     Raises:
         Refused: a file without arguments or model (`megatron-malformed`), of another run (`megatron-mixed`), or missing
-            (`megatron-rank-missing`); a layout of layers that is not read (`megatron-backend`).
+            (`megatron-rank-missing`), or there twice (`megatron-copies`); a layout of layers that is not read
+            (`megatron-backend`).
     """
     ranks: Ranks | None = None
+    seen: dict[object, str] = {}
     for place in rank_folders(folder):
         path = place / RANK_FILE
         read = read_torch_file(path, root=folder, allow_names=ANY)
@@ -123,6 +121,13 @@ def read_ranks(folder: Path) -> Ranks:
             raise ranks.refuse("megatron-mixed", what, next="put the files of one save into one folder")
         tp, pp, ep = _place(place.name, ranks)
         models = [_tensors(chunks[n], ranks) for n in range(len(chunks))]
+        values = tuple((c.length, c.crc) for c in read.checks) or read.digest
+        if (other := seen.setdefault(values, place.name)) != place.name:
+            what = (
+                f"{show(place.name)} has the values of {show(other)}, number by number: one file is a copy of the other"
+            )
+            lost = "the file of that rank, from the node that wrote it; nothing else holds its values"
+            raise ranks.refuse("megatron-copies", what, next=f"put back {lost}")
         ranks.files.append(RankFile(tp, pp, ep, path, models))
         ranks.checks += read.checks
         ranks.inputs[str(path.absolute())] = read.identity
@@ -225,9 +230,11 @@ def _place_one(
     found: dict[str, LazyTensor],
     experts: dict[tuple[str, int], dict[int, LazyTensor]],
 ) -> None:
-    match = _LAYER.fullmatch(name)
+    match, next_tokens = _LAYER.fullmatch(name), _NEXT_TOKENS.fullmatch(name)
     rest = name if match is None else match[2]
     stem = "" if match is None else f"decoder.layers.{first + int(match[1])}."
+    if next_tokens is not None:
+        stem, rest = next_tokens[1], next_tokens[2]
     if rest.startswith(("mlp.experts.weight1", "mlp.experts.weight2")):
         what = f"{show(name)} is of an old class of grouped experts, whose matrices are not put together"
         raise ranks.refuse("megatron-backend", what, next="load it with Megatron and save it as torch_dist")
@@ -238,7 +245,10 @@ def _place_one(
         local, leaf = int(expert[2]), expert[1]
     if local is None:
         by_rank = {f.tp: t for f, t in held}
-        found[stem + rest] = _joined(rest, [by_rank[n] for n in sorted(by_rank)], ranks)
+        made = _joined(rest, [by_rank[n] for n in sorted(by_rank)], ranks)
+        if (before := found.get(stem + rest)) is not None:
+            _expect_copy(name, before, made, ranks)
+        found.setdefault(stem + rest, made)
         return
     total = ranks.arguments.get("num_experts")
     each = total // ranks.ep if type(total) is int else 0
@@ -254,13 +264,11 @@ def _joined(name: str, parts: list[LazyTensor], ranks: Ranks) -> LazyTensor:
     """One tensor of what the TP ranks have of it."""
     if len(parts) == 1:
         return parts[0]
-    if _ROWS.fullmatch(name) or (name == "output_layer.weight" and _is_vocabulary(parts, ranks)):
-        return concat(parts, 0)
-    if _COLUMNS.fullmatch(name):
-        return concat(parts, 1)
-    if _HALVES.fullmatch(name):
-        half = parts[0].info.shape[0] // 2
-        return concat([narrow(p, 0, start, half) for start in (0, half) for p in parts], 0)
+    how = way(name)
+    if how != "copies":
+        return joined(parts, how)
+    if name == "output_layer.weight" and _is_vocabulary(parts, ranks):
+        return joined(parts, "rows")
     whole = [ranks.arguments.get(k) for k in _MAYBE_ROWS.get(name, ())]
     sizes = [n for n in whole if type(n) is int]
     if whole and len(sizes) == len(whole) and parts[0].info.shape[0] * len(parts) == sum(sizes):
@@ -273,6 +281,29 @@ def _is_vocabulary(parts: list[LazyTensor], ranks: Ranks) -> bool:
     rows = parts[0].info.shape[0] if parts[0].info.shape else 0
     padded = ranks.arguments.get("padded_vocab_size")
     return rows * len(parts) == padded if type(padded) is int else rows > 1
+
+
+def _expect_copy(name: str, one: LazyTensor, other: LazyTensor, ranks: Ranks) -> None:
+    """Go on where two stages have the same values: the last keeps the embedding too where it needs it.
+
+    Raises:
+        Refused: they are not the same (`megatron-copies`).
+    """
+    sums = {(c.file, c.offset): c.crc for c in ranks.checks}
+    digests = [[sums.get((run.file, run.offset)) for run in _stored(t)] for t in (one, other)]
+    if one.info != other.info or digests[0] != digests[1]:
+        what = f"{show(name)} is in two stages, and the copies differ: files of two saves, or of another layout"
+        raise ranks.refuse("megatron-copies", what)
+
+
+def _stored(tensor: LazyTensor) -> list[Stored]:
+    match tensor:
+        case Stored():
+            return [tensor]
+        case Concat():
+            return [s for part in tensor.parts for s in _stored(part)]
+        case _:
+            return []
 
 
 def _same(name: str, parts: list[LazyTensor], ranks: Ranks) -> LazyTensor:

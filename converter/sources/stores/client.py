@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from converter.diagnostic import Next
 from converter.errors import Refused
 from converter.sources.hub.secrets import without_secrets
-from converter.sources.stores.names import StoreName
+from converter.sources.store_names import StoreName
 from converter.text import show
 
 ATTEMPTS = 6
@@ -130,25 +130,25 @@ class Store:
                 next="run the same command again once nothing writes to the input",
             )
 
-    def ask(self, request: Callable[[], T], *, code: str = "store-read") -> T:
+    def ask(self, request: Callable[[], T]) -> T:
         """A request, repeated where another try may help.
 
         Raises:
-            Refused: it did not succeed (`code`).
+            Refused: it did not succeed (`store-read`).
         """
         for attempt in range(ATTEMPTS):
             try:
                 return request()
             except Exception as error:  # the file system's own, its transport's and the system's
                 if not _may_pass(error) or attempt + 1 == ATTEMPTS:
-                    self._refuse(error, code)
+                    self._refuse(error)
                 time.sleep(FIRST_WAIT * 2**attempt)
         raise AssertionError("unreachable")
 
-    def _refuse(self, error: Exception, code: str) -> NoReturn:
+    def _refuse(self, error: Exception) -> NoReturn:
         text = without_secrets(str(error).strip().partition("\n")[0])
         raise Refused(
-            code,
+            "store-read",
             f"the store refuses or can't be reached: {_reason(error)}",
             where=str(self.place),
             got=show(f"{type(error).__name__}: {text}"),

@@ -11,8 +11,8 @@ from converter.core.files import sparse
 from converter.core.files.origins import Origin
 from converter.errors import Refused
 from converter.sources.hub.mirror import LARGEST_TEXT, SMALL, workspace
+from converter.sources.store_names import StoreName
 from converter.sources.stores.client import Object, Store
-from converter.sources.stores.names import StoreName
 from converter.sources.survey import is_weight_file
 
 

@@ -3,6 +3,7 @@
 Needs what `save.py` needs. Starts one process a rank; ends with an error where anything differs, or is not loaded:
 
     python tests/runs/mcore/load.py WRITTEN --model MODEL --tp 2 --pp 2
+    python tests/runs/mcore/load.py FOLDER --many LOADS.json    many in one start: {NAME: ARGUMENTS}
 
 MODEL is the folder of transformers that was converted: the oracle, put into Megatron's modules by `models.py`. Keys
 that local specs call otherwise than TransformerEngine's, which are written, are renamed in what Megatron asks for.
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from models import VOCABULARY, in_megatron
-from save import _LOCAL_EXPERT, _LOCAL_LAYER, add_head, join_ranks, launch, model_chunks, sliced
+from save import _LOCAL_EXPERT, _LOCAL_LAYER, add_head, model_chunks, replicas, sliced
+
+from ranks import expert_tp, join, launch, place, ranks_for, sizes_of
 
 
 def work(asked: argparse.Namespace) -> None:
@@ -30,7 +33,7 @@ def work(asked: argparse.Namespace) -> None:
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
-    join_ranks(asked)
+    place(asked)
     config = AutoConfig.from_pretrained(asked.model)
     held = load_file(asked.model / "model.safetensors")
     asked.critic = held["score.weight"].shape[0] if "score.weight" in held else 0
@@ -43,7 +46,7 @@ def work(asked: argparse.Namespace) -> None:
             buffer.data = buffer.data.float()
     for parameter in model.parameters():
         parameter.data.fill_(7.0)
-    state = model.sharded_state_dict()
+    state = model.sharded_state_dict(metadata=replicas())
     if asked.critic and hasattr(model, "output_layer") and "output_layer.weight" not in state:
         add_head(state, model)
     state = {k: v for k, v in state.items() if not k.endswith("_extra_state")}
@@ -60,21 +63,22 @@ def work(asked: argparse.Namespace) -> None:
     assert all(k.endswith("_extra_state") for k in (*missing.missing_keys, *missing.unexpected_keys)), missing
     count = 0
     rank, expert_rank = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
-    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        if "expert_bias" not in name and name.rpartition(".")[2] not in ("weight", "bias", "gate_weight"):
-            continue
+    expert_tp_rank = parallel_state.get_expert_tensor_parallel_rank()
+    for name, parameter in (*model.named_parameters(), *(b for b in model.named_buffers() if "expert_bias" in b[0])):
         key = _global_name(name, model, whole, asked.ep, expert_rank)
         have, wanted = parameter.detach(), whole[key]
-        if ".local_experts." not in key or asked.ep == 1:
-            wanted = sliced(key, wanted, tuple(have.shape), rank, asked.tp)
+        is_expert = ".local_experts." in key
+        at, many = (expert_tp_rank, expert_tp(asked)) if is_expert else (rank, asked.tp)
+        wanted = sliced(key, wanted, tuple(have.shape), at, many)
         if "word_embeddings" in key or (key == "output_layer.weight" and not asked.critic):
             rows = max(0, min(have.shape[0], VOCABULARY - rank * have.shape[0]))
             have, wanted = have[:rows], wanted[:rows]
         assert torch.equal(have, wanted.to(have.dtype)), (name, have.shape)
         assert have.dtype == whole[key].dtype, name
         count += 1
-    print(f"rank {dist.get_rank()}: {count} tensors are those of the model", flush=True)
-    dist.destroy_process_group()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(f"{asked.written}: {count} tensors of rank 0 are those of the model", flush=True)
 
 
 def _layers_with_experts(config: Path) -> frozenset[int] | None:
@@ -108,6 +112,7 @@ def _global_name(name: str, model: Any, whole: dict[str, Any], ep: int, expert_r
     if found := _LOCAL_LAYER.match(key):
         number = model.decoder.layers[int(found[1])].layer_number - 1
         key = f"decoder.layers.{number}." + key[found.end() :]
+    key = key.replace(".mtp_model_layer.", ".transformer_layer.")
     if found := _LOCAL_EXPERT.search(key):
         pattern = key.replace(found[0], ".local_experts.#.")
         here = sum(pattern == _LOCAL_EXPERT.sub(".local_experts.#.", n) for n in whole)
@@ -117,21 +122,59 @@ def _global_name(name: str, model: Any, whole: dict[str, Any], ep: int, expert_r
     return key
 
 
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("written", type=Path)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
     for name in ("tp", "pp", "ep"):
         parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--many", type=Path, metavar="JSON")
     parser.add_argument("--worker", action="store_true")
-    asked = parser.parse_args()
-    asked.vpp, asked.per_layer = None, not list_is_stacked(asked.written)
-    if not asked.worker:
-        launch(asked)
+    parser.set_defaults(vpp=None, etp=None, first_stage=None)
+    return parser
+
+
+def _runs(asked: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """Loads that are not done yet, by their names."""
+    if asked.many is None:
+        return {"": asked}
+    every = {name: _parser().parse_args(given) for name, given in json.loads(asked.many.read_text()).items()}
+    left = {name: run for name, run in every.items() if not _done(asked, name).is_file()}
+    return dict(sorted(left.items(), key=lambda pair: sizes_of(pair[1])))
+
+
+def _done(asked: argparse.Namespace, name: str) -> Path:
+    found: Path = asked.written / f"{name}.loaded"
+    return found
+
+
+def main() -> None:
+    """Read the command line."""
+    import torch.distributed as dist
+
+    asked = _parser().parse_args()
+    if asked.worker:
+        warnings.simplefilter("ignore")
+        join()
+        for name, run in _runs(asked).items():
+            run.per_layer = not list_is_stacked(run.written)
+            work(run)
+            if asked.many is not None and dist.get_rank() == 0:
+                _done(asked, name).touch()
+            dist.barrier()
         return
-    warnings.simplefilter("ignore")
-    work(asked)
+    is_failed = False
+    while left := _runs(asked):
+        if launch(max(ranks_for(r) for r in left.values()), sys.argv):
+            break
+        is_failed = True
+        (first, *_) = _runs(asked)
+        print(f"NOT LOADED: {first}", flush=True)
+        if asked.many is None:
+            break
+        kept = {n: v for n, v in json.loads(asked.many.read_text()).items() if n != first}
+        asked.many.write_text(json.dumps(kept))
+    raise SystemExit(is_failed)
 
 
 def list_is_stacked(written: Path) -> bool:

@@ -46,10 +46,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2, "moe_intermediate_size": 12, "first_k_dense_replace": 1, "n_group": 1,
         "topk_group": 1, "topk_method": "greedy",
     },
+    "gpt_oss": {
+        **_SIZES, "model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "glm4_moe": {
         **_SIZES, **_EXPERTS, "model_type": "glm4_moe", "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
         "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5,
-        "n_group": 1, "topk_group": 1,
+        "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
     },
 }  # fmt: skip
 
@@ -60,11 +64,34 @@ GEMMA: dict[str, dict[str, Any]] = {
 """Models whose norms multiply by 1 + w, which local specs can't build: their names are Megatron-Bridge's, read."""
 
 
-def built(name: str) -> Any:
+for _name, _of in (("deepseek_v3-mtp", "deepseek_v3"), ("glm4_moe-mtp", "glm4_moe")):
+    MODELS[_name] = {**MODELS[_of], "num_nextn_predict_layers": 1}
+
+
+def next_tokens(name: str, *, layers: int = LAYERS) -> dict[str, torch.Tensor]:
+    """A layer for multi-token prediction as models are published with it: the last of one that has a layer more."""
+    held = built(name.removesuffix("-mtp"), layers=layers + 1)
+    stem, width = f"model.layers.{layers}.", held.config.hidden_size
+    found = {n: t for n, t in held.state_dict().items() if n.startswith(stem) and ".experts." not in n}
+    for which, both in (("gate", 0), ("up", 1)):
+        wide = held.state_dict()[f"{stem}mlp.experts.gate_up_proj"]
+        for expert in range(wide.shape[0]):
+            found[f"{stem}mlp.experts.{expert}.{which}_proj.weight"] = wide[expert].chunk(2)[both].contiguous()
+            down = held.state_dict()[f"{stem}mlp.experts.down_proj"][expert].contiguous()
+            found[f"{stem}mlp.experts.{expert}.down_proj.weight"] = down
+    generator = torch.Generator().manual_seed(21)
+    for leaf, shape in {
+        "enorm": (width,), "hnorm": (width,), "shared_head.norm": (width,), "eh_proj": (width, 2 * width),
+    }.items():  # fmt: skip
+        found[f"{stem}{leaf}.weight"] = torch.randn(shape, generator=generator)
+    return found
+
+
+def built(name: str, *, layers: int = LAYERS) -> Any:
     """The model of transformers, its weights drawn so that no two are alike, norms and biases included."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = dict((MODELS | GEMMA)[name])
+    fields = {**(MODELS | GEMMA)[name], "num_hidden_layers": layers}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
@@ -81,6 +108,8 @@ def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
     from torch.nn.functional import silu
 
+    from ranks import expert_tp
+
     kind = config.model_type
     fields: dict[str, Any] = {
         "num_layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
@@ -94,10 +123,13 @@ def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
         "masked_softmax_fusion": False, "bias_dropout_fusion": False, "apply_rope_fusion": False,
         "use_cpu_initialization": True, "tensor_model_parallel_size": asked.tp,
         "pipeline_model_parallel_size": asked.pp, "virtual_pipeline_model_parallel_size": asked.vpp,
-        "expert_model_parallel_size": asked.ep, "expert_tensor_parallel_size": 1 if asked.ep > 1 else asked.tp,
+        "expert_model_parallel_size": asked.ep, "expert_tensor_parallel_size": expert_tp(asked),
+        "num_layers_in_first_pipeline_stage": asked.first_stage,
         "gradient_accumulation_fusion": False, "pipeline_dtype": __import__("torch").float32,
         "hetereogenous_dist_checkpoint": asked.per_layer,
     }  # fmt: skip
+    if getattr(config, "num_nextn_predict_layers", 0):
+        fields["mtp_num_layers"] = config.num_nextn_predict_layers
     latent = hasattr(config, "kv_lora_rank")
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     experts = getattr(config, "n_routed_experts", None) or experts
@@ -117,6 +149,13 @@ def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
         fields |= {"moe_shared_expert_intermediate_size": shared}
         if kind == "qwen2_moe":
             fields["moe_shared_expert_gate"] = True
+    if kind == "gpt_oss":
+        from megatron.core.fusions.fused_bias_geglu import quick_gelu
+
+        fields |= {
+            "add_bias_linear": True, "add_qkv_bias": True, "activation_func": quick_gelu, "glu_linear_offset": 1.0,
+            "activation_func_clamp_value": 7.0, "softmax_type": "learnable",
+        }  # fmt: skip
     if not latent:
         return TransformerConfig(**fields)
     fields |= {
@@ -137,7 +176,17 @@ def in_megatron(hf: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.
         layer = {n.removeprefix(start): t for n, t in hf.items() if n.startswith(start)}
         for name, tensor in _layer(layer, config):
             found[f"decoder.layers.{number}.{name}"] = tensor
+    last = config.num_hidden_layers
+    after = {n.removeprefix(f"model.layers.{last}."): t for n, t in hf.items() if n.startswith(f"model.layers.{last}.")}
+    if after:
+        for leaf, theirs in _NEXT_TOKENS.items():
+            found[f"mtp.layers.0.{leaf}.weight"] = after[f"{theirs}.weight"]
+        for name, tensor in _layer(after, config):
+            found[f"mtp.layers.0.transformer_layer.{name}"] = tensor
     return found
+
+
+_NEXT_TOKENS = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "final_layernorm": "shared_head.norm"}
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:
@@ -155,6 +204,10 @@ def _layer(layer: Mapping[str, torch.Tensor], config: Any) -> Iterator[tuple[str
     else:
         yield "pre_mlp_layernorm.weight", layer["post_attention_layernorm.weight"]
     yield "self_attention.linear_proj.weight", layer["self_attn.o_proj.weight"]
+    if "self_attn.sinks" in layer:
+        yield "self_attention.linear_proj.bias", layer["self_attn.o_proj.bias"]
+        yield "self_attention.core_attention.softmax_offset", layer["self_attn.sinks"]
+        yield from _turned_experts(layer)
     if "self_attn.kv_a_proj_with_mqa.weight" in layer:
         yield from _latent(layer)
     else:
@@ -216,3 +269,16 @@ def _experts(layer: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Ten
         yield from _mlp("mlp.shared_experts", f"mlp.{theirs}", layer)
     if "mlp.shared_expert_gate.weight" in layer:
         yield "mlp.shared_experts.gate_weight", layer["mlp.shared_expert_gate.weight"]
+
+
+def _turned_experts(layer: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Experts of gpt-oss: `[in, out]` for transformers, columns of gate and up by turns."""
+    for leaf in ("weight", "bias"):
+        yield f"mlp.router.{leaf}", layer[f"mlp.router.{leaf}"]
+    for expert in range(layer["mlp.router.bias"].shape[0]):
+        wide, bias = layer["mlp.experts.gate_up_proj"][expert], layer["mlp.experts.gate_up_proj_bias"][expert]
+        stem = f"mlp.experts.local_experts.{expert}."
+        yield stem + "linear_fc1.weight", torch.cat([wide[:, ::2].T, wide[:, 1::2].T])
+        yield stem + "linear_fc1.bias", torch.cat([bias[::2], bias[1::2]])
+        yield stem + "linear_fc2.weight", layer["mlp.experts.down_proj"][expert].T.contiguous()
+        yield stem + "linear_fc2.bias", layer["mlp.experts.down_proj_bias"][expert]

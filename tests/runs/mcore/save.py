@@ -5,8 +5,11 @@ Needs `torch`, `transformers` and `megatron-core` (`pip install --no-deps megatr
     python tests/runs/mcore/save.py OUT --case qwen3 --tp 2 --pp 2
     python tests/runs/mcore/save.py OUT --case qwen3 --tp 2 --format torch
 
-`OUT/hf` is the oracle: the model of transformers whose weights were put into GPTModel by `models.py`. With one rank
-the logits of both are compared too. Layers are as megatron-core writes them: stacked, but for block specs.
+`OUT/hf` is the oracle: the model of transformers whose weights were put into GPTModel by `models.py`. With TP, PP
+and EP 1 the logits of both are compared too. Layers are as megatron-core writes them: stacked, but for block specs.
+Many runs in one start of all ranks, `{NAME: ARGUMENTS}`, those that are there left alone:
+
+    python tests/runs/mcore/save.py OUT --many RUNS.json
 """
 
 from __future__ import annotations
@@ -15,70 +18,20 @@ import argparse
 import contextlib
 import copy
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-from models import LAYERS, PADDED, built, in_megatron, transformer_config
+from models import LAYERS, PADDED, built, in_megatron, next_tokens, transformer_config
+
+from ranks import expert_tp, join, launch, place, ranks_for, sizes_of
 
 ITERATION = 10
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
-
-
-def launch(asked: argparse.Namespace) -> None:
-    """Start one process a rank and wait for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = max(asked.tp, asked.ep) * asked.pp
-    workers = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        env = os.environ | {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        workers.append(subprocess.Popen([sys.executable, *sys.argv, "--worker"], env=env))
-    codes = [worker.wait() for worker in workers]
-    if any(codes):
-        raise SystemExit(f"ranks ended with {codes}")
-
-
-def join_ranks(asked: argparse.Namespace) -> None:
-    """This process as one rank of Megatron's, on CPU."""
-    import torch
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-    from megatron.core.transformer.moe import router
-
-    tracker = random.CudaRNGStatesTracker
-    # There is no GPU, and no dropout that would need its random numbers.
-    tracker.fork = lambda self, name="": contextlib.nullcontext()
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
-    torch.cuda.synchronize = lambda device=None: None
-    # Without TransformerEngine this calls a function of it that is not there.
-    router.router_gating_linear = lambda x, weight, bias, dtype: torch.nn.functional.linear(x, weight, bias).to(dtype)
-    multi_latent_attention.HAVE_TE = False  # it says that there is one
-    # Latent attention gives it two sizes that only TransformerEngine's takes; no latent model is run here.
-    plain = DotProductAttention.__init__
-
-    def without_sizes(self: Any, *given: Any, **named: Any) -> None:
-        plain(self, *given, **{n: v for n, v in named.items() if n not in ("k_channels", "v_channels")})
-
-    DotProductAttention.__init__ = without_sizes
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(
-        asked.tp, asked.pp, virtual_pipeline_model_parallel_size=asked.vpp, expert_model_parallel_size=asked.ep,
-        expert_tensor_parallel_size=1 if asked.ep > 1 else None,
-    )  # fmt: skip
 
 
 def work(out: Path, asked: argparse.Namespace) -> None:
@@ -86,8 +39,8 @@ def work(out: Path, asked: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    join_ranks(asked)
-    theirs = built(asked.case)
+    place(asked)
+    theirs = built(asked.case, layers=asked.layers)
     with contextlib.suppress(FileExistsError):
         out.mkdir(parents=True)
     if dist.get_rank() == 0:
@@ -97,13 +50,16 @@ def work(out: Path, asked: argparse.Namespace) -> None:
             if name.endswith("e_score_correction_bias"):  # which transformers keeps in fp32, as Megatron does
                 buffer.data = buffer.data.float()
         rounded.save_pretrained(out / "hf")
+        if asked.case.endswith("-mtp"):
+            add_next_tokens(out / "hf" / "model.safetensors", next_tokens(asked.case, layers=asked.layers))
     dist.barrier()
     whole = _whole(out, theirs.config, asked)
     chunks = model_chunks(theirs.config, asked)
     for chunk in chunks:
         _fill(chunk, whole, asked)
-    if dist.get_world_size() == 1 and not asked.critic and not hasattr(theirs.config, "kv_lora_rank"):
-        _compare_logits(chunks[0], theirs, theirs.config)
+    is_whole = asked.tp * asked.pp * asked.ep == 1 and dist.get_rank() == 0
+    if is_whole and not asked.critic and not hasattr(theirs.config, "kv_lora_rank"):
+        asked.logits = _compare_logits(chunks[0], theirs, theirs.config)
     for chunk in chunks:
         chunk.to(torch.bfloat16 if asked.dtype == "bf16" else torch.float32)
     folder = out / f"iter_{ITERATION:07d}"
@@ -115,7 +71,20 @@ def work(out: Path, asked: argparse.Namespace) -> None:
     if dist.get_rank() == 0:
         (out / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
         _describe(out, asked)
-    dist.destroy_process_group()
+    dist.barrier()
+
+
+def add_next_tokens(file: Path, extra: dict[str, Any]) -> None:
+    """A layer more, with copies of the embeddings as models are published, in the dtype of the others."""
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(file)
+    dtype = held["model.norm.weight"].dtype
+    added = {n: t.float() if n.endswith("correction_bias") else t.to(dtype) for n, t in extra.items()}
+    (stem,) = {n.partition(".enorm")[0] for n in extra if ".enorm" in n}
+    added[f"{stem}.embed_tokens.weight"] = held["model.embed_tokens.weight"].clone()
+    added[f"{stem}.shared_head.head.weight"] = held["lm_head.weight"].clone()
+    save_file(held | added, file, {"format": "pt"})
 
 
 def _whole(out: Path, config: Any, asked: argparse.Namespace) -> dict[str, Any]:
@@ -145,7 +114,11 @@ def model_chunks(config: Any, asked: argparse.Namespace) -> list[Any]:
     import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
 
     settings = transformer_config(config, asked)
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", 10000.0)}
@@ -155,12 +128,17 @@ def model_chunks(config: Any, asked: argparse.Namespace) -> list[Any]:
         if asked.vpp:
             parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
         if isinstance(getattr(settings, "moe_layer_freq", 1), list):
-            spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, normalization="RMSNorm")
+            spec = get_gpt_decoder_block_spec(
+                settings, use_transformer_engine=False, normalization="RMSNorm", vp_stage=virtual
+            )
         else:
             spec = get_gpt_layer_local_spec(
                 settings.num_moe_experts, False, settings.qk_layernorm, settings.multi_latent_attention,
                 normalization="RMSNorm",
             )  # fmt: skip
+        extra: dict[str, Any] = {} if virtual is None else {"vp_stage": virtual}
+        if getattr(settings, "mtp_num_layers", None):
+            extra["mtp_block_spec"] = get_gpt_mtp_block_spec(settings, spec, use_transformer_engine=False)
         edges = {"ignore_virtual": False} if asked.vpp is None else {"ignore_virtual": False, "vp_stage": virtual}
         last = parallel_state.is_pipeline_last_stage(**edges)
         model = GPTModel(
@@ -169,7 +147,7 @@ def model_chunks(config: Any, asked: argparse.Namespace) -> list[Any]:
             share_embeddings_and_output_weights=config.tie_word_embeddings and not asked.critic,
             position_embedding_type="rope", rotary_base=rope["rope_theta"],
             rotary_percent=getattr(config, "partial_rotary_factor", None) or rope.get("partial_rotary_factor", 1.0),
-            **({} if virtual is None else {"vp_stage": virtual}),
+            **extra,
         )  # fmt: skip
         if asked.critic and last:
             model.output_layer = torch.nn.Linear(config.hidden_size, asked.critic, bias=asked.head_bias)
@@ -183,13 +161,13 @@ def _fill(model: Any, whole: dict[str, Any], asked: argparse.Namespace) -> None:
     from megatron.core import parallel_state
 
     rank, expert_rank = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
-    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        if "expert_bias" not in name and name.rpartition(".")[2] not in ("weight", "bias", "gate_weight"):
-            continue
+    expert_tp_rank = parallel_state.get_expert_tensor_parallel_rank()
+    for name, parameter in (*model.named_parameters(), *(b for b in model.named_buffers() if "expert_bias" in b[0])):
         key = name
         if found := _LOCAL_LAYER.match(key):
             number = model.decoder.layers[int(found[1])].layer_number - 1
             key = f"decoder.layers.{number}." + key[found.end() :]
+        key = key.replace(".mtp_model_layer.", ".transformer_layer.")
         if found := _LOCAL_EXPERT.search(key):
             here = len(
                 [
@@ -203,9 +181,9 @@ def _fill(model: Any, whole: dict[str, Any], asked: argparse.Namespace) -> None:
         if key not in whole and key == "output_layer.weight":
             key = "embedding.word_embeddings.weight"
         tensor = whole[key].float()
-        is_split_expert = ".local_experts." in key and asked.ep == 1
-        if ".local_experts." not in key or is_split_expert:
-            tensor = sliced(key, tensor, tuple(parameter.shape), rank, asked.tp)
+        is_expert = ".local_experts." in key
+        at, count = (expert_tp_rank, expert_tp(asked)) if is_expert else (rank, asked.tp)
+        tensor = sliced(key, tensor, tuple(parameter.shape), at, count)
         assert tensor.shape == parameter.shape, (key, tensor.shape, parameter.shape)
         with torch.no_grad():
             parameter.copy_(tensor)
@@ -216,13 +194,13 @@ def sliced(key: str, tensor: Any, shape: tuple[int, ...], rank: int, tp: int) ->
 
     if tuple(tensor.shape) == shape:
         return tensor
-    if key.endswith("linear_fc1.weight"):
+    if key.endswith(("linear_fc1.weight", "linear_fc1.bias")):
         return torch.cat([half.chunk(tp)[rank] for half in tensor.chunk(2)])
     (dim,) = [d for d in range(tensor.ndim) if tensor.shape[d] != shape[d]]
     return tensor.chunk(tp, dim)[rank]
 
 
-def _compare_logits(model: Any, theirs: Any, config: Any) -> None:
+def _compare_logits(model: Any, theirs: Any, config: Any) -> float:
     """Both models say the same of the same tokens: the weights were put where they mean what they meant."""
     import torch
 
@@ -233,9 +211,8 @@ def _compare_logits(model: Any, theirs: Any, config: Any) -> None:
         ours = model.eval()(tokens, positions, mask)[..., : config.vocab_size]
         wanted = theirs(tokens).logits
     difference = (ours - wanted).abs().max().item()
-    print(f"logits differ by {difference:.1e} of {wanted.abs().max().item():.1e}", flush=True)
-    if not difference < 1e-5 * max(1.0, wanted.abs().max().item()):
-        raise SystemExit("the models are not the same")
+    assert difference < 1e-5 * max(1.0, wanted.abs().max().item()), f"the logits differ by {difference}"
+    return float(difference)
 
 
 def _arguments(config: Any, asked: argparse.Namespace) -> argparse.Namespace:
@@ -251,6 +228,7 @@ def _arguments(config: Any, asked: argparse.Namespace) -> argparse.Namespace:
             "moe_layer_freq", "multi_latent_attention", "tensor_model_parallel_size", "pipeline_model_parallel_size",
             "virtual_pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
             "attention_backend", "rotary_interleaved", "q_lora_rank", "kv_lora_rank", "qk_pos_emb_head_dim",
+            "num_layers_in_first_pipeline_stage",
         )
         if hasattr(settings, n)
     }  # fmt: skip
@@ -278,7 +256,7 @@ def _save_sharded(folder: Path, chunks: list[Any], config: Any, asked: argparse.
         state["args"] = _arguments(config, asked)
     for number, chunk in enumerate(chunks):
         prefix = "" if len(chunks) == 1 else str(number)
-        state[f"model{prefix}"] = chunk.sharded_state_dict()
+        state[f"model{prefix}"] = chunk.sharded_state_dict(metadata=replicas())
         if asked.critic and "output_layer.weight" not in state[f"model{prefix}"] and hasattr(chunk, "output_layer"):
             add_head(state[f"model{prefix}"], chunk)
         if asked.optimizer:
@@ -290,9 +268,17 @@ def _save_sharded(folder: Path, chunks: list[Any], config: Any, asked: argparse.
                     value = tensor.data.detach().float() * scale
                     return make_sharded_optimizer_tensor(tensor, value, f"optimizer.state.{which}")
 
-                held = {k: v for k, v in chunk.sharded_state_dict().items() if not k.endswith("_extra_state")}
+                every = chunk.sharded_state_dict(metadata=replicas())
+                held = {k: v for k, v in every.items() if not k.endswith("_extra_state")}
                 state[f"optimizer{prefix}.{which}"] = dict_list_map_inplace(moment, held)
     dist_checkpointing.save(state, str(folder))
+
+
+def replicas() -> dict[str, Any]:
+    """What newer versions ask to be told of who has the same values."""
+    from megatron.core import parallel_state
+
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def add_head(state: dict[str, Any], chunk: Any) -> None:
@@ -328,20 +314,22 @@ def _describe(out: Path, asked: argparse.Namespace) -> None:
     record = {
         "case": asked.case, "tp": asked.tp, "pp": asked.pp, "ep": asked.ep, "vpp": asked.vpp, "dtype": asked.dtype,
         "per_layer": asked.per_layer, "format": asked.format, "critic": asked.critic, "head_bias": asked.head_bias,
-        "optimizer": asked.optimizer, "layers": LAYERS, "padded": PADDED, "args": not asked.no_args,
+        "optimizer": asked.optimizer, "layers": asked.layers, "padded": PADDED, "args": not asked.no_args,
+        "etp": expert_tp(asked), "first_stage": asked.first_stage, "logits": asked.logits,
         "versions": {p: version(p) for p in ("torch", "transformers", "megatron-core")},
     }  # fmt: skip
     (out / "fixture.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--case", required=True)
+    parser.add_argument("--case")
     for name in ("tp", "pp", "ep"):
         parser.add_argument(f"--{name}", type=int, default=1)
-    parser.add_argument("--vpp", type=int)
+    for name in ("vpp", "etp", "first-stage"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--per-layer", action="store_true")
     parser.add_argument("--format", choices=("torch_dist", "torch"), default="torch_dist")
@@ -349,15 +337,44 @@ def main() -> None:
     parser.add_argument("--head-bias", action="store_true")
     parser.add_argument("--optimizer", action="store_true")
     parser.add_argument("--no-args", action="store_true")
+    parser.add_argument("--many", type=Path, metavar="JSON")
     parser.add_argument("--worker", action="store_true")
-    asked = parser.parse_args()
-    if not asked.worker:
-        if asked.out.exists():
-            shutil.rmtree(asked.out)
-        launch(asked)
+    parser.set_defaults(logits=None)
+    return parser
+
+
+def _runs(asked: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """Runs that are not saved yet, by their folders below OUT."""
+    if asked.many is None:
+        return {"": asked}
+    named: dict[str, list[str]] = json.loads(asked.many.read_text())
+    every = {name: _parser().parse_args([str(asked.out / name), *given]) for name, given in named.items()}
+    left = {name: run for name, run in every.items() if not (run.out / "fixture.json").is_file()}
+    return dict(sorted(left.items(), key=lambda pair: sizes_of(pair[1])))
+
+
+def main() -> None:
+    """Read the command line."""
+    asked = _parser().parse_args()
+    if asked.worker:
+        warnings.simplefilter("ignore")
+        join()
+        for run in _runs(asked).values():
+            work(run.out, run)
         return
-    warnings.simplefilter("ignore")
-    work(asked.out, asked)
+    failed = []
+    for run in (r for r in _runs(asked).values() if r.out.exists() and (asked.many is None or r.out != asked.out)):
+        shutil.rmtree(run.out)
+    while left := _runs(asked):
+        if launch(max(ranks_for(r) for r in left.values()), sys.argv):
+            break
+        (first, *_) = _runs(asked)
+        failed.append(first)
+        print(f"NOT SAVED: {first}", flush=True)
+        if asked.many is None:
+            break
+        asked.many.write_text(json.dumps({n: v for n, v in json.loads(asked.many.read_text()).items() if n != first}))
+    raise SystemExit(bool(failed))
 
 
 if __name__ == "__main__":

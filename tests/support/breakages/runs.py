@@ -15,6 +15,7 @@ import torch
 from breakages.sound import Breakage, only
 from megatron_ranks import edit_rank
 from places import RUNS as SAVED
+from shards import edit
 
 Change = Callable[[Path], object]
 Z3, Z2, DCP, VERL = (
@@ -43,6 +44,20 @@ def mixed(folder: Path) -> None:
 def other_sizes(folder: Path) -> None:
     for rank, path in enumerate(sorted(folder.rglob("*optim_states.pt"))):
         shutil.copyfile(only(SAVED / "zero/runs/lora-z3-n2", f"*rank_{rank}*optim_states.pt"), path)
+
+
+def states(key: str, value: float) -> Change:
+    """Puts a number into all that the optimizer has of one key."""
+
+    def change(folder: Path) -> None:
+        for path in sorted(folder.rglob("*optim_states.pt")):
+            edit(path, lambda s: [g[key].fill_(value) for g in _states(s)] and None)
+
+    return change
+
+
+def _states(file: Any) -> list[Any]:
+    return list(file["optimizer_state_dict"]["optimizer_state_dict"]["state"].values())
 
 
 def two_worlds(folder: Path) -> None:
@@ -167,8 +182,11 @@ RUNS: dict[str, Breakage] = {
     "zero-rank-missing": Breakage(Z3, gone("*rank_1_*optim_states.pt"), "advice"),
     "zero-mixed": Breakage(Z3, mixed, "advice"),
     "zero-experts": Breakage(Z2, stray("expert_0_mp_rank_00_model_states.pt"), "advice"),
-    "zero-pipeline": Breakage(Z2, stray("layer_00-model_00-model_states.pt"), "advice"),
+    "zero-pipeline": Breakage(Z2, stray("layer_00-model_01-model_states.pt"), "advice"),
     "zero-tensor-parallel": Breakage(Z2, stray("mp_rank_01_model_states.pt"), "advice"),
+    "moments-nonfinite": Breakage(Z3, states("exp_avg", float("nan")), "advice", ("--deep",)),
+    "moments-zero": Breakage(Z3, states("exp_avg_sq", 0.0), "advice", ("--deep",)),
+    "moments-older": Breakage(Z3, states("step", 1.0), "advice", ("--deep",)),
     "zero-sizes": Breakage(Z3, other_sizes, "advice"),
     "zero-malformed": Breakage(
         Z3, lambda f: shutil.copyfile(only(f, "*rank_0*model_states.pt"), only(f, "*rank_0*optim_states.pt")), "advice"

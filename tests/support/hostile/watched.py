@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,7 +76,8 @@ class Watcher:
 
     def __init__(self) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "RLHF_"))}
-        environment["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="watched-cache-")
+        self._cache = tempfile.mkdtemp(prefix="watched-cache-")
+        environment["XDG_CACHE_HOME"] = self._cache
         self._process = subprocess.Popen(
             [sys.executable, "-m", "hostile.watched"],
             cwd=SUPPORT,
@@ -108,6 +110,7 @@ class Watcher:
 
     def __exit__(self, *exc: object) -> None:
         self._process.communicate()
+        shutil.rmtree(self._cache, ignore_errors=True)
 
 
 def note_attempts(folder: Path, closed: Sequence[str], attempts: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -37,13 +38,17 @@ def quiet() -> Iterator[None]:
         yield
 
 
-_KEPT = tempfile.TemporaryDirectory(prefix="bases-")
-atexit.register(_KEPT.cleanup)
+@functools.cache
+def _home() -> Path:
+    """Where what is made once lies, until this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="bases-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def kept(path: Path, key: object, make: Callable[[Path], None]) -> None:
     """What `make` writes, in `path`: made once in a process for each key, and copied after that."""
-    home = Path(_KEPT.name, hashlib.sha256(repr(key).encode()).hexdigest())
+    home = _home() / hashlib.sha256(repr(key).encode()).hexdigest()
     if not home.exists():
         make(home)
     shutil.copytree(home, path, dirs_exist_ok=True)

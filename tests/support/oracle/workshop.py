@@ -19,8 +19,8 @@ from oracle.command import Ran, listing, run
 @functools.cache
 def _sound() -> tuple[Path, Base]:
     """The sound pair, made once for all tests of a process; each gets its own copy."""
-    keep = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, keep)
+    keep = Path(tempfile.mkdtemp(prefix="sound-"))
+    atexit.register(shutil.rmtree, keep, ignore_errors=True)
     base = make_base(keep / "base", sharded=True)
     make_adapter(keep / "adapter", base)
     return keep, base

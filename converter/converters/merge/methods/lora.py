@@ -120,6 +120,9 @@ def lora_updates(site: Site, magnitude: LazyTensor | None) -> tuple[Update, ...]
     is_embedding = not parts.isdisjoint(LORA_EMBEDDING_PAIR)
     names = LORA_EMBEDDING_PAIR if is_embedding else LORA_PAIR
     a, b = (site.take(name) for name in names)
+    for name, factor in zip(names, (a, b), strict=True):
+        if not factor.info.dtype.is_float:
+            raise site.incomplete(f"{show(name)} is {factor.info.dtype.value}, and a factor is of floats")
     if parts - set(names):
         raise site.incomplete(f"{show(min(parts - set(names)))} has no place in a LoRA layer")
     base = site.base["weight"].shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,24 @@ def full_precision_of(base: Checkpoint, recorded: object = None) -> str | None:
     Args:
         recorded: what the adapter records as its base.
     """
-    held = {base.origin.name, base.origin.asked}
-    return next((n for n in _candidates(base, recorded) if n not in held and not is_quantised_name(n)), None)
+    return full_precision_in(Path(base.origin.path), base.config, (base.origin.name, base.origin.asked), recorded)
 
 
-def _candidates(base: Checkpoint, recorded: object) -> Iterator[str]:
-    yield from _of_card(Path(base.origin.path) / CARD)
-    names = [n for n in (base.origin.name, recorded, base.config.get("_name_or_path")) if isinstance(n, str)]
+def full_precision_in(
+    folder: Path, config: Mapping[str, Any], held: tuple[str, ...], recorded: object = None
+) -> str | None:
+    """The same of a folder with its config.
+
+    Args:
+        held: what the folder is called.
+    """
+    candidates = _candidates(folder, config, held[0], recorded)
+    return next((n for n in candidates if n not in held and not is_quantised_name(n)), None)
+
+
+def _candidates(folder: Path, config: Mapping[str, Any], name: str, recorded: object) -> Iterator[str]:
+    yield from _of_card(folder / CARD)
+    names = [n for n in (name, recorded, config.get("_name_or_path")) if isinstance(n, str)]
     for name in names:
         if match := _UNSLOTH.fullmatch(name):
             yield match["name"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.converters.merge.orientation import is_conv1d
+from converter.converters.merge.quantised.full_precision import full_precision_of
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.byte_runs import reads
@@ -137,7 +138,10 @@ def whole(checkpoint: Checkpoint, found: Quantised, context: Context) -> Whole:
     where = show(checkpoint.origin.asked)
     expect_parts(found, where)
     if found.unsupported:
-        raise Refused("quantised-unsupported", found.unsupported, where=where)
+        made_of = full_precision_of(checkpoint)
+        model = f"take {show(made_of)}, which" if made_of else "take the full-precision model that"
+        way = f"{model} it was made from; or save it whole with the library that quantised it"
+        raise Refused("quantised-unsupported", found.unsupported, where=where, next=way)
     _expect_read_here(checkpoint, found, where)
     dtype = model_dtype(checkpoint)
     made: dict[str, tuple[Weight, LazyTensor]] = {}

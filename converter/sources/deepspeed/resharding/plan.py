@@ -19,6 +19,7 @@ from converter.sources.deepspeed.resharding.cuts import Rules
 from converter.sources.deepspeed.resharding.training import Training, read_training
 from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, expect_one_step
 from converter.sources.deepspeed.weights import described, training_dtype
+from converter.sources.deepspeed.whole import expect_not_split
 from converter.sources.resharded import Resharded
 
 MAX_RANKS = 65_536
@@ -113,6 +114,7 @@ def _groups(model: Mapping[Any, Any]) -> list[Mapping[str, Any]]:
 def _expect_plain(shards: Shards) -> None:
     """Refuse what a rank's file holds beside its share of what all ranks share."""
     model = shards.model()
+    expect_not_split(shards)
     if model.get("ds_autoep_layers") or model.get("num_experts") or "ds_zero_partition_groups" in shards.optim(0):
         text = "experts were spread over the ranks, and each rank's file has its own: they can't be cut for others yet"
         raise shards.refuse("zero-experts", text)

@@ -43,7 +43,7 @@ def store_name(text: str) -> StoreName | None:
     if not is_in_store(text):
         return None
     match = _NAME.fullmatch(text)
-    parts = match["folder"].strip("/").split("/") if match else []
+    parts = match["folder"].removeprefix("/").removesuffix("/").split("/") if match else []
     if match is None or any(p in (".", "..") or (p == "" and len(parts) > 1) for p in parts):
         scheme = text.partition("://")[0]
         what = f"a name that begins with {scheme}:// and is not one of a bucket and a folder in it"
