@@ -54,11 +54,13 @@ class Walk:
         return done
 
     def _follow(self, line: str, seen: tuple[Mark, ...]) -> None:
-        folders = written_to(line, self.folder)
-        before = {folder: set(os.listdir(folder)) for folder in folders}
+        free = [path for path in paths_in(line, self.folder) if not os.path.lexists(path)]
         self._follow_typed(line, self._type(line), seen)
-        for path in [f / n for f in folders if f.is_dir() for n in set(os.listdir(f)) - before[f]]:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path in free:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif os.path.lexists(path):
+                path.unlink()
 
     def _follow_typed(self, line: str, done: Typed, seen: tuple[Mark, ...]) -> None:
         error = next((s for s in reversed(done.said) if s.exit is not None), None)
@@ -119,10 +121,11 @@ def walk(shell: Shell, place: Place, verb: str) -> Walk:
     return begun
 
 
-def written_to(line: str, here: Path) -> set[Path]:
-    """Folders in which a command may make something: where it is typed, and those of its words."""
-    named = (Path(os.path.abspath(here / w)).parent for w in shlex.split(line, comments=True)[2:] if "/" in w)
-    return {here, *(folder for folder in named if folder.is_dir() and folder.parent != folder)}
+def paths_in(line: str, here: Path) -> list[Path]:
+    """What a command may write: each of its words as a path, and the folder in which that is staged."""
+    words = [w for w in shlex.split(line, comments=True)[2:] if not w.startswith("-") and "=" not in w]
+    named = [Path(os.path.abspath(here / os.path.expanduser(w))) for w in words]
+    return [*named, *(path.with_name(f"{path.name}.partial") for path in named)]
 
 
 def faults(command: str, own: Collection[str] = ()) -> Iterator[str]:
@@ -131,12 +134,14 @@ def faults(command: str, own: Collection[str] = ()) -> Iterator[str]:
     Args:
         own: words that the user typed, whatever they look like.
     """
-    if "[" in command and not command.startswith("python"):
-        yield "has a part that is to be left out or filled in"
     words = shlex.split(command, comments=True)
+    if any(w.startswith("[") and w not in own for w in words):
+        yield "has a part that is to be left out or filled in"
     flags = [w.partition("=")[0] for w in words if w.startswith("--")]
-    yield from (f"gives {f} twice" for f in sorted(set(flags)) if flags.count(f) > 1 and f not in REPEATABLE)
-    if any(part in ("optimizer", "optim") for w in words for part in w.split("/")):
+    typed = [w.partition("=")[0] for w in own]
+    twice = (f for f in sorted(set(flags)) if flags.count(f) > max(1, typed.count(f)) and f not in REPEATABLE)
+    yield from (f"gives {f} twice" for f in twice)
+    if any(part in ("optimizer", "optim") for w in words if w not in own for part in w.split("/")):
         yield "names an optimizer's folder"
     if "..." in words:
         yield "leaves words out"
