@@ -49,7 +49,8 @@ def transformers_made_random(folder: Path) -> list[str]:
     """What a load as a classifier lists as newly initialized."""
     import transformers
 
-    _, info = transformers.AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    named = transformers.AutoModelForSequenceClassification
+    _, info = named.from_pretrained(folder, num_labels=1, output_loading_info=True)
     return list(info["missing_keys"])
 
 
