@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
-from converter.diagnostic import Command, Next, Steps, as_argument, parts
+from converter.diagnostic import PROGRAM, Command, Next, Steps, as_argument, parts, quoted
 
 OUTPUTS = frozenset({"OUT", "MERGED", "./NEW_FOLDER"})
 """Words that stand for a folder to write."""
@@ -87,7 +87,9 @@ def _closed(command: Command, named: list[str], typed: Command | None) -> Comman
     rest = Command(command.verb, tuple(kept), command.program)
     words = " and ".join(f"{name} and {what}" if what else name for name, what in asked)
     is_same = typed is not None and _without_values(rest) == _without_values(typed)
-    return f"{'the same command' if is_same else rest} with {words}"
+    # Without the program's name, so that nobody takes the beginning of a sentence for a command.
+    begun = " ".join(map(quoted, rest.words[rest.program == PROGRAM :]))
+    return f"{'the same command' if is_same else begun} with {words}"
 
 
 def _taken_out(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str]]:

@@ -128,6 +128,7 @@ def test_json_says_the_same(here: Path) -> None:
         "heads": {"lm_head.weight": [384, 64]},
         "saved_by": ["transformers 5.23.0"],
         "side_files": ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"],
+        "not_compared": None,
         "findings": [],
     }
 

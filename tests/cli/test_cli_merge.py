@@ -268,7 +268,7 @@ def test_a_recorded_base_that_is_not_here_is_no_hub_error(here: Path) -> None:
     [
         (["tiny-qwen2-base", "rm", "--base", "trl-rm"], "rlhf-convert merge-lora trl-rm rm --base tiny-qwen2-base"),
         (["tiny-qwen2-base", "trl-rm"], "rlhf-convert merge-lora trl-rm trl-rm-merged --base tiny-qwen2-base"),
-        (["tiny-qwen2-base", "rm"], "rlhf-convert merge-lora rm --base tiny-qwen2-base with the folder of the adapter"),
+        (["tiny-qwen2-base", "rm"], "merge-lora rm --base tiny-qwen2-base with the folder of the adapter"),
         (["tiny-qwen2-base/config.json", "rm"], "tiny-qwen2-base/config.json is a model, not an adapter"),
         (["trl-rm", "rm", "--base", "trl-rm"], "the same command with --base and the folder"),
     ],

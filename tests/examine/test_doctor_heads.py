@@ -121,7 +121,7 @@ def test_a_bias_that_sequence_classification_ignores_changes_numbers(reward: Pat
     assert serious(codes(reward)) == {"head-bias"}
     assert "bias" not in dict(AutoModelForSequenceClassification.from_pretrained(reward).score.named_parameters())
     store(reward, lambda t: {**t, "score.bias": torch.zeros(1)})
-    assert serious(codes(reward, deep=True)) == set()
+    assert serious(codes(reward, deep=True)) == {"tensors-unexpected"}  # of no weight, and left over all the same
 
 
 def test_a_normaliser_that_openrlhf_fails_on_is_an_error(reward: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_head_with_lora_whose_weight_the_shards_still_hold_leads_to_one_comman
     commands = {
         str(f.next) for f in examine(DoctorRequest(str(folder), target="openrlhf")).findings if f.severity == "error"
     }
-    begun = f"rlhf-convert convert {folder} {folder}-converted --to openrlhf --role reward with --base and "
+    begun = f"convert {folder} {folder}-converted --to openrlhf --role reward with --base and "
     assert [c.startswith(begun) for c in commands] == [True]
     given = {"base": str(RUN / "lora" / "base"), "target": "openrlhf"}
     commands = {

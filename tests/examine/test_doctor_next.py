@@ -44,6 +44,7 @@ ELSEWHERE = {
     "adapter-ambiguous": "of a base that has one module under two names",
     "tied-copies-differ": "of merges: doctor names the base's copies as tied-copies",
     "resume-on": "of --resume-on: tests/sources/test_resume_on.py asks it of every kind of run",
+    "megatron-config": "of a Megatron checkpoint: tests/examine/test_doctor_megatron_config.py",
     "input-unreadable": "of files of another user: root, who may run this, can read all",
 }
 """Codes that `explain` knows and no folder shows by itself, with what raises them."""
@@ -157,9 +158,9 @@ def test_what_doctor_says_next_gets_the_user_out(
     step, before = found[0]["next"], listing(here)
     if breakage.ends == "fixed":
         for option, value in breakage.fill:
-            command, asked, _ = step.partition(f" with {option} and ")
-            assert asked, step
-            step = f"{command} {option} {value}"
+            command, cut, _ = step.partition(f" with {option} and ")
+            assert cut, step
+            step = f"rlhf-convert {command.removeprefix('rlhf-convert ')} {option} {value}"
         assert is_command(step), step
         assert not CAPITALS.search(step), step
         made = type_it(step) or asked

@@ -44,7 +44,7 @@ def test_json_has_the_documented_form(causal: Path, capsys: pytest.CaptureFixtur
     edit(causal, vocab_size=31)
     assert main(["doctor", str(causal), "--json"]) == 1
     value = json.loads(capsys.readouterr().out)
-    assert list(value) == ["version", "path", "detected", "source", "why", "for", "near", "findings"]
+    assert list(value) == ["version", "path", "detected", "source", "why", "for", "near", "not_compared", "findings"]
     assert (value["version"], value["path"], value["detected"]) == (1, str(causal), "model")
     forms: dict[str, Any] = {
         "code": str, "severity": str, "message": str, "tensors": list, "evidence": list, "recoverability": str,

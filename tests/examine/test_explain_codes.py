@@ -163,7 +163,7 @@ def test_every_flag_of_every_command_that_is_advised_exists(capsys: pytest.Captu
         flags[verb] = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     others = {"--gradient_checkpointing", "--local-dir", "--tensor-parallel-size", "--max-lora-rank", "--quantization"}
     others |= {"--is-embedding", "--finetune", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"}
-    others |= {"--auto-detect-ckpt-format", "--use-dist-ckpt"}  # vLLM's, SGLang's and Megatron's own
+    others |= {"--auto-detect-ckpt-format", "--use-dist-ckpt", "--address"}  # of vLLM, SGLang, Megatron and Ray
     mentioned = {flag for text in advice for flag in re.findall(r"(?<!\S)--[a-z][a-z_-]+", text)}
     assert mentioned - set().union(*flags.values()) <= others
 

@@ -96,6 +96,6 @@ def test_of_a_large_file_it_is_told_how_far_it_is_read(
     monkeypatch.setattr(explain, "_BETWEEN", 0.0)
     (tmp_path / "train.log").write_bytes(metrics(2_500_000))
     assert main(["explain", str(tmp_path / "train.log")]) == 0
-    assert capsys.readouterr().err.splitlines()[-1] == "read 2.50 MB of 2.50 MB"
+    assert capsys.readouterr().err.splitlines()[-1] == "read 2.5 MB of 2.5 MB"
     assert main(["explain", str(tmp_path / "train.log"), "-q"]) == 0
     assert capsys.readouterr().err == ""

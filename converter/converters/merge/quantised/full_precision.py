@@ -11,7 +11,6 @@ from typing import Any
 from converter.core.checkpoint import Checkpoint
 from converter.core.files.names import CARD
 from converter.core.files.opening import open_input, read_exact
-from converter.core.files.strict_yaml import read_values
 from converter.errors import ConvertError
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -66,6 +65,8 @@ def _candidates(folder: Path, config: Mapping[str, Any], name: str, recorded: ob
 
 def _of_card(path: Path) -> list[str]:
     """What the front matter of a model card names as `base_model` of a quantised model."""
+    from converter.core.files.strict_yaml import read_values
+
     try:
         fd = open_input(path)
     except (OSError, ConvertError):
