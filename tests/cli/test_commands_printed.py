@@ -89,7 +89,7 @@ BASE_ASKED = "with --base and the folder or the Hub name of the base model"
         (Command("gather", ("run", "OUT")), "rlhf-convert gather run ./run-gathered"),
         (Command("merge-lora", ("run", "OUT", "-j", "1")), "rlhf-convert merge-lora run ./run-merged -j 1"),
         (Command("reshard", ("me/model@v2", "OUT")), "rlhf-convert reshard me/model@v2 ./model-resharded"),
-        (Command("gather", ("run", "out", "--base", "BASE")), f"rlhf-convert gather run out {BASE_ASKED}"),
+        (Command("gather", ("run", "out", "--base", "BASE")), f"gather run out {BASE_ASKED}"),
         (Command("convert", ("mine", "out", "--base", "BASE")), f"the same command {BASE_ASKED}"),
         (Command("doctor", ("BASE", "--deep")), "doctor --deep with the folder of the base model"),
         (Command("repair", ("run", "OUT", "--lora-alpha", "N")),

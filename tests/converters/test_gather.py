@@ -105,7 +105,7 @@ def test_an_adapter_config_is_rebuilt_from_shapes_and_alpha_is_asked_for(tmp_pat
     done = run("gather", str(folder), str(out))
     assert (done.code, out.exists()) == (2, False)
     assert "lora-alpha-unknown" in done.err
-    assert "--lora-alpha N" in done.err
+    assert "the same command with --lora-alpha and the lora_alpha of the training script" in done.err
     done = run("gather", str(folder), str(out), "--lora-alpha", "8")
     assert done.code == 0, done.err
     config = json.loads((out / "adapter_config.json").read_text())

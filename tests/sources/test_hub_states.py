@@ -286,9 +286,9 @@ def test_a_base_that_an_adapter_records_is_named_in_the_command_and_not_fetched_
     files = tree(FIXTURES / "tiny-reward-adapter")
     config = json.loads(files["adapter_config.json"]) | {"base_model_name_or_path": BASE}
     hub.add("org/adapter", files | {"adapter_config.json": json.dumps(config).encode()})
-    for words in (["inspect", "org/adapter"], ["merge-lora", "org/adapter", "OUT"]):
+    for words in (["inspect", "org/adapter"], ["merge-lora", "org/adapter", "out"]):
         ran = run(*words)
-        out = "OUT" if words[0] == "merge-lora" else "./adapter-merged"
+        out = "out" if words[0] == "merge-lora" else "./adapter-merged"
         assert f"rlhf-convert merge-lora org/adapter {out} --base {BASE}" in ran.stdout + ran.stderr
         assert not hub.requests(BASE)
     assert run("merge-lora", "org/adapter", "out", "--base", BASE).returncode == 0

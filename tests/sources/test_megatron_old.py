@@ -60,6 +60,34 @@ def test_copies_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
     assert "decoder.final_layernorm.weight" in _refused(folder, "megatron-copies").what
 
 
+@pytest.mark.parametrize(("copied", "over"), [("00_000", "01_000"), ("00_000", "00_001")], ids=["tp", "pp"])
+def test_a_rank_s_file_that_is_a_copy_of_another_s_is_refused(copied: str, over: str, tmp_path: Path) -> None:
+    folder = _copy(tmp_path)
+    (copied_file,) = (folder / f"mp_rank_{copied}").iterdir()
+    shutil.copyfile(copied_file, folder / f"mp_rank_{over}" / copied_file.name)
+    assert "one file is a copy of the other" in _refused(folder, "megatron-copies").what
+
+
+def test_ranks_of_experts_repeat_each_other_on_a_stage_without_experts(tmp_path: Path) -> None:
+    """DeepSeek's first layers are dense, and every EP rank saves them."""
+    dense = {"decoder.layers.0.input_layernorm.weight": torch.arange(3.0)}
+    key = "decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight"
+    folder = _saved(
+        tmp_path / "run",
+        {
+            **{f"00_000_00{n}": {"model": dense} for n in range(2)},
+            **{f"00_001_00{n}": {"model": {key: torch.full((2, 3), float(n))}} for n in range(2)},
+        },
+        num_layers=2,
+        hidden_size=2,
+        num_experts=2,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=2,
+        expert_model_parallel_size=2,
+    )
+    assert len(SOURCE.open(folder, asked="x").tensors) == 2
+
+
 def test_a_rank_of_another_run_is_refused(tmp_path: Path) -> None:
     folder = _copy(tmp_path)
     edit_rank(folder, "01_000", lambda s: setattr(s["args"], "hidden_size", 32))

@@ -60,7 +60,7 @@ def test_doctor_says_which_rank_it_is_and_how_all_are_put_together(tmp_path: Pat
     saved_by_ranks(tmp_path, "llama", tensor_parallel)
     (found,) = [f for f in examine(DoctorRequest(str(tmp_path / "run" / "rank_1"))).findings if f.severity == "error"]
     assert "rank 1 of 2 (tensor-parallel)" in found.text
-    assert str(found.next) == f"rlhf-convert gather {tmp_path / 'run'} OUT"
+    assert str(found.next) == f"rlhf-convert gather {tmp_path / 'run'} {tmp_path / 'run'}-gathered"
 
 
 def test_a_rank_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

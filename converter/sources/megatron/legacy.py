@@ -104,7 +104,7 @@ def read_ranks(folder: Path) -> Ranks:
             (`megatron-backend`).
     """
     ranks: Ranks | None = None
-    seen: dict[object, str] = {}
+    seen: dict[object, Path] = {}
     for place in rank_folders(folder):
         path = place / RANK_FILE
         read = read_torch_file(path, root=folder, allow_names=ANY)
@@ -122,12 +122,7 @@ def read_ranks(folder: Path) -> Ranks:
         tp, pp, ep = _place(place.name, ranks)
         models = [_tensors(chunks[n], ranks) for n in range(len(chunks))]
         values = tuple((c.length, c.crc) for c in read.checks) or read.digest
-        if (other := seen.setdefault(values, place.name)) != place.name:
-            what = (
-                f"{show(place.name)} has the values of {show(other)}, number by number: one file is a copy of the other"
-            )
-            lost = "the file of that rank, from the node that wrote it; nothing else holds its values"
-            raise ranks.refuse("megatron-copies", what, next=f"put back {lost}")
+        _expect_no_copy(ranks, RankFile(tp, pp, ep, path, models), seen.setdefault(values, path))
         ranks.files.append(RankFile(tp, pp, ep, path, models))
         ranks.checks += read.checks
         ranks.inputs[str(path.absolute())] = read.identity
@@ -183,6 +178,24 @@ def _expect_all(ranks: Ranks) -> None:
             "megatron-rank-missing",
             f"files of ranks are missing: {fold(lost)}. With each, a part of every tensor on it is lost",
             next="copy them from the nodes that wrote them; nothing else holds these values",
+        )
+
+
+def _expect_no_copy(ranks: Ranks, file: RankFile, first: Path) -> None:
+    """Two ranks have the same values only where no layer is split between them: of experts, on a stage without any.
+
+    Args:
+        first: the first file that has the values of this one.
+    """
+    names = [n for chunk in file.chunks for n in chunk]
+    other = next((f for f in ranks.files if f.path == first), file)
+    parted = (file.tp, file.pp) != (other.tp, other.pp) or any(".experts." in n for n in names)
+    if other is not file and parted and any(".layers." in n for n in names):
+        given, held = show(file.path.parent.name), show(first.parent.name)
+        raise ranks.refuse(
+            "megatron-copies",
+            f"{given} has the values of {held}, number by number: one file is a copy of the other",
+            next="put back the file of that rank, from the node that wrote it; nothing else holds its values",
         )
 
 
