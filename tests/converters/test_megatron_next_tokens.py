@@ -74,9 +74,11 @@ def test_they_come_back_with_the_copies_that_models_are_published_with(
     assert differences(written(tmp_path / "back"), load_file(model / "model.safetensors")) == []
 
 
-def test_they_are_left_out_with_consent_where_config_json_has_none(release: Path, tmp_path: Path) -> None:
+def test_they_are_left_out_with_consent_where_config_json_has_none(model: Path, release: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
+    held = {n: t for n, t in load_file(model / "model.safetensors").items() if not n.startswith("model.layers.2.")}
+    save_file(held, base / "model.safetensors", {"format": "pt"})
     config = json.loads((release / "config.json").read_text()) | {"num_nextn_predict_layers": 0}
     (base / "config.json").write_text(json.dumps(config))
     (release / "config.json").rename(release / "kept.json")

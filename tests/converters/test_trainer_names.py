@@ -21,6 +21,8 @@ from converter.recipe.verbs.gather import gather
 from places import TESTS
 from zero.compare import differences
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 STORED = TESTS / "runs" / "dcp" / "trainer_names"
 NAMES = sorted(p.parent.name for p in STORED.glob("*/fixture.json"))
 
