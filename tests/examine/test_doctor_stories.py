@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from converter.shipped import shipped
 from oracle.command import run
@@ -67,3 +69,19 @@ def test_without_the_shards_it_is_in_no_file_here_and_the_refusal_asks_for_them(
     assert refused.code in (2, 3)
     assert "DIR" not in refused.err
     assert "--weights-from and a folder of the same run that still holds them" in refused.text
+
+
+def test_a_broken_set_beside_the_one_that_is_read_is_told_with_what_is_wrong_with_each_file(here: Path) -> None:
+    """vLLM takes the files of the index, or all: where transformers reads a whole file, it stops."""
+    folder = here / "tiny-qwen2-base"
+    tensors = {n: t for f in folder.glob("model-*.safetensors") for n, t in load_file(f).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    sound = run("doctor", "tiny-qwen2-base").out
+    cut, pointer = sorted(folder.glob("model-*.safetensors"))
+    os.truncate(cut, cut.stat().st_size - 100)
+    pointer.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 113840\n")
+    told = json.loads(run("doctor", "tiny-qwen2-base", "--json").out)["findings"]
+    (found,) = [f for f in told if f["code"] == "stale-shards"]
+    assert f"{cut.name}: the file is cut short" in found["message"]
+    assert f"{pointer.name}: a pointer of git-lfs" in found["message"]
+    assert "cut short" not in sound and "stale-shards" in sound

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,14 @@ def _chosen(
         text += f"; {others[0]} alone has all {sets[whole[0]].total} tensors, once each"
     lacking = [each.words for n, each in enumerate(sets) if n not in whole]
     return found[whole[0]], _fault(root, ". ".join([text, *lacking]))
+
+
+def told_of(fault: Fault, sets: tuple[Judged, ...]) -> Fault:
+    """The fault of files that nothing reads beside those that are read, with what is wrong with each set of them."""
+    broken = [each.words for each in sets[1:] if each.set.faults]
+    if fault.code != "stale-shards" or not broken:
+        return fault
+    return replace(fault, text=". ".join([fault.text, *broken, "vLLM reads these files too, and stops at them"]))
 
 
 def _twice(each: Judged) -> str:

@@ -227,6 +227,7 @@ def read_folder(root: Path, *, every: bool = False) -> tuple[Survey, dict[str, W
     choice = set_files.choose(root, names, survey, read, every=every)
     if choice is None:
         return survey, headers
+    survey.faults = [set_files.told_of(f, choice.sets) for f in survey.faults]
     if choice.chosen is not None:
         of_sets = frozenset(choice.headers) | {f for f in names if folder.SHARD.fullmatch(f)}
         survey, headers = _read(root, choice.chosen.files, also=of_sets)
