@@ -159,7 +159,8 @@ def nothing_in(path: Path, asked: str) -> UsageError:
         runs = sorted(inside, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
         listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in runs[-8:])
         is_run = any(_RUN_CHECKPOINT.fullmatch(p.name) for p in runs)
-        what = f"a run folder with {len(runs)} checkpoints; name one of them" if is_run else "name the folder inside it"
+        many = "one checkpoint; name that" if len(runs) == 1 else f"{len(runs)} checkpoints; name one of them"
+        what = f"a run folder with {many}" if is_run else "name the folder inside it"
         return UsageError("several-checkpoints", what, where=show(asked), expected=listed)
     names = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else []
     return UsageError(

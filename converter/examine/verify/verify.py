@@ -170,6 +170,8 @@ def _is_headless(checkpoint: Checkpoint) -> bool:
     listed = checkpoint.config.get("architectures")
     first = str(listed[0]) if isinstance(listed, list) and listed else ""
     is_language_model = first.endswith(_OUTPUTS_TOKENS)
+    if checkpoint.origin.kind == "training":
+        return is_language_model  # what it holds beside is seen once it is gathered
     return checkpoint.origin.kind == "model" and is_language_model and detect(checkpoint) is None
 
 
@@ -196,6 +198,8 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
         merge = Command("merge-lora", (as_argument(asked.folder), "OUT"))
         is_plain = checkpoint.origin.kind == "adapter" and not is_reward
         remedy = merge if is_plain else _remedy(asked, aim)
+        if checkpoint.origin.kind == "training" and asked.trainer is None and asked.role is None:
+            remedy = Command("gather", (as_argument(asked.folder), "OUT"))
         text = f"this is {'an adapter' if checkpoint.origin.kind == 'adapter' else 'a training state'}, not a model"
         return Verified(aim, (fails("files", "not-a-model", text, remedy),))
     check = check_own_class if _as_itself(asked, checkpoint) else check_for
