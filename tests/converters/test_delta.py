@@ -235,3 +235,21 @@ def test_weights_that_do_not_go_with_the_differences_are_refused(
 def test_a_model_and_an_output_are_no_sum(tmp_path: Path) -> None:
     assert main(["apply-delta", str(BASE), str(tmp_path / "out")]) == 2
     assert main(["apply-delta", str(BASE)]) == 2
+
+
+def test_a_difference_is_neither_verified_nor_pushed_as_a_model(
+    deltas: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(deltas[0])]) == 4
+    assert "this is the difference of two models, not a model" in capsys.readouterr().out
+    assert main(["push", str(deltas[0]), "me/difference", "--dry-run"]) == 3
+    assert "weights-missing" in capsys.readouterr().err
+
+
+def test_the_command_that_make_delta_prints_can_be_typed(
+    tuned: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["make-delta", str(BASE), str(tuned[0]), str(tmp_path / "d")]) == 0
+    step = capsys.readouterr().out.splitlines()[-1].split("rlhf-convert ")[1]
+    assert main(step.split()) == 0
+    assert (tmp_path / "d-applied" / "config.json").is_file()

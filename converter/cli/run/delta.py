@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from converter.blanks import new_name
 from converter.cli import lines as report
 from converter.cli.options import Conversion as Flags
 from converter.cli.run.folder import convert
@@ -51,5 +52,5 @@ def input_lines(planned: Conversion) -> list[str]:
 
 
 def _add(done: Conversion) -> Sequence[Next]:
-    base = done.prepared.opened["base"].origin.asked
-    return [Command("apply-delta", (as_argument(base), as_argument(str(done.out)), "OUT"))]
+    base, out = done.prepared.opened["base"].origin.asked, as_argument(str(done.out))
+    return [Command("apply-delta", (as_argument(base), out, new_name(out, "applied")))]

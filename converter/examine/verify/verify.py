@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.core.checkpoint import Checkpoint
+from converter.core.checkpoint import DELTA, Checkpoint
 from converter.core.context import Context
 from converter.core.files import sparse
-from converter.diagnostic import Command, Steps, as_argument, quoted
+from converter.diagnostic import Command, Next, Steps, as_argument, quoted
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, Refused, UsageError
@@ -197,10 +197,13 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
         is_reward = checkpoint.config.get("task_type") == "SEQ_CLS" or asked.trainer is not None
         merge = Command("merge-lora", (as_argument(asked.folder), "OUT"))
         is_plain = checkpoint.origin.kind == "adapter" and not is_reward
-        remedy = merge if is_plain else _remedy(asked, aim)
+        remedy: Next = merge if is_plain else _remedy(asked, aim)
         if checkpoint.origin.kind == "training" and asked.trainer is None and asked.role is None:
             remedy = Command("gather", (as_argument(asked.folder), "OUT"))
-        text = f"this is {'an adapter' if checkpoint.origin.kind == 'adapter' else 'a training state'}, not a model"
+        if checkpoint.origin.kind == DELTA:
+            remedy = "apply-delta adds it to the model that it was made from"
+        kinds = {"adapter": "an adapter", DELTA: "the difference of two models"}
+        text = f"this is {kinds.get(checkpoint.origin.kind, 'a training state')}, not a model"
         return Verified(aim, (fails("files", "not-a-model", text, remedy),))
     check = check_own_class if _as_itself(asked, checkpoint) else check_for
     verdict = check(checkpoint, aim, context, remedy=_remedy(asked, aim))

@@ -259,6 +259,10 @@ def _with_card(
     is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / MODEL_CONFIG).is_file()
     config = _read_json(folder / (ADAPTER_CONFIG if is_adapter else MODEL_CONFIG))
     total = sum(f.size for f in files if f.name.endswith((".safetensors", ".bin", ".pt")))
+    if not total:
+        what = "none of the files that are pushed holds weights: this is neither a model nor an adapter"
+        look = Command("doctor", (asked.folder,))
+        raise Refused("weights-missing", what, where=show(asked.folder), next=Steps(look, " says what it is"))
     facts = CardFacts(
         repository(asked.repo_id, "main")[0], receipt, config, is_adapter, total, consents=consents,
         checks=None if is_adapter else _checks(asked, receipt), not_compared=without,
