@@ -144,8 +144,8 @@ def _rules(identifier: str) -> tuple[Transform, ...] | None:
 
 def _transform(row: list[Any]) -> Transform:
     kind, pattern, *rest = row
-    how = rest.pop() if isinstance(rest[-1], dict) else {}
-    change = Change(**{key: tuple(value) if isinstance(value, list) else value for key, value in how.items()})
+    how: dict[str, Any] = rest.pop() if isinstance(rest[-1], dict) else {}
+    change = Change(how.get("dim", 0), tuple(how.get("permute", ())), how.get("count", ""))
     offset = rest.pop() if kind == "shift" else 0
     operations = rest.pop() if kind == "convert" else ""
     return Transform(kind, re.compile(pattern), tuple(rest), offset, operations, change=change)
