@@ -62,7 +62,8 @@ def _modules(
     """
     built = next(iter(architectures(config, adapter)), None)
     copies = _copies(adapter.get("layer_replication"))
-    linear, every = [], []
+    linear: list[str] = []
+    every: list[str] = []
     bare: dict[str, None] = {}
     met: set[int] = set()
     for name, dimensions in base.items():
