@@ -23,8 +23,28 @@ from converter.families.megatron.rows import EMBEDDING, OUTPUT, OUTPUT_BIAS, ROW
 from converter.text import fold, show
 
 
-def from_megatron(found: Checkpoint, context: Context) -> Checkpoint:
+def from_megatron(found: Checkpoint, context: Context, base: Checkpoint | None = None) -> Checkpoint:
     """The model under transformers' names; a critic or reward model as a classifier with one label a row.
+
+    Args:
+        base: whose config is gone by where the one beside the shards is of another model.
+
+    Raises:
+        Refused: see `_converted`.
+    """
+    try:
+        return _converted(found, context)
+    except Refused as error:
+        if error.code != "megatron-config" or base is None or base.config == found.config:
+            raise
+        made = _converted(found.replace(config=base.config, config_bytes=base.config_bytes), context)
+        text = f"the config.json beside the shards is of another model, and the base's is gone by ({error.what})"
+        context.note("info", "found", text)
+        return made
+
+
+def _converted(found: Checkpoint, context: Context) -> Checkpoint:
+    """The model by the config that it has.
 
     Raises:
         Refused: the family is not in the table (`megatron-family`), keys are not (`megatron-keys`), config.json is of
