@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from converter.converters.gather.megatron import from_megatron
 from converter.converters.gather.megatron_lora import is_lora, with_peft_names
+from converter.converters.heads.whole import MISSHAPEN, MISSING, judge
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
-from converter.diagnostic import Next
-from converter.errors import ConvertError
+from converter.diagnostic import Next, Steps
+from converter.errors import ConvertError, Refused
 from converter.examine.diagnoses.case import Case, Finding, diagnosis
 from converter.families.megatron.names import is_megatron
 from converter.sources.finding import find_place, kind_of
@@ -30,12 +32,17 @@ def megatron_config(case: Case, context: Context) -> Iterable[Finding]:
             code=error.code,
             severity="changes-numbers" if error.consent else "error",
             text=error.what,
-            next=_allowed(error, case) if error.consent and error.code != CODE else error.next,
+            next=_next(error, case),
         )
 
 
-def _allowed(error: ConvertError, case: Case) -> Next:
-    return case.command("gather", "--allow", error.code, *base_option(case), out="gathered")
+def _next(error: ConvertError, case: Case) -> Next | None:
+    if error.code == CODE:
+        other = case.command("gather", "--base", "BASE", out="gathered")
+        return Steps(other, ", the model that training began with")
+    if error.consent:
+        return case.command("gather", "--allow", error.code, *base_option(case), out="gathered")
+    return error.next
 
 
 def refusal(case: Case) -> ConvertError | None:
@@ -49,10 +56,18 @@ def refusal(case: Case) -> ConvertError | None:
         if is_lora(found.tensors):
             with_peft_names(found, None, Context())
         elif is_megatron(found.tensors):
-            from_megatron(found, Context(), None if case.base is None else case.base.checkpoint)
+            made = from_megatron(found, Context(), None if case.base is None else case.base.checkpoint)
+            return _other_class(made)
     except ConvertError as error:
         return error
     return None
+
+
+def _other_class(made: Checkpoint) -> ConvertError | None:
+    """What `gather` says of a model that lacks tensors of its class, or has them in other shapes."""
+    judged = dataclasses.replace(judge(made), slices=None)
+    wrong = next((c for c in (MISSING, MISSHAPEN) if judged.names(c)), None)
+    return None if wrong is None else Refused(CODE, f"config.json is not of this model: {judged.words(wrong)}")
 
 
 def opened(case: Case) -> Checkpoint | None:
