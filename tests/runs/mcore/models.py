@@ -125,7 +125,6 @@ def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
         "pipeline_model_parallel_size": asked.pp, "virtual_pipeline_model_parallel_size": asked.vpp,
         "expert_model_parallel_size": asked.ep, "expert_tensor_parallel_size": expert_tp(asked),
         "num_layers_in_first_pipeline_stage": asked.first_stage,
-        "sequence_parallel": asked.tp > 1 and asked.ep > 1,
         "gradient_accumulation_fusion": False, "pipeline_dtype": __import__("torch").float32,
         "hetereogenous_dist_checkpoint": asked.per_layer,
     }  # fmt: skip
