@@ -112,7 +112,8 @@ def base_line(label: str, base: Checkpoint, *, recorded: bool) -> str:
     revision = base.origin.revision
     at = f"@{show(short_revision(revision))}" if revision else ""
     how = " (as recorded)" if recorded else ""
-    return line(label, f"{show(base.origin.asked)}{at}{how}, {dtype_words(base)}")
+    held = dtype_words(base) if base.tensors else "config alone"
+    return line(label, f"{show(base.origin.asked)}{at}{how}, {held}")
 
 
 def short_revision(revision: str) -> str:

@@ -75,7 +75,7 @@ def convert(
 
     Args:
         src: a model, an adapter, a trainer's state, a run, or a name on the Hub.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         to: `TRAINER` or `TRAINER@VERSION`.
         role: `reward`, `critic` or `actor`: what that trainer uses it as.
         writing: see `HeadWriting`; `from_` is the trainer or dialect of the source.
