@@ -78,6 +78,8 @@ def exported(held: dict[str, Any], config: Any) -> dict[str, Any]:
         config.head_dim = config.hidden_size // config.num_attention_heads
     bridge.hf_config, bridge.config, bridge.make_vocab_size_divisible_by = config, layers, 1
     bridge.vocab_size = config.vocab_size
+    # Of a tied model it changes the table of its class, and the next model of the process would lose its output.
+    bridge._DIRECT_MAPPING = dict(kind._DIRECT_MAPPING)
     bridge._adjust_mapping_for_shared_weights()
     made: dict[str, Any] = {}
     for name, tensor in by_module(held, config):
