@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import tempfile
@@ -43,6 +44,31 @@ def shop(tmp_path: Path) -> Any:
     from oracle.workshop import Workshop
 
     return Workshop(tmp_path)
+
+
+class _Kept(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What is logged during a test, ours from INFO on.
+
+    pytest's own plug-in for it is off: around each phase of each test it hangs handlers on the thirty loggers of
+    libraries that pass nothing on to the root.
+    """
+    kept, root, ours = _Kept(), logging.getLogger(), logging.getLogger("converter")
+    before = ours.level
+    root.addHandler(kept)
+    ours.setLevel(logging.INFO)
+    yield kept.records
+    ours.setLevel(before)
+    root.removeHandler(kept)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -29,7 +29,7 @@ def complete(error: ConvertError, verb: str, arguments: list[str]) -> None:
     typed = _parsed(verb, arguments)
     if any(isinstance(p, Again) for p in parts(error.next)):
         _complete_again(error, verb, arguments, typed)
-    step = _with_output(error.next, typed)
+    step = _with_output(error.next, typed, verb)
     error.next = without_blanks(step, Command(verb, tuple(arguments)))
     if error.exit_code in (2, 3, 4) and not commands(error.next):
         asks = any(has_blank(c) and "--weights-from" not in c.arguments for c in commands(step))
@@ -93,12 +93,19 @@ def _complete_again(error: ConvertError, verb: str, arguments: list[str], typed:
     error.next = completed(error.next, Command(verb, tuple(words_without_token(arguments))), typed.options.__contains__)
 
 
-def _with_output(step: Next | None, typed: _Typed) -> Next | None:
-    """The step with the user's own output where one command has a placeholder: the refusal has left that name free."""
+def _with_output(step: Next | None, typed: _Typed, verb: str) -> Next | None:
+    """The step with the user's own output where one command has a placeholder: the refusal has left that name free.
+
+    A command over another input than the first, as a repair of the base, makes something else: its name is its own.
+    """
     waiting = [c for c in commands(step) if any(w in OUTPUTS for w in c.arguments)]
     if typed.output is None or len(waiting) != 1 or os.path.lexists(os.path.expanduser(typed.output)):
         return step
     (old,) = waiting
+    source = next((w for w in old.arguments if w not in OUTPUTS and not w.startswith("-")), "")
+    is_another = os.path.lexists(os.path.expanduser(source)) and not any(_is_below(source, w) for w in typed.inputs[:1])
+    if is_another and old.verb != verb:
+        return step
     words = (as_argument(typed.output) if w in OUTPUTS else w for w in old.arguments)
     new = Command(old.verb, tuple(words), old.program)
     return _replaced(step, old, new)

@@ -16,7 +16,7 @@ from converter.core.formats.torch_file import read_torch_file
 from converter.core.formats.weight_file import PICKLED_SUFFIXES
 from converter.diagnostic import Command
 from converter.errors import Refused, UsageError
-from converter.publish.outputs import goes_to_hub
+from converter.publish.outputs import is_remote
 from converter.recipe.options import Going, WriteOptions
 from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.conversion import memory_of
@@ -132,8 +132,8 @@ def _expect_state_options(out: str | None, options: WriteOptions) -> None:
     wrong = [f"--{name.replace('_', '-')}" for name in _NOT_HERE if getattr(options, name)]
     if wrong:
         raise UsageError("usage", f"{wrong[0]} has no meaning with --world-size: a trainer's state is kept as it is")
-    if goes_to_hub(out):
-        raise UsageError("usage", "a trainer's state is written to a folder, and not to the Hub")
+    if is_remote(out):
+        raise UsageError("usage", "a trainer's state is written to a folder of this machine")
 
 
 def _resharded(asked: ReshardRequest, out: Path | None, options: WriteOptions, going: Going) -> ReshardedState:

@@ -296,4 +296,4 @@ def held_in(folder: Path) -> Held:
     """Files and tensors of a folder."""
     found = read_weights(folder)
     files = [Path(p).name for p in found.inputs if Path(p).parent == folder.absolute()]
-    return Held(folder, files, found.tensors)
+    return Held(folder, files, found.tensors, [", ".join((found.words, *_sizes_said(found.arguments)))])
