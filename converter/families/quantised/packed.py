@@ -46,7 +46,7 @@ _PACKED, _SHAPE = ".weight_packed", ".weight_shape"
 def find_compressed(infos: Infos, config: Mapping[str, Any]) -> Iterator[Found]:
     """Weights that have a `weight_packed`."""
     for name in infos:
-        if name.endswith(_PACKED):
+        if name.endswith(_PACKED) and infos[name].dtype is not DType.U8:
             yield _compressed(infos, name, config)
         elif name.endswith(_SHAPE) and f"{name.removesuffix(_SHAPE)}{_PACKED}" not in infos:
             yield orphan(name, f"{name.removesuffix(_SHAPE)}{_PACKED}")

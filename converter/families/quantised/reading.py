@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.core.tensors.dtypes import DType
-from converter.families.quantised import bitsandbytes, mxfp4, packed, scaled
+from converter.families.quantised import bitsandbytes, four_bit_floats, mxfp4, packed, scaled
 from converter.families.quantised.weight import Fault, Format, Infos, Shape, Weight
 from converter.text import show
 
@@ -19,7 +19,7 @@ CONFIG_KEYS = ("quantization_config", "compression_config")
 _FORMATS: Mapping[str, tuple[Format, ...]] = {
     "bitsandbytes": (bitsandbytes.FOUR_BIT, bitsandbytes.INT8),
     "fp8": (scaled.BLOCKS,),
-    "compressed-tensors": (packed.PACKED, scaled.COMPRESSED),
+    "compressed-tensors": (packed.PACKED, four_bit_floats.FOUR_BIT_FLOATS, scaled.COMPRESSED),
     "gptq": (packed.GPTQ,),
     "awq": (packed.AWQ,),
     "mxfp4": (mxfp4.MXFP4,),
@@ -29,9 +29,12 @@ _FORMATS: Mapping[str, tuple[Format, ...]] = {
 _TITLES = {"fp8": "FP8", "gptq": "GPTQ", "awq": "AWQ", "mxfp4": "MXFP4", "hqq": "HQQ", "aqlm": "AQLM", "eetq": "EETQ"}
 
 _COMPRESSED_FORMATS = frozenset(
-    {"float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense", "mixed-precision"}
+    {
+        *("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense", "mixed-precision"),
+        *("nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+    }
 )
-_FOREIGN = ("W_q", "codebooks", "weight_global_scale", "weight_g_idx", "bitmask", "qscale_weight")
+_FOREIGN = ("W_q", "codebooks", "weight_g_idx", "bitmask", "qscale_weight")
 """Last names of tensors that formats have which are not read here."""
 
 _CACHE = re.compile(r"\.(?:[kvq]_scale|[kv]_zero_point)$")
