@@ -59,7 +59,8 @@ def _weight(infos: Infos, packed: str) -> Found:
         parts["global"] = whole
     elif whole in infos:
         return Fault(whole, f"{show(whole)} of {show(packed)} goes with scales in FP8, and these are powers of two")
-    parts |= {"beside": n for n in (f"{module}.input_global_scale",) if n in infos}
+    beside = f"{module}.input_global_scale"
+    parts |= {"beside": beside} if beside in infos else {}
     scheme = f"{'NVFP4' if is_nvidia else 'MXFP4'} of compressed-tensors"
     return Weight(f"{module}.weight", scheme, parts, (rows, columns), params={"group": group})
 
@@ -71,4 +72,4 @@ def whole(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType, context
     return nodes.cast(nodes.apply(kernels.DEQUANTISE_FOUR_BIT_FLOATS, inputs, params), dtype)
 
 
-FOUR_BIT_FLOATS = Format(find, whole)
+FOUR_BIT_FLOATS = Format(find, whole, "NVFP4 and MXFP4 of a matrix", "compressed-tensors 0.20.1")
