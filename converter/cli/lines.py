@@ -340,7 +340,10 @@ def step_lines(step: Next) -> list[str]:
     for at, part in enumerate(held):
         said = str(part).strip(" ;,")
         if not isinstance(part, Command):
-            lines += [f"# {said}"] if said not in ("", "then") else []
+            if lines and lines[-1].startswith("# "):
+                lines[-1] += str(part).rstrip(" ;,")
+            else:
+                lines += [f"# {said}"] if said not in ("", "then") else []
         elif at and isinstance(held[at - 1], Command):
             lines[-1] += f" && {part}"
         else:

@@ -151,7 +151,7 @@ ADAPTERS: dict[str, Breakage] = {
         both(without_its_base, having(lambda t: {n: v for n, v in t.items() if "layers.0.self_attn.v" not in n})),
         "lost",
     ),
-    "adapter-untargeted": Breakage("adapter", config(target_modules=["v_proj"]), "advice"),
+    "adapter-untargeted": Breakage("adapter", both(without_its_base, config(target_modules=["v_proj"])), "advice"),
     "adapter-incomplete": Breakage(
         "adapter", having(lambda t: {**t, f"{LAYER}.lora_magnitude_vector": torch.ones(16)}), "advice"
     ),
