@@ -62,7 +62,7 @@ class Store:
         import fsspec
 
         self.place = place
-        self.files: Any = self.ask(lambda: fsspec.filesystem(place.scheme, use_listings_cache=False))
+        self.files: Any = self.ask(lambda: fsspec.filesystem(place.scheme, use_listings_cache=False), "store-read")
 
     def key(self, name: str) -> str:
         """An object's name as the file system takes it."""
@@ -75,7 +75,7 @@ class Store:
             Refused: the store can't be read (`store-read`), or names what is no file of a model (`store-listing`).
         """
         root = self.key("")
-        found: Mapping[str, Mapping[str, Any]] = self.ask(lambda: self.files.find(root, detail=True))
+        found: Mapping[str, Mapping[str, Any]] = self.ask(lambda: self.files.find(root, detail=True), "store-read")
         if len(found) > MOST_OBJECTS:
             raise Refused("store-listing", f"{len(found)} objects are no model", where=str(self.place))
         listed = []
@@ -111,7 +111,7 @@ class Store:
                 raise ConnectionError(f"{len(content)} bytes came instead of {stop - start}")
             return content
 
-        return self.ask(request)
+        return self.ask(request, "store-read")
 
     def expect_same(self, each: Object) -> None:
         """Refuse where the object is not what it was when it was listed.
@@ -120,7 +120,7 @@ class Store:
             Refused: it was written again or removed (`input-changed`).
         """
         try:
-            info = self.ask(lambda: self.files.info(each.key))
+            info = self.ask(lambda: self.files.info(each.key), "store-read")
             same = self._mark(each.key, info) == each.mark
         except Refused as error:
             if not isinstance(error.__cause__, FileNotFoundError):
@@ -162,7 +162,7 @@ class Store:
         part = max(PART_BYTES, -(-size // 9_000))
         return {"chunksize": part, "max_concurrency": IN_FLIGHT} if self.place.scheme == "s3" else {"chunksize": part}
 
-    def ask(self, request: Callable[[], T], code: str = "store-read") -> T:
+    def ask(self, request: Callable[[], T], code: str) -> T:
         """A request, repeated where another try may help.
 
         Raises:
