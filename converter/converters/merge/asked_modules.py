@@ -62,7 +62,8 @@ def _modules(
     """
     built = next(iter(architectures(config, adapter)), None)
     copies = _copies(adapter.get("layer_replication"))
-    linear, every = [], []
+    linear: list[str] = []
+    every: list[str] = []
     bare: dict[str, None] = {}
     met: set[int] = set()
     for name, dimensions in base.items():
@@ -71,7 +72,8 @@ def _modules(
         if converter is None and memory.endswith(".weight"):
             modules = _replicated(memory.removesuffix(".weight"), copies)
             every += modules
-            linear += modules if dimensions > 1 else ()
+            if dimensions > 1:
+                linear += modules
     return linear, every, list(bare)
 
 
