@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mutate import ROOT, Mutation, mutations
+from source_trees import functions
 
 LIST = mutations()
 ROOMS = {"core", "dialects", "families", "sources", "converters", "examine", "publish", "recipe", "cli"}
@@ -35,10 +36,7 @@ def test_a_mutation_applies_and_names_tests_that_exist(mutation: Mutation) -> No
         file, _, name = test.partition("::")
         assert Path(ROOT, file).is_file(), test
         if name:
-            functions = {
-                n.name for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.FunctionDef)
-            }
-            assert name.partition("[")[0] in functions, test
+            assert name.partition("[")[0] in {f.name for f in functions(ROOT / file)}, test
 
 
 def test_a_text_that_is_not_there_once_is_told() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import grimp
 import pytest
 
+from source_trees import functions, parsed, within
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "converter"
 CONTRACTS: dict[str, dict[str, Any]] = {
@@ -108,10 +110,8 @@ def test_imports_in_functions_and_for_types_are_counted() -> None:
         (module, target)
         for path in sources("converter")
         for module in [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")]
-        for function in ast.walk(ast.parse(path.read_text()))
-        if isinstance(function, ast.FunctionDef)
-        for node in ast.walk(function)
-        if isinstance(node, ast.ImportFrom) and node.module in imports()
+        for node, around in within(parsed(path))
+        if len(around) > 1 and isinstance(node, ast.ImportFrom) and node.module in imports()
         for target in [node.module]
     ]
     assert len(deferred) > 20
@@ -164,19 +164,12 @@ def test_no_file_is_longer_than_400_lines() -> None:
     assert {name: n for name, n in long.items() if n > LINES_OF_A_FILE} == {}
 
 
-def functions(path: Path) -> list[tuple[str, int]]:
-    """Functions of a file with the lines from their `def` to their end."""
-    return [
-        (f"{path.relative_to(ROOT)}:{node.name}", (node.end_lineno or node.lineno) - node.lineno + 1)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-
-
 def test_no_function_is_longer_than_71_lines() -> None:
-    every = [each for path in sources("converter") for each in functions(path)]
+    """From `def` to its end."""
+    every = [(path, each) for path in sources("converter") for each in functions(path)]
     assert len(every) > 1000
-    assert [each for each in every if each[1] > LINES_OF_A_FUNCTION] == []
+    lines = [(f"{p.relative_to(ROOT)}:{f.name}", (f.end_lineno or f.lineno) - f.lineno + 1) for p, f in every]
+    assert [each for each in lines if each[1] > LINES_OF_A_FUNCTION] == []
 
 
 def test_the_top_level_is_what_the_project_promises() -> None:
@@ -190,7 +183,7 @@ def test_no_test_imports_another_test() -> None:
     importing = {
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sources("tests")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
         if name.rpartition(".")[2] in tests

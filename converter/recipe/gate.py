@@ -5,6 +5,7 @@ Every verb that writes passes here, before the first byte.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import TypeVar
 
@@ -164,8 +165,10 @@ def _refusal(code: str, found: Judgement, checkpoint: Checkpoint) -> Refused:
     source = as_argument(asked)
     doctor = Command("doctor", (source,))
     fill = Command("repair", (source, "OUT", "--base", "BASE"))
-    is_hole = code == MISSING and not found.prefix
+    is_folder = checkpoint.origin.stored_format in ("safetensors", "torch")  # repair is for those, not for shards
+    is_hole = code == MISSING and not found.prefix and is_folder
     expected = None
+    found = found if is_folder else dataclasses.replace(found, slices=None)
     if code == MISSHAPEN and found.slices is not None:
         expected = f"all {found.slices.ranks} ranks' files, gathered"
     return Refused(code, found.words(code), where=show(asked), expected=expected, next=fill if is_hole else doctor)

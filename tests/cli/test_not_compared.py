@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -111,13 +112,13 @@ def test_machines_that_show_findings_show_it(made: tuple[Path, str], capsys: pyt
 
 
 def test_a_run_that_saved_an_adapter_without_its_base_is_warned(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, logged: list[logging.LogRecord]
 ) -> None:
     no_base(tmp_path / "it")
     running = examine_after_save(tmp_path / "it", strict=True, rank=0)
     assert running is not None
     assert running.not_compared == "not compared with a base"
-    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+    assert [(r.levelname, r.getMessage()) for r in logged] == [
         ("WARNING", f"{tmp_path / 'it'}: no finding; not compared with a base")
     ]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from converter.core.writer.write import write
 from converter.errors import Interrupted, Refused
-from durability import Fault, Quiet, tree
+from durability import Call, Fault, Quiet, telling, tree
 from faulty_runs import Merge, Scene, fresh, overwriting, replay, resumed, run_with_fault, various
 from power_cuts import Recorder
 
@@ -29,23 +30,48 @@ def begun_anew(merge: Merge, place: Path) -> dict[str, Any]:
 # A call fails
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
-@pytest.mark.parametrize("scene", [fresh, resumed, begun_anew, overwriting])
+FAULTS = {
+    f"{scene.__name__}-{errno.errorcode[number]}": (scene, number)
+    for scene in (fresh, resumed, begun_anew, overwriting)
+    for number in (errno.EIO, errno.ENOSPC)
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
 def test_whatever_call_fails_out_is_absent_or_whole_and_the_next_run_finishes(
-    merge: Merge, place: Path, scene: Scene, number: int
+    merge: Merge, place: Path, name: str
 ) -> None:
+    """The first and the last call of each kind: what is done to which file."""
+    fails(merge, place, *FAULTS[name], choose=telling)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_whichever_of_all_calls_fails_out_is_absent_or_whole_and_the_next_run_finishes(
+    merge: Merge, place: Path, name: str
+) -> None:
+    fails(merge, place, *FAULTS[name], choose=list)
+
+
+def fails(
+    merge: Merge, place: Path, scene: Scene, number: int, *, choose: Callable[[Sequence[Call]], list[Call]]
+) -> None:
+    """Let one call after another fail, of those that are chosen from all that a run makes."""
     options = scene(merge, place)
     expected = merge.expected(options)
     before = place.rename(place.with_name("before"))
-    at = 0
     try:
-        while True:
-            shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(before, place)
+        whole = Fault(merge.folder, at=-1, number=number)
+        assert run_with_fault(merge, place, whole, options) is None
+        assert tree(place / "out") == expected
+        assert len(whole.calls) > 30, "the watch saw nothing"
+        for call in choose(whole.calls):
+            shutil.rmtree(place)
             shutil.copytree(before, place)
-            error = run_with_fault(merge, place, fault := Fault(merge.folder, at=at, number=number), options)
-            if fault.happened is None:
-                break
+            error = run_with_fault(merge, place, fault := Fault(merge.folder, at=call, number=number), options)
             context = f"{fault.happened} failed: {error}"
+            assert fault.happened is not None, call
             left = tree(place / "out") if (place / "out").exists() else None
             allowed = [expected, merge.former] if scene is overwriting else [expected, None]
             assert left in allowed, context
@@ -54,10 +80,6 @@ def test_whatever_call_fails_out_is_absent_or_whole_and_the_next_run_finishes(
             merge.write(place, **options | {"overwrite": left is not None})
             assert tree(place / "out") == expected, context
             assert os.listdir(place) == ["out"], context
-            at += 1
-        assert error is None
-        assert tree(place / "out") == expected
-        assert at > 30, "the watch saw nothing"
         assert merge.inputs_are_untouched()
     finally:
         shutil.rmtree(before)
@@ -99,7 +121,7 @@ def test_an_interrupt_after_publication_says_that_the_new_output_is_whole(merge:
 def test_after_a_power_cut_at_any_point_out_is_absent_or_whole_and_the_next_run_finishes(
     merge: Merge, place: Path, scene: Scene
 ) -> None:
-    replay(merge, place, scene, most=90)
+    replay(merge, place, scene, most=24)
 
 
 def test_after_a_power_cut_while_a_stage_is_thrown_away_the_next_run_finishes(merge: Merge, place: Path) -> None:
@@ -109,7 +131,7 @@ def test_after_a_power_cut_while_a_stage_is_thrown_away_the_next_run_finishes(me
     with Recorder(place) as recorder, pytest.raises(Refused, match="nothing changed"):
         merge.write(place, verify=False, accept=refuse)
     assert os.listdir(place) == []
-    for number, state in enumerate(various(list(recorder.states()), 120)):
+    for number, state in enumerate(various(list(recorder.states()), 30)):
         disk = merge.folder / f"disk-{number}"
         state.lay_out(disk)
         assert "out" not in state.inodes

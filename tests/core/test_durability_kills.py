@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 
 from converter.core.writer.write import write
 from converter.errors import Refused
-from durability import Quiet, copy_inputs, fast_folder, merge_plan, tree
+from durability import Call, Quiet, copy_inputs, fast_folder, merge_plan, telling, tree
 from forked import Ended, Server
 
 COMMAND = ("merge-lora", "adapter", "out", "--base", "base", "--no-verify")
@@ -82,8 +82,8 @@ def bench(server: Server, expected: dict[str, str]) -> Iterator[Bench]:
 # kill -9
 
 
-def test_killed_at_a_dozen_random_calls_the_same_command_finishes(bench: Bench) -> None:
-    killed_at_random_calls(bench, 12)
+def test_killed_at_a_few_random_calls_the_same_command_finishes(bench: Bench) -> None:
+    killed_at_random_calls(bench, 6)
 
 
 @pytest.mark.slow
@@ -111,8 +111,8 @@ def killed_at_random_calls(bench: Bench, kills: int) -> None:
     bench.finishes(*COMMAND)
 
 
-def test_killed_at_a_dozen_random_moments_the_same_command_finishes(bench: Bench) -> None:
-    killed_at_random_moments(bench, 12)
+def test_killed_at_a_few_random_moments_the_same_command_finishes(bench: Bench) -> None:
+    killed_at_random_moments(bench, 6)
 
 
 @pytest.mark.slow
@@ -155,40 +155,36 @@ def former(bench: Bench) -> dict[str, str]:
     return tree(bench.out)
 
 
-def test_killed_at_each_call_of_an_overwrite_the_same_command_finishes(bench: Bench) -> None:
+def test_killed_at_the_telling_calls_of_a_publication_the_same_command_finishes(bench: Bench) -> None:
+    """The first and the last of each kind, among them every rename."""
+    killed_while_it_is_published(bench, telling)
+
+
+@pytest.mark.slow
+def test_killed_at_each_call_of_a_publication_the_same_command_finishes(bench: Bench) -> None:
+    killed_while_it_is_published(bench, list)
+
+
+def killed_while_it_is_published(bench: Bench, choose: Callable[[Sequence[Call]], list[Call]]) -> None:
     old = former(bench)
-    shutil.copytree(bench.out, bench.folder.parent / f"{bench.folder.name}-former")
     keep = bench.folder.parent / f"{bench.folder.name}-former"
+    shutil.copytree(bench.out, keep)
     try:
-        at, absent = publication_begins(bench, old), 0
-        while True:
+        calls = bench.run(*OVERWRITE).calls
+        written = max(n for n, call in enumerate(calls) if call.path == "/out.partial/rlhf-convert.json.tmp")
+        absent = 0
+        for call in choose(calls[written:]):
             bench.clear()
             shutil.copytree(keep, bench.out)
-            ended = bench.run(*OVERWRITE, die_at=at)
-            assert bench.is_absent_or(old, bench.expected), f"call {at}"
+            assert bench.run(*OVERWRITE, die_at=call).reached, call
+            assert bench.is_absent_or(old, bench.expected), call
             if not bench.out.exists():
                 absent += 1
                 assert tree(bench.folder / "out.old") == old
             bench.finishes(*OVERWRITE)
-            if not ended.reached:
-                break
-            at += 1
         assert absent > 0, "no kill hit the moment between the two renames"
     finally:
         shutil.rmtree(keep)
-
-
-def publication_begins(bench: Bench, old: dict[str, str]) -> int:
-    """The number of the first call that takes place once all shards are written, by bisection; a few calls early."""
-    low, high = 0, 400
-    while high - low > 4:
-        middle = (low + high) // 2
-        bench.run(*OVERWRITE, die_at=middle)
-        written = (bench.folder / "out.partial" / "rlhf-convert.json").exists() or tree(bench.out) != old
-        low, high = (low, middle) if written else (middle, high)
-        bench.clear()
-        assert bench.run("reshard", "base", "out", "--max-shard-size", "20KB").code == 0
-    return low
 
 
 def test_an_interrupted_overwrite_that_is_not_wished_for_any_more_gives_the_old_output_back(bench: Bench) -> None:

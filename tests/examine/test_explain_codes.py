@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 import converter
+import source_trees
 from converter.cli import VERBS, main
 from converter.diagnostic import parts
 from converter.examine.doctor import diagnoses
 from converter.examine.explanations.codes import codes
 from converter.examine.explanations.log import MESSAGES
 from converter.recipe.verbs.explain import explained
+from source_trees import within
 
 PACKAGE = Path(converter.__file__).parent
 TYPES = (
@@ -38,7 +40,7 @@ NO_CODE = {"_packed", "_unpacked", "diagnosis"}
 
 
 def trees() -> dict[Path, ast.Module]:
-    return {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    return {path: source_trees.parsed(path) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def called(node: ast.Call) -> str:
@@ -51,7 +53,7 @@ def takers(parsed: dict[Path, ast.Module]) -> dict[tuple[Path | None, str], int]
     """Where each function's `code` stands among its positional arguments; private functions are their module's."""
     found: dict[tuple[Path | None, str], int] = {(None, name): 0 for name in TYPES}
     for path, tree in parsed.items():
-        for node in ast.walk(tree):
+        for node, _ in within(tree):
             if isinstance(node, ast.FunctionDef) and node.name not in NO_CODE | {"__init__"}:
                 names = [a.arg for a in node.args.args]
                 if "code" in names:
@@ -105,25 +107,30 @@ def codes_in_the_source() -> dict[str, str]:
             for t in (node.targets if isinstance(node, ast.Assign) else [node.target])
             if isinstance(t, ast.Name)
         }
-        for scope in [tree, *(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))]:
-            for call in (n for n in ast.walk(scope) if isinstance(n, ast.Call)):
-                at = known.get((path, called(call)), known.get((None, called(call))))
-                given = [k.value for k in call.keywords if k.arg == "code"]
-                if at is None or not (given or len(call.args) > at):
-                    continue
-                value = given[0] if given else call.args[at]
-                values = list(strings(value))
-                for name in names_in(value):
-                    local = list(assigned(scope, name)) if scope is not tree else []
-                    values += [v for v in local if not v.startswith("*")]
-                    values += [
-                        v for n in (name, *(v[1:] for v in local if v.startswith("*"))) for v in tables.get(n, ())
-                    ]
-                in_table = not list(strings(value))
-                for each in values:
-                    if KEBAB.fullmatch(each) and (not in_table or "-" in each):
-                        found[each] = f"{path.relative_to(PACKAGE)}:{call.lineno}"
+        for call, around in within(tree):
+            if not isinstance(call, ast.Call):
+                continue
+            at = known.get((path, called(call)), known.get((None, called(call))))
+            given = [k.value for k in call.keywords if k.arg == "code"]
+            if at is None or not (given or len(call.args) > at):
+                continue
+            value = given[0] if given else call.args[at]
+            for each in values_of(value, around, tables):
+                found[each] = f"{path.relative_to(PACKAGE)}:{call.lineno}"
     return found | dict.fromkeys(("usage", "interrupted", "bug", "system"), "cli/__init__.py")
+
+
+def values_of(value: ast.expr, around: tuple[ast.AST, ...], tables: dict[str, list[str]]) -> Iterator[str]:
+    """The codes that a value can be, by itself, by the functions around it and by the module's tables."""
+    direct, names = list(strings(value)), names_in(value)
+    values = list(direct)
+    for name in names:
+        values += tables.get(name, ())
+        for scope in around[1:]:
+            local = list(assigned(scope, name))
+            values += [v for v in local if not v.startswith("*")]
+            values += [v for n in local if n.startswith("*") for v in tables.get(n[1:], ())]
+    yield from (each for each in values if KEBAB.fullmatch(each) and (direct or "-" in each))
 
 
 def test_the_collector_sees_codes_of_every_way_in_which_they_are_raised() -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from healthy.models import MODELS
 from holes import MERGED_HERE, Outcome, Sound, adapter_case, model_case, model_cases
 
-CASES, SEED, BATCHES = 400, 20_000, 20
-ADAPTER_CASES = 100
+SEED = 20_000
+EVERY, USUAL, BATCHES = 2_000, 400, 10
+"""Cases over models: each of the models in the usual run, which has five hundred cases with those of adapters."""
+ADAPTER_EVERY, ADAPTER_USUAL = 100, 20
+"""Cases over each adapter."""
 
 
 @pytest.fixture(scope="module")
@@ -15,25 +19,39 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
     return Sound(tmp_path_factory.mktemp("sound"))
 
 
-def missed(outcomes: list[Outcome | None]) -> list[str]:
-    return [f"{o.case}: {o.harm}: {o.wrong}" for o in outcomes if o is not None and o.wrong]
+def expect_named(outcomes: list[Outcome | None]) -> None:
+    assert [f"{o.case}: {o.harm}: {o.wrong}" for o in outcomes if o is not None and o.wrong] == []
+    assert sum(o is not None for o in outcomes) >= len(outcomes) // 2  # most harms count
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_every_harm_to_a_model_is_named_and_refused(
     batch: int, sound: Sound, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine = list(model_cases(CASES, SEED))[batch::BATCHES]
-    found = [model_case(sound, saved, seed) for saved, seed in mine]
-    assert missed(found) == []
-    assert sum(o is not None for o in found) >= len(found) // 2  # most harms count
+    cases = list(model_cases(EVERY, SEED))[:USUAL]
+    assert {saved for saved, _ in cases} == set(MODELS)
+    expect_named([model_case(sound, saved, seed) for saved, seed in cases[batch::BATCHES]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_every_one_of_more_harms_to_a_model_is_named_and_refused(
+    batch: int, sound: Sound, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = list(model_cases(EVERY, SEED))[USUAL:]
+    expect_named([model_case(sound, saved, seed) for saved, seed in cases[batch::BATCHES]])
 
 
 @pytest.mark.parametrize("name", MERGED_HERE)
 def test_every_harm_to_an_adapter_is_named_and_refused(
     name: str, sound: Sound, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    count = ADAPTER_CASES // len(MERGED_HERE)
-    found = [adapter_case(sound, MERGED_HERE[name], SEED + n) for n in range(count)]
-    assert missed(found) == []
-    assert sum(o is not None for o in found) >= count // 2
+    expect_named([adapter_case(sound, MERGED_HERE[name], SEED + n) for n in range(ADAPTER_USUAL)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MERGED_HERE)
+def test_every_one_of_more_harms_to_an_adapter_is_named_and_refused(
+    name: str, sound: Sound, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expect_named([adapter_case(sound, MERGED_HERE[name], SEED + n) for n in range(ADAPTER_USUAL, ADAPTER_EVERY)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import converter
 from converter.core.files import names
 from converter.families import words
+from source_trees import parsed
 
 ROOT = Path(converter.__file__).parent
 OWNERS = {"families/words.py", "core/files/names.py"}
@@ -23,6 +25,7 @@ NOT_SURE = ("OTHER_INPUT_MODULES", "OTHER_OUTPUT_MODULES")
 ELSEWHERE = ("dialects/", "examine/explanations/", "examine/verify/probes/", "families/ties.py")
 
 
+@functools.cache
 def owned() -> frozenset[str]:
     """Every name in a list of the one, and every file of the other."""
     lists = [v for k, v in vars(words).items() if k.isupper() and isinstance(v, tuple) and k not in NOT_SURE]
@@ -30,10 +33,10 @@ def owned() -> frozenset[str]:
     return frozenset((*files, words.PEFT_PREFIX, *(w for each in lists for w in each)))
 
 
-def copies(source: str) -> Iterator[tuple[int, list[str]]]:
+def copies(tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
     """Literals with two or more of the owned names: in a tuple, list or set, or as alternatives of a pattern."""
     known = owned()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Tuple | ast.List | ast.Set):
             given = [e.value for e in node.elts if isinstance(e, ast.Constant) and isinstance(e.value, str)]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "|" in node.value:
@@ -50,7 +53,7 @@ MODULES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py") if "
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m not in OWNERS and not m.startswith(ELSEWHERE)])
 def test_no_module_has_a_list_of_its_own(module: str) -> None:
-    assert [*copies((ROOT / module).read_text(encoding="utf-8"))] == []
+    assert [*copies(parsed(ROOT / module))] == []
 
 
 @pytest.mark.parametrize(
@@ -65,11 +68,11 @@ def test_no_module_has_a_list_of_its_own(module: str) -> None:
     ],
 )
 def test_a_copy_is_seen(source: str) -> None:
-    assert len([*copies(source)]) == 1
+    assert len([*copies(ast.parse(source))]) == 1
 
 
 @pytest.mark.parametrize(
     "source", ['X = ("lm_head.weight",)', 'X = ("score", "of a game")', 'X = "a sentence: lora_A"']
 )
 def test_one_name_alone_is_no_list(source: str) -> None:
-    assert [*copies(source)] == []
+    assert [*copies(ast.parse(source))] == []

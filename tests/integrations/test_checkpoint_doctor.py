@@ -43,21 +43,20 @@ def trainer(kind: type[Trainer], out: Path, doctor: CheckpointDoctor) -> Trainer
 
 
 def test_a_sound_run_is_trained_to_its_end_with_a_line_for_each_checkpoint(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, logged: list[logging.LogRecord]
 ) -> None:
-    caplog.set_level(logging.INFO, "converter.integrations")
     doctor = CheckpointDoctor()
     run = trainer(Trainer, tmp_path / "run", doctor)
     run.train()
     assert run.state.global_step == 2
     assert [Path(e.folder).name for e in doctor.examined] == ["checkpoint-1", "checkpoint-2"]
-    lines = sorted(r.message.partition(" (")[0] for r in caplog.records)
+    lines = sorted(r.getMessage().partition(" (")[0] for r in logged)
     assert lines == [f"{tmp_path}/run/checkpoint-1: sound", f"{tmp_path}/run/checkpoint-2: sound"]
     assert all(e.error() is None for e in doctor.examined)
 
 
 def test_strict_training_stops_at_the_first_broken_save_with_the_weights_in_memory_and_what_to_set(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, logged: list[logging.LogRecord]
 ) -> None:
     run = trainer(Ungathered, tmp_path / "run", CheckpointDoctor(strict=True))
     with pytest.raises(BrokenCheckpoint) as stopped:
@@ -68,14 +67,14 @@ def test_strict_training_stops_at_the_first_broken_save_with_the_weights_in_memo
     assert "zero3-empty-tensors" in stopped.value.what
     assert "stage3_gather_16bit_weights_on_model_save: true" in str(stopped.value.next)
     assert all(p.numel() for p in run.model.parameters())
-    assert [r.levelname for r in caplog.records if r.name == "converter.integrations"] == ["ERROR"]
+    assert [r.levelname for r in logged if r.name == "converter.integrations"] == ["ERROR"]
     # What the message promises: what is in memory can be saved whole now, and is sound.
     run.model.save_pretrained(tmp_path / "rescued")
     examine_after_save(tmp_path / "rescued", strict=True)
 
 
 def test_without_strict_a_broken_save_is_named_and_training_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, logged: list[logging.LogRecord]
 ) -> None:
     doctor = CheckpointDoctor()
     run = trainer(Ungathered, tmp_path / "run", doctor)
@@ -84,7 +83,7 @@ def test_without_strict_a_broken_save_is_named_and_training_goes_on(
     assert [[f["code"] for f in e.findings if f["severity"] == "error"] for e in doctor.examined] == [
         ["zero3-empty-tensors"]
     ] * 2
-    assert sum("ERROR zero3-empty-tensors" in r.message for r in caplog.records) == 2
+    assert sum("ERROR zero3-empty-tensors" in r.getMessage() for r in logged) == 2
 
 
 def test_a_folder_that_is_not_there_is_never_taken_for_a_sound_one(tmp_path: Path) -> None:

@@ -7,14 +7,16 @@ place.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -154,20 +156,50 @@ class Watch:
         return path if path == self.folder or path.startswith(self.folder + "/") else None
 
 
-class Fault(Watch):
-    """Raises an error in place of the n-th call (from 0) that the error can happen to."""
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A watched call: its name, its path below the watched folder, and which one of these it is in a run, from 0."""
 
-    def __init__(self, folder: Path, *, at: int, number: int = errno.EIO) -> None:
+    name: str
+    path: str
+    nth: int = 0
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """The same of calls that differ in a shard's number, or in which of an input's side files they touch."""
+        return self.name, _SIDE_FILE.sub("side-file", _DIGITS.sub("N", self.path))
+
+
+_DIGITS = re.compile(r"\d+")
+_SIDE_FILE = re.compile(r"(?:tokenizer|tokenizer_config|generation_config|chat_template)\.[a-z]+")
+
+
+def telling(calls: Sequence[Call]) -> list[Call]:
+    """The first and the last of each kind, in their order."""
+    ends = {call.kind: call for call in reversed(calls)}, {call.kind: call for call in calls}
+    wanted = {call for each in ends for call in each.values()}
+    return [call for call in calls if call in wanted]
+
+
+class Fault(Watch):
+    """Raises an error in place of one call: the n-th (from 0) that the error can happen to, or one that is named."""
+
+    def __init__(self, folder: Path, *, at: int | Call, number: int = errno.EIO) -> None:
         super().__init__(folder)
         self.at, self.number = at, number
         self.happened: str | None = None
-        self._count = 0
+        self.calls: list[Call] = []
+        self._seen: dict[tuple[str, str], int] = {}
 
     def call(self, name: str, path: str, real: Callable[..., Any], args: tuple[Any, ...], more: dict[str, Any]) -> Any:
         if self.number != errno.ENOSPC or self._needs_space(name, args):
             with self._lock:
-                hit = self._count == self.at
-                self._count += 1
+                below = path.removeprefix(self.folder)
+                nth = self._seen.get((name, below), 0)
+                self._seen[name, below] = nth + 1
+                now = Call(name, below, nth)
+                hit = self.at in (len(self.calls), now)
+                self.calls.append(now)
             if hit:
                 self.happened = f"{name} {path}"
                 self.strike()

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from durability import Death, copy_inputs, fast_folder
+from durability import Call, Death, copy_inputs, fast_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Ended:
     err: str
     seconds: float
     reached: bool  # the call at which it was to die
+    calls: tuple[Call, ...]  # all that it made, where it was not killed
 
 
 class Server:
@@ -42,7 +43,7 @@ class Server:
         self,
         *arguments: object,
         folder: Path,
-        die_at: int | None = None,
+        die_at: int | Call | None = None,
         kill: tuple[int, float] | None = None,
         file_size: int | None = None,
     ) -> Ended:
@@ -54,14 +55,15 @@ class Server:
             file_size: the size in bytes beyond which no file may grow.
         """
         asked = {
-            "argv": [str(a) for a in arguments], "folder": str(folder), "die_at": die_at, "kill": kill,
-            "file_size": file_size,
+            "argv": [str(a) for a in arguments], "folder": str(folder), "kill": kill, "file_size": file_size,
+            "die_at": dataclasses.astuple(die_at) if isinstance(die_at, Call) else die_at,
         }  # fmt: skip
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
-        return Ended(**json.loads(self._process.stdout.readline()))
+        ended = json.loads(self._process.stdout.readline())
+        return Ended(**ended | {"calls": tuple(Call(*each) for each in ended["calls"])})
 
     def __enter__(self) -> Self:
         return self
@@ -90,12 +92,13 @@ def _fork(
     main: Callable[[list[str]], int],
     argv: list[str],
     folder: str,
-    die_at: int | None,
+    die_at: int | list[Any] | None,
     kill: tuple[int, float] | None,
     file_size: int | None,
 ) -> dict[str, Any]:
-    log = Path(folder).parent / f"{Path(folder).name}.stderr"
+    log, record = (Path(folder).parent / f"{Path(folder).name}.{name}" for name in ("stderr", "calls"))
     log.touch()
+    at = Call(*die_at) if isinstance(die_at, list) else -1 if die_at is None else die_at
     begun = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -107,8 +110,9 @@ def _fork(
             os.chdir(folder)
             if file_size is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-            with Death(Path(folder), at=-1 if die_at is None else die_at):
+            with Death(Path(folder), at=at) as death:
                 code = main(argv)
+            record.write_text(json.dumps([dataclasses.astuple(each) for each in death.calls]))
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -120,7 +124,11 @@ def _fork(
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     err = log.read_text()
     log.unlink()
-    return {"code": status, "err": err, "seconds": time.monotonic() - begun, "reached": status == 9}
+    calls = json.loads(record.read_text()) if record.exists() else []
+    record.unlink(missing_ok=True)
+    return {
+        "code": status, "err": err, "seconds": time.monotonic() - begun, "reached": status == 9, "calls": calls
+    }  # fmt: skip
 
 
 def _redirect(log: Path) -> None:

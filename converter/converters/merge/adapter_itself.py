@@ -80,9 +80,10 @@ def contradictions(held: Mapping[str, TensorInfo], config: Mapping[str, Any], *,
     parsed = (_factor(key, info, config, is_known=is_known) for key, info in held.items())
     factors = [each for each in parsed if each is not None]
     filled = [f for f in factors if f.info.numel]
-    found = [*_prompt(held, config), *_types(held, factors), *_untargeted(factors, config)]
+    found = [*_prompt(held, config), *_types(held, factors)]
     if is_known and not alone:
         return found
+    found += _untargeted(factors, config)
     ranks = list(_ranks(filled, config))
     shapes = [] if ranks else list(_shapes(filled))
     return [*found, *ranks, *shapes, *_partial(factors), *_modules(factors, config)]

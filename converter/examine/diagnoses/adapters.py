@@ -44,8 +44,9 @@ REFUSALS: dict[str, str] = {
     "one).",
     "adapter-ambiguous": "The adapter's names fit the base in two ways that differ; it has to be said which is meant.",
     "adapter-fused": (
-        "The adapter has factors for weights that transformers 5 splits, interleaves or permutes when it loads them: "
-        "no tensor on disk is what they are over. Experts that are only stacked are merged."
+        "The adapter has factors for weights that transformers 5 interleaves or transposes when it loads them, or for "
+        "experts that it puts together otherwise than by stacking: no tensor on disk is what they are over. Experts "
+        "that are only stacked, and weights that are only cut, joined or permuted, are merged."
     ),
     "adapter-expert-layout": (
         "The factors of all experts of a layer are one tensor, and nothing says how it is laid out: the matrix is "

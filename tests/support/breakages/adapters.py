@@ -16,11 +16,10 @@ from transformers import (
     BertModel,
     MixtralConfig,
     MixtralForCausalLM,
-    NomicBertConfig,
-    NomicBertModel,
 )
 
 from breakages.sound import HIDDEN, PT, Breakage, Tensors, beside, edit, store
+from healthy.shrink import build
 
 FILE = "adapter_model.safetensors"
 Change = Callable[[Path], object]
@@ -116,16 +115,13 @@ def without_an_expert(folder: Path) -> None:
     store(folder.parent / "moe", lambda t: {n: v for n, v in t.items() if "experts.1.w3" not in n})
 
 
-def over_split(folder: Path) -> None:
-    """LoRA on a projection that transformers cuts out of a larger one when it loads it."""
-    config = NomicBertConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
-    )
-    NomicBertModel(config).save_pretrained(folder.parent / "bert")
-    stem = "base_model.model.layers.0.self_attn.q_proj"
-    own = {f"{stem}.lora_A.weight": torch.ones(4, 16), f"{stem}.lora_B.weight": torch.ones(16, 4)}
+def over_interleaved(folder: Path) -> None:
+    """LoRA on experts whose rows transformers interleaves when it loads them."""
+    build("causal", "inkling2_text").save_pretrained(folder.parent / "bert")
+    stem = "base_model.model.model.layers.0.mlp.experts"
+    own = {f"{stem}.lora_A.weight": torch.ones(16, 32), f"{stem}.lora_B.weight": torch.ones(32, 16)}
     save_file(own, folder / FILE, metadata=PT)
-    edit(folder, "adapter_config.json", task_type=None)
+    edit(folder, "adapter_config.json", task_type=None, target_parameters=["experts.gate_up_proj"])
 
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -227,7 +223,7 @@ ADAPTERS: dict[str, Breakage] = {
         "advice",
         ("--base", "{here}/bert"),
     ),
-    "adapter-fused": Breakage("adapter", over_split, "told", ("--base", "{here}/bert")),
+    "adapter-fused": Breakage("adapter", over_interleaved, "told", ("--base", "{here}/bert")),
     "adapter-expert-layout": Breakage(
         "adapter", both(over_experts, config(lora_B_layout="sideways")), "advice", ("--base", "{here}/moe")
     ),

@@ -95,6 +95,15 @@ def in_turn(cases: list[Case]) -> list[Case]:
     return found
 
 
+Content = bytes | Callable[[], bytes]
+"""Of a file; a large one is made when it is written, not where the cases are collected."""
+
+
+def content_of(given: Content) -> bytes:
+    """The bytes themselves."""
+    return given if isinstance(given, bytes) else given()
+
+
 def model(folder: Path, name: str = "m") -> Path:
     """A sound model of two shards with its index, to be damaged."""
     return Path(shutil.copytree(BASE, folder / name))

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hostile.cases import ADAPTER, BASE, ON_ADAPTER, ON_MODEL, Case, adapter, model, with_config
+from hostile.cases import ADAPTER, BASE, ON_ADAPTER, ON_MODEL, Case, Content, adapter, content_of, model, with_config
 
 DEEP: Any = {}
 for _ in range(60):
@@ -15,14 +15,14 @@ SLOW = ("(a+)+$", "(a|a)*b", "(.*)*x", "(?:(?:a*)*)*c", "(.*a){25}", "^(([a-z._0
 """Patterns over which Python's matcher takes longer than anybody waits."""
 
 
-def text(file: str, content: bytes, folder: Path) -> None:
+def text(file: str, given: Content, folder: Path) -> None:
     """A model with this as one of its small files."""
-    (model(folder) / file).write_bytes(content)
+    (model(folder) / file).write_bytes(content_of(given))
 
 
-def adapter_text(content: bytes, folder: Path) -> None:
+def adapter_text(given: Content, folder: Path) -> None:
     """An adapter with this as its config."""
-    (adapter(folder) / "adapter_config.json").write_bytes(content)
+    (adapter(folder) / "adapter_config.json").write_bytes(content_of(given))
 
 
 def of_model(changes: dict[str, Any], folder: Path) -> None:
@@ -40,22 +40,22 @@ def of_adapter(changes: dict[str, Any], folder: Path) -> None:
     (root / "planted_module.py").write_text("import os; os.system('touch canary')")
 
 
-MALFORMED: dict[str, tuple[int, bytes]] = {
+MALFORMED: dict[str, tuple[int, Content]] = {
     "empty": (12, b""),
     "zeros": (12, b"\0" * 64),
     "array": (12, b"[]"),
     "text": (12, b'"config"'),
     "cut": (12, b'{"model_type": "qwen2", "hidd'),
     "deep": (12, b'{"a":' * 5000 + b"1" + b"}" * 5000),
-    "brackets": (12, b"[" * 2_000_000),
-    "ten-million-lists": (9, b'{"a":[' + b"[]," * 10_000_000 + b"[]]}"),
+    "brackets": (12, lambda: b"[" * 2_000_000),
+    "ten-million-lists": (9, lambda: b'{"a":[' + b"[]," * 10_000_000 + b"[]]}"),
     "duplicate-key": (13, b'{"model_type": "qwen2", "model_type": "llama"}'),
     "not-utf8": (12, b'{"model_type": "\xff"}'),
     "byte-order-mark": (12, b"\xef\xbb\xbf{}"),
     "number-of-5000-digits": (19, b'{"num_hidden_layers": ' + b"9" * 5000 + b"}"),
-    "eighty-megabytes": (9, b'{"a": "' + b"x" * 80_000_000 + b'"}'),
+    "eighty-megabytes": (9, lambda: b'{"a": "' + b"x" * 80_000_000 + b'"}'),
     "pickle": (7, b"\x80\x02cposix\nsystem\nX\x0c\0\0\0touch canary\x85R."),
-    "string-without-end": (9, b'{"a":"' + b'\\"' * 1_000_000),
+    "string-without-end": (9, lambda: b'{"a":"' + b'\\"' * 1_000_000),
 }
 
 _HUGE = 10**400

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hostile.cases import BASE, ON_MODEL, Case, entry, model, safetensors, without_weights
+from hostile.cases import BASE, ON_MODEL, Case, Content, content_of, entry, model, safetensors, without_weights
 
 FOUR = entry([1], 0, 4)
 DATA = b"\0" * 4
@@ -33,7 +33,7 @@ def text(value: str) -> bytes:
 
 _W = '"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 
-HEADERS: dict[str, tuple[int, bytes]] = {
+HEADERS: dict[str, tuple[int, Content]] = {
     "empty": (12, b""),
     "seven-bytes": (12, b"\x02\0\0\0\0\0\0"),
     "zeros": (12, b"\0" * 4096),
@@ -46,17 +46,17 @@ HEADERS: dict[str, tuple[int, bytes]] = {
     "not-json": (12, text("{w}")),
     "array": (12, text("[1]")),
     "number": (12, text("{} 5")),
-    "bracket-bomb": (12, text('{"w":' + "[" * 3_000_000 + "]" * 3_000_000 + "}")),
+    "bracket-bomb": (12, lambda: text('{"w":' + "[" * 3_000_000 + "]" * 3_000_000 + "}")),
     "depth-of-65": (12, text('{"w":' * 65 + "1" + "}" * 65)),
-    "ten-million-lists": (12, text('{"w":[' + "[]," * 10_000_000 + "[]]}")),
-    "ten-million-numbers": (12, text('{"w":[' + "1.5," * 10_000_000 + "1]}")),
+    "ten-million-lists": (12, lambda: text('{"w":[' + "[]," * 10_000_000 + "[]]}")),
+    "ten-million-numbers": (12, lambda: text('{"w":[' + "1.5," * 10_000_000 + "1]}")),
     "million-tensors": (
         12,
-        text(
+        lambda: text(
             "{" + ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(1_000_000)) + "}"
         ),
     ),
-    "string-without-end": (12, text('{"w":"' + '\\"' * 2_000_000 + "}")),
+    "string-without-end": (12, lambda: text('{"w":"' + '\\"' * 2_000_000 + "}")),
     "number-of-5000-digits": (12, text('{"w":{"dtype":"F32","shape":[' + "9" * 5000 + '],"data_offsets":[0,4]}}')),
     "not-utf8": (12, safetensors(b'{"\xff":1}', DATA)),
     "byte-order-mark": (12, safetensors(b"\xef\xbb\xbf{}", DATA)),
@@ -103,9 +103,9 @@ HEADERS: dict[str, tuple[int, bytes]] = {
 }
 
 
-def single(raw: bytes, folder: Path) -> None:
+def single(raw: Content, folder: Path) -> None:
     """A model of one file."""
-    (without_weights(folder) / "model.safetensors").write_bytes(raw)
+    (without_weights(folder) / "model.safetensors").write_bytes(content_of(raw))
 
 
 def indexed(change: Callable[[dict[str, Any]], Any], folder: Path) -> None:

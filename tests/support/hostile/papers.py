@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hostile.cases import BASE, Case, model
+from hostile.cases import BASE, Case, Content, content_of, model
 
 _HEAD = f"version: 1\ninputs:\n  source: {BASE}\n"
 RECIPES: dict[str, str | bytes] = {
@@ -88,11 +88,11 @@ _LOG = (
     b"RuntimeError: Error(s) in loading state_dict for X:\n size mismatch for score.weight: "
     b"copying a param with shape torch.Size([0])"
 )
-LOGS: dict[str, bytes] = {
-    "one-line": b"size mismatch for " + b"a" * 10_000_000,
-    "no-newlines": b"x" * 30_000_000,
-    "newlines": b"\n" * 3_000_000,
-    "returns": b"\r" * 3_000_000,
+LOGS: dict[str, Content] = {
+    "one-line": lambda: b"size mismatch for " + b"a" * 10_000_000,
+    "no-newlines": lambda: b"x" * 30_000_000,
+    "newlines": lambda: b"\n" * 3_000_000,
+    "returns": lambda: b"\r" * 3_000_000,
     "escapes": b"\x1b[2J\x1b]0;x\x07" + _LOG.replace(b"score", b"\x1b[31mscore\x1b[0m") + b" \x9b2J\xc2\x9b2J\n",
     "open-escape": b"\x1b[" + b"0;" * 200_000 + b" size mismatch for x\n",
     "nul": b"\0" * 1_000_000 + _LOG,
@@ -110,9 +110,9 @@ LOGS: dict[str, bytes] = {
 }
 
 
-def log(content: bytes, folder: Path) -> None:
+def log(given: Content, folder: Path) -> None:
     """A training log."""
-    (folder / "train.log").write_bytes(content)
+    (folder / "train.log").write_bytes(content_of(given))
 
 
 RECEIPTS: dict[str, tuple[int, Any]] = {
@@ -167,14 +167,14 @@ def receipt(content: Any, folder: Path) -> None:
     (root / "rlhf-convert.json").write_text(json.dumps(content))
 
 
-CARDS: dict[str, bytes] = {
+CARDS: dict[str, bytes | Callable[[Path], object]] = {
     "aliases": b"---\na: &a [x,x]\nb: [*a,*a]\n---\n",
     "python": b"---\nlicense: !!python/object/apply:os.system ['touch canary']\n---\n",
     "deep": b"---\n" + b"[" * 100_000 + b"\n---\n",
     "list": b"---\n[1]\n---\n",
     "key-twice": b"---\nlicense: mit\nlicense: gpl\n---\n",
     "two-megabytes": b"---\nx: " + b"x" * 2_000_000 + b"\n---\n",
-    "hundred-megabytes": b"x" * 100_000_000,
+    "hundred-megabytes": lambda card: card.write_bytes(b"x" * 100_000_000),
 }
 CARDS_TAKEN: dict[str, bytes] = {
     "half-a-pair": b'---\nx: "\\uD800"\n---\n',
@@ -187,7 +187,7 @@ CARDS_TAKEN: dict[str, bytes] = {
 }
 
 
-def card(make: bytes | Callable[[Path], None], folder: Path) -> None:
+def card(make: bytes | Callable[[Path], object], folder: Path) -> None:
     """A model with a card of its own."""
     path = model(folder) / "README.md"
     if isinstance(make, bytes):
