@@ -243,7 +243,7 @@ def _modules(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterator[
     for stack, layers in stacks.items():
         lost += (f"{stack}{n}.{rest}" for n, rest in _lacking(layers))
         for number in _gaps(set(layers)):
-            usual = set.intersection(*layers.values()) or set().union(*layers.values())
+            usual = set.intersection(*layers.values()) or set[str]().union(*layers.values())
             lost += (f"{stack}{number}.{rest}" for rest in sorted(usual))
         alone += (f"{stack}{n}.{rest}" for n in _strays(set(layers)) for rest in sorted(layers[n]))
     lost = [name for name in lost if is_target(name, config)]
