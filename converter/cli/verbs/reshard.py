@@ -43,7 +43,13 @@ def reshard(
     stage: Annotated[
         int | None,
         typer.Option(
-            metavar="1|2|3", min=1, max=3, help="Write a run's state for this stage of ZeRO.", show_default=False
+            "--stage",
+            "--zero",
+            metavar="0|1|2|3",
+            min=0,
+            max=3,
+            help="Write a run's state for this stage of ZeRO; 0: one file, without ZeRO.",
+            show_default=False,
         ),
     ] = None,
     tag: Annotated[
