@@ -120,6 +120,7 @@ def test_a_repair_of_the_base_is_not_written_where_the_merge_should_be(
 ) -> None:
     made = adapter(causal, tmp_path / "adapter")
     LlamaForCausalLM.from_pretrained(causal).save_pretrained(causal, max_shard_size="4KB")
+    (causal / "model.safetensors").unlink(missing_ok=True)
     index = causal / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("-of-", "-of-1"))
     assert main(["merge-lora", str(made), str(tmp_path / "merged"), "--base", str(causal)]) == 3
