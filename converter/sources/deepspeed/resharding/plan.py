@@ -183,7 +183,7 @@ class Run:
         if self.stage != shards.stage:
             tree = stages.model_of_stage(shards, self.training, tree, self.stage)
         if self.stage == 0:
-            return plain.with_optimizer(self, tree), own
+            return plain.with_optimizer(shards, self.training, tree, self.ranks), own
         if self.stage == 3:
             return trees.model_of_stage_3(tree, self.training, self.rules, self.ranks, rank), own
         return trees.model_of_stages_1_and_2(tree, self.training, self.rules, self.ranks), own
