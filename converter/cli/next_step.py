@@ -120,9 +120,11 @@ def _replaced(step: Next | None, old: Command, new: Command) -> Next | None:
 
 def _elsewhere(error: ConvertError, verb: str, arguments: list[str], typed: _Typed) -> Next | None:
     """What to do where the output can't be written, and no input has a fault: another name, or a look at it."""
-    if error.code in _OF_THE_SYSTEM and typed.output is not None:
+    if error.code in _OF_THE_SYSTEM and typed.output is not None and _is_of_output(error, typed.output):
         program, option = ("df", "-h") if error.code == "no-space" else ("ls", "-ld")
         return Steps(*_sentence(error.next), Command("", (option, _above(typed.output)), program=program))
+    if error.code in ("output-busy", "output-foreign", "output-protected") and typed.output is not None:
+        return Steps(*_sentence(error.next), Command("", ("-ld", _above(typed.output)), program="ls"))
     if error.code not in _OF_THE_OUTPUT or typed.output not in arguments or not typed.inputs:
         return None
     other = new_name(typed.inputs[0], NEW_NAMES.get(verb, "converted"))
@@ -130,6 +132,10 @@ def _elsewhere(error: ConvertError, verb: str, arguments: list[str], typed: _Typ
 
     words = words_without_token([other if w == typed.output else w for w in arguments])
     return Steps(*_sentence(error.next), Command(verb, tuple(words)))
+
+
+def _is_of_output(error: ConvertError, output: str) -> bool:
+    return not error.where or _is_below(error.where, output) or _is_below(error.where, f"{output.rstrip('/')}.partial")
 
 
 def _with_command(error: ConvertError, verb: str, typed: _Typed, *, asks: bool) -> Next:
