@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from converter.blanks import NEW_NAMES, OUTPUTS, has_blank, new_name, without_blanks
 from converter.diagnostic import Again, Command, Next, Steps, as_argument, commands, completed, parts, renamed
@@ -153,8 +154,17 @@ def _with_command(error: ConvertError, verb: str, typed: _Typed, *, asks: bool) 
         return Steps(*_sentence(error.next), Command("", ("-l", as_argument(elsewhere)), program="ls"))
     if folder is None or is_about_words or verb == "doctor":
         return Steps(*_sentence(error.next), Command(verb, ("--help",)))
+    if elsewhere is not None and not asks and _is_of_several(folder):
+        folder = elsewhere
     look = Command("inspect" if asks else "doctor", (as_argument(folder),))
     return look if error.next is None else Steps(*_sentence(error.next), look, _RECORDED if asks else _SHOWS)
+
+
+def _is_of_several(folder: str) -> bool:
+    """True for the folder of a run, of which doctor says no more than which checkpoints are below it."""
+    from converter.sources.finding import kind_of
+
+    return kind_of(Path(os.path.expanduser(folder))) is None
 
 
 def _sentence(step: Next | None) -> Iterator[Next]:
