@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -22,6 +23,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_collection_finish() -> None:
+    """What was imported and collected lives to the end: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Temporary files of tests, of their children and of libraries lie where pytest removes them.
@@ -29,6 +36,11 @@ def _scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     What the tool itself makes there has to be gone at the end.
     """
     before, folder = os.environ.get("TMPDIR"), tmp_path_factory.mktemp("t")
+    base = tmp_path_factory.getbasetemp()
+    # Beside what pytest makes for each worker, so that models are built once for all of them.
+    os.environ["RLHF_CONVERT_TESTS_MADE_ONCE"] = str(
+        (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made-once"
+    )
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     yield
     tempfile.tempdir = None

@@ -1,7 +1,8 @@
 """The four additions, done as docs/plug-ins.md says them: a package of its blocks alone, and the commands it shows.
 
 The package is installed as pip would lay it out (its own dist-info beside it) and used from another folder, by the
-command line and by its own tests, each in a process of their own.
+command line and by its own tests, each in a process of their own: a child of one that has imported our modules, and
+looked for no plug-in.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import os
 import re
 import shlex
 import struct
-import subprocess
-import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from converter.testing import tiny_reward_model, write_tensors
+from served_shell import Shell, Typed
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "plug-ins.md"
 _FILE = re.compile(r"^`([\w./]+)`\n\n```(?:python|toml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -36,27 +37,31 @@ class Addition:
     work: Path
     files: dict[str, str]
     commands: tuple[str, ...]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        inherited = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-        return {**os.environ, "PYTHONPATH": os.pathsep.join([str(self.site), *inherited])}
+    shell: Shell
 
     def run(self, command: str, *, code: int = 0) -> str:
         """A command as the page has it, typed in the user's folder; what it printed, on one line."""
         assert command in self.commands
-        words = [sys.executable, "-m", "converter", *shlex.split(command)[1:]]
-        done = subprocess.run(words, cwd=self.work, env=self.environment, capture_output=True, text=True, check=False)
-        assert done.returncode == code, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return " ".join((done.stdout + " " + done.stderr).split())
+        done = self._type(command, self.work)
+        assert done.code == code, f"{command}: exit {done.code}\n{done.out}\n{done.err}"
+        return " ".join((done.out + " " + done.err).split())
 
     def own_tests(self) -> str:
         """The tests that the page has, by pytest."""
         found = [name for name in self.files if name.startswith("tests/")]
-        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *found]
-        done = subprocess.run(words, cwd=self.site, env=self.environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+        done = self._type(shlex.join(["pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *found]), self.site)
+        assert done.code == 0, done.out
+        return done.out
+
+    def _type(self, line: str, folder: Path) -> Typed:
+        inherited = os.environ.get("PYTHONPATH", "")
+        return self.shell.type(line, folder, PYTHONPATH=os.pathsep.join(filter(None, [str(self.site), inherited])))
+
+
+@pytest.fixture(scope="module")
+def cold() -> Iterator[Shell]:
+    with Shell(warm=False) as shell:
+        yield shell
 
 
 def section(title: str) -> str:
@@ -66,7 +71,7 @@ def section(title: str) -> str:
     return text[begin:] if end < 0 else text[begin:end]
 
 
-def added(title: str, folder: Path) -> Addition:
+def added(title: str, folder: Path, shell: Shell) -> Addition:
     """What the section says, done: files written, entry points registered."""
     text = section(title)
     files = dict(_FILE.findall(text))
@@ -84,15 +89,15 @@ def added(title: str, folder: Path) -> Addition:
     (info / "entry_points.txt").write_text("".join(lines))
     assert [len(points) for points in groups.values()] == [1], "one line"
     assert len([n for n in files if n.startswith("acme_rl/")]) == 1, "one file"
-    return Addition(site, work, files, commands)
+    return Addition(site, work, files, commands, shell)
 
 
 def edit(file: Path, **changes: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_a_trainer_is_one_file_and_one_line(tmp_path: Path) -> None:
-    acme = added("A trainer", tmp_path)
+def test_a_trainer_is_one_file_and_one_line(tmp_path: Path, cold: Shell) -> None:
+    acme = added("A trainer", tmp_path, cold)
     convert, verify, doctor = acme.commands
     tiny_reward_model(acme.work / "rm")
     acme.run(convert)
@@ -111,8 +116,8 @@ def test_a_trainer_is_one_file_and_one_line(tmp_path: Path) -> None:
     assert "passed" in acme.own_tests()
 
 
-def test_a_source_is_one_file_and_one_line(tmp_path: Path) -> None:
-    acme = added("A source", tmp_path)
+def test_a_source_is_one_file_and_one_line(tmp_path: Path, cold: Shell) -> None:
+    acme = added("A source", tmp_path, cold)
     inspect, gather = acme.commands
     rm = acme.work / "rm"
     tiny_reward_model(rm)
@@ -139,8 +144,8 @@ def test_a_source_is_one_file_and_one_line(tmp_path: Path) -> None:
     assert "passed" in acme.own_tests()
 
 
-def test_a_peft_method_is_one_file_and_one_line(tmp_path: Path) -> None:
-    acme = added("A PEFT method", tmp_path)
+def test_a_peft_method_is_one_file_and_one_line(tmp_path: Path, cold: Shell) -> None:
+    acme = added("A PEFT method", tmp_path, cold)
     (merge,) = acme.commands
     tiny_reward_model(acme.work / "base")
     adapter = acme.work / "adapter"
@@ -165,8 +170,8 @@ def test_a_peft_method_is_one_file_and_one_line(tmp_path: Path) -> None:
     assert "passed" in acme.own_tests()
 
 
-def test_a_finding_is_one_function(tmp_path: Path) -> None:
-    acme = added("A finding", tmp_path)
+def test_a_finding_is_one_function(tmp_path: Path, cold: Shell) -> None:
+    acme = added("A finding", tmp_path, cold)
     doctor, explain = acme.commands
     tiny_reward_model(acme.work / "early")
     assert "acme-warm-up" not in acme.run(doctor)
@@ -180,9 +185,9 @@ def test_a_finding_is_one_function(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("title", ["A trainer", "A source", "A PEFT method", "A finding"])
-def test_without_its_line_an_addition_is_not_there(title: str, tmp_path: Path) -> None:
+def test_without_its_line_an_addition_is_not_there(title: str, tmp_path: Path, cold: Shell) -> None:
     """The entry point is what makes it known: the same package without one fails at the page's first command."""
-    acme = added(title, tmp_path)
+    acme = added(title, tmp_path, cold)
     (acme.site / "acme_rl-1.0.dist-info" / "entry_points.txt").unlink()
     for folder in ("rm", "base", "early"):
         tiny_reward_model(acme.work / folder)

@@ -6,8 +6,8 @@ defines the direction from disk to memory, by a list of patterns for each class 
 `memory_names.json` holds these lists; here they are applied to the names of a base's tensors as transformers applies
 them, and the result is inverted by looking it up. No pattern is ever run backwards.
 
-Tensors that are also joined, cut or permuted on the way are known by name: `rearranged` has their views, and an adapter
-on the rest is refused.
+Tensors that are also joined, cut or permuted on the way are known by name: `rearranged` has their views, and an
+adapter on the rest is refused.
 
 Source: `WeightTransform.rename_source_key`, `rename_source_key` and `get_model_conversion_mapping`,
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/core_model_loading.py

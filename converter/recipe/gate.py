@@ -51,13 +51,14 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
         context.consent(_refusal(code, found, checkpoint))
 
 
-def expect_consistent(adapter: Checkpoint, context: Context) -> None:
-    """Compare an adapter's tensors with its own config and with each other.
+def expect_consistent(adapter: Checkpoint, opened: Collection[Checkpoint], context: Context) -> None:
+    """Compare an adapter's tensors with its own config, and where no base is opened with each other.
 
     Raises:
         Refused: they contradict each other (`adapter-inconsistent`, `adapter-untargeted`), without consent.
     """
-    if adapter.origin.kind == ADAPTER and (refused := inconsistency(adapter)) is not None:
+    is_alone = all(c.origin.kind != MODEL for c in opened)
+    if adapter.origin.kind == ADAPTER and (refused := inconsistency(adapter, alone=is_alone)) is not None:
         refused.next = Command("doctor", (as_argument(adapter.origin.asked),))
         context.consent(refused)
 

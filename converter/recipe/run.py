@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
         checkpoint = converter(checkpoint, context)
     for name, other in opened.items():
         if not recipe.inputs[name].broken:
-            expect_consistent(other, context)
+            expect_consistent(other, list(opened.values()), context)
         if name != SOURCE:
             expect_whole_adapter(other, opened[SOURCE], context)
     if checkpoint.origin.kind == TRAINING:

@@ -29,8 +29,8 @@ for number in numbers:
     for name in sorted(os.listdir(source)):
         with open(os.path.join(source, name), "rb") as given, open(os.path.join(folder, name), "wb") as new:
             data = given.read()
-            for at in range(8):  # in eight pieces
-                new.write(data[at * len(data) // 8 : (at + 1) * len(data) // 8])
+            for at in range(4):  # in four pieces
+                new.write(data[at * len(data) // 4 : (at + 1) * len(data) // 4])
                 new.flush()
                 time.sleep(0.02)
 """

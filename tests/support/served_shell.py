@@ -28,7 +28,7 @@ CLIENT = """#!{python} -IS
 import json, os, socket, sys
 s = socket.socket(socket.AF_UNIX)
 s.connect({address!r})
-asked = {{"argv": sys.argv[1:], "folder": os.getcwd(), "env": dict(os.environ)}}
+asked = {{"argv": sys.argv, "folder": os.getcwd(), "env": dict(os.environ)}}
 body = json.dumps(asked).encode()
 socket.send_fds(s, [len(body).to_bytes(8, "big")], [0, 1, 2])
 s.sendall(body)
@@ -79,19 +79,25 @@ class Typed:
 class Shell:
     """Types lines into bash, in a folder."""
 
-    def __init__(self, program: str | None = None) -> None:
-        """Serve our program, or type for another one: the text of a script."""
+    def __init__(self, program: str | None = None, *, warm: bool = True) -> None:
+        """Serve our program and pytest, or type for another one: the text of a script.
+
+        Args:
+            warm: tables are read once for all commands, plug-ins among them. A cold one has imported modules alone, so
+                that a command finds what is installed in its own `PYTHONPATH`.
+        """
         self._home = Path(tempfile.mkdtemp(prefix="shell"))
         address = self._home / "socket"
-        installed = self._home / "bin" / "rlhf-convert"
-        installed.parent.mkdir()
-        installed.write_text(program or CLIENT.format(python=sys.executable, address=str(address)))
-        installed.chmod(0o755)
-        (installed.parent / "python").symlink_to(sys.executable)
+        folder = self._home / "bin"
+        folder.mkdir()
+        for name in ("rlhf-convert", "pytest"):
+            (folder / name).write_text(program or CLIENT.format(python=sys.executable, address=str(address)))
+            (folder / name).chmod(0o755)
+        (folder / "python").symlink_to(sys.executable)
         self._process: subprocess.Popen[str] | None = None
         if program is not None:
             return
-        command = [sys.executable, str(Path(__file__)), str(address)]
+        command = [sys.executable, str(Path(__file__)), str(address), *(["warm"] if warm else [])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
@@ -129,8 +135,9 @@ def _said(value: dict[str, Any]) -> Said:
     return Said(**{**value, "steps": tuple(value["steps"])})
 
 
-def serve(address: str) -> None:
+def serve(address: str, *, warm: bool) -> None:
     """Answers clients until its own input ends."""
+    import pytest  # noqa: F401 - so that no child imports it
     import torch
 
     import converter.cli
@@ -139,9 +146,13 @@ def serve(address: str) -> None:
     import converter.examine.doctor
     import converter.examine.verify.verify
     import converter.recipe.run
+    import converter.testing
 
     torch.set_num_threads(1)  # no thread of torch's may be there when a child is made
-    _warm(converter.cli.main)
+    if warm:
+        _warm(converter.cli.main)
+    gc.collect()
+    gc.freeze()
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
@@ -173,8 +184,6 @@ def _warm(main: Callable[[list[str]], int]) -> None:
             ["convert", run, f"{scratch}/rm", "--to", "openrlhf", "--role", "reward", "--base", base],
         ):
             main(words)
-        gc.collect()
-        gc.freeze()
 
 
 def _answer(client: socket.socket) -> None:
@@ -193,12 +202,21 @@ def _answer(client: socket.socket) -> None:
         os.environ.clear()
         os.environ.update(asked["env"])
         os.chdir(asked["folder"])
-        code = _run(asked["argv"])
+        given = filter(None, asked["env"].get("PYTHONPATH", "").split(os.pathsep))
+        sys.path[:0] = [each for each in given if each not in sys.path]
+        program, *argv = asked["argv"]
+        code = _run(argv) if Path(program).name == "rlhf-convert" else _test(argv)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         client.sendall((code & 255).to_bytes(1, "big"))
         os._exit(0)
+
+
+def _test(argv: list[str]) -> int:
+    import pytest
+
+    return int(pytest.main(argv))
 
 
 def _run(argv: list[str]) -> int:
@@ -235,4 +253,4 @@ def _record(code: str, text: str, where: str | None, severity: str, exit_code: i
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], warm="warm" in sys.argv[2:])

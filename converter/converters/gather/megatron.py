@@ -20,7 +20,7 @@ from converter.errors import Refused
 from converter.families.megatron.formulas import SizeError, Sizes, sizes_of
 from converter.families.megatron.names import ARGUMENTS_FILE, Value, layer_count, placed
 from converter.families.megatron.next_tokens import MTP, after_the_last, count, with_copies
-from converter.families.megatron.rows import EMBEDDING, OUTPUT, OUTPUT_BIAS, ROWS, ZERO_CENTRED
+from converter.families.megatron.rows import EMBEDDING, NOT_READ, OUTPUT, OUTPUT_BIAS, ROWS, ZERO_CENTRED
 from converter.families.ties import is_tied
 from converter.text import fold, show
 
@@ -55,10 +55,11 @@ def _converted(found: Checkpoint, context: Context) -> Checkpoint:
     where = show(found.origin.asked)
     rows = ROWS.get(str(found.config.get("model_type")))
     if rows is None:
+        kind = found.config.get("model_type")
+        reason = f": {NOT_READ[str(kind)]}" if str(kind) in NOT_READ else ""
         raise Refused(
             "megatron-family",
-            f"which of its tensors Megatron's are is not known for the model type "
-            f"{show(found.config.get('model_type'))}",
+            f"which of its tensors Megatron's are is not known for the model type {show(kind)}{reason}",
             where=where,
             expected=", ".join(sorted(ROWS)),
             next="export it with the trainer that wrote it, or with Megatron-Bridge (AutoBridge.export_ckpt)",

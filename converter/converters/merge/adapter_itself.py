@@ -20,7 +20,7 @@ from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.dtypes import TensorInfo
 from converter.errors import Refused
 from converter.families.factors import declared, factor_in_name, factor_pairs, shared_names
-from converter.families.words import LORA_EMBEDDING_PAIR, LORA_PAIR, PEFT_PREFIX, without_wrappers
+from converter.families.words import HEAD_MODULES, LORA_EMBEDDING_PAIR, LORA_PAIR, PEFT_PREFIX, without_wrappers
 from converter.text import fold, show
 
 INCONSISTENT, UNTARGETED = "adapter-inconsistent", "adapter-untargeted"
@@ -57,22 +57,33 @@ class _Factor:
     info: TensorInfo
 
 
-def inconsistency(adapter: Checkpoint) -> Refused | None:
-    """The refusal of an adapter that contradicts itself; None where it does not."""
+def inconsistency(adapter: Checkpoint, *, alone: bool) -> Refused | None:
+    """The refusal of an adapter that contradicts itself; None where it does not.
+
+    Args:
+        alone: see `contradictions`.
+    """
     held = {name: tensor.info for name, tensor in adapter.tensors.items()}
-    found = contradictions(held, adapter.config)
+    found = contradictions(held, adapter.config, alone=alone)
     if not found:
         return None
     return Refused(found[0].code, "; ".join(each.text for each in found), where=show(adapter.origin.asked))
 
 
-def contradictions(held: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> list[Contradiction]:
-    """Everything in an adapter that can't be true together, from its names, shapes and config."""
+def contradictions(held: Mapping[str, TensorInfo], config: Mapping[str, Any], *, alone: bool) -> list[Contradiction]:
+    """Everything in an adapter that can't be true together, from its names, shapes and config.
+
+    Args:
+        alone: no base is at hand; where one is, a merge compares ranks, shapes and modules with it.
+    """
     is_known = config.get("peft_type") in {d.peft_type for d in declared()}
     parsed = (_factor(key, info, config, is_known=is_known) for key, info in held.items())
     factors = [each for each in parsed if each is not None]
     filled = [f for f in factors if f.info.numel]
-    found = [*_prompt(held, config), *_types(held, factors), *_untargeted(factors, config)]
+    found = [*_prompt(held, config), *_types(held, factors)]
+    if is_known and not alone:
+        return found
+    found += _untargeted(factors, config)
     ranks = list(_ranks(filled, config))
     shapes = [] if ranks else list(_shapes(filled))
     return [*found, *ranks, *shapes, *_partial(factors), *_modules(factors, config)]
@@ -129,7 +140,8 @@ def _untargeted(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterat
     is_read = not isinstance(targets, str) or is_tame_regex(targets)
     if config.get("target_parameters") or config.get("peft_type") in (None, *_OWN_TARGETS) or not is_read:
         return
-    lost = tuple(dict.fromkeys(f.module for f in factors if not is_target(f.module, config)))
+    heads = {f.module for f in factors if f.module.rpartition(".")[2] in HEAD_MODULES}  # those are judged as heads
+    lost = tuple(dict.fromkeys(f.module for f in factors if f.module not in heads and not is_target(f.module, config)))
     if lost:
         text = f"adapter_config.json does not target {fold(lost)}: PEFT would pass over their factors"
         yield Contradiction(UNTARGETED, text, lost)

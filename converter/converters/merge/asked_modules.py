@@ -45,7 +45,7 @@ def modules_missing(
     if adapter.get("target_parameters"):
         candidates = linear
     lacks = [n for n in candidates if n not in adapted and is_target(n, adapter)]
-    is_listed = adapted <= {*linear, *every} and isinstance(adapter.get("target_modules"), list)
+    is_listed = bool(adapted) and adapted <= {*every} and isinstance(adapter.get("target_modules"), list)
     found = [
         n
         for n in lacks

@@ -16,7 +16,8 @@ _MODEL = "base_model."
 
 def _found(case: Case, code: str) -> list[Contradiction]:
     def find(case: Case) -> list[Contradiction]:
-        return [] if case.survey.error() else contradictions(case.shapes, case.adapter_config)
+        is_alone = case.base is None or case.base.kind != "model" or case.base.survey.error() is not None
+        return [] if case.survey.error() else contradictions(case.shapes, case.adapter_config, alone=is_alone)
 
     return [each for each in case.once("contradictions", find) if each.code == code]
 

@@ -64,6 +64,12 @@ def over_bert(folder: Path, extra: str = "") -> None:
         more = {f"base_model.model.{extra}.lora_A.weight": torch.ones(2, HIDDEN),
                 f"base_model.model.{extra}.lora_B.weight": torch.ones(HIDDEN, 2)}  # fmt: skip
         store(folder, lambda t: {**t, **more}, FILE)
+        edit(folder, "adapter_config.json", target_modules=["query", extra])
+
+
+def without_its_base(folder: Path) -> None:
+    """As the folder is on a machine that has no copy of the base."""
+    edit(folder, "adapter_config.json", base_model_name_or_path="nobody/has-it")
 
 
 def without_a_task(folder: Path) -> None:
@@ -140,6 +146,12 @@ ADAPTERS: dict[str, Breakage] = {
     "adapter-targets-missing": Breakage(
         "adapter", having(lambda t: {n: v for n, v in t.items() if "layers.0" not in n}), "advice"
     ),
+    "adapter-inconsistent": Breakage(
+        "adapter",
+        both(without_its_base, having(lambda t: {n: v for n, v in t.items() if "layers.0.self_attn.v" not in n})),
+        "lost",
+    ),
+    "adapter-untargeted": Breakage("adapter", config(target_modules=["v_proj"]), "advice"),
     "adapter-incomplete": Breakage(
         "adapter", having(lambda t: {**t, f"{LAYER}.lora_magnitude_vector": torch.ones(16)}), "advice"
     ),
@@ -166,7 +178,14 @@ ADAPTERS: dict[str, Breakage] = {
         "adapter", having(lambda t: {**t, "base_model.model.model.embed_tokens.weight": torch.ones(40, 16)}), "advice"
     ),
     "peft-type-unsupported": Breakage("adapter", config(peft_type="NOVEL"), "told"),
-    "peft-type-unmergeable": Breakage("adapter", config(peft_type="PROMPT_TUNING"), "told"),
+    "peft-type-unmergeable": Breakage(
+        "adapter",
+        both(
+            config(peft_type="PROMPT_TUNING", num_virtual_tokens=4, token_dim=16),
+            having(lambda t: {"prompt_embeddings": torch.ones(4, 16)}),
+        ),
+        "told",
+    ),
     "adapter-task-unknown": Breakage("adapter", without_a_task, "advice"),
     "adapter-named-otherwise": Breakage("adapter", as_fsdp_state, "fixed"),
     "adapter-files-unread": Breakage(

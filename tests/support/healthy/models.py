@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from healthy.shrink import build
-from oracle.bases import quiet, save_tokenizer
+from oracle.bases import kept, quiet, save_tokenizer
 
 TYPES: dict[str, str] = {
     "causal": """
@@ -65,8 +65,9 @@ class Saved:
         return "-".join(words)
 
     def write(self, folder: Path) -> Path:
+        """The folder with what the model saved, which is built once in a run."""
         with quiet():
-            self.how(build(self.task, self.kind, **dict(self.more)), folder)
+            kept(folder, str(self), lambda home: self.how(build(self.task, self.kind, **dict(self.more)), home))
         return folder
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -38,19 +39,29 @@ def quiet() -> Iterator[None]:
         yield
 
 
+MADE_ONCE = "RLHF_CONVERT_TESTS_MADE_ONCE"
+"""The environment variable with the folder that the workers of a run share; without it each process has its own."""
+
+
 @functools.cache
 def _home() -> Path:
-    """Where what is made once lies, until this process ends."""
+    """Where what is made once lies, until the run ends."""
+    if shared := os.environ.get(MADE_ONCE):
+        Path(shared).mkdir(exist_ok=True)
+        return Path(shared)
     folder = Path(tempfile.mkdtemp(prefix="bases-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def kept(path: Path, key: object, make: Callable[[Path], None]) -> None:
-    """What `make` writes, in `path`: made once in a process for each key, and copied after that."""
+    """What `make` writes, in `path`: made once in a run for each key, and copied after that."""
     home = _home() / hashlib.sha256(repr(key).encode()).hexdigest()
     if not home.exists():
-        make(home)
+        with tempfile.TemporaryDirectory(dir=_home()) as scratch:
+            make(Path(scratch) / "made")
+            with contextlib.suppress(OSError):  # another worker was first
+                (Path(scratch) / "made").rename(home)
     shutil.copytree(home, path, dirs_exist_ok=True)
 
 
