@@ -83,14 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConvertError as known:
         error = known
     except OSError as failed:
-        name = show(failed.filename) if isinstance(failed.filename, str | os.PathLike) else None
-        error = Failed("system", f"the system does not let us: {failed.strerror or show(failed)}", where=name)
+        error = Failed("system", f"the system refused: {failed.strerror or show(failed)}", where=_of(failed))
         error.__cause__ = failed
     except Exception as bug:
         # No user shall read a traceback.
         error = Bug("bug", f"a bug in {PROGRAM}: {type(bug).__name__}: {show(bug)}")
         env = Command("env")
-        error.next = Steps("report it with the output of `", env, "` and of this command under RLHF_CONVERT_DEBUG=1")
+        error.next = Steps("report it with the output of this command under RLHF_CONVERT_DEBUG=1, and of ", env)
         error.__cause__ = bug
     _complete(error, arguments)
     writes = bool(arguments) and arguments[0] not in READING
@@ -196,3 +195,13 @@ def _signals_raise() -> Iterator[list[int]]:
         sys.unraisablehook = unraisable
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _of(failed: OSError) -> str | None:
+    """The path that an error of the system is about: the folder, where it lets nobody look for what is in it."""
+    if not isinstance(failed.filename, str | os.PathLike):
+        return None
+    path = os.fspath(failed.filename)
+    folder = os.path.dirname(path)
+    is_closed = isinstance(failed, PermissionError) and os.path.isdir(folder) and not os.access(folder, os.X_OK)
+    return show(folder if is_closed else path)

@@ -6,11 +6,12 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from converter.core.checkpoint import MODEL, STATE
 from converter.core.compute.measures import energy_kept, has_update, relative_size, surviving_share
-from converter.diagnostic import Again, Command, Next, is_command, parts
+from converter.diagnostic import Again, Command, Next, Steps, is_command, parts
 from converter.errors import ConvertError, Refused
 from converter.families.family import label_count
 from converter.text import fold, format_duration, format_size, show
@@ -337,17 +338,11 @@ def step_lines(step: Next) -> list[str]:
     if is_command(step) or not any(isinstance(p, Command) for p in held):
         return [line("Next:", str(step))]
     lines: list[str] = []
-    for at, part in enumerate(held):
-        said = str(part).strip(" ;,")
-        if not isinstance(part, Command):
-            if lines and lines[-1].startswith("# "):
-                lines[-1] += str(part).rstrip(" ;,")
-            else:
-                lines += [f"# {said}"] if said not in ("", "then") else []
-        elif at and isinstance(held[at - 1], Command):
-            lines[-1] += f" && {part}"
-        else:
-            lines.append(str(part))
+    for is_typed, group in groupby(held, lambda part: isinstance(part, Command)):
+        if is_typed:
+            lines.append(str(Steps(*group)))
+        elif (said := "".join(map(str, group)).strip(" ;,")) not in ("", "then"):
+            lines.append(f"# {said}")
     return [line("" if at else "Next:", each) for at, each in enumerate(lines)]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from converter.blanks import NEW_NAMES, OUTPUTS, has_blank, new_name, without_blanks
 from converter.diagnostic import Again, Command, Next, Steps, as_argument, commands, completed, parts, renamed
@@ -120,9 +121,11 @@ def _replaced(step: Next | None, old: Command, new: Command) -> Next | None:
 
 def _elsewhere(error: ConvertError, verb: str, arguments: list[str], typed: _Typed) -> Next | None:
     """What to do where the output can't be written, and no input has a fault: another name, or a look at it."""
-    if error.code in _OF_THE_SYSTEM and typed.output is not None:
+    if error.code in _OF_THE_SYSTEM and typed.output is not None and _is_of_output(error, typed.output):
         program, option = ("df", "-h") if error.code == "no-space" else ("ls", "-ld")
         return Steps(*_sentence(error.next), Command("", (option, _above(typed.output)), program=program))
+    if error.code in ("output-busy", "output-foreign", "output-protected") and typed.output is not None:
+        return Steps(*_sentence(error.next), Command("", ("-ld", _above(typed.output)), program="ls"))
     if error.code not in _OF_THE_OUTPUT or typed.output not in arguments or not typed.inputs:
         return None
     other = new_name(typed.inputs[0], NEW_NAMES.get(verb, "converted"))
@@ -130,6 +133,10 @@ def _elsewhere(error: ConvertError, verb: str, arguments: list[str], typed: _Typ
 
     words = words_without_token([other if w == typed.output else w for w in arguments])
     return Steps(*_sentence(error.next), Command(verb, tuple(words)))
+
+
+def _is_of_output(error: ConvertError, output: str) -> bool:
+    return not error.where or _is_below(error.where, output) or _is_below(error.where, f"{output.rstrip('/')}.partial")
 
 
 def _with_command(error: ConvertError, verb: str, typed: _Typed, *, asks: bool) -> Next:
@@ -147,8 +154,17 @@ def _with_command(error: ConvertError, verb: str, typed: _Typed, *, asks: bool) 
         return Steps(*_sentence(error.next), Command("", ("-l", as_argument(elsewhere)), program="ls"))
     if folder is None or is_about_words or verb == "doctor":
         return Steps(*_sentence(error.next), Command(verb, ("--help",)))
+    if elsewhere is not None and not asks and _is_of_several(folder):
+        folder = elsewhere
     look = Command("inspect" if asks else "doctor", (as_argument(folder),))
     return look if error.next is None else Steps(*_sentence(error.next), look, _RECORDED if asks else _SHOWS)
+
+
+def _is_of_several(folder: str) -> bool:
+    """True for the folder of a run, of which doctor says no more than which checkpoints are below it."""
+    from converter.sources.finding import kind_of
+
+    return kind_of(Path(os.path.expanduser(folder))) is None
 
 
 def _sentence(step: Next | None) -> Iterator[Next]:

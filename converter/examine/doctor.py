@@ -31,6 +31,7 @@ from converter.sources.finding import FindsPlaces, Source, kind_of, nothing_in, 
 from converter.sources.hf.loose import survey_files
 from converter.sources.hub.names import SCHEME, as_reference, below
 from converter.sources.locate import resolve
+from converter.sources.opening import beside_adapter
 from converter.sources.places import by_number
 from converter.sources.survey import Survey, file_names, is_weight_file
 from converter.text import nearest, show
@@ -301,7 +302,7 @@ def _base(asked: DoctorRequest, root: Path, kind: Kind) -> Case | None:
     if name is None and kind == "adapter":
         survey_case = Case(asked.path, root, kind, None, Survey(root))
         recorded = survey_case.json(ADAPTER_CONFIG).get("base_model_name_or_path")
-        name = recorded if isinstance(recorded, str) and recorded else None
+        name = beside_adapter(recorded, root, asked.path) if isinstance(recorded, str) and recorded else None
     if name is None:
         return None
     try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from converter.sources.places import Place
     from converter.sources.survey import SourceKind, Survey
 
-_RUN_CHECKPOINT = re.compile(r"(?:checkpoint|global_step|step)[-_]?\d+", re.ASCII)
+RUN_CHECKPOINT = re.compile(r"(?:checkpoint|global_step|step)[-_]?\d+", re.ASCII)
 
 
 @runtime_checkable
@@ -159,7 +159,7 @@ def nothing_in(path: Path, asked: str) -> UsageError:
         runs = sorted(inside, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
         listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in runs[-8:])
         listed += f", and {len(runs) - 8} more" if len(runs) > 8 else ""
-        is_run = any(_RUN_CHECKPOINT.fullmatch(p.name) for p in runs)
+        is_run = any(RUN_CHECKPOINT.fullmatch(p.name) for p in runs)
         many = "one checkpoint; name that" if len(runs) == 1 else f"{len(runs)} checkpoints; name one of them"
         what = f"a run folder with {many}" if is_run else "name the folder inside it"
         return UsageError("several-checkpoints", what, where=show(asked), expected=listed)

@@ -199,6 +199,9 @@ def _path_of(text: str) -> Path:
     try:
         path = Path(text).expanduser() if text else Path()
         path.exists()
+    except PermissionError as error:
+        what = f"a folder on the way to {show(text, 80)} can't be opened: {_why(error)}"
+        raise Refused("path-missing", what) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise Refused("path-missing", f"{show(text, 80)!r} is not a path: {_why(error)}") from error
     return path

@@ -163,7 +163,7 @@ def recorded_base(adapter: Checkpoint) -> InputSpec:
             next=_with_base(adapter, "BASE"),
         )
     revision = config.get("revision")
-    name = _beside_adapter(name, adapter)
+    name = beside_adapter(name, Path(adapter.origin.path), adapter.origin.asked)
     return InputSpec(name, revision=revision if isinstance(revision, str) and revision else None)
 
 
@@ -177,15 +177,21 @@ def _with_base(adapter: Checkpoint, base: str) -> Again:
     return Again(("--base", base), otherwise=Command(verb, (adapter.origin.asked, "OUT", "--base", base)))
 
 
-def _beside_adapter(name: str, adapter: Checkpoint) -> str:
-    """A relative path that an adapter records: from here, else from the adapter's folder or the one above."""
+def beside_adapter(name: str, folder: Path, asked: str) -> str:
+    """A relative path that an adapter records: from here, else from the adapter's folder or one of three above.
+
+    A training records the path from where it was started, which is above its `output_dir/checkpoint-500`.
+
+    Args:
+        folder: of the adapter.
+        asked: the same, as the user typed it.
+    """
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or name.startswith("~") or path.exists():
         return name
-    for up in ("", ".."):
-        found = Path(adapter.origin.path) / up / name
-        if (found / MODEL_CONFIG).is_file():
-            return os.path.normpath(os.path.join(adapter.origin.asked, up, name))
+    for up in ("", "..", "../..", "../../.."):
+        if (folder / up / name / MODEL_CONFIG).is_file():
+            return os.path.normpath(os.path.join(asked, up, name))
     return name
 
 

@@ -154,9 +154,9 @@ def test_a_refusal_prints_the_users_own_command_with_what_it_lacked(shell: Shell
     typed = f"rlhf-convert gather {quoted(str(state))} ./out --emit merged --memory 2GB"
     refused = shell.type(typed, here)
     assert refused.code in (2, 3), refused.out
-    asked, alone = printed_next(refused.err)[:2]
-    told = ", the model that training began with; for a module of your own, its state dict:"
-    assert asked == f"# the same command {BASE_ASKED}{told}"
+    asked, alone = printed_next(refused.err)
+    what = "the model that training began with; for a module of your own, its state dict:"
+    assert asked == f"# the same command {BASE_ASKED}, {what}"
     assert shell.type(alone, here).code == 0, alone
     shutil.rmtree(here / "out")
     base = next(p for p in run.rglob("base") if p.is_dir())

@@ -5,6 +5,7 @@ no trainer that would read it.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from converter.cli import main
 from converter.diagnostic import is_command
 from converter.examine.doctor import DoctorRequest, examine
-from doctored import SIZES, adapter, codes, edit, finding, store
+from doctored import RUN, SIZES, adapter, codes, edit, finding, store
 
 
 @pytest.fixture
@@ -126,3 +127,16 @@ def test_a_repair_of_the_base_is_not_written_where_the_merge_should_be(
     assert main(["merge-lora", str(made), str(tmp_path / "merged"), "--base", str(causal)]) == 3
     said = capsys.readouterr().err
     assert f"repair {causal} {causal}-fixed" in said, said
+
+
+def test_a_fault_in_a_run_is_looked_at_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(RUN / "reward" / "checkpoint-2", run / "checkpoint-2")
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-2-converted")
+    assert str(finding(run, "run-folder").next) == f"rlhf-convert doctor {run}/checkpoint-2"
+    shutil.rmtree(run / "checkpoint-2-converted")
+    state = next((run / "checkpoint-2" / "global_step2").glob("*model_states.pt"))
+    state.write_bytes(state.read_bytes()[:1000])
+    assert main(["gather", str(run), str(tmp_path / "out")]) == 3
+    assert f"rlhf-convert doctor {run}/checkpoint-2/global_step2\n" in capsys.readouterr().err
+    assert "file-truncated" in codes(run / "checkpoint-2" / "global_step2")

@@ -131,8 +131,8 @@ def _stdin() -> Iterator[bytes]:
 
 
 def _nothing(pasted: bool) -> Sequence[str]:
-    what = "This text is" if pasted else "Nothing in it is"
-    return [f"{what} not a message that is known here. rlhf-convert doctor DIR looks at the files themselves."]
+    what = "This text is not" if pasted else "Nothing in it is"
+    return [f"{what} a message that is known here. rlhf-convert doctor DIR looks at the files themselves."]
 
 
 def _screen(seen: Seen, *, numbered: bool, in_chinese: bool) -> list[str]:

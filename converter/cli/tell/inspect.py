@@ -212,7 +212,7 @@ def _adapter(found: Inspection) -> list[str]:
     modules = {n.partition(LORA_MARK)[0] for n in survey.entries if LORA_MARK in n}
     kinds = Counter(m.rpartition(".")[2] for m in modules)
     whole = [n for n in survey.entries if LORA_MARK not in n]
-    lines = [line("base", _base(found.config)), _weights(found)]
+    lines = [line("base", _base(found)), _weights(found)]
     if modules:
         listed = ", ".join(f"{show(k)}" for k in sorted(kinds))
         lines.append(line("targets", f"{len(modules)} modules: {listed}"))
@@ -221,23 +221,28 @@ def _adapter(found: Inspection) -> list[str]:
     return lines + _beside(survey)
 
 
-def _base(config: Mapping[str, Any]) -> str:
+def _base(found: Inspection) -> str:
     """The base that the adapter records, and whether it is at hand."""
-    name = config.get("base_model_name_or_path")
+    from converter.sources.opening import beside_adapter
+
+    name = found.config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         return "not recorded; name it with --base"
-    if not _base_at_hand(config):
+    if not _base_at_hand(found):
         return f"{show(name)}, neither here nor in the Hub's cache"
+    name = beside_adapter(name, found.path, found.asked)
     return f"{show(name)}, {'here' if Path(name).expanduser().is_dir() else 'in the Hub cache'}"
 
 
-def _base_at_hand(config: Mapping[str, Any]) -> bool:
+def _base_at_hand(found: Inspection) -> bool:
     from converter.sources.locate import resolve
+    from converter.sources.opening import beside_adapter
 
-    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    name, revision = found.config.get("base_model_name_or_path"), found.config.get("revision")
     if not isinstance(name, str) or not name:
         return False
     try:
+        name = beside_adapter(name, found.path, found.asked)
         resolve(name, revision=revision if isinstance(revision, str) and revision else None, allow_download=False)
     except ConvertError:
         return False
@@ -294,7 +299,7 @@ def _next(found: Inspection) -> list[Next]:
         from converter.sources.hub.names import as_base
 
         named = as_base(found.config.get("base_model_name_or_path"), found.config.get("revision"))
-        base = () if _base_at_hand(found.config) else ("--base", named)
+        base = () if _base_at_hand(found) else ("--base", named)
         merge = Command("merge-lora", (path, new_name(path, "merged"), *base))
         # Of an adapter that names no base doctor says what it fits.
         return [*steps, Command("doctor", (path,)) if has_blank(merge) else merge]

@@ -137,7 +137,7 @@ class _Reader:
             "head-missing",
             f"as {self.dialect.name} the head is {show(name)}, which isn't there",
             where=self.where,
-            next=Steps("name another dialect with --from, or see `", Command("list"), "`"),
+            next=Steps("name another dialect with --from; all are listed by ", Command("list")),
         )
 
     # What is done to the score

@@ -13,6 +13,7 @@ from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.adapters_alone import adapter_inconsistent, adapter_keys_named, adapter_untargeted
 from converter.examine.diagnoses.case import LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.examine.diagnoses.commands import filling_command
+from converter.examine.diagnoses.whole import is_read_whole
 from converter.families.factors import factor_in_name, factor_pairs, zero_factors
 from converter.families.words import LORA_MAGNITUDE, PEFT_PREFIX
 from converter.sources.finding import sources
@@ -276,7 +277,7 @@ def adapter_targets_missing(case: Case, context: Context) -> Iterable[Finding]:
     adapter of 443 bytes is the extreme), or was saved by one rank only. PEFT fills the rest with its start, which
     changes nothing, and warns of missing keys at most.
     """
-    if case.base is None:
+    if case.base is None or not is_read_whole(case):
         return
     dimensions = {n: len(i.shape) for n, i in case.base.shapes.items()}
     lacks = tuple(modules_missing(case.shapes, case.adapter_config, dimensions, case.base.config))

@@ -16,6 +16,7 @@ from converter.diagnostic import Command
 from converter.errors import ConvertError
 from converter.examine.diagnoses import megatron
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis
+from converter.sources.finding import RUN_CHECKPOINT
 from converter.sources.survey import file_names, is_weights_of_model
 from converter.text import fold, show
 
@@ -164,7 +165,8 @@ def run_folder(case: Case, context: Context) -> Iterable[Finding]:
     if inside:
         listed = [f"{show(n.asked)} ({n.source})" for n in inside]
         text = f"{len(inside)} checkpoint{'s' * (len(inside) != 1)} below it: {fold(show(n.asked) for n in inside)}"
-        command = Command("doctor", (inside[-1].argument,))
+        of_run = [n for n in inside if RUN_CHECKPOINT.fullmatch(os.path.basename(n.asked))]
+        command = Command("doctor", ((of_run or inside)[-1].argument,))
         yield Finding(code="run-folder", severity="cosmetic", text=text, evidence=tuple(listed[-3:]), next=command)
 
 

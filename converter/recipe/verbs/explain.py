@@ -16,6 +16,8 @@ from converter.text import nearest, show
 if TYPE_CHECKING:
     from converter.examine.explanations.log import Seen
 
+_LOG = re.compile(r"\S+\.(?:log|txt|out|err|jsonl?)", re.ASCII)
+"""What is meant for a log's path: one word with the end of one."""
 _CODE = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*", re.ASCII)
 _BLOCK = 1 << 20
 _ORDER = ("error", "changes-numbers", "cosmetic")
@@ -87,6 +89,8 @@ def explain(
         return Messages(_sorted(_read(_file(path, on_read), on_message)))
     if _CODE.fullmatch(code) and match(code) is None:
         return _of_code(code)
+    if _LOG.fullmatch(code):
+        raise UsageError("path-missing", f"there is no file {show(subject)}", expected="a log, an error or a code")
     pasted = _sorted(_read([subject.encode("utf-8", "replace")], on_message))
     unknown = None if pasted else unknown_error(subject)
     return Messages(pasted if unknown is None else (unknown,), is_log=False)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from converter.errors import UsageError
 from converter.recipe.options import Going, LayoutChoice, WriteOptions
-from converter.text import show
+from converter.text import nearest, show
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -77,6 +78,8 @@ class HeadWriting(Writing, total=False):
     seed: int
 
 
+_GOING = ("dry_run", "reporter", "on_plan", "executor")
+
 Options = TypeVar("Options", bound=WriteOptions)
 
 
@@ -87,8 +90,9 @@ def options_of(kind: type[Options], given: Mapping[str, Any]) -> tuple[Options, 
         UsageError: an unknown layout (`usage`).
         TypeError: an unknown keyword.
     """
+    _expect_known(kind, given)
     values = {name: value for name, value in given.items() if value is not None}
-    going = Going(**{n: values.pop(n) for n in ("dry_run", "reporter", "on_plan", "executor") if n in values})
+    going = Going(**{n: values.pop(n) for n in _GOING if n in values})
     if "from_" in values:
         values["source"] = values.pop("from_")
     for name in ("allow", "allow_name", "weights_from"):
@@ -108,6 +112,14 @@ def options_of(kind: type[Options], given: Mapping[str, Any]) -> tuple[Options, 
     if weights is not None and not isinstance(weights, str):
         values["label_weights"] = ",".join(map(str, weights))
     return kind(**values), going
+
+
+def _expect_known(kind: type[WriteOptions], given: Mapping[str, Any]) -> None:
+    known = {"from_" if f.name == "source" else f.name for f in fields(kind)} | {*_GOING}
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        near = nearest(unknown, sorted(known), n=1)
+        raise TypeError(f"unexpected keyword argument {unknown!r}{f'; did you mean {near[0]!r}?' if near else ''}")
 
 
 def optional(where: Where | None) -> str | None:
