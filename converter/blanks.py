@@ -30,7 +30,8 @@ _ASKED: Mapping[str, str] = {
 }
 _FOLDERS = {"ADAPTER": "the folder of the adapter", "BASE": "the folder of the base model"}
 _OPEN = frozenset({"DIR", "BASE", "ADAPTER", "DIALECT", "TRAINER", "SRC", "FILE", "N", "RANKS", "RUN/global_stepN"})
-_WORDS = {"gather": "gathered", "repair": "fixed", "merge-lora": "merged", "reshard": "resharded", "run": "made"}
+NEW_NAMES = {"gather": "gathered", "repair": "fixed", "merge-lora": "merged", "reshard": "resharded", "run": "made"}
+"""By verb: what a new folder of it is called, behind the name of what it is made of."""
 _MOST_NAMES = 100
 
 
@@ -78,7 +79,7 @@ def _closed(command: Command, named: list[str], typed: Command | None) -> Comman
     if any(w in OUTPUTS and not os.path.lexists(w) for w in arguments):
         if not (named and arguments[0] in OUTPUTS):
             source = next((w for w in arguments if w not in OUTPUTS and not w.startswith("-")), "model")
-            named[:] = [new_name(source, _WORDS.get(command.verb, "converted"))]
+            named[:] = [new_name(source, NEW_NAMES.get(command.verb, "converted"))]
         arguments = [named[0] if w in OUTPUTS else w for w in arguments]
     command = Command(command.verb, tuple(arguments), command.program)
     if not has_blank(command):

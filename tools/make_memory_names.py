@@ -126,7 +126,8 @@ def _transform(transform: Any) -> list[Any]:
     pattern, targets = transform.compiled_sources.pattern, list(transform.target_patterns)
     match type(transform).__name__:
         case "WeightConverter":
-            return ["convert", pattern, *targets, "+".join(type(op).__name__ for op in transform.operations)]
+            words = "+".join(type(op).__name__ for op in transform.operations)
+            return ["convert", pattern, *targets, words, *filter(None, [_details(transform.operations)])]
         case "GroupWeightRename":
             return ["group", pattern, *targets]
         case "Inkling2IndexOffsetWeightRename":
@@ -135,6 +136,22 @@ def _transform(transform: Any) -> list[Any]:
             return ["rename", pattern, targets[0]]
         case other:
             raise NotImplementedError(f"converter/families/memory_names.py does not know {other}")
+
+
+def _details(operations: list[Any]) -> dict[str, Any]:
+    """How a load takes a tensor apart or puts it together, where that is more than a cut along its rows."""
+    found: dict[str, Any] = {}
+    for op in operations:
+        match type(op).__name__:
+            case "PermuteForRope":
+                found["permute"] = [op.subconfig_key or "", *(op.permute_layer_names or ())]
+            case "Concatenate" | "Chunk" | "Split" if op.dim and "MergeModulelist" not in str(operations):
+                found["dim"] = op.dim
+            case _:
+                pass
+        if getattr(op, "num_shards_attribute", None):
+            found["count"] = op.num_shards_attribute
+    return found
 
 
 def parts(model: PreTrainedModel) -> list[list[str]]:

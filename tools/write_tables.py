@@ -131,7 +131,28 @@ def methods_refused() -> str:
     return _table(["`peft_type`", "why it is refused"], ((f"`{kind}`", why) for kind, why in NOT_MERGEABLE.items()))
 
 
+def bases() -> str:
+    """Kinds of bases, and what a merge does where an adapter touches their weights."""
+    from converter.families.quantised.reading import FORMATS
+
+    rows = [("16 or 32 bits", "", "merged", "", "PEFT")]
+    for method, formats in FORMATS.items():
+        for each in formats:
+            is_back = method == "mxfp4" or (method == "fp8" and "blocks" in each.words)
+            rows.append((each.words, f"`{method}`", "`--dequantize`", "yes" if is_back else "", each.compared))
+    return _table(["weights", "`quant_method`", "adapted weights", "`--requantize same`", "values compared with"], rows)
+
+
+def bases_refused() -> str:
+    """Bases whose quantised weights are not read."""
+    from converter.families.quantised.reading import NOT_READ
+
+    return _table(["base", "why it is refused where an adapter touches its weights"], NOT_READ.items())
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "bases": bases,
+    "bases-refused": bases_refused,
     "coverage": coverage,
     "dialect-matrix": dialect_matrix,
     "failures": failures,

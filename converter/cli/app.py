@@ -98,5 +98,6 @@ def verb(
 
 
 Out = Annotated[
-    str | None, typer.Argument(metavar="OUT", help="Folder to write, or hf://owner/name.", show_default=False)
+    str | None,
+    typer.Argument(metavar="OUT", help="Folder to write, hf://owner/name or s3://bucket/folder.", show_default=False),
 ]

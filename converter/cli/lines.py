@@ -53,7 +53,7 @@ def refusal(error: ConvertError, *, writes: bool = True) -> list[str]:
     if error.consent:
         lines.append(line("consent", f"--allow {error.code} goes on all the same, and the receipt says so"))
     if error.next:
-        lines.append(line("Next:", str(error.next)))
+        lines += step_lines(error.next)
     return lines
 
 
@@ -112,7 +112,8 @@ def base_line(label: str, base: Checkpoint, *, recorded: bool) -> str:
     revision = base.origin.revision
     at = f"@{show(short_revision(revision))}" if revision else ""
     how = " (as recorded)" if recorded else ""
-    return line(label, f"{show(base.origin.asked)}{at}{how}, {dtype_words(base)}")
+    held = dtype_words(base) if base.tensors else "config alone"
+    return line(label, f"{show(base.origin.asked)}{at}{how}, {held}")
 
 
 def short_revision(revision: str) -> str:
@@ -328,6 +329,23 @@ def wrapped_step(step: Next, width: int, arrow: str) -> list[str]:
         break_on_hyphens=False,
     )
     return [each.replace(_KEPT, " ") for each in lines]
+
+
+def step_lines(step: Next) -> list[str]:
+    """`Next:` and a step, of which every line can be pasted: sentences beside commands are a shell's comments."""
+    held = parts(step)
+    if is_command(step) or not any(isinstance(p, Command) for p in held):
+        return [line("Next:", str(step))]
+    lines: list[str] = []
+    for at, part in enumerate(held):
+        said = str(part).strip(" ;,")
+        if not isinstance(part, Command):
+            lines += [f"# {said}"] if said not in ("", "then") else []
+        elif at and isinstance(held[at - 1], Command):
+            lines[-1] += f" && {part}"
+        else:
+            lines.append(str(part))
+    return [line("" if at else "Next:", each) for at, each in enumerate(lines)]
 
 
 def next_lines(commands: Sequence[Next]) -> list[str]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from converter.blanks import OUTPUTS, has_blank, without_blanks
+from converter.blanks import NEW_NAMES, OUTPUTS, has_blank, new_name, without_blanks
 from converter.diagnostic import Again, Command, Next, Steps, as_argument, commands, completed, parts, renamed
 from converter.errors import ConvertError, UsageError
 
+_OF_THE_OUTPUT = frozenset({"output-nests", "output-exists"})
+_OF_THE_SYSTEM = frozenset({"no-space", "system"})
 _SHOWS = " shows all that is wrong there"
 _RECORDED = " shows what is recorded there"
 
@@ -29,11 +30,11 @@ def complete(error: ConvertError, verb: str, arguments: list[str]) -> None:
     typed = _parsed(verb, arguments)
     if any(isinstance(p, Again) for p in parts(error.next)):
         _complete_again(error, verb, arguments, typed)
-    step = _with_output(error.next, typed)
+    step = _with_output(error.next, typed, verb)
     error.next = without_blanks(step, Command(verb, tuple(arguments)))
     if error.exit_code in (2, 3, 4) and not commands(error.next):
         asks = any(has_blank(c) and "--weights-from" not in c.arguments for c in commands(step))
-        error.next = _with_command(error, verb, typed, asks=asks)
+        error.next = _elsewhere(error, verb, arguments, typed) or _with_command(error, verb, typed, asks=asks)
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,19 @@ def _complete_again(error: ConvertError, verb: str, arguments: list[str], typed:
     error.next = completed(error.next, Command(verb, tuple(words_without_token(arguments))), typed.options.__contains__)
 
 
-def _with_output(step: Next | None, typed: _Typed) -> Next | None:
-    """The step with the user's own output where one command has a placeholder: the refusal has left that name free."""
+def _with_output(step: Next | None, typed: _Typed, verb: str) -> Next | None:
+    """The step with the user's own output where one command has a placeholder: the refusal has left that name free.
+
+    A command over another input than the first, as a repair of the base, makes something else: its name is its own.
+    """
     waiting = [c for c in commands(step) if any(w in OUTPUTS for w in c.arguments)]
     if typed.output is None or len(waiting) != 1 or os.path.lexists(os.path.expanduser(typed.output)):
         return step
     (old,) = waiting
+    source = next((w for w in old.arguments if w not in OUTPUTS and not w.startswith("-")), "")
+    is_another = os.path.lexists(os.path.expanduser(source)) and not any(_is_below(source, w) for w in typed.inputs[:1])
+    if is_another and old.verb != verb:
+        return step
     words = (as_argument(typed.output) if w in OUTPUTS else w for w in old.arguments)
     new = Command(old.verb, tuple(words), old.program)
     return _replaced(step, old, new)
@@ -108,6 +116,20 @@ def _replaced(step: Next | None, old: Command, new: Command) -> Next | None:
     if isinstance(step, Steps):
         return Steps(*(_replaced(p, old, new) for p in step.parts))
     return new if step == old else step
+
+
+def _elsewhere(error: ConvertError, verb: str, arguments: list[str], typed: _Typed) -> Next | None:
+    """What to do where the output can't be written, and no input has a fault: another name, or a look at it."""
+    if error.code in _OF_THE_SYSTEM and typed.output is not None:
+        program, option = ("df", "-h") if error.code == "no-space" else ("ls", "-ld")
+        return Steps(*_sentence(error.next), Command("", (option, _above(typed.output)), program=program))
+    if error.code not in _OF_THE_OUTPUT or typed.output not in arguments or not typed.inputs:
+        return None
+    other = new_name(typed.inputs[0], NEW_NAMES.get(verb, "converted"))
+    from converter.sources.hub.secrets import words_without_token
+
+    words = words_without_token([other if w == typed.output else w for w in arguments])
+    return Steps(*_sentence(error.next), Command(verb, tuple(words)))
 
 
 def _with_command(error: ConvertError, verb: str, typed: _Typed, *, asks: bool) -> Next:
@@ -157,7 +179,11 @@ def _is_below(where: str, folder: str) -> bool:
 
 def _parent(typed: _Typed) -> str:
     """The nearest folder that there is above the first input that is missing."""
-    path: Any = next((w for w in typed.inputs if not os.path.exists(os.path.expanduser(w))), ".")
+    return _above(next((w for w in typed.inputs if not os.path.exists(os.path.expanduser(w))), "."))
+
+
+def _above(path: str) -> str:
+    """The nearest folder that there is at or above a path."""
     path = os.path.expanduser(path)
     while path and not os.path.isdir(path):
         path = os.path.dirname(path)

@@ -12,6 +12,8 @@ from converter.core.files.names import CARD, GENERATION_CONFIG, RECEIPT, TRAINER
 from converter.core.side_files import is_tokenizer_file, travels
 from converter.dialects.known import dialects
 from converter.errors import ConvertError
+from converter.families.megatron.names import is_megatron
+from converter.families.megatron.rows import EMBEDDING, OUTPUT
 from converter.text import fold, show
 
 if TYPE_CHECKING:
@@ -83,6 +85,8 @@ def _tags(case: Case) -> list[str]:
 
 def dialect(case: Case) -> str | None:
     """`LLaMA-Factory reward model (value_head.safetensors beside the weights)`; None where no head is known."""
+    if is_megatron(case.shapes) and _has_vocabulary(case):
+        return None
     try:
         found = detect(case.checkpoint)
     except ConvertError:
@@ -90,6 +94,12 @@ def dialect(case: Case) -> str | None:
     if found is None or found.dialect.head.kind == "none":
         return None
     return f"{found.dialect.name}: {found.reason}"
+
+
+def _has_vocabulary(case: Case) -> bool:
+    """True where the output layer of a model of Megatron's is an output embedding: a critic's has other rows."""
+    output, embedding = case.shapes.get(OUTPUT), case.shapes.get(EMBEDDING)
+    return output is not None and embedding is not None and output.shape == embedding.shape
 
 
 def normaliser(config: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,8 @@ defines the direction from disk to memory, by a list of patterns for each class 
 `memory_names.json` holds these lists; here they are applied to the names of a base's tensors as transformers applies
 them, and the result is inverted by looking it up. No pattern is ever run backwards.
 
-Tensors that are also fused, split or permuted on the way are known by name, so that an adapter on them can be refused.
+Tensors that are also joined, cut or permuted on the way are known by name: `rearranged` has their views, and an
+adapter on the rest is refused.
 
 Source: `WeightTransform.rename_source_key`, `rename_source_key` and `get_model_conversion_mapping`,
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/core_model_loading.py
@@ -62,6 +63,21 @@ def version() -> str:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What a load does to values beyond laying tensors end to end, or cutting them, along their rows.
+
+    Attributes:
+        dim: along which they are cut or laid end to end.
+        permute: the config's part that counts heads, and the targets that are permuted (no name: all of them).
+        count: the config's field that counts the tensors that are laid end to end.
+    """
+
+    dim: int = 0
+    permute: tuple[str, ...] = ()
+    count: str = ""
+
+
+@dataclass(frozen=True)
 class Transform:
     """One entry of the conversion mapping.
 
@@ -81,6 +97,7 @@ class Transform:
     operations: str = ""
     scope: str | None = None
     base: str = ""
+    change: Change = Change()
 
     def apply(self, name: str, met: set[int]) -> str | None:
         """The new name, or None where the pattern does not match; `met` remembers groups that have begun."""
@@ -127,9 +144,11 @@ def _rules(identifier: str) -> tuple[Transform, ...] | None:
 
 def _transform(row: list[Any]) -> Transform:
     kind, pattern, *rest = row
+    how: dict[str, Any] = rest.pop() if isinstance(rest[-1], dict) else {}
+    change = Change(how.get("dim", 0), tuple(how.get("permute", ())), how.get("count", ""))
     offset = rest.pop() if kind == "shift" else 0
     operations = rest.pop() if kind == "convert" else ""
-    return Transform(kind, re.compile(pattern), tuple(rest), offset, operations)
+    return Transform(kind, re.compile(pattern), tuple(rest), offset, operations, change=change)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Outputs on the Hub: `hf://owner/name` where a folder could be."""
+"""Outputs that are no folders: `hf://owner/name` on the Hub, `s3://bucket/folder` and its like in a store."""
 
 from __future__ import annotations
 
 from converter.errors import UsageError
+from converter.sources.store_names import is_in_store
 from converter.text import show
 
 SCHEME = "hf://"
@@ -13,6 +14,11 @@ STALE = "hub-stale-weights"
 def goes_to_hub(out: str | None) -> bool:
     """True for `hf://owner/name`; `owner/name` alone is a folder."""
     return out is not None and out.startswith(SCHEME)
+
+
+def is_remote(out: str | None) -> bool:
+    """True for an output that is on the Hub or in an object store, and no folder of this machine."""
+    return out is not None and (goes_to_hub(out) or is_in_store(out))
 
 
 def as_loaders_take_it(out: str) -> str:

@@ -43,6 +43,16 @@ def check(recipe: Recipe) -> None:
             raise wrong(recipe, keys, f"no step uses the input `{name}`")
 
 
+def config_will_do(recipe: Recipe) -> frozenset[str]:
+    """Inputs of which no step needs the weights for certain: a folder with the config alone is opened too."""
+    used: dict[str, bool] = {}
+    for index in range(len(recipe.steps)):
+        enough: frozenset[str] = getattr(_converter(recipe, index), "config_will_do", frozenset())
+        for field, name in _inputs_of(recipe, index):
+            used[name] = used.get(name, True) and field in enough
+    return frozenset(name for name, is_enough in used.items() if is_enough)
+
+
 def instantiate(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[Converter]:
     """The converters of a checked recipe, their inputs filled in with opened checkpoints."""
     return [_instantiate(recipe, index, checkpoints) for index in range(len(recipe.steps))]
@@ -129,6 +139,11 @@ def _filled(value: Any, hint: Any, checkpoints: Mapping[str, Checkpoint]) -> Any
 
 def _input_names(recipe: Recipe, index: int) -> Iterator[str]:
     """Names of the inputs that a step uses, each of them declared."""
+    return (name for _, name in _inputs_of(recipe, index))
+
+
+def _inputs_of(recipe: Recipe, index: int) -> Iterator[tuple[str, str]]:
+    """The fields of a step that name inputs, each with the name of one, which is declared."""
     kind = _converter(recipe, index)
     hints = get_type_hints(kind, include_extras=True)
     step = recipe.steps[index]
@@ -139,7 +154,7 @@ def _input_names(recipe: Recipe, index: int) -> Iterator[str]:
                 raise wrong(recipe, keys, f"no input is named `{show(used)}`", expected=", ".join(recipe.inputs))
             if used == SOURCE:
                 raise wrong(recipe, keys, f"`{SOURCE}` flows through the steps and can't be an input of one as well")
-            yield used
+            yield name, used
 
 
 def _names_in(value: Any, hint: Any) -> Iterator[str]:

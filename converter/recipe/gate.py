@@ -5,11 +5,13 @@ Every verb that writes passes here, before the first byte.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import TypeVar
 
 from converter.converters.adapters.whole import expect_loadable
 from converter.converters.heads.whole import MISSHAPEN, MISSING, Judgement, judge
+from converter.converters.merge.adapter_itself import inconsistency
 from converter.converters.merge.asked_modules import modules_missing
 from converter.converters.merge.merge_lora import MergeLora
 from converter.converters.merge.quantised.whole import expect_parts, found_in
@@ -47,6 +49,18 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
         context.note("info", FAMILY_UNKNOWN, found.unknown)
     for code in found.codes:
         context.consent(_refusal(code, found, checkpoint))
+
+
+def expect_consistent(adapter: Checkpoint, opened: Collection[Checkpoint], context: Context) -> None:
+    """Compare an adapter's tensors with its own config, and where no base is opened with each other.
+
+    Raises:
+        Refused: they contradict each other (`adapter-inconsistent`, `adapter-untargeted`), without consent.
+    """
+    is_alone = all(c.origin.kind != MODEL for c in opened)
+    if adapter.origin.kind == ADAPTER and (refused := inconsistency(adapter, alone=is_alone)) is not None:
+        refused.next = Command("doctor", (as_argument(adapter.origin.asked),))
+        context.consent(refused)
 
 
 def expect_whole_adapter(adapter: Checkpoint, base: Checkpoint, context: Context) -> None:
@@ -147,8 +161,10 @@ def _refusal(code: str, found: Judgement, checkpoint: Checkpoint) -> Refused:
     source = as_argument(asked)
     doctor = Command("doctor", (source,))
     fill = Command("repair", (source, "OUT", "--base", "BASE"))
-    is_hole = code == MISSING and not found.prefix
+    is_folder = checkpoint.origin.stored_format in ("safetensors", "torch")  # repair is for those, not for shards
+    is_hole = code == MISSING and not found.prefix and is_folder
     expected = None
+    found = found if is_folder else dataclasses.replace(found, slices=None)
     if code == MISSHAPEN and found.slices is not None:
         expected = f"all {found.slices.ranks} ranks' files, gathered"
     return Refused(code, found.words(code), where=show(asked), expected=expected, next=fill if is_hole else doctor)

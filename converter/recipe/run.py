@@ -18,8 +18,8 @@ from converter.core.writer.accounting import unaccounted
 from converter.core.writer.plan import Plan, make_plan
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
-from converter.recipe.fields import check, instantiate
-from converter.recipe.gate import expect_adapter_fits, expect_whole, expect_whole_adapter
+from converter.recipe.fields import check, config_will_do, instantiate
+from converter.recipe.gate import expect_adapter_fits, expect_consistent, expect_whole, expect_whole_adapter
 from converter.recipe.recipe import SOURCE, Recipe
 from converter.sources.opening import compare_base, open_checkpoint, open_recorded_base
 from converter.text import fold, show
@@ -75,6 +75,8 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
                 expect_whole(each, context)
         checkpoint = converter(checkpoint, context)
     for name, other in opened.items():
+        if not recipe.inputs[name].broken:
+            expect_consistent(other, list(opened.values()), context)
         if name != SOURCE:
             expect_whole_adapter(other, opened[SOURCE], context)
     if checkpoint.origin.kind == TRAINING:
@@ -153,14 +155,16 @@ def refuse_no_op(prepared: Prepared, measures: Mapping[str, Mapping[str, float]]
 def open_inputs(recipe: Recipe, *, token: str | None, keep_code: bool) -> dict[str, Checkpoint]:
     """Every input as a checkpoint; those that an adapter records come after the adapters."""
     opened: dict[str, Checkpoint] = {}
+    configs = config_will_do(recipe)
     for name, spec in sorted(recipe.inputs.items(), key=lambda item: item[1].base_of is not None):
         if spec.base_of is None:
-            opened[name] = open_checkpoint(spec, token=token, keep_code=keep_code)
+            opened[name] = open_checkpoint(spec, token=token, keep_code=keep_code, config_alone=name in configs)
         else:
             if spec.base_of not in opened:
                 what = f"`{show(name)}` is the base of `{show(spec.base_of)}`, which is a base itself"
                 raise UsageError("recipe", what, where=recipe.file, expected="the name of an adapter's input")
-            opened[name] = open_recorded_base(opened[spec.base_of], keep_code=keep_code)
+            adapter = opened[spec.base_of]
+            opened[name] = open_recorded_base(adapter, keep_code=keep_code, config_alone=name in configs)
     return {name: opened[name] for name in recipe.inputs}
 
 

@@ -158,6 +158,7 @@ def nothing_in(path: Path, asked: str) -> UsageError:
     if inside:
         runs = sorted(inside, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
         listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in runs[-8:])
+        listed += f", and {len(runs) - 8} more" if len(runs) > 8 else ""
         is_run = any(_RUN_CHECKPOINT.fullmatch(p.name) for p in runs)
         many = "one checkpoint; name that" if len(runs) == 1 else f"{len(runs)} checkpoints; name one of them"
         what = f"a run folder with {many}" if is_run else "name the folder inside it"

@@ -64,6 +64,7 @@ def resolve(
     allow_download: bool = True,
     in_parts: bool = False,
     whole: bool = False,
+    config_alone: bool = False,
 ) -> Located:
     """The folder that `text` means.
 
@@ -73,6 +74,7 @@ def resolve(
 
     Args:
         in_parts: what is not in the cache is read from the Hub where it is needed, and the cache stays as it is.
+        config_alone: a config in the cache will do where downloads are off.
         whole: every file of the repository may be wanted, as of a run's folder: the cache serves if it has them all.
 
     Raises:
@@ -92,7 +94,7 @@ def resolve(
         at = named.revision or revision
         if named.folder:
             return _folder_on_hub(named.repo_id, named.folder, at, token, in_parts)
-        return _on_hub(named.repo_id, at, token, allow_download, in_parts, whole)
+        return _on_hub(named.repo_id, at, token, allow_download, in_parts, whole, config_alone)
     path = _path_of(text)
     if text and path.is_dir():
         return _local(path, revision, asked_for=allow_download)
@@ -103,7 +105,7 @@ def resolve(
         # Where the folder is here that would hold it, this is a mistyped path, not a model of the Hub.
         is_hub_id = _REPO_ID.fullmatch(text) is not None and not path.parent.is_dir()
         if is_hub_id or _cached(text, revision) is not None:
-            return _on_hub(text, revision, token, allow_download, in_parts, whole)
+            return _on_hub(text, revision, token, allow_download, in_parts, whole, config_alone)
     raise _missing(path, text)
 
 
@@ -122,7 +124,13 @@ def _in_store(place: StoreName, allow_download: bool) -> Located:
 
 
 def _on_hub(
-    repo_id: str, revision: str | None, token: str | None, allow_download: bool, in_parts: bool, whole: bool
+    repo_id: str,
+    revision: str | None,
+    token: str | None,
+    allow_download: bool,
+    in_parts: bool,
+    whole: bool,
+    config_alone: bool,
 ) -> Located:
     """A repository: in the cache and whole there, else in parts, else downloaded."""
     cached = _cached(repo_id, revision)
@@ -133,6 +141,8 @@ def _on_hub(
         return cached
     if in_parts and not _offline():
         return _in_parts(repo_id, cached.revision if cached is not None else revision, token)
+    if cached is not None and config_alone and MODEL_CONFIG in file_names(cached.path):
+        return cached
     if cached is not None:
         return _complete(cached, missing, token, allow_download)
     return _download(repo_id, revision, token, allow_download)

@@ -24,6 +24,8 @@ METADATA, MANIFEST, COMMON = ".metadata", "metadata.json", "common.pt"
 RANK_FILE = "model_optim_rng.pt"
 """A rank's model in the old format."""
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3}))?(?:_(\d{3}))?", re.ASCII)
+_ITERATION = re.compile(r"iter_\d{7}", re.ASCII)
+"""Folders that only Megatron's runs have, whatever is missing in them."""
 _READ = "torch_dist"
 _MAX_MANIFEST = 1_000_000
 
@@ -38,7 +40,9 @@ def kind_here(root: Path) -> Kind | None:
         backend = backend_of(root)
         if backend is not None:
             return "torch_dist" if backend == _READ else "other"
-    if COMMON in names and METADATA in names | {METADATA if _has_pieces(names) else ""}:
+    if _has_pieces(names) and (COMMON in names or _ITERATION.fullmatch(root.name)):
+        return "unfinished"
+    if COMMON in names and METADATA in names:
         return "unfinished"
     return "legacy" if rank_folders(root) else None
 

@@ -50,8 +50,13 @@ class InputSpec:
         return {k: v for k, v in named.items() if v is not None}
 
 
-def open_checkpoint(spec: InputSpec, *, token: str | None, keep_code: bool, download: bool = True) -> Checkpoint:
+def open_checkpoint(
+    spec: InputSpec, *, token: str | None, keep_code: bool, download: bool = True, config_alone: bool = False
+) -> Checkpoint:
     """The checkpoint in a folder, in the Hub's cache or on the Hub.
+
+    Args:
+        config_alone: a model's config without any weights will do; it is a checkpoint without tensors.
 
     Raises:
         UsageError: nothing of that name, nothing that can be converted, or several checkpoints (`several-checkpoints`).
@@ -60,7 +65,15 @@ def open_checkpoint(spec: InputSpec, *, token: str | None, keep_code: bool, down
     from converter.sources.locate import resolve
 
     assert spec.path is not None
-    found = resolve(spec.path, revision=spec.revision, token=token, allow_download=download, in_parts=download)
+    found = resolve(
+        spec.path, revision=spec.revision, token=token, allow_download=download, in_parts=download,
+        config_alone=config_alone,
+    )  # fmt: skip
+    if config_alone:
+        from converter.sources.hf.config_alone import holds_config_alone, open_config
+
+        if kind_of(found.path) == "hf" and holds_config_alone(found.path):
+            return open_config(found.path, asked=spec.path, revision=found.revision, keep_code=keep_code)
     for source in sources().values():
         if source.detect(found.path):
             opens = _opener(source, spec)
@@ -102,8 +115,11 @@ def _expect_model(spec: InputSpec) -> None:
         raise Refused("path-missing", f"{show(spec.path)} is not a model")
 
 
-def open_recorded_base(adapter: Checkpoint, *, keep_code: bool) -> Checkpoint:
+def open_recorded_base(adapter: Checkpoint, *, keep_code: bool, config_alone: bool = False) -> Checkpoint:
     """The base model that an adapter's config names: a local folder or an entry of the Hub's cache.
+
+    Args:
+        config_alone: see `open_checkpoint`.
 
     Raises:
         UsageError: it names none (`base-unknown`).
@@ -112,7 +128,7 @@ def open_recorded_base(adapter: Checkpoint, *, keep_code: bool) -> Checkpoint:
     spec = recorded_base(adapter)
     try:
         _expect_model(spec)
-        return open_checkpoint(spec, token=None, keep_code=keep_code, download=False)
+        return open_checkpoint(spec, token=None, keep_code=keep_code, download=False, config_alone=config_alone)
     except ConvertError as error:
         if error.code not in ("path-missing", "hub-not-cached"):
             raise

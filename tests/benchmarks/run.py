@@ -8,6 +8,7 @@ hold where the machine's speed drifts. PY is a Python with deepspeed; without on
 
     merge        an all-linear adapter, r=16, into a bf16 model; the peer is PEFT's merge_and_unload
     gather-S-N   a ZeRO-S run of N ranks, 388 MB of fp32 masters, `--master`; the peer is DeepSpeed's zero_to_fp32
+    gather-large the same of stage 3 and 8 ranks with 6.3 GB; no peer, which would hold it in memory
     rm-to-critic, fresh-head, reshard, cast, doctor: of the same model; no peer does the same work
 
 Cases and sizes are listed by --help. The disk needs four times the model.
@@ -111,6 +112,11 @@ def cases(scratch: Path, size: str, peer_python: str | None) -> dict[str, Case]:
             found[f"gather-{stage}-{ranks}"] = Case(
                 name, make, (*PROGRAM, "gather", run, out, "--master"), peer, is_equal=True
             )
+    run = scratch / "zero-large"
+    shape = ("--stage", "3", "--ranks", "8", "--layers", "28", "--hidden", "2048", "--vocab", "64000")
+    found["gather-large"] = Case(
+        run.name, (sys.executable, ZERO, run, *shape), (*PROGRAM, "gather", run, out, "--master")
+    )
     return found
 
 

@@ -106,7 +106,8 @@ FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq-marlin": ("gptq", {"quant_method": "gptq", "bits": 4, "group_size": 16, "checkpoint_format": "marlin"}),
     "gptq-dynamic": ("gptq", {"quant_method": "gptq", "bits": 4, "group_size": 16, "dynamic": {"-:x": {}}}),
     "awq-gemv": ("awq", {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemv"}),
-    "nvfp4": ("packed", {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}),
+    "mxfp6": ("packed", {"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"}),
+    "modelopt": ("fp8-channel", {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
     "rotated": (
         "packed", {"quant_method": "compressed-tensors", "format": "pack-quantized", "transform_config": {"a": 1}},
     ),

@@ -176,6 +176,7 @@ def test_where_the_head_is_lost_the_same_command_finishes_on_another_cluster(
     (tmp_path / "recipe.yaml").write_text(RECIPE % model)
     first = started()
     command = [sys.executable, "-m", "converter", "run", "recipe.yaml", "out", "--executor", "ray", "-j", "1"]
+    command += ["--allow", "tensors-missing", "--allow", "tensors-unexpected"]
     process = subprocess.Popen(
         [*command, "--ray-address", first.address], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )

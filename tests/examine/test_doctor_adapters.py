@@ -147,12 +147,12 @@ def test_an_adapter_of_another_base_is_an_error_where_the_base_is_at_hand(base: 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_layers_that_the_adapter_should_cover_and_does_not_change_numbers(base: Path, tmp_path: Path) -> None:
+def test_layers_that_the_adapter_should_cover_and_does_not_are_an_error(base: Path, tmp_path: Path) -> None:
     folder = adapter_of(base, tmp_path / "adapter", task="CAUSAL_LM")
     save_file(
         {n: t for n, t in load_file(folder / WEIGHTS).items() if "layers.1." not in n}, folder / WEIGHTS, metadata=PT
     )
-    assert codes(folder) == {"adapter-targets-missing": "changes-numbers"}
+    assert codes(folder) == {"adapter-targets-missing": "error"}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -30,7 +30,7 @@ def test_a_config_of_another_model_is_an_error(tmp_path: Path, field: str, value
     assert done.code == 1, done.out
     assert "megatron-config" in done.out
     assert said in done.text
-    assert "--base BASE" in done.text
+    assert f"gather {folder} {folder}-gathered with --base and the folder" in done.text
 
 
 def test_a_rank_s_file_that_is_a_copy_of_another_s_is_refused(tmp_path: Path) -> None:

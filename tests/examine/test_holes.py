@@ -8,9 +8,9 @@ from healthy.models import MODELS
 from holes import MERGED_HERE, Outcome, Sound, adapter_case, model_case, model_cases
 
 SEED = 20_000
-EVERY, USUAL, BATCHES = 400, 150, 5
-"""Cases over models: each of the models at least once in the usual run."""
-ADAPTER_EVERY, ADAPTER_USUAL = 20, 8
+EVERY, USUAL, BATCHES = 2_000, 400, 10
+"""Cases over models: each of the models in the usual run, which has five hundred cases with those of adapters."""
+ADAPTER_EVERY, ADAPTER_USUAL = 100, 20
 """Cases over each adapter."""
 
 

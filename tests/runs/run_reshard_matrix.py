@@ -81,7 +81,7 @@ def run_jobs(python: str, out: Path, ranks: int, jobs: list[dict[str, Any]]) -> 
 def is_done(job: dict[str, Any]) -> bool:
     """Whether a job has left what it found, or why it found nothing."""
     if job["do"] == "save":
-        return (Path(job["run"]) / "losses.json").is_file()
+        return any((Path(job["run"]) / name).is_file() for name in ("losses.json", "error.txt"))
     return any((Path(job["out"]) / name).is_file() for name in ("resumed.json", "error.txt"))
 
 

@@ -267,3 +267,14 @@ def test_a_schedule_that_names_foreign_code_is_refused(place: Path) -> None:
     run = copy(place, "lora-z3-n2")
     torch.save({"hook": Path.unlink}, run / "scheduler.pt")
     assert isinstance(refused(run, "pickle-names"), Refused)
+
+
+def test_files_that_are_no_archives_become_archives(place: Path) -> None:
+    """DeepSpeed writes torch's older form where `checkpoint_serialization` is off."""
+    run = copy(place, "reward-z2-n2")
+    file = tag(run) / "mp_rank_00_model_states.pt"
+    state = loaded(file)
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    out = resharded(run, place / "out", 3)
+    assert faults(out) == []
+    assert loaded(tag(out) / file.name)["module"].keys() == state["module"].keys()

@@ -149,6 +149,46 @@ def fp8_channel(name: str, weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
     return {name: codes, f"{module}.weight_scale": scale}, whole
 
 
+def _e2m1(held: torch.Tensor) -> torch.Tensor:
+    """The nearest code of each value."""
+    table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    return (held.abs()[..., None] - table).abs().argmin(-1) + 8 * held.signbit().long()
+
+
+def _pairs(codes: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    flat = codes.view(shape[0], -1, 2)
+    return (flat[..., 0] + 16 * flat[..., 1]).to(torch.uint8)
+
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def nvfp4(name: str, weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+    held = weight.float().view(weight.shape[0], -1, 16)
+    whole = 448 * 6 / weight.float().abs().max().view(1)
+    scales = (held.abs().amax(-1) / 6 * whole).to(torch.float8_e4m3fn)
+    spread = (scales.float() / whole)[..., None]
+    codes = _e2m1(held / spread)
+    module = name.removesuffix(".weight")
+    parts = {
+        f"{module}.weight_packed": _pairs(codes, weight.shape), f"{module}.weight_scale": scales,
+        f"{module}.weight_global_scale": whole, f"{module}.input_global_scale": torch.ones(1),
+    }  # fmt: skip
+    return parts, (E2M1[codes] * spread).view(weight.shape).to(torch.bfloat16).to(weight.dtype)
+
+
+def mxfp4_rows(name: str, weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+    held = weight.float().view(weight.shape[0], -1, 32)
+    exponents = (held.abs().amax(-1) / 6).log2().ceil()
+    codes = _e2m1(held / torch.exp2(exponents)[..., None])
+    module = name.removesuffix(".weight")
+    parts = {
+        f"{module}.weight_packed": _pairs(codes, weight.shape),
+        f"{module}.weight_scale": (exponents + 127).to(torch.uint8),
+    }
+    return parts, (E2M1[codes] * torch.exp2(exponents)[..., None]).view(weight.shape).to(weight.dtype)
+
+
 def _compressed(form: str, **weights: Any) -> dict[str, Any]:
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
@@ -171,6 +211,8 @@ KINDS = {
     "gptq": Kind(gptq, {"quant_method": "gptq", "bits": 4, "group_size": 16, "checkpoint_format": "gptq"}),
     "awq": Kind(awq, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}),
     "packed": Kind(packed, _compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=16)),
+    "nvfp4": Kind(nvfp4, _compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group")),
+    "mxfp4-rows": Kind(mxfp4_rows, _compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group")),
     "fp8-channel": Kind(fp8_channel, _compressed("float-quantized", num_bits=8, type="float", strategy="channel")),
 }
 

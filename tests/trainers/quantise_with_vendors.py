@@ -71,9 +71,9 @@ def bitsandbytes() -> None:
 def compressed_tensors() -> None:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-    def quantise(case: str, form: str, scale_dtype: torch.dtype, shape: tuple[int, int], **weights: Any) -> None:
+    def quantise(case: str, form: str, scales: torch.dtype, shape: tuple[int, int], **weights: Any) -> None:
         args = QuantizationArgs(**weights)
         weight = drawn(*shape, seed=len(TENSORS)).to(torch.bfloat16)
         rows, columns = shape
@@ -81,15 +81,19 @@ def compressed_tensors() -> None:
             grouped, grid = weight.reshape(1, -1), (1,)
         elif args.strategy == "channel":
             grouped, grid = weight, (rows, 1)
-        elif args.strategy == "group":
+        elif args.strategy in ("group", "tensor_group"):
             grouped, grid = weight.reshape(-1, args.group_size), (rows, columns // args.group_size)
         else:
             high, wide = args.block_structure
             grid = (rows // high, columns // wide)
             grouped = weight.view(grid[0], high, grid[1], wide).transpose(1, 2).reshape(grid[0] * grid[1], -1)
-        scale, zero = calculate_qparams(grouped.amin(1), grouped.amax(1), args)
+        over = (
+            {"global_scale": generate_gparam(weight.amin(), weight.amax())} if args.strategy == "tensor_group" else {}
+        )
+        scale, zero = calculate_qparams(grouped.amin(1), grouped.amax(1), args, **over)
         scheme = QuantizationScheme(targets=["Linear"], weights=args)
-        state = {"weight": weight, "weight_scale": scale.to(scale_dtype).reshape(grid)}
+        state = {"weight": weight, "weight_scale": scale.to(scales).reshape(grid)}
+        state |= {f"weight_{name}": value for name, value in over.items()}
         if not args.symmetric:
             state["weight_zero_point"] = zero.reshape(grid)
         compressor = BaseCompressor.get_value_from_registry(form)
@@ -108,6 +112,12 @@ def compressed_tensors() -> None:
         quantise(
             f"fp8-block-{name}", "float-quantized", dtype, (32, 32), strategy="block", block_structure=[16, 16], **fp8
         )
+    fp4 = {"num_bits": 4, "type": "float", "symmetric": True}
+    for rows in (5, 16):
+        form, more = "nvfp4-pack-quantized", {"scale_dtype": "torch.float8_e4m3fn", "group_size": 16}
+        quantise(f"nvfp4-{rows}", form, fp32, (rows, 48), strategy="tensor_group", **fp4, **more)
+        form, more = "mxfp4-pack-quantized", {"scale_dtype": "torch.uint8", "group_size": 32}
+        quantise(f"mxfp4-{rows}", form, bf16, (rows, 96), strategy="group", **fp4, **more)
     for symmetric in (True, False):
         sign = "sym" if symmetric else "asym"
         own = {"type": "int", "symmetric": symmetric}

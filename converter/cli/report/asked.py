@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from converter.errors import UsageError
-from converter.publish.outputs import goes_to_hub
+from converter.publish.outputs import is_remote
 from converter.text import show
 
 SUFFIXES = (".html", ".png")
@@ -26,7 +26,7 @@ def expect_report(report: str | None, out: str | None = None) -> None:
         raise UsageError("report", f"--report {show(report)}", expected="a file that ends with .html or .png")
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError("report", f"--report {show(report)}: there is no folder to write it to, or it is one itself")
-    if out is not None and not goes_to_hub(out):
+    if out is not None and not is_remote(out):
         place, inside = os.path.realpath(Path(out).expanduser()), os.path.realpath(path)
         if inside == place or inside.startswith(place + os.sep):
             what = "the report would lie in the output, whose receipt names every file"

@@ -12,7 +12,7 @@ from converter.cli.options import Conversion as Flags
 from converter.cli.progress import progress
 from converter.cli.report.asked import expect_report
 from converter.cli.report.writing import write_report
-from converter.cli.run.hub import check_push, finish_on_hub, hub_lines, push_written, with_command
+from converter.cli.run.hub import check_push, finish_in_store, finish_on_hub, hub_lines, push_written, with_command
 from converter.cli.run.planned import (
     dry_run,
     finish,
@@ -25,7 +25,7 @@ from converter.cli.run.planned import (
 )
 from converter.diagnostic import Next
 from converter.errors import Interrupted, Refused, UsageError
-from converter.publish.outputs import goes_to_hub
+from converter.publish.outputs import goes_to_hub, is_remote
 from converter.recipe.verbs.conversion import SUFFIX, Conversion
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def convert(
         raise missing_output()
     if goes_to_hub(out) and not options.dry_run and options.push_to_hub is not None:
         raise UsageError("usage", f"{out} is on the Hub already; leave --push-to-hub out")
+    if is_remote(out) and not options.dry_run and options.push_to_hub is not None:
+        raise UsageError("usage", f"{out} is no folder of this machine; leave --push-to-hub out, or write to hf://")
     check_push(options)
     done = written(verb, out, options, input_lines=input_lines)
     if isinstance(done, Conversion):
@@ -112,7 +114,7 @@ def running(out: str | None, options: Flags) -> Iterator[Reporter]:
     except Refused as error:
         raise with_command(error, out or "") from error.__cause__
     except KeyboardInterrupt as stop:
-        if out is None or goes_to_hub(out) or options.dry_run:
+        if out is None or is_remote(out) or options.dry_run:
             raise
         number = stop.args[0] if stop.args else signal.SIGINT
         raise Interrupted(number, f"interrupted, nothing published: {_kept(out)}") from None
@@ -135,6 +137,8 @@ def _finish(done: Conversion, options: Flags, next_commands: Callable[[Any], Seq
         dry_run(done, options.sink)
     elif done.published is not None:
         finish_on_hub(done, options.sink, next_commands(done))
+    elif done.stored is not None:
+        finish_in_store(done, options.sink)
     elif done.adapter is not None:
         finish_both(done, options.sink, next_commands)
     else:

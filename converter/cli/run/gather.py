@@ -51,8 +51,8 @@ def expect_one_use(options: Flags) -> None:
         what = "two outputs are two recipes"
         raise UsageError("usage", what, expected="--print-recipe with --emit merged, or with --emit adapter")
     if options.push_to_hub is not None:
-        what = "two outputs are two repositories"
-        raise UsageError("usage", what, expected="--emit merged or --emit adapter, once for each repository")
+        what = "two outputs are two places"
+        raise UsageError("usage", what, expected="--emit merged or --emit adapter, once for each place")
 
 
 def input_lines(planned: Gathered) -> list[str]:

@@ -1,4 +1,4 @@
-"""OUT on the Hub: `hf://owner/name` where a folder could be, and `--push-to-hub` after one was written."""
+"""OUT on the Hub or in an object store, where a folder could be, and `--push-to-hub` after one was written."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from converter.diagnostic import Command, Next, Steps, as_argument
 from converter.errors import Refused
 from converter.publish.outputs import SCHEME
 from converter.sources.hub.secrets import words_without_token
-from converter.text import show
+from converter.sources.store_names import is_in_store
+from converter.text import format_size, show
 
 if TYPE_CHECKING:
     from converter.cli.sink import Sink
-    from converter.publish.write import Published
+    from converter.core.writer.write import Receipt
     from converter.recipe.verbs.conversion import Conversion
 
 
@@ -25,7 +26,8 @@ def hub_lines(planned: Conversion) -> list[str]:
     """Where an output on the Hub goes."""
     where = planned.destination
     if where is None:
-        return []
+        is_stored = planned.out is not None and is_in_store(planned.out)
+        return [line("to", f"{show(planned.out or '')}; one file at a time on this disk")] if is_stored else []
     how = "public" if where.public else "private, if it is new"
     return [line("to", f"{show(where.repo_id)} ({how}), as {show(planned.account)}; one file at a time on this disk")]
 
@@ -38,7 +40,7 @@ def finish_on_hub(written: Conversion, sink: Sink, commands: Sequence[Next]) -> 
     copied = f", {len(done.copied)} copied there from the source" if done.copied else ""
     sink.screen(
         [
-            *_checked(done, verified=written.options.verify),
+            *_checked(done.receipt, verified=written.options.verify),
             *update_lines(receipt.measures, plan),
             *source_lines(),
             line("pushed", f"{done.pushed.url}  {max(sent, 0)} files sent{copied}"),
@@ -59,11 +61,36 @@ def finish_on_hub(written: Conversion, sink: Sink, commands: Sequence[Next]) -> 
     )
 
 
-def _checked(done: Published, *, verified: bool) -> list[str]:
+def finish_in_store(written: Conversion, sink: Sink) -> None:
+    """The screen's last lines of an output in an object store; no loader reads one there, so that none is printed."""
+    done, commands = written.stored, [Command("inspect", (as_argument(str(written.out)),))]
+    assert done is not None
+    sink.screen(
+        [
+            *_checked(done.receipt, verified=written.options.verify),
+            *update_lines(done.receipt.measures, written.plan),
+            *source_lines(),
+            line("wrote", f"{show(str(done.place))}  {len(done.names)} objects, {format_size(done.bytes)}"),
+            *next_lines(commands),
+        ]
+    )
+    sink.json(
+        {
+            "out": written.out,
+            "sent": list(done.names),
+            "receipt": dict(done.receipt.content),
+            "notes": notes_json(written),
+            "seconds": round(done.receipt.seconds, 3),
+            "next": list(map(str, commands)),
+        }
+    )
+
+
+def _checked(receipt: Receipt, *, verified: bool) -> list[str]:
     """What was checked here; files that the Hub copied were never here."""
-    if verified and not done.receipt.reread:
+    if verified and not receipt.reread:
         return []
-    return [checked_line(done.receipt.reread, done.receipt.recomputed, done.receipt.measures)]
+    return [checked_line(receipt.reread, receipt.recomputed, receipt.measures)]
 
 
 def check_push(options: Flags) -> None:

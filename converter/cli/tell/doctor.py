@@ -103,6 +103,11 @@ def _title(case: Case) -> list[str]:
     ]
     if case.base is not None:
         lines.append(line("base", f"{show(case.base.asked)}, at hand"))
+    elif case.adapter_config:
+        recorded = case.adapter_config.get("base_model_name_or_path")
+        is_named = isinstance(recorded, str) and bool(recorded)
+        what = f"{show(recorded)}, neither here nor in the Hub's cache" if is_named else "not recorded"
+        lines.append(line("base", f"{what}; --base names it, and doctor compares"))
     return lines
 
 

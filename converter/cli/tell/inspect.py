@@ -286,7 +286,8 @@ def _next(found: Inspection) -> list[Next]:
     if found.report.is_for_others():
         return []
     if found.is_training:
-        return [Command("gather", (path, new_name(path, "gathered")))]
+        told: list[Next] = [f.next for f in found.findings if f.code == "training-state" and f.next]
+        return told or [Command("gather", (path, new_name(path, "gathered")))]
     # A head that only its own trainer finds: no other command moves it to where others look.
     steps: list[Next] = [f.next for f in found.findings if f.code == "head-dialect" and f.next]
     if found.is_adapter:

@@ -59,6 +59,7 @@ class Gather:
     """
 
     name: ClassVar[str] = "gather"
+    config_will_do: ClassVar[frozenset[str]] = frozenset({"base"})
 
     emit: Literal["auto", "adapter", "merged", "state"] = "auto"
     base: Input | None = None
@@ -150,7 +151,7 @@ def _model(checkpoint: Checkpoint, inner: Unwrapped, base: Checkpoint | None, co
     if inner.part == "value":
         found = for_value_model(found, base, context)
     if is_megatron(found.tensors):
-        found = from_megatron(found, context)
+        found = from_megatron(found, context, base)
     found = from_trainer_names(from_pipeline(from_autoep(found, context), context), context)
     expect_known_ends(found)
     if not inner.is_raw:
@@ -338,6 +339,13 @@ class _Lora:
                 "the checkpoint was saved without the frozen weights: the model needs its base",
                 where=self.where,
                 next=_with(self.source.origin.asked, "--base", "BASE"),
+            )
+        if not own and base is not None and not base.tensors:
+            raise Refused(
+                "weights-missing",
+                "the checkpoint was saved without the frozen weights, and the base has a config and no weights",
+                where=show(base.origin.asked),
+                next=Steps(_with(self.source.origin.asked, "--base", "BASE"), ", a folder with its weights"),
             )
         adapter = self.adapter(None if own else base, alone=not own)
         under = base if not own and base is not None else self._own_base(base)

@@ -6,6 +6,7 @@ are refused. An output layer with fewer rows than the vocabulary is the head of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,12 +20,33 @@ from converter.errors import Refused
 from converter.families.megatron.formulas import SizeError, Sizes, sizes_of
 from converter.families.megatron.names import ARGUMENTS_FILE, Value, layer_count, placed
 from converter.families.megatron.next_tokens import MTP, after_the_last, count, with_copies
-from converter.families.megatron.rows import EMBEDDING, OUTPUT, OUTPUT_BIAS, ROWS, ZERO_CENTRED
+from converter.families.megatron.rows import EMBEDDING, NOT_READ, OUTPUT, OUTPUT_BIAS, ROWS, ZERO_CENTRED
+from converter.families.ties import is_tied
 from converter.text import fold, show
 
 
-def from_megatron(found: Checkpoint, context: Context) -> Checkpoint:
+def from_megatron(found: Checkpoint, context: Context, base: Checkpoint | None = None) -> Checkpoint:
     """The model under transformers' names; a critic or reward model as a classifier with one label a row.
+
+    Args:
+        base: whose config is gone by where the one beside the shards is of another model.
+
+    Raises:
+        Refused: see `_converted`.
+    """
+    try:
+        return _converted(found, context)
+    except Refused as error:
+        if error.code != "megatron-config" or base is None or base.config == found.config:
+            raise
+        made = _converted(found.replace(config=base.config, config_bytes=base.config_bytes), context)
+        text = f"the config.json beside the shards is of another model, and the base's is gone by ({error.what})"
+        context.note("info", "found", text)
+        return made
+
+
+def _converted(found: Checkpoint, context: Context) -> Checkpoint:
+    """The model by the config that it has.
 
     Raises:
         Refused: the family is not in the table (`megatron-family`), keys are not (`megatron-keys`), config.json is of
@@ -33,10 +55,11 @@ def from_megatron(found: Checkpoint, context: Context) -> Checkpoint:
     where = show(found.origin.asked)
     rows = ROWS.get(str(found.config.get("model_type")))
     if rows is None:
+        kind = found.config.get("model_type")
+        reason = f": {NOT_READ[str(kind)]}" if str(kind) in NOT_READ else ""
         raise Refused(
             "megatron-family",
-            f"which of its tensors Megatron's are is not known for the model type "
-            f"{show(found.config.get('model_type'))}",
+            f"which of its tensors Megatron's are is not known for the model type {show(kind)}{reason}",
             where=where,
             expected=", ".join(sorted(ROWS)),
             next="export it with the trainer that wrote it, or with Megatron-Bridge (AutoBridge.export_ckpt)",
@@ -143,6 +166,8 @@ def _expect_same_model(found: Checkpoint, sizes: Sizes, arguments: Mapping[str, 
     wrong = [f"{words} {have}, and config.json {said}" for words, have, said in _differences(found, sizes, arguments)]
     if wrong:
         raise _other_config(found, wrong)
+    _expect_output(found)
+    _expect_same_numbers(found, arguments, context)
     embedding = found.tensors.get(EMBEDDING)
     step, ranks = arguments.get("make_vocab_size_divisible_by"), arguments.get("tensor_model_parallel_size")
     if embedding is not None and isinstance(step, int) and isinstance(ranks, int):
@@ -180,6 +205,7 @@ def _differences(found: Checkpoint, sizes: Sizes, arguments: Mapping[str, Value]
     is_latent = arguments.get("multi_latent_attention") is True
     is_grouped = arguments.get("group_query_attention") is not False
     experts = next((config[k] for k in ("n_routed_experts", "num_local_experts", "num_experts") if config.get(k)), None)
+    width = config.get("moe_intermediate_size") or config.get("intermediate_size")
     implied = {
         "num_layers": sizes.layers,
         "hidden_size": config["hidden_size"],
@@ -188,12 +214,59 @@ def _differences(found: Checkpoint, sizes: Sizes, arguments: Mapping[str, Value]
         "kv_channels": None if is_latent else sizes.head,
         "ffn_hidden_size": config.get("intermediate_size"),
         "num_experts": experts,
+        "moe_ffn_hidden_size": width if experts else None,
+        **({ours: config.get(theirs) for ours, theirs in _LATENT.items()} if is_latent else {}),
     }
     for key, said in implied.items():
         have = arguments.get(key)
         if type(have) is int and type(said) is int:
             pairs.append((f"the training script's {key} is", have, said))
     return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+_LATENT = {
+    "q_lora_rank": "q_lora_rank", "kv_lora_rank": "kv_lora_rank", "qk_head_dim": "qk_nope_head_dim",
+    "qk_pos_emb_head_dim": "qk_rope_head_dim", "v_head_dim": "v_head_dim",
+}  # fmt: skip
+
+
+def _expect_same_numbers(found: Checkpoint, arguments: Mapping[str, Value], context: Context) -> None:
+    """Go on where what a model computes with beside its weights is the same, or the user says so.
+
+    Raises:
+        Refused: positions or norms are of other numbers than config.json says (`megatron-config`).
+    """
+    config = found.config
+    rope = config.get("rope_parameters")
+    rope = rope if isinstance(rope, Mapping) else {}
+    implied = {
+        "rotary_base": rope.get("rope_theta", config.get("rope_theta")),
+        "norm_epsilon": config.get("rms_norm_eps"),
+    }
+    wrong = []
+    for key, said in implied.items():
+        have = arguments.get(key)
+        is_used = key != "rotary_base" or arguments.get("position_embedding_type") in (None, "rope", "yarn")
+        if is_used and _is_number(have) and _is_number(said) and not math.isclose(float(have), float(said)):  # type: ignore[arg-type]
+            wrong.append(f"the training script's {key} is {have}, and config.json {said}")
+    if wrong:
+        error = _other_config(found, wrong)
+        error.consent = True
+        context.consent(error)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _expect_output(found: Checkpoint) -> None:
+    """Go on where the output embedding is there, or config.json says that it is the embedding.
+
+    Raises:
+        Refused: config.json does not tie the two, and there is one alone (`megatron-config`).
+    """
+    if OUTPUT not in found.tensors and EMBEDDING in found.tensors and not is_tied(found.config):
+        raise _other_config(found, [f"there is no {OUTPUT}, as of tied embeddings, and config.json does not tie them"])
 
 
 def _other_config(found: Checkpoint, wrong: list[str]) -> Refused:

@@ -115,11 +115,11 @@ def no_head(checkpoint: Checkpoint, adapter: Checkpoint | None) -> Refused:
         "head-missing",
         f"{held}: the trainer would begin with a random one, and at most warn",
         where=show(source.origin.asked),
-        expected="a score, value_head or v_head among the weights, or value_head.safetensors beside them; Nemotron's "
-        "reward models have theirs in lm_head (--from lm-head-row0)",
+        expected="a score, value_head or v_head among the weights, or value_head.safetensors beside them"
+        + ("" if adapter else "; Nemotron's reward models have theirs in lm_head (--from lm-head-row0)"),
         next=Steps(
-            _OF_THE_RUN,
-            ", the run's DeepSpeed folder, or another checkpoint of it; for a fresh critic ",
+            "look for the head in the run's shards (global_step*), which `gather` reads, or in another checkpoint of "
+            "the run; for a fresh critic, never a reward model, ",
             Again(("--init-head", "zeros")),
             ", or --init-head normal --seed 0",
         ),

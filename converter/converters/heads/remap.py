@@ -42,6 +42,7 @@ class RemapHead:
     """
 
     name: ClassVar[str] = "remap-head"
+    config_will_do: ClassVar[frozenset[str]] = frozenset({"base"})
 
     to: str
     role: Role = "critic"

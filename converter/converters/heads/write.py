@@ -201,7 +201,9 @@ class _Writer:
             found = {self._output_name(): self.base.tensors[own]}
         embedding = input_embedding(kept)
         if not found:
-            raise Refused("lm-head-missing", "the base has no lm_head either", where=show(self.base.origin.asked))
+            held = "the base has no lm_head either" if self.base.tensors else "the base has a config and no weights"
+            asked = show(self.base.origin.asked)
+            raise Refused("lm-head-missing", held, where=asked, next=Steps(Again(("--base", "DIR")), ", one with it"))
         expected = kept[embedding].info.shape if embedding is not None else None
         odd = [t for n, t in found.items() if n.endswith(".weight") and expected not in (None, t.info.shape)]
         if odd:

@@ -13,12 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from converter.families.factors import factor_in_name
+from converter.families.family import family
 from converter.families.memory_names import architectures
+from converter.families.words import OUTPUT_MODULES
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 _PEFT = re.compile(r"^(?:base_model\.model\.)+")
 _WRAPPER = re.compile(r"(?:\.base_layer)+$")
 _MOST_PATTERN = 2_000
+_MOST_LAYERS = 10_000
 
 
 def modules_missing(
@@ -32,8 +35,6 @@ def modules_missing(
         base: the base's tensors with their numbers of dimensions, as they are on disk.
         config: the base's `config.json`.
     """
-    if adapter.get("layer_replication"):
-        return []
     held = [_PEFT.sub("", k) for k in keys]
     adapted = {m["module"] for k in held if (m := factor_in_name().match(k))}
     if not adapted and adapter.get("peft_type") != "LORA":
@@ -43,7 +44,13 @@ def modules_missing(
     candidates = linear if adapted <= set(linear) else every
     if adapter.get("target_parameters"):
         candidates = linear
-    found = [n for n in candidates if n not in adapted and _LAYER.sub("N", n) in kinds and is_target(n, adapter)]
+    lacks = [n for n in candidates if n not in adapted and is_target(n, adapter)]
+    is_listed = bool(adapted) and adapted <= {*every} and isinstance(adapter.get("target_modules"), list)
+    found = [
+        n
+        for n in lacks
+        if _LAYER.sub("N", n) in kinds or (is_listed and n in linear and not _is_apart(n, adapter, config))
+    ]
     return [*found, *_saved_missing(held, adapter, every), *_parameters_missing(adapted, adapter, bare)]
 
 
@@ -51,21 +58,48 @@ def _modules(
     base: Mapping[str, int], adapter: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[list[str], list[str], list[str]]:
     """Modules with a matrix, and all with a weight, by their names in memory, none that a load makes of others; and
-    parameters of other names, stacks of experts that a load makes among them.
+    all parameters, stacks of experts that a load makes among them.
     """
     built = next(iter(architectures(config, adapter)), None)
-    linear, every = [], []
+    copies = _copies(adapter.get("layer_replication"))
+    linear: list[str] = []
+    every: list[str] = []
     bare: dict[str, None] = {}
     met: set[int] = set()
     for name, dimensions in base.items():
         memory, converter = (name, None) if built is None else built.in_memory(name, met)
-        if not memory.endswith((".weight", ".bias")):
-            bare[memory] = None
+        bare[memory] = None
         if converter is None and memory.endswith(".weight"):
-            every.append(memory.removesuffix(".weight"))
-            if dimensions > 1:
-                linear.append(memory.removesuffix(".weight"))
+            modules = _replicated(memory.removesuffix(".weight"), copies)
+            every += modules
+            linear += modules if dimensions > 1 else ()
     return linear, every, list(bare)
+
+
+def _copies(replication: Any) -> list[int] | None:
+    """The base's layer that each layer of a model with `layer_replication` is; None where it is not set."""
+    if not isinstance(replication, list) or not replication:
+        return None
+    pairs = [p for p in replication if isinstance(p, list) and len(p) == 2 and all(isinstance(n, int) for n in p)]
+    if len(pairs) != len(replication) or sum(stop - start for start, stop in pairs) > _MOST_LAYERS:
+        return None
+    return [n for start, stop in pairs for n in range(start, stop)]
+
+
+def _replicated(module: str, copies: list[int] | None) -> list[str]:
+    """A module under the numbers of all layers that are its own."""
+    number = _LAYER.search(module)
+    if copies is None or number is None:
+        return [module]
+    at, end = number.span()
+    return [f"{module[:at]}{n}{module[end:]}" for n, old in enumerate(copies) if old == int(number[0])]
+
+
+def _is_apart(module: str, adapter: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """True for what a class may lack, an output embedding or a head, and for what is saved whole."""
+    if _matches(module, adapter.get("modules_to_save")) or module.rpartition(".")[2] in OUTPUT_MODULES:
+        return True
+    return any(n.startswith(f"{module}.") for names in family(config).head_names.values() for n in names)
 
 
 def is_target(name: str, adapter: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import AdapterModules, Module, read_modules
 from converter.converters.merge.adapter_values import expect_finite, with_alpha
+from converter.converters.merge.as_loaded import as_loaded
 from converter.converters.merge.attention import Attention, as_modules
 from converter.converters.merge.carried_heads import carried_files
 from converter.converters.merge.combining import Combination, How, in_order
@@ -112,7 +113,8 @@ class MergeLora:
         tell_of_code(checkpoint, context)
         adapters = [with_task(a, checkpoint) for a in with_alpha(self.adapters, self.lora_alpha)]
         configs = [read_adapter_config(a, base_is_residual=self.base_is_residual) for a in adapters]
-        attention = as_modules(replicated(checkpoint, configs, context), adapters, self.numerics)
+        loaded = as_loaded(replicated(checkpoint, configs, context), adapters)
+        attention = as_modules(loaded.base, adapters, self.numerics)
         checkpoint, adapters = attention.base, list(attention.adapters)
         combination = combination.over(configs, [show(a.origin.asked) for a in adapters])
         for group in in_order(adapters, configs, context):
@@ -120,7 +122,7 @@ class MergeLora:
             for at in group:
                 merge.add(adapters[at], float(weights[at]), configs[at])
             checkpoint = merge.result()
-        return attention.restored(checkpoint)
+        return loaded.restored(attention.restored(checkpoint))
 
 
 @dataclass

@@ -190,7 +190,7 @@ def _fused(missing: Sequence[str], known: set[str], memories: Sequence[MemoryNam
         made = {name: memory.operations(name.replace(".base_layer.", ".")) for name in missing}
         experts = [n for n in missing if "MergeModulelist" in (made[n] or "") or _is_bare_expert(n, bare)]
         if all(made[n] is not None or n in experts for n in missing):
-            what = "fused expert weights" if experts else "weights that are fused, split or permuted on loading"
+            what = "fused expert weights" if experts else "weights that are rearranged on loading"
             return Refused(
                 "adapter-fused",
                 f"LoRA on {what} is not implemented: {fold(missing)}",

@@ -145,6 +145,21 @@ def mxfp4(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
     return out
 
 
+def four_bit_floats(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
+    """NVFP4 and MXFP4 of a matrix; see `quantised_specs.DEQUANTISE_FOUR_BIT_FLOATS`."""
+    packed, scale = inputs[:2]
+    rows, groups = scale.shape
+    values = _looked_up(packed, "e2m1", high_first=False).view(rows, groups, int(params["group"]))
+    if len(inputs) > 2:
+        values *= (scale.to(torch.float32) / inputs[2]).unsqueeze(-1)
+    else:
+        exponent = scale.to(torch.int32) - 127
+        half = exponent // 2
+        for part in (half, exponent - half):
+            values *= _powers()[part + _HALF].unsqueeze(-1)
+    return values.view(rows, -1).to(_out_dtype(params))
+
+
 def _grouped(weight: Tensor) -> Tensor:
     """An expert's matrix `[32 G, R]` by its rows' groups, `[R, G, 32]`."""
     inner, rows = weight.shape

@@ -45,8 +45,10 @@ def parse_json(raw: bytes, *, where: str, allow_nan: bool = False, most: int = M
         Refused: not JSON or not UTF-8, a key twice in one object, deeper than 64 levels, more values than `most`, a
             number with more than 4300 digits (`json-malformed`).
     """
-    if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+    if raw.startswith(b"\xef\xbb\xbf"):
         raise _bad(where, "it begins with a byte order mark; save it as plain UTF-8")
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise _bad(where, "it is UTF-16, by its byte order mark; save it as plain UTF-8")
     if not raw.strip(b"\0"):
         raise _bad(where, "the file is empty" if not raw else "the file holds zeros only: a copy that never finished")
     # Two quotes for a key and two for its value; looked at first, since taking strings out takes memory for each.

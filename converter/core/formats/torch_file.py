@@ -87,7 +87,7 @@ def read_torch_file(path: Path, *, root: Path | None = None, allow_names: re.Pat
         Refused: not a torch file, cut short, malformed, naming foreign code, or with a tensor that does not fit its
             storage (`torch-tensor`), is quantised or sparse (`torch-tensor-kind`).
     """
-    container = sparse.read_again(path, lambda: read_container(path, root=root))
+    container = sparse.read_again(path, lambda: read_container(path, root=root, is_shared=True))
     return _torch_file(container, allow_names)
 
 

@@ -21,7 +21,7 @@ _ENTRY = struct.Struct("<4s6H3L5H2L")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
 _CENTRAL, _BEHIND = b"PK\x01\x02", b"PK\x07\x08"
-_MOST = 64
+_MOST, _MOST_BYTES = 0xFFFF, 16_000_000
 _NEEDED = 45
 """The version of the format that 64 bits need; what asks for a newer one is not of torch."""
 
@@ -47,9 +47,9 @@ def plain_directory(read: Read, start: int, stop: int) -> list[zipfile.ZipInfo] 
     if stop - start < _END.size:
         return None
     signature, disk, first, here, count, size, at, comment = _END.unpack(read(stop - _END.size, _END.size))
-    if signature != b"PK\x05\x06" or disk or first or comment or here != count or not 0 < count <= _MOST:
+    if signature != b"PK\x05\x06" or disk or first or comment or here != count or not 0 < count < _MOST:
         return None
-    if not _ends_at(read, start, stop - _END.size, (count, size, at)) or size > NEAR:
+    if not _ends_at(read, start, stop - _END.size, (count, size, at)) or size > _MOST_BYTES:
         return None
     raw = read(start + at, size)
     found = []

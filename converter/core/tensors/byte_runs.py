@@ -23,6 +23,10 @@ class ByteRun:
     length: int
 
 
+Span = tuple[str, int, int]
+"""A file, and the offsets of its first byte and of what follows its last."""
+
+
 def byte_runs(x: LazyTensor, *, zeros: bool = False) -> tuple[ByteRun, ...] | None:
     """The bytes of the tensor, in order, where they lie in files as they are; None where they must be computed.
 
@@ -72,33 +76,43 @@ def _cut_runs(x: Narrow) -> tuple[ByteRun, ...] | None:
 
 def leaves(x: LazyTensor) -> Iterator[Stored | Strided]:
     """Every stored node under `x`, in order; one that is used twice comes twice."""
-    match x:
-        case Stored() | Strided():
-            yield x
-        case Narrow() | Reshape() | Cast():
-            yield from leaves(x.source)
-        case Concat():
-            for part in x.parts:
-                yield from leaves(part)
-        case Apply():
-            for given in x.inputs:
-                yield from leaves(given)
-        case Filled():
-            return
-        case _:
-            assert_never(x)
+    waiting = [x]
+    while waiting:
+        match node := waiting.pop():
+            case Stored() | Strided():
+                yield node
+            case Narrow() | Reshape() | Cast():
+                waiting.append(node.source)
+            case Concat():
+                waiting += reversed(node.parts)
+            case Apply():
+                waiting += reversed(node.inputs)
+            case Filled():
+                pass
+            case _:
+                assert_never(node)
 
 
 def reads(x: LazyTensor) -> tuple[ByteRun, ...]:
-    """Every byte range that evaluating `x` reads, as spans; a strided view reads from its first to its last element."""
-    return tuple(_span(leaf) for leaf in leaves(x) if leaf.info.numel)
+    """Every byte range that evaluating `x` reads; a strided view reads from its first to its last element."""
+    return tuple(ByteRun(file, start, stop - start) for file, start, stop in spans(x))
 
 
-def _span(leaf: Stored | Strided) -> ByteRun:
-    if isinstance(leaf, Stored):
-        return ByteRun(leaf.file, leaf.offset, leaf.info.nbytes)
-    last = sum((n - 1) * s for n, s in zip(leaf.info.shape, leaf.strides, strict=True))
-    return ByteRun(leaf.file, leaf.offset, (last + 1) * leaf.info.dtype.bits // 8)
+def spans(x: LazyTensor) -> list[Span]:
+    """The same byte ranges, for those who only count or sort them: a plan has millions."""
+    found: list[Span] = []
+    for leaf in leaves(x):
+        start, shape = leaf.offset, leaf.info.shape
+        bits = leaf.info.dtype.bits
+        if isinstance(leaf, Stored):
+            length = (math.prod(shape) * bits + 7) // 8
+        elif 0 in shape:
+            length = 0
+        else:
+            length = (sum((n - 1) * s for n, s in zip(shape, leaf.strides, strict=True)) + 1) * bits // 8
+        if length:
+            found.append((leaf.file, start, start + length))
+    return found
 
 
 def describe(x: LazyTensor) -> str:

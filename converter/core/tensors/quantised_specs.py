@@ -152,6 +152,24 @@ DEQUANTISE_MXFP4 = KernelSpec(
 `[E, R, G, 16]` u8, scales `[E, R, G]` u8; result `[E, 32 G, R]`. Params: `out`."""
 
 
+def _group_needs(start: int, stop: int, inputs: Infos, params: Params) -> tuple[Slice | None, ...]:
+    rows = Slice(0, start, stop - start)
+    return (rows, rows, *(None for _ in inputs[2:]))
+
+
+DEQUANTISE_FOUR_BIT_FLOATS = KernelSpec(
+    "dequantise-four-bit-floats",
+    f"{_BODIES}:four_bit_floats",
+    lambda inputs, params: TensorInfo(_out(params), (inputs[0].shape[0], 2 * inputs[0].shape[1])),
+    _group_needs,
+    lambda inputs, params: 24 * inputs[0].numel,
+    rounds=True,
+)
+"""NVFP4 and MXFP4 of a matrix: `e2m1[code] * scale`, the low half of a byte first. Inputs: codes `[out, in / 2]` u8;
+scales `[out, groups]`, in FP8 (then the number `[1]` fp32 that they are divided by) or u8, which are powers of two plus
+127. Params: `group`, `out`."""
+
+
 # Codes packed in words
 
 

@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from converter.core.checkpoint import Checkpoint, RecordCheck
-from converter.core.tensors.byte_runs import ByteRun, reads
+from converter.core.tensors.byte_runs import Span, spans
 from converter.core.tensors.nodes import LazyTensor
 from converter.text import fold
 
@@ -16,16 +16,16 @@ def checks_of(tensors: Iterable[LazyTensor], checks: Sequence[RecordCheck]) -> t
     if not checks:
         return ()
     used = _spans(tensors)
-    return tuple(c for c in dict.fromkeys(checks) if _touches(ByteRun(c.file, c.offset, c.length), used))
+    return tuple(c for c in dict.fromkeys(checks) if _touches((c.file, c.offset, c.offset + c.length), used))
 
 
 def _spans(tensors: Iterable[LazyTensor]) -> dict[str, list[tuple[int, int]]]:
     """Stretches of each file that tensors read."""
     used: dict[str, list[tuple[int, int]]] = {}
     for tensor in tensors:
-        for run in reads(tensor):
-            used.setdefault(run.file, []).append((run.offset, run.offset + run.length))
-    return {file: _union(spans) for file, spans in used.items()}
+        for file, start, stop in spans(tensor):
+            used.setdefault(file, []).append((start, stop))
+    return {file: _union(found) for file, found in used.items()}
 
 
 def unaccounted(inputs: Sequence[Checkpoint], output: Checkpoint) -> str | None:
@@ -39,7 +39,7 @@ def unaccounted(inputs: Sequence[Checkpoint], output: Checkpoint) -> str | None:
         for given in inputs
         if given.origin.path not in output.set_aside
         for name, tensor in _named(given)
-        if tensor.info.numel and name not in output.dropped and not any(_touches(run, merged) for run in reads(tensor))
+        if tensor.info.numel and name not in output.dropped and not any(_touches(s, merged) for s in spans(tensor))
     ]
     return fold(lost) if lost else None
 
@@ -62,7 +62,8 @@ def _union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _touches(run: ByteRun, used: Mapping[str, list[tuple[int, int]]]) -> bool:
-    spans = used.get(run.file, [])
-    at = bisect.bisect_left(spans, (run.offset + run.length, 0))
-    return at > 0 and spans[at - 1][1] > run.offset
+def _touches(span: Span, used: Mapping[str, list[tuple[int, int]]]) -> bool:
+    file, start, stop = span
+    known = used.get(file, [])
+    at = bisect.bisect_left(known, (stop, 0))
+    return at > 0 and known[at - 1][1] > start

@@ -31,8 +31,11 @@ from converter.core.writer.stage import FILE_MODE, Stage, fsync_folder, make_fol
 if TYPE_CHECKING:
     from converter.core.writer.reporter import Reporter
 
-FLUSH_BYTES = 256_000_000
-"""Bytes of a file that may wait in the page cache before they are sent to the disk, beside the work on the rest."""
+FLUSH_BYTES = 32_000_000
+"""Bytes of a file that may wait in the page cache before they are sent to the disk, beside the work on the rest.
+
+With 256 MB the disk is idle while the first of them are copied, and again at the end of each file (measured: a gather
+of 6.3 GB took 25.0 s, with 32 MB 20.6 s, `cp` and `sync` 24.5 s)."""
 
 
 class _Stopped(Exception):

@@ -15,6 +15,9 @@ from converter.core.writer.shard_plan import Entry, ShardPlan, chunk_rows
 from converter.errors import Refused
 from converter.text import show
 
+_PLAIN = 5
+"""What a storage's identity has: the word `storage`, its class, key, device and length."""
+
 
 def lay_out_tree(file: str, tree: Any, source: Container | None = None) -> ShardPlan:
     """A file with what `tree` says; a storage is a lazy tensor, or the key of one of `source`, copied whole.
@@ -72,7 +75,7 @@ class _Storages:
 
     def reference(self, identity: Any) -> Any:
         """The identity of a storage in the new file."""
-        if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
+        if not isinstance(identity, tuple) or len(identity) < _PLAIN or identity[0] != "storage":
             raise Refused("torch-tensor", "a storage is referred to in an unknown way", where=self._where)
         key = identity[2]
         if not isinstance(key, str):
@@ -80,6 +83,11 @@ class _Storages:
         if key not in self._numbers:
             self._numbers[key] = self._add(self._stored(key))
         number = self._numbers[key]
+        if len(identity) > _PLAIN:
+            # Files that are no archives say here of which storage another is a part; nobody writes such parts.
+            if identity[_PLAIN:] != (None,):
+                raise Refused("torch-tensor", "a storage is a part of another", where=self._where)
+            return (*identity[:2], number, *identity[3:_PLAIN])
         return identity if number == key else (*identity[:2], number, *identity[3:])
 
     def _add(self, made: LazyTensor) -> str:

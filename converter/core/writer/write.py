@@ -138,6 +138,9 @@ def _give_up(stage: Stage, error: BaseException) -> None:
         raise Interrupted(error.args[0] if error.args else signal.SIGINT, what) from None
 
 
+_NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors that the same command meets again: this path can't be written by this user."""
+
 _SPOILT = ("input-changed", "input-cut", "input-missing", "input-corrupt", "download-corrupt")
 """Refusals after which what is in the stage may be made of other bytes than the next run reads."""
 
@@ -159,6 +162,8 @@ def system_refused(error: OSError, stage: Stage) -> Refused:
         kept = f" with what is kept in {show(stage.folder.name)}" if stage.has_work else ""
         what = f"{said}; nothing was published"
         then = f"{'free space, then ' if full else ''}repeat the same command; it goes on{kept}"
+        if error.errno in _NOT_HERE and not stage.has_work:
+            then = "choose an output in a folder that you can write to"
     where = show(error.filename if isinstance(error.filename, str) else stage.out)
     return Refused("no-space" if full else "system", what, where=where, next=then)
 

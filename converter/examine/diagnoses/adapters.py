@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from converter.converters.merge.asked_modules import modules_missing
 from converter.core.context import Context
 from converter.core.files.names import ADAPTER_CONFIG
 from converter.diagnostic import Next, Severity, completed
 from converter.errors import ConvertError, Refused, UsageError
-from converter.examine.diagnoses.case import HERE, LOST, Case, Diagnosis, Finding, diagnosis, folded
+from converter.examine.diagnoses.adapters_alone import adapter_inconsistent, adapter_keys_named, adapter_untargeted
+from converter.examine.diagnoses.case import LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.examine.diagnoses.commands import filling_command
-from converter.families.factors import alternatives, factor_in_name, factor_pairs, zero_factors
-from converter.families.family import family
-from converter.families.words import LORA_MAGNITUDE, OUTPUT_MODULES, PEFT_PREFIX, without_wrappers
+from converter.families.factors import factor_in_name, factor_pairs, zero_factors
+from converter.families.words import LORA_MAGNITUDE, PEFT_PREFIX
 from converter.sources.finding import sources
 from converter.sources.survey import StoredTensor
 from converter.text import fold, show
@@ -44,8 +44,9 @@ REFUSALS: dict[str, str] = {
     "one).",
     "adapter-ambiguous": "The adapter's names fit the base in two ways that differ; it has to be said which is meant.",
     "adapter-fused": (
-        "The adapter has factors for weights that transformers 5 splits, interleaves or permutes when it loads them: "
-        "no tensor on disk is what they are over. Experts that are only stacked are merged."
+        "The adapter has factors for weights that transformers 5 interleaves or transposes when it loads them, or for "
+        "experts that it puts together otherwise than by stacking: no tensor on disk is what they are over. Experts "
+        "that are only stacked, and weights that are only cut, joined or permuted, are merged."
     ),
     "adapter-expert-layout": (
         "The factors of all experts of a layer are one tensor, and nothing says how it is laid out: the matrix is "
@@ -275,8 +276,6 @@ def adapter_targets_missing(case: Case, context: Context) -> Iterable[Finding]:
     adapter of 443 bytes is the extreme), or was saved by one rank only. PEFT fills the rest with its start, which
     changes nothing, and warns of missing keys at most.
     """
-    targets = case.adapter_config.get("target_modules")
-    limits = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
     if case.base is None:
         return
     dimensions = {n: len(i.shape) for n, i in case.base.shapes.items()}
@@ -284,92 +283,11 @@ def adapter_targets_missing(case: Case, context: Context) -> Iterable[Finding]:
     if lacks:
         yield Finding(
             code="adapter-targets-missing",
-            severity="changes-numbers",
+            severity="error",
             text=f"{len(lacks)} modules that adapter_config.json names are not in the adapter: {fold(lacks)}",
             tensors=lacks,
             evidence=(fold(lacks),),
             recoverability="",
-        )
-        return
-    if not isinstance(targets, list) or any(case.adapter_config.get(k) for k in limits):
-        return
-    have = {_COPY.sub("", m["module"]) for n in case.shapes if (m := factor_in_name().match(n))}
-    named = [t for t in targets if isinstance(t, str) and "." not in t and t not in OUTPUT_MODULES]
-    missing = [f"{t}: {got} of {wanted}" for t in named for got, wanted in _lacking(t, have, case, case.base)]
-    if missing and have:
-        listed = ", ".join(map(show, missing))
-        text = f"the base has more layers of these targets than the adapter has tensors for: {listed}"
-        yield Finding(
-            code="adapter-targets-missing",
-            severity="changes-numbers",
-            text=text,
-            evidence=tuple(map(show, missing[:3])),
-            recoverability="",
-        )
-
-
-def _lacking(target: str, have: set[str], case: Case, base: Case) -> Iterator[tuple[int, int]]:
-    """How many modules of a target are trained and how many there are, where some are missing.
-
-    Layers that are alike but for their numbers belong together. A kind of which none is trained counts only if the
-    adapter has the base's own names: transformers renames parts of some models when it loads them.
-    """
-    matrices = (
-        n.removesuffix(".weight") for n, i in base.shapes.items() if n.endswith(".weight") and len(i.shape) == 2
-    )
-    wanted = [m for m in matrices if m.rpartition(".")[2] == target and not _is_apart(m, have, case, base)]
-    trained = [m for m in have if m.rpartition(".")[2] == target]
-    is_renamed = not have <= {n.rpartition(".")[0] for n in base.shapes}
-    kinds: dict[str, list[str]] = {}
-    for module in wanted:
-        kinds.setdefault(_NUMBER.sub(".#", module), []).append(module)
-    lacking = [ms for ms in kinds.values() if not set(ms) <= have and (set(ms) & have or not is_renamed)]
-    if lacking and (not is_renamed or trained):
-        yield len(set(wanted) & have), len(wanted)
-
-
-def _is_apart(module: str, have: set[str], case: Case, base: Case) -> bool:
-    """True for a base's module that PEFT would not put LoRA on though its name is a target's.
-
-    An expert, which transformers fuses with its neighbours when it loads them, unless the adapter has some; what is
-    saved whole; a head.
-    """
-    if _EXPERT.search(module) and not any(_EXPERT.search(m) for m in have):
-        return True
-    saved = case.adapter_config.get("modules_to_save")
-    whole = [m for m in saved if isinstance(m, str)] if isinstance(saved, list) else []
-    if any(f".{m}." in f".{module}." for m in whole):
-        return True
-    return any(n.startswith(f"{module}.") for names in family(base.config).head_names.values() for n in names)
-
-
-@diagnosis("adapter-keys-named", "adapter")
-def adapter_keys_named(case: Case, context: Context) -> Iterable[Finding]:
-    """Keys hold the adapter's name (lora_A.default.weight) or wrappers (module., _orig_mod., base_model.model.
-    twice), as they stand in a model's memory; PEFT's own files do not. PEFT finds none of them, and says nothing: the
-    model answers as its base does. Here they are read rightly; a repaired folder has PEFT's names.
-    """
-    odd = tuple(
-        n
-        for n in case.shapes
-        if re.search(rf"\.(?:{alternatives()})\.[^.]+\.weight$", n)
-        or without_wrappers(n) != n
-        or n.count(PEFT_PREFIX) > 1
-        or not n.startswith(PEFT_PREFIX)
-    )
-    if odd and any(factor_in_name().match(n) for n in odd):
-        text = f"{len(odd)} of {len(case.shapes)} keys are not as PEFT writes them, and PEFT would ignore them silently"
-        command = case.repair()
-        yield Finding(
-            code="adapter-keys-named",
-            severity="error",
-            text=text,
-            tensors=odd,
-            evidence=folded(case, odd),
-            recoverability=HERE,
-            fix=("fix-adapter-names",),
-            applicability="safe",
-            next=command,
         )
 
 
@@ -393,6 +311,8 @@ DIAGNOSES = (
     adapter_targets_missing,
     adapter_keys_named,
     base_differs,
+    adapter_inconsistent,
+    adapter_untargeted,
     adapter_merge_refused,
     *(_merge_refused(code) for code in REFUSALS),
 )

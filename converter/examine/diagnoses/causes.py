@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from converter.converters.heads.detect import head_like
-from converter.core.files.names import GENERATION_CONFIG, MODEL_INDEX
+from converter.core.files.names import ADAPTER_CONFIG, GENERATION_CONFIG, MODEL_INDEX
 from converter.diagnostic import Again, Command, Next, Steps, is_command
 from converter.examine.diagnoses.case import SEVERITIES, Case, Finding
 from converter.examine.diagnoses.commands import convert_command, role_word
@@ -36,6 +36,10 @@ _OTHER_NAMES = frozenset({"names-wrapped", "names-of-a-trainer", "names-doubled"
                           "config-unreadable", "architecture-wrapper", "output-embedding-in-classifier",
                           "head-reshaped"})  # fmt: skip
 """Findings about names: what a class asks for is missing under its own, and too much under theirs."""
+
+_OF_LOADERS = frozenset({"loader-random", "loader-refuses", "loader-changes"})
+_STOPS = frozenset({"head-missing", "head-base-lost", "zero3-empty-tensors", "tensors-missing", "layers-missing"})
+"""Losses that every conversion refuses."""
 
 _UNDER_WAY = frozenset({"file-truncated", "shard-missing", "torch-zip", "torch-not"})
 """What a save that is under way looks like."""
@@ -110,7 +114,18 @@ def _said_once(findings: list[Finding]) -> list[Finding]:
 
 def with_steps(findings: Iterable[Finding], case: Case) -> list[Finding]:
     """Every finding that is not a trifle with a step: its own, the command that runs its fix, or what a person does."""
-    return [replace(f, next=_step(f, case)) if _lacks_step(f) else f for f in findings]
+    every = list(findings)
+    lost = next((f for f in every if f.severity == "error" and f.recoverability == "lost" and f.code in _STOPS), None)
+    if lost is not None:
+        every = [_after(lost, f) for f in every]
+    return [replace(f, next=_step(f, case)) if _lacks_step(f) else f for f in every]
+
+
+def _after(lost: Finding, finding: Finding) -> Finding:
+    """A loader's verdict without its conversion, which would be refused for what is lost."""
+    if finding.code not in _OF_LOADERS or not is_command(finding.next):
+        return finding
+    return replace(finding, recoverability="", next=f"nothing converts it without what {lost.code} says is lost")
 
 
 def _lacks_step(finding: Finding) -> bool:
@@ -130,8 +145,13 @@ def _again(finding: Finding, case: Case) -> str:
     return f"copy or download {finding.evidence[0] if finding.evidence else 'the file'} again"
 
 
-def _restored(finding: Finding, case: Case) -> str:
+def _restored(finding: Finding, case: Case) -> Next:
     file = finding.evidence[0] if finding.evidence else "the file"
+    if finding.text.startswith(f"{file}: ") and "begins with a byte order mark" in finding.text:
+        words = ("-i", r"1s/^\xEF\xBB\xBF//", f"{case.folder.rstrip('/')}/{file}")
+        return Steps("take the mark away: ", Command("", words, program="sed"))
+    if file == ADAPTER_CONFIG:
+        return f"copy {file} from another checkpoint of the run"
     return f"copy {file} from the base model or from another checkpoint of the run"
 
 

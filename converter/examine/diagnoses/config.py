@@ -198,7 +198,8 @@ def vocabulary_rows(case: Case, context: Context) -> Iterable[Finding]:
     ]
     if wrong and is_vocabulary_alone(case):
         rows = case.shapes[wrong[0]].shape[0]
-        text = f"config.json says vocab_size {size}, and {fold(wrong)} has {rows} rows"
+        verb = "has" if len(wrong) == 1 else "have"
+        text = f"config.json says vocab_size {size}, and {fold(wrong)} {verb} {rows} rows"
         yield Finding(
             code="vocabulary-rows",
             severity="error",

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable
 
 from converter.converters.heads.detect import Detected, detect
+from converter.converters.merge.task import task_of_class
 from converter.core.context import Context
 from converter.core.files.names import MODEL_PICKLED
-from converter.diagnostic import Command, Next
+from converter.diagnostic import Command, Next, Steps
 from converter.dialects.known import own_classes
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
@@ -16,7 +17,7 @@ from converter.examine.diagnoses.commands import convert_command, filling_comman
 from converter.examine.diagnoses.config import architecture, label_count
 from converter.examine.diagnoses.names import WRAPPER
 from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among, keeps
-from converter.examine.diagnoses.whole import judgement_of
+from converter.examine.diagnoses.whole import is_read_whole, judgement_of
 from converter.families.factors import factor_in_name
 from converter.families.family import family, hidden_size
 from converter.families.words import HEAD_FILES, HEAD_MODULES, PEFT_PREFIX
@@ -72,12 +73,15 @@ def head_missing(case: Case, context: Context) -> Iterable[Finding]:
     (LLaMA-Factory), in pytorch_model.bin (TRL) or in the run's shards. A head that is in no file can't be recovered;
     ignore_mismatched_sizes and --init-head make another one, which has learnt nothing.
     """
-    if not case.shapes:
+    if not case.shapes or not is_read_whole(case):
         return
     if case.kind == "adapter":
         if not _adapter_lacks_head(case):
             return
-        text = "an adapter of a reward model (SEQ_CLS) without a head"
+        task = case.adapter_config.get("task_type") or case.adapter_config["auto_mapping"]["base_model_class"]
+        text = f"an adapter of a reward model ({show(task)}) without a head"
+        if case.base is None:
+            text += "; the base, which may have one, is not here"
     else:
         wanted = wanted_head(case)
         if not wanted or any(n in case.shapes for n in wanted) or heads_here(case):
@@ -87,11 +91,13 @@ def head_missing(case: Case, context: Context) -> Iterable[Finding]:
         text = f"{show(architecture(case))} has its head in {fold(wanted)}, which is in no file: loaders make it RANDOM"
     found = head_elsewhere(case)
     recoverability, command = _from(case, found)
+    if case.kind == "adapter" and case.base is None and found is None:
+        recoverability, command = "", Steps("look into the base first: ", case.command("doctor", "--base", "BASE"))
     yield Finding(code="head-missing", severity="error", text=text, recoverability=recoverability, next=command)
 
 
 def _adapter_lacks_head(case: Case) -> bool:
-    if case.adapter_config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+    if (case.adapter_config.get("task_type") or task_of_class(case.adapter_config)) not in ("SEQ_CLS", "TOKEN_CLS"):
         return False
     beside = {*HEAD_FILES, MODEL_PICKLED} & case.names
     in_base = case.base is not None and (

@@ -18,6 +18,7 @@ from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
 from converter.examine.diagnoses.commands import convert_command, role_word
 from converter.examine.diagnoses.config import architecture, label_count
 from converter.examine.diagnoses.heads import dialect_of, heads_here, wanted_head
+from converter.examine.diagnoses.whole import is_read_whole
 from converter.families.family import family
 from converter.text import fold, show
 
@@ -47,6 +48,8 @@ def _verdicts(case: Case) -> list[_Verdict]:
 def _judge(case: Case) -> Iterator[_Verdict]:
     if case.target is None or is_transformers_4(case.target):
         return
+    if case.kind in ("model", "adapter") and not is_read_whole(case):
+        return  # what a loader says to a file that is cut is known; what it would say to the whole one is not
     seen = set()
     roles = _roles(case)
     is_said = case.launch is not None and bool(case.launch.roles_of(case.root))

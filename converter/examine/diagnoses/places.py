@@ -50,13 +50,21 @@ def head_elsewhere(case: Case, only: Literal["adapter"] | None = None) -> Elsewh
     found = [] if only else [_training(case, n) for n in case.training_near()[:1]]
     for near in [n for n in case.near if n.kind in ("model", "adapter")][:MOST_READ]:
         kind: Literal["adapter", "model"] = "adapter" if near.kind == "adapter" else "model"
-        if (only and kind != only) or (kind == "model" and not near.given):
+        if (only and kind != only) or (kind == "model" and not near.given) or not _may_be_of_one_run(case, near):
             continue
         survey = sources()[near.source].survey(near.path)
         names = heads_in(survey)
         if names:
             found.append(Elsewhere(near.asked, kind, names, near.given, near.path.is_relative_to(case.root)))
     return min(found, key=lambda f: not f.given, default=None)
+
+
+def _may_be_of_one_run(case: Case, near: Near) -> bool:
+    """False for an adapter beside one that was trained over another base: its head is another model's."""
+    if near.given or case.kind != "adapter":
+        return True
+    mine, other = (c.get("base_model_name_or_path") for c in (case.adapter_config, near.adapter_config))
+    return mine == other
 
 
 def heads_in(survey: Survey) -> tuple[str, ...]:

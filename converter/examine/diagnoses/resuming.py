@@ -101,15 +101,15 @@ def _planned(case: Case, ranks: int, kind: str | None) -> Resharded | None:
         return plan_verl(case.root, case.asked, ranks, tag=None)
     if kind != "deepspeed":
         raise UsageError("no-shards", "no state of a trainer is here: weights alone begin a run, and resume none")
+    from converter.sources.deepspeed.resharding.parts import data_ranks
     from converter.sources.deepspeed.resharding.plan import plan_resharding
     from converter.sources.deepspeed.state import read_shards
-    from converter.sources.deepspeed.whole import expect_not_split, ranks_in_all
+    from converter.sources.deepspeed.whole import ranks_in_all
 
     shards = read_shards(_folder(case))
-    if ranks_in_all(shards) != ranks:
-        expect_not_split(shards)
-    elif ranks != shards.ranks or shards.experts:
+    if ranks_in_all(shards) == ranks and (ranks != shards.ranks or shards.experts):
         return None
+    data_ranks(shards, ranks)
     return None if shards.stage == 0 else plan_resharding(shards, ranks, side_files={}, inputs={})
 
 

@@ -56,6 +56,13 @@ DOCUMENTED: dict[str, tuple[str, str]] = {
     "verl-placement": ("", "A tensor is laid over the ranks in a way that is not read (not sharded or replicated)."),
     "verl-optimizer": ("", "The ranks' optimizer files are missing or not of these model files."),
     "verl-note": ("", "Something about verl's files that is good to know and changes nothing."),
+    "megatron-note": (
+        "",
+        (
+            "What kind of Megatron's checkpoint it is, and over how many ranks the run split its model, where that is "
+            "recorded. Nothing depends on it: `gather` puts all of them together."
+        ),
+    ),
     "megatron-rank-missing": (
         _NODES,
         (

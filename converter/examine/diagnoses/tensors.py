@@ -10,7 +10,7 @@ from converter.core.context import Context
 from converter.examine.diagnoses.case import LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.examine.diagnoses.commands import filling_command
 from converter.examine.diagnoses.faults import explanation, finding_of
-from converter.examine.diagnoses.whole import judgement_of
+from converter.examine.diagnoses.whole import is_read_whole, judgement_of
 from converter.text import fold, show
 
 _LAYER = re.compile(r"(?P<stack>(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?))\.(?P<number>\d{1,6})\.", re.ASCII)
@@ -52,7 +52,7 @@ def layers_missing(case: Case, context: Context) -> Iterable[Finding]:
     Loaders make the missing layers RANDOM and list them among `newly initialized`. A model that was cut to fewer layers
     on purpose needs their number in its config.
     """
-    if any(f.code in ("shard-missing", "index-phantom", "weights-missing") for f in case.survey.faults):
+    if not is_read_whole(case):
         return
     if any("_flat_param" in name for name in case.shapes):
         return  # they are inside of it

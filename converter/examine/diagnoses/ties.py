@@ -10,7 +10,7 @@ from converter.core.context import Context
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.config import architecture, is_classifier
 from converter.examine.diagnoses.places import heads_among
-from converter.examine.diagnoses.whole import judgement_of
+from converter.examine.diagnoses.whole import is_read_whole, judgement_of
 from converter.families.ties import Tie, is_output, is_said, stored_pair, tie_word, ties, version
 from converter.families.words import DECODER_CLASSES, OUTPUTS, input_embedding
 from converter.text import show
@@ -28,6 +28,8 @@ def output_embedding_missing(case: Case, context: Context) -> Iterable[Finding]:
     inputs, outputs = stored_pair(stored, case.config)
     inputs = inputs or _input(case)
     if not architecture(case).endswith(DECODER_CLASSES) or tie_word(case.config) is not False:
+        return
+    if not is_read_whole(case):
         return
     if outputs is not None or heads_among(case.shapes) or any(is_output(n) for n in stored):
         return

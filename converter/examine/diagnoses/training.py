@@ -46,7 +46,7 @@ def training_state(case: Case, context: Context) -> Iterable[Finding]:
     saved = any(n.kind in ("model", "adapter") and _has_weights(n.path) for n in case.near)
     keep = "" if saved else f". Keep it until then: sole copy of {count} tensors"
     text = f"all ranks' files are here, and no loader of models reads them: `gather` makes a folder that loads{keep}"
-    command = case.command("gather", out="gathered")
+    command = case.command("gather", *megatron.base_option(case), out="gathered")
     yield Finding(
         code="training-state",
         severity="cosmetic",

@@ -21,17 +21,22 @@ from converter.diagnostic import Command, Next, Steps, as_argument
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Near, diagnosis, folded
 from converter.families.expected import Expected
+from converter.sources.hf import broken
 from converter.sources.rank_folders import ranks_in
 
 _IN_A_LAYER = re.compile(r"(?:^|\.)\d+\.", re.ASCII)
 
-_NOT_ALL_READ = frozenset(
-    {"shard-missing", "index-phantom", "weights-missing", "file-truncated", "safetensors-header", "safetensors-not",
-     "torch-zip", "torch-not", "pickle-malformed", "no-tensors", "input-unreadable", "lfs-pointer", "file-empty"}
-)  # fmt: skip
+_NOT_ALL_READ = (broken.OF_FILES - {"index-conflict", "tensor-twice"}) | frozenset(
+    {"shard-missing", "index-phantom", "weights-missing", "no-tensors", "input-unreadable", "input-not-a-file"}
+)
 """Faults of files that hide tensors: what is not read is not missing."""
 
 _OTHER_MATTERS = ("_flat_param", ".base_layer.", ".lora_", ".modules_to_save.", ".original_module.")
+
+
+def is_read_whole(case: Case) -> bool:
+    """True where no file hides tensors: only there a name that nobody saw is a name that is missing."""
+    return not any(f.code in _NOT_ALL_READ for f in case.survey.faults)
 
 
 def judgement_of(case: Case) -> Judgement | None:
@@ -63,8 +68,7 @@ def tensors_missing(case: Case, context: Context) -> Iterable[Finding]:
     from a proved copy; from the base model only where it is proved that training never changed them.
     """
     found = judgement_of(case)
-    hidden = any(f.code in _NOT_ALL_READ for f in case.survey.faults)
-    if found is not None and not hidden:
+    if found is not None and is_read_whole(case):
         yield from _finding(case, found, MISSING)
 
 

@@ -266,7 +266,10 @@ def _source(asked: VerifyRequest, context: Context) -> tuple[Reading, str]:
     assert asked.against is not None
     source = open_checkpoint(input_spec(_shards(asked.against)), token=None, keep_code=False)
     digest = source.origin.header_digest
-    base = None if asked.base is None else open_checkpoint(input_spec(asked.base), token=None, keep_code=False)
+    base = None
+    if asked.base is not None:
+        is_run = source.origin.kind == "training"
+        base = open_checkpoint(input_spec(asked.base), token=None, keep_code=False, config_alone=is_run)
     if source.origin.kind == "adapter":
         wishes = Wishes("refuse", "fold", None, (), "none", 0)
         source = with_adapter(base or open_recorded_base(source, keep_code=False), source, wishes, context)

@@ -186,6 +186,12 @@ ROWS: Mapping[str, tuple[Row, ...]] = {
 }  # fmt: skip
 """Rows by `model_type`."""
 
+NOT_READ: Mapping[str, str] = {
+    "qwen3_next": "its layers of linear attention are six matrices in Megatron and two in transformers, by groups of "
+    "heads; its queries have gates between them; and of one norm Megatron has w - 1",
+}
+"""Model types that Megatron's runs may be of and that have no rows, with the reason."""
+
 ZERO_CENTRED = frozenset({"gemma", "gemma2", "gemma3_text"})
 """Families whose norms multiply by 1 + w. With `layernorm_zero_centered_gamma` Megatron's do so too, and the weights
 are the same; without it they would be 1 more."""

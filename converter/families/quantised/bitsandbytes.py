@@ -218,5 +218,10 @@ def whole_int8(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType, co
     return nodes.apply(kernels.DEQUANTISE_INT8, [parts["weight"], parts["scale"]], {"out": dtype.value})
 
 
-FOUR_BIT = Format(find_four_bit, whole_four_bit)
-INT8 = Format(find_int8, whole_int8)
+FOUR_BIT = Format(
+    find_four_bit,
+    whole_four_bit,
+    "NF4 and FP4, plain and doubly quantised",
+    "bitsandbytes 0.50.2 on a CPU; the sign of FP4's zero is its table's",
+)
+INT8 = Format(find_int8, whole_int8, "int8", "bitsandbytes 0.50.2 on a CPU")

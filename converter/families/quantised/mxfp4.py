@@ -50,4 +50,4 @@ def whole(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType, context
     return nodes.apply(kernels.DEQUANTISE_MXFP4, [parts["blocks"], parts["scales"]], {"out": dtype.value})
 
 
-MXFP4 = Format(find, whole)
+MXFP4 = Format(find, whole, "MXFP4 (gpt-oss' experts)", "transformers 5.23, all bytes")

@@ -46,7 +46,7 @@ _PACKED, _SHAPE = ".weight_packed", ".weight_shape"
 def find_compressed(infos: Infos, config: Mapping[str, Any]) -> Iterator[Found]:
     """Weights that have a `weight_packed`."""
     for name in infos:
-        if name.endswith(_PACKED):
+        if name.endswith(_PACKED) and infos[name].dtype is not DType.U8:
             yield _compressed(infos, name, config)
         elif name.endswith(_SHAPE) and f"{name.removesuffix(_SHAPE)}{_PACKED}" not in infos:
             yield orphan(name, f"{name.removesuffix(_SHAPE)}{_PACKED}")
@@ -248,6 +248,11 @@ def _expect_groups(weight: Weight, order: LazyTensor, context: Context) -> None:
         raise Refused("quantised-incomplete", what)
 
 
-PACKED = Format(find_compressed, whole_compressed)
-GPTQ = Format(find_gptq, whole_columns)
-AWQ = Format(find_awq, whole_columns)
+PACKED = Format(
+    find_compressed,
+    whole_compressed,
+    "packed integers of 2, 4 and 8 bits, with and without zero points",
+    "compressed-tensors 0.20.1",
+)
+GPTQ = Format(find_gptq, whole_columns, "2, 4 and 8 bits, both formats, act order", "GPTQModel 7.7.0")
+AWQ = Format(find_awq, whole_columns, "4 bits, `gemm`", "AutoAWQ 0.2.9")

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.core.tensors.dtypes import DType
-from converter.families.quantised import bitsandbytes, mxfp4, packed, scaled
+from converter.families.quantised import bitsandbytes, four_bit_floats, mxfp4, packed, scaled
 from converter.families.quantised.weight import Fault, Format, Infos, Shape, Weight
 from converter.text import show
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 """The key of config.json, and an older spelling of it."""
 
-_FORMATS: Mapping[str, tuple[Format, ...]] = {
+FORMATS: Mapping[str, tuple[Format, ...]] = {
     "bitsandbytes": (bitsandbytes.FOUR_BIT, bitsandbytes.INT8),
     "fp8": (scaled.BLOCKS,),
-    "compressed-tensors": (packed.PACKED, scaled.COMPRESSED),
+    "compressed-tensors": (packed.PACKED, four_bit_floats.FOUR_BIT_FLOATS, scaled.COMPRESSED),
     "gptq": (packed.GPTQ,),
     "awq": (packed.AWQ,),
     "mxfp4": (mxfp4.MXFP4,),
@@ -29,10 +29,23 @@ _FORMATS: Mapping[str, tuple[Format, ...]] = {
 _TITLES = {"fp8": "FP8", "gptq": "GPTQ", "awq": "AWQ", "mxfp4": "MXFP4", "hqq": "HQQ", "aqlm": "AQLM", "eetq": "EETQ"}
 
 _COMPRESSED_FORMATS = frozenset(
-    {"float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense", "mixed-precision"}
+    {
+        *("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense", "mixed-precision"),
+        *("nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+    }
 )
-_FOREIGN = ("W_q", "codebooks", "weight_global_scale", "weight_g_idx", "bitmask", "qscale_weight")
+_FOREIGN = ("W_q", "codebooks", "weight_g_idx", "bitmask", "qscale_weight")
 """Last names of tensors that formats have which are not read here."""
+
+NOT_READ: Mapping[str, str] = {
+    "torchao": "its tensors are subclasses, with layouts by version",
+    "hqq": "many packings, and PEFT itself quantises a merge again",
+    "aqlm, eetq, quanto, spqr, vptq, higgs, fp_quant, bitnet": "no reader here",
+    "fbgemm_fp8, modelopt, quark": "scales that the config alone describes, or a file beside it",
+    "gptq with `dynamic`, `marlin` or `bitblas`; awq but for `gemm`": "other packings under the same names",
+    "compressed-tensors with `transform_config` or a sparse format": "rotated or pruned weights",
+}
+"""Bases that are refused by name, with the reason, for the table of bases; every other method is refused too."""
 
 _CACHE = re.compile(r"\.(?:[kvq]_scale|[kv]_zero_point)$")
 """Scales of a quantised cache, that stand in attention: no weight's."""
@@ -95,7 +108,7 @@ def read(infos: Infos, config: Mapping[str, Any]) -> Quantised:
     if not method:
         return NOTHING
     own = held or {}
-    formats = _FORMATS.get(method, ())
+    formats = FORMATS.get(method, ())
     found = [(each, f) for f in formats for each in f.find(infos, own)]
     weights = tuple((each, f) for each, f in found if isinstance(each, Weight))
     parts = {p for w, _ in weights for p in w.parts.values()}
@@ -139,7 +152,7 @@ def _shown(infos: Infos) -> str:
 
 def _unsupported(method: str, held: Mapping[str, Any], infos: Infos) -> str:
     """Why weights of a method are not made whole here."""
-    if method not in _FORMATS:
+    if method not in FORMATS:
         title = _TITLES.get(method, show(method))
         return (
             "the method of its weights is not recorded" if method == "unknown" else f"{title} is not dequantised here"

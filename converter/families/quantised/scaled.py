@@ -169,5 +169,12 @@ def whole_compressed(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DTy
     return whole(weight, grids, dtype, context)
 
 
-BLOCKS = Format(find_blocks, whole)
-COMPRESSED = Format(find_compressed, whole_compressed)
+BLOCKS = Format(
+    find_blocks,
+    whole,
+    "FP8 in blocks (DeepSeek-V3, Qwen3-FP8), or with one scale each",
+    "transformers 5.23 where the shape is whole blocks; ragged blocks by definition, since it refuses or misreads them",
+)
+COMPRESSED = Format(
+    find_compressed, whole_compressed, "FP8 and int8 by tensor, row or block", "compressed-tensors 0.20.1"
+)

@@ -74,10 +74,14 @@ class Format:
         find: its weights, and what looks like one and is not whole. Arguments: infos by name, `quantization_config`.
         whole: the weight as one lazy tensor of the given dtype. Arguments: the weight, its parts' tensors by what each
             is, the dtype, a context for values that say how to read it.
+        words: what of the method it is, for the table of bases.
+        compared: with what its values are compared, bit by bit.
     """
 
     find: Callable[[Infos, Mapping[str, Any]], Iterable[Found]]
     whole: Callable[[Weight, Mapping[str, LazyTensor], DType, Context], LazyTensor]
+    words: str = ""
+    compared: str = ""
 
 
 def missing(tensor: str, part: str) -> Fault:

@@ -28,7 +28,7 @@ def extract_lora(
     Args:
         base: the model that training began with.
         tuned: the model that came out of it.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         rank: of every pair of factors.
         energy: in place of a rank, the share of each difference's squared norm that its pair keeps.
         writing: see `Writing`.
@@ -64,7 +64,7 @@ def prune_lora(adapter: Where, out: Where | None = None, *, rank: int, **writing
 
     Args:
         adapter: a folder or a name on the Hub.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         rank: of every pair that has a larger one.
         writing: see `Writing`.
 
@@ -86,7 +86,7 @@ def convert_lora(
 
     Args:
         adapter: a folder or a name on the Hub: PEFT's, mlx-lm's or Tinker's.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         for_: `peft`, `peft@0.13`, `transformers@4`, `vllm`, `mlx` or `tinker`.
         base: the model that it is over; needed for factors of experts.
         writing: see `Writing`.

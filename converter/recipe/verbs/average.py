@@ -22,7 +22,7 @@ def average(
 
     Args:
         models: two or more that differ in values only.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         weights: one number for each model, divided by their sum; empty: the plain mean.
         writing: see `Writing`.
 
@@ -45,7 +45,7 @@ def interpolate(
     Args:
         a: the model at 0, whose side files are kept.
         b: the model at 1.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         t: where between them; below 0 or above 1 it goes on along the line.
         writing: see `Writing`.
 

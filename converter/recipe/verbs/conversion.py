@@ -1,4 +1,4 @@
-"""A recipe planned and written, for every verb that writes: to a folder, or to the Hub file by file."""
+"""A recipe planned and written, for every verb that writes: to a folder, or file by file to the Hub or a store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from converter.errors import UsageError
-from converter.publish.outputs import SCHEME, STALE, goes_to_hub
+from converter.publish.outputs import SCHEME, STALE, goes_to_hub, is_remote
 from converter.recipe.options import Going, WriteOptions
 from converter.recipe.verbs.pieces import threads
 from converter.text import parse_size, show
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from converter.core.writer.tasks import Task
     from converter.core.writer.write import Accept, Receipt
     from converter.publish.requests import Destination
-    from converter.publish.write import Published
+    from converter.publish.to_hub import Published
+    from converter.publish.to_store import Stored
     from converter.recipe.recipe import Recipe
     from converter.recipe.run import Prepared
 
@@ -43,6 +44,7 @@ class Conversion:
         out: where it goes; None where nothing was to be written.
         receipt: what the run did; None before it is written, and after a dry run.
         published: where the output is on the Hub: what was sent.
+        stored: where it is in an object store: what was sent.
         destination: the repository that it goes to, and `account` whose it is.
         adapter: of two outputs the other one, in `OUT-adapter`.
         earlier: an earlier run wrote it, and it was compared with the plan.
@@ -54,6 +56,7 @@ class Conversion:
     out: str | None = None
     receipt: Receipt | None = None
     published: Published | None = None
+    stored: Stored | None = None
     destination: Destination | None = None
     account: str = ""
     adapter: Conversion | None = None
@@ -82,8 +85,8 @@ class Conversion:
 
     @property
     def folder(self) -> Path | None:
-        """The folder that the output goes to; None where there is none, or it is on the Hub."""
-        return None if self.out is None or goes_to_hub(self.out) else Path(self.out).expanduser()
+        """The folder that the output goes to; None where there is none, or it is on the Hub or in a store."""
+        return None if self.out is None or is_remote(self.out) else Path(self.out).expanduser()
 
     @property
     def memory(self) -> int | None:
@@ -125,9 +128,11 @@ def convert_recipe(
     Raises:
         UsageError, Refused, VerificationFailed: see `prepare`, `write` and `write_to_hub`.
     """
-    if out is not None and goes_to_hub(out) and not going.dry_run:
-        return _convert_to_hub(recipe, out, options, going, made)
-    target = None if out is None or goes_to_hub(out) else Path(out).expanduser()
+    if out is not None and is_remote(out) and not going.dry_run:
+        if goes_to_hub(out):
+            return _convert_to_hub(recipe, out, options, going, made)
+        return _convert_to_store(recipe, out, options, going, made)
+    target = None if out is None or is_remote(out) else Path(out).expanduser()
     memory_of(options)
     if target is not None:
         from converter.core.writer.preflight import check_target
@@ -200,7 +205,7 @@ def write_plan(
     from converter.core.writer.reporter import Silent
     from converter.core.writer.write import write
 
-    if out is None or goes_to_hub(str(out)):
+    if out is None or is_remote(str(out)):
         raise _no_folder()
     if going.executor is not None:
         return _write_with(going.executor, plan, Path(out).expanduser(), options, going, accept)
@@ -256,7 +261,7 @@ def write_planned(planned: C, out: str | None, reporter: Reporter | None, execut
     from converter.core.writer.preflight import check_target
 
     named = out or planned.out
-    if named is None or goes_to_hub(named):
+    if named is None or is_remote(named):
         raise _no_folder()
     going = Going(reporter=reporter, executor=executor)
     planned = dataclasses.replace(planned, out=named)
@@ -296,10 +301,8 @@ def _destination(out: str, options: WriteOptions) -> Destination:
 
 def _convert_to_hub(recipe: Recipe, out: str, options: WriteOptions, going: Going, made: Callable[[Prepared], C]) -> C:
     """A recipe whose output goes to the Hub file by file, with room for one of them."""
-    from converter.core.writer.reporter import Silent
     from converter.publish.push import check_destination
-    from converter.publish.write import write_to_hub
-    from converter.recipe.run import refuse_no_op
+    from converter.publish.to_hub import write_to_hub
 
     where = _destination(out, options)
     if going.executor is not None:
@@ -316,15 +319,50 @@ def _convert_to_hub(recipe: Recipe, out: str, options: WriteOptions, going: Goin
     done = write_to_hub(
         planned.plan,
         where,
-        reporter=going.reporter or Silent(),
         card=lambda receipt, existing: _card(planned.prepared, where, receipt, existing),
-        jobs=planned.jobs,
-        memory=planned.memory,
-        resume=options.resume,
-        verify=options.verify,
-        accept=lambda measures: refuse_no_op(planned.prepared, measures),
+        **_sending(planned, going),
     )
     return dataclasses.replace(planned, receipt=done.receipt, published=done)
+
+
+def _convert_to_store(
+    recipe: Recipe, out: str, options: WriteOptions, going: Going, made: Callable[[Prepared], C]
+) -> C:
+    """A recipe whose output goes to an object store file by file, with room for one of them."""
+    from converter.publish.to_store import expect_empty, write_to_store
+    from converter.sources.store_names import store_name
+    from converter.sources.stores.client import Store
+
+    place = store_name(out)
+    assert place is not None
+    if going.executor is not None:
+        raise UsageError("usage", "executor= writes to a folder that its workers share, not to an object store")
+    if recipe.output.link_unchanged:
+        raise UsageError("link-remote", "an object store has no links; leave --link-unchanged out", where=show(out))
+    if options.overwrite:
+        what = "an object store has no rename, so that nothing in it is replaced whole; leave --overwrite out"
+        raise UsageError("usage", what, where=show(out), expected="a folder with no objects")
+    memory_of(options)
+    # Before any input is opened: credentials that open nothing shall not cost a conversion.
+    store = Store(place)
+    expect_empty(store, resume=options.resume)
+    planned = dataclasses.replace(made(prepared_of(recipe, options)), out=out)
+    if going.on_plan is not None:
+        going.on_plan(planned)
+    done = write_to_store(planned.plan, store, **_sending(planned, going))
+    return dataclasses.replace(planned, receipt=done.receipt, stored=done)
+
+
+def _sending(planned: Conversion, going: Going) -> dict[str, Any]:
+    """How files are written and sent, as was asked."""
+    from converter.core.writer.reporter import Silent
+    from converter.recipe.run import refuse_no_op
+
+    return {
+        "reporter": going.reporter or Silent(), "jobs": planned.jobs, "memory": planned.memory,
+        "resume": planned.options.resume, "verify": planned.options.verify,
+        "accept": lambda measures: refuse_no_op(planned.prepared, measures),
+    }  # fmt: skip
 
 
 def _card(prepared: Prepared, where: Destination, receipt: Mapping[str, Any], existing: str) -> str:

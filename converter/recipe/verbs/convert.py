@@ -75,7 +75,7 @@ def convert(
 
     Args:
         src: a model, an adapter, a trainer's state, a run, or a name on the Hub.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         to: `TRAINER` or `TRAINER@VERSION`.
         role: `reward`, `critic` or `actor`: what that trainer uses it as.
         writing: see `HeadWriting`; `from_` is the trainer or dialect of the source.
@@ -149,7 +149,7 @@ def find(src: str, options: HeadOptions) -> Found:
     Raises:
         UsageError: nothing that is read, or several checkpoints to choose from.
     """
-    from converter.sources.finding import kind_of, sources
+    from converter.sources.finding import kind_of, nothing_in, sources
     from converter.sources.hub.names import as_reference, below
     from converter.sources.locate import resolve
 
@@ -163,7 +163,11 @@ def find(src: str, options: HeadOptions) -> Found:
         _refuse_run_options(src, options, is_adapter=kind == "adapter")
         return Found("adapter" if kind == "adapter" else "model", src, damaged=_is_damaged(root, name))
     part = options.part
-    place, inner = place_of(root, as_reference(src), tag=options.tag, part=part)
+    try:
+        place, inner = place_of(root, as_reference(src), tag=options.tag, part=part)
+    except UsageError as error:
+        below_it = nothing_in(root, src) if error.code == "no-shards" and name is None else error
+        raise below_it if below_it.code == "several-checkpoints" else error from None
     if place.folder == root:
         return Found("training", src, part=inner)
     path = below(src, root, place.folder)

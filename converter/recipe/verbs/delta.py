@@ -21,7 +21,7 @@ def make_delta(base: Where, tuned: Where, out: Where | None = None, **writing: U
     Args:
         base: the model that training began with.
         tuned: the model that came out of it.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         writing: see `Writing`.
 
     Raises:
@@ -47,7 +47,7 @@ def apply_delta(
     Args:
         base: the model that they are added to.
         deltas: folders that `make_delta` wrote, one or more.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         weights: one number for each; empty: 1 for all.
         writing: see `Writing`.
 

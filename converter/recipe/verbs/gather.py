@@ -74,7 +74,7 @@ def gather(
 
     Args:
         src: the folder of shards, its parent, or the run's.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         tag: which checkpoint; None: what `latest` says.
         base: for config, tokenizer and weights that aren't saved; None: the one that the run records, if needed.
         master: keep the fp32 masters, as `dtype="float32"`.

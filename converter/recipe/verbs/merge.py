@@ -62,7 +62,7 @@ def merge_lora(
 
     Args:
         adapter: a folder or a name on the Hub.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         base: None: the one that the adapter records.
         adapters: more adapters (`--adapter`), and `weights` one number for each, the first one's included.
         numerics: `best` rounds once; `peft` is bit-identical to PEFT's merge.

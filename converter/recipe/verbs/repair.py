@@ -91,7 +91,7 @@ def repair(
 
     Args:
         src: a model or an adapter.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         weights_from: where lost weights may be: shards, a run, a copy.
         base: None: what is recorded, if it is at hand.
         for_: `transformers@4` adds old spellings.

@@ -30,7 +30,7 @@ def reshard(
 
     Args:
         src: a model.
-        out: the folder to write, or `hf://owner/name`; None: only plan.
+        out: the folder to write, `hf://owner/name` or `s3://bucket/folder`; None: only plan.
         dequantize: make quantised weights whole.
         to: `dcp`: a torch distributed checkpoint, which trainers load on any number of ranks.
         under: keys of the dictionaries that it has the model in: `model` (default), `app.model`, ..., or `.` for none.

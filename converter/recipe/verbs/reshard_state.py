@@ -16,7 +16,7 @@ from converter.core.formats.torch_file import read_torch_file
 from converter.core.formats.weight_file import PICKLED_SUFFIXES
 from converter.diagnostic import Command
 from converter.errors import Refused, UsageError
-from converter.publish.outputs import goes_to_hub
+from converter.publish.outputs import is_remote
 from converter.recipe.options import Going, WriteOptions
 from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.conversion import memory_of
@@ -24,10 +24,11 @@ from converter.recipe.verbs.knobs import Effort, Where, optional, options_of
 from converter.recipe.verbs.pieces import threads
 from converter.recipe.verbs.run_state import place_of
 from converter.sources.beside import find_beside
+from converter.sources.deepspeed.resharding.parts import data_ranks
 from converter.sources.deepspeed.resharding.plan import MAX_RANKS, plan_resharding
 from converter.sources.deepspeed.resharding.universal import plan_universal
 from converter.sources.deepspeed.state import read_shards
-from converter.sources.deepspeed.whole import expect_not_split
+from converter.sources.deepspeed.whole import ranks_in_all
 from converter.sources.finding import kind_of
 from converter.sources.hub.names import as_reference
 from converter.sources.locate import resolve
@@ -131,8 +132,8 @@ def _expect_state_options(out: str | None, options: WriteOptions) -> None:
     wrong = [f"--{name.replace('_', '-')}" for name in _NOT_HERE if getattr(options, name)]
     if wrong:
         raise UsageError("usage", f"{wrong[0]} has no meaning with --world-size: a trainer's state is kept as it is")
-    if goes_to_hub(out):
-        raise UsageError("usage", "a trainer's state is written to a folder, and not to the Hub")
+    if is_remote(out):
+        raise UsageError("usage", "a trainer's state is written to a folder of this machine")
 
 
 def _resharded(asked: ReshardRequest, out: Path | None, options: WriteOptions, going: Going) -> ReshardedState:
@@ -184,14 +185,14 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
     if kind_of(root) == "verl":
         return _with_provenance(_plan_verl(root, asked))
     place, _ = place_of(root, as_reference(asked.src), tag=asked.tag, part=None)
-    _expect_zero(kind_of(place.folder), place.folder, asked.src)
+    _expect_zero(kind_of(place.folder), place.folder, asked)
     shards = read_shards(place.folder)
-    expect_not_split(shards)
+    ranks = asked.world_size or ranks_in_all(shards)
     if shards.stage == 0:
+        data_ranks(shards, ranks)
         raise _any_ranks("without ZeRO every rank has the whole state, in one file", place.folder)
     if place.folder != root:
         shards.said.insert(0, f"tag {show(place.folder.name)}: {place.why}")
-    ranks = asked.world_size or shards.ranks
     side_files, inputs, said = _beside(place.folder.parent, ranks, keep_code=keep_code)
     if asked.to == UNIVERSAL:
         made = plan_universal(shards, asked.world_size, side_files=side_files, inputs=inputs)
@@ -224,9 +225,11 @@ def _with_provenance(made: Resharded) -> Resharded:
     return dataclasses.replace(made, plan=dataclasses.replace(made.plan, provenance=provenance))
 
 
-def _expect_zero(kind: str | None, folder: Path, asked: str) -> None:
+def _expect_zero(kind: str | None, folder: Path, asked: ReshardRequest) -> None:
     if kind == "dcp":
         raise _any_ranks("this is a checkpoint of torch.distributed.checkpoint, which torch cuts as it loads", folder)
+    if kind == "deepspeed_universal" and asked.to is None:
+        return
     if kind == "deepspeed_universal":
         what = "this is a universal checkpoint, which DeepSpeed cuts as it loads it with `load_universal`"
         raise _any_ranks(what, folder)
@@ -238,7 +241,7 @@ def _expect_zero(kind: str | None, folder: Path, asked: str) -> None:
             + (f"none ({kind})" if is_model else f"of a kind that isn't cut anew yet ({kind})"),
             where=show(folder),
             expected="a folder such as global_step500 of DeepSpeed, its parent, or the run's folder",
-            next=Command("gather", (asked, "OUT")) if not is_model else None,
+            next=Command("gather", (asked.src, "OUT")) if not is_model else None,
         )
 
 

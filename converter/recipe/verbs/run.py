@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, overload
 
 from converter.errors import UsageError
-from converter.publish.outputs import goes_to_hub
+from converter.publish.outputs import is_remote
 from converter.recipe.options import WriteOptions
 from converter.recipe.recipe import SOURCE, Recipe, load_recipe
 from converter.recipe.verbs.allowing import allowing
@@ -74,7 +74,7 @@ def run(
     with allowing(options.allow_name):
         share = None if task is None else task_of(task, os.environ)
         target = optional(out)
-        if share is not None and (target is None or goes_to_hub(target)):
+        if share is not None and (target is None or is_remote(target)):
             raise UsageError("usage", "--task needs an output folder, which all tasks share")
         meant = run_recipe(recipe, inputs or {}, options)
 

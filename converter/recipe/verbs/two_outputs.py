@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from converter.core.files.names import RECEIPT
 from converter.errors import ConvertError, UsageError, VerificationFailed
-from converter.publish.outputs import goes_to_hub
+from converter.publish.outputs import is_remote
 from converter.recipe.options import Going, WriteOptions
 from converter.recipe.verbs.conversion import SUFFIX, C, Conversion, memory_of, write_folder
 from converter.text import show
@@ -43,9 +43,9 @@ def expect_folders(out: str | None) -> None:
     Raises:
         UsageError: the output is on the Hub (`usage`).
     """
-    if goes_to_hub(out):
-        what = "two outputs are two repositories"
-        raise UsageError("usage", what, expected="--emit merged or --emit adapter, once for each repository")
+    if is_remote(out):
+        what = "two outputs are two places"
+        raise UsageError("usage", what, expected="--emit merged or --emit adapter, once for each place")
 
 
 def convert_both(planned_of: Callable[[str], C], out: str | None, options: WriteOptions, going: Going) -> C:

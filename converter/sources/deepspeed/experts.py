@@ -120,12 +120,24 @@ class Ranks:
         ranks = shards.ranks
         if count < 1 or ranks % count:
             raise shards.refuse("zero-experts", f"a group of parameters lies on {count} of {ranks} ranks")
-        config = shards.model().get("ds_config")
-        data_first = isinstance(config, dict) and config.get("use_data_before_expert_parallelism") is True
-        sets = ranks // count
-        if data_first:
+        return cls.dealt(ranks, ranks // count, is_data_first=is_data_first(shards.model().get("ds_config")))
+
+    @classmethod
+    def dealt(cls, ranks: int, sets: int, *, is_data_first: bool) -> Ranks:
+        """The ranks of each of `sets` sets of experts."""
+        count = ranks // sets
+        if is_data_first:
             return cls(tuple(tuple(range(e * count, (e + 1) * count)) for e in range(sets)))
         return cls(tuple(tuple(range(e, ranks, sets)) for e in range(sets)))
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """The set of a rank, and its number in that."""
+        return next((number, ranks.index(rank)) for number, ranks in enumerate(self.sets) if rank in ranks)
+
+
+def is_data_first(config: Any) -> bool:
+    """Whether a run's settings put ranks with the same experts side by side."""
+    return isinstance(config, dict) and config.get("use_data_before_expert_parallelism") is True
 
 
 def rank_sets(shards: Shards, index: int, count: int) -> tuple[tuple[int, ...], ...]:

@@ -12,7 +12,7 @@ Source: https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from converter.core.tensors import nodes as tensors
@@ -29,7 +29,7 @@ def trained_shapes(shards: Shards) -> list[Shapes]:
 
     Experts that were spread over the ranks are listed under their numbers among all.
     """
-    listed = _listed_shapes(shards)
+    listed = listed_shapes(shards)
     if not shards.experts or shards.stage not in (1, 2, 3):
         return listed
     counts = partition_counts(shards, len(listed))
@@ -60,7 +60,7 @@ def _recorded_counts(shards: Shards) -> Any:
     return [g.get("partition_count") for g in listed if isinstance(g, dict)] if isinstance(listed, list) else None
 
 
-def _listed_shapes(shards: Shards) -> list[Shapes]:
+def listed_shapes(shards: Shards) -> list[Shapes]:
     """The same under the names that the model file has: those on its rank."""
     value = shards.model().get("param_shapes")
     file = shards.model_file()
@@ -89,9 +89,24 @@ def trained_tensors(shards: Shards, state: State = MASTER) -> dict[str, LazyTens
 
 
 def _stage_1_2(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State) -> dict[str, LazyTensor]:
-    groups = _listed_shapes(shards)
-    parts = [_flat_parts(shards, rank, found, state) for rank, found in enumerate(states)]
     found: dict[str, LazyTensor] = {}
+    for group, own in zip(listed_shapes(shards), _by_set(shards, states, state), strict=True):
+        found |= own[0] if len(own) == 1 else joined(shards, group, own)
+    return found
+
+
+def tensors_by_set(shards: Shards, state: State) -> list[list[dict[str, LazyTensor]]]:
+    """The same of stages 1 and 2 by group, and in it by set of experts, under the names that they have on a rank.
+
+    Raises:
+        Refused: see `trained_tensors`.
+    """
+    return list(_by_set(shards, all_optimizers(shards), state))
+
+
+def _by_set(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State) -> Iterator[list[dict[str, LazyTensor]]]:
+    groups = listed_shapes(shards)
+    parts = [_flat_parts(shards, rank, found, state) for rank, found in enumerate(states)]
     counts = partition_counts(shards, len(groups))
     for index, (group, count) in enumerate(zip(groups, counts, strict=True)):
         if any(len(p) != len(groups) for p in parts):
@@ -99,9 +114,7 @@ def _stage_1_2(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State
                 "zero-sizes", f"param_shapes has {len(groups)} groups, an optimizer file has another number"
             )
         sets = Ranks.of(shards, count).sets
-        own = [_cut(shards, index, group, [parts[r][index] for r in ranks], state) for ranks in sets]
-        found |= own[0] if len(sets) == 1 else joined(shards, group, own)
-    return found
+        yield [_cut(shards, index, group, [parts[r][index] for r in ranks], state) for ranks in sets]
 
 
 def _cut(
@@ -163,7 +176,7 @@ def _by_number(base: Mapping[Any, Any]) -> list[Any] | None:
 
 
 def _stage_3(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State) -> dict[str, LazyTensor]:
-    groups = _listed_shapes(shards)
+    groups = listed_shapes(shards)
     counts = partition_counts(shards, len(groups))
     flats = []
     for rank, found in enumerate(states):

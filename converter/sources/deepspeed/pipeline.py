@@ -11,7 +11,7 @@ https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/pipe/mod
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from converter.core.tensors.nodes import LazyTensor
@@ -98,8 +98,7 @@ def pipeline_weights(found: Pipeline) -> tuple[dict[str, LazyTensor], list[Copy]
     """
     first = found.first
     known = {n: s for stage in found.stages for n, s in _shapes(stage).items()}
-    numbered = {int(m[1]) for n in known if (m := _LAYER.fullmatch(n))}
-    if lost := sorted(numbered - found.layers.keys()):
+    if lost := sorted(numbered_layers(known) - found.layers.keys()):
         raise first.refuse(
             "zero-pipeline",
             f"the files of layers {fold([str(n) for n in lost])} are missing",
@@ -123,6 +122,11 @@ def pipeline_weights(found: Pipeline) -> tuple[dict[str, LazyTensor], list[Copy]
         text = f"no file of a layer holds {fold(lost_names)}, and without ZeRO its shape is not recorded"
         raise first.refuse("zero-pipeline", text, next="look for a checkpoint that was saved with ZeRO stage 1")
     return weights, copies
+
+
+def numbered_layers(names: Iterable[str]) -> set[int]:
+    """Numbers of the layers that parameters of these names are in."""
+    return {int(match[1]) for name in names if (match := _LAYER.fullmatch(name))}
 
 
 def lists_shapes(stage: Shards) -> bool:
@@ -153,7 +157,7 @@ def _tied_layers(found: Pipeline, known: Mapping[str, tuple[int, ...]]) -> dict[
     for name, shape in known.items():
         if match := _TIED.fullmatch(name):
             shared.setdefault(match[1], {})[match[2]] = shape
-    numbered = {int(m[1]) for n in known if (m := _LAYER.fullmatch(n))}
+    numbered = numbered_layers(known)
     tied: dict[int, str] = {}
     for number, own in found.layers.items():
         if number in numbered or not shared:

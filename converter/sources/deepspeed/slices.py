@@ -88,11 +88,15 @@ def _place(value: Any, dims: int) -> tuple[int, list[int]] | None:
     return None if strides is None or len(strides) != dims else (value[0], list(strides))
 
 
-def read_slices(first: Shards) -> list[Shards]:
+def read_slices(first: Shards, code: str = "zero-tensor-parallel", kind: str = "tensor-parallel ranks") -> list[Shards]:
     """Every slice of a model, of which the first is read.
 
+    Args:
+        code: of the refusal where some are missing.
+        kind: what they are.
+
     Raises:
-        Refused: slices are missing or of other runs (`zero-tensor-parallel`, `zero-mixed`).
+        Refused: slices are missing or of other runs (`code`, `zero-mixed`).
     """
     folder, found = first.folder, slices_in(first.folder)
     claimed = first.model().get("mp_world_size")
@@ -101,15 +105,15 @@ def read_slices(first: Shards) -> list[Shards]:
         lost = [f"mp_rank_{n:02d}" for n in range(count) if n not in found]
         extra = [f"mp_rank_{n:02d}" for n in found if n >= count]
         what = f"those of {fold(lost)} are missing" if lost else f"there are those of {fold(extra)} too, of another run"
-        text = f"the model was split over {count} tensor-parallel ranks, and {what}"
-        raise first.refuse("zero-tensor-parallel", text, next="copy them from the nodes that wrote them")
+        text = f"the model was split over {count} {kind}, and {what}"
+        raise first.refuse(code, text, next="copy them from the nodes that wrote them")
     slices = [first, *(read_shards(folder, n, like=first) for n in range(1, count))]
     keys = ("global_steps", "dp_world_size", "mp_world_size")
     if (
         len({tuple(repr(s.model().get(k)) for k in keys) for s in slices}) > 1
         or len({(s.stage, s.ranks) for s in slices}) > 1
     ):
-        raise first.refuse("zero-mixed", "the files of tensor-parallel ranks are of different steps or runs")
+        raise first.refuse("zero-mixed", f"the files of {kind} are of different steps or runs")
     return slices
 
 

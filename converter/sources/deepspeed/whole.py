@@ -73,21 +73,24 @@ def is_sliced(shards: Shards) -> bool:
     return len(slices_in(shards.folder)) > 1 or (type(claimed) is int and claimed > 1)
 
 
-def expect_not_split(shards: Shards) -> None:
-    """Refuse to cut anew what was split over ranks by more than data.
+def expect_not_split(shards: Shards, what: str) -> None:
+    """Refuse what can be done to a run that was split by data alone.
+
+    Args:
+        what: is refused, as `another stage of ZeRO`.
 
     Raises:
-        Refused: it was (`zero-pipeline`, `zero-tensor-parallel`, `zero-experts`).
+        Refused: it was split otherwise (`zero-pipeline`, `zero-tensor-parallel`, `zero-experts`).
     """
     kinds = (
         (is_pipeline(shards.folder), "zero-pipeline", "layers were spread over the stages of a pipeline"),
         (is_sliced(shards), "zero-tensor-parallel", "tensors were split over ranks"),
         (shards.experts, "zero-experts", "experts were spread over the ranks"),
     )
-    for is_so, code, what in kinds:
+    for is_so, code, why in kinds:
         if is_so:
-            text = f"{what}, and each rank's file has its own: they can't be cut for other ranks yet"
-            raise shards.refuse(code, text, next="resume on as many ranks as before; gather reads the weights")
+            advice = "reshard with --world-size alone, which keeps the split"
+            raise shards.refuse(code, f"{why}: {what} can't be made of that", next=advice)
 
 
 def ranks_in_all(shards: Shards) -> int:

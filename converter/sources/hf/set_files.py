@@ -114,7 +114,7 @@ def choose(root: Path, names: frozenset[str], survey: Survey, read: Read, *, eve
     twice = any(f.code == "tensor-twice" for f in errors)
     found = find_sets(root, names, pickled=every or bool(errors))
     stale = every and bool(errors) and all(f.code in OF_THE_INDEX for f in errors)
-    if not found or (len(found) < 2 and not twice and not stale):
+    if not found or (len(found) < 2 and not twice and not stale and not _is_astray(errors, survey)):
         return None
     config = _config(root)
     if config is None:
@@ -122,6 +122,11 @@ def choose(root: Path, names: frozenset[str], survey: Survey, read: Read, *, eve
     headers: dict[str, WeightFile] = {}
     every_set = judged([_read(each, read, headers) for each in found], config)
     return Choice(every_set, headers, *_chosen(root, found, every_set, errors, survey))
+
+
+def _is_astray(errors: list[Fault], survey: Survey) -> bool:
+    """True where the index names files of which none is here: what is here may be the model under other names."""
+    return not survey.files and any(f.code == "shard-missing" for f in errors)
 
 
 def _config(root: Path) -> Mapping[str, Any] | None:
@@ -169,6 +174,8 @@ def _chosen(
     text = "what loaders read is not the model that config.json implies"
     if not is_read:
         text = "no index tells which of several sets of shards is the model"
+    if _is_astray(errors, survey):
+        text = "the index names files of which none is here"
     if len(whole) > 1:
         text += f"; {' and '.join(others)} each have all of it, and a repair compares their values"
     elif sets[whole[0]].set.twice:

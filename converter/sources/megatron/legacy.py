@@ -23,6 +23,7 @@ from converter.core.formats.torch_file import Opaque, read_torch_file
 from converter.core.tensors.nodes import Concat, LazyTensor, Stored, concat, reshape
 from converter.errors import Refused
 from converter.families.megatron.names import Value
+from converter.families.megatron.rows import EMBEDDING, OUTPUT
 from converter.families.megatron.splitting import joined, way
 from converter.sources.megatron.arguments import ANY, plain_fields
 from converter.sources.megatron_files import RANK_FILE, RANK_FOLDER, rank_folders
@@ -105,6 +106,7 @@ def read_ranks(folder: Path) -> Ranks:
     """
     ranks: Ranks | None = None
     seen: dict[object, Path] = {}
+    written: list[tuple[str, tuple[int, int], Value, Value]] = []
     for place in rank_folders(folder):
         path = place / RANK_FILE
         read = read_torch_file(path, root=folder, allow_names=ANY)
@@ -120,6 +122,7 @@ def read_ranks(folder: Path) -> Ranks:
             what = f"{show(place.name)} is of a run with other sizes than {show(ranks.files[0].path.parent.name)}"
             raise ranks.refuse("megatron-mixed", what, next="put the files of one save into one folder")
         tp, pp, ep = _place(place.name, ranks)
+        written.append((place.name, (tp, pp), arguments.get("rank"), arguments.get("world_size")))
         models = [_tensors(chunks[n], ranks) for n in range(len(chunks))]
         values = tuple((c.length, c.crc) for c in read.checks) or read.digest
         _expect_no_copy(ranks, RankFile(tp, pp, ep, path, models), seen.setdefault(values, path))
@@ -130,6 +133,7 @@ def read_ranks(folder: Path) -> Ranks:
         ranks.others |= {k for k in state if isinstance(k, str) and not _CHUNK.fullmatch(k)}
     assert ranks is not None
     _expect_all(ranks)
+    _expect_own_files(written, ranks)
     return ranks
 
 
@@ -162,6 +166,31 @@ def _place(name: str, ranks: Ranks) -> tuple[int, int, int]:
         what = f"{show(name)} is beyond TP {ranks.tp}, PP {ranks.pp}, EP {ranks.ep}, which its arguments say"
         raise ranks.refuse("megatron-mixed", what)
     return found[0], found[1], found[2]
+
+
+def _expect_own_files(written: list[tuple[str, tuple[int, int], Value, Value]], ranks: Ranks) -> None:
+    """Go on where each file lies in the folder of the rank that wrote it, as far as processes' numbers are recorded.
+
+    Processes count TP first and stages last, which is Megatron's order where nothing else was asked for. What converts
+    checkpoints writes one number into all of them.
+
+    Args:
+        written: each folder's name, its TP and PP rank, and the process and the number of processes that are recorded.
+    """
+    if ranks.arguments.get("use_tp_pp_dp_mapping") or len({number for _, _, number, _ in written}) < len(written):
+        return
+    for name, own, number, world in written:
+        if (
+            type(number) is not int
+            or type(world) is not int
+            or not 0 <= number < world
+            or world % (ranks.tp * ranks.pp)
+        ):
+            continue
+        wrote = (number % ranks.tp, number // (world // ranks.pp))
+        if wrote != own:
+            what = f"{show(name)} was written by process {number} of {world}, which is TP {wrote[0]}, PP {wrote[1]}"
+            raise ranks.refuse("megatron-mixed", what, next="give the folder of each rank its own file back")
 
 
 def _expect_all(ranks: Ranks) -> None:
@@ -232,6 +261,10 @@ def whole_tensors(ranks: Ranks) -> dict[str, LazyTensor]:
     for (name, _), numbered in experts.items():
         ordered = [numbered[n] for n in sorted(numbered)]
         found[name] = concat([reshape(t, (1, *t.info.shape)) for t in ordered], 0)
+    output, embedding = found.get(OUTPUT), found.get(EMBEDDING)
+    is_one = ranks.arguments.get("untie_embeddings_and_output_weights") is False
+    if is_one and output is not None and embedding is not None and output.info == embedding.info:
+        _expect_copy(OUTPUT, embedding, output, ranks)
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from converter.errors import UsageError
 from converter.sources.megatron_files import kind_here, tracked
-from converter.sources.places import Place, by_number, several_checkpoints, several_parts
+from converter.sources.places import Place, by_number, several_checkpoints, several_parts, tagged
 from converter.text import show
 
 DEPTH = 5
@@ -103,13 +103,19 @@ def _step(root: Path, steps: list[Path], asked: str, tag: str | None) -> tuple[P
             listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in steps[-8:])
             raise UsageError("no-such-tag", f"there is no checkpoint {show(tag)}", where=show(asked), expected=listed)
         return chosen, "asked for with --tag"
-    if len(steps) == 1:
-        return steps[0], f"{show(steps[0].name)} is the only checkpoint of the run"
     for tracker in TRACKERS:
         said = tracked(root / tracker, root)
         latest = [p for p in steps if said and _is_tag(p.name, said)]
-        if len(latest) == 1:
+        if len(latest) == 1 and len(steps) > 1:
             return latest[0], f"{show(latest[0].name)}: `{tracker}` says so"
+        if said and not latest:
+            listed = ", ".join(show(f"{asked.rstrip('/')}/{p.name}") for p in steps[-8:])
+            what = f"`{tracker}` names {show(said, 40)}, which is not here: it was deleted, or not copied"
+            raise UsageError(
+                "no-such-tag", what, where=show(asked), expected=listed, next=tagged(asked, steps[-1].name)
+            )
+    if len(steps) == 1:
+        return steps[0], f"{show(steps[0].name)} is the only checkpoint of the run"
     raise several_checkpoints(asked, steps)
 
 

@@ -37,6 +37,7 @@ class MegatronSource(TrainingSource):
     name = "megatron"
     precedence = 11  # before `dcp`, whose files these are too
     has_parts = True
+    note_code = "megatron-note"
 
     def detect(self, root: Path) -> str | None:
         """Why a folder is Megatron's, or None."""

@@ -39,8 +39,10 @@ KIND = "training"
 _LAYERS = re.compile(r"(?P<stem>decoder\.layers\.)(?!\d+\.)(?P<rest>.+)", re.ASCII)
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.", re.ASCII)
 _STATE = re.compile(
-    r"(?:chained_\d+\.)?optimizer\.state\.(?P<leaf>exp_avg|exp_avg_sq|fp32_param)\.(?P<key>.+)", re.ASCII
+    r"(?:chained_\d+\.)?optimizer\.state\.(?P<leaf>exp_avg|exp_avg_sq|fp32_param|param)\.(?P<key>.+)", re.ASCII
 )
+_MASTERS = ("fp32_param", "param")
+"""What masters are called by the optimizer that is not distributed, and by the one that is."""
 _BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_", re.ASCII)
 _EXTRA = re.compile(r".+\._extra_state(?:/shard_[\d.]+_[\d.]+)?", re.ASCII)
 _BUFFERS = re.compile(r".+\.(?:local|global)_tokens_per_expert(?:_ema)?", re.ASCII)
@@ -117,7 +119,7 @@ def _of_ranks(folder: Path, *, master: bool) -> Weights:
 
 def _masters(metadata: Metadata, own: Mapping[str, str]) -> dict[str, str]:
     """Keys of fp32 masters by the weights' keys; a weight that is fp32 is its own."""
-    held = states(metadata, "fp32_param")
+    held = {k: name for leaf in reversed(_MASTERS) for k, name in states(metadata, leaf).items()}
     low = [k for k in own if (t := metadata.tensors[k].dtype) is not None and t.is_float and t.bits < 32]
     lost = [k for k in low if k not in held]
     if lost:
@@ -296,4 +298,4 @@ def held_in(folder: Path) -> Held:
     """Files and tensors of a folder."""
     found = read_weights(folder)
     files = [Path(p).name for p in found.inputs if Path(p).parent == folder.absolute()]
-    return Held(folder, files, found.tensors)
+    return Held(folder, files, found.tensors, [", ".join((found.words, *_sizes_said(found.arguments)))])

@@ -1,4 +1,4 @@
-"""What is asked of an object store: its list of objects below a folder, bytes of them, what is there now.
+"""What is asked of an object store: its list of objects below a folder, bytes of them, what is there now, new objects.
 
 fsspec's file systems speak with the stores, with the credentials that their own libraries find; their errors come in
 our words, without what could be a credential.
@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from converter.diagnostic import Next
@@ -23,6 +24,9 @@ from converter.text import show
 ATTEMPTS = 6
 FIRST_WAIT = 0.2
 MOST_OBJECTS = 20_000
+PART_BYTES = 16 << 20
+IN_FLIGHT = 4
+"""Parts of a file that are sent at once."""
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
 """The file system of each scheme; its package is imported under its own name."""
@@ -58,7 +62,7 @@ class Store:
         import fsspec
 
         self.place = place
-        self.files: Any = self.ask(lambda: fsspec.filesystem(place.scheme, use_listings_cache=False))
+        self.files: Any = self.ask(lambda: fsspec.filesystem(place.scheme, use_listings_cache=False), "store-read")
 
     def key(self, name: str) -> str:
         """An object's name as the file system takes it."""
@@ -71,7 +75,7 @@ class Store:
             Refused: the store can't be read (`store-read`), or names what is no file of a model (`store-listing`).
         """
         root = self.key("")
-        found: Mapping[str, Mapping[str, Any]] = self.ask(lambda: self.files.find(root, detail=True))
+        found: Mapping[str, Mapping[str, Any]] = self.ask(lambda: self.files.find(root, detail=True), "store-read")
         if len(found) > MOST_OBJECTS:
             raise Refused("store-listing", f"{len(found)} objects are no model", where=str(self.place))
         listed = []
@@ -107,7 +111,7 @@ class Store:
                 raise ConnectionError(f"{len(content)} bytes came instead of {stop - start}")
             return content
 
-        return self.ask(request)
+        return self.ask(request, "store-read")
 
     def expect_same(self, each: Object) -> None:
         """Refuse where the object is not what it was when it was listed.
@@ -116,7 +120,7 @@ class Store:
             Refused: it was written again or removed (`input-changed`).
         """
         try:
-            info = self.ask(lambda: self.files.info(each.key))
+            info = self.ask(lambda: self.files.info(each.key), "store-read")
             same = self._mark(each.key, info) == each.mark
         except Refused as error:
             if not isinstance(error.__cause__, FileNotFoundError):
@@ -130,25 +134,53 @@ class Store:
                 next="run the same command again once nothing writes to the input",
             )
 
-    def ask(self, request: Callable[[], T]) -> T:
+    def put(self, name: str, content: Path | bytes) -> str:
+        """Send a file, in parts where it is large, or bytes; what stands for the object's state, in hexadecimal.
+
+        Raises:
+            Refused: the store does not take it, or has less than was sent (`store-write`).
+        """
+        key = self.key(name)
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+
+        def request() -> str:
+            if isinstance(content, bytes):
+                self.files.pipe_file(key, content)
+            else:
+                self.files.put_file(str(content), key, **self._how(size))
+            info = self.files.info(key)
+            if int(info["size"]) != size:
+                raise ConnectionError(f"the object has {info['size']} bytes, and {size} were sent")
+            return self._mark(key, info)
+
+        return self.ask(request, "store-write")
+
+    def _how(self, size: int) -> dict[str, Any]:
+        """How a file is sent: in parts of which a few are in memory; an object has at most 10,000."""
+        if self.place.scheme == "az":
+            return {"overwrite": True}
+        part = max(PART_BYTES, -(-size // 9_000))
+        return {"chunksize": part, "max_concurrency": IN_FLIGHT} if self.place.scheme == "s3" else {"chunksize": part}
+
+    def ask(self, request: Callable[[], T], code: str) -> T:
         """A request, repeated where another try may help.
 
         Raises:
-            Refused: it did not succeed (`store-read`).
+            Refused: it did not succeed (`code`).
         """
         for attempt in range(ATTEMPTS):
             try:
                 return request()
             except Exception as error:  # the file system's own, its transport's and the system's
                 if not _may_pass(error) or attempt + 1 == ATTEMPTS:
-                    self._refuse(error)
+                    self._refuse(error, code)
                 time.sleep(FIRST_WAIT * 2**attempt)
         raise AssertionError("unreachable")
 
-    def _refuse(self, error: Exception) -> NoReturn:
+    def _refuse(self, error: Exception, code: str) -> NoReturn:
         text = without_secrets(str(error).strip().partition("\n")[0])
         raise Refused(
-            "store-read",
+            code,
             f"the store refuses or can't be reached: {_reason(error)}",
             where=str(self.place),
             got=show(f"{type(error).__name__}: {text}"),

@@ -32,6 +32,9 @@ def shards(run: Path) -> Path:
 def oracle(run: Path) -> dict[str, torch.Tensor]:
     """What the model was before it was put into Megatron; of a critic with its head in place of the output layer."""
     held = load_file(run / "hf" / "model.safetensors")
+    if facts(run)["versions"]["megatron-core"].startswith("0.13.") and facts(run)["dtype"] == "bf16":
+        # Later versions make it fp32 again before they save; here it lived as the model was cast.
+        held |= {n: t.bfloat16() for n, t in held.items() if n.endswith("e_score_correction_bias")}
     if facts(run)["critic"]:
         held.pop("lm_head.weight", None)
         held |= {f"score.{n}": t for n, t in load_file(run / "head.safetensors").items()}

@@ -6,7 +6,8 @@ Needs what `save.py` needs. Starts one process a rank; ends with an error where 
     python tests/runs/mcore/load.py FOLDER --many LOADS.json    many in one start: {NAME: ARGUMENTS}
 
 MODEL is the folder of transformers that was converted: the oracle, put into Megatron's modules by `models.py`. Keys
-that local specs call otherwise than TransformerEngine's, which are written, are renamed in what Megatron asks for.
+that local specs call otherwise than TransformerEngine's, which are written, are renamed in what Megatron asks for. The
+old format is loaded by the file of each rank, with every name as it stands: it is written with `--modules local`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ def work(asked: argparse.Namespace) -> None:
     """One rank."""
     import torch
     import torch.distributed as dist
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+    from megatron.core import parallel_state
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
@@ -39,6 +39,10 @@ def work(asked: argparse.Namespace) -> None:
     asked.critic = held["score.weight"].shape[0] if "score.weight" in held else 0
     asked.head_bias = False
     whole = in_megatron(held, config) | ({"output_layer.weight": held["score.weight"]} if asked.critic else {})
+    is_old = not (asked.written / "release" / ".metadata").is_file()
+    if is_old:
+        own = _rank_file(asked)
+        asked.padded = own["args"].padded_vocab_size
     (model,) = model_chunks(config, asked)
     model.to(held["model.norm.weight"].dtype)
     for name, buffer in model.named_buffers():
@@ -46,6 +50,51 @@ def work(asked: argparse.Namespace) -> None:
             buffer.data = buffer.data.float()
     for parameter in model.parameters():
         parameter.data.fill_(7.0)
+    held_by_rank = own["model"] if is_old else _loaded(model, asked, config)
+    missing = model.load_state_dict(held_by_rank, strict=False)
+    assert all(k.endswith("_extra_state") for k in (*missing.missing_keys, *missing.unexpected_keys)), missing
+    count = 0
+    rank, expert_rank = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
+    expert_tp_rank = parallel_state.get_expert_tensor_parallel_rank()
+    for name, parameter in (*model.named_parameters(), *(b for b in model.named_buffers() if "expert_bias" in b[0])):
+        key = _global_name(name, model, whole, asked.ep, expert_rank)
+        have, wanted = parameter.detach(), whole[key]
+        is_expert = ".local_experts." in key
+        at, many = (expert_tp_rank, expert_tp(asked)) if is_expert else (rank, asked.tp)
+        if "word_embeddings" in key or (key == "output_layer.weight" and not asked.critic):
+            begin = rank * have.shape[0]
+            rows = max(0, min(have.shape[0], VOCABULARY - begin))
+            have, wanted = have[:rows], wanted[begin : begin + rows]
+        else:
+            wanted = sliced(key, wanted, tuple(have.shape), at, many)
+        assert torch.equal(have, wanted.to(have.dtype)), (name, have.shape)
+        assert have.dtype == whole[key].dtype, name
+        count += 1
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(f"{asked.written}: {count} tensors of rank 0 are those of the model", flush=True)
+
+
+def _rank_file(asked: argparse.Namespace) -> dict[str, Any]:
+    """This rank's file of the old format, by the name that Megatron looks for."""
+    import torch
+    from megatron.core import parallel_state
+
+    name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+    if asked.pp > 1:
+        name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    if asked.ep > 1:
+        name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
+    file = asked.written / "release" / name / "model_optim_rng.pt"
+    found: dict[str, Any] = torch.load(file, weights_only=False, map_location="cpu")  # noqa: TID251
+    return found
+
+
+def _loaded(model: Any, asked: argparse.Namespace, config: Any) -> dict[str, Any]:
+    """What Megatron's own loader makes of a torch_dist checkpoint for this rank's model."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+
     state = model.sharded_state_dict(metadata=replicas())
     if asked.critic and hasattr(model, "output_layer") and "output_layer.weight" not in state:
         add_head(state, model)
@@ -58,27 +107,9 @@ def work(asked: argparse.Namespace) -> None:
             tensor.key = _key(tensor.key, latent, layers)
         return tensor
 
-    loaded = dist_checkpointing.load({"model": dict_list_map_inplace(renamed, state)}, str(asked.written / "release"))
-    missing = model.load_state_dict(loaded["model"], strict=False)
-    assert all(k.endswith("_extra_state") for k in (*missing.missing_keys, *missing.unexpected_keys)), missing
-    count = 0
-    rank, expert_rank = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
-    expert_tp_rank = parallel_state.get_expert_tensor_parallel_rank()
-    for name, parameter in (*model.named_parameters(), *(b for b in model.named_buffers() if "expert_bias" in b[0])):
-        key = _global_name(name, model, whole, asked.ep, expert_rank)
-        have, wanted = parameter.detach(), whole[key]
-        is_expert = ".local_experts." in key
-        at, many = (expert_tp_rank, expert_tp(asked)) if is_expert else (rank, asked.tp)
-        wanted = sliced(key, wanted, tuple(have.shape), at, many)
-        if "word_embeddings" in key or (key == "output_layer.weight" and not asked.critic):
-            rows = max(0, min(have.shape[0], VOCABULARY - rank * have.shape[0]))
-            have, wanted = have[:rows], wanted[:rows]
-        assert torch.equal(have, wanted.to(have.dtype)), (name, have.shape)
-        assert have.dtype == whole[key].dtype, name
-        count += 1
-    dist.barrier()
-    if dist.get_rank() == 0:
-        print(f"{asked.written}: {count} tensors of rank 0 are those of the model", flush=True)
+    asked_for = {"model": dict_list_map_inplace(renamed, state)}
+    found: dict[str, Any] = dist_checkpointing.load(asked_for, str(asked.written / "release"))["model"]
+    return found
 
 
 def _layers_with_experts(config: Path) -> frozenset[int] | None:
@@ -179,7 +210,8 @@ def main() -> None:
 
 def list_is_stacked(written: Path) -> bool:
     """True where layers are one tensor of each kind, as Megatron asks for them then."""
-    return b"decoder.layers.0." not in (written / "release" / ".metadata").read_bytes()
+    metadata = written / "release" / ".metadata"
+    return metadata.is_file() and b"decoder.layers.0." not in metadata.read_bytes()
 
 
 if __name__ == "__main__":

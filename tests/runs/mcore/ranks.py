@@ -50,7 +50,8 @@ def join() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None
     # Without TransformerEngine this calls a function of it that is not there.
-    router.router_gating_linear = lambda x, weight, bias, dtype: torch.nn.functional.linear(x, weight, bias).to(dtype)
+    # It takes a bias since 0.14 or so, and the dtype last.
+    router.router_gating_linear = lambda x, *given: torch.nn.functional.linear(x, *given[:-1]).to(given[-1])
     multi_latent_attention.HAVE_TE = False  # it says that there is one
     # Latent attention gives it two sizes that only TransformerEngine's takes; no latent model is run here.
     plain = DotProductAttention.__init__

@@ -142,7 +142,7 @@ def model_chunks(config: Any, asked: argparse.Namespace) -> list[Any]:
         edges = {"ignore_virtual": False} if asked.vpp is None else {"ignore_virtual": False, "vp_stage": virtual}
         last = parallel_state.is_pipeline_last_stage(**edges)
         model = GPTModel(
-            settings, spec, PADDED, 64, parallel_output=False,
+            settings, spec, getattr(asked, "padded", PADDED), 64, parallel_output=False,
             pre_process=parallel_state.is_pipeline_first_stage(**edges), post_process=last,
             share_embeddings_and_output_weights=config.tie_word_embeddings and not asked.critic,
             position_embedding_type="rope", rotary_base=rope["rope_theta"],

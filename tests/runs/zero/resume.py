@@ -20,12 +20,13 @@ import sys
 import traceback
 from collections import OrderedDict
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from train import CASES, STEPS, Case, build, describe, oracle, settings
+from train import CASES, STEPS, Case, build, describe, optimizer_of, oracle, settings
 
 from ranks import run_jobs
 
@@ -55,19 +56,19 @@ def work(jobs: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    deepspeed.init_distributed("gloo", verbose=False)
+    deepspeed.init_distributed("gloo", verbose=False, timeout=timedelta(seconds=90))
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     known = deepspeed.accelerator.get_accelerator().supported_dtypes()
     deepspeed.accelerator.get_accelerator().supported_dtypes = lambda: [*known, torch.float16]
     for job in json.loads(jobs.read_text()):
-        case = cases()[job["case"]]
-        if job["do"] == "save":
-            save(Path(job["run"]), job["case"], case, job["stage"])
-            continue
-        out = Path(job["out"])
+        case = Case(**job["options"]) if "options" in job else cases()[job["case"]]
+        out = Path(job["run" if job["do"] == "save" else "out"])
         out.mkdir(parents=True, exist_ok=True)
         try:
-            resume(Path(job["run"]), out, case, job["stage"], universal=job.get("universal", False))
+            if job["do"] == "save":
+                save(out, job["case"], case, job["stage"])
+            else:
+                resume(Path(job["run"]), out, case, job["stage"], universal=job.get("universal", False))
         except Exception:
             (out / "error.txt").write_text(traceback.format_exc())
             print(f"{out}: rank {dist.get_rank()} failed", flush=True)
@@ -82,8 +83,6 @@ def start(case: Case, stage: int, *, changed: bool, universal: bool = False) -> 
 
     torch.manual_seed(7 if changed else 1)
     model, _ = build(case.model)
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups: list[Any] = [[p for i, (_, p) in enumerate(trainable) if i % case.groups == g] for g in range(case.groups)]
     if changed and case.exclude_frozen:
         # What wasn't saved is what the base model has.
         torch.manual_seed(1)
@@ -96,8 +95,7 @@ def start(case: Case, stage: int, *, changed: bool, universal: bool = False) -> 
         same = build(case.model)[0].state_dict()
         model.load_state_dict({n: t for n, t in same.items() if n not in trained}, strict=False)
     # What is loaded has to bring its own settings.
-    rate = 1.0 if changed else 1e-2
-    optimizer = torch.optim.AdamW([{"params": g, "weight_decay": 0.1 * i} for i, g in enumerate(groups)], lr=rate)
+    optimizer = optimizer_of(case, model, rate=1.0 if changed else 1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     config = settings(case, stage) | ({"checkpoint": {"load_universal": True}} if universal else {})
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
@@ -139,7 +137,9 @@ def save(folder: Path, name: str, case: Case, stage: int) -> None:
 
     engine, _ = start(case, stage, changed=False)
     steps(engine, case, 0, STEPS)
-    engine.save_checkpoint(str(folder), client_state=CLIENT, exclude_frozen_parameters=case.exclude_frozen)
+    engine.save_checkpoint(
+        str(folder), tag=case.tag, client_state=CLIENT, exclude_frozen_parameters=case.exclude_frozen
+    )
     found = oracle(engine, case, stage)
     rates = [g["lr"] for g in engine.optimizer.param_groups]
     losses = steps(engine, case, STEPS, MORE_STEPS)

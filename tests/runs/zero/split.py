@@ -3,6 +3,9 @@
 Needs `deepspeed` and `transformers`. Starts one process a rank:
 
     python tests/runs/zero/split.py OUT --ranks 2 --case moe --stage 2
+    python tests/runs/zero/split.py OUT --ranks 4 --case moe --stage 2 --load RUN
+
+With `--load` a model that was trained otherwise loads RUN, and nothing is saved but what then lives.
 
 As in `train.py` the oracle is what lived in memory, here put together by DeepSpeed's own communication: masters and
 moments of every partition by all-gather in the group that it was cut for, slices of tensors by AutoTP's own gathering.
@@ -18,6 +21,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +49,7 @@ CASES = {
 }
 
 
-def launch(out: Path, cases: list[str], stages: list[int], ranks: int) -> None:
+def launch(out: Path, cases: list[str], stages: list[int], ranks: int, load: Path | None) -> None:
     """Start one process a rank and wait for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,7 +59,7 @@ def launch(out: Path, cases: list[str], stages: list[int], ranks: int) -> None:
             if stage not in CASES[case].stages:
                 continue
             command = [sys.executable, __file__, str(out), "--ranks", str(ranks), "--worker"]
-            command += ["--case", case, "--stage", str(stage)]
+            command += ["--case", case, "--stage", str(stage), *(["--load", str(load)] if load else [])]
             workers = []
             for rank in range(ranks):
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
@@ -67,13 +71,13 @@ def launch(out: Path, cases: list[str], stages: list[int], ranks: int) -> None:
                 raise SystemExit(f"{case}, stage {stage}: ranks ended with {codes}")
 
 
-def work(out: Path, case: str, stage: int, ranks: int) -> None:
+def work(out: Path, case: str, stage: int, ranks: int, load: Path | None) -> None:
     """One rank."""
     import deepspeed
     import torch
     import torch.distributed as dist
 
-    deepspeed.init_distributed("gloo", verbose=False)
+    deepspeed.init_distributed("gloo", verbose=False, timeout=timedelta(seconds=180))
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     known = deepspeed.accelerator.get_accelerator().supported_dtypes()
     deepspeed.accelerator.get_accelerator().supported_dtypes = lambda: [*known, torch.float16]
@@ -81,11 +85,16 @@ def work(out: Path, case: str, stage: int, ranks: int) -> None:
     if dist.get_rank() == 0 and folder.exists():
         shutil.rmtree(folder)
     dist.barrier()
-    torch.manual_seed(1)
+    torch.manual_seed(7 if load else 1)
     engine, model = {"moe": train_moe, "autoep": train_autoep, "pipe": train_pipe, "tp": train_tp}[CASES[case].split](
         CASES[case], stage
     )
-    engine.save_checkpoint(str(folder))
+    if load is None:
+        engine.save_checkpoint(str(folder))
+    else:
+        loaded, _ = engine.load_checkpoint(str(load))
+        assert loaded is not None
+        folder.mkdir(parents=True, exist_ok=True)
     found = oracle(engine, CASES[case], stage)
     dist.barrier()
     if dist.get_rank() == 0:
@@ -233,12 +242,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--case", action="append", choices=sorted(CASES))
     parser.add_argument("--stage", action="append", type=int)
+    parser.add_argument("--load", type=Path)
     parser.add_argument("--worker", action="store_true")
     given = parser.parse_args()
     if given.worker:
-        work(given.out, given.case[0], given.stage[0], given.ranks)
+        work(given.out, given.case[0], given.stage[0], given.ranks, given.load)
     else:
-        launch(given.out, given.case or sorted(CASES), given.stage or [0, 1, 2, 3], given.ranks)
+        launch(given.out, given.case or sorted(CASES), given.stage or [0, 1, 2, 3], given.ranks, given.load)
 
 
 if __name__ == "__main__":

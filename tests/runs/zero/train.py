@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the settings that it is trained with."""
+    """A model and the settings that it is trained with; `given_frozen`: its optimizer gets frozen parameters too."""
 
     model: str
     dtype: str = "bf16"
@@ -37,6 +38,9 @@ class Case:
     groups: int = 1
     exclude_frozen: bool = False
     named: bool = False
+    optimizer: str = "adamw"
+    given_frozen: bool = False
+    tag: str | None = None
 
 
 CASES = {
@@ -102,10 +106,7 @@ def train(folder: Path, name: str, case: Case, stage: int, ranks: int) -> None:
     dist.barrier()
     torch.manual_seed(1)
     model, batch = build(case.model)
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups: list[Any] = [[t for i, t in enumerate(trainable) if i % case.groups == g] for g in range(case.groups)]
-    groups = groups if case.named else [[p for _, p in group] for group in groups]
-    optimizer = torch.optim.AdamW([{"params": g, "weight_decay": 0.1 * i} for i, g in enumerate(groups)], lr=1e-2)
+    optimizer = optimizer_of(case, model, rate=1e-2)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(case, stage))
     for step in range(STEPS):
         torch.manual_seed(100 * step + rank)
@@ -119,6 +120,26 @@ def train(folder: Path, name: str, case: Case, stage: int, ranks: int) -> None:
         finish(folder, model, found, {"case": name, "stage": stage, "ranks": ranks, **describe(case)})
     dist.barrier()
     engine.destroy()
+
+
+def optimizer_of(case: Case, model: Any, rate: float) -> Any:
+    """The optimizer that a case names, with its parameters in groups of their own decay."""
+    import torch
+
+    given = [(n, p) for n, p in model.named_parameters() if p.requires_grad or case.given_frozen]
+    groups: list[Any] = [[t for i, t in enumerate(given) if i % case.groups == g] for g in range(case.groups)]
+    groups = groups if case.named else [[p for _, p in group] for group in groups]
+    kind: Any = {
+        "adamw": torch.optim.AdamW,
+        "amsgrad": partial(torch.optim.AdamW, amsgrad=True),
+        "sgd": torch.optim.SGD,
+        "momentum": partial(torch.optim.SGD, momentum=0.9),
+        "adagrad": torch.optim.Adagrad,
+        "rmsprop": partial(torch.optim.RMSprop, centered=True, momentum=0.5),
+        "nadam": torch.optim.NAdam,
+        "adamax": torch.optim.Adamax,
+    }[case.optimizer]
+    return kind([{"params": g, "weight_decay": 0.1 * i} for i, g in enumerate(groups)], lr=rate)
 
 
 def settings(case: Case, stage: int) -> dict[str, Any]:
@@ -247,15 +268,28 @@ def oracle(engine: Any, case: Case, stage: int) -> dict[str, Any]:
     trained = [(n, p) for n, p in named if p.requires_grad]
     if stage in (1, 2):
         return found | flat_states(engine, trained)
+    keys = element_keys(engine.optimizer.optimizer) if stage == 3 else ()
     for name, parameter in trained:
         if stage == 0:
             state = plain_state(engine.optimizer, parameter, is_fp32=case.dtype == "fp32")
             found |= {f"{k}/{name}": state[k].detach().clone() for k in ("exp_avg", "exp_avg_sq")}
             continue
         found[f"master/{name}"] = safe_get_full_fp32_param(parameter).detach().clone()
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in keys:
             found[f"{key}/{name}"] = safe_get_full_optimizer_state(parameter, key).detach().clone()
     return {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
+
+
+def element_keys(inner: Any) -> tuple[str, ...]:
+    """Keys of an optimizer's state that have a value for each element, in an order that all ranks share."""
+    import torch
+
+    states = [(p, s) for p, s in inner.state.items() if s]
+    if not states:
+        return ()
+    parameter, state = states[0]
+    whole = [k for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() == parameter.numel() and v.dim()]
+    return tuple(sorted(whole))
 
 
 def plain_state(optimizer: Any, parameter: Any, *, is_fp32: bool) -> Any:
@@ -281,7 +315,9 @@ def flat_states(engine: Any, trained: list[tuple[str, Any]]) -> dict[str, Any]:
     flats = optimizer.bf16_groups_flat if is_bf16 else optimizer.bit16_groups_flat
     inner = optimizer.optimizer
     for flat, master in zip(flats, masters, strict=True):
-        whole = {"master": master, **{k: inner.state[master][k] for k in ("exp_avg", "exp_avg_sq")}}
+        if not flat.numel():
+            continue
+        whole = {"master": master, **{k: inner.state[master][k] for k in element_keys(inner)}}
         for key, part in whole.items():
             parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, part.detach().contiguous())

@@ -16,11 +16,10 @@ from transformers import (
     BertModel,
     MixtralConfig,
     MixtralForCausalLM,
-    NomicBertConfig,
-    NomicBertModel,
 )
 
 from breakages.sound import HIDDEN, PT, Breakage, Tensors, beside, edit, store
+from healthy.shrink import build
 
 FILE = "adapter_model.safetensors"
 Change = Callable[[Path], object]
@@ -65,6 +64,12 @@ def over_bert(folder: Path, extra: str = "") -> None:
         more = {f"base_model.model.{extra}.lora_A.weight": torch.ones(2, HIDDEN),
                 f"base_model.model.{extra}.lora_B.weight": torch.ones(HIDDEN, 2)}  # fmt: skip
         store(folder, lambda t: {**t, **more}, FILE)
+        edit(folder, "adapter_config.json", target_modules=["query", extra])
+
+
+def without_its_base(folder: Path) -> None:
+    """As the folder is on a machine that has no copy of the base."""
+    edit(folder, "adapter_config.json", base_model_name_or_path="nobody/has-it")
 
 
 def without_a_task(folder: Path) -> None:
@@ -110,16 +115,13 @@ def without_an_expert(folder: Path) -> None:
     store(folder.parent / "moe", lambda t: {n: v for n, v in t.items() if "experts.1.w3" not in n})
 
 
-def over_split(folder: Path) -> None:
-    """LoRA on a projection that transformers cuts out of a larger one when it loads it."""
-    config = NomicBertConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
-    )
-    NomicBertModel(config).save_pretrained(folder.parent / "bert")
-    stem = "base_model.model.layers.0.self_attn.q_proj"
-    own = {f"{stem}.lora_A.weight": torch.ones(4, 16), f"{stem}.lora_B.weight": torch.ones(16, 4)}
+def over_interleaved(folder: Path) -> None:
+    """LoRA on experts whose rows transformers interleaves when it loads them."""
+    build("causal", "inkling2_text").save_pretrained(folder.parent / "bert")
+    stem = "base_model.model.model.layers.0.mlp.experts"
+    own = {f"{stem}.lora_A.weight": torch.ones(16, 32), f"{stem}.lora_B.weight": torch.ones(32, 16)}
     save_file(own, folder / FILE, metadata=PT)
-    edit(folder, "adapter_config.json", task_type=None)
+    edit(folder, "adapter_config.json", task_type=None, target_parameters=["experts.gate_up_proj"])
 
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -144,6 +146,12 @@ ADAPTERS: dict[str, Breakage] = {
     "adapter-targets-missing": Breakage(
         "adapter", having(lambda t: {n: v for n, v in t.items() if "layers.0" not in n}), "advice"
     ),
+    "adapter-inconsistent": Breakage(
+        "adapter",
+        both(without_its_base, having(lambda t: {n: v for n, v in t.items() if "layers.0.self_attn.v" not in n})),
+        "lost",
+    ),
+    "adapter-untargeted": Breakage("adapter", config(target_modules=["v_proj"]), "advice"),
     "adapter-incomplete": Breakage(
         "adapter", having(lambda t: {**t, f"{LAYER}.lora_magnitude_vector": torch.ones(16)}), "advice"
     ),
@@ -170,7 +178,14 @@ ADAPTERS: dict[str, Breakage] = {
         "adapter", having(lambda t: {**t, "base_model.model.model.embed_tokens.weight": torch.ones(40, 16)}), "advice"
     ),
     "peft-type-unsupported": Breakage("adapter", config(peft_type="NOVEL"), "told"),
-    "peft-type-unmergeable": Breakage("adapter", config(peft_type="PROMPT_TUNING"), "told"),
+    "peft-type-unmergeable": Breakage(
+        "adapter",
+        both(
+            config(peft_type="PROMPT_TUNING", num_virtual_tokens=4, token_dim=16),
+            having(lambda t: {"prompt_embeddings": torch.ones(4, 16)}),
+        ),
+        "told",
+    ),
     "adapter-task-unknown": Breakage("adapter", without_a_task, "advice"),
     "adapter-named-otherwise": Breakage("adapter", as_fsdp_state, "fixed"),
     "adapter-files-unread": Breakage(
@@ -208,7 +223,7 @@ ADAPTERS: dict[str, Breakage] = {
         "advice",
         ("--base", "{here}/bert"),
     ),
-    "adapter-fused": Breakage("adapter", over_split, "told", ("--base", "{here}/bert")),
+    "adapter-fused": Breakage("adapter", over_interleaved, "told", ("--base", "{here}/bert")),
     "adapter-expert-layout": Breakage(
         "adapter", both(over_experts, config(lora_B_layout="sideways")), "advice", ("--base", "{here}/moe")
     ),

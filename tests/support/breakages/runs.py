@@ -238,6 +238,7 @@ RUNS: dict[str, Breakage] = {
     "verl-latest": Breakage(VERL, lambda f: as_verl(f, "critic", tracker="11"), "fixed"),
     "several-parts": Breakage(VERL, lambda f: as_verl(f, "actor", "critic", tracker="9"), "fixed"),
     "megatron-backend": Breakage(MEGATRON, saved_as("fsdp_dtensor"), "advice", at="iter_0000010"),
+    "megatron-note": Breakage(MEGATRON, lambda f: None, "told", at="iter_0000010"),
     "megatron-unfinished": Breakage(MEGATRON, gone("metadata.json"), "advice", at="iter_0000010"),
     "zero-offloaded": Breakage(Z3, lambda f: offloaded(f / "global_step2"), "advice", at="global_step2"),
     "zero-note": Breakage(Z3, left_over, "told"),

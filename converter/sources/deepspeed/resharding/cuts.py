@@ -14,6 +14,7 @@ from typing import Any
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
+from converter.sources.deepspeed.experts import is_data_first
 from converter.sources.deepspeed.layout import share
 from converter.sources.deepspeed.zero_folder import Shapes
 
@@ -31,11 +32,13 @@ class Rules:
         sub_group_size: elements of one rank after which a sub-group of stage 3 ends.
         round_robin: parameters of stages 1 and 2 are dealt to the ranks in turn.
         aligned_elements: parameters of stages 1 and 2 begin at multiples of this.
+        is_data_first: ranks with the same experts lie side by side.
     """
 
     sub_group_size: int = DEFAULT_SUB_GROUP_SIZE
     round_robin: bool = False
     aligned_elements: int = 1
+    is_data_first: bool = False
 
     @classmethod
     def of(cls, config: Any, element_bytes: int) -> Rules:
@@ -50,6 +53,7 @@ class Rules:
             int(size) if isinstance(size, int | float) and not isinstance(size, bool) else DEFAULT_SUB_GROUP_SIZE,
             zero.get("round_robin_gradients") is True,
             aligned,
+            is_data_first(config),
         )
 
     def flat_order(self, names: Sequence[str], ranks: int) -> list[str]:

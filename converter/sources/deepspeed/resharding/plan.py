@@ -12,14 +12,23 @@ from converter.core.files.opening import Identity
 from converter.core.formats.torch_container import Container
 from converter.core.writer.accounting import checks_of
 from converter.core.writer.plan import Plan
-from converter.core.writer.torch_trees import lay_out_tree
+from converter.core.writer.shard_plan import ShardPlan
+from converter.core.writer.torch_trees import lay_out_any
 from converter.sources.deepspeed.files import LATEST
 from converter.sources.deepspeed.resharding import stages, trees
 from converter.sources.deepspeed.resharding.cuts import Rules
+from converter.sources.deepspeed.resharding.kept import kept_of
+from converter.sources.deepspeed.resharding.parts import (
+    data_ranks,
+    expect_whole_sets,
+    kept_files,
+    parts_of,
+    split_words,
+)
 from converter.sources.deepspeed.resharding.training import Training, read_training
 from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, expect_one_step
 from converter.sources.deepspeed.weights import described, training_dtype
-from converter.sources.deepspeed.whole import expect_not_split
+from converter.sources.deepspeed.whole import expect_not_split, is_pipeline, is_sliced
 from converter.sources.resharded import Resharded
 
 MAX_RANKS = 65_536
@@ -38,34 +47,56 @@ def plan_resharding(
     """Every file of a ZeRO run, for `ranks` ranks.
 
     Args:
-        ranks: None: as many as before.
+        ranks: all of them, those that split layers or tensors included; None: as many as before.
         stage: None: that of the run.
         side_files: what goes beside the tag's folder; `latest` is among what is written.
         inputs: identities of those files.
 
     Raises:
+        UsageError: a number of ranks that doesn't fit how the run is split (`usage`).
         Refused: see `read_training`; layouts in which a rank's file holds more than its share (`zero-experts`).
     """
-    run = read_run(shards, ranks, stage)
-    tag = shards.folder.name
-    ranks, stage = run.ranks, run.stage
-    files = _files(run)
-    laid_out = tuple(lay_out_tree(f"{tag}/{name}", tree, source) for name, (tree, source) in files.items())
+    if stage not in (None, shards.stage):
+        expect_not_split(shards, "another stage of ZeRO")
+    if shards.universal:
+        expect_not_split(shards, "a file for each rank")
+    parts = parts_of(shards)
+    each = None if ranks is None else data_ranks(shards, ranks)
+    runs = [read_run(part, each, stage) for part in parts]
+    tag = shards.folder.name.removesuffix("_universal") if shards.universal else shards.folder.name
+    each, stage = runs[0].ranks, runs[0].stage
+    expect_whole_sets(shards, each)
+    kept = {f"{tag}/{n}": f for n, f in kept_files(shards, parts).items()}
+    laid_out, small = laid_out_files(tag, {name: tree for run in runs for name, tree in _files(run).items()})
     checks = checks_of((e.tensor for s in laid_out for e in s.entries), shards.checks)
-    beside = {**side_files, LATEST: SideFile(content=tag.encode())}
+    beside = {**side_files, **kept, **small, LATEST: SideFile(content=tag.encode())}
+    split = split_words(shards, parts)
     return Resharded(
-        Plan(laid_out, beside, {**inputs, **shards.inputs}, {}, {}, checks=checks),
+        Plan(tuple(laid_out), beside, {**inputs, **shards.inputs}, {}, {}, checks=checks),
         tag,
         stage,
-        shards.ranks,
-        ranks,
-        described(shards, shards.stage, shards.ranks),
-        described(shards, stage, ranks),
-        batch_words(shards.model().get("ds_config"), shards.ranks, ranks),
+        shards.ranks * len(parts),
+        each * len(parts),
+        described(shards, shards.stage, shards.ranks) + split,
+        described(shards, stage, each) + split,
+        batch_words(shards.model().get("ds_config"), shards.ranks, each),
         tuple(shards.said),
         'engine.load_checkpoint("{out}")',
         shards.digest,
     )
+
+
+def laid_out_files(tag: str, files: Mapping[str, tuple[Any, Container]]) -> tuple[list[ShardPlan], dict[str, SideFile]]:
+    """Files of a tag's folder by name, as a plan has them; those without a tensor apart, as the bytes that they are."""
+    laid_out: list[ShardPlan] = []
+    small: dict[str, SideFile] = {}
+    for name, (tree, source) in files.items():
+        made = lay_out_any(f"{tag}/{name}", tree, source)
+        if isinstance(made, ShardPlan):
+            laid_out.append(made)
+        else:
+            small[f"{tag}/{name}"] = SideFile(content=made)
+    return laid_out, small
 
 
 def read_run(shards: Shards, ranks: int | None, stage: int | None) -> Run:
@@ -74,7 +105,7 @@ def read_run(shards: Shards, ranks: int | None, stage: int | None) -> Run:
     Raises:
         Refused: see `plan_resharding`.
     """
-    _expect_plain(shards)
+    _expect_known_experts(shards)
     rules = _rules(shards)
     training = read_training(shards, rules)
     ranks, stage = ranks or shards.ranks, stage or shards.stage
@@ -111,13 +142,21 @@ def _groups(model: Mapping[Any, Any]) -> list[Mapping[str, Any]]:
     return [g for g in (shapes if isinstance(shapes, list) else [shapes]) if isinstance(g, dict)]
 
 
-def _expect_plain(shards: Shards) -> None:
-    """Refuse what a rank's file holds beside its share of what all ranks share."""
-    model = shards.model()
-    expect_not_split(shards)
-    if model.get("ds_autoep_layers") or model.get("num_experts") or "ds_zero_partition_groups" in shards.optim(0):
-        text = "experts were spread over the ranks, and each rank's file has its own: they can't be cut for others yet"
-        raise shards.refuse("zero-experts", text)
+def _expect_known_experts(shards: Shards) -> None:
+    """Experts are cut anew where their weights have files of their own, and nothing else was split."""
+    recorded = shards.model().get("ds_autoep_layers") or shards.model().get("num_experts")
+    if not (shards.experts or recorded or "ds_zero_partition_groups" in kept_of(shards).inner):
+        return
+    if shards.universal:
+        raise shards.refuse("zero-experts", "a universal checkpoint with experts can't be cut for ranks yet")
+    if is_pipeline(shards.folder) or is_sliced(shards) or shards.stage == 3:
+        what = "under ZeRO-3" if shards.stage == 3 else "in a model that was split by layers or within tensors too"
+        text = f"experts were spread over the ranks, {what}: they can't be cut for others yet"
+        advice = "resume on as many ranks as before; gather reads the weights"
+        raise shards.refuse("zero-experts", text, next=advice if shards.stage == 3 else None)
+    if not shards.experts:
+        text = "the run had experts that were spread over the ranks, and there are no files of them"
+        raise shards.refuse("zero-experts", text, next="copy them from the nodes that wrote them")
 
 
 def _expect_movable(shards: Shards) -> None:
@@ -149,8 +188,8 @@ class Run:
 
     def optimizer(self, rank: int) -> tuple[Any, Container]:
         """A rank's optimizer file's tree of the new stage."""
-        own = self.shards.tree(self.shards.files.optimizers[0])
-        tree = own.pickle.value
+        kept = kept_of(self.shards)
+        tree, own = kept.tree, kept.source
         if self.stage != self.shards.stage:
             tree = stages.optimizer_of_stage(tree, self.stage)
         if self.stage == 3:
@@ -173,5 +212,5 @@ def model_files(run: Run) -> dict[str, tuple[Any, Container]]:
 
 def _files(run: Run) -> dict[str, tuple[Any, Container]]:
     """Trees by file name, each with the file that it was taken from."""
-    first = run.shards.files.optimizers[0]
+    first = kept_of(run.shards).file
     return model_files(run) | {_RANK.sub(str(rank), first): run.optimizer(rank) for rank in range(run.ranks)}

@@ -8,7 +8,7 @@ belongs to a cut and is refused by its name.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,16 @@ from typing import Any
 from converter.core.files.opening import open_input, read_exact
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor, Stored
-from converter.sources.deepspeed.layout import frozen_tensors, trained_shapes, trained_tensors
+from converter.sources.deepspeed.layout import (
+    frozen_tensors,
+    listed_shapes,
+    partition_counts,
+    tensors_by_set,
+    trained_tensors,
+)
 from converter.sources.deepspeed.resharding.cuts import Rules, flat_layout, sub_groups
-from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, all_optimizers
+from converter.sources.deepspeed.resharding.kept import kept_of, universal_states
+from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, all_optimizers, common_state
 from converter.sources.deepspeed.zero_folder import MASTER, Shapes
 from converter.text import fold, show
 
@@ -30,16 +37,22 @@ class Group:
     Attributes:
         shapes: its parameters in the optimizer's order.
         settings: learning rate, weight decay and so on, as a tree; without its parameters.
-        states: by `master` or the optimizer's key: flat tensors by the parameter's name.
+        sets: by set of experts, of which there is one where they weren't spread: by `master` or the optimizer's key:
+            flat tensors by the parameter's name.
         keys: keys of the optimizer's state, in their order; none before the first step.
         numbers: those of them that are one number for the group: lazy tensors, or numbers.
     """
 
     shapes: Shapes
     settings: Mapping[Any, Any]
-    states: Mapping[str, Mapping[str, LazyTensor]]
+    sets: tuple[Mapping[str, Mapping[str, LazyTensor]], ...]
     keys: tuple[str, ...]
     numbers: Mapping[str, Any]
+
+    @property
+    def states(self) -> Mapping[str, Mapping[str, LazyTensor]]:
+        """Those of the first set, which is the only one where no experts were spread."""
+        return self.sets[0]
 
 
 @dataclass(frozen=True)
@@ -67,28 +80,63 @@ def read_training(shards: Shards, rules: Rules) -> Training:
         Refused: files are missing or mixed; a state that can't be cut anew (`zero-optimizer-state`), elastic states
             (`zero-elastic`), a layout that isn't the one that its settings give (`zero-layout`).
     """
-    ranks = all_optimizers(shards)
-    flats = trained_shapes(shards)
+    flats = listed_shapes(shards)
     settings = _settings(shards)
     homes = _homes(shards, settings, len(flats))
-    own = [_states_of_flats(shards, state, len(flats)) for state in ranks]
-    keys, elements = _keys(shards, own, ranks[0])
-    by_name = {key: trained_tensors(shards, key) for key in (MASTER, *elements)}
+    keys, elements, numbers = _states(shards, flats)
+    by_flat = {key: _by_flat(shards, key) for key in (MASTER, *elements)}
+    counts = partition_counts(shards, len(flats))
     groups: list[Group] = []
     for group, home in zip(settings, homes, strict=True):
         shapes = {n: s for flat in home for n, s in flats[flat].items()}
-        _expect_known_layout(shards, rules, [flats[flat] for flat in home], len(groups))
-        ordered = shapes if shards.stage == 3 else rules.original_order(shapes, shards.ranks)
+        count = counts[home[0]] if home else shards.ranks
+        _expect_known_layout(shards, rules, [flats[flat] for flat in home], len(groups), count)
+        ordered = shapes if shards.stage == 3 else rules.original_order(shapes, count)
         groups.append(
             Group(
                 ordered,
                 group,
-                {k: {n: _flat(named[n]) for n in ordered} for k, named in by_name.items()},
+                _sets(by_flat, home, ordered),
                 keys if home else (),
-                _numbers(shards, own, home, [k for k in keys if k not in elements]) if home else {},
+                {k: _one(shards, k, [v for flat in home for v in by[flat]]) for k, by in numbers.items()}
+                if home
+                else {},
             )
         )
     return Training(tuple(groups), frozen_tensors(shards) if shards.stage > 1 else {})
+
+
+def _states(shards: Shards, flats: Sequence[Shapes]) -> tuple[tuple[str, ...], list[str], dict[str, list[list[Any]]]]:
+    """Keys of the optimizer's state, those of them with a value for each element, and numbers by key and flat group."""
+    if shards.universal:
+        elements, held = universal_states(shards, [n for flat in flats for n in flat])
+        numbers = {k: [[by_name[n] for n in flat] for flat in flats] for k, by_name in held.items()}
+        return (*numbers, *elements), elements, numbers
+    ranks = all_optimizers(shards)
+    own = [_states_of_flats(shards, state, len(flats)) for state in ranks]
+    keys, elements = _keys(shards, own, ranks[0])
+    others = [k for k in keys if k not in elements]
+    return keys, elements, {k: [[states[i][k] for states in own] for i in range(len(flats))] for k in others}
+
+
+def _by_flat(shards: Shards, key: str) -> list[list[dict[str, LazyTensor]]]:
+    """A state by flat group, and in it by set of experts."""
+    if shards.stage < 3 and not shards.universal:
+        return tensors_by_set(shards, key)
+    named = trained_tensors(shards, key)
+    return [[{n: named[n] for n in flat}] for flat in listed_shapes(shards)]
+
+
+def _sets(
+    by_flat: Mapping[str, Sequence[Sequence[Mapping[str, LazyTensor]]]], home: Sequence[int], names: Iterable[str]
+) -> tuple[Mapping[str, Mapping[str, LazyTensor]], ...]:
+    """The states of a parameter group, by set of experts."""
+    count = len(by_flat[MASTER][home[0]]) if home else 1
+    found = []
+    for number in range(count):
+        held = {k: {n: t for flat in home for n, t in flats[flat][number].items()} for k, flats in by_flat.items()}
+        found.append({k: {n: _flat(named[n]) for n in names} for k, named in held.items()})
+    return tuple(found)
 
 
 def _flat(tensor: LazyTensor) -> LazyTensor:
@@ -102,8 +150,8 @@ def base_tree(shards: Shards, inner: Mapping[Any, Any]) -> Any:
 
 def _settings(shards: Shards) -> list[Mapping[Any, Any]]:
     """The parameter groups as a tree of rank 0's file."""
-    file = shards.files.optimizers[0]
-    base = base_tree(shards, shards.tree(file).pickle.value["optimizer_state_dict"])
+    kept = kept_of(shards)
+    base, file = base_tree(shards, kept.inner), None if shards.universal else kept.file
     if isinstance(base, list):
         raise shards.refuse(
             "zero-elastic",
@@ -125,7 +173,7 @@ def _homes(shards: Shards, settings: Sequence[Mapping[Any, Any]], count: int) ->
     found = [[n for n in group["params"] if type(n) is int] for group in settings]
     if [n for home in found for n in home] != list(range(count)):
         text = f"param_shapes has {count} groups, and the optimizer's are {fold([str(h) for h in found])}"
-        raise shards.refuse("zero-sizes", text, file=shards.files.optimizers[0])
+        raise shards.refuse("zero-sizes", text, file=shards.files.optimizers.get(0))
     return found
 
 
@@ -187,17 +235,11 @@ def _is_number(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float)
 
 
-def _numbers(
-    shards: Shards, own: Sequence[Sequence[Mapping[str, Any]]], home: Sequence[int], keys: Sequence[str]
-) -> dict[str, Any]:
-    """What is one number for the group, the same in every rank's file and sub-group."""
-    found: dict[str, Any] = {}
-    for key in keys:
-        values = [states[flat][key] for states in own for flat in home]
-        if len({_bits(shards, v) for v in values}) > 1:
-            raise shards.refuse("zero-mixed", f"`{show(key)}` of the optimizer differs among ranks or sub-groups")
-        found[key] = values[0]
-    return found
+def _one(shards: Shards, key: str, values: Sequence[Any]) -> Any:
+    """What is one number for a group, the same in every rank's file and sub-group."""
+    if len({_bits(shards, v) for v in values}) > 1:
+        raise shards.refuse("zero-mixed", f"`{show(key)}` of the optimizer differs among ranks or sub-groups")
+    return values[0]
 
 
 def _bits(shards: Shards, value: Any) -> bytes | str:
@@ -210,7 +252,7 @@ def _bits(shards: Shards, value: Any) -> bytes | str:
         os.close(fd)
 
 
-def _expect_known_layout(shards: Shards, rules: Rules, flats: Sequence[Shapes], number: int) -> None:
+def _expect_known_layout(shards: Shards, rules: Rules, flats: Sequence[Shapes], number: int, count: int) -> None:
     """The saved layout must be what the rules give for the ranks that saved it, or they wouldn't hold for others."""
     whole = {n: s for flat in flats for n, s in flat.items()}
     if shards.stage == 3:
@@ -219,17 +261,19 @@ def _expect_known_layout(shards: Shards, rules: Rules, flats: Sequence[Shapes], 
             text = f"group {number} lies in {len(flats)} sub-groups, and sub_group_size {rules.sub_group_size} gives "
             raise shards.refuse("zero-layout", f"{text}{len(expected)} or others: this layout is not known")
         return
-    paddings = shards.optim(0).get("param_alignment_paddings")
-    layout = flat_layout(rules.original_order(whole, shards.ranks), shards.ranks, rules)
+    state = common_state(shards) if shards.universal else shards.optim(0)
+    paddings = state.get("param_alignment_paddings")
+    layout = flat_layout(rules.original_order(whole, count), count, rules)
     if paddings is not None and paddings[number] != list(layout.gaps):
         text = f"group {number} has other paddings than parameter_alignment gives: this layout is not known"
         raise shards.refuse("zero-layout", text)
-    _expect_saved_order(shards, whole, rules, number)
+    if not shards.universal:
+        _expect_saved_order(shards, rules.original_order(whole, count), number)
 
 
-def _expect_saved_order(shards: Shards, flat: Shapes, rules: Rules, number: int) -> None:
+def _expect_saved_order(shards: Shards, ordered: Shapes, number: int) -> None:
     """Where the order was changed for round robin, each rank's own list has what it holds in the order before."""
-    place = {n: i for i, n in enumerate(rules.original_order(flat, shards.ranks))}
+    place = {n: i for i, n in enumerate(ordered)}
     for rank in range(shards.ranks):
         mappings = shards.optim(rank).get("param_slice_mappings")
         listed = mappings[number] if isinstance(mappings, list) and number < len(mappings) else None

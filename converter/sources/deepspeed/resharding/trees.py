@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from converter.core.formats import torch_tree
@@ -10,6 +11,7 @@ from converter.core.formats.pickle_values import Built, Global, Ordered
 from converter.core.formats.torch_tree import changed, saved
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
+from converter.sources.deepspeed.experts import Ranks
 from converter.sources.deepspeed.resharding.cuts import FlatLayout, Rules, flat_layout, piece, sub_groups
 from converter.sources.deepspeed.resharding.training import Group, Training
 from converter.sources.deepspeed.zero_folder import MASTER, Shapes
@@ -66,44 +68,86 @@ def optimizer_of_stage_3(outer: Mapping[Any, Any], training: Training, rules: Ru
 
 
 def layouts_of(training: Training, ranks: int, rules: Rules) -> list[FlatLayout]:
-    """The flat layout of each parameter group."""
-    return [flat_layout(g.shapes, ranks, rules) for g in training.groups]
+    """The flat layout of each parameter group: of experts, over the ranks that have the same ones."""
+    return [flat_layout(g.shapes, ranks // len(g.sets), rules) for g in training.groups]
 
 
 def model_of_stages_1_and_2(model: Mapping[Any, Any], training: Training, rules: Rules, ranks: int) -> Any:
     """The model file of stages 1 and 2; its module doesn't depend on the ranks."""
     layouts = layouts_of(training, ranks, rules)
-    shapes = [shapes_tree({n: g.shapes[n] for n in at.names}) for g, at in zip(training.groups, layouts, strict=True)]
-    # Old versions have one mapping where there is one group.
-    is_list = isinstance(model["param_shapes"], list)
-    return changed(model, param_shapes=shapes if is_list else shapes[0], dp_world_size=ranks)
+    listed = model["param_shapes"]
+    # Old versions have one mapping where there is one group, and runs with experts plain tuples.
+    is_list = isinstance(listed, list)
+    first = next((s for group in (listed if is_list else [listed]) for s in group.values()), None)
+    made = tuple if type(first) is tuple else torch_tree.size
+    pairs = zip(training.groups, layouts, strict=True)
+    shapes = [Ordered((n, made(g.shapes[n])) for n in at.names) for g, at in pairs]
+    values = {"param_shapes": shapes if is_list else shapes[0], "dp_world_size": ranks, **_of_experts(model, ranks)}
+    return changed(model, **values)
+
+
+def _of_experts(model: Mapping[Any, Any], ranks: int) -> dict[str, Any]:
+    """What AutoEP records of its layers, with how many ranks have the same experts."""
+    layers = model.get("ds_autoep_layers")
+    if not layers:
+        return {}
+    dealt = [changed(at, expert_data_parallel_world_size=ranks // at["ep_size"]) for at in layers]
+    info = model.get("universal_checkpoint_info")
+    if not isinstance(info, dict) or "ds_autoep_layers" not in info:
+        return {"ds_autoep_layers": dealt}
+    return {"ds_autoep_layers": dealt, "universal_checkpoint_info": changed(info, ds_autoep_layers=dealt)}
+
+
+@dataclass(frozen=True)
+class _Home:
+    """A rank's part of a parameter group.
+
+    Attributes:
+        states: those of the set of experts that the rank has.
+        place: the rank's number among those that have them.
+    """
+
+    group: Group
+    layout: FlatLayout
+    states: Mapping[str, Mapping[str, LazyTensor]]
+    place: int
+
+    def flat(self, key: str, *, is_lean: bool = False) -> LazyTensor:
+        """A state's stretch."""
+        named = self.states[key]
+        return self.layout.stretch(named, next(iter(named.values())).info, self.place, is_lean=is_lean)
+
+    @property
+    def fragments(self) -> Ordered:
+        """What of each parameter is in it."""
+        return _mapping(self.layout.fragments(list(self.group.shapes), self.place))
+
+
+def _homes(training: Training, rules: Rules, ranks: int, rank: int) -> list[_Home]:
+    found = []
+    for group, layout in zip(training.groups, layouts_of(training, ranks, rules), strict=True):
+        number, place = Ranks.dealt(ranks, len(group.sets), is_data_first=rules.is_data_first).place(rank)
+        found.append(_Home(group, layout, group.sets[number], place))
+    return found
 
 
 def optimizer_of_stages_1_and_2(
     outer: Mapping[Any, Any], training: Training, rules: Rules, ranks: int, rank: int, *, is_lean: bool
 ) -> Any:
     """A rank's optimizer file of stages 1 and 2; lean: masters are saved without the padding at their end."""
-    layouts = layouts_of(training, ranks, rules)
-    homes = list(zip(training.groups, layouts, strict=True))
-
-    def flat(group: Group, at: FlatLayout, key: str, *, lean: bool = False) -> LazyTensor:
-        like = next(iter(group.states[key].values())).info
-        return at.stretch(group.states[key], like, rank, is_lean=lean)
-
-    state = {i: _state(group, lambda key, g=group, a=at: flat(g, a, key)) for i, (group, at) in enumerate(homes)}
+    homes = _homes(training, rules, ranks, rank)
     inner = outer["optimizer_state_dict"]
-    masters = [saved(flat(group, at, MASTER, lean=is_lean), requires_grad=True) for group, at in homes]
     values: dict[str, Any] = {
         "base_optimizer_state": changed(
             inner["base_optimizer_state"],
-            state=state if training.groups[0].keys else {},
+            state={i: _state(h.group, h.flat) for i, h in enumerate(homes)} if training.groups[0].keys else {},
             param_groups=_param_groups(training, [1] * len(homes)),
         ),
-        "single_partition_of_fp32_groups": masters,
-        "group_paddings": [at.padding(rank) for at in layouts],
-        "param_alignment_paddings": [list(at.gaps) for at in layouts],
-        "partition_count": [ranks] * len(layouts),
-        "param_slice_mappings": [_mapping(at.fragments(list(g.shapes), rank)) for g, at in homes],
+        "single_partition_of_fp32_groups": [saved(h.flat(MASTER, is_lean=is_lean), requires_grad=True) for h in homes],
+        "group_paddings": [h.layout.padding(h.place) for h in homes],
+        "param_alignment_paddings": [list(h.layout.gaps) for h in homes],
+        "partition_count": [ranks // len(h.group.sets) for h in homes],
+        "param_slice_mappings": [h.fragments for h in homes],
     }
     return changed(outer, optimizer_state_dict=changed(inner, **{k: v for k, v in values.items() if k in inner}))
 

@@ -21,12 +21,12 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.core.writer.accounting import checks_of
 from converter.core.writer.plan import Plan
-from converter.core.writer.shard_plan import ShardPlan
-from converter.core.writer.torch_trees import lay_out_any
-from converter.sources.deepspeed.resharding.plan import model_files, read_run
+from converter.sources.deepspeed.resharding.kept import kept_of
+from converter.sources.deepspeed.resharding.plan import laid_out_files, model_files, read_run
 from converter.sources.deepspeed.resharding.training import Group, base_tree
 from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards
 from converter.sources.deepspeed.weights import described
+from converter.sources.deepspeed.whole import expect_not_split
 from converter.sources.deepspeed.zero_folder import MASTER
 from converter.sources.resharded import Resharded
 from converter.text import show
@@ -46,24 +46,19 @@ def plan_universal(
     Raises:
         Refused: see `read_run`; a run that DeepSpeed's loader would get wrong (`zero-universal`).
     """
+    expect_not_split(shards, "a universal checkpoint")
     run = read_run(shards, ranks, None)
     _expect_loadable(shards, run.rules.round_robin, run.training.names)
     tag = shards.folder.name + SUFFIX
     files = dict(model_files(run))
-    source = shards.tree(shards.files.optimizers[0])
+    source = kept_of(shards).source
     for group in run.training.groups:
         for name in group.shapes:
             own = _of_parameter(group, name, is_flat=shards.stage == 3)
             files |= {f"zero/{name}/{key}.pt": (tree, source) for key, tree in own}
     files["zero/optimizer_state.pt"] = (_common(shards, run.training.groups[0]), source)
-    laid_out: list[ShardPlan] = []
-    beside: dict[str, SideFile] = {**side_files, LATEST_UNIVERSAL: SideFile(content=tag.encode())}
-    for name, (tree, container) in files.items():
-        made = lay_out_any(f"{tag}/{name}", tree, container)
-        if isinstance(made, ShardPlan):
-            laid_out.append(made)
-        else:
-            beside[f"{tag}/{name}"] = SideFile(content=made)
+    laid_out, small = laid_out_files(tag, files)
+    beside = {**side_files, **small, LATEST_UNIVERSAL: SideFile(content=tag.encode())}
     checks = checks_of((e.tensor for s in laid_out for e in s.entries), shards.checks)
     said = list(shards.said)
     known = {*run.training.names, *(shards.model().get("shared_params") or {})}
@@ -114,7 +109,7 @@ def _of_parameter(group: Group, name: str, *, is_flat: bool) -> Iterator[tuple[s
 
 def _common(shards: Shards, first: Group) -> Any:
     """The optimizer's state that belongs to no rank: settings, loss scaler, steps."""
-    inner = shards.tree(shards.files.optimizers[0]).pickle.value["optimizer_state_dict"]
+    inner = kept_of(shards).inner
     base = base_tree(shards, inner)
     kept = {k: v for k, v in inner.items() if k not in _OF_RANKS}
     kept["param_groups"] = base["param_groups"]

@@ -1,49 +1,28 @@
-"""A plan's output goes to the Hub without being on the disk: one file is written, checked, sent and removed, then the
-next. One commit at the end makes a model of them; before it nothing is to be seen in the repository.
+"""A plan's output goes to the Hub without being on the disk.
 
-What was sent is journalled: the same command goes on where an earlier run was stopped.
+One commit at the end makes a model of what was sent; before it nothing is to be seen in the repository.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import signal
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from converter.core.files import sparse
-from converter.core.files.names import CARD, RECEIPT
+from converter.core.files.names import CARD
 from converter.core.files.opening import open_input, read_exact
 from converter.core.files.origins import Origin
-from converter.core.files.reading import InputFiles
 from converter.core.writer.plan import Plan
-from converter.core.writer.preflight import check_space, memory_limit
-from converter.core.writer.proof import check_written
-from converter.core.writer.record_checks import compare_records
 from converter.core.writer.reporter import Reporter
-from converter.core.writer.shard_files import is_still_there
 from converter.core.writer.shard_plan import ShardPlan
-from converter.core.writer.shard_writer import ShardWriter
-from converter.core.writer.stage import Stage
-from converter.core.writer.write import (
-    Accept,
-    Receipt,
-    is_worth_keeping,
-    measures_of,
-    one_thread_each,
-    read_whole,
-    reading_through,
-    receipt_content,
-    receipt_text,
-    refuse_new_nonfinite,
-    system_refused,
-)
+from converter.core.writer.write import Accept, Receipt
 from converter.diagnostic import Again
-from converter.errors import Interrupted, Refused
+from converter.errors import Refused
+from converter.publish.file_by_file import Knobs, Sender, Work, send_plan
 from converter.publish.manifest import MAX_FILE, LocalFile, Manifest
 from converter.publish.push import Pushed, card_there, expect_no_stale, make_repository, upload
 from converter.publish.push import push as commit
@@ -91,133 +70,78 @@ def write_to_hub(
 
     client: Any = huggingface_hub.utils
     client.disable_progress_bars()  # the reporter tells
-    begun, budget = time.monotonic(), memory_limit(plan, memory)
-    largest = _largest(plan)
-    stage = Stage(stage_of(where).absolute())
-    try:
-        check_space(dataclasses.replace(plan, shards=(largest,)), stage.out, already=stage.allocated())
-        stage.open()
-        summary = plan.summary | {"destination": f"{where.repo_id}@{where.revision}"}
-        kept = stage.resume(summary, plan.provenance, fresh=not resume)
+    _expect_small_enough(plan)
+
+    def start(work: Work, _kept: Mapping[str, Any]) -> _HubSender:
         names = {s.file for s in plan.shards} | plan.side_files.keys()
         expect_no_stale(names, make_repository(where), where)
-        with (
-            InputFiles(plan.inputs, {c.file for c in plan.checks}) as files,
-            one_thread_each(plan) as ready,
-            reading_through(plan),
-        ):
-            sender = _Sender(plan, where, stage, files, reporter, jobs, budget, ready, verify=verify)
-            reporter.start(plan.total_bytes, len(plan.shards))
-            for shard in plan.shards:
-                sender.send(shard, kept.get(shard.file))
-            measures = measures_of(plan, sender.lines)
-            refuse_new_nonfinite(measures, stage)
-            if accept is not None:
-                accept(measures)
-            compare_records(plan.checks, files, jobs)
-            content = receipt_content(plan, measures, sender.lines, verified=verify)
-            beside = _beside(plan, files, content)
-            files.check_unchanged()
-        reporter.checking()
+        return _HubSender(work, where)
+
+    def finish(sender: _HubSender, content: Mapping[str, Any], beside: list[LocalFile]) -> Pushed:
         text = card(content, card_there(where)).encode()
-        beside.append(LocalFile(CARD, Path(CARD), len(text), text))
-        weights = [LocalFile(s.file, stage.folder / s.file, s.size) for s in plan.shards]
+        beside = [*beside, LocalFile(CARD, Path(CARD), len(text), text)]
+        weights = [LocalFile(s.file, sender.work.stage.folder / s.file, s.size) for s in plan.shards]
         digests = sender.digests | {f.name: f.digests() for f in beside}
         wanted = Manifest((*weights, *beside), digests, ())
-        pushed = commit(wanted, where, reporter=reporter, ready=sender.ready)
-        stage.discard()
-    except BaseException as error:
-        if not is_worth_keeping(stage, error):
-            stage.discard()
-        if isinstance(error, OSError):
-            raise system_refused(error, stage) from error
-        if isinstance(error, KeyboardInterrupt):
-            what = "interrupted, nothing published: the same command again goes on with what was sent"
-            raise Interrupted(error.args[0] if error.args else signal.SIGINT, what) from None
-        raise
-    finally:
-        stage.close()
-    receipt = Receipt(content, measures, sender.reread, sender.recomputed, time.monotonic() - begun)
+        return commit(wanted, where, reporter=reporter, ready=sender.ready)
+
+    destination = f"{where.repo_id}@{where.revision}"
+    knobs = Knobs(stage_of(where), destination, reporter, jobs, memory, resume, verify, accept)
+    receipt, sender, pushed = send_plan(plan, knobs, start, finish)
     return Published(receipt, pushed, tuple(sender.copied))
 
 
-def _largest(plan: Plan) -> ShardPlan:
-    """The largest file.
-
-    Raises:
-        Refused: it is larger than the Hub takes (`hub-file-too-large`).
-    """
+def _expect_small_enough(plan: Plan) -> None:
+    """Refuse a file that is larger than the Hub takes (`hub-file-too-large`)."""
     largest = max(plan.shards, key=lambda s: s.size)
     if largest.size > MAX_FILE:
         what = f"{show(largest.file)} would have {largest.size} bytes, and the Hub takes {MAX_FILE} in one file"
         raise Refused("hub-file-too-large", what, next=Again(("--max-shard-size", "5GB")))
-    return largest
 
 
-class _Sender:
+class _HubSender(Sender):
     """Brings one file after another to the Hub.
 
     Attributes:
-        lines: journal lines by file, for the measures.
         ready: what makes the commit's operation of a file that was sent.
         digests: sha256 of what was sent; git's own name is empty, since large files are not compared by it.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        where: Destination,
-        stage: Stage,
-        files: InputFiles,
-        reporter: Reporter,
-        jobs: int,
-        budget: int,
-        ready: Callable[[], object],
-        *,
-        verify: bool,
-    ) -> None:
+    def __init__(self, work: Work, where: Destination) -> None:
         from huggingface_hub import HfApi
 
-        self._plan, self._where, self._stage, self._files = plan, where, stage, files
-        self._reporter, self._jobs, self._verify = reporter, jobs, verify
-        self._budget, self._ready = budget, ready
+        super().__init__(work)
+        self._where = where
         self._api = HfApi(token=where.token)
-        self.lines: dict[str, Mapping[str, Any]] = {}
         self.ready: dict[str, Callable[[], Any]] = {}
         self.digests: dict[str, tuple[str, str]] = {}
         self.copied: list[str] = []
-        self.reread = self.recomputed = 0
 
-    def send(self, shard: ShardPlan, line: Mapping[str, Any] | None) -> None:
-        """Bring a file to the Hub, if it is not there: copied by the Hub itself, or written here and sent."""
-        sent = line.get("sha256") if line is not None else None
-        if line is not None and isinstance(sent, str) and self._is_there(shard, sent):
-            self._take(shard, line, sent, _add(shard, sent))
-            self._skip(shard, resumed=True)
-            return
-        if self._copy(shard):
-            self._skip(shard, resumed=False)
-            return
-        path = self._stage.folder / shard.file
-        if line is not None and is_still_there(shard, line, self._stage.folder):
-            self._skip(shard, resumed=True)
-        else:
-            writer = ShardWriter(self._stage, self._files, self._reporter, self._budget, self._ready)
-            line = writer.write([shard], self._jobs)[shard.file]
-        if self._verify:
-            alone = dataclasses.replace(self._plan, shards=(shard,), side_files={})
-            reread, recomputed = check_written(alone, self._stage.folder, self._files)
-            self.reread, self.recomputed = self.reread + reread, self.recomputed + recomputed
-        self._upload(shard, line, path)
+    def is_there(self, shard: ShardPlan, line: Mapping[str, Any]) -> bool:
+        """Whether the Hub still holds what was sent: it removes what no commit names after a while."""
+        from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
-    def _upload(self, shard: ShardPlan, line: Mapping[str, Any], path: Path) -> None:
+        sha = line.get("sha256")
+        if not isinstance(sha, str):
+            return False
+        info = UploadInfo(size=shard.size, sample=b"", sha256=bytes.fromhex(sha))
+        found = call(lambda: post_lfs_batch_info([info], self._where.token, "model", self._where.repo_id), self._where)[
+            0
+        ]
+        if len(found) != 1 or found[0].get("oid") != sha or found[0].get("actions"):
+            return False
+        self._take(shard, line, sha, _add(shard, sha))
+        return True
+
+    def bring(self, shard: ShardPlan, line: Mapping[str, Any], path: Path) -> None:
+        """Send a file's content; the commit at the end names it."""
         from huggingface_hub import CommitOperationAdd
 
         operation = CommitOperationAdd(path_in_repo=shard.file, path_or_fileobj=str(path))
         upload(self._api, self._where, operation)
         sha = operation.upload_info.sha256.hex()
         if getattr(operation, "_is_uploaded", True):
-            self._stage.record({**line, "sha256": sha})
+            self.work.stage.record({**line, "sha256": sha})
             self._take(shard, line, sha, _add(shard, sha))
         else:
             # The Hub keeps it in git, as nothing but a small file is: its content goes with the commit.
@@ -225,26 +149,11 @@ class _Sender:
             self.digests[shard.file] = LocalFile(shard.file, path, shard.size, content).digests()
             self.lines[shard.file] = line
             self.ready[shard.file] = lambda: CommitOperationAdd(path_in_repo=shard.file, path_or_fileobj=content)
-        path.unlink()
 
     def _take(self, shard: ShardPlan, line: Mapping[str, Any], sha: str, ready: Callable[[], Any]) -> None:
         self.lines[shard.file], self.digests[shard.file], self.ready[shard.file] = line, (sha, ""), ready
 
-    def _skip(self, shard: ShardPlan, *, resumed: bool) -> None:
-        self._reporter.advance(shard.size, "")
-        self._reporter.shard_done(shard.file, shard.size, resumed)
-
-    def _is_there(self, shard: ShardPlan, sha: str) -> bool:
-        """Whether the Hub still holds what was sent: it removes what no commit names after a while."""
-        from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
-
-        info = UploadInfo(size=shard.size, sample=b"", sha256=bytes.fromhex(sha))
-        found = call(lambda: post_lfs_batch_info([info], self._where.token, "model", self._where.repo_id), self._where)[
-            0
-        ]
-        return len(found) == 1 and found[0].get("oid") == sha and not found[0].get("actions")
-
-    def _copy(self, shard: ShardPlan) -> bool:
+    def copies(self, shard: ShardPlan) -> bool:
         """Let the Hub copy a file that is one of the source's, byte by byte; False where it is none, or it can't."""
         source = _source_of(shard)
         if source is None or source.origin.sha256 is None:
@@ -326,13 +235,3 @@ def _may_copy(where: Destination, origin: Origin) -> bool:
         return answer.status_code == 200 and not answer.json().get("failed")
     except Exception:  # no copy is not a failure
         return False
-
-
-def _beside(plan: Plan, files: InputFiles, receipt: Mapping[str, Any]) -> list[LocalFile]:
-    """The files beside the weights, and the receipt, in memory."""
-    contents = {
-        name: file.content if file.content is not None else read_whole(files, file.source or "")
-        for name, file in plan.side_files.items()
-    }
-    contents[RECEIPT] = receipt_text(receipt)
-    return [LocalFile(name, Path(name), len(content), content) for name, content in contents.items()]

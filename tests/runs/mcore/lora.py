@@ -1,0 +1,153 @@
+"""Puts Megatron-Bridge's own LoRA modules around a tiny GPTModel's matrices on CPU, and saves the adapters as it does.
+
+    python tests/runs/mcore/lora.py OUT --tp 2                  the adapters alone
+    python tests/runs/mcore/lora.py OUT --tp 2 --whole          with the model that they are in
+
+`OUT/adapter.safetensors` is the oracle: factors of each matrix of transformers by PEFT's names, of which Megatron's
+fused ones were made by `models.py`. `OUT/hf` is the base. Needs megatron-core, transformers, and Megatron-Bridge
+(`pip install --no-deps megatron-bridge`), of which two files are imported: the package wants TransformerEngine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+from models import _grouped as fused
+from models import built, in_megatron
+from save import _arguments, _fill, _save_sharded, model_chunks, replicas, sliced
+
+from ranks import join, launch, place
+
+CASE, RANK, ALPHA = "qwen3", 4, 8
+TARGETS = {
+    "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"), "self_attention.linear_proj": ("o_proj",),
+    "mlp.linear_fc1": ("gate_proj", "up_proj"), "mlp.linear_fc2": ("down_proj",),
+}  # fmt: skip
+
+
+def bridge_modules() -> tuple[Any, Any, Any]:
+    """The wrapper, the adapter, and what says how a matrix is split, without the package around them."""
+    import megatron
+
+    (root,) = (Path(p) / "bridge" for p in megatron.__path__ if (Path(p) / "bridge").is_dir())
+    for name, folder in (("bridge", root), ("bridge.peft", root / "peft"), ("bridge.utils", root / "utils")):
+        package = types.ModuleType(f"megatron.{name}")
+        package.__path__ = [str(folder)]
+        package.__spec__ = importlib.machinery.ModuleSpec(package.__name__, None, is_package=True)
+        sys.modules[package.__name__] = package
+    utils = importlib.import_module("megatron.bridge.peft.utils")
+    wrapper = importlib.import_module("megatron.bridge.peft.adapter_wrapper")
+    return wrapper.AdapterWrapper, utils.ParallelLinearAdapter, utils.get_adapter_attributes_from_linear
+
+
+def factors(model: Any) -> dict[str, Any]:
+    """PEFT's factors of every matrix: one A for those that Megatron has in one."""
+    import torch
+
+    generator = torch.Generator().manual_seed(9)
+    found: dict[str, Any] = {}
+    for number, layer in enumerate(model.model.layers):
+        for ours, names in TARGETS.items():
+            block = "self_attn" if ours.startswith("self_attention") else "mlp"
+            first = getattr(getattr(layer, block), names[0])
+            shared = torch.randn(RANK, first.in_features, generator=generator).bfloat16()
+            for name in names:
+                rows = getattr(getattr(layer, block), name).out_features
+                stem = f"base_model.model.model.layers.{number}.{block}.{name}"
+                found[f"{stem}.lora_A.weight"] = shared.clone()
+                found[f"{stem}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator).bfloat16()
+    return found
+
+
+def whole_factor(found: dict[str, Any], number: int, ours: str, config: Any) -> tuple[Any, Any]:
+    """A and B of one of Megatron's matrices."""
+    import torch
+
+    block = "self_attn" if ours.startswith("self_attention") else "mlp"
+    stem = f"base_model.model.model.layers.{number}.{block}."
+    a = found[f"{stem}{TARGETS[ours][0]}.lora_A.weight"]
+    each = {n: found[f"{stem}{n}.lora_B.weight"] for n in TARGETS[ours]}
+    if ours.endswith("qkv"):
+        named = {f"self_attn.{n}.weight": t for n, t in each.items()}
+        return a, dict(fused(named, config))["self_attention.linear_qkv.weight"]
+    return a, torch.cat([*each.values()])
+
+
+def work(out: Path, asked: argparse.Namespace) -> None:
+    """One rank."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing, parallel_state
+    from safetensors.torch import load_file, save_file
+
+    place(asked)
+    theirs = built(CASE)
+    adapters = factors(theirs)
+    if dist.get_rank() == 0:
+        out.mkdir(parents=True)
+        theirs.bfloat16().save_pretrained(out / "hf")
+        save_file(adapters, out / "adapter.safetensors")
+    dist.barrier()
+    (model,) = model_chunks(theirs.config, asked)
+    _fill(model, in_megatron(load_file(out / "hf" / "model.safetensors"), theirs.config), asked)
+    model.bfloat16()
+    wrapper, adapter, attributes = bridge_modules()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for number, layer in enumerate(model.decoder.layers):
+        for ours in TARGETS:
+            block, leaf = ours.split(".")
+            inner = getattr(getattr(layer, block), leaf)
+            split = attributes(inner)
+            made = adapter(
+                split.in_features, split.out_features, RANK, base_linear_name=ours, activation="identity",
+                input_is_parallel=split.input_is_parallel, model_parallel_config=model.config, alpha=ALPHA,
+            ).bfloat16()  # fmt: skip
+            a, b = whole_factor(adapters, number, ours, theirs.config)
+            with torch.no_grad():
+                for module, whole in ((made.linear_in, a), (made.linear_out, b)):
+                    key = f"{leaf}.weight" if module is made.linear_out else "linear_in.weight"
+                    module.weight.copy_(sliced(key, whole, tuple(module.weight.shape), rank, asked.tp))
+            setattr(getattr(layer, block), leaf, wrapper(inner, made))
+    folder = out / "iter_0000010"
+    if asked.whole:
+        _save_sharded(folder, [model], theirs.config, asked)
+    else:
+        held = model.sharded_state_dict(metadata=replicas())
+        state = {"model": {k: v for k, v in held.items() if ".adapter." in k}, "iteration": 10}
+        if dist.get_rank() == 0:
+            folder.mkdir()
+        dist.barrier()
+        dist_checkpointing.save(state | {"args": _arguments(theirs.config, asked)}, str(folder))
+    if dist.get_rank() == 0:
+        (folder / "run_config.yaml").write_text(f"peft:\n  dim: {RANK}\n  alpha: {ALPHA}\n")
+        (out / "latest_checkpointed_iteration.txt").write_text("10")
+    dist.barrier()
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--worker", action="store_true")
+    parser.set_defaults(
+        pp=1, ep=1, vpp=None, etp=None, first_stage=None, per_layer=False, critic=0, head_bias=False, no_args=False,
+        optimizer=False,
+    )  # fmt: skip
+    asked = parser.parse_args()
+    if not asked.worker:
+        raise SystemExit(not launch(asked.tp, sys.argv))
+    join()
+    work(asked.out, asked)
+
+
+if __name__ == "__main__":
+    main()
