@@ -20,6 +20,7 @@ from converter.recipe.verbs.reshard_state import ReshardRequest, plan_state
 from durability import Quiet, fast_folder
 from saved_trees import differences as tree_differences
 from saved_trees import loaded
+from shards import edit
 from zero.compare import RUNS, faults
 
 THEIRS = RUNS.parent / "universal_runs"
@@ -93,3 +94,16 @@ def test_steps_that_differ_are_refused(place: Path) -> None:
     folder = run / "global_step2_universal" / "zero" / "first.bias"
     torch.save(torch.tensor(7.0), folder / "step.pt")
     assert "`step`" in refused(run, "zero-mixed").what
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(place: Path) -> None:
+    run = Path(shutil.copytree(THEIRS / "roundrobin-aligned-z2-n3", place / "run"))
+    edit(run / "global_step2_universal" / "mp_rank_00_model_states.pt", _renamed)
+    assert "lacks" in refused(run, "zero-parameter-missing").what
+
+
+def _renamed(state: Any) -> None:
+    group = state["param_shapes"][0]
+    name, shape = next(iter(group.items()))
+    del group[name]
+    group["../../../run/" + name] = shape

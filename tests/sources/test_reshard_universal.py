@@ -80,6 +80,7 @@ def test_options_that_contradict_are_usage_errors(place: Path) -> None:
 
 
 def test_a_universal_checkpoint_is_said_to_load_on_any_ranks() -> None:
+    """It is not made universal again; with `world_size` alone it becomes files of ranks."""
     with pytest.raises(Refused, match="load_universal") as caught:
-        converter.reshard_state(THEIRS / "lora-z3-n2", world_size=3)
+        converter.reshard_state(THEIRS / "lora-z3-n2", world_size=3, to="universal")
     assert caught.value.code == "reshard-any-ranks"

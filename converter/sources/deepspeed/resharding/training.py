@@ -109,6 +109,7 @@ def read_training(shards: Shards, rules: Rules) -> Training:
 def _states(shards: Shards, flats: Sequence[Shapes]) -> tuple[tuple[str, ...], list[str], dict[str, list[list[Any]]]]:
     """Keys of the optimizer's state, those of them with a value for each element, and numbers by key and flat group."""
     if shards.universal:
+        trained_tensors(shards)  # refuses names that no folder has, before any is looked into
         elements, held = universal_states(shards, [n for flat in flats for n in flat])
         numbers = {k: [[by_name[n] for n in flat] for flat in flats] for k, by_name in held.items()}
         return (*numbers, *elements), elements, numbers
