@@ -107,6 +107,16 @@ def find_stacks(built: Architecture | None, stored: Mapping[str, TensorInfo]) ->
     return found
 
 
+def made_otherwise(built: Architecture | None, stored: Iterable[str]) -> dict[str, str]:
+    """Parameters that a load makes otherwise than by stacking, by name in memory, with what it does."""
+    found = {} if built is None else {name: built.in_memory(name) for name in stored}
+    return {
+        memory: transform.operations
+        for memory, transform in found.values()
+        if transform is not None and STACKING not in transform.operations and transform.operations not in _OTHER_WAY
+    }
+
+
 @dataclass(frozen=True)
 class One:
     """What a name says of a tensor that a load stacks: the stack, the expert, and the module's last name."""

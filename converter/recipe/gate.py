@@ -12,6 +12,7 @@ from typing import TypeVar
 from converter.converters.adapters.whole import expect_loadable
 from converter.converters.heads.whole import MISSHAPEN, MISSING, Judgement, judge
 from converter.converters.merge.adapter_itself import inconsistency
+from converter.converters.merge.adapter_values import expect_finite
 from converter.converters.merge.asked_modules import modules_missing
 from converter.converters.merge.merge_lora import MergeLora
 from converter.converters.merge.quantised.whole import expect_parts, found_in
@@ -55,12 +56,15 @@ def expect_consistent(adapter: Checkpoint, opened: Collection[Checkpoint], conte
     """Compare an adapter's tensors with its own config, and where no base is opened with each other.
 
     Raises:
-        Refused: they contradict each other (`adapter-inconsistent`, `adapter-untargeted`), without consent.
+        Refused: they contradict each other (`adapter-inconsistent`, `adapter-untargeted`), or hold NaN or infinity
+            (`nonfinite`), without consent.
     """
     is_alone = all(c.origin.kind != MODEL for c in opened)
     if adapter.origin.kind == ADAPTER and (refused := inconsistency(adapter, alone=is_alone)) is not None:
         refused.next = Command("doctor", (as_argument(adapter.origin.asked),))
         context.consent(refused)
+    if adapter.origin.kind == ADAPTER and is_alone:
+        expect_finite(adapter, context)  # a merge looks for itself
 
 
 def expect_whole_adapter(adapter: Checkpoint, base: Checkpoint, context: Context) -> None:

@@ -25,7 +25,12 @@ RANK_FILE = "model_optim_rng.pt"
 """A rank's model in the old format."""
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3}))?(?:_(\d{3}))?", re.ASCII)
 _ITERATION = re.compile(r"iter_\d{7}", re.ASCII)
-"""Folders that only Megatron's runs have, whatever is missing in them."""
+"""Folders that Megatron's runs have, whatever is missing in them, and those of one other trainer."""
+_OF_FSDP = frozenset({"meta.json", "rng.pt"})
+"""What slime's FSDP backend writes into such a folder.
+
+Source: https://github.com/THUDM/slime/blob/05254ea/slime/backends/fsdp_utils/checkpoint.py
+"""
 _READ = "torch_dist"
 _MAX_MANIFEST = 1_000_000
 
@@ -40,7 +45,8 @@ def kind_here(root: Path) -> Kind | None:
         backend = backend_of(root)
         if backend is not None:
             return "torch_dist" if backend == _READ else "other"
-    if _has_pieces(names) and (COMMON in names or _ITERATION.fullmatch(root.name)):
+    is_iteration = _ITERATION.fullmatch(root.name) is not None and not names & _OF_FSDP
+    if _has_pieces(names) and (COMMON in names or is_iteration):
         return "unfinished"
     if COMMON in names and METADATA in names:
         return "unfinished"

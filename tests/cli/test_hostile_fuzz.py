@@ -12,7 +12,7 @@ import pytest
 
 from places import IMPORTED, TESTS
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "2"))
 LONG = 600.0
 CASES = 120
 """At least; a busy machine takes longer for them."""

@@ -11,6 +11,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import converter
 from converter.cli import main
@@ -36,7 +38,9 @@ def base_that_is_cut(folder: Path) -> None:
 
 def prompts(folder: Path) -> None:
     no_base(folder)
-    edit(folder, "adapter_config.json", base_model_name_or_path=str(BASE), peft_type="PROMPT_TUNING")
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8, "token_dim": 32, "task_type": "CAUSAL_LM"}
+    edit(folder, "adapter_config.json", base_model_name_or_path=str(BASE), **config)
+    save_file({"prompt_embeddings": torch.ones(8, 32)}, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def newer_family(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What a user could do with release 0.1.0 can be done: verbs, flags, exit codes, keys of JSON, steps of recipes.
 
-`surface.json` is what `tools/record_surface.py` printed under that release. More may come; what is there stays.
+`surface.json` is what `tools/record_surface.py` printed under that release, but for what a file that is cut hides: that
+is one finding now. More may come; what is there stays.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def test_commands_exit_as_before_and_print_every_key_of_before(commands: dict[st
         *lost_exits(BEFORE["commands"], commands["commands"]),
         *lost_keys(BEFORE["json"], commands["json"], BEFORE["commands"]),
     ]
-    assert lost == []
+    assert not lost, "\n".join(lost)
 
 
 def test_what_every_command_prints_is_what_its_schema_says(commands: dict[str, Any]) -> None:

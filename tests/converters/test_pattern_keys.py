@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from peft.utils.other import get_pattern_key
 
-from converter.converters.merge.methods.fields import matching
+from converter.converters.merge.patterns import matching
 
 MODULES = [
     "model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.q_proj", "layers.1.q_proj", "q_proj", "xq_proj",

@@ -34,7 +34,7 @@ def test_trained_lora_without_shards_is_lost_and_the_refusal_says_what_helps(tmp
     done = _refused("tensors-lost", src, "--base", src.parent / "base")
     assert "6 of 6 lost tensors" in done.text
     assert "4 x trained by LoRA" in done.text
-    assert f"rlhf-convert inspect {src} --tensors lists every tensor that is there; --weights-from names" in done.text
+    assert f"rlhf-convert inspect {src} --tensors # lists every tensor that is there; --weights-from names" in done.text
     assert "no shards of a trainer" in done.text
 
 
@@ -178,7 +178,7 @@ def test_other_verbs_refuse_and_name_the_command_that_repairs(tmp_path: Path, ve
     drop_shards(src.parent)
     done = run(verb, src, tmp_path / "out", *base)
     assert "--weights-from and a folder of the same run that still holds them" in done.text
-    assert f"rlhf-convert doctor {src} shows all that is wrong there" in done.text
+    assert f"rlhf-convert doctor {src} # shows all that is wrong there" in done.text
 
 
 def test_a_place_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:

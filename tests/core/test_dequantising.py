@@ -63,7 +63,7 @@ def test_weights_are_what_the_vendor_makes_of_them(case: str, tmp_path: Path) ->
     parts, expected, config = of_case(case)
     lazy = made_whole(written(tmp_path / "model", parts, config))
     assert (lazy.info.shape, lazy.info.dtype.torch_name) == (tuple(expected.shape), config["dtype"])
-    if "fp4" in case:
+    if "fp4" in case and not case.startswith("ct-"):
         # Code 8 is zero: bitsandbytes' table has 0.0, and its kernel for even widths gives -0.0.
         assert torch.equal(to_torch(lazy), expected)
         expected = expected + torch.zeros((), dtype=expected.dtype)

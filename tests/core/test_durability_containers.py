@@ -13,8 +13,8 @@ import torch
 
 from converter.core.checkpoint import Checkpoint
 from converter.core.writer.write import write
-from durability import Fault, Quiet, copy_inputs, fast_folder, merge_plan, tree
-from faulty_runs import Merge, fresh, overwriting, replay, resumed, run_with_fault
+from durability import Quiet, copy_inputs, fast_folder, merge_plan, tree
+from faulty_runs import Merge, fail_at_intervals, fresh, overwriting, replay, resumed
 
 
 def moved(checkpoint: Checkpoint) -> Checkpoint:
@@ -63,15 +63,4 @@ def test_a_single_file_in_a_folder_is_durable_under_its_name_before_it_is_publis
 
 
 def test_whatever_call_fails_the_next_run_finishes(merge: Merge, place: Path) -> None:
-    for at in range(0, 10_000, 7):
-        fault = Fault(merge.folder, at=at, number=errno.EIO)
-        error = run_with_fault(merge, place, fault, {})
-        if fault.happened is None:
-            break
-        assert error is not None or (place / "out").exists()
-        if not (place / "out").exists():
-            merge.write(place)
-        assert tree(place / "out") == merge.checked, fault.happened
-        (place / "out").rename(merge.folder / f"done-{at}")
-    assert at > 100, "the watch saw nothing"
-    assert merge.inputs_are_untouched()
+    assert fail_at_intervals(merge, place, errno.EIO, step=7) > 100, "the watch saw nothing"

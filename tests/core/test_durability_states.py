@@ -12,8 +12,8 @@ import pytest
 
 from converter.core.writer.write import write
 from converter.recipe.verbs.reshard_state import ReshardRequest, plan_state
-from durability import Fault, Quiet, fast_folder, tree
-from faulty_runs import Merge, fresh, overwriting, replay, resumed, run_with_fault
+from durability import Quiet, fast_folder, tree
+from faulty_runs import Merge, fail_at_intervals, fresh, overwriting, replay, resumed
 from zero.compare import RUNS
 
 
@@ -53,15 +53,4 @@ def test_after_a_power_cut_out_is_absent_or_whole_and_the_next_run_finishes(
 def test_whatever_call_fails_out_is_absent_or_whole_and_the_next_run_finishes(
     merge: Merge, place: Any, number: int
 ) -> None:
-    for at in range(0, 10_000, 11):
-        fault = Fault(merge.folder, at=at, number=number)
-        error = run_with_fault(merge, place, fault, {})
-        if fault.happened is None:
-            break
-        assert error is not None or (place / "out").exists()
-        if not (place / "out").exists():
-            merge.write(place)
-        assert tree(place / "out") == merge.checked, fault.happened
-        (place / "out").rename(merge.folder / f"done-{number}-{at}")
-    assert at > 50, "the watch saw nothing"
-    assert merge.inputs_are_untouched()
+    assert fail_at_intervals(merge, place, number, step=11) > 50, "the watch saw nothing"

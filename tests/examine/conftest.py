@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from doctor_walk import here, sound
 from doctored import causal, reward
 
-__all__ = ["causal", "reward"]
+__all__ = ["causal", "here", "reward", "sound"]

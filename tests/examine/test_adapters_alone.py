@@ -131,11 +131,11 @@ def harm_nothing(sound: Sound, adapter: Adapter, out: Path) -> tuple[Path, Path]
 def test_factors_that_the_config_does_not_target_are_named(
     family: str, targets: Any, sound: Sound, tmp_path: Path
 ) -> None:
-    folder, base = harm_nothing(sound, LORA[family], tmp_path / "adapter")
+    folder, _ = harm_nothing(sound, LORA[family], tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
     assert "adapter-untargeted" in codes(folder)
-    assert main(["merge-lora", str(folder), str(tmp_path / "out"), "--base", str(base), "-q"]) == 3
+    assert main(["prune-lora", str(folder), str(tmp_path / "out"), "--rank", "1", "-q"]) == 3
     assert not (tmp_path / "out").exists()
 
 
@@ -173,3 +173,52 @@ def test_layers_of_a_hybrid_lack_nothing(only: str, sound: Sound, tmp_path: Path
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
     assert codes(folder) == []
+
+
+@pytest.mark.parametrize("family", LORA)
+def test_an_adapter_with_nan_is_not_pruned_without_its_base(family: str, sound: Sound, tmp_path: Path) -> None:
+    folder, _ = harm_nothing(sound, LORA[family], tmp_path / "adapter")
+    held = load_file(folder / WEIGHTS)
+    held[first(held, "lora_B")][0, 0] = float("nan")
+    save_file(held, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(Refused) as refused:
+        prune_lora(folder, tmp_path / "out", rank=1)
+    assert refused.value.code == "nonfinite"
+
+
+def emptied(pattern: str) -> Callable[[Tensors], str]:
+    """A change that makes one factor zero."""
+
+    def change(held: Tensors) -> str:
+        name = first(held, pattern)
+        held[name] = torch.zeros_like(held[name])
+        return name
+
+    return change
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("family", LORA)
+def test_a_factor_of_zeros_in_one_layer_is_named(family: str, factor: str, sound: Sound, tmp_path: Path) -> None:
+    folder, _ = harm_nothing(sound, LORA[family], tmp_path / "adapter")
+    assert serious(folder, deep=True) == []
+    held = load_file(folder / WEIGHTS)
+    name = emptied(rf"\.1\..*{factor}")(held)
+    save_file(held, folder / WEIGHTS, {"format": "pt"})
+    (said,) = serious(folder, deep=True)
+    assert said.startswith("changes-numbers suspicious-values") and name in said
+
+
+def test_an_expert_that_no_token_reached_is_sound(sound: Sound, tmp_path: Path) -> None:
+    folder, _ = harm_nothing(sound, LORA["llama"], tmp_path / "adapter")
+    held = load_file(folder / WEIGHTS)
+    for name in [n for n in held if ".mlp." in n]:
+        for expert in (0, 1):
+            value = held[name] if expert == 0 or "lora_A" in name else torch.zeros_like(held[name])
+            held[name.replace(".mlp.", f".mlp.experts.{expert}.")] = value.clone()
+        del held[name]
+    save_file(held, folder / WEIGHTS, {"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    targets = [*{n.split(".")[-3] for n in held}]
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
+    assert serious(folder, deep=True) == []

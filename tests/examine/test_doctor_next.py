@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from breakages.adapters import ADAPTERS
 from breakages.models import CONFIGS, FILES
 from breakages.runs import RUNS
 from breakages.scripts import SCRIPTS
-from breakages.sound import Breakage, Tensors, make_sound, whole
+from breakages.sound import Breakage, Tensors, whole
 from converter.cli import main
 from converter.examine.doctor import diagnoses
 from doctor_walk import code_of, expect_loaded, listing
@@ -53,22 +52,6 @@ ELSEWHERE = {
 def is_command(step: str) -> bool:
     """True for what a shell runs as it stands."""
     return step.startswith(("rlhf-convert ", "mv ", "cp "))
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("next")
-    make_sound(root / "sound")
-    return root / "sound"
-
-
-@pytest.fixture
-def here(sound: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = sound.parent / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    yield folder
-    shutil.rmtree(folder)
 
 
 def broken(here: Path, breakage: Breakage) -> str:

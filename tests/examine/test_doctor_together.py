@@ -6,7 +6,6 @@ import json
 import random
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 
 from breakages.adapters import ADAPTERS
 from breakages.models import CONFIGS, FILES
-from breakages.sound import make_sound
 from converter.cli import main
 from doctor_walk import code_of, expect_loaded, listing
 
@@ -54,22 +52,6 @@ OF_A_MERGE = {"adapter-field-unknown", "adapter-field-unsupported", "adapter-bas
 
 def touched(key: str) -> set[str]:
     return {what for what, starts in TOUCHED.items() if key.startswith(starts)}
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("together")
-    make_sound(root / "sound")
-    return root / "sound"
-
-
-@pytest.fixture
-def here(sound: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = sound.parent / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ CLASSES = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config),
 }
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
-ELSEWHERE = {"model.layers.0.layer_scale.scale", "model.hc_attn_scale"}
-"""Names with the word that have nothing to do with quantisation, as DeepSeek-V4's and Moshi's."""
+ELSEWHERE = {"model.layers.0.layer_scale.scale", "model.hc_attn_scale", f"{WEIGHT}_integer"}
+"""Names with the word that have nothing to do with quantisation, as DeepSeek-V4's and Moshi's, and I-BERT's buffer."""
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def test_every_state_is_converted_into_what_loads_or_refused_with_what_helps(
             code, words[0], source, out, *words[1:], exit_code=2 if code in ("several-parts", "no-shards") else 3
         )
         if code in ("config-missing", "base-needed"):
-            assert "Next: the same command with --base and the folder or the Hub name of the base model" in ran.text
+            assert "the same command with --base and the folder or the Hub name of the base model" in ran.text
             ways = ("for a module of your own, its state dict: rlhf-convert gather ", "rlhf-convert inspect ")
             assert any(f"; {way}" in ran.text for way in ways)
         assert not out.exists()
@@ -142,7 +142,7 @@ def test_the_base_that_the_run_records_is_used_where_it_is_at_hand_and_said(word
     ran = refused("base-needed", words[0], "tiny-reward-run", "out", *words[1:])
     assert "the run records tiny-qwen2-base as its base: neither a folder here nor in the Hub's cache" in ran.text
     asked = "the same command with --base and the folder or the Hub name of the base model"
-    assert f"{asked}; rlhf-convert inspect tiny-reward-run" in ran.text
+    assert f"{asked} rlhf-convert inspect tiny-reward-run" in ran.text
 
 
 def test_a_merge_over_the_recorded_base_is_peft_s(shipped: Path) -> None:

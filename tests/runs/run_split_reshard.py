@@ -50,7 +50,11 @@ def faults(python: str, out: Path, case: str, stage: int, before: int, after: in
     (out / "live").mkdir(exist_ok=True)
     split(python, out / "live", case, stage, after, "--load", new)
     live = load_file(out / "live" / f"{case}-z{stage}-n{after}" / "oracle.safetensors")
-    return differences(live, load_file(run / "oracle.safetensors"))
+    lived = load_file(run / "oracle.safetensors")
+    # A shared module that is called through a function has no file of its layer: DeepSpeed leaves it as it was built
+    # until the next step, on the ranks that saved it too. Its masters are compared.
+    unsaved = {k for k in lived if k.startswith("live/tied_modules.")} if case == "pipe" else set()
+    return differences(*({k: t for k, t in each.items() if k not in unsaved} for each in (live, lived)))
 
 
 def main() -> int:

@@ -1,14 +1,36 @@
-"""What came of a command that doctor printed."""
+"""Where broken folders are looked at, and what came of a command that doctor printed."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import transformers
 from safetensors.torch import load_file
 
+from breakages.sound import make_sound
 from converter.examine.doctor import diagnoses
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of sound checkpoints, which are not changed."""
+    root = tmp_path_factory.mktemp("sound")
+    make_sound(root / "sound")
+    return root / "sound"
+
+
+@pytest.fixture
+def here(sound: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder beside it, in which a user works."""
+    folder = sound.parent / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def code_of(key: str) -> str:

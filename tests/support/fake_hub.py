@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from fake_hub_answers import TOKEN, Answers
-from fake_hub_state import Commit, Fault, Repo, Stored
+from fake_hub_state import Commit, Fault, Repo, Stored, due
 
 __all__ = ["TOKEN", "Commit", "FakeHub", "Fault", "Repo", "Stored", "running"]
 
@@ -102,14 +102,7 @@ class FakeHub(ThreadingHTTPServer):
     def fault(self, request: str) -> Fault | None:
         """The fault that is due for this request, counted down."""
         with self.lock:
-            for each in self.faults:
-                if each.count and re.search(each.request, request):
-                    if each.skip:
-                        each.skip -= 1
-                        return None
-                    each.count -= 1
-                    return each
-        return None
+            return due(self.faults, request)
 
     def requests(self, pattern: str) -> list[str]:
         """The requests that came and match."""

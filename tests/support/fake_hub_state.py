@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,18 @@ class Fault:
     kind: str
     count: int = 1
     skip: int = 0
+
+
+def due(faults: Iterable[Fault], request: str) -> Fault | None:
+    """The fault that happens to this request, counted down."""
+    for each in faults:
+        if each.count and re.search(each.request, request):
+            if each.skip:
+                each.skip -= 1
+                return None
+            each.count -= 1
+            return each
+    return None
 
 
 @dataclass

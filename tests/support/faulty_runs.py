@@ -93,6 +93,24 @@ def run_with_fault(merge: Merge, place: Path, fault: Fault, options: dict[str, A
     return None
 
 
+def fail_at_intervals(merge: Merge, place: Path, number: int, *, step: int) -> int:
+    """Every `step`-th call of a run fails, each in a run of its own, and the next run finishes; how many calls."""
+    at = 0
+    while True:
+        fault = Fault(merge.folder, at=at, number=number)
+        error = run_with_fault(merge, place, fault, {})
+        if fault.happened is None:
+            break
+        assert error is not None or (place / "out").exists()
+        if not (place / "out").exists():
+            merge.write(place)
+        assert tree(place / "out") == merge.checked, fault.happened
+        (place / "out").rename(merge.folder / f"done-{number}-{at}")
+        at += step
+    assert merge.inputs_are_untouched()
+    return at
+
+
 def replay(merge: Merge, place: Path, scene: Scene, *, most: int) -> None:
     """Check OUT in every state that a power cut may leave, and run again from at most `most` of them."""
     options = scene(merge, place)

@@ -1,6 +1,7 @@
 """A server of S3 on loopback: moto's, for the real clients, with faults between them and it.
 
-What a client was sent and asked is counted. Faults are planned with `Fault` and happen a given number of times.
+What a client was sent and asked is counted. Faults are planned with `Fault`: an HTTP status, or `cut`, where the
+connection ends within the answer.
 """
 
 from __future__ import annotations
@@ -10,22 +11,15 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fake_hub_state import Fault, due
+
+__all__ = ["BUCKET", "SECRET", "Fault", "Store", "running"]
+
 BUCKET = "models"
 SECRET = "this-is-the-secret-key-of-a-test"
-
-
-@dataclass
-class Fault:
-    """What happens to requests that match: `503` and its like, or `cut`, the connection ends within the answer."""
-
-    request: str
-    kind: str
-    count: int = 1
-    skip: int = 0
 
 
 class Store:
@@ -57,7 +51,7 @@ class Store:
         said += f" {environ.get('HTTP_RANGE', '')}"
         with self._lock:
             self.log.append(said)
-            fault = self._due(said)
+            fault = due(self.faults, said)
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -77,16 +71,6 @@ class Store:
     def _cut(self, content: bytes) -> Iterator[bytes]:
         yield content[: len(content) // 2]
         raise ConnectionAbortedError("a test cuts the connection")
-
-    def _due(self, said: str) -> Fault | None:
-        for each in self.faults:
-            if each.count and re.search(each.request, said):
-                if each.skip:
-                    each.skip -= 1
-                    return None
-                each.count -= 1
-                return each
-        return None
 
     def requests(self, pattern: str) -> list[str]:
         """The requests that came and match."""

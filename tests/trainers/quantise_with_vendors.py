@@ -113,7 +113,7 @@ def compressed_tensors() -> None:
             f"fp8-block-{name}", "float-quantized", dtype, (32, 32), strategy="block", block_structure=[16, 16], **fp8
         )
     fp4 = {"num_bits": 4, "type": "float", "symmetric": True}
-    for rows in (5, 16):
+    for rows in (9, 16):
         form, more = "nvfp4-pack-quantized", {"scale_dtype": "torch.float8_e4m3fn", "group_size": 16}
         quantise(f"nvfp4-{rows}", form, fp32, (rows, 48), strategy="tensor_group", **fp4, **more)
         form, more = "mxfp4-pack-quantized", {"scale_dtype": "torch.uint8", "group_size": 32}

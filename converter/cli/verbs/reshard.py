@@ -10,6 +10,8 @@ from converter.cli.app import Out, verb
 from converter.cli.options import INPUT, OUTPUT, Conversion, Dequantize
 from converter.errors import UsageError
 
+_STAGE = "Write a run's state for this stage of ZeRO; 0: one file, without ZeRO."
+
 
 @verb(
     "reshard",
@@ -42,9 +44,7 @@ def reshard(
     ] = None,
     stage: Annotated[
         int | None,
-        typer.Option(
-            metavar="1|2|3", min=1, max=3, help="Write a run's state for this stage of ZeRO.", show_default=False
-        ),
+        typer.Option("--stage", "--zero", metavar="0|1|2|3", min=0, max=3, help=_STAGE, show_default=False),
     ] = None,
     tag: Annotated[
         str | None,

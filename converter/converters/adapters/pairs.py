@@ -14,9 +14,9 @@ from typing import Any
 
 from converter.converters.merge.adapter_config import read_adapter_config
 from converter.converters.merge.adapter_keys import read_modules
-from converter.converters.merge.methods.fields import matching
 from converter.converters.merge.methods.lora import METHOD
 from converter.converters.merge.methods.method import AdapterConfig
+from converter.converters.merge.patterns import matching
 from converter.core.checkpoint import ADAPTER, Checkpoint
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Command, as_argument

@@ -9,14 +9,13 @@ from converter.converters.merge.adapter_keys import Module, read_modules
 from converter.converters.merge.layer import merged_alone
 from converter.converters.merge.merge_lora import MergeLora
 from converter.converters.merge.methods.method import AdapterConfig
-from converter.converters.merge.task import task_of_class
-from converter.converters.merge.task_head import TASK_SUFFIX
 from converter.converters.merge.trained_files import trained_files, without_trained_files
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
+from converter.families.adapter_task import TASK_SUFFIX, task_of_class
 from converter.text import fold, show
 
 NO_CURE = "ignore_mismatched_sizes and zero-filling give another model"

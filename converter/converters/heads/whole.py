@@ -176,12 +176,14 @@ def _is_scaled(name: str, names: Collection[str]) -> bool:
     """True where a scale of its own stands beside a weight: `weight_scale_inv`, `weight.absmax`, `scale`, `SCB`."""
     stem = name.removesuffix("weight")
     return any(f"{stem}{part}" in names for part in _PARTS) or any(
-        n.startswith((f"{name}_", f"{name}.")) for n in names
+        n.startswith((f"{name}_", f"{name}.")) and not n.endswith(_OF_TRAINING) for n in names
     )
 
 
 _SAYS_QUANTISED = re.compile(r"quant(?:ization)?(?:_config)?|compression(?:_config)?")
 _PARTS = ("scale", "scales", "scale_inv", "SCB", "absmax", "qzeros", "zero_point")
+_OF_TRAINING = ("weight_integer",)
+"""Buffers of layers that are quantised as they run, I-BERT's: the weight beside them is what it always is."""
 _PLAIN = (DType.F64, DType.F32, DType.F16, DType.BF16)
 
 

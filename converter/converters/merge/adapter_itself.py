@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.converters.merge.asked_modules import is_target
-from converter.converters.merge.methods.fields import is_tame_regex, matching
+from converter.converters.merge.patterns import is_tame_regex, matching
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors.dtypes import TensorInfo
 from converter.errors import Refused
@@ -31,6 +31,8 @@ _LAYER = re.compile(
 )
 _PROMPTS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING"}
 _PROMPT = "prompt_embeddings"
+_MOST_MATCHES = 1_000_000
+"""Pairs of a pattern and a factor that are tried; more would keep a reader busy, and a merge matches them itself."""
 _OWN_TARGETS = ("TRAINABLE_TOKENS", "LN_TUNING")
 """Methods that know their modules where the config names none."""
 
@@ -138,7 +140,12 @@ def _untargeted(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterat
     """PEFT puts nothing on a module that the config does not target, and passes over its factors."""
     targets = config.get("target_modules")
     is_read = not isinstance(targets, str) or is_tame_regex(targets)
-    if config.get("target_parameters") or config.get("peft_type") in (None, *_OWN_TARGETS) or not is_read:
+    if (
+        not targets
+        or config.get("target_parameters")
+        or config.get("peft_type") in (None, *_OWN_TARGETS)
+        or not is_read
+    ):
         return
     heads = {f.module for f in factors if f.module.rpartition(".")[2] in HEAD_MODULES}  # those are judged as heads
     lost = tuple(dict.fromkeys(f.module for f in factors if f.module not in heads and not is_target(f.module, config)))
@@ -154,10 +161,13 @@ def _ranks(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterator[Co
     default = config.get("r", 8)
     if config.get("peft_type") != "LORA" or any(config.get(v) for v in variants) or config.get("target_parameters"):
         return
-    if not isinstance(default, int) or not isinstance(patterns, dict) or not all(map(is_tame_regex, patterns)):
+    if not isinstance(default, int) or not isinstance(patterns, dict):
+        return
+    held = list(factors)
+    if len(patterns) * len(held) > _MOST_MATCHES or not all(map(is_tame_regex, patterns)):
         return
     odd: dict[str, None] = {}
-    for each in factors:
+    for each in held:
         sides = (LORA_PAIR, LORA_EMBEDDING_PAIR)
         side = next((pair.index(each.kind) for pair in sides if each.kind in pair), None)
         if side is None or each.key.endswith(".bias") or (len(each.info.shape) == 3 and "experts" in each.module):
@@ -233,7 +243,7 @@ def _modules(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterator[
     for stack, layers in stacks.items():
         lost += (f"{stack}{n}.{rest}" for n, rest in _lacking(layers))
         for number in _gaps(set(layers)):
-            usual = set.intersection(*layers.values()) or set().union(*layers.values())
+            usual = set.intersection(*layers.values()) or set[str]().union(*layers.values())
             lost += (f"{stack}{number}.{rest}" for rest in sorted(usual))
         alone += (f"{stack}{n}.{rest}" for n in _strays(set(layers)) for rest in sorted(layers[n]))
     lost = [name for name in lost if is_target(name, config)]

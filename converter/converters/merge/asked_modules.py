@@ -72,7 +72,8 @@ def _modules(
         if converter is None and memory.endswith(".weight"):
             modules = _replicated(memory.removesuffix(".weight"), copies)
             every += modules
-            linear += modules if dimensions > 1 else ()
+            if dimensions > 1:
+                linear += modules
     return linear, every, list(bare)
 
 

@@ -25,8 +25,8 @@ from typing import Any
 from converter.converters.merge.adapter_keys import Module
 from converter.converters.merge.experts import ExpertModule, needs_pair
 from converter.converters.merge.layer import updates_of
-from converter.converters.merge.methods import fields
 from converter.converters.merge.methods.method import AdapterConfig, Region, Site, Update
+from converter.converters.merge.patterns import matching
 from converter.core.checkpoint import Checkpoint
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
@@ -120,7 +120,7 @@ class ExpertSites:
             )
 
     def _rank(self, each: ExpertModule) -> int:
-        rank: int = fields.matching(self.config.fields["rank_pattern"], each.name, self.config.fields["r"])
+        rank: int = matching(self.config.fields["rank_pattern"], each.name, self.config.fields["r"])
         return rank
 
     def _sides(self, each: ExpertModule) -> tuple[int, int]:

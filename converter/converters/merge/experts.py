@@ -21,7 +21,7 @@ from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.memory_names import Architecture
-from converter.families.stacks import Stack, find_stacks, one_of, parameter_order
+from converter.families.stacks import Stack, find_stacks, made_otherwise, one_of, parameter_order
 from converter.families.words import LORA_PAIR
 from converter.text import fold, show
 
@@ -99,7 +99,7 @@ def find_experts(
     stored = {n: t.info for n, t in tensors.items()}
     for built in (*dict.fromkeys(architectures), None):
         stacks = find_stacks(built, stored)
-        find = _Finder(stacks, built, raw, where)
+        find = _Finder(stacks, built, raw, where, stored)
         found = find.all(asked)
         if found is not None:
             find.expect_once(found, modules)
@@ -137,6 +137,7 @@ class _Finder:
     built: Architecture | None
     raw: Mapping[str, Any]
     where: str
+    stored: Collection[str] = ()
 
     def __post_init__(self) -> None:
         self.of_module: dict[str, list[Stack]] = {}
@@ -212,6 +213,8 @@ class _Finder:
         else:
             stacks = [s for s in stacks if len(s.shape) == 3]
         count = len(names)
+        if targets and count != len(stacks):
+            self._expect_stacked(bare, module, targets)
         if sorted(names) != list(range(count)) or (targets and count != len(stacks)):
             wanted = fold([s.name.rpartition(".")[2] for s in stacks]) if stacks else "no parameter of it"
             raise Refused(
@@ -241,6 +244,20 @@ class _Finder:
             )
             for level, stack in zip(range(count), reversed(stacks), strict=True)
         }
+
+    def _expect_stacked(self, bare: str, module: str, targets: Sequence[Any]) -> None:
+        """Refuse parameters that a load makes otherwise than by stacking.
+
+        Raises:
+            Refused: `adapter-fused`.
+        """
+        for name, operations in made_otherwise(self.built, self.stored).items():
+            owner, _, leaf = name.rpartition(".")
+            if owner == module and _is_targeted(f"{bare}.{leaf}", targets):
+                what = f"LoRA on {show(name)}, which is rearranged on loading, is not implemented"
+                next_step = "merge it with PEFT itself: PeftModel.from_pretrained(...).merge_and_unload()"
+                got = f"made by {operations} on loading"
+                raise Refused("adapter-fused", what, where=self.where, got=got, next=next_step)
 
     def _expect_whole(self, found: ExpertModule) -> None:
         """Refuse a stack of which the base has only a part, and an expert that it does not have.

@@ -6,18 +6,14 @@ PEFT writes `task_type: null` where the model was wrapped without one, and the c
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 from converter.converters.merge.adapter_keys import Module, read_modules
-from converter.converters.merge.task_head import TASK_SUFFIX
 from converter.core.checkpoint import Checkpoint
 from converter.errors import Refused
+from converter.families.adapter_task import TASK_SUFFIX, task_of_class
 from converter.families.memory_names import classifier, without_numbers
 from converter.text import fold, show
-
-_REWARD_CLASS = re.compile(r"reward|critic|valuemodel|sequenceregression", re.IGNORECASE | re.ASCII)
 
 
 def with_task(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
@@ -30,16 +26,6 @@ def with_task(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
         return adapter
     task = task_of_class(adapter.config) or _task_of_head(adapter, base)
     return adapter if task is None else adapter.replace(config={**adapter.config, "task_type": task})
-
-
-def task_of_class(config: Mapping[str, Any]) -> str | None:
-    """`SEQ_CLS` or `TOKEN_CLS` where the class that an adapter names is one with such a head."""
-    mapping = config.get("auto_mapping")
-    name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
-    if not isinstance(name, str):
-        return None
-    named = next((task for task, suffix in TASK_SUFFIX.items() if name.endswith(suffix)), None)
-    return named or ("SEQ_CLS" if _REWARD_CLASS.search(name) else None)
 
 
 def _task_of_head(adapter: Checkpoint, base: Checkpoint) -> str | None:

@@ -21,11 +21,11 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
+from converter.families.adapter_task import TASK_SUFFIX
 from converter.families.memory_names import Classifier, without_numbers
 from converter.families.words import CLASSIFIERS, DECODER_CLASSES, OUTPUT_MODULES
 from converter.text import fold, show
 
-TASK_SUFFIX = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 _BASE_SUFFIXES = (*DECODER_CLASSES, "ForSequenceClassification", "ForTokenClassification", "Model")
 
 

@@ -262,6 +262,9 @@ def reshape(x: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
             return cast(reshape(x.source, shape), x.dtype)
         case Filled():
             return Filled(info, x.value)
+        case Concat() if x.dim > 0 and (1, *shape) == x.info.shape:
+            # One of a stack of tensors that ranks have parts of: their parts, so that bytes are copied as they lie.
+            return concat([reshape(p, p.info.shape[1:]) for p in x.parts], x.dim - 1)
         case Strided() | Narrow() | Concat() | Apply():
             return Reshape(x, shape)
         case _:

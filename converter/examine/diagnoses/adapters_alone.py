@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from converter.converters.merge.adapter_itself import INCONSISTENT, UNTARGETED, Contradiction, contradictions
 from converter.core.context import Context
+from converter.diagnostic import Steps
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.families.factors import alternatives, factor_in_name, shared_names
 from converter.families.words import PEFT_PREFIX, without_wrappers
@@ -54,7 +55,9 @@ def adapter_untargeted(case: Case, context: Context) -> Iterable[Finding]:
             text=each.text,
             tensors=each.names,
             evidence=folded(case, each.names),
-            next=case.command("inspect", "--tensors"),
+            next=Steps(
+                "name them in target_modules, if training had them there; ", case.command("inspect", "--tensors")
+            ),
         )
 
 

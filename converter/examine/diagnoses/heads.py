@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable
 
 from converter.converters.heads.detect import Detected, detect
-from converter.converters.merge.task import task_of_class
 from converter.core.context import Context
 from converter.core.files.names import MODEL_PICKLED
 from converter.diagnostic import Command, Next, Steps
@@ -18,6 +17,7 @@ from converter.examine.diagnoses.config import architecture, label_count
 from converter.examine.diagnoses.names import WRAPPER
 from converter.examine.diagnoses.places import Elsewhere, head_elsewhere, heads_among, keeps
 from converter.examine.diagnoses.whole import is_read_whole, judgement_of
+from converter.families.adapter_task import task_of_class
 from converter.families.factors import factor_in_name
 from converter.families.family import family, hidden_size
 from converter.families.words import HEAD_FILES, HEAD_MODULES, PEFT_PREFIX

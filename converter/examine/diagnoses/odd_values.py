@@ -15,7 +15,8 @@ from converter.errors import ConvertError
 from converter.examine.diagnoses.case import LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.heads import heads_here
 from converter.examine.diagnoses.values import LAYERS
-from converter.families.words import INPUT, OUTPUT
+from converter.families.factors import factor_in_name
+from converter.families.words import INPUT, LORA_PAIR, OUTPUT
 from converter.text import fold, show
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
@@ -25,14 +26,20 @@ _STRETCHES, _LENGTH = 4, 1024
 _OFF = 1000.0
 """Between layers, matrices of one position differ by less than 100 in every model that was looked at."""
 _LEAST_SIBLINGS = 2
+_PRUNED = ("lora_E",)
+"""Factors that training itself sets to zero in some modules: AdaLoRA takes their rank away."""
 
 
-@diagnosis("suspicious-values", "model", "weights", deep=True)
+@diagnosis("suspicious-values", "model", "weights", "adapter", deep=True)
 def suspicious_values(case: Case, context: Context) -> Iterable[Finding]:
     """A matrix holds one number everywhere, or its values are a thousand times as large as those of the matrices at its
     place in other layers: overwritten, scaled twice by a merge (alpha over r on top of itself), or read in another
     dtype than it was written in. A thousand times smaller is a hint alone: layers that begin at zero are like that.
+    Of an adapter, a factor is zero that does not begin so, or that is not zero in any other layer.
     """
+    if case.kind == "adapter":
+        yield from _silent_factors(case, context)
+        return
     scales: dict[str, float] = {}
     constant: dict[str, float] = {}
     heads = set(heads_here(case))
@@ -61,6 +68,25 @@ def suspicious_values(case: Case, context: Context) -> Iterable[Finding]:
             numbers = {n: scales[n] for n in found}
             made = _finding(case, text, numbers, "has a root mean square of")
             yield made if severity == "changes-numbers" else _as_hint(made)
+
+
+def _silent_factors(case: Case, context: Context) -> Iterable[Finding]:
+    """Factors of zeros: no training makes them of what PEFT draws, nor in one layer alone of what begins at zero."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, entry in case.survey.entries.items():
+        match = factor_in_name().match(name)
+        is_trained = entry.info.numel > 0 and entry.info.dtype.is_float and not name.endswith(".bias")
+        if match is not None and is_trained and match["kind"] not in _PRUNED:
+            groups.setdefault((_NUMBER.sub("N", match["module"]), match["kind"]), []).append(name)
+    silent: list[str] = []
+    for (module, kind), names in groups.items():
+        zeros = [n for n in names if context.is_zero(case.survey.entries[n].tensor)]
+        is_alone = len(zeros) < len(names) and ".experts." not in f".{module}."
+        if is_alone or kind == LORA_PAIR[0]:
+            silent += zeros
+    if silent:
+        text = f"{len(silent)} factors are zero, so their modules do nothing: {fold(silent)}"
+        yield _finding(case, text, dict.fromkeys(silent, 0.0), "is")
 
 
 def _as_hint(found: Finding) -> Finding:

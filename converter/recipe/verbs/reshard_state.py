@@ -108,7 +108,7 @@ def reshard_state(
         src: a run, one of its checkpoints, or the folder of shards in that.
         out: the folder to write; None: only plan.
         world_size: ranks that are to go on; None: as many as before.
-        stage: of ZeRO, 1, 2 or 3; None: that of the run.
+        stage: of ZeRO, 1, 2 or 3, or 0 for one file without it; None: that of the run.
         to: `universal`: DeepSpeed's universal checkpoint, which loads on any number of ranks.
         tag: which checkpoint of the run; None: what its tracker says.
         writing: see `StateWriting`.

@@ -12,7 +12,15 @@ from converter.core.files.strict_json import MAX_JSON_BYTES
 from converter.core.formats.safetensors_io import read_index
 from converter.core.formats.weight_file import WeightFile, read_weights
 from converter.errors import Refused
-from converter.sources.hf.source import identities_of, lazy, origin, parse_config, shared_metadata, stored_path
+from converter.sources.hf.source import (
+    compare_index,
+    identities_of,
+    lazy,
+    origin,
+    parse_config,
+    shared_metadata,
+    stored_path,
+)
 from converter.sources.survey import Fault, SourceKind, StoredTensor, Survey, file_names
 from converter.text import fold, show
 
@@ -45,6 +53,8 @@ class DeltaSource:
             survey.files[name] = weights.size
             path = stored_path(root, name)
             survey.entries |= {n: StoredTensor(t, path) for n, t in weights.tensors.items()}
+        if WEIGHTS not in found:
+            compare_index(read_index(root / INDEX, root=root), survey, show(root / INDEX))
         return survey
 
     def open(self, root: Path, *, asked: str, revision: str | None = None, keep_code: bool = False) -> Checkpoint:

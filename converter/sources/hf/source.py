@@ -258,7 +258,7 @@ def _read(root: Path, chosen: tuple[str, ...] = (), also: Collection[str] = ()) 
                 survey.faults.append(Fault.of(error))
         _collect(root, headers, survey)
         if index is not None and len(headers) == len(set(index.weight_map.values())):
-            _compare(index, survey, show(root / _indexes_read(headers)[0]))
+            compare_index(index, survey, show(root / _indexes_read(headers)[0]))
         if files and len(headers) == len(files) and not survey.entries:
             survey.faults.append(
                 Fault(code="no-tensors", severity="error", text="the weight files hold no tensor", where=where)
@@ -371,7 +371,7 @@ def _collect(root: Path, headers: Mapping[str, WeightFile], survey: Survey) -> N
             survey.entries[name] = StoredTensor(tensor, path)
 
 
-def _compare(index: Index, survey: Survey, where: str) -> None:
+def compare_index(index: Index, survey: Survey, where: str) -> None:
     """The index against the headers: what it promises must be there; what it forgets is found all the same."""
     claims = index.weight_map
     phantom = [n for n in claims if n not in survey.entries]

@@ -32,8 +32,8 @@ TARGETS = {
 }  # fmt: skip
 
 
-def bridge_modules() -> tuple[Any, Any, Any]:
-    """The wrapper, the adapter, and what says how a matrix is split, without the package around them."""
+def bridge_modules() -> tuple[Any, Any]:
+    """The wrapper and the adapter, without the package around them."""
     import megatron
 
     (root,) = (Path(p) / "bridge" for p in megatron.__path__ if (Path(p) / "bridge").is_dir())
@@ -44,7 +44,7 @@ def bridge_modules() -> tuple[Any, Any, Any]:
         sys.modules[package.__name__] = package
     utils = importlib.import_module("megatron.bridge.peft.utils")
     wrapper = importlib.import_module("megatron.bridge.peft.adapter_wrapper")
-    return wrapper.AdapterWrapper, utils.ParallelLinearAdapter, utils.get_adapter_attributes_from_linear
+    return wrapper.AdapterWrapper, utils.ParallelLinearAdapter
 
 
 def factors(model: Any) -> dict[str, Any]:
@@ -85,6 +85,7 @@ def work(out: Path, asked: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.tensor_parallel import RowParallelLinear
     from safetensors.torch import load_file, save_file
 
     place(asked)
@@ -98,16 +99,16 @@ def work(out: Path, asked: argparse.Namespace) -> None:
     (model,) = model_chunks(theirs.config, asked)
     _fill(model, in_megatron(load_file(out / "hf" / "model.safetensors"), theirs.config), asked)
     model.bfloat16()
-    wrapper, adapter, attributes = bridge_modules()
+    wrapper, adapter = bridge_modules()
     rank = parallel_state.get_tensor_model_parallel_rank()
     for number, layer in enumerate(model.decoder.layers):
         for ours in TARGETS:
             block, leaf = ours.split(".")
             inner = getattr(getattr(layer, block), leaf)
-            split = attributes(inner)
             made = adapter(
-                split.in_features, split.out_features, RANK, base_linear_name=ours, activation="identity",
-                input_is_parallel=split.input_is_parallel, model_parallel_config=model.config, alpha=ALPHA,
+                inner.input_size, inner.output_size, RANK, base_linear_name=ours, activation="identity",
+                input_is_parallel=isinstance(inner, RowParallelLinear), model_parallel_config=model.config,
+                alpha=ALPHA,
             ).bfloat16()  # fmt: skip
             a, b = whole_factor(adapters, number, ours, theirs.config)
             with torch.no_grad():

@@ -272,7 +272,7 @@ def oracle(engine: Any, case: Case, stage: int) -> dict[str, Any]:
     for name, parameter in trained:
         if stage == 0:
             state = plain_state(engine.optimizer, parameter, is_fp32=case.dtype == "fp32")
-            found |= {f"{k}/{name}": state[k].detach().clone() for k in ("exp_avg", "exp_avg_sq")}
+            found |= {f"{k}/{name}": v.detach().clone() for k, v in state.items() if getattr(v, "ndim", 0)}
             continue
         found[f"master/{name}"] = safe_get_full_fp32_param(parameter).detach().clone()
         for key in keys:

@@ -118,8 +118,9 @@ def without_an_expert(folder: Path) -> None:
 def over_interleaved(folder: Path) -> None:
     """LoRA on experts whose rows transformers interleaves when it loads them."""
     build("causal", "inkling2_text").save_pretrained(folder.parent / "bert")
-    stem = "base_model.model.model.layers.0.mlp.experts"
-    own = {f"{stem}.lora_A.weight": torch.ones(16, 32), f"{stem}.lora_B.weight": torch.ones(32, 16)}
+    stems = [f"base_model.model.model.layers.{n}.mlp.experts" for n in range(2)]
+    own = {f"{stem}.lora_A.weight": torch.ones(16, 32) for stem in stems}
+    own |= {f"{stem}.lora_B.weight": torch.ones(32, 16) for stem in stems}
     save_file(own, folder / FILE, metadata=PT)
     edit(folder, "adapter_config.json", task_type=None, target_parameters=["experts.gate_up_proj"])
 
@@ -151,7 +152,7 @@ ADAPTERS: dict[str, Breakage] = {
         both(without_its_base, having(lambda t: {n: v for n, v in t.items() if "layers.0.self_attn.v" not in n})),
         "lost",
     ),
-    "adapter-untargeted": Breakage("adapter", config(target_modules=["v_proj"]), "advice"),
+    "adapter-untargeted": Breakage("adapter", both(without_its_base, config(target_modules=["v_proj"])), "advice"),
     "adapter-incomplete": Breakage(
         "adapter", having(lambda t: {**t, f"{LAYER}.lora_magnitude_vector": torch.ones(16)}), "advice"
     ),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from healthy.shrink import build
 from oracle.bases import kept, quiet, save_tokenizer
 
@@ -34,8 +36,6 @@ def _plain(model: Any, folder: Path) -> None:
 
 
 def _half(model: Any, folder: Path) -> None:
-    import torch
-
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
@@ -67,8 +67,12 @@ class Saved:
     def write(self, folder: Path) -> Path:
         """The folder with what the model saved, which is built once in a run."""
         with quiet():
-            kept(folder, str(self), lambda home: self.how(build(self.task, self.kind, **dict(self.more)), home))
+            kept(folder, (str(self), self.how.__module__), self._save)
+        torch.manual_seed(0)  # what a test draws next does not depend on which one was the first
         return folder
+
+    def _save(self, folder: Path) -> None:
+        self.how(build(self.task, self.kind, **dict(self.more)), folder)
 
 
 _VARIED = ("llama", "qwen2", "gpt2", "opt")

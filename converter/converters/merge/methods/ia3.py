@@ -11,6 +11,7 @@ from typing import Any
 from converter.converters.merge.methods import fields
 from converter.converters.merge.methods.method import Method, Site, Update
 from converter.converters.merge.methods.site_kernels import Given, Tensors, of_weight
+from converter.converters.merge.patterns import is_tame_regex
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.kernel_specs import Infos, Params
 from converter.core.tensors.nodes import LazyTensor
@@ -20,7 +21,7 @@ def _modules(value: Any, key: str, where: str) -> str | tuple[str, ...] | None:
     """Names, or one pattern, of feedforward modules; None where the config does not say."""
     if value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
         return None if value is None else tuple(value)
-    if isinstance(value, str) and fields.is_tame_regex(value):
+    if isinstance(value, str) and is_tame_regex(value):
         return value
     raise fields.malformed(key, value, where, "a list of module names, or a plain regular expression")
 

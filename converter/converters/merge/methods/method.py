@@ -12,8 +12,9 @@ from math import prod
 from typing import Any
 
 from converter.converters.merge.adapter_keys import Module
-from converter.converters.merge.methods.fields import COMMON, Field, matching
+from converter.converters.merge.methods.fields import COMMON, Field
 from converter.converters.merge.orientation import is_conv1d
+from converter.converters.merge.patterns import matching
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.kernel_specs import KernelSpec, Param, Params
 from converter.core.tensors.nodes import LazyTensor

@@ -15,7 +15,7 @@ from converter.core.writer.plan import Plan
 from converter.core.writer.shard_plan import ShardPlan
 from converter.core.writer.torch_trees import lay_out_any
 from converter.sources.deepspeed.files import LATEST
-from converter.sources.deepspeed.resharding import stages, trees
+from converter.sources.deepspeed.resharding import plain, stages, trees
 from converter.sources.deepspeed.resharding.cuts import Rules
 from converter.sources.deepspeed.resharding.kept import kept_of
 from converter.sources.deepspeed.resharding.parts import (
@@ -108,9 +108,9 @@ def read_run(shards: Shards, ranks: int | None, stage: int | None) -> Run:
     _expect_known_experts(shards)
     rules = _rules(shards)
     training = read_training(shards, rules)
-    ranks, stage = ranks or shards.ranks, stage or shards.stage
+    ranks, stage = ranks or shards.ranks, shards.stage if stage is None else stage
     if stage != shards.stage:
-        _expect_movable(shards)
+        _expect_movable(shards, stage)
         training = stages.with_frozen(shards, training)
     return Run(shards, training, rules, ranks, stage)
 
@@ -159,8 +159,8 @@ def _expect_known_experts(shards: Shards) -> None:
         raise shards.refuse("zero-experts", text, next="copy them from the nodes that wrote them")
 
 
-def _expect_movable(shards: Shards) -> None:
-    if shards.optimizer == BF16_OPTIMIZER:
+def _expect_movable(shards: Shards, stage: int) -> None:
+    if shards.optimizer == BF16_OPTIMIZER and stage:
         text = "BF16_Optimizer keeps no loss scaler, which DeepSpeed's other optimizers expect in their files"
         raise shards.refuse("zero-stage", text, next="reshard with --world-size alone, which keeps the optimizer")
 
@@ -182,6 +182,8 @@ class Run:
         tree = own.pickle.value
         if self.stage != shards.stage:
             tree = stages.model_of_stage(shards, self.training, tree, self.stage)
+        if self.stage == 0:
+            return plain.with_optimizer(shards, self.training, tree, self.ranks), own
         if self.stage == 3:
             return trees.model_of_stage_3(tree, self.training, self.rules, self.ranks, rank), own
         return trees.model_of_stages_1_and_2(tree, self.training, self.rules, self.ranks), own
@@ -212,5 +214,7 @@ def model_files(run: Run) -> dict[str, tuple[Any, Container]]:
 
 def _files(run: Run) -> dict[str, tuple[Any, Container]]:
     """Trees by file name, each with the file that it was taken from."""
+    if run.stage == 0:
+        return model_files(run)
     first = kept_of(run.shards).file
     return model_files(run) | {_RANK.sub(str(rank), first): run.optimizer(rank) for rank in range(run.ranks)}

@@ -39,7 +39,7 @@ def with_frozen(shards: Shards, training: Training) -> Training:
 
 
 def model_of_stage(shards: Shards, training: Training, model: Mapping[Any, Any], stage: int) -> Any:
-    """A model file's tree."""
+    """A model file's tree; of stage 0 too, but for the optimizer's state that is in it there."""
     values: dict[str, Any] = {"param_shapes": [], "ds_config": _config(model.get("ds_config"), stage)}
     if stage == 3:
         module = _emptied(shards, training, model)
