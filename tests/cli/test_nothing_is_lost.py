@@ -1,7 +1,6 @@
 """What a user could do with release 0.1.0 can be done: verbs, flags, exit codes, keys of JSON, steps of recipes.
 
-`surface.json` is what `tools/record_surface.py` printed under that release, but for what a file that is cut hides: that
-is one finding now. More may come; what is there stays.
+`surface.json` is what `tools/record_surface.py` printed under that release. More may come; what is there stays.
 """
 
 from __future__ import annotations

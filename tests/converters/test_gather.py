@@ -199,6 +199,18 @@ def test_frozen_weights_in_no_file_are_named(tmp_path: Path) -> None:
     assert "frozen" in done.err
 
 
+def test_frozen_weights_that_were_quantised_without_their_scales_are_refused(tmp_path: Path) -> None:
+    folder = _copy(tmp_path, "lora-frozen-head-z3-n2")
+    for path in (folder / "global_step2").glob("*model_states.pt"):
+        state = torch.load(path, weights_only=True)  # noqa: TID251
+        state["frozen_param_fragments"] = {n: t.to(torch.int8) for n, t in state["frozen_param_fragments"].items()}
+        torch.save(state, path)
+    done = run("gather", str(folder), str(tmp_path / "out"))
+    assert done.code == 3
+    assert "zero_quantized_nontrainable_weights" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_storage_is_found_before_anything_is_published(tmp_path: Path) -> None:
     folder, out = _copy(tmp_path, "reward-z2-n2"), tmp_path / "out"
     path = folder / "global_step2" / "mp_rank_00_model_states.pt"

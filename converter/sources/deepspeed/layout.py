@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from converter.core.tensors import nodes as tensors
-from converter.core.tensors.dtypes import TensorInfo
+from converter.core.tensors.dtypes import DType, TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.sources.deepspeed.experts import GROUPS, Ranks, all_names, joined, rank_sets
 from converter.sources.deepspeed.state import BF16_OPTIMIZER, Shards, all_optimizers, shapes, tensor_list
@@ -236,7 +236,7 @@ def frozen_tensors(shards: Shards) -> dict[str, LazyTensor]:
     """Frozen parameters that the model files keep (stages 2 and 3), by name.
 
     Raises:
-        Refused: a fragment doesn't fit its shape (`zero-sizes`).
+        Refused: a fragment doesn't fit its shape (`zero-sizes`), or was quantised (`zero-malformed`).
     """
     file = shards.model_file()
     value = shards.model().get("frozen_param_shapes")
@@ -256,6 +256,12 @@ def frozen_tensors(shards: Shards) -> dict[str, LazyTensor]:
             if not isinstance(fragment, LazyTensor) or fragment.info.numel < length:
                 text = f"the frozen parameter {name!r} {list(shape)} has no fragment of {length} elements"
                 raise shards.refuse("zero-sizes", text, file=shards.model_file(rank))
+            if fragment.info.dtype is DType.I8:
+                text = (
+                    f"the frozen parameter {name!r} is kept as whole numbers of 8 bits without their scales, as "
+                    "DeepSpeed does under zero_quantized_nontrainable_weights: its values are in none of the files"
+                )
+                raise shards.refuse("zero-malformed", text, file=shards.model_file(rank))
             flat = tensors.reshape(fragment, (fragment.info.numel,))
             pieces.append(tensors.narrow(flat, 0, 0, length))
         like = pieces[0].info if pieces else _placeholder_info(shards, name)
