@@ -109,10 +109,12 @@ def find_stacks(built: Architecture | None, stored: Mapping[str, TensorInfo]) ->
 
 def made_otherwise(built: Architecture | None, stored: Iterable[str]) -> dict[str, str]:
     """Parameters that a load makes otherwise than by stacking, by name in memory, with what it does."""
-    found = {} if built is None else {name: built.in_memory(name) for name in stored}
+    if built is None:
+        return {}
+    found = [built.in_memory(name) for name in stored]
     return {
         memory: transform.operations
-        for memory, transform in found.values()
+        for memory, transform in found
         if transform is not None and STACKING not in transform.operations and transform.operations not in _OTHER_WAY
     }
 
