@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from converter.converters.merge.methods.finding import find_method, switches
@@ -41,4 +42,13 @@ def read_adapter_config(adapter: Checkpoint, *, base_is_residual: bool = False) 
     for key, field in fields.items():
         value = None if field.moves_base and base_is_residual else config.get(key)
         read[key] = field.read(value, key, where)
-    return AdapterConfig(method, read)
+    return AdapterConfig(method, read, _is_older(config))
+
+
+def _is_older(config: Mapping[str, Any]) -> bool:
+    """True for what PEFT before 0.14 saved whole: every field of that time, and none that 0.14 and 0.18 added.
+
+    Source: https://github.com/huggingface/peft/blob/v0.13.2/src/peft/tuners/lora/config.py and v0.14.0 there
+    """
+    kept = {"layers_pattern", "layers_to_transform", "revision", "inference_mode"}
+    return kept <= config.keys() and not {"exclude_modules", "peft_version"} & config.keys()

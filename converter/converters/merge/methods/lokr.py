@@ -20,7 +20,7 @@ def update(site: Site) -> tuple[Update, ...]:
 
     Raises:
         Refused: a factor is missing (`adapter-incomplete`) or does not fit (`adapter-shape`), or the rank is not the
-            config's (`adapter-rank`).
+            config's (`adapter-rank`), or PEFT scaled it otherwise when it was trained (`adapter-ambiguous`).
     """
     shape, held = site.base["weight"].shape, site.module.factors
     if site.is_turned or len(shape) > 4:
@@ -42,6 +42,9 @@ def update(site: Site) -> tuple[Update, ...]:
     if not whole and sizes != site.sides:
         raise site.misfit(shape, f"a Kronecker product of {list(left)} and {list(right)}")
     scale = site.matched("alpha_pattern", "alpha") / rank
+    if site.config.is_older:  # it did not scale the product
+        advice = f'set "alpha" in adapter_config.json to {rank} for what was trained, or "peft_version" to "0.14.0"'
+        site.expect_one_rule("the scale", 1.0, scale, advice)
     params = site.params(scale=scale, outer=len(outer), core=bool(core))
     return (Update(KERNEL, (*outer, *inner), params, scale=scale * site.weight),)
 

@@ -6,6 +6,7 @@ Source: https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/co
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from converter.converters.merge.methods import fields
@@ -101,7 +102,20 @@ def scale_of(site: Site) -> float:
     """`alpha / r`, or `alpha / sqrt(r)` with rank-stabilised LoRA."""
     alpha: float = site.matched("alpha_pattern", "lora_alpha")
     rank = rank_of(site)
+    if site.config.is_older:
+        _expect_one_key(site, alpha)
     return alpha / math.sqrt(rank) if site.field("use_rslora") else alpha / rank
+
+
+def _expect_one_key(site: Site, alpha: float) -> None:
+    """Refuse where PEFT before 0.14 gave the module another alpha: it took one key for the rank and for alpha.
+
+    Source: https://github.com/huggingface/peft/blob/v0.13.2/src/peft/tuners/lora/model.py (`_create_and_replace`)
+    """
+    ranks, alphas = site.field("rank_pattern"), site.field("alpha_pattern")
+    key = next((k for k in (*ranks, *alphas) if re.match(rf".*\.{k}$", site.module.name)), site.module.name)
+    advice = 'give both patterns the same keys in adapter_config.json, or set "peft_version" to "0.14.0"'
+    site.expect_one_rule("alpha", alphas.get(key, site.field("lora_alpha")), alpha, advice)
 
 
 def update(site: Site) -> tuple[Update, ...]:

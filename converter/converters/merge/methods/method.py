@@ -29,10 +29,12 @@ class AdapterConfig:
 
     Attributes:
         fields: what the method's and the common fields were read as.
+        is_older: PEFT before 0.14 saved it, whose arithmetic was another one in two places.
     """
 
     method: Method
     fields: Mapping[str, Any]
+    is_older: bool = False
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
@@ -112,6 +114,23 @@ class Site:
     def matched(self, patterns: str, key: str) -> Any:
         """What a field of patterns has for this module, by its name in memory; else the field `key`."""
         return matching(self.field(patterns), self.module.name, self.field(key))
+
+    def expect_one_rule(self, what: str, trained: float, now: float, advice: str) -> None:
+        """Go on where PEFT computes now what it computed when this adapter was trained.
+
+        Raises:
+            Refused: they differ (`adapter-ambiguous`).
+        """
+        if trained != now:
+            raise Refused(
+                "adapter-ambiguous",
+                f"adapter_config.json is as PEFT before 0.14 saved it, and {what} of {show(self.module.name)} is "
+                "another since then: what it was trained with, and what PEFT computes now, differ",
+                where=self.where,
+                expected=f"{trained:g}, as it was trained",
+                got=f"{now:g}, as PEFT computes now",
+                next=advice,
+            )
 
     @property
     def is_turned(self) -> bool:
