@@ -112,7 +112,7 @@ def running(out: str | None, options: Flags) -> Iterator[Reporter]:
         with progress(options.sink) as reporter:
             yield reporter
     except Refused as error:
-        raise with_command(error, out or "") from error.__cause__
+        raise with_command(error) from error.__cause__
     except KeyboardInterrupt as stop:
         if out is None or is_remote(out) or options.dry_run:
             raise

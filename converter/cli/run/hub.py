@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,6 @@ from converter.cli.run.planned import notes_json, source_lines
 from converter.diagnostic import Command, Next, Steps, as_argument
 from converter.errors import Refused
 from converter.publish.outputs import SCHEME
-from converter.sources.hub.secrets import words_without_token
 from converter.sources.store_names import is_in_store
 from converter.text import format_size, show
 
@@ -130,12 +128,9 @@ def push_written(out: str, options: Flags) -> None:
         raise
 
 
-def with_command(error: Refused, out: str) -> Refused:
-    """A refusal for space, with the command that needs none: the same one, its output on the Hub."""
+def with_command(error: Refused) -> Refused:
+    """A refusal for space, with the way that needs little: the same command, its output elsewhere."""
     if error.code == "no-space":
-        words = [f"{SCHEME}OWNER/NAME" if w == out else w for w in words_without_token(sys.argv[1:])]
-        is_whole = out in sys.argv and bool(words)
-        command: Next = Command(words[0], tuple(words[1:])) if is_whole else f"{SCHEME}OWNER/NAME as OUT"
-        way = "; or write it to the Hub, one file at a time: "
-        error.next = Steps(error.next or "free space", way, command)
+        way = f"; or have OUT on the Hub ({SCHEME}...) or in a store (s3://...), which takes room for one file here"
+        error.next = Steps(error.next or "free space", way)
     return error
