@@ -187,10 +187,10 @@ def beside_adapter(name: str, folder: Path, asked: str) -> str:
         asked: the same, as the user typed it.
     """
     path = Path(name)
-    if path.is_absolute() or ".." in path.parts or name.startswith("~") or path.exists():
+    if path.is_absolute() or ".." in path.parts or name.startswith("~") or os.path.exists(path):
         return name
     for up in ("", "..", "../..", "../../.."):
-        if (folder / up / name / MODEL_CONFIG).is_file():
+        if os.path.isfile(folder / up / name / MODEL_CONFIG):  # a name that no file can have is none
             return os.path.normpath(os.path.join(asked, up, name))
     return name
 

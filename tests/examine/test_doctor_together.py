@@ -28,7 +28,7 @@ COVERS = {
     "safetensors-header", "safetensors-not", "file-truncated", "input-outside", "format-missing", "adapter-keys-named",
     "no-op", "lora-alpha-zero", "adapter-half", "head-named-otherwise", "layers-missing",
     "adapter-field-unsupported", "family-unknown", "adapter-named-otherwise", "adapter-task-unknown",
-    "adapter-files-unread",
+    "adapter-files-unread", "adapter-inconsistent", "adapter-untargeted",
 }  # fmt: skip
 """Breakages that take away what others would be seen by."""
 

@@ -26,6 +26,8 @@ PARTS = {
     "awq": ("qweight", "qzeros", "scales"),
     "packed": ("weight_scale", "weight_shape"),
     "fp8-channel": ("weight_scale",),
+    "nvfp4": ("weight_scale", "weight_global_scale"),
+    "mxfp4-rows": ("weight_scale",),
 }  # fmt: skip
 MAY_BE_ZERO = ("qzeros", "g_idx", "weight_shape", "weight.quant_state.bitsandbytes__nf4")
 

@@ -69,7 +69,7 @@ EXPECTED = (
         "zero/ppo-z2-n2": ("several-parts",) * 3,
         # Its class registers buffers of its own, which transformers' has no place for.
         "verl_saves/critic-buffers-fsdp1-n2": ("tensors-unexpected", "lm-head-missing", "tensors-unexpected"),
-        "dcp/hf-n2": ("no-shards",) * 3,
+        "dcp/hf-n2": ("no-shards", "several-checkpoints", "several-checkpoints"),
         "dcp/hf-shards-n2": ("", "lm-head-missing", ""),
     }
 )
@@ -103,12 +103,17 @@ def test_every_state_is_converted_into_what_loads_or_refused_with_what_helps(
                 _loaded(out)
             continue
         ran = refused(
-            code, words[0], source, out, *words[1:], exit_code=2 if code in ("several-parts", "no-shards") else 3
+            code,
+            words[0],
+            source,
+            out,
+            *words[1:],
+            exit_code=2 if code in ("several-parts", "no-shards", "several-checkpoints") else 3,
         )
         if code in ("config-missing", "base-needed"):
             assert "the same command with --base and the folder or the Hub name of the base model" in ran.text
             ways = ("for a module of your own, its state dict: rlhf-convert gather ", "rlhf-convert inspect ")
-            assert any(f"; {way}" in ran.text for way in ways)
+            assert any(way in ran.text for way in ways)
         assert not out.exists()
 
 

@@ -141,7 +141,7 @@ def _untargeted(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterat
     targets = config.get("target_modules")
     is_read = not isinstance(targets, str) or is_tame_regex(targets)
     if (
-        not targets
+        "target_modules" not in config
         or config.get("target_parameters")
         or config.get("peft_type") in (None, *_OWN_TARGETS)
         or not is_read

@@ -112,7 +112,10 @@ def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
 
 
 _NEVER_ZERO = frozenset(
-    {"weight", "qweight", "packed", "scale", "scales", "absmax", "nested_absmax", "quant_map", "nested_quant_map"}
+    {
+        *("weight", "qweight", "packed", "scale", "scales", "global", "absmax", "nested_absmax", "quant_map"),
+        "nested_quant_map",
+    }
 )
 """Parts of a quantised weight by what each is: zero points, orders and layouts may be zero."""
 
