@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from converter.families.expected import Unknown, expected
 from converter.families.factors import factor_in_name
 from converter.families.family import family
 from converter.families.memory_names import architectures
@@ -66,7 +67,10 @@ def _modules(
     every: list[str] = []
     bare: dict[str, None] = {}
     met: set[int] = set()
+    left = _left_by_the_class(base, config)
     for name, dimensions in base.items():
+        if name in left:
+            continue
         memory, converter = (name, None) if built is None else built.in_memory(name, met)
         bare[memory] = None
         if converter is None and memory.endswith(".weight"):
@@ -75,6 +79,17 @@ def _modules(
             if dimensions > 1:
                 linear += modules
     return linear, every, list(bare)
+
+
+def _left_by_the_class(base: Mapping[str, int], config: Mapping[str, Any]) -> frozenset[str]:
+    """Tensors that the class of the base has no place for, such as layers for multi-token prediction: a load passes
+    over them, and PEFT never sees them. None where most names are none of the class's: they are an older form's.
+    """
+    wanted = expected(config)
+    if isinstance(wanted, Unknown):
+        return frozenset()
+    left = frozenset(name for name in base if name not in wanted.saved)
+    return left if 2 * len(left) < len(base) else frozenset()
 
 
 def _copies(replication: Any) -> list[int] | None:
