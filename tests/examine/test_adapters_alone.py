@@ -25,10 +25,14 @@ LORA = {
     "llama": Adapter("alone-llama", settings={"target_modules": "all-linear"}),
     "gpt2": Adapter("alone-gpt2", kind="gpt2", settings={"target_modules": ["c_attn", "c_proj"]}),
     "gpt_neox": Adapter("alone-neox", kind="gpt_neox", settings={"target_modules": "all-linear"}),
-}
+    "ranks": Adapter("alone-ranks", settings={"target_modules": "all-linear", "r": 4,
+                     "rank_pattern": {"layers.0.self_attn.q_proj": 2, "layers.1.mlp.up_proj": 8}}),
+}  # fmt: skip
 OTHERS = {
     "ia3": Adapter("alone-ia3", "IA3Config", settings={"target_modules": ["q_proj", "v_proj"],
                    "feedforward_modules": []}),
+    "loha": Adapter("alone-loha-ranks", "LoHaConfig", settings={"target_modules": ["q_proj", "v_proj"], "r": 4,
+                    "rank_pattern": {"layers.0.self_attn.q_proj": 2}}),
     "oft": Adapter("alone-oft", "OFTConfig", settings={"target_modules": ["q_proj", "v_proj"], "oft_block_size": 8}),
     "vblora": Adapter("alone-vblora", "VBLoRAConfig", settings={"target_modules": ["q_proj", "v_proj"],
                       "vector_length": 8, "num_vectors": 16, "topk": 2}),

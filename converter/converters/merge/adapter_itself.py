@@ -87,7 +87,7 @@ def contradictions(held: Mapping[str, TensorInfo], config: Mapping[str, Any], *,
         return found
     found += _untargeted(factors, config)
     ranks = list(_ranks(filled, config))
-    shapes = [] if ranks else list(_shapes(filled))
+    shapes = [] if ranks else list(_shapes(_of_usual_rank(filled, config)))
     return [*found, *ranks, *shapes, *_partial(factors), *_modules(factors, config)]
 
 
@@ -180,6 +180,18 @@ def _ranks(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterator[Co
             f"the ranks of {len(odd)} tensors are not those of adapter_config.json (r = {show(default)}): {fold(odd)}"
         )
         yield Contradiction(INCONSISTENT, text, tuple(odd))
+
+
+def _of_usual_rank(factors: Sequence[_Factor], config: Mapping[str, Any]) -> list[_Factor]:
+    """Factors whose rank is that of the others: those of modules that `rank_pattern` names have one of their own."""
+    patterns = config.get("rank_pattern")
+    if not patterns:
+        return list(factors)
+    is_read = isinstance(patterns, dict) and len(patterns) * len(factors) <= _MOST_MATCHES
+    # AdaLoRA's pattern is of the ranks that training left, by names of its own.
+    if config.get("peft_type") == "ADALORA" or not is_read or not all(map(is_tame_regex, patterns)):
+        return []
+    return [f for f in factors if matching(patterns, f.module, None) is None]
 
 
 def _shapes(factors: Iterable[_Factor]) -> Iterator[Contradiction]:
