@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -197,3 +198,10 @@ def test_tests_lie_in_the_rooms_of_the_package_under_names_of_their_own() -> Non
     rooms = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
     folders = {p.relative_to(ROOT / "tests").parts[0] for p in tests if len(p.relative_to(ROOT / "tests").parts) > 1}
     assert folders - rooms - {"trainers"} == set()
+
+
+def test_no_stored_run_names_a_folder_of_the_machine_that_made_it() -> None:
+    """torch writes the folder of a save into `.metadata`: give it a relative one of the same length."""
+    stored = [ROOT / name for name in tracked() if name.endswith(".metadata")]
+    assert stored
+    assert [p for p in stored if re.search(rb"[^\w./-]/(?:[\w.-]+/){2}", p.read_bytes())] == []

@@ -213,6 +213,11 @@ class Comparison:
     misshapen: Mapping[str, tuple[Shape, Shape]]
     asked: int
 
+    @property
+    def is_renamed(self) -> bool:
+        """True where as many names are too many as are missing: they may be those, and nothing is filled."""
+        return len(self.unexpected) >= max(len(self.missing), 1)
+
     def __bool__(self) -> bool:
         """True where anything differs."""
         return bool(self.missing or self.unexpected or self.misshapen)

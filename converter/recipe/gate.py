@@ -166,7 +166,7 @@ def _refusal(code: str, found: Judgement, checkpoint: Checkpoint) -> Refused:
     doctor = Command("doctor", (source,))
     fill = Command("repair", (source, "OUT", "--base", "BASE"))
     is_folder = checkpoint.origin.stored_format in ("safetensors", "torch")  # repair is for those, not for shards
-    is_hole = code == MISSING and not found.prefix and is_folder
+    is_hole = code == MISSING and not found.prefix and is_folder and not found.comparison.is_renamed
     expected = None
     found = found if is_folder else dataclasses.replace(found, slices=None)
     if code == MISSHAPEN and found.slices is not None:

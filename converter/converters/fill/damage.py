@@ -153,7 +153,7 @@ def lacks_of_class(model: Checkpoint) -> list[Damage]:
     if isinstance(wanted, Unknown) or any(m in n for n in model.tensors for m in (".base_layer.", ".lora_")):
         return []
     found = compare({n: t.info.shape for n, t in model.tensors.items()}, wanted, model.config)
-    if 2 * len(found.missing) > found.asked or len(found.unexpected) >= max(len(found.missing), 1):
+    if 2 * len(found.missing) > found.asked or found.is_renamed:
         return []
     lost = [Damage(n, MISSING, s, s) for n, s in found.missing.items() if not wanted.is_outside(n)]
     rows = {have[1:] == asked[1:] and have[:1] > asked[:1] for have, asked in found.misshapen.values()}

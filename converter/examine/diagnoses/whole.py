@@ -154,7 +154,7 @@ def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
     recoverability = LOST if near is None else f"from {near.asked}"
     if code == MISSHAPEN and found.slices is not None and len(ranks_in(case.root.parent)) == found.slices.ranks:
         command, recoverability = Command("gather", (as_argument(str(case.root.parent)), "OUT")), HERE
-    elif found.prefix or code in (UNEXPECTED, MISTYPED):
+    elif found.prefix or code in (UNEXPECTED, MISTYPED) or (code == MISSING and found.comparison.is_renamed):
         command, recoverability = Steps("every tensor is listed by ", case.command("inspect", "--tensors")), ""
     yield Finding(
         code=code,
