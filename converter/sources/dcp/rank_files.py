@@ -55,7 +55,20 @@ def trained(folder: Path) -> frozenset[str]:
 
 
 def moments(folder: Path, which: str) -> dict[str, LazyTensor]:
-    """A moment of each parameter by its name, put together of the ranks' pieces."""
+    """A moment of each parameter by its name, put together of the ranks' pieces.
+
+    Raises:
+        Refused: files missing, of several saves, or of a kind that is not put together (`fsdp-rank-files`).
+    """
+    try:
+        return _moments(folder, which)
+    except Refused as error:
+        if error.code.startswith("verl-"):
+            raise _refused(folder, error.what, "the optimizer's state") from error
+        raise
+
+
+def _moments(folder: Path, which: str) -> dict[str, LazyTensor]:
     ranks = Ranks(_files(folder))
     held: dict[str, dict[int, Value]] = {}
     for rank, file in ranks.files.optimizers.items():
@@ -68,7 +81,8 @@ def moments(folder: Path, which: str) -> dict[str, LazyTensor]:
         if all(isinstance(v, Piece) for v in by_rank.values()):
             whole = ranks.whole(name, by_rank, ranks.files.optimizers)
             if whole is None:
-                raise _refused(folder, f"the ranks' pieces of the moment of {show(name)} are not all there")
+                what = f"the ranks' pieces of the moment of {show(name)} are not all there"
+                raise _refused(folder, what, "the optimizer's state")
             found[name] = whole
     return found
 
@@ -125,10 +139,10 @@ def _recorded_world(folder: Path, files: Mapping[int, str]) -> int | None:
     return None
 
 
-def _refused(folder: Path, why: str) -> Refused:
+def _refused(folder: Path, why: str, whole: str = "the model") -> Refused:
     return Refused(
         _CODE,
-        f"each rank saved its own file (LOCAL_STATE_DICT, or accelerate's use_dcp=False), and they are not the model "
+        f"each rank saved its own file (LOCAL_STATE_DICT, or accelerate's use_dcp=False), and they are not {whole} "
         f"together: {why}",
         where=show(folder),
         next="copy files of ranks that are on other nodes; else resume the run from it, and save with "

@@ -28,6 +28,7 @@ from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.core.writer.shard_plan import ShardPlan
 from converter.core.writer.torch_trees import lay_out_any, lay_out_tree
+from converter.sources.own_names import OWN_NAMES, saved_as_another
 from converter.sources.survey import file_names
 from converter.sources.verl.files import FSDP_CONFIG, rank_files
 from converter.sources.verl.meshes import RankMesh, UnknownMesh, is_dtensor, part
@@ -303,6 +304,8 @@ class _Resharding:
 
     def _container(self, file: str) -> Container:
         found = read_container(self.read.folder / file, root=self.read.folder)
+        if (what := saved_as_another(file, found.name)) is not None:
+            raise self.read.refuse("verl-mixed", what, file=file, next=OWN_NAMES)
         self.read.inputs[str((self.read.folder / file).absolute())] = found.identity
         return found
 

@@ -22,6 +22,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor, Stored
 from converter.errors import Refused
+from converter.sources.own_names import OWN_NAMES, saved_as_another
 from converter.sources.verl.files import RankFiles
 from converter.text import show
 
@@ -90,6 +91,8 @@ class Ranks:
         read = read_torch_file(self.folder / file, root=self.folder)
         if not isinstance(read.value, dict):
             raise self.refuse("verl-malformed", "the file holds no dictionary", file=file)
+        if (what := saved_as_another(file, read.name)) is not None:
+            raise self.refuse("verl-mixed", what, file=file, next=OWN_NAMES)
         path = str((self.folder / file).absolute())
         if file not in self._digests:
             self.checks += read.checks
