@@ -6,6 +6,7 @@ that DeepSpeed, verl and accelerate saved.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -89,3 +90,38 @@ def test_a_state_in_an_archive_of_another_name_is_read(tmp_path: Path) -> None:
     with (made / "model_world_size_2_rank_1.pt").open("wb") as raw:
         torch.save(state, raw)
     assert VERL_SOURCE.open(made, asked="x").tensors.keys() == VERL_SOURCE.open(run, asked="x").tensors.keys()
+
+
+DAMAGED = [
+    (VERL / "critic-fsdp2-n4", "optim_world_size_4_rank_3.pt"),
+    (DCP / "accelerate-n2", "checkpoint-2/optimizer_0/__1_0.distcp"),
+    (DCP / "accelerate-n2", "checkpoint-2/optimizer_0/.metadata"),
+    (DCP / "accelerate-ranks-n2", "checkpoint-2/optimizer_0_rank1.bin"),
+    (ZERO / "lm-fp16-z1-n2", "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+]
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut"])
+@pytest.mark.parametrize(("run", "file"), DAMAGED, ids=lambda v: Path(v).name)
+def test_doctor_names_an_optimizer_s_state_that_is_not_whole_beside_weights_that_are(
+    run: Path, file: str, harm: str, tmp_path: Path
+) -> None:
+    made = Path(shutil.copytree(run, tmp_path / "run"))
+    if harm == "gone":
+        (made / file).unlink()
+    else:
+        os.truncate(made / file, (made / file).stat().st_size // 2)
+    found = {f.code: f.severity for f in examine(DoctorRequest(str(made), resume_on=8)).findings}
+    assert found["optimizer-damaged"] == "changes-numbers"
+    assert found["resume-on"] == "error"
+
+
+def test_moments_of_a_rank_of_another_step_are_refused(tmp_path: Path) -> None:
+    made = Path(shutil.copytree(VERL / "critic-fsdp1-n3", tmp_path / "run"))
+    state = torch.load(made / "optim_world_size_3_rank_1.pt", weights_only=False)  # noqa: TID251 - verl wrote it
+    for own in state["state"].values():
+        own["step"] += 1
+    torch.save(state, made / "optim_world_size_3_rank_1.pt")
+    with pytest.raises(ConvertError) as caught:
+        converter.adam_moments(made, which="exp_avg_sq")
+    assert (caught.value.code, "step" in caught.value.what) == ("verl-mixed", True)

@@ -10,6 +10,7 @@ from converter.core.context import Context
 from converter.core.files.names import TRAINER_STATE
 from converter.errors import ConvertError, UsageError
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
+from converter.examine.diagnoses.moments import expect_optimizer
 from converter.sources.finding import find_place, kind_of
 from converter.text import format_size, show
 
@@ -57,6 +58,8 @@ def _found(case: Case, ranks: int, words: str) -> Finding:
         place = find_place(case.root, case.asked)
         kind = kind_of(place.folder)
         if kind in _ANY:
+            if kind == "dcp":
+                expect_optimizer(place.folder)
             return _as_it_is(case, place.folder, words, _ANY[kind], kind)
     made = _planned(case, ranks, kind)
     if made is None or made.ranks_before == ranks:

@@ -189,7 +189,7 @@ def optimizer_folder(folder: Path) -> Path | None:
     if not _PART.fullmatch(folder.name):
         return None
     beside = folder.parent / f"optimizer_{folder.name.rpartition('_')[2]}"
-    return beside if kind_here(beside) == "dcp" else None
+    return beside if kind_here(beside) in ("dcp", "rank-metadata", "no-metadata") else None
 
 
 def full_file(folder: Path, names: Collection[str]) -> Path:
