@@ -113,15 +113,19 @@ def _held(folder: Path, metadata: Metadata, said: list[str]) -> tuple[frozenset[
     other = optimizer_folder(folder)
     if not names and other is not None:
         try:
-            names = frozenset(optimizer_states(_metadata(other)))
+            names = frozenset(optimizer_states(readable_metadata(other)))
             inputs[str((other / METADATA).absolute())] = identity(other / METADATA)
         except Refused as error:
             said.append(f"{show(other.name)} can't be read, so which tensors were trained is not known: {error.what}")
     return names, inputs
 
 
-def _metadata(folder: Path) -> Metadata:
-    """What `.metadata` says, or why it can't be read."""
+def readable_metadata(folder: Path) -> Metadata:
+    """What `.metadata` says.
+
+    Raises:
+        Refused: it is missing (`dcp-metadata-missing`, `dcp-rank-metadata`), and see `read_metadata`.
+    """
     kind = kind_here(folder)
     if kind in ("rank-metadata", "no-metadata"):
         raise refusal(folder, kind)
@@ -257,7 +261,7 @@ def moments_of(folder: Path, which: Moment) -> dict[str, LazyTensor]:
         for place in (folder, optimizer_folder(folder)):
             if place is None or found:
                 continue
-            metadata = _metadata(place)
+            metadata = readable_metadata(place)
             keys = {n: leaves[which] for n, leaves in optimizer_states(metadata).items() if which in leaves}
             read = Pieces(metadata).read(keys.values())
             found = {n: read[k] for n, k in keys.items()}
