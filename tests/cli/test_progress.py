@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import converter
-from converter.cli import progress as module
 from converter.cli.progress import progress
 from converter.cli.sink import Sink
+from converter.recipe import progress as module
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 BASE = FIXTURES / "tiny-qwen2-base"
@@ -170,3 +170,13 @@ def test_verify_tells_of_every_tensor_that_it_compares(tmp_path: Path) -> None:
     assert found.holds
     assert set(heard.bytes) == set(converter.open(BASE))
     assert heard.total == sum(heard.bytes.values())
+
+
+def test_a_library_call_gets_lines_where_nothing_can_be_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with converter.progress() as reporter:
+        converter.reshard(BASE, tmp_path / "out", reporter=reporter)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert all(re.fullmatch(r"\d/2  model-0000\d-of-00002\.safetensors  \S+ \wB  \d+:\d\d", line) for line in told)

@@ -90,8 +90,9 @@ def test_lines_are_found_among_those_that_repeat_and_those_that_do_not() -> None
 def test_of_a_large_file_it_is_told_how_far_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from converter.cli import main, progress
+    from converter.cli import main
     from converter.cli.tell import explain
+    from converter.recipe import progress
 
     monkeypatch.setattr(explain, "_LARGE", 1_000_000)
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from converter.cli.options import Conversion as Flags
-from converter.cli.progress import Bar, Lines, progress
+from converter.cli.progress import progress
 from converter.cli.report.asked import expect_report
 from converter.cli.report.writing import write_report
 from converter.cli.run.hub import check_push, finish_in_store, finish_on_hub, hub_lines, push_written, with_command
@@ -26,6 +26,7 @@ from converter.cli.run.planned import (
 from converter.diagnostic import Next
 from converter.errors import Interrupted, Refused, UsageError
 from converter.publish.outputs import goes_to_hub, is_remote
+from converter.recipe.progress import Bar, Lines
 from converter.recipe.verbs.conversion import SUFFIX, Conversion
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import line, next_lines
 from converter.cli.options import Reading
-from converter.cli.progress import Bar, Lines, progress
+from converter.cli.progress import progress
 from converter.diagnostic import Command
+from converter.recipe.progress import Bar, Lines
 from converter.recipe.verbs import push as verb
 from converter.recipe.verbs.push import Push
 from converter.text import fold, format_size, show
@@ -92,7 +93,7 @@ def _telling(sink: Sink) -> Iterator[tuple[Bar | Lines | _ThenLines, bool]]:
         if sink.quiet or sink.as_json or not sys.stderr.isatty() or not _goes_by_chunks():
             yield reporter, False
         else:
-            yield _ThenLines(reporter, Lines(sink)), True
+            yield _ThenLines(reporter, Lines(sink.tell)), True
 
 
 def _goes_by_chunks() -> bool:
