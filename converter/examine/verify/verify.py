@@ -302,7 +302,7 @@ def _pairs(
     from converter.examine.verify.pairs_file import read_pairs
 
     assert asked.probe is not None
-    pairs = read_pairs(Path(asked.probe).expanduser(), asked.most_pairs)
+    pairs = read_pairs(asked.probe, asked.most_pairs)
     if reading is None or reading.head is None:
         what = "the head can't be read" if aim.role != "actor" else "an actor has no head"
         return [fails("pairs", "not-compared", f"{what}, so no pair was scored", _remedy(asked, aim))], []
