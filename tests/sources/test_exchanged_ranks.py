@@ -125,3 +125,20 @@ def test_moments_of_a_rank_of_another_step_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConvertError) as caught:
         converter.adam_moments(made, which="exp_avg_sq")
     assert (caught.value.code, "step" in caught.value.what) == ("verl-mixed", True)
+
+
+def test_a_replica_of_another_step_is_refused_and_one_that_is_cut_short_is_not_needed(tmp_path: Path) -> None:
+    """Four ranks in two replicas: files of the second hold what those of the first do."""
+    made = Path(shutil.copytree(VERL / "critic-hsdp-fsdp2-n4", tmp_path / "run"))
+    file = made / "model_world_size_4_rank_3.pt"
+    state = torch.load(file, weights_only=False)  # noqa: TID251 - verl wrote it
+    state["model.norm.weight"]._local_tensor.add_(1)
+    torch.save(state, file)
+    before = VERL_SOURCE.open(VERL / "critic-hsdp-fsdp2-n4", asked="x")
+    with pytest.raises(ConvertError) as caught:
+        VERL_SOURCE.open(made, asked="x")
+    assert (caught.value.code, "model.norm.weight" in caught.value.what) == ("verl-mixed", True)
+    os.truncate(file, 900)
+    found = VERL_SOURCE.open(made, asked="x")
+    assert found.tensors.keys() == before.tensors.keys()
+    assert any("another replica" in text for text in found.said)

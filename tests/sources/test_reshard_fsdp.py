@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import converter
 from converter.cli import main
 from converter.errors import ConvertError
+from converter.examine.doctor import DoctorRequest, examine
+from converter.sources.dcp.source import SOURCE
 from durability import fast_folder
 from places import RUNS
 
@@ -132,6 +134,27 @@ def test_two_models_and_their_optimizers_keep_their_numbers(place: Path) -> None
     converter.reshard_state(state, place / "out", to="full")
     assert len(full(place / "out", f"{MODEL}_1")) == 3
     assert same(full(place / "out", MODEL), sharded(state, MODEL, place))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_files_of_ranks_are_cut_for_others_bit_by_bit(ranks: int, place: Path) -> None:
+    run = SAVED / "accelerate-ranks-n2"
+    converter.reshard_state(run, place / "out", world_size=ranks)
+    assert len(list((place / "out").glob("pytorch_model_fsdp_0_rank*.bin"))) == ranks
+    lived = load_file(run / "oracle.safetensors")
+    found = {f"live/{n}": t for n, t in SOURCE.open(place / "out", asked="x").tensors.items()}
+    for which in ("exp_avg", "exp_avg_sq"):
+        found |= {f"{which}/{n}": t for n, t in SOURCE.adam_moments(place / "out", which=which).items()}  # type: ignore[arg-type]
+    assert found.keys() == lived.keys()
+    assert [n for n in found if not torch.equal(converter.to_torch(found[n]), lived[n])] == []
+
+
+def test_doctor_says_that_files_of_ranks_have_to_be_cut_for_others() -> None:
+    run = SAVED / "accelerate-ranks-n2"
+    for ranks, severity in ((3, "changes-numbers"), (2, "cosmetic")):
+        (found,) = (f for f in examine(DoctorRequest(str(run), resume_on=ranks)).findings if f.code == "resume-on")
+        assert found.severity == severity
+        assert ("--world-size 3" in str(found.next)) is (ranks == 3)
 
 
 def refused(source: Path, to: str, **given: Any) -> ConvertError:

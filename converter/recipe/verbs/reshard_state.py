@@ -24,6 +24,7 @@ from converter.recipe.verbs.knobs import Effort, Where, optional, options_of
 from converter.recipe.verbs.pieces import threads
 from converter.recipe.verbs.run_state import place_of
 from converter.sources.beside import find_beside
+from converter.sources.dcp.files import kind_here
 from converter.sources.deepspeed.resharding.parts import data_ranks
 from converter.sources.deepspeed.resharding.plan import MAX_RANKS, plan_resharding
 from converter.sources.deepspeed.resharding.universal import plan_universal
@@ -50,7 +51,7 @@ _OF_TRAINER = re.compile(
     re.ASCII,
 )
 """What transformers' Trainer and accelerate read beside the shards when they go on; random states are one rank's."""
-_STATE = re.compile(r"(?:pytorch_model_fsdp|optimizer)(?:_\d{1,4})?\.bin", re.ASCII)
+_STATE = re.compile(r"(?:pytorch_model_fsdp|optimizer)(?:_\d{1,4})?(?:_rank\d{1,6})?\.bin", re.ASCII)
 _LEFT = re.compile(r".*\.(?:safetensors|bin)|optimizer\.pt", re.ASCII)
 
 
@@ -197,6 +198,12 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
     if kind_of(root) == "verl":
         return _with_provenance(_plan_verl(root, asked))
     place, _ = place_of(root, as_reference(asked.src), tag=asked.tag, part=None)
+    if kind_here(place.folder) == "ranks" and asked.world_size is not None and asked.stage is None:
+        from converter.sources.dcp.resharding import plan_ranks
+
+        files, read, left = _beside(place.folder, asked.world_size, keep_code=keep_code)
+        planned = plan_ranks(place.folder, asked.world_size, side_files=files, inputs=read)
+        return _with_provenance(dataclasses.replace(planned, said=(*planned.said, *left)))
     _expect_zero(kind_of(place.folder), place.folder, asked)
     shards = read_shards(place.folder)
     ranks = asked.world_size or ranks_in_all(shards)

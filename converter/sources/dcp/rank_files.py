@@ -20,6 +20,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError
 from converter.sources.survey import file_names
 from converter.sources.verl.files import RankFiles
+from converter.sources.verl.resharding import Part, Resharding
 from converter.sources.verl.shards import Piece, Ranks, Value
 from converter.sources.verl.weights import Weights, read_weights
 from converter.text import fold, show
@@ -27,6 +28,8 @@ from converter.text import fold, show
 MODEL = re.compile(r"(pytorch_model_fsdp(?:_\d{1,6})?)_rank(\d{1,6})\.bin", re.ASCII)
 _OPTIMIZER = re.compile(r"(optimizer(?:_\d{1,6})?)_rank(\d{1,6})\.bin", re.ASCII)
 _LOCAL = "pytorch_model_fsdp"
+_MODEL_NUMBER = re.compile(r"pytorch_model_fsdp|_rank\d+\.bin", re.ASCII)
+"""What a file's name has around the number of its model."""
 _CODE = "fsdp-rank-files"
 
 
@@ -45,6 +48,33 @@ def gathered(folder: Path) -> tuple[Weights, Ranks]:
             raise _refused(folder, error.what) from error
         raise
     return found, ranks
+
+
+def resharded(folder: Path, ranks: int) -> Part:
+    """Every rank's files for another number of ranks, as accelerate names them.
+
+    Raises:
+        Refused: files missing or mixed, a mesh of several dimensions, or one that can't be rewritten
+            (`fsdp-rank-files`).
+    """
+    found, read = gathered(folder)
+    number = _MODEL_NUMBER.sub("", next(iter(read.files.models.values())))
+    names = {"model": f"{_LOCAL}{number}_rank{{rank}}.bin", "optim": f"optimizer{number}_rank{{rank}}.bin"}
+    made = Resharding(read, found, ranks, "", tied=False, names=names)
+    try:
+        if missing := read.files.missing(read.files.models):
+            raise read.refuse("verl-rank-missing", f"files of ranks {fold(list(map(str, missing)))} are missing")
+        shards = made.models()
+        if read.files.optimizers:
+            shards += made.optimizers()
+        else:
+            read.said.append("no optimizer was saved with it: its state begins anew")
+    except Refused as error:
+        if error.code.startswith("verl-"):
+            raise Refused(_CODE, error.what, where=error.where, next=error.next) from error
+        raise
+    said = (*read.files.said, *read.said)
+    return Part(read.files.world, tuple(shards), {}, read.inputs, tuple(read.checks), read.digest, said)
 
 
 def trained(folder: Path) -> frozenset[str]:

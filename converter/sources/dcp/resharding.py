@@ -27,6 +27,7 @@ from converter.core.writer.plan import Plan
 from converter.core.writer.shard_plan import ShardPlan
 from converter.core.writer.torch_trees import lay_out_tree
 from converter.errors import Refused, UsageError
+from converter.sources.dcp import rank_files
 from converter.sources.dcp.files import kind_here, search
 from converter.sources.dcp.metadata import METADATA
 from converter.sources.dcp.state import MODEL, OPTIMIZER, Nest, expect_optimizer, leaves, read_full, read_sharded
@@ -145,6 +146,26 @@ def plan_fsdp(
         f"fsdp_state_dict_type: {_SETTING[to]}, and accelerator.load_state({{out}})",
         hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest(),
     )
+
+
+def plan_ranks(
+    folder: Path, ranks: int, *, side_files: Mapping[str, SideFile], inputs: Mapping[str, Identity]
+) -> Resharded:
+    """The plan for files of ranks (accelerate's `use_dcp=False`) for another number of them.
+
+    Raises:
+        Refused: see `rank_files.resharded`.
+    """
+    made = rank_files.resharded(folder, ranks)
+    plan = Plan(made.shards, dict(side_files), {**inputs, **made.inputs}, {}, {})
+    plan = dataclasses.replace(plan, checks=checks_of((e.tensor for e in plan.entries), made.checks))
+    before, after = (f"{n} {'rank' if n == 1 else 'ranks'}" for n in (made.world, ranks))
+    words = "accelerate FSDP, one file a rank"
+    goes_on = "use_dcp=False, as it was saved, and accelerator.load_state({out})"
+    return Resharded(
+        plan, folder.name, None, made.world, ranks, f"{words}, {before}", f"{words}, {after}", None, made.said, goes_on,
+        made.digest,
+    )  # fmt: skip
 
 
 def _said(state: FsdpState) -> list[str]:

@@ -236,6 +236,13 @@ class Ranks:
                 raise self.refuse("verl-mixed", f"{what}: they are of two runs, or of two steps")
         return copies[first]
 
+    def is_same(self, one: Value | None, other: Value | None) -> bool:
+        """True where two ranks' pieces or tensors hold the same bits, as the containers' checksums tell."""
+        first, second = (v.local if isinstance(v, Piece) else v for v in (one, other))
+        if first is None or second is None:
+            return first is second
+        return first.info == second.info and self._print(first) == self._print(second)
+
     def _print(self, tensor: LazyTensor) -> object:
         """What tells the content of two stored tensors apart: their storages' checksums and where they lie in them."""
         if not isinstance(tensor, Stored) or not tensor.info.numel:
