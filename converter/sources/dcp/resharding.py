@@ -160,8 +160,11 @@ def plan_ranks(
     plan = Plan(made.shards, dict(side_files), {**inputs, **made.inputs}, {}, {})
     plan = dataclasses.replace(plan, checks=checks_of((e.tensor for e in plan.entries), made.checks))
     before, after = (f"{n} {'rank' if n == 1 else 'ranks'}" for n in (made.world, ranks))
-    words = "accelerate FSDP, one file a rank"
-    goes_on = "use_dcp=False, as it was saved, and accelerator.load_state({out})"
+    is_accelerate = any(s.file.startswith("pytorch_model_fsdp") for s in made.shards)
+    words = f"{'accelerate ' if is_accelerate else ''}FSDP, one file a rank"
+    goes_on = "each loads its own file of {out}"
+    if is_accelerate:
+        goes_on = "use_dcp=False, as it was saved, and accelerator.load_state({out})"
     return Resharded(
         plan, folder.name, None, made.world, ranks, f"{words}, {before}", f"{words}, {after}", None, made.said, goes_on,
         made.digest,
