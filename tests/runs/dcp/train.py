@@ -273,6 +273,7 @@ def prepared(case: Case, kind: str, lr: float = 1e-2) -> tuple[Any, ...]:
         )  # fmt: skip
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.state.distributed_type = DistributedType.FSDP  # preparing sets it anew, and loading asks for it
     return plugin, accelerator, model, optimizer, loss, (config, peft)
 
 
