@@ -69,15 +69,13 @@ def test_torch_loads_what_was_copied_and_what_was_computed(model: Path, tmp_path
     assert same(load_torch(tmp_path / "out", **options), expected(model))
 
 
-def test_torch_loads_it_by_offsets_that_it_computes_itself(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_loads_it_by_offsets_that_it_computes_itself(model: Path, tmp_path: Path) -> None:
     """torch then trusts that records lie exactly where its own writer puts them."""
     from torch.utils.serialization import config
 
     written(torch_plan(model), tmp_path / "out")
-    monkeypatch.setattr(config.load, "calculate_storage_offsets", True)
-    found = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True, mmap=True)  # noqa: TID251
+    with config.patch({"load.calculate_storage_offsets": True}):
+        found = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True, mmap=True)  # noqa: TID251
     assert same(found, expected(model))
 
 
