@@ -94,6 +94,21 @@ INPUTS_ROTATED = [
 """The same with PEFT 0.15.2, which scales outputs too."""
 
 
+SERIES = {
+    "0.17.1": [
+        [-0.7, -1.325, -0.754687, -0.829687], [-0.45, -0.7875, -0.442187, -0.417188],
+        [-0.2, -0.25, -0.129688, -0.004687], [0.05, 0.2875, 0.182813, 0.407813], [0.3, 0.825, 0.495312, 0.820312],
+        [0.55, 1.3625, 0.807812, 1.232813],
+    ],
+    "0.21.2": [
+        [-0.334375, -1.253125, -1.036719, -0.705469], [-0.209375, -0.709375, -0.630469, -0.374219],
+        [-0.084375, -0.165625, -0.224219, -0.042969], [0.040625, 0.378125, 0.182031, 0.288281],
+        [0.165625, 0.921875, 0.588281, 0.619531], [0.290625, 1.465625, 0.994531, 0.950781],
+    ],
+}  # fmt: skip
+"""The same with `oft_R` and five terms of the series, by release."""
+
+
 @pytest.mark.parametrize(
     ("block", "scale", "expected"),
     [(3, None, OUTPUTS_ROTATED), (2, 1 + torch.arange(6.0).reshape(6, 1) / 8, INPUTS_ROTATED)],
@@ -102,18 +117,32 @@ INPUTS_ROTATED = [
 def test_oft_of_whole_matrices_is_what_its_release_ran(
     tmp_path: Path, block: int, scale: torch.Tensor | None, expected: list[list[float]]
 ) -> None:
+    tensors = {"oft_r": (torch.arange(2.0 * block * block).reshape(2, block, block) * 7 % 5 - 2) / 4}
+    tensors |= {} if scale is None else {"oft_s": scale}
+    assert_rotated(tmp_path, tensors, expected)
+
+
+@pytest.mark.parametrize("release", SERIES)
+def test_the_series_of_oft_is_that_of_the_release_that_saved_it(tmp_path: Path, release: str) -> None:
+    tensors = {"oft_R.weight": (torch.arange(6.0).reshape(1, 6) * 7 % 5 - 2) / 4}
+    said = {"peft_version": release} if release == "0.21.2" else {}  # PEFT writes its version since 0.18
+    assert_rotated(tmp_path, tensors, SERIES[release], **said)
+
+
+def assert_rotated(folder: Path, tensors: dict[str, torch.Tensor], expected: list[list[float]], **said: str) -> None:
     sizes = {"hidden_size": 4, "intermediate_size": 6, "num_attention_heads": 1, "num_key_value_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(**{**TEXT, **sizes, "num_hidden_layers": 1}))
     model.model.layers[0].mlp.up_proj.weight.data = (torch.arange(24.0).reshape(6, 4) - 11) / 10
-    model.save_pretrained(tmp_path / "base")
-    config = OFTConfig(r=2, oft_block_size=0, target_modules=["up_proj"])
-    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(folder / "base")
+    config = OFTConfig(r=2, oft_block_size=0, target_modules=["up_proj"], use_cayley_neumann=True)
+    get_peft_model(model, config).save_pretrained(folder / "adapter")
     key = "base_model.model.model.layers.0.mlp.up_proj."
-    tensors = {f"{key}oft_r": (torch.arange(2.0 * block * block).reshape(2, block, block) * 7 % 5 - 2) / 4}
-    tensors |= {} if scale is None else {f"{key}oft_s": scale}
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
-    converter.merge_lora(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
-    found = weights(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]
+    save_file({f"{key}{n}": t for n, t in tensors.items()}, folder / "adapter" / "adapter_model.safetensors")
+    path = folder / "adapter" / "adapter_config.json"
+    value = {k: v for k, v in json.loads(path.read_text()).items() if k != "peft_version"}
+    path.write_text(json.dumps(value | said))
+    converter.merge_lora(folder / "adapter", folder / "out", base=folder / "base")
+    found = weights(folder / "out")["model.layers.0.mlp.up_proj.weight"]
     torch.testing.assert_close(found, torch.tensor(expected), atol=2e-6, rtol=0)
 
 

@@ -60,6 +60,8 @@ class Family:
         whole: modules that are often saved whole.
         embedding: the input embedding.
         layers: what `layers_pattern` is called.
+        reward: it has a causal model, and a classifier over the same base.
+        parameters: stacks of experts, where the class has them.
     """
 
     config: tuple[str, dict[str, Any]]
@@ -73,6 +75,7 @@ class Family:
     auto: str = "AutoModelForCausalLM"
     task: str = "CAUSAL_LM"
     reward: bool = False
+    parameters: tuple[str, ...] = ()
 
 
 def _text(name: str, **more: Any) -> tuple[str, dict[str, Any]]:
@@ -107,6 +110,52 @@ FAMILIES = {
     "whisper": Family(("WhisperConfig", WHISPER), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), ("fc2",),
                       ("proj_out", "embed_tokens"), head="proj_out", norms=("self_attn_layer_norm",),
                       auto="AutoModelForSpeechSeq2Seq", task=""),
+    "qwen3": Family(_text("Qwen3Config", head_dim=8), (*ATTENTION, *MLP), ("down_proj",),
+                    ("embed_tokens", "lm_head", "norm"), reward=True),
+    "qwen3_moe": Family(
+        _text("Qwen3MoeConfig", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12,
+              decoder_sparse_step=1, mlp_only_layers=[]),
+        ATTENTION, ("o_proj",), ("embed_tokens", "lm_head"),
+        parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
+    "gpt_oss": Family(
+        _text("GptOssConfig", head_dim=8, num_local_experts=4, num_experts_per_tok=2, intermediate_size=24,
+              sliding_window=8, layer_types=["full_attention"] * 2),
+        ATTENTION, ("o_proj",), ("embed_tokens", "lm_head"),
+        parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
+    "falcon": Family(("FalconConfig", {**BERT, "new_decoder_architecture": False, "multi_query": True, "bias": True}),
+                     ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), ("dense_4h_to_h",),
+                     ("word_embeddings", "lm_head"), "word_embeddings", layers="h"),
+    "bloom": Family(("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4,
+                                     "pad_token_id": 0}),
+                    ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), ("dense_4h_to_h",),
+                    ("word_embeddings", "lm_head"), "word_embeddings", layers="h"),
+    "llava": Family(
+        ("LlavaConfig", {"text_config": {**TEXT, "model_type": "llama"}, "image_token_index": 60,
+                         "vision_config": {"model_type": "clip_vision_model", "hidden_size": 32, "image_size": 16,
+                                           "patch_size": 8, "intermediate_size": 48, "num_hidden_layers": 2,
+                                           "num_attention_heads": 4, "projection_dim": 32}}),
+        (*ATTENTION, *MLP, "linear_1", "fc1"), ("down_proj",), ("embed_tokens", "multi_modal_projector"),
+        auto="LlavaForConditionalGeneration"),
+    "roberta": Family(
+        ("RobertaConfig", {**BERT, "max_position_embeddings": 64, "pad_token_id": 1, "num_labels": 3}),
+        ("query", "key", "value", "dense"), ("dense",), ("classifier",), "word_embeddings", "out_proj",
+        ("LayerNorm",), "layer", "AutoModelForSequenceClassification", "SEQ_CLS"),
+    "bert-tokens": Family(("BertConfig", {**BERT, "num_labels": 3}), ("query", "key", "value"), ("value",),
+                          ("classifier",), "word_embeddings", "classifier", ("LayerNorm",), "layer",
+                          "AutoModelForTokenClassification", "TOKEN_CLS"),
+    "distilbert": Family(
+        ("DistilBertConfig", {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4,
+                              "max_position_embeddings": 64, "num_labels": 3}),
+        ("q_lin", "k_lin", "v_lin", "lin1", "lin2"), ("lin2",), ("classifier", "pre_classifier"), "word_embeddings",
+        "classifier", ("sa_layer_norm",), "layer", "AutoModelForSequenceClassification", "SEQ_CLS"),
+    "t5-untied": Family(
+        ("T5Config", {**T5, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}),
+        ("q", "k", "v", "o", "wi_0", "wi_1", "wo"), ("wo",), ("shared", "lm_head"), "shared", norms=("layer_norm",),
+        layers="block", auto="AutoModelForSeq2SeqLM", task="SEQ_2_SEQ_LM"),
+    "resnet": Family(("ResNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
+                                       "num_labels": 3, "layer_type": "basic"}),
+                     ("convolution",), ("convolution",), ("classifier",), "", "classifier", ("normalization",),
+                     "layers", "AutoModelForImageClassification", ""),
     "vit": Family(("ViTConfig", {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                                  "num_attention_heads": 4, "image_size": 16, "patch_size": 8, "num_labels": 3}),
                   ("query", "key", "value", "dense"), ("dense",), ("classifier",), "", "classifier",
@@ -129,7 +178,7 @@ KINDS = (
 def make(folder: Path, seed: int, number: int, families: list[str]) -> dict[str, Any]:
     """One case: draws it, makes it, and says what came of it."""
     draw = random.Random(f"{seed}:{number}")
-    name = draw.choice(families)
+    name = draw.choice([f for f in families if hasattr(transformers, FAMILIES[f].config[0])])
     family, kind = FAMILIES[name], draw.choice([k for k in KINDS if hasattr(peft, k)])
     torch.manual_seed(number)
     generator = torch.Generator().manual_seed(number + 7)
@@ -181,7 +230,8 @@ def make(folder: Path, seed: int, number: int, families: list[str]) -> dict[str,
 def _save_base(folder: Path, family: Family, draw: random.Random, generator: Any, case: dict[str, Any]) -> Path:
     name, settings = family.config
     config = getattr(transformers, name)(**settings)
-    model = getattr(transformers, family.auto).from_config(config)
+    auto = getattr(transformers, family.auto)
+    model = auto.from_config(config) if family.auto.startswith("Auto") else auto(config)
     with torch.no_grad():
         for key, value in model.named_parameters():
             drawn = torch.randn(value.shape, generator=generator)
@@ -204,9 +254,15 @@ def _inputs(name: str) -> dict[str, Any]:
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=generator)
     if name == "vit":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    if name == "resnet":
+        return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
+    if name == "llava":
+        ids[ids == 60] = 61
+        ids[:, 1:5] = 60
+        return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
     if name == "whisper":
         return {"input_features": torch.randn(2, 8, 32, generator=generator), "decoder_input_ids": ids}
-    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if name == "t5" else {"input_ids": ids}
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if name.startswith("t5") else {"input_ids": ids}
 
 
 def _say(model: Any, inputs: dict[str, Any]) -> Any:
@@ -269,6 +325,11 @@ def _lora(family: Family, draw: random.Random, model: Any) -> dict[str, Any]:
         made["trainable_token_indices"] = draw.choice([[3, 9], {family.embedding: [5, 7]}])
     elif more < 0.46 and family.layers == "layers" and family.task == "CAUSAL_LM":
         made["layer_replication"] = [(0, 2), (1, 2)]
+    parameters = [n for n in family.parameters if any(k.endswith(n) for k, _ in model.named_parameters())]
+    if parameters and draw.random() < 0.6:
+        chosen = draw.sample(parameters, draw.randint(1, len(parameters)))
+        made |= {"target_parameters": chosen, "bias": "none", "use_dora": False, "lora_bias": False}
+        made["init_lora_weights"] = draw.choice([True, False])
     return made
 
 

@@ -41,15 +41,26 @@ def update(site: Site) -> tuple[Update, ...]:
     if any(n != 1 for n in site.base["weight"].shape[2:]):
         what = "PEFT's forward adds up where windows of a kernel overlap, and no weight computes that"
         raise Refused("peft-type-unmergeable", f"OFT over {show(site.target)}: {what}", where=site.where)
+    terms: int = site.field("num_cayley_neumann_terms") if site.field("use_cayley_neumann") else 0
     params = site.params(
         embedding=is_embedding,
         transposed=site.is_turned and not is_embedding,
-        terms=site.field("num_cayley_neumann_terms") if site.field("use_cayley_neumann") else 0,
+        terms=terms,
+        evenly=terms > 2 and _counts_evenly(site),
         coft=site.field("coft"),
         eps=site.field("eps"),
         block=block,
     )
     return (Update(KERNEL, (factor,), params),)
+
+
+def _counts_evenly(site: Site) -> bool:
+    """True where the last term of the series counts twice, as all others but the first: PEFT 0.16 and 0.17.
+
+    Source: `_cayley_batch`, https://github.com/huggingface/peft/blob/v0.17.1/src/peft/tuners/oft/layer.py
+    """
+    release = site.config.release
+    return release is not None and release < (0, 18)
 
 
 def _of_whole_matrices(site: Site) -> tuple[Update, ...]:
@@ -130,7 +141,8 @@ def _rotation(elements: Any, count: int, params: Given) -> Any:
     if params["coft"]:
         elements = _within(elements, size, float(params["eps"]))
     skew = _skew(elements, size)
-    blocks = cayley_series(skew, int(params["terms"])) if params["terms"] else _cayley(skew)
+    series = _even_series if params["evenly"] else cayley_series
+    blocks = series(skew, int(params["terms"])) if params["terms"] else _cayley(skew)
     block_diag: Any = torch.block_diag
     return block_diag(*(blocks[0 if len(blocks) == 1 else i] for i in range(count)))
 
@@ -177,6 +189,18 @@ def cayley_series(skew: Any, terms: int) -> Any:
     return total
 
 
+def _even_series(skew: Any, terms: int) -> Any:
+    """`I + 2 Q + 2 Q^2 + ...`, so many terms: PEFT 0.16 and 0.17."""
+    import torch
+
+    power = one = torch.eye(skew.shape[-1], dtype=skew.dtype).repeat(len(skew), 1, 1)
+    total = one.clone()
+    for _ in range(1, terms):
+        power = torch.bmm(power, skew)
+        total.add_(power, alpha=2.0)
+    return total
+
+
 def _cayley(skew: Any) -> Any:
     import torch
 
@@ -209,7 +233,7 @@ METHOD = Method(
     },
     update=update,
     layers="Linear, Embedding, 1x1 convolutions",
-    remark="larger kernels are refused: PEFT's own forward there is of no weight; what PEFT 0.10 to 0.15 saved too",
+    remark="larger kernels are refused: PEFT's own forward there is of no weight; PEFT 0.10 to 0.17 as they ran",
     zeros=("oft_R", "oft_embedding_R", "oft_r"),
     is_linear=False,
     kernels=(KERNEL, WHOLE_KERNEL),
