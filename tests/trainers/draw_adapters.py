@@ -105,7 +105,7 @@ FAMILIES = {
     "bert": Family(("BertConfig", {**BERT, "num_labels": 3}), ("query", "key", "value", "dense"), ("dense",),
                    ("classifier", "pooler"), "word_embeddings", "classifier", ("LayerNorm",), "layer",
                    "AutoModelForSequenceClassification", "SEQ_CLS"),
-    "t5": Family(("T5Config", T5), ("q", "k", "v", "o", "wi", "wo"), ("wo",), ("shared", "lm_head"), "shared",
+    "t5": Family(("T5Config", T5), ("q", "k", "v", "o", "wi", "wo"), ("wo",), ("lm_head",), "",
                  norms=("layer_norm",), layers="block", auto="AutoModelForSeq2SeqLM", task="SEQ_2_SEQ_LM"),
     "whisper": Family(("WhisperConfig", WHISPER), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), ("fc2",),
                       ("proj_out", "embed_tokens"), head="proj_out", norms=("self_attn_layer_norm",),
@@ -150,7 +150,7 @@ FAMILIES = {
         "classifier", ("sa_layer_norm",), "layer", "AutoModelForSequenceClassification", "SEQ_CLS"),
     "t5-untied": Family(
         ("T5Config", {**T5, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}),
-        ("q", "k", "v", "o", "wi_0", "wi_1", "wo"), ("wo",), ("shared", "lm_head"), "shared", norms=("layer_norm",),
+        ("q", "k", "v", "o", "wi_0", "wi_1", "wo"), ("wo",), ("lm_head",), "", norms=("layer_norm",),
         layers="block", auto="AutoModelForSeq2SeqLM", task="SEQ_2_SEQ_LM"),
     "resnet": Family(("ResNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
                                        "num_labels": 3, "layer_type": "basic"}),
@@ -179,7 +179,9 @@ def make(folder: Path, seed: int, number: int, families: list[str]) -> dict[str,
     """One case: draws it, makes it, and says what came of it."""
     draw = random.Random(f"{seed}:{number}")
     name = draw.choice([f for f in families if hasattr(transformers, FAMILIES[f].config[0])])
-    family, kind = FAMILIES[name], draw.choice([k for k in KINDS if hasattr(peft, k)])
+    family = FAMILIES[name]
+    lacks = {"TrainableTokensConfig"} if not family.embedding else set()
+    kind = draw.choice([k for k in KINDS if hasattr(peft, k) and k not in lacks])
     torch.manual_seed(number)
     generator = torch.Generator().manual_seed(number + 7)
     case: dict[str, Any] = {"family": name, "kind": kind, "peft": peft.__version__,
@@ -318,7 +320,7 @@ def _lora(family: Family, draw: random.Random, model: Any) -> dict[str, Any]:
     elif more < 0.27:
         made["target_modules"] = [family.targets[0], family.head]
     elif more < 0.3:
-        made["target_modules"] = [family.targets[0], family.head, family.embedding]
+        made["target_modules"] = [n for n in (family.targets[0], family.head, family.embedding) if n]
     elif more < 0.36:
         made |= {"target_modules": list(family.targets), "exclude_modules": [family.targets[0]]}
     elif more < 0.42 and family.embedding:
