@@ -162,8 +162,8 @@ FAMILIES = {
                   ("layernorm_before",), "layer", "AutoModelForImageClassification", ""),
 }  # fmt: skip
 
-LORA_STARTS = (*[True] * 6, False, "gaussian", "pissa", "olora", "pissa_niter_4", "loftq", "eva", "corda", "orthogonal")
-SINCE = {"pissa": (0, 11), "pissa_niter_4": (0, 11), "olora": (0, 12), "eva": (0, 14), "corda": (0, 15),
+LORA_STARTS = (*[True] * 6, False, "gaussian", "pissa", "olora", "pissa_niter_4", "loftq", "eva", "orthogonal")
+SINCE = {"pissa": (0, 11), "pissa_niter_4": (0, 11), "olora": (0, 12), "eva": (0, 14),
          "orthogonal": (0, 16)}  # fmt: skip
 """Starts that came with a release."""
 KINDS = (
@@ -171,7 +171,9 @@ KINDS = (
     "OFTConfig", "OFTConfig", "BOFTConfig", "VeraConfig", "VeraConfig", "FourierFTConfig", "HRAConfig",
     "LNTuningConfig", "VBLoRAConfig", "BoneConfig", "MissConfig", "RandLoraConfig", "RandLoraConfig", "ShiraConfig",
     "C3AConfig", "RoadConfig", "TrainableTokensConfig", "DeloraConfig", "WaveFTConfig", "GraloraConfig", "OSFConfig",
-    "PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig",
+    "PveraConfig", "GloraConfig", "HiraConfig", "UniLoraConfig", "DeftConfig", "PsoftConfig", "TinyLoraConfig",
+    "BeftConfig", "PeanutConfig", "SupertuningConfig", "PromptTuningConfig", "PrefixTuningConfig",
+    "PromptEncoderConfig",
 )  # fmt: skip
 
 
@@ -293,7 +295,7 @@ def _where(family: Family, draw: random.Random) -> dict[str, Any]:
     if way < 0.2:
         return {"target_modules": chosen, "layers_to_transform": [1]}
     if way < 0.25:
-        return {"target_modules": chosen, "layers_to_transform": 0, "layers_pattern": family.layers}
+        return {"target_modules": chosen, "layers_to_transform": [0], "layers_pattern": family.layers}
     return {"target_modules": chosen}
 
 
@@ -347,7 +349,7 @@ def _patterns(family: Family, draw: random.Random, ranks: str, alphas: str) -> d
 
 
 def _ia3(family: Family, draw: random.Random, model: Any) -> dict[str, Any]:
-    chosen = list(dict.fromkeys([*draw.sample(family.targets, 2), *family.feedforward]))
+    chosen = list(dict.fromkeys([*draw.sample(family.targets, min(2, len(family.targets))), *family.feedforward]))
     return {"target_modules": chosen, "feedforward_modules": draw.choice([[], list(family.feedforward)])}
 
 
@@ -388,13 +390,14 @@ def _boft(family: Family, draw: random.Random, model: Any) -> dict[str, Any]:
 
 def _vera(family: Family, draw: random.Random, model: Any) -> dict[str, Any]:
     return {"r": draw.choice([4, 8]), "save_projection": draw.random() < 0.5, "projection_prng_key": 3,
-            "target_modules": draw.sample(family.targets, draw.choice([1, 2]))}  # fmt: skip
+            "target_modules": draw.sample(family.targets, min(len(family.targets), draw.choice([1, 2])))}  # fmt: skip
 
 
 def _randlora(family: Family, draw: random.Random, model: Any) -> dict[str, Any]:
     sparse = draw.choice([{}, {}, {"sparse": True}, {"very_sparse": True}])
-    return {"r": draw.choice([4, 8]), "randlora_alpha": draw.choice([8, 64]), "save_projection": draw.random() < 0.5,
-            "target_modules": draw.sample(family.targets, draw.choice([1, 2])), **sparse}  # fmt: skip
+    few = draw.sample(family.targets, min(len(family.targets), draw.choice([1, 2])))
+    made = {"r": draw.choice([4, 8]), "randlora_alpha": draw.choice([8, 64]), "target_modules": few, **sparse}
+    return made | {"save_projection": draw.random() < 0.5}
 
 
 SETTINGS: dict[str, Callable[[Family, random.Random, Any], dict[str, Any]]] = {
@@ -422,6 +425,15 @@ SETTINGS: dict[str, Callable[[Family, random.Random, Any], dict[str, Any]]] = {
     "TrainableTokensConfig": lambda f, d, m: {"token_indices": [4, 8, 15], "target_modules": [f.embedding]},
     "GraloraConfig": lambda f, d, m: {"r": 4, "gralora_k": 2, "alpha": 8, "hybrid_r": d.choice([0, 2])},
     "OSFConfig": lambda f, d, m: {"effective_rank": 4},
+    "PveraConfig": lambda f, d, m: {"r": 5, "save_projection": d.random() < 0.5},
+    "GloraConfig": lambda f, d, m: {"r": 3, "config_A_B": d.choice(["lora", "constant"])},
+    "HiraConfig": lambda f, d, m: {"r": 3},
+    "UniLoraConfig": lambda f, d, m: {"r": 3, "theta_d_length": 64, "save_indices": True},
+    "DeftConfig": lambda f, d, m: {"r": 3, "decomposition_method": d.choice(["relu", "qr"])},
+    "PsoftConfig": lambda f, d, m: {"r": 5, "psoft_alpha": 7, "use_cayley_neumann": d.random() < 0.5},
+    "TinyLoraConfig": lambda f, d, m: {"u": 8, "weight_tying": 1.0},
+    "PeanutConfig": lambda f, d, m: {"r": 4, "depth": 2, "act_fn": d.choice(["relu", "gelu"])},
+    "SupertuningConfig": lambda f, d, m: {"sparsity": 0.9, "r": d.choice([0, 3])},
     "PromptTuningConfig": lambda f, d, m: {"num_virtual_tokens": 3},
     "PrefixTuningConfig": lambda f, d, m: {"num_virtual_tokens": 3},
     "PromptEncoderConfig": lambda f, d, m: {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
@@ -431,10 +443,6 @@ PROMPTS = ("PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig")
 
 def _wrap(model: Any, config: Any, name: str, inputs: dict[str, Any], draw: random.Random) -> Any:
     start = getattr(config, "init_lora_weights", None)
-    if start == "corda":
-        from peft.tuners.lora.corda import preprocess_corda
-
-        preprocess_corda(model, config, run_model=lambda: model(**inputs))
     wrapped = peft.get_peft_model(model, config, adapter_name=name)
     if start == "eva":
         peft.initialize_lora_eva_weights(wrapped, [inputs], adapter_name=name, show_progress_bar=False)
