@@ -36,7 +36,7 @@ _MOST_SIBLINGS = 2
 _MIN_SAMPLE = 8
 
 
-def _stored(case: Case) -> Iterator[tuple[str, LazyTensor]]:
+def stored(case: Case) -> Iterator[tuple[str, LazyTensor]]:
     """Every tensor of the folder with values of its own; a training state's are stretches of its ranks' files."""
     for name, entry in case.survey.entries.items():
         if entry.info.numel:
@@ -52,7 +52,7 @@ def nonfinite(case: Case, context: Context) -> Iterable[Finding]:
     earlier checkpoint, or merge again in bfloat16.
     """
     counts: dict[str, int] = {}
-    for name, tensor in _stored(case):
+    for name, tensor in stored(case):
         if _MASKS.search(name):
             continue
         try:
@@ -61,6 +61,7 @@ def nonfinite(case: Case, context: Context) -> Iterable[Finding]:
             count = context.nonfinite(tensor)
         except ConvertError:
             continue
+        context.heard(tensor.info.nbytes, name)
         if count:
             counts[name] = count
     if counts:
@@ -85,7 +86,7 @@ def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
     heads = set(heads_here(case))
     found = _zero_parts(case, context)
     parts: dict[str, tuple[int, int]] = {}
-    for name, tensor in _stored(case):
+    for name, tensor in stored(case):
         is_matrix = len(tensor.info.shape) > 1 and min(tensor.info.shape) > 1 and LAYERS.search(name)
         if not is_matrix or not tensor.info.dtype.is_float or name in heads or ".lora_" in name:
             continue
@@ -126,7 +127,7 @@ def _zero_parts(case: Case, context: Context) -> list[str]:
         return []
     parts = {n for w, _ in read(case.shapes, case.config).weights for k, n in w.parts.items() if k in _NEVER_ZERO}
     floats = {n for n in parts if case.shapes[n].dtype.is_float and LAYERS.search(n)}  # matrices, looked at as others
-    return [n for n, tensor in _stored(case) if n in parts - floats and context.is_zero(tensor)]
+    return [n for n, tensor in stored(case) if n in parts - floats and context.is_zero(tensor)]
 
 
 def _zero_rows(tensor: LazyTensor, context: Context) -> tuple[int, int] | None:
@@ -143,8 +144,8 @@ def _zero_rows(tensor: LazyTensor, context: Context) -> tuple[int, int] | None:
 
 
 def _head_weights(case: Case) -> dict[str, LazyTensor]:
-    stored = dict(_stored(case))
-    return {n: stored[n] for n in heads_here(case) if n in stored and n.endswith("weight")}
+    held = dict(stored(case))
+    return {n: held[n] for n in heads_here(case) if n in held and n.endswith("weight")}
 
 
 @diagnosis("head-untrained", "model", "adapter", deep=True)
@@ -243,7 +244,7 @@ def merged_equals_base(case: Case, context: Context) -> Iterable[Finding]:
     if base is None or base.root.resolve() == case.root.resolve():
         return
     theirs = {n: e.tensor for n, e in base.survey.entries.items()}
-    shared = [(t, theirs[n]) for n, t in _stored(case) if n in theirs and len(t.info.shape) > 1]
+    shared = [(t, theirs[n]) for n, t in stored(case) if n in theirs and len(t.info.shape) > 1]
     if not shared or any(a.info != b.info for a, b in shared):
         return
     if all(context.equal(a, b) for a, b in shared):
