@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
     UMT5Config,
@@ -175,6 +177,31 @@ def test_a_classifier_that_the_config_does_not_list_is_the_head_of_its_task(tmp_
     with torch.no_grad():
         said = BertForSequenceClassification.from_pretrained(tmp_path / "out").eval()(IDS["input_ids"]).logits
         torch.testing.assert_close(said, live(IDS["input_ids"]).logits)
+
+
+@pytest.mark.parametrize("change", [0.0, 0.5], ids=["same", "differ"])
+def test_factors_inside_a_module_that_is_saved_whole_are_there_twice(tmp_path: Path, change: float) -> None:
+    """`dense` names a layer of RoBERTa's classifier too: PEFT 0.10 to 0.13 copy it with its factors."""
+    base = kept(RobertaForSequenceClassification(RobertaConfig(**TEXT, num_labels=3)), tmp_path / "base")
+    config = LoraConfig(r=2, lora_alpha=6, task_type="SEQ_CLS", target_modules=["query"])
+    trained(RobertaForSequenceClassification.from_pretrained(base), config, tmp_path / "adapter")
+    path, head = tmp_path / "adapter" / "adapter_model.safetensors", "base_model.model.classifier"
+    a, b, weight = torch.randn(2, 16), torch.randn(16, 2), torch.randn(16, 16)
+    held = {n: t for n, t in load_file(path).items() if ".dense." not in n}
+    held |= {f"{head}.dense.base_layer.weight": weight, f"{head}.dense.base_layer.bias": torch.ones(16)}
+    held |= {f"{head}{where}.dense.lora_A.weight": a.clone() for where in ("", ".modules_to_save", ".original_module")}
+    held |= {f"{head}.dense.lora_B.weight": b, f"{head}.modules_to_save.dense.lora_B.weight": b + change}
+    save_file(held | {f"{head}.original_module.dense.lora_B.weight": torch.zeros(16, 2)}, path)
+    edit(tmp_path / "adapter", target_modules=["query", "classifier.dense"])
+    if change:
+        with pytest.raises(Refused) as caught:
+            converter.merge_lora(tmp_path / "adapter", tmp_path / "out", base=base)
+        assert caught.value.code == "adapter-key-twice"
+        return
+    converter.merge_lora(tmp_path / "adapter", tmp_path / "out", base=base)
+    found = weights(tmp_path / "out")
+    torch.testing.assert_close(found["classifier.dense.weight"], weight + 3 * b @ a)
+    assert torch.equal(found["classifier.dense.bias"], torch.ones(16))
 
 
 # T5

@@ -31,6 +31,7 @@ from converter.converters.merge.name_rules import AS_IN_BASE, Biases, NameRule, 
 from converter.converters.merge.quantised_base import over_quantised
 from converter.converters.merge.remote_code import tell_of_code
 from converter.converters.merge.replicated import replicated
+from converter.converters.merge.saved_twice import without_second_copies
 from converter.converters.merge.task import with_task
 from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_new_head
 from converter.converters.merge.trained_biases import expect_biases
@@ -151,7 +152,8 @@ class _Merge:
         held, said = plain_names(adapter.tensors, where)
         expect_nothing_unread(adapter, self.context)
         files = trained_files(adapter)
-        read = with_trained_files(read_modules(held, where), files, where)
+        read, twice = without_second_copies(read_modules(held, where), self.context, where)
+        read, self.dropped = with_trained_files(read, files, where), self.dropped | twice
         self.adapters.append(without_trained_files(adapter))
         names, trained = self._names(), classifier(self.base.config, adapter.config)
         new = {n for n, m in read.modules.items() if is_new_head(m, config, names, trained)}
