@@ -25,6 +25,7 @@ from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
 from converter.examine.diagnoses.case import SEVERITIES, Case, Diagnosis, Finding, Kind, Near
 from converter.examine.diagnoses.causes import one_per_cause, with_steps
 from converter.examine.diagnoses.faults import NOT_READ_HERE, undocumented
+from converter.examine.diagnoses.gathered import as_written, gathered_of
 from converter.examine.diagnoses.script import read_launch
 from converter.plugins import DIAGNOSES, loaded
 from converter.sources.finding import FindsPlaces, Source, kind_of, nothing_in, sources
@@ -41,6 +42,9 @@ MOST_NEAR = 64
 
 MOST_LISTED = 4000
 """Entries of a folder that are looked at: a home folder or a bucket's mount may have any number."""
+
+_OF_VALUES = ("zero-tensors", "suspicious-values")
+"""Diagnoses of values that know a model by its names: of a trainer's state they look at what would be gathered."""
 
 RUN_FOLDER = re.compile(r"(?:tmp-)?(?:checkpoint|global_step|step|epoch|iter)[-_]?\d+(?:_hf)?", re.ASCII)
 _WORD = re.compile(r"[A-Za-z]{2,}", re.ASCII)
@@ -114,9 +118,13 @@ def examine(asked: DoctorRequest) -> Report:
     case = case_of(asked)
     context = Context()
     findings: list[Finding] = []
+    if case.kind == "training":
+        case.survey.faults += gathered_of(case).faults
+    written = as_written(case) if case.deep and case.kind == "training" else None
     for each in known.values():
         if each.code not in asked.ignore:
             findings += each(case, context)
+            findings += each(written, context) if written is not None and each.code in _OF_VALUES else []
     findings += [f for f in undocumented(case, known) if f.code not in asked.ignore]
     sparse.expect_all_read()
     told = [_typeable(f) for f in with_steps(one_per_cause(dict.fromkeys(findings)), case)]

@@ -61,6 +61,8 @@ def one_per_cause(findings: Iterable[Finding]) -> list[Finding]:
 
 def _is_said(finding: Finding, every: Sequence[Finding]) -> bool:
     """True where other findings name every one of its tensors."""
+    if not finding.tensors:
+        return False
     others = [f for f in every if f.code not in _SAME_TENSORS]
     named = {n for f in others if f.severity != "cosmetic" or f.code in _OTHER_NAMES for n in f.tensors}
     behind = {end for f in others if f.code in _OTHER_NAMES for n in f.tensors for end in _ends(n)}

@@ -192,6 +192,8 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
         is_receipt,
     )
 
+    from converter.examine.verify.odd import check_values
+
     context = Context(frozenset(asked.allow))
     if checkpoint.origin.kind != "model":
         is_reward = checkpoint.config.get("task_type") == "SEQ_CLS" or asked.trainer is not None
@@ -208,7 +210,7 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
     check = check_own_class if _as_itself(asked, checkpoint) else check_for
     verdict = check(checkpoint, aim, context, remedy=_remedy(asked, aim))
     stored = {**checkpoint.tensors, **{n: t for held in checkpoint.beside.values() for n, t in held.items()}}
-    checks = [*verdict.checks, *check_receipt(root, frozenset(stored), lambda: stored)]
+    checks = [*verdict.checks, *check_receipt(root, frozenset(stored), lambda: stored), *check_values(asked.folder, root)]
     reading, there, is_rounded = verdict.reading, None, False
     table: list[dict[str, Any]] = []
     if asked.against is not None and is_receipt(asked.against):

@@ -1,0 +1,122 @@
+"""Matrices that hold another one's bytes, under `--deep`: a copy over the wrong name, or layers that were copied."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import combinations
+
+from converter.core.context import Context
+from converter.core.tensors.nodes import LazyTensor
+from converter.errors import ConvertError
+from converter.examine.diagnoses.case import LOST, Case, Finding, diagnosis
+from converter.examine.diagnoses.heads import heads_here
+from converter.examine.diagnoses.odd_values import is_matrix_of_layer, sample_of
+from converter.text import fold, show
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
+_LEAST_DISTINCT = 16
+"""Of so many different values at least: of a few, equal matrices are chance or design, as identities are."""
+
+_MOST_EQUAL = 4
+"""Of more matrices with the same bytes, the copies are somebody's design."""
+
+
+@diagnosis("copied-tensors", "model", deep=True)
+def copied_tensors(case: Case, context: Context) -> Iterable[Finding]:
+    """Two matrices of different places hold the same bytes, and what is beside them differs: one was written over the
+    other. Training never makes two matrices equal. Where whole layers or modules are equal (a model made deeper by
+    copying layers, experts or prediction layers that begin as copies), or the same pair is equal in every layer, it is
+    a design, and a hint alone.
+    """
+    pairs = list(_equal_pairs(case, context))
+    equal = {frozenset(pair) for pair in pairs}
+    wrong = [pair for pair in pairs if not _is_design(pair, equal, case)]
+    designed = [pair for pair in pairs if pair not in wrong]
+    if wrong:
+        (first, second), names = wrong[0], tuple(dict.fromkeys(n for pair in wrong for n in pair))
+        text = f"{show(second)} holds the bytes of {show(first)}, and their neighbours differ: one is written over"
+        more = f"; {len(wrong) - 1} more such pairs: {fold(names)}" if len(wrong) > 1 else ""
+        yield Finding(
+            code="copied-tensors",
+            severity="changes-numbers",
+            text=text + more,
+            tensors=names,
+            evidence=tuple(f"{show(a)} = {show(b)}" for a, b in wrong[:3]),
+            recoverability=LOST,
+        )
+    if designed:
+        copies = tuple(dict.fromkeys(b for _, b in designed))
+        text = f"{len(copies)} matrices are copies of others, with all around them: {fold(copies)}"
+        first = tuple(f"{show(a)} = {show(b)}" for a, b in designed[:1])
+        yield Finding(code="copied-tensors", severity="cosmetic", text=text, tensors=copies, evidence=first)
+
+
+def _equal_pairs(case: Case, context: Context) -> Iterator[tuple[str, str]]:
+    """Matrices with the same bytes, two by two; a sample of each tells most apart."""
+    heads = set(heads_here(case))
+    groups: dict[object, list[tuple[str, LazyTensor]]] = {}
+    for name, entry in case.survey.entries.items():
+        if not is_matrix_of_layer(name, entry.tensor) or name in heads:
+            continue
+        try:
+            sample = sample_of(entry.tensor, context)
+        except ConvertError:
+            continue
+        if len(set(sample)) >= _LEAST_DISTINCT and 2 * sample.count(0.0) < len(sample):
+            groups.setdefault((entry.info, hash(tuple(sample))), []).append((name, entry.tensor))
+    for group in groups.values():
+        for (a, left), (b, right) in combinations(group[: _MOST_EQUAL * _MOST_EQUAL], 2):
+            try:
+                if left != right and context.equal(left, right):
+                    yield a, b
+            except ConvertError:
+                continue
+
+
+def _is_design(pair: tuple[str, str], equal: set[frozenset[str]], case: Case) -> bool:
+    """True where the modules around two equal matrices are mostly equal too, or every layer has the same pair."""
+    a, b = pair
+    if _NUMBER.sub("N", a) != _NUMBER.sub("N", b) and _is_in_every_layer(a, b, equal, case):
+        return True
+    for mine, theirs in _modules(a, b):
+        others = [n for n in case.survey.entries if n.startswith(mine) and n != a and _is_matrix(n, case)]
+        shared = [(n, theirs + n.removeprefix(mine)) for n in others]
+        shared = [(n, m) for n, m in shared if m in case.survey.entries]
+        if shared:
+            return 2 * sum(frozenset(each) in equal for each in shared) >= len(shared)
+    return not _NUMBER.search(a)  # nothing is beside them: modules that share a weight were saved twice
+
+
+def _modules(a: str, b: str) -> Iterator[tuple[str, str]]:
+    """Modules that hold the two under the same end, the smallest first."""
+    left, right = a.split("."), b.split(".")
+    for cut in range(1, min(len(left), len(right))):
+        if left[-cut:] != right[-cut:]:
+            break
+        yield ".".join(left[:-cut]) + ".", ".".join(right[:-cut]) + "."
+
+
+def _is_in_every_layer(a: str, b: str, equal: set[frozenset[str]], case: Case) -> bool:
+    """True where the same two places hold equal bytes in each of several layers."""
+    if _NUMBER.findall(a) != _NUMBER.findall(b):
+        return False
+    places = [n for n in case.survey.entries if _NUMBER.sub("N", n) == _NUMBER.sub("N", a)]
+    end = _numbered(b)
+    twins = [frozenset((n, _with_numbers(end, n))) for n in places]
+    return len(twins) > 1 and all(each in equal for each in twins)
+
+
+def _numbered(name: str) -> list[str]:
+    return _NUMBER.split(name)
+
+
+def _with_numbers(parts: list[str], like: str) -> str:
+    numbers = [*_NUMBER.findall(like), ""]
+    return "".join(f"{part}{number}" for part, number in zip(parts, numbers, strict=False))
+
+
+def _is_matrix(name: str, case: Case) -> bool:
+    return is_matrix_of_layer(name, case.survey.entries[name].tensor)
+
+
