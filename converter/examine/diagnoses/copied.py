@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import combinations
 
 from converter.core.context import Context
-from converter.core.tensors.nodes import LazyTensor
+from converter.core.tensors.nodes import LazyTensor, narrow
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import LOST, Case, Finding, diagnosis
 from converter.examine.diagnoses.heads import heads_here
 from converter.examine.diagnoses.odd_values import is_matrix_of_layer, sample_of
+from converter.families.quantised.reading import read
 from converter.text import fold, show
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 _LEAST_DISTINCT = 16
 """Of so many different values at least: of a few, equal matrices are chance or design, as identities are."""
+
+_LEAST_CODES, _SAMPLED = 128, 4096
+"""Bytes of codes or scales: of fewer, two are equal by chance; so many of the first are read."""
+
+_OWN_TO_EACH = frozenset({"weight", "qweight", "packed", "blocks", "scale", "scales", "absmax", "nested_absmax"})
+"""Parts of quantised weights, by what each is, that no two weights share; tables, orders and shapes are shared."""
 
 _MOST_EQUAL = 4
 """Of more matrices with the same bytes, the copies are somebody's design."""
@@ -55,16 +62,18 @@ def copied_tensors(case: Case, context: Context) -> Iterable[Finding]:
 def _equal_pairs(case: Case, context: Context) -> Iterator[tuple[str, str]]:
     """Matrices with the same bytes, two by two; a sample of each tells most apart."""
     heads = set(heads_here(case))
+    weights = read(case.shapes, case.config).weights
+    codes = {n for w, _ in weights for part, n in w.parts.items() if part in _OWN_TO_EACH}
     groups: dict[object, list[tuple[str, LazyTensor]]] = {}
     for name, entry in case.survey.entries.items():
-        if not is_matrix_of_layer(name, entry.tensor) or name in heads:
+        if name in heads or not (is_matrix_of_layer(name, entry.tensor) or (name in codes and _NUMBER.search(name))):
             continue
         try:
-            sample = sample_of(entry.tensor, context)
+            key = _codes(entry.tensor, context) if name in codes else _floats(entry.tensor, context)
         except ConvertError:
             continue
-        if len(set(sample)) >= _LEAST_DISTINCT and 2 * sample.count(0.0) < len(sample):
-            groups.setdefault((entry.info, hash(tuple(sample))), []).append((name, entry.tensor))
+        if key is not None:
+            groups.setdefault((entry.info, key), []).append((name, entry.tensor))
     for group in groups.values():
         for (a, left), (b, right) in combinations(group[: _MOST_EQUAL * _MOST_EQUAL], 2):
             try:
@@ -72,6 +81,21 @@ def _equal_pairs(case: Case, context: Context) -> Iterator[tuple[str, str]]:
                     yield a, b
             except ConvertError:
                 continue
+
+
+def _floats(tensor: LazyTensor, context: Context) -> int | None:
+    """What tells most matrices apart; None of one that has few different values."""
+    sample = sample_of(tensor, context)
+    is_telling = len(set(sample)) >= _LEAST_DISTINCT and 2 * sample.count(0.0) < len(sample)
+    return hash(tuple(sample)) if is_telling else None
+
+
+def _codes(tensor: LazyTensor, context: Context) -> int | None:
+    """The same of a part of a quantised weight, by its bytes."""
+    rows = tensor.info.shape[0] if tensor.info.shape else 0
+    head = narrow(tensor, 0, 0, min(rows, max(1, _SAMPLED * rows // max(1, tensor.info.nbytes)))) if rows else tensor
+    raw = context.read(head)
+    return hash(raw) if tensor.info.nbytes >= _LEAST_CODES and len(set(raw)) >= _LEAST_DISTINCT else None
 
 
 def _is_design(pair: tuple[str, str], equal: set[frozenset[str]], case: Case) -> bool:
@@ -117,6 +141,5 @@ def _with_numbers(parts: list[str], like: str) -> str:
 
 
 def _is_matrix(name: str, case: Case) -> bool:
-    return is_matrix_of_layer(name, case.survey.entries[name].tensor)
-
-
+    tensor = case.survey.entries[name].tensor
+    return is_matrix_of_layer(name, tensor) or tensor.info.nbytes >= _LEAST_CODES

@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from converter.converters.gate import expect_adapter_fits, expect_consistent, expect_whole
 from converter.converters.gather.gather import Gather
 from converter.core.checkpoint import ADAPTER, Checkpoint
 from converter.core.context import Context
@@ -17,6 +16,7 @@ from converter.diagnostic import Command, Steps
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.case import Case
 from converter.examine.diagnoses.values import ODD_VALUES
+from converter.examine.gate import expect_adapter_fits, expect_consistent, expect_whole
 from converter.sources.finding import sources
 from converter.sources.opening import open_recorded_base
 from converter.sources.survey import Fault, StoredTensor, Survey

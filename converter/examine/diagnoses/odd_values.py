@@ -118,6 +118,7 @@ def _finding(case: Case, text: str, numbers: Mapping[str, float], verb: str) -> 
 
 
 def is_matrix_of_layer(name: str, tensor: LazyTensor) -> bool:
+    """True for a weight of a layer that is stored as plain floats: no factor of LoRA, no embedding, no vector."""
     shape = tensor.info.shape
     is_matrix = len(shape) > 1 and min(shape) > 1 and LAYERS.search(name) is not None
     is_embedding = INPUT.search(name) is not None or OUTPUT.search(name) is not None

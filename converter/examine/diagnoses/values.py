@@ -88,9 +88,10 @@ def nonfinite(case: Case, context: Context) -> Iterable[Finding]:
 
 @diagnosis("zero-tensors", "model", "weights", deep=True)
 def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
-    """Whole matrices of a model are zero, heads apart, or an eighth of their rows or more in one stretch, or a norm that
-    is not zero in other layers: filled with zeros by a repair, or a save from a rank that did not hold them. (Biases, relative positions, buffers, and all
-    LoRA's B at the start are zero by design; an embedding's rows of tokens that nobody has may be.)
+    """Whole matrices of a model are zero, heads apart, or an eighth of their rows or more in one stretch, or a norm is
+    that is not zero in other layers: filled with zeros by a repair, or a save from a rank that did not hold them.
+    (Biases, relative positions, buffers, and all LoRA's B at the start are zero by design; an embedding's rows of
+    tokens that nobody has may be.)
     """
     heads = set(heads_here(case))
     found = _zero_parts(case, context)
@@ -131,14 +132,21 @@ _NEVER_ZERO = frozenset(
 )
 """Parts of a quantised weight by what each is: zero points, orders and layouts may be zero."""
 
+_MAY_BE_ZERO = frozenset({"qzeros", "zero"})
+"""Parts that are zero in every weight or in none."""
+
 
 def _zero_parts(case: Case, context: Context) -> list[str]:
     """Codes, scales and tables of quantised weights that are zero everywhere: the weight is zero, or noise."""
     if not case.shapes or not case.config:
         return []
-    parts = {n for w, _ in read(case.shapes, case.config).weights for k, n in w.parts.items() if k in _NEVER_ZERO}
+    weights = read(case.shapes, case.config).weights
+    parts = {n for w, _ in weights for k, n in w.parts.items() if k in _NEVER_ZERO}
     floats = {n for n in parts if case.shapes[n].dtype.is_float and LAYERS.search(n)}  # matrices, looked at as others
-    return [n for n, tensor in _stored(case) if n in parts - floats and context.is_zero(tensor)]
+    found = [n for n, tensor in _stored(case) if n in parts - floats and context.is_zero(tensor)]
+    zeros = {n for w, _ in weights for k, n in w.parts.items() if k in _MAY_BE_ZERO}
+    silent = [n for n, tensor in _stored(case) if n in zeros and is_zero(tensor, context)]
+    return [*found, *(silent if len(silent) < len(zeros) else ())]
 
 
 _FINAL_NORM = re.compile(r"(?:^|\.)(?:norm|final_norm|final_layer_?norm|ln_f)\.weight$", re.ASCII)
@@ -161,7 +169,7 @@ def _zero_norms(case: Case, context: Context) -> list[str]:
 
 def is_zero(tensor: LazyTensor, context: Context) -> bool:
     """True where all that a tensor is made of is zero; what is computed need not be."""
-    parts = [p for p in stored_parts(tensor) if p.info.dtype.is_float]
+    parts = list(stored_parts(tensor))
     return bool(parts) and all(map(context.is_zero, parts))
 
 

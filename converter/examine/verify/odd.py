@@ -9,8 +9,8 @@ from converter.core.files import sparse
 from converter.diagnostic import Command, as_argument
 from converter.examine.verify.check import Check, fails
 
-CODES = ("nonfinite", "zero-tensors", "suspicious-values", "copied-tensors")
-"""Diagnoses of values alone."""
+CODES = ("quantised-incomplete", "nonfinite", "zero-tensors", "suspicious-values", "copied-tensors")
+"""Diagnoses of values, and of what says how quantised ones are read."""
 
 
 def check_values(folder: str, root: Path) -> list[Check]:

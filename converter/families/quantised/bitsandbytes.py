@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from converter.core.context import Context
@@ -126,6 +128,7 @@ def whole_four_bit(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType
         nested, size = parts["nested_absmax"], state["nested_blocksize"]
         if nested.info.numel != -(-absmax.info.numel // size):
             raise _refused(weight, f"its absmax is in blocks of {size}, and {nested.info.numel} of them are there")
+        _expect_ordered(weight, parts["nested_quant_map"], context)
         absmax = nodes.apply(
             kernels.DEQUANTISE_ABSMAX,
             [absmax, nodes.reshape(nested, (nested.info.numel,)), parts["nested_quant_map"]],
@@ -133,6 +136,19 @@ def whole_four_bit(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType
         )
     params: dict[str, Any] = {"table": table, "block": block, "first": 0, "shape": tuple(shape), "out": own.value}
     return nodes.cast(nodes.apply(kernels.DEQUANTISE_FOUR_BIT, [packed, absmax], params), dtype)
+
+
+def _expect_ordered(weight: Weight, table: LazyTensor, context: Context) -> None:
+    """Every table that bitsandbytes makes for the scales of scales goes up.
+
+    Raises:
+        Refused: this one does not (`quantised-incomplete`).
+    """
+    if table.info.dtype is not DType.F32:
+        return
+    numbers = struct.unpack(f"<{_CODES}f", context.read(table))
+    if not all(a < b for a, b in pairwise(numbers)):
+        raise _refused(weight, "its nested_quant_map does not go up, as each of bitsandbytes' tables does")
 
 
 def _bytes(weight: Weight, packed: LazyTensor) -> LazyTensor:

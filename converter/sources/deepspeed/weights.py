@@ -14,7 +14,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.sources.deepspeed.experts import expert_weights, placed_in_order, router_aliases
 from converter.sources.deepspeed.layout import frozen_tensors, trained_shapes, trained_tensors
 from converter.sources.deepspeed.state import Shards, expect_one_step
-from converter.text import show
+from converter.text import fold, show
 
 WRAPPED = "pretrained_model."
 """What TRL's value-head wrapper puts before the names of the model in it."""
@@ -58,6 +58,7 @@ def read_weights(shards: Shards, *, master: bool = False) -> Weights:
         shared |= {a: n for a, n in router_aliases(shards).items() if a in held and n in held}
     has_shapes = shards.stage > 0
     trained = frozenset(n for g in trained_shapes(shards) for n in g) if has_shapes else None
+    _expect_same_names(shards, held, trained or frozenset(), shared)
     computed: dict[str, LazyTensor] = {}
     if shards.stage == 3:
         expect_one_step(shards, [r for r in range(shards.ranks) if r in shards.files.models])
@@ -102,6 +103,29 @@ def _named_as_parameters(shards: Shards, held: Mapping[str, LazyTensor]) -> dict
     if not any(n.startswith(WRAPPED) for n in known):
         return dict(held)
     return {WRAPPED + n if n not in known and WRAPPED + n in known else n: t for n, t in held.items()}
+
+
+def _expect_same_names(
+    shards: Shards, held: Mapping[str, LazyTensor], trained: frozenset[str], shared: Mapping[str, str]
+) -> None:
+    """Refuse a list of parameters that is another model's: it names what the module lacks, and the module has others.
+
+    A module whose `state_dict` leaves parameters out lacks some, and has none too many.
+
+    Raises:
+        Refused: both have names that the other lacks (`zero-malformed`).
+    """
+    lacks = trained - held.keys()
+    if not lacks or shards.experts:
+        return
+    model = shards.model()
+    frozen = {n for names in _mappings(model.get("frozen_param_shapes")) for n in names}
+    buffers = model.get("buffer_names")
+    known = trained | frozen | shared.keys() | set(shared.values()) | set(buffers if isinstance(buffers, list) else ())
+    left = [n for n in held if n not in known]
+    if left:
+        text = f"param_shapes has {fold(sorted(lacks))}, which the module lacks; it holds {fold(left)}"
+        raise shards.refuse("zero-malformed", text, file=shards.model_file())
 
 
 def _mappings(value: object) -> list[Mapping[object, object]]:
