@@ -55,8 +55,8 @@ def copied_tensors(case: Case, context: Context) -> Iterable[Finding]:
     if designed:
         copies = tuple(dict.fromkeys(b for _, b in designed))
         text = f"{len(copies)} matrices are copies of others, with all around them: {fold(copies)}"
-        first = tuple(f"{show(a)} = {show(b)}" for a, b in designed[:1])
-        yield Finding(code="copied-tensors", severity="cosmetic", text=text, tensors=copies, evidence=first)
+        shown = tuple(f"{show(a)} = {show(b)}" for a, b in designed[:1])
+        yield Finding(code="copied-tensors", severity="cosmetic", text=text, tensors=copies, evidence=shown)
 
 
 def _equal_pairs(case: Case, context: Context) -> Iterator[tuple[str, str]]:
