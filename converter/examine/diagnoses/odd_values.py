@@ -14,7 +14,7 @@ from converter.core.tensors.nodes import LazyTensor, narrow, reshape
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.heads import heads_here
-from converter.examine.diagnoses.values import LAYERS, is_zero, odd_values
+from converter.examine.diagnoses.values import LAYERS, has_zero_part, is_zero, odd_values
 from converter.families.factors import factor_in_name
 from converter.families.words import INPUT, LORA_PAIR, OUTPUT
 from converter.text import fold, show
@@ -90,11 +90,16 @@ def _silent_factors(case: Case, context: Context) -> Iterable[Finding]:
         if match is not None and is_trained and match["kind"] not in _PRUNED:
             groups.setdefault((_NUMBER.sub("N", match["module"]), match["kind"]), []).append(name)
     silent: list[str] = []
+    cut: list[str] = []
     for (module, kind), names in groups.items():
         zeros = [n for n in names if is_zero(case.survey.entries[n].tensor, context)]
         is_alone = len(zeros) < len(names) and ".experts." not in f".{module}."
         if is_alone or kind == LORA_PAIR[0]:
             silent += zeros
+        cut += [n for n in names if n not in zeros and has_zero_part(case.survey.entries[n].tensor, context)]
+    if cut:
+        text = f"{len(cut)} factors have a rank's part that is zero: {fold(cut)}"
+        yield _finding(case, text, dict.fromkeys(cut, 0.0), "is in part")
     if silent:
         text = f"{len(silent)} factors are zero, so their modules do nothing: {fold(silent)}"
         yield _finding(case, text, dict.fromkeys(silent, 0.0), "is")

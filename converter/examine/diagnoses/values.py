@@ -10,7 +10,7 @@ from pathlib import Path
 from converter.converters.heads.read import values
 from converter.core.context import MAX_READ, Context
 from converter.core.tensors.byte_runs import byte_runs, stored_parts
-from converter.core.tensors.nodes import LazyTensor, narrow
+from converter.core.tensors.nodes import Cast, Concat, LazyTensor, Reshape, narrow, reshape
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.heads import heads_here
@@ -96,16 +96,22 @@ def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
     heads = set(heads_here(case))
     found = _zero_parts(case, context)
     parts: dict[str, tuple[int, int]] = {}
+    cut: list[str] = []
     for name, tensor in _stored(case):
         is_matrix = len(tensor.info.shape) > 1 and min(tensor.info.shape) > 1 and LAYERS.search(name)
         if not is_matrix or not tensor.info.dtype.is_float or name in heads or ".lora_" in name:
             continue
         if is_zero(tensor, context):
             found.append(name)
-        elif not name.startswith(OUTPUT_MODULES) and "embed" not in name and (rows := _zero_rows(tensor, context)):
+        elif name.startswith(OUTPUT_MODULES) or "embed" in name:
+            continue  # rows of tokens that nobody has
+        elif rows := _zero_rows(tensor, context):
             parts[name] = rows
+        elif has_zero_part(tensor, context) or _has_zero_columns(tensor, context):
+            cut.append(name)
     norms = _zero_norms(case, context)
     texts = {
+        f"{len(cut)} matrices have a stretch of columns, or a rank's part, that is zero: {fold(cut)}": cut,
         f"{len(found)} matrices are zero everywhere: {fold(found)}": found,
         f"{len(norms)} norms are zero, and those at their place in other layers are not: {fold(norms)}": norms,
         f"{len(parts)} matrices have rows of zeros in one stretch: {fold(parts)}": list(parts),
@@ -184,6 +190,45 @@ def _zero_rows(tensor: LazyTensor, context: Context) -> tuple[int, int] | None:
         return None
     last = next((k for k in range(zero[0], _PARTS) if k not in zero), _PARTS)
     return zero[0] * height, rows if last == _PARTS else last * height
+
+
+_LEAST_PART = 16
+"""Values of a rank's part, and of columns in the rows that are read: of fewer, zeros may be chance."""
+
+
+def has_zero_part(tensor: LazyTensor, context: Context) -> bool:
+    """True where one of the ranks' parts that a tensor is made of is zero, and others are not."""
+    parts = [p for p in stored_parts(tensor) if p.info.numel >= _LEAST_PART and p.info.dtype.is_float]
+    if len(parts) < 2:
+        parts = _pieces(tensor)
+    zero = [context.is_zero(p) for p in parts]
+    return any(zero) and not all(zero)
+
+
+def _pieces(tensor: LazyTensor) -> list[LazyTensor]:
+    """What lies in several places of files, and reads as one."""
+    while isinstance(tensor, Reshape | Cast):
+        tensor = tensor.source
+    parts = tensor.parts if isinstance(tensor, Concat) else ()
+    return [p for p in parts if p.info.numel >= _LEAST_PART and byte_runs(p) is not None]
+
+
+def _has_zero_columns(tensor: LazyTensor, context: Context) -> bool:
+    """True where an eighth of the columns or more, in one stretch, are zero in each of the rows that are read."""
+    rows, columns = tensor.info.shape[0], tensor.info.numel // max(1, tensor.info.shape[0])
+    width = columns // _PARTS
+    read = sorted({round(k * (rows - 1) / (_PARTS - 1)) for k in range(_PARTS)})
+    if not width or width * len(read) < _LEAST_PART:
+        return False
+    try:
+        flat = reshape(tensor, (tensor.info.numel,))
+        held = [values(narrow(flat, 0, row * columns, min(columns, MAX_READ // 8)), context) for row in read]
+    except ConvertError:
+        return False
+    held = [row for row in held if any(row)]  # a row of zeros says nothing of columns
+    if len(held) * width < _LEAST_PART or len(held) <= len(read) // 2:
+        return False
+    return any(not any(any(row[k * width : (k + 1) * width]) for row in held) for k in range(len(held[0]) // width))
 
 
 def _head_weights(case: Case) -> dict[str, LazyTensor]:

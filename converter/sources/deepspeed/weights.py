@@ -59,6 +59,7 @@ def read_weights(shards: Shards, *, master: bool = False) -> Weights:
     has_shapes = shards.stage > 0
     trained = frozenset(n for g in trained_shapes(shards) for n in g) if has_shapes else None
     _expect_same_names(shards, held, trained or frozenset(), shared)
+    _expect_same_shapes(shards, held)
     computed: dict[str, LazyTensor] = {}
     if shards.stage == 3:
         expect_one_step(shards, [r for r in range(shards.ranks) if r in shards.files.models])
@@ -69,9 +70,6 @@ def read_weights(shards: Shards, *, master: bool = False) -> Weights:
     if shards.stage == 3 or unsaved or (master and (shards.stage or not _all_fp32(held))):
         for name, tensor in trained_tensors(shards).items():
             like = held.get(name)
-            if shards.stage < 3 and like is not None and like.info.shape != tensor.info.shape:
-                text = f"{show(name)} is {list(tensor.info.shape)} in param_shapes, and not so in the module"
-                raise shards.refuse("zero-sizes", text, file=shards.model_file())
             if shards.stage == 3 or master or name in unsaved:
                 computed[name] = tensor if master else tensors.cast(tensor, training_dtype(shards, like))
     names = dict.fromkeys([*held, *computed, *shared])
@@ -126,6 +124,20 @@ def _expect_same_names(
     if left:
         text = f"param_shapes has {fold(sorted(lacks))}, which the module lacks; it holds {fold(left)}"
         raise shards.refuse("zero-malformed", text, file=shards.model_file())
+
+
+def _expect_same_shapes(shards: Shards, held: Mapping[str, LazyTensor]) -> None:
+    """Refuse a list of parameters with other shapes than the module's; placeholders of ZeRO-3 have none.
+
+    Raises:
+        Refused: one is not what is listed (`zero-sizes`).
+    """
+    for group in trained_shapes(shards) if shards.stage else ():
+        for name, shape in group.items():
+            found = held[name].info.shape if name in held else shape
+            if found not in (tuple(shape), (0,)):
+                text = f"{show(name)} is {list(shape)} in param_shapes, and {list(found)} in the module"
+                raise shards.refuse("zero-sizes", text, file=shards.model_file())
 
 
 def _mappings(value: object) -> list[Mapping[object, object]]:
