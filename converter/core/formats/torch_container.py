@@ -44,13 +44,18 @@ class Record:
 
 @dataclass(frozen=True)
 class Container:
-    """A torch file taken apart: what its pickle says, and the bytes of its storages by key."""
+    """A torch file taken apart: what its pickle says, and the bytes of its storages by key.
+
+    Attributes:
+        saved_as: the file's name without its end when torch saved it, where a zip says; else empty.
+    """
 
     path: Path
     pickle: PickleValue
     storages: dict[str, Record]
     identity: Identity
     digest: str
+    saved_as: str = ""
 
 
 def read_container(path: Path, *, root: Path | None = None, is_shared: bool = False) -> Container:
@@ -74,7 +79,14 @@ def read_container(path: Path, *, root: Path | None = None, is_shared: bool = Fa
             raise _not_torch(path, start)
     finally:
         os.close(fd)
-    return Container(path, pickled, storages, Identity.of(status), digest)
+    saved_as = _first_name(start) if start.startswith(b"PK") else ""
+    return Container(path, pickled, storages, Identity.of(status), digest, saved_as)
+
+
+def _first_name(start: bytes) -> str:
+    """The folder that a zip's first record is in: torch takes the file's name for it."""
+    (length,) = struct.unpack_from("<H", start, 26)
+    return start[30 : 30 + length].partition(b"/")[0].decode("utf-8", "replace")
 
 
 def record_sizes(path: Path, *, root: Path | None = None) -> list[int]:

@@ -182,14 +182,15 @@ def is_zero(tensor: LazyTensor, context: Context) -> bool:
 def _zero_rows(tensor: LazyTensor, context: Context) -> tuple[int, int] | None:
     """The first stretch of rows, in eighths of the matrix, that are zero; None where there is none."""
     rows = tensor.info.shape[0]
-    height = rows // _PARTS
-    if height < _LEAST_ROWS or byte_runs(tensor) is None:
+    height = max(_LEAST_ROWS, rows // _PARTS)
+    count = rows // height
+    if count < 2 or height * tensor.info.numel // rows < _LEAST_PART or byte_runs(tensor) is None:  # noqa: PLR2004
         return None
-    zero = [k for k in range(_PARTS) if context.is_zero(narrow(tensor, 0, k * height, height))]
+    zero = [k for k in range(count) if context.is_zero(narrow(tensor, 0, k * height, height))]
     if not zero:
         return None
-    last = next((k for k in range(zero[0], _PARTS) if k not in zero), _PARTS)
-    return zero[0] * height, rows if last == _PARTS else last * height
+    last = next((k for k in range(zero[0], count) if k not in zero), count)
+    return zero[0] * height, rows if last == count else last * height
 
 
 _LEAST_PART = 16

@@ -76,6 +76,9 @@ class Shards:
         """What a file holds."""
         if file not in self._opened:
             read = read_torch_file(self.folder / file, root=self.folder)
+            if read.other_name:
+                text = f"it was saved as {show(read.other_name)}: another rank's file, renamed or copied over this one"
+                raise self.refuse("zero-mixed", text, file=file)
             self._opened[file] = read.value
             self.checks += read.checks
             self.inputs[str((self.folder / file).absolute())] = read.identity

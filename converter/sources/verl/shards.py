@@ -88,6 +88,9 @@ class Ranks:
     def open(self, file: str) -> dict[Any, Any]:
         """The dictionary in a file. It is not kept: of hundreds of ranks only what their tensors are made of stays."""
         read = read_torch_file(self.folder / file, root=self.folder)
+        if read.other_name:
+            text = f"it was saved as {show(read.other_name)}: another rank's file, renamed or copied over this one"
+            raise self.refuse("verl-mixed", text, file=file)
         if not isinstance(read.value, dict):
             raise self.refuse("verl-malformed", "the file holds no dictionary", file=file)
         path = str((self.folder / file).absolute())
