@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from converter.examine.diagnoses.case import Finding
     from converter.examine.doctor import Report
     from converter.examine.verify.verify import Verified
+    from converter.recipe.progress import progress
     from converter.recipe.recipe import Recipe, load_recipe
     from converter.recipe.verbs.adapters import convert_lora, extract_lora, prune_lora
     from converter.recipe.verbs.average import average, interpolate
@@ -104,6 +105,7 @@ _HOME = {
     "merge_lora": "recipe.verbs.merge",
     "open": "recipe.verbs.open",
     "plan": "recipe.verbs.run",
+    "progress": "recipe.progress",
     "prune_lora": "recipe.verbs.adapters",
     "push": "recipe.verbs.push",
     "repair": "recipe.verbs.repair",
@@ -174,6 +176,7 @@ __all__ = [
     "merge_lora",
     "open",
     "plan",
+    "progress",
     "prune_lora",
     "push",
     "repair",

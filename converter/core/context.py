@@ -34,6 +34,10 @@ Note = Diagnostic
 """Something that the user should know of this run; `changes-numbers` says that results may differ from training."""
 
 
+def _unheard(count: int, tensor: str) -> None:
+    """Nothing."""
+
+
 @dataclass
 class Context:
     """What a converter is called with; holds the user's consents and collects notes and evidence.
@@ -44,6 +48,7 @@ class Context:
         consents: codes that were needed and given, with what was refused otherwise.
         evidence: what was read at planning time and what it showed; part of the plan's fingerprint.
         evaluate: gives the bytes of a computed tensor; None where nothing may be computed while planning.
+        heard: is told of values that were read: how many bytes, of which tensor.
     """
 
     allow: frozenset[str] = frozenset()
@@ -51,6 +56,7 @@ class Context:
     consents: dict[str, str] = field(default_factory=dict)
     evidence: list[str] = field(default_factory=list)
     evaluate: Callable[[LazyTensor], bytes] | None = None
+    heard: Callable[[int, str], None] = _unheard
     _kept: dict[str, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def note(self, severity: Severity, code: str, text: str) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from converter.blanks import without_blanks
 from converter.core.context import Context
 from converter.core.files import sparse
 from converter.core.files.names import ADAPTER_CONFIG
+from converter.core.writer.reporter import Reporter, Silent
 from converter.diagnostic import Command, Severity
 from converter.dialects.known import trainers
 from converter.errors import ConvertError, Refused, UsageError
@@ -27,6 +28,7 @@ from converter.examine.diagnoses.causes import one_per_cause, with_steps
 from converter.examine.diagnoses.faults import NOT_READ_HERE, undocumented
 from converter.examine.diagnoses.gathered import as_written, gathered_of
 from converter.examine.diagnoses.script import read_launch
+from converter.examine.diagnoses.values import stored
 from converter.plugins import DIAGNOSES, loaded
 from converter.sources.finding import FindsPlaces, Source, kind_of, nothing_in, sources
 from converter.sources.hf.loose import survey_files
@@ -43,7 +45,7 @@ MOST_NEAR = 64
 MOST_LISTED = 4000
 """Entries of a folder that are looked at: a home folder or a bucket's mount may have any number."""
 
-_OF_VALUES = ("zero-tensors", "suspicious-values")
+_OF_VALUES = ("zero-tensors", "suspicious-values", "copied-tensors")
 """Diagnoses of values that know a model by its names: of a trainer's state they look at what would be gathered."""
 
 RUN_FOLDER = re.compile(r"(?:tmp-)?(?:checkpoint|global_step|step|epoch|iter)[-_]?\d+(?:_hf)?", re.ASCII)
@@ -85,6 +87,7 @@ class DoctorRequest:
     revision: str | None = None
     launch: str | None = None
     resume_on: int | None = None
+    reporter: Reporter = field(default_factory=Silent)
 
 
 @cache
@@ -116,13 +119,17 @@ def examine(asked: DoctorRequest) -> Report:
     if unknown:
         raise UsageError("unknown-code", f"no diagnosis has the code {show(unknown[0])}", next=Command("explain"))
     case = case_of(asked)
-    context = Context()
+    context = Context(heard=asked.reporter.advance)
+    if asked.deep:
+        asked.reporter.start(sum(tensor.info.nbytes for _, tensor in stored(case)), 0)
     findings: list[Finding] = []
     if case.kind == "training":
         case.survey.faults += gathered_of(case).faults
     written = as_written(case) if case.deep and case.kind == "training" else None
     for each in known.values():
         if each.code not in asked.ignore:
+            if each.deep:
+                asked.reporter.checking(each.code)
             findings += each(case, context)
             findings += each(written, context) if written is not None and each.code in _OF_VALUES else []
     findings += [f for f in undocumented(case, known) if f.code not in asked.ignore]

@@ -123,7 +123,8 @@ class Sender(abc.ABC):
         path.unlink()
 
     def _skip(self, shard: ShardPlan, *, resumed: bool) -> None:
-        self.work.knobs.reporter.advance(shard.size, "")
+        if not resumed:
+            self.work.knobs.reporter.advance(shard.size, "")
         self.work.knobs.reporter.shard_done(shard.file, shard.size, resumed)
 
 
@@ -171,7 +172,7 @@ def send_plan(
             content = receipt_content(plan, measures, sender.lines, verified=knobs.verify)
             beside = _beside(plan, files, content)
             files.check_unchanged()
-        knobs.reporter.checking()
+        knobs.reporter.checking("what was sent")
         finished = finish(sender, content, beside)
         stage.discard()
     except BaseException as error:

@@ -140,7 +140,7 @@ def push(
             # It may have landed, its answer lost: the next round looks before it sends anything.
             time.sleep(FIRST_WAIT * 2**attempt)
             continue
-        reporter.checking()
+        reporter.checking("what the repository holds")
         _expect_there(api, wanted, where, made.oid)
         return Pushed(str(made.pr_url or made.commit_url), made.oid, tuple(f.name for f in differing))
     raise Refused("hub-unreachable", "the Hub did not take the commit", where=show(where.repo_id), next="try again")

@@ -361,7 +361,7 @@ def test_bytes_that_went_wrong_on_the_disk_are_found_before_publication(
     found = entry(plan, tensor)
 
     class Rotting(Quiet):
-        def checking(self) -> None:
+        def checking(self, what: str) -> None:
             with (tmp_path / "out.partial" / shard.file).open("r+b") as file:
                 file.seek(found.offset)
                 rotten = bytes(b ^ 0x40 for b in file.read(found.length))
@@ -379,7 +379,7 @@ def test_bytes_that_went_wrong_on_the_disk_are_found_before_publication(
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "config.json", "model-00002-of-00002.safetensors"])
 def test_a_file_that_was_cut_on_the_disk_is_found_before_publication(model: Path, tmp_path: Path, name: str) -> None:
     class Cutting(Quiet):
-        def checking(self) -> None:
+        def checking(self, what: str) -> None:
             path = tmp_path / "out.partial" / name
             os.truncate(path, path.stat().st_size - 1)
 

@@ -59,7 +59,7 @@ def test_overwrite_leaves_the_old_output_in_place_until_the_new_one_is_whole(pla
     before = tree(tmp_path / "out")
 
     class Looking(Quiet):
-        def checking(self) -> None:
+        def checking(self, what: str) -> None:
             assert tree(tmp_path / "out") == before
             raise KeyboardInterrupt
 

@@ -31,7 +31,7 @@ def test_a_file_that_was_changed_in_place_is_found_before_publication(
     checkpoint = checkpoint.replace(config={**checkpoint.config, "vocab_size": 9})
 
     class Changing(Quiet):
-        def checking(self) -> None:
+        def checking(self, what: str) -> None:
             path = tmp_path / "out.partial" / name
             content = path.read_bytes()
             assert content.count(old) == 1

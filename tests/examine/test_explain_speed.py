@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -91,11 +92,12 @@ def test_of_a_large_file_it_is_told_how_far_it_is_read(
 ) -> None:
     from converter.cli import main
     from converter.cli.tell import explain
+    from converter.recipe import progress
 
     monkeypatch.setattr(explain, "_LARGE", 1_000_000)
-    monkeypatch.setattr(explain, "_BETWEEN", 0.0)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     (tmp_path / "train.log").write_bytes(metrics(2_500_000))
     assert main(["explain", str(tmp_path / "train.log")]) == 0
-    assert capsys.readouterr().err.splitlines()[-1] == "read 2.5 MB of 2.5 MB"
+    assert re.fullmatch(r"2.5 MB of 2.5 MB  \S+ \S+/s  reading", capsys.readouterr().err.splitlines()[-1])
     assert main(["explain", str(tmp_path / "train.log"), "-q"]) == 0
     assert capsys.readouterr().err == ""

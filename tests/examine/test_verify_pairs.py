@@ -148,7 +148,7 @@ def test_scores_of_a_model_that_memory_does_not_hold_are_the_same(scored: tuple[
     held = side(reading, "last-non-pad")
     streamed = Scored(Reference(reading, held=0), held.tokenizer, held.pooling, held.pad)
     told: list[str] = []
-    found = read_pairs(pairs, 200)
+    found = read_pairs(str(pairs), 200)
     checks, table = check_pairs(found, streamed, held, told=told.append)
     assert [c.outcome for c in checks] == ["holds", "holds"]
     assert [r["chosen"] for r in table] == pytest.approx([r["source_chosen"] for r in table], abs=1e-12)

@@ -65,7 +65,7 @@ class Quiet:
     def shard_done(self, file: str, size: int, resumed: bool) -> None:
         (self.resumed if resumed else self.written).append(file)
 
-    def checking(self) -> None:
+    def checking(self, what: str) -> None:
         pass
 
 

@@ -46,10 +46,13 @@ class Answers:
             return self._lfs_content(match[1], match[2])
         if path in ("/lfs-complete", "/lfs-verify"):
             return self._lfs_done(path)
+        of_data = "datasets/" if path.startswith(("/api/datasets/", "/datasets/")) else ""
+        if of_data:
+            path = path.replace("/api/datasets/", "/api/models/", 1) if path.startswith("/api") else path[9:]
         for pattern, answer in _ROUTES:
             match = re.fullmatch(pattern, path)
             if match:
-                repo = hub.repos.get(match["repo"])
+                repo = hub.repos.get(of_data + match["repo"])
                 if repo is None or (repo.private and not signed_in):
                     return _error(404 if signed_in else 401, "RepoNotFound")
                 writes = answer in ("_commit", "_preupload", "_batch", "_may_write", "_branch", "_xet_token")

@@ -49,7 +49,10 @@ ENVIRONMENTS = {
             ("transformers==4.47.1", "accelerate==1.1.1", "datasets==3.2.0"),
         ),
         Environment(
-            "trl", "trl@1.12.0", ("trl==1.12.0",), ("transformers==5.15.0", "accelerate==1.15.0", "datasets==4.8.4")
+            "trl",
+            "trl@1.12.0",
+            ("trl==1.12.0", "peft==0.21.2"),
+            ("transformers==5.15.0", "accelerate==1.15.0", "datasets==4.8.4"),
         ),
         Environment(
             "trl-0.28",

@@ -26,10 +26,10 @@ from converter.cli.run.planned import (
 from converter.diagnostic import Next
 from converter.errors import Interrupted, Refused, UsageError
 from converter.publish.outputs import goes_to_hub, is_remote
+from converter.recipe.progress import Bar, Lines
 from converter.recipe.verbs.conversion import SUFFIX, Conversion
 
 if TYPE_CHECKING:
-    from converter.core.writer.reporter import Reporter
     from converter.recipe.recipe import Recipe
 
 V = TypeVar("V")
@@ -82,14 +82,15 @@ def _report(done: Conversion, options: Flags, next_commands: Callable[[Any], Seq
 
 def written(verb: Callable[..., V], out: str | None, options: Flags, *, input_lines: Callable[[Any], list[str]]) -> V:
     """Plan, show the plan and write."""
-
-    def show_plan(planned: Conversion) -> None:
-        options.sink.screen(input_lines(planned))
-        lines = plan_lines if planned.adapter is None else plans_of_two
-        options.sink.screen(lines(planned, verbose=options.verbose))
-        options.sink.screen(hub_lines(planned))
-
     with running(out, options) as reporter:
+
+        def show_plan(planned: Conversion) -> None:
+            reporter.hide()
+            options.sink.screen(input_lines(planned))
+            lines = plan_lines if planned.adapter is None else plans_of_two
+            options.sink.screen(lines(planned, verbose=options.verbose))
+            options.sink.screen(hub_lines(planned))
+
         return verb(**options.knobs(reporter, show_plan))
 
 
@@ -102,7 +103,7 @@ def print_recipe(recipe: Recipe, options: Flags) -> None:
 
 
 @contextmanager
-def running(out: str | None, options: Flags) -> Iterator[Reporter]:
+def running(out: str | None, options: Flags) -> Iterator[Bar | Lines]:
     """What hears how a run goes on; errors of the run get what the command line knows.
 
     Raises:

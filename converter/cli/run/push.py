@@ -10,25 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import line, next_lines
 from converter.cli.options import Reading
-from converter.cli.progress import Lines, progress
+from converter.cli.progress import progress
 from converter.diagnostic import Command
+from converter.recipe.progress import Bar, Lines
 from converter.recipe.verbs import push as verb
 from converter.recipe.verbs.push import Push
 from converter.text import fold, format_size, show
 
 if TYPE_CHECKING:
     from converter.cli.sink import Sink
-    from converter.core.writer.reporter import Reporter
 
 
 def push(folder: str, repo: str, options: Reading, **knobs: Any) -> int:
     """Push a folder."""
     sink = options.sink
     with _telling(sink) as (reporter, client_bars):
-        done = verb.push(
-            folder, repo, reporter=reporter, client_bars=client_bars, **knobs,
-            on_plan=lambda planned: sink.screen(_plan(planned, public=knobs.get("public", False))),
-        )  # fmt: skip
+
+        def show_plan(planned: Push) -> None:
+            reporter.hide()
+            sink.screen(_plan(planned, public=knobs.get("public", False)))
+
+        done = verb.push(folder, repo, reporter=reporter, client_bars=client_bars, on_plan=show_plan, **knobs)
     assert done.manifest is not None
     if done.pushed is None:
         sink.screen(["dry run: nothing sent"])
@@ -51,9 +53,14 @@ def push(folder: str, repo: str, options: Reading, **knobs: Any) -> int:
 class _ThenLines:
     """A bar while files are read, and lines while they are sent."""
 
-    def __init__(self, reading: Reporter, sending: Reporter) -> None:
-        self._now, self._next = reading, sending
+    def __init__(self, reading: Bar | Lines, sending: Lines) -> None:
+        self._now: Bar | Lines = reading
+        self._next = sending
         self._starts = 0
+
+    def hide(self) -> None:
+        """Hand it on."""
+        self._now.hide()
 
     def start(self, total_bytes: int, shards: int) -> None:
         """The first start is that of reading, the second of sending."""
@@ -70,13 +77,13 @@ class _ThenLines:
         """Hand it on."""
         self._now.shard_done(file, size, resumed)
 
-    def checking(self) -> None:
+    def checking(self, what: str) -> None:
         """Hand it on."""
-        self._now.checking()
+        self._now.checking(what)
 
 
 @contextmanager
-def _telling(sink: Sink) -> Iterator[tuple[Reporter, bool]]:
+def _telling(sink: Sink) -> Iterator[tuple[Bar | Lines | _ThenLines, bool]]:
     """What tells how far it is, and whether the client's bars stay on.
 
     Where files go by chunks (xet) they are not read through us: on a terminal the client's bars then say how far each
@@ -86,7 +93,7 @@ def _telling(sink: Sink) -> Iterator[tuple[Reporter, bool]]:
         if sink.quiet or sink.as_json or not sys.stderr.isatty() or not _goes_by_chunks():
             yield reporter, False
         else:
-            yield _ThenLines(reporter, Lines(sink)), True
+            yield _ThenLines(reporter, Lines(sink.tell)), True
 
 
 def _goes_by_chunks() -> bool:

@@ -26,10 +26,12 @@ def reshard_state(asked: ReshardRequest, out: str | None, options: Conversion) -
     if out is None and not options.dry_run:
         raise missing_output()
 
-    def show_plan(planned: ReshardedState) -> None:
-        _show_plan(asked, planned, options)
-
     with running(out, options) as reporter:
+
+        def show_plan(planned: ReshardedState) -> None:
+            reporter.hide()
+            _show_plan(asked, planned, options)
+
         done = verb.reshard_state(
             asked.src,
             out,

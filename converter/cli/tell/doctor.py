@@ -28,6 +28,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.lines import line, next_lines, wrapped_step
+from converter.cli.progress import progress
 from converter.cli.report.asked import expect_report
 from converter.cli.report.writing import write_report
 from converter.diagnostic import is_command
@@ -60,7 +61,8 @@ def doctor(path: str, fail_on: str, options: Display, *, report_to: str | None =
     from converter.recipe.verbs.doctor import doctor
 
     expect_report(report_to)
-    report = doctor(path, **knobs)
+    with progress(options.sink) as reporter:
+        report = doctor(path, reporter=reporter, **knobs)
     code = 1 if at_or_above(fail_on, report.findings) else 0
     options.sink.screen([*screen(report, verbose=options.verbose), _verdict(report, code)])
     options.sink.json(to_json(report))

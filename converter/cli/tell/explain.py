@@ -6,7 +6,6 @@ import os
 import stat
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ from converter.diagnostic import Command, Next
 from converter.errors import UsageError
 from converter.recipe.verbs import explain as verb
 from converter.recipe.verbs.explain import Explanation, Messages, known_codes
-from converter.text import format_size
 
 if TYPE_CHECKING:
     from converter.cli.options import Display
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 20
 _LARGE = 64 << 20
 """Bytes of a file from which on it is told how far it is read."""
-
-_BETWEEN = 5.0
-"""Seconds between two lines about that."""
 _WORDS = {"error": "ERROR", "changes-numbers": "NUMBERS", "cosmetic": "harmless"}
 
 
@@ -58,19 +53,16 @@ def explain(subject: str | None, fail_on: str | None, options: Speaking) -> int:
 def _progress(options: Speaking) -> Iterator[Callable[[int, int], object]]:
     """Of a large file how far it is read: a bar on a terminal, elsewhere a line now and then."""
     with progress(options.sink) as reporter:
-        done, told = 0, time.monotonic()
+        is_begun = False
 
         def on_read(count: int, size: int) -> None:
-            nonlocal done, told
+            nonlocal is_begun
             if size < _LARGE:
                 return
-            if done == 0:
+            if not is_begun:
                 reporter.start(size, 1)
-            done += count
+                is_begun = True
             reporter.advance(count, "reading")
-            if not sys.stderr.isatty() and time.monotonic() - told >= _BETWEEN:
-                told = time.monotonic()
-                options.sink.tell(f"read {format_size(done)} of {format_size(size)}")
 
         yield on_read
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from converter.blanks import without_blanks
+from converter.cli.progress import progress
 from converter.cli.report.asked import expect_report
 from converter.cli.report.writing import write_report
 from converter.diagnostic import Command, Next, as_argument, commands
@@ -25,7 +26,8 @@ def verify(folder: str, options: Display, *, report_to: str | None = None, **kno
     """Verify a folder; exit code 0, or 4 where a check fails."""
     expect_report(report_to)
     sink = options.sink
-    found = verb.verify(folder, told=sink.tell, **knobs)
+    with progress(sink) as reporter:
+        found = verb.verify(folder, told=sink.tell, reporter=reporter, **knobs)
     broken = found.failed
     sink.screen([f"{show(folder)}: for {found.aim.words} as {found.aim.role}"])
     sink.screen(f"{MARKS[c.outcome]} {c.label:<8} {c.text}" for c in found.checks)

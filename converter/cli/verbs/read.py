@@ -169,7 +169,8 @@ def verify(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Preference pairs to score: prompt, chosen, rejected in JSON lines, a JSON list or Parquet.",
+            help="Preference pairs to score: prompt, chosen, rejected in JSON lines, a JSON list or Parquet; here or "
+            "in a data set on the Hub (hf://datasets/OWNER/NAME/FILE).",
             show_default=False,
         ),
     ] = None,

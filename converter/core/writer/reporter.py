@@ -15,10 +15,10 @@ class Reporter(Protocol):
         """`count` more bytes are written; `tensor` is the one being worked on."""
 
     def shard_done(self, file: str, size: int, resumed: bool) -> None:
-        """A file of `size` bytes is durable; `resumed`: an earlier run wrote it."""
+        """A file of `size` bytes is durable; `resumed`: it was there before, and its bytes are in no `advance`."""
 
-    def checking(self) -> None:
-        """All is written; the check begins."""
+    def checking(self, what: str) -> None:
+        """Something else than writing goes on: the check of `what`."""
 
 
 class Silent:
@@ -33,5 +33,5 @@ class Silent:
     def shard_done(self, file: str, size: int, resumed: bool) -> None:
         """Nothing."""
 
-    def checking(self) -> None:
+    def checking(self, what: str) -> None:
         """Nothing."""

@@ -195,7 +195,7 @@ def write_with(
         try:
             for future in as_completed(futures):
                 for file, size, resumed in future.result().files:
-                    reporter.advance(0 if is_telling else size, "")
+                    reporter.advance(0 if is_telling or resumed else size, "")
                     reporter.shard_done(file, size, resumed)
         finally:
             for future in futures:
@@ -215,9 +215,9 @@ class _Told(Silent):
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
 
-    def checking(self) -> None:
+    def checking(self, what: str) -> None:
         """Passed on."""
-        self._reporter.checking()
+        self._reporter.checking(what)
 
 
 class _Noted:

@@ -113,7 +113,7 @@ def write(
             compare_records(plan.checks, files, jobs)
             content = receipt_content(plan, measures, lines, verified=verify)
             _write_beside(plan, stage, files, content)
-            reporter.checking()
+            reporter.checking("what is written")
             checked = check_written(plan, stage.folder, files) if verify else (0, 0)
         _expect_all_files(plan, stage)
         check_target(out, plan.inputs, overwrite=overwrite)
@@ -205,11 +205,12 @@ def write_shards(
     reporter.start(plan.total_bytes, len(plan.written))
     lines: dict[str, dict[str, Any]] = {}
     todo: list[ShardPlan] = []
+    if kept:
+        reporter.checking("what an earlier run wrote")
     for shard in plan.written:
         line = kept.get(shard.file)
         if line is not None and is_still_there(shard, line, stage.folder):
             lines[shard.file] = line
-            reporter.advance(shard.size, "")
             reporter.shard_done(shard.file, shard.size, True)
         else:
             todo.append(shard)

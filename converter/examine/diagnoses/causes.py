@@ -229,7 +229,7 @@ _STEPS: Mapping[str, Next | Callable[[Finding, Case], Next | None]] = {
                      "megatron-mixed", "megatron-copies"), _OF_ONE_SAVE),
     **dict.fromkeys(("no-tensors", "adapter-empty", "weights-missing", "shards-deleted", "head-missing",
                      "head-base-lost", "fsdp-flat", "adapter-half", "layers-missing"), _SHARDS),
-    **dict.fromkeys(("no-op", "zero-tensors", "suspicious-values", "zero-latest", "verl-latest",
+    **dict.fromkeys(("no-op", "zero-tensors", "suspicious-values", "copied-tensors", "zero-latest", "verl-latest",
                      "megatron-unfinished"), _ANOTHER),
     **dict.fromkeys(("adapter-incomplete", "adapter-unexpected", "adapter-tokens", "adapter-bias"), _SAVED_AGAIN),
     **dict.fromkeys(("verl-placement", "dcp-no-model", "dcp-several-models", "dcp-transformed",

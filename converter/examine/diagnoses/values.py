@@ -39,7 +39,7 @@ _MOST_SIBLINGS = 2
 _MIN_SAMPLE = 8
 
 
-def _stored(case: Case) -> Iterator[tuple[str, LazyTensor]]:
+def stored(case: Case) -> Iterator[tuple[str, LazyTensor]]:
     """Every tensor of the folder with values of its own; a training state's are stretches of its ranks' files."""
     for name, entry in case.survey.entries.items():
         if entry.info.numel:
@@ -54,7 +54,7 @@ def odd_values(case: Case, context: Context) -> Mapping[str, tuple[int, int]]:
 
 
 def _odd_values(case: Case, context: Context) -> Iterator[tuple[str, tuple[int, int]]]:
-    for name, tensor in _stored(case):
+    for name, tensor in stored(case):
         if _MASKS.search(name):
             continue
         try:
@@ -63,6 +63,7 @@ def _odd_values(case: Case, context: Context) -> Iterator[tuple[str, tuple[int, 
             found = [context.odd(part) for part in stored_parts(tensor)]
         except ConvertError:
             continue
+        context.heard(tensor.info.nbytes, name)
         yield name, (sum(bad for bad, _ in found), sum(above for _, above in found))
 
 
@@ -97,7 +98,7 @@ def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
     found = _zero_parts(case, context)
     parts: dict[str, tuple[int, int]] = {}
     cut: list[str] = []
-    for name, tensor in _stored(case):
+    for name, tensor in stored(case):
         is_matrix = len(tensor.info.shape) > 1 and min(tensor.info.shape) > 1 and LAYERS.search(name)
         if not is_matrix or not tensor.info.dtype.is_float or name in heads or ".lora_" in name:
             continue
@@ -149,9 +150,9 @@ def _zero_parts(case: Case, context: Context) -> list[str]:
     weights = read(case.shapes, case.config).weights
     parts = {n for w, _ in weights for k, n in w.parts.items() if k in _NEVER_ZERO}
     floats = {n for n in parts if case.shapes[n].dtype.is_float and LAYERS.search(n)}  # matrices, looked at as others
-    found = [n for n, tensor in _stored(case) if n in parts - floats and context.is_zero(tensor)]
+    found = [n for n, tensor in stored(case) if n in parts - floats and context.is_zero(tensor)]
     zeros = {n for w, _ in weights for k, n in w.parts.items() if k in _MAY_BE_ZERO}
-    silent = [n for n, tensor in _stored(case) if n in zeros and is_zero(tensor, context)]
+    silent = [n for n, tensor in stored(case) if n in zeros and is_zero(tensor, context)]
     return [*found, *(silent if len(silent) < len(zeros) else ())]
 
 
@@ -162,7 +163,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 def _zero_norms(case: Case, context: Context) -> list[str]:
     """Weights of norms that are zero where others of the kind are not: norms that begin at zero all do."""
     places: dict[str, dict[str, bool]] = {}
-    for name, tensor in _stored(case):
+    for name, tensor in stored(case):
         if len(tensor.info.shape) == 1 and name.endswith(".weight") and tensor.info.dtype.is_float:
             place = "norm" if _FINAL_NORM.search(name) else _NUMBER.sub("N", name)
             places.setdefault(place, {})[name] = is_zero(tensor, context)
@@ -184,7 +185,7 @@ def _zero_rows(tensor: LazyTensor, context: Context) -> tuple[int, int] | None:
     rows = tensor.info.shape[0]
     height = max(_LEAST_ROWS, rows // _PARTS)
     count = rows // height
-    if count < 2 or height * tensor.info.numel // rows < _LEAST_PART or byte_runs(tensor) is None:  # noqa: PLR2004
+    if count < 2 or height * tensor.info.numel // rows < _LEAST_PART or byte_runs(tensor) is None:
         return None
     zero = [k for k in range(count) if context.is_zero(narrow(tensor, 0, k * height, height))]
     if not zero:
@@ -233,8 +234,8 @@ def _has_zero_columns(tensor: LazyTensor, context: Context) -> bool:
 
 
 def _head_weights(case: Case) -> dict[str, LazyTensor]:
-    stored = dict(_stored(case))
-    return {n: stored[n] for n in heads_here(case) if n in stored and n.endswith("weight")}
+    held = dict(stored(case))
+    return {n: held[n] for n in heads_here(case) if n in held and n.endswith("weight")}
 
 
 @diagnosis("head-untrained", "model", "adapter", deep=True)
@@ -333,7 +334,7 @@ def merged_equals_base(case: Case, context: Context) -> Iterable[Finding]:
     if base is None or base.root.resolve() == case.root.resolve():
         return
     theirs = {n: e.tensor for n, e in base.survey.entries.items()}
-    shared = [(t, theirs[n]) for n, t in _stored(case) if n in theirs and len(t.info.shape) > 1]
+    shared = [(t, theirs[n]) for n, t in stored(case) if n in theirs and len(t.info.shape) > 1]
     if not shared or any(a.info != b.info for a, b in shared):
         return
     if all(context.equal(a, b) for a, b in shared):

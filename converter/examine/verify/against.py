@@ -17,6 +17,7 @@ from converter.core.context import Context
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.byte_runs import byte_runs
 from converter.core.tensors.nodes import LazyTensor, narrow
+from converter.core.writer.reporter import Reporter, Silent
 from converter.dialects.known import Target
 from converter.errors import ConvertError
 from converter.examine.verify.check import Check, fails, holds, note, spread
@@ -86,12 +87,17 @@ def check_against(
 # Backbone
 
 
-def compare_backbones(here: Reading, there: Reading, context: Context, *, outputs: bool = False) -> Compared:
+def compare_backbones(
+    here: Reading, there: Reading, context: Context, *, outputs: bool = False, reporter: Reporter | None = None
+) -> Compared:
     """Tensors of one canonical name, streamed.
 
     Args:
         outputs: an output embedding that only one side has counts too, where it is not tied.
+        reporter: hears of each tensor that was compared.
     """
+    told = reporter or Silent()
+    told.start(sum(x.info.nbytes for x in here.checkpoint.tensors.values()), 0)
     found = Compared()
     ours, theirs = here.checkpoint.tensors, there.checkpoint.tensors
     passed = () if outputs and not here.family.tied else OUTPUT_PREFIXES
@@ -102,6 +108,7 @@ def compare_backbones(here: Reading, there: Reading, context: Context, *, output
         for name in ours:
             if name in theirs:
                 _compare(name, ours[name], theirs[name], found, context, files)
+            told.advance(ours[name].info.nbytes, name)
     return found
 
 

@@ -92,7 +92,7 @@ def check_pairs(
         {"prompt": _short(p), "chosen": c, "rejected": r, "margin": c - r}
         for p, c, r in zip(pairs, ours[::2], ours[1::2], strict=True)
     ]
-    checks = [holds("pairs", _accuracy(ours, found.total))]
+    checks = [holds("pairs", _accuracy(ours, found.total)), *_subsets(pairs, ours)]
     if there is not None:
         for row, c, r in zip(table, theirs[::2], theirs[1::2], strict=True):
             row |= {"source_chosen": c, "source_rejected": r}
@@ -113,6 +113,18 @@ def _accuracy(scores: Sequence[float], total: int) -> str:
         f"{right} of {of} in the right order: {100 * share:.1f} %, 95 % interval {low:.1f} to {high:.1f} %; "
         f"mean margin {sum(margins) / n:.4g}"
     )
+
+
+def _subsets(pairs: Sequence[Pair], scores: Sequence[float]) -> list[Check]:
+    """The share of each part of a benchmark, in the order in which they come."""
+    right: dict[str, list[bool]] = {}
+    for pair, chosen, rejected in zip(pairs, scores[::2], scores[1::2], strict=True):
+        if pair.subset:
+            right.setdefault(pair.subset, []).append(chosen > rejected)
+    return [
+        holds("subset", f"{show(name)}: {sum(of)} of {len(of)}, {100 * sum(of) / len(of):.1f} %")
+        for name, of in right.items()
+    ]
 
 
 # Scores

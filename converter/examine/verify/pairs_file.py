@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import UsageError
+from converter.sources.hub.data_sets import PREFIX, file_of, is_data_set
 from converter.text import show
 
 EXPECTED = '{"prompt": ..., "chosen": "...", "rejected": "..."}'
@@ -27,11 +28,13 @@ class Pair:
 
     Attributes:
         prompt: a text, or chat messages; None where each side is a whole text.
+        subset: the part of a benchmark that it belongs to, as RewardBench names them; empty where there are none.
     """
 
     prompt: str | Messages | None
     chosen: str
     rejected: str
+    subset: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,20 +45,23 @@ class Pairs:
     total: int
 
 
-def read_pairs(path: Path, most: int) -> Pairs:
-    """The file's first pairs.
+def read_pairs(source: str, most: int) -> Pairs:
+    """The first pairs of a file, or of a data set on the Hub.
 
     Raises:
         UsageError: there is no such file (`path-missing`), one entry is not a pair (`probe-line`), there are none
-            (`probe-empty`), or it is Parquet and pyarrow is not installed (`probe-parquet`).
+            (`probe-empty`), or it is Parquet and pyarrow is not installed (`probe-parquet`); the data
+            set has several files (`probe-which`).
+        Refused: the Hub does not give it (`hub-download`).
     """
+    path = file_of(source) if is_data_set(source) else Path(source).expanduser()
     if not path.is_file():
         what = "there is no such file of pairs"
         raise UsageError(
             "path-missing",
             what,
             where=show(path),
-            next="download a data set with: hf download --repo-type dataset NAME",
+            next=f"name the file, or a data set as {PREFIX}allenai/reward-bench",
         )
     pairs: list[Pair] = []
     total = 0
@@ -110,7 +116,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         ) from None
     try:
         with parquet.ParquetFile(path) as file:
-            columns = [n for n in ("prompt", "chosen", "rejected") if n in file.schema_arrow.names]
+            columns = [n for n in ("prompt", "chosen", "rejected", "subset") if n in file.schema_arrow.names]
             batches = file.iter_batches(batch_size=256, columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from ((f"row {number}", each) for number, each in enumerate(rows, 1))
@@ -121,15 +127,16 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 def _pair(value: Any, path: Path, place: str) -> Pair:
     try:
         chosen, rejected = value["chosen"], value["rejected"]
+        subset = value["subset"] if isinstance(value.get("subset"), str) else ""
         if value.get("prompt") is not None:
-            return Pair(_prompt(value["prompt"]), _answer(chosen), _answer(rejected))
+            return Pair(_prompt(value["prompt"]), _answer(chosen), _answer(rejected), subset)
         if isinstance(chosen, str):
-            return Pair(None, chosen, _text(rejected))
+            return Pair(None, chosen, _text(rejected), subset)
         both = zip(_messages(chosen), _messages(rejected), strict=False)
         shared = [a for a, _ in itertools.takewhile(lambda two: two[0] == two[1], both)]
         if len(shared) != len(chosen) - 1 or len(shared) != len(rejected) - 1:
             raise TypeError
-        return Pair(shared, _answer(chosen), _answer(rejected))
+        return Pair(shared, _answer(chosen), _answer(rejected), subset)
     except (KeyError, TypeError, AttributeError, IndexError):
         raise _not_a_pair(path, place) from None
 

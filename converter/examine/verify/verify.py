@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.core.checkpoint import DELTA, Checkpoint
 from converter.core.context import Context
 from converter.core.files import sparse
+from converter.core.writer.reporter import Reporter, Silent
 from converter.diagnostic import Command, Next, Steps, as_argument, quoted
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
@@ -49,6 +50,7 @@ class VerifyRequest:
     most_pairs: int = MOST_PAIRS
     allow: tuple[str, ...] = ()
     told: Callable[[str], None] = _untold
+    reporter: Reporter = field(default_factory=Silent)
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
             there, digest = _source(asked, context)
             checks += check_source(root, digest, asked.against)
             is_fresh = aim.role != "actor" and there.head is None and has_fresh_head(root)
-            compared = compare_backbones(here, there, context, outputs=aim.role == "actor")
+            compared = compare_backbones(here, there, context, outputs=aim.role == "actor", reporter=asked.reporter)
             is_rounded = compared.is_rounded
             checks += check_against(here, there, aim, compared, fresh=is_fresh)
     if asked.live:
@@ -305,7 +307,7 @@ def _pairs(
     from converter.examine.verify.pairs_file import read_pairs
 
     assert asked.probe is not None
-    pairs = read_pairs(Path(asked.probe).expanduser(), asked.most_pairs)
+    pairs = read_pairs(asked.probe, asked.most_pairs)
     if reading is None or reading.head is None:
         what = "the head can't be read" if aim.role != "actor" else "an actor has no head"
         return [fails("pairs", "not-compared", f"{what}, so no pair was scored", _remedy(asked, aim))], []

@@ -10,6 +10,7 @@ from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.knobs import Where, optional
 
 if TYPE_CHECKING:
+    from converter.core.writer.reporter import Reporter
     from converter.examine.doctor import Report
 
 
@@ -25,6 +26,7 @@ def doctor(
     launch: str | Path | None = None,
     resume_on: int | None = None,
     allow_name: Sequence[str] = (),
+    reporter: Reporter | None = None,
 ) -> Report:
     """Every fault of a folder that a trainer left, the worst first; reads headers and configs only, unless `deep`.
 
@@ -39,10 +41,12 @@ def doctor(
         launch: a training script to check against the folder; never run.
         resume_on: a number of ranks: whether the run goes on with them, and what has to be done first.
         allow_name: patterns of names of your own classes that pickled files may mention.
+        reporter: hears of values that are read, of each tensor.
 
     Raises:
         UsageError: nothing that can be examined has that name, or no trainer is known by it.
     """
+    from converter.core.writer.reporter import Silent
     from converter.examine.doctor import DoctorRequest, examine
 
     with allowing(allow_name):
@@ -57,5 +61,6 @@ def doctor(
                 deep=deep,
                 launch=optional(launch),
                 resume_on=resume_on,
+                reporter=reporter or Silent(),
             )
         )

@@ -216,6 +216,6 @@ def _filled(prepared: Prepared, matched: Matched, jobs: int, reporter: Reporter 
         told.start(sum(f.value.info.nbytes for f in matched.fillings), 1)
         measures = fill(matched.fillings, files, jobs=jobs, told=told.advance)
         refuse_no_op(prepared, measures)
-        told.checking()
+        told.checking("that inputs are unchanged")
         files.check_unchanged()
     return measures

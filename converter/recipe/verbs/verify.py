@@ -11,6 +11,7 @@ from converter.errors import UsageError
 from converter.recipe.verbs.knobs import Where, optional
 
 if TYPE_CHECKING:
+    from converter.core.writer.reporter import Reporter
     from converter.dialects.spec import Role
     from converter.examine.verify.verify import Verified, VerifyRequest
 
@@ -29,6 +30,7 @@ def verify(
     pairs: int = 200,
     allow: Sequence[str] = (),
     told: Callable[[str], None] | None = None,
+    reporter: Reporter | None = None,
 ) -> Verified:
     """Names, shapes, files, config and tokenizer against what a trainer's loader does with them.
 
@@ -45,6 +47,7 @@ def verify(
         pairs: how many of them, the first ones.
         allow: codes of refusals to go on past.
         told: hears, a line at a time, how far the scoring of a large model is.
+        reporter: hears of each tensor that was compared with `against`.
 
     Raises:
         UsageError: arguments that need each other, or the folder is not there (`path-missing`).
@@ -59,6 +62,8 @@ def verify(
     )  # fmt: skip
     if told is not None:
         asked = dataclasses.replace(asked, told=told)
+    if reporter is not None:
+        asked = dataclasses.replace(asked, reporter=reporter)
     _expect_sense(asked)
     found = examine(asked)
     sparse.expect_all_read()

@@ -8,8 +8,9 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from converter.errors import Refused
@@ -22,6 +23,9 @@ MOST_FILES = 20_000
 
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)", re.ASCII)
 T = TypeVar("T")
+
+Kind = Literal["model", "dataset"]
+"""What a repository is of; the Hub names both alike, in places of their own."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def open_repository(repo_id: str, revision: str | None, token: str | None) -> Re
     return Repository(repo_id, commit, token, tuple(list_files(repo_id, commit, token)))
 
 
-def list_files(repo_id: str, commit: str, token: str | None) -> list[ListedFile]:
+def list_files(repo_id: str, commit: str, token: str | None, kind: Kind = "model") -> list[ListedFile]:
     """Every file of a commit with its size and digest.
 
     Raises:
@@ -125,7 +129,8 @@ def list_files(repo_id: str, commit: str, token: str | None) -> list[ListedFile]
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    tree: list[Any] = ask(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), repo_id, token)
+    listing = partial(api.list_repo_tree, repo_id, recursive=True, revision=commit, repo_type=kind)
+    tree: list[Any] = ask(lambda: list(listing()), repo_id, token)
     found = []
     for entry in tree:
         blob = getattr(entry, "blob_id", None)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from converter.core.files import sparse
 from converter.core.files.opening import open_input
-from converter.sources.hub.client import ListedFile, expect_safe_endpoint, list_files, refuse
+from converter.sources.hub.client import Kind, ListedFile, expect_safe_endpoint, list_files, refuse
 from converter.text import fold, show
 
 _BLOCK = 1 << 22
 
 
-def download(repo_id: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
+def download(
+    repo_id: str, revision: str | None, token: str | None, patterns: Sequence[str], kind: Kind = "model"
+) -> Path:
     """The snapshot's folder, with the files that match; those that were not there before are checked.
 
     Raises:
@@ -26,8 +29,8 @@ def download(repo_id: str, revision: str | None, token: str | None, patterns: Se
     expect_safe_endpoint()
     before: dict[str, tuple[int, int]] = {}
     for attempt in range(2):
-        folder, known = _fetch(repo_id, revision, token, patterns, before)
-        listed = {f.name: f for f in list_files(repo_id, folder.name, token)}
+        folder, known = _fetch(repo_id, revision, token, patterns, before, kind)
+        listed = {f.name: f for f in list_files(repo_id, folder.name, token, kind)}
         new = [n for n in known if known[n] != before.get(n)]
         wrong = [n for n in new if n in listed and not _is_as_listed(folder / n, listed[n])]
         if not wrong:
@@ -44,12 +47,17 @@ def download(repo_id: str, revision: str | None, token: str | None, patterns: Se
 
 
 def _fetch(
-    repo_id: str, revision: str | None, token: str | None, patterns: Sequence[str], before: dict[str, tuple[int, int]]
+    repo_id: str,
+    revision: str | None,
+    token: str | None,
+    patterns: Sequence[str],
+    before: dict[str, tuple[int, int]],
+    kind: Kind,
 ) -> tuple[Path, dict[str, tuple[int, int]]]:
     """Let the client download; the folder, and what is in it now. `before` is told what was there."""
     import huggingface_hub
 
-    get: Any = huggingface_hub.snapshot_download
+    get: Any = partial(huggingface_hub.snapshot_download, repo_type=kind)
     try:
         # What is there already: the same call without the network, which knows where.
         before |= _files(Path(get(repo_id, revision=revision, local_files_only=True, allow_patterns=[*patterns])))
