@@ -25,8 +25,8 @@ _LEAST_CODES, _SAMPLED = 128, 4096
 _OWN_TO_EACH = frozenset({"weight", "qweight", "packed", "blocks", "scale", "scales", "absmax", "nested_absmax"})
 """Parts of quantised weights, by what each is, that no two weights share; tables, orders and shapes are shared."""
 
-_MOST_EQUAL = 4
-"""Of more matrices with the same bytes, the copies are somebody's design."""
+_MOST_EQUAL = 16
+"""Of so many that are alike, all are compared with all."""
 
 
 @diagnosis("copied-tensors", "model", deep=True)
@@ -36,9 +36,11 @@ def copied_tensors(case: Case, context: Context) -> Iterable[Finding]:
     copying layers, experts or prediction layers that begin as copies), or the same pair is equal in every layer, it is
     a design, and a hint alone.
     """
-    pairs = list(_equal_pairs(case, context))
+    groups = _alike(case, context)
+    pairs = [pair for group in groups for pair in _equal_pairs(group, context)]
+    looked_at = {name for group in groups for name, _ in group}
     equal = {frozenset(pair) for pair in pairs}
-    wrong = [pair for pair in pairs if not _is_design(pair, equal, case)]
+    wrong = [pair for pair in pairs if not _is_design(pair, equal, looked_at)]
     designed = [pair for pair in pairs if pair not in wrong]
     if wrong:
         (first, second), names = wrong[0], tuple(dict.fromkeys(n for pair in wrong for n in pair))
@@ -59,12 +61,15 @@ def copied_tensors(case: Case, context: Context) -> Iterable[Finding]:
         yield Finding(code="copied-tensors", severity="cosmetic", text=text, tensors=copies, evidence=shown)
 
 
-def _equal_pairs(case: Case, context: Context) -> Iterator[tuple[str, str]]:
-    """Matrices with the same bytes, two by two; a sample of each tells most apart."""
+Group = list[tuple[str, LazyTensor]]
+
+
+def _alike(case: Case, context: Context) -> list[Group]:
+    """Matrices that are alike in a sample, with those that are like no other."""
     heads = set(heads_here(case))
     weights = read(case.shapes, case.config).weights
     codes = {n for w, _ in weights for part, n in w.parts.items() if part in _OWN_TO_EACH}
-    groups: dict[object, list[tuple[str, LazyTensor]]] = {}
+    groups: dict[object, Group] = {}
     for name, entry in case.survey.entries.items():
         if name in heads or not (is_matrix_of_layer(name, entry.tensor) or (name in codes and _NUMBER.search(name))):
             continue
@@ -74,13 +79,17 @@ def _equal_pairs(case: Case, context: Context) -> Iterator[tuple[str, str]]:
             continue
         if key is not None:
             groups.setdefault((entry.info, key), []).append((name, entry.tensor))
-    for group in groups.values():
-        for (a, left), (b, right) in combinations(group[: _MOST_EQUAL * _MOST_EQUAL], 2):
-            try:
-                if left != right and context.equal(left, right):
-                    yield a, b
-            except ConvertError:
-                continue
+    return list(groups.values())
+
+
+def _equal_pairs(group: Group, context: Context) -> Iterator[tuple[str, str]]:
+    """Those with the same bytes, two by two."""
+    for (a, left), (b, right) in combinations(group[:_MOST_EQUAL], 2):
+        try:
+            if left != right and context.equal(left, right):
+                yield a, b
+        except ConvertError:
+            continue
 
 
 def _floats(tensor: LazyTensor, context: Context) -> int | None:
@@ -98,15 +107,14 @@ def _codes(tensor: LazyTensor, context: Context) -> int | None:
     return hash(raw) if tensor.info.nbytes >= _LEAST_CODES and len(set(raw)) >= _LEAST_DISTINCT else None
 
 
-def _is_design(pair: tuple[str, str], equal: set[frozenset[str]], case: Case) -> bool:
+def _is_design(pair: tuple[str, str], equal: set[frozenset[str]], looked_at: set[str]) -> bool:
     """True where the modules around two equal matrices are mostly equal too, or every layer has the same pair."""
     a, b = pair
-    if _NUMBER.sub("N", a) != _NUMBER.sub("N", b) and _is_in_every_layer(a, b, equal, case):
+    if _NUMBER.sub("N", a) != _NUMBER.sub("N", b) and _is_in_every_layer(a, b, equal, looked_at):
         return True
     for mine, theirs in _modules(a, b):
-        others = [n for n in case.survey.entries if n.startswith(mine) and n != a and _is_matrix(n, case)]
-        shared = [(n, theirs + n.removeprefix(mine)) for n in others]
-        shared = [(n, m) for n, m in shared if m in case.survey.entries]
+        others = [n for n in looked_at if n.startswith(mine) and n != a]
+        shared = [(n, m) for n in others if (m := theirs + n.removeprefix(mine)) in looked_at]
         if shared:
             return 2 * sum(frozenset(each) in equal for each in shared) >= len(shared)
     return not _NUMBER.search(a)  # nothing is beside them: modules that share a weight were saved twice
@@ -121,11 +129,11 @@ def _modules(a: str, b: str) -> Iterator[tuple[str, str]]:
         yield ".".join(left[:-cut]) + ".", ".".join(right[:-cut]) + "."
 
 
-def _is_in_every_layer(a: str, b: str, equal: set[frozenset[str]], case: Case) -> bool:
+def _is_in_every_layer(a: str, b: str, equal: set[frozenset[str]], looked_at: set[str]) -> bool:
     """True where the same two places hold equal bytes in each of several layers."""
     if _NUMBER.findall(a) != _NUMBER.findall(b):
         return False
-    places = [n for n in case.survey.entries if _NUMBER.sub("N", n) == _NUMBER.sub("N", a)]
+    places = [n for n in looked_at if _NUMBER.sub("N", n) == _NUMBER.sub("N", a)]
     end = _numbered(b)
     twins = [frozenset((n, _with_numbers(end, n))) for n in places]
     return len(twins) > 1 and all(each in equal for each in twins)
@@ -138,8 +146,3 @@ def _numbered(name: str) -> list[str]:
 def _with_numbers(parts: list[str], like: str) -> str:
     numbers = [*_NUMBER.findall(like), ""]
     return "".join(f"{part}{number}" for part, number in zip(parts, numbers, strict=False))
-
-
-def _is_matrix(name: str, case: Case) -> bool:
-    tensor = case.survey.entries[name].tensor
-    return is_matrix_of_layer(name, tensor) or tensor.info.nbytes >= _LEAST_CODES
