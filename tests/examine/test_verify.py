@@ -97,7 +97,7 @@ def test_an_empty_tensor_fails_before_any_trainer_says_size_mismatch(
     ("change", "code"),
     [
         (lambda t: t.pop(WEIGHT), "backbone-missing"),
-        (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t[WEIGHT].clone()}), "backbone-unknown"),
+        (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t[WEIGHT].flip(0).contiguous()}), "backbone-unknown"),
         (lambda t: t.update({WEIGHT: t[WEIGHT][:-1].clone()}), "backbone-shape"),
         (lambda t: t.update({"score.weight": t["score.weight"].repeat(2, 1)}), "head-rows"),
         (lambda t: t.update({"score.weight": t["score.weight"][:, :8].clone()}), "head-shape"),
