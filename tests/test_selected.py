@@ -23,6 +23,11 @@ def test_every_value_of_every_axis_is_usual_and_nothing_of_the_product_is_lost(a
     assert {c.id for c in cases} == {"-".join(values) for values in itertools.product(*axes)}
 
 
+def test_a_case_of_several_arguments_is_told_by_any_of_them() -> None:
+    cases = each_facet([("a", 1), ("a", 2), ("b", 2)], lambda c: c[0], name=lambda c: c[0])
+    assert usual(cases) == [("a", 1), ("b", 2)]
+
+
 def test_words_stand_for_values_in_a_tests_name() -> None:
     assert [(c.id, c.values) for c in each_value("a", {"untied": False})] == [("a-untied", ("a", False))]
 

@@ -24,6 +24,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.dialects.known import dialects
 from converter.errors import Refused
 from heads_run import base_of, opened, remapped, same_bits, stored, written
+from selected import each_facet
 
 FAMILIES = list(zoo.CONFIGS)
 LINEAR = [n for n, f in zoo.FORMS.items() if not f.mlp]
@@ -42,7 +43,12 @@ def cases(names: list[str]) -> list[tuple[str, str]]:
     return [(family, name) for family, name in chosen if family in zoo.FORMS[name].families]
 
 
-@pytest.mark.parametrize(("family", "dialect"), cases(LINEAR))
+def usual(every: list[tuple[str, str]]) -> list[Any]:
+    """By default every dialect, every family, and what renames with both kinds of family; all pairs go below."""
+    return each_facet(every, lambda c: c[1], lambda c: (c[0], c[1] in MOVES), name=lambda c: f"{c[0]}-{c[1]}")
+
+
+@pytest.mark.parametrize(("family", "dialect"), usual(cases(LINEAR)))
 def test_a_head_read_from_any_dialect_gives_the_live_model_s_values(family: str, dialect: str, tmp_path: Path) -> None:
     model, form = zoo.live(family), zoo.FORMS[dialect]
     bias = model.bias if form.bias else None
@@ -53,7 +59,7 @@ def test_a_head_read_from_any_dialect_gives_the_live_model_s_values(family: str,
     assert zoo.architecture(out) == zoo.STEM[family] + "ForTokenClassification"
 
 
-@pytest.mark.parametrize(("family", "dialect"), cases(WRITTEN))
+@pytest.mark.parametrize(("family", "dialect"), usual(cases(WRITTEN)))
 def test_a_head_written_in_any_dialect_gives_the_live_model_s_values_by_that_trainer_s_names(
     family: str, dialect: str, tmp_path: Path
 ) -> None:

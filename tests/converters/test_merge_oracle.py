@@ -42,11 +42,10 @@ class Case:
 
 
 def covering() -> Iterator[Case]:
-    """Every two values of two of the five occur together; the other products are in the slow run."""
-    for family, dtype in itertools.product(range(len(oracle.FAMILIES)), range(len(oracle.DTYPES))):
-        turn = family + dtype
-        tied, sharded, kind = turn % 2 == 1, turn // 2 % 2 == 1, list(KINDS)[turn % 3]
-        yield Case(list(oracle.FAMILIES)[family], list(oracle.DTYPES)[dtype], tied, sharded, kind)
+    """Each family, and every two values of two of the others together; the other products are in the slow run."""
+    families = list(oracle.FAMILIES)
+    for turn, (dtype, kind) in enumerate(itertools.product(oracle.DTYPES, KINDS)):
+        yield Case(families[turn % len(families)], dtype, turn % 2 == 1, turn in (1, 2, 4, 6, 8), kind)
     for dtype, kind in zip(oracle.DTYPES, KINDS, strict=True):
         yield Case("gpt2-plain", dtype, tied=True, sharded=False, kind=kind)  # the original gpt2 is tied
 
@@ -97,8 +96,9 @@ def merge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_every_pair_of_values_occurs() -> None:
-    values = (oracle.FAMILIES, oracle.DTYPES, (False, True), (False, True), KINDS)
-    cases = [dataclasses.astuple(case) for case in COVERING]
+    values = (oracle.DTYPES, (False, True), (False, True), KINDS)
+    cases = [dataclasses.astuple(case)[1:] for case in COVERING]
+    assert {case.family for case in COVERING} >= set(oracle.FAMILIES)
     for one, other in itertools.combinations(range(len(values)), 2):
         assert {(c[one], c[other]) for c in cases} >= set(itertools.product(values[one], values[other]))
 

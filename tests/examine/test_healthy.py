@@ -118,8 +118,11 @@ def test_a_state_that_a_trainer_left_is_healthy(run: str) -> None:
     assert [f.code for f in report.findings if f.severity != "cosmetic"] == EXPECTED.get((run, ".", "deep"), [])
 
 
-@pytest.mark.parametrize("case", each_facet(FORMS, lambda c: (c[0], c[2]), lambda c: (c[0], c[1]), name="-".join))
-def test_a_folder_in_a_trainer_s_own_form_is_healthy_for_it(case: tuple[str, str, str], tmp_path: Path) -> None:
-    form, family, trainer = case
+@pytest.mark.parametrize(
+    ("form", "family", "trainer"), each_facet(FORMS, lambda c: (c[0], c[2]), lambda c: (c[0], c[1]), name="-".join)
+)
+def test_a_folder_in_a_trainer_s_own_form_is_healthy_for_it(
+    form: str, family: str, trainer: str, tmp_path: Path
+) -> None:
     folder = save(form, family, tmp_path / "model")
     assert serious(folder, target=trainer, deep=True) == []

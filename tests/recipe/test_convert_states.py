@@ -99,11 +99,10 @@ USUAL = each_facet(
 """By default each kind of run with each way to end, and on each number of ranks; tests of sources read all of them."""
 
 
-@pytest.mark.parametrize("state", USUAL)
+@pytest.mark.parametrize(("name", "folder"), USUAL)
 def test_every_state_is_converted_into_what_loads_or_refused_with_what_helps(
-    state: tuple[str, Path], tmp_path: Path
+    name: str, folder: Path, tmp_path: Path
 ) -> None:
-    name, folder = state
     source = Path(shutil.copytree(folder, tmp_path / "run"))
     verbs = (["gather"], ["convert", "--to", "trl", "--role", "actor"], ["convert", "--to", "verl", "--role", "critic"])
     for number, (words, code) in enumerate(zip(verbs, EXPECTED[name], strict=True)):

@@ -24,12 +24,15 @@ def each_value(*axes: Axis) -> list[Any]:
 
 
 def each_facet(cases: Iterable[Any], *facets: Callable[[Any], Hashable], name: Callable[[Any], str] = str) -> list[Any]:
-    """Cases for `parametrize`: by default those that show a value of a facet first, and the rest is slow."""
+    """Cases for `parametrize`: by default those that show a value of a facet first, and the rest is slow.
+
+    A case that is a tuple has the values of several arguments.
+    """
     seen: set[tuple[int, Hashable]] = set()
     found = []
     for case in cases:
         shown = {(number, facet(case)) for number, facet in enumerate(facets)}
-        found.append(_case((case,), name(case), is_usual=not shown <= seen))
+        found.append(_case(case if isinstance(case, tuple) else (case,), name(case), is_usual=not shown <= seen))
         seen |= shown
     return found
 
