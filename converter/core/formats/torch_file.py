@@ -68,12 +68,14 @@ class TorchFile:
         checks: CRC-32 of every storage that a tensor uses, where the container has one.
         identity: of the file when it was read.
         digest: sha256 of what its pickles say, hexadecimal, checksums of the storages included.
+        name: see `Container`.
     """
 
     value: Any
     checks: tuple[RecordCheck, ...]
     identity: Identity
     digest: str
+    name: str = ""
 
 
 def read_torch_file(path: Path, *, root: Path | None = None, allow_names: re.Pattern[str] | None = None) -> TorchFile:
@@ -121,7 +123,7 @@ def _torch_file(container: Container, allow_names: re.Pattern[str] | None) -> To
         for r in resolver.used.values()
         if r.crc is not None
     )
-    return TorchFile(value, checks, container.identity, container.digest)
+    return TorchFile(value, checks, container.identity, container.digest, container.name)
 
 
 class _Resolver:
