@@ -131,6 +131,11 @@ def methods_refused() -> str:
     return _table(["`peft_type`", "why it is refused"], ((f"`{kind}`", why) for kind, why in NOT_MERGEABLE.items()))
 
 
+def peft_releases() -> str:
+    """What became of adapters drawn with many releases of PEFT: written by a run of all of them."""
+    return (REPOSITORY / "tests" / "trainers" / "peft_releases.md").read_text("utf-8").rstrip()
+
+
 def bases() -> str:
     """Kinds of bases, and what a merge does where an adapter touches their weights."""
     from converter.families.quantised.reading import FORMATS
@@ -159,6 +164,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "flags": flags,
     "methods": methods,
     "methods-refused": methods_refused,
+    "peft-releases": peft_releases,
     "recipes": recipes,
     "trainer-matrix": trainer_matrix,
     "trainers": trainers,

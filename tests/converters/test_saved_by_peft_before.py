@@ -181,7 +181,7 @@ def test_a_classifier_that_the_config_does_not_list_is_the_head_of_its_task(tmp_
 
 @pytest.mark.parametrize("change", [0.0, 0.5], ids=["same", "differ"])
 def test_factors_inside_a_module_that_is_saved_whole_are_there_twice(tmp_path: Path, change: float) -> None:
-    """`dense` names a layer of RoBERTa's classifier too: PEFT 0.10 to 0.13 copy it with its factors."""
+    """`dense` names a layer of RoBERTa's classifier too: PEFT 0.10 to 0.15 copy it with its factors."""
     base = kept(RobertaForSequenceClassification(RobertaConfig(**TEXT, num_labels=3)), tmp_path / "base")
     config = LoraConfig(r=2, lora_alpha=6, task_type="SEQ_CLS", target_modules=["query"])
     trained(RobertaForSequenceClassification.from_pretrained(base), config, tmp_path / "adapter")

@@ -93,7 +93,8 @@ def find_experts(
         Refused: what is said by `_levels` and `_expect_whole`.
     """
     _expect_targets(modules, raw, where)
-    asked = {n: m for n, m in modules.items() if _may_be(n, m, tensors)}
+    owners = [t.rpartition(".")[0] for t in raw.get("target_parameters") or () if isinstance(t, str)]
+    asked = {n: m for n, m in modules.items() if _may_be(n, m, tensors, owners)}
     if not asked:
         return Experts()
     stored = {n: t.info for n, t in tensors.items()}
@@ -124,11 +125,15 @@ def _expect_targets(modules: Collection[str], raw: Mapping[str, Any], where: str
         raise Refused("adapter-incomplete", what, where=where)
 
 
-def _may_be(name: str, module: Module, stored: Collection[str]) -> bool:
-    """True for a module with factors that has no weight of its own in the base."""
+def _may_be(name: str, module: Module, stored: Collection[str], owners: Sequence[str]) -> bool:
+    """True for a module with factors that has no weight of its own in the base.
+
+    Args:
+        owners: modules whose bare parameters are targeted, such as the embeddings of a vision tower.
+    """
     if not module.factors or f"{name}.weight" in stored:
         return False
-    return ".experts" in f".{name}" or name.endswith(".base_layer")
+    return ".experts" in f".{name}" or name.endswith(".base_layer") or any(f".{name}".endswith(f".{o}") for o in owners)
 
 
 @dataclass

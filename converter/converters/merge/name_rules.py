@@ -16,11 +16,12 @@ from typing import Any
 from converter.diagnostic import Again, Steps
 from converter.errors import Refused
 from converter.families.memory_names import Architecture, MemoryNames, architectures, version
+from converter.families.words import IN_PEFT
 from converter.text import fold
 
 AS_IN_BASE = "names as in the base"
 
-_WHOLE = frozenset(("modules_to_save", "original_module"))
+_WHOLE = frozenset(IN_PEFT) - {"base_layer"}
 
 Find = Callable[[str], str | None]
 

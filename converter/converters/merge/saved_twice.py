@@ -1,9 +1,9 @@
 """Modules with factors inside a module that is saved whole, such as `dense` in RoBERTa's classifier.
 
-PEFT before 0.14 makes a layer of them and copies it with the module: the trained copy is saved under the module's own
+PEFT before 0.16 makes a layer of them and copies it with the module: the trained copy is saved under the module's own
 name, its factors once more under `modules_to_save`, and the frozen original's under `original_module`.
 
-Source: `get_peft_model_state_dict`, https://github.com/huggingface/peft/blob/v0.12.0/src/peft/utils/save_and_load.py
+Source: `get_peft_model_state_dict`, https://github.com/huggingface/peft/blob/v0.15.2/src/peft/utils/save_and_load.py
 """
 
 from __future__ import annotations

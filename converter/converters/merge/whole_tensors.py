@@ -22,6 +22,7 @@ from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import Cast, LazyTensor
 from converter.errors import Refused
+from converter.families.words import CLASSIFIERS
 from converter.text import show
 
 
@@ -244,11 +245,7 @@ def _saved_modules(config: AdapterConfig) -> tuple[str, ...]:
     return (*config.modules_to_save, *_HEADS_OF_TASK.get(config.task_type or "", ()))
 
 
-_HEADS_OF_TASK = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
+_HEADS_OF_TASK = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
 """Source: https://github.com/huggingface/peft/blob/v0.13.2/src/peft/peft_model.py (`classifier_module_names`)"""
 
 
