@@ -229,4 +229,7 @@ def test_what_is_no_state_of_accelerate_s_is_refused_by_name(place: Path) -> Non
     torch.save({**optimizer, "made": Path.unlink}, state / "optimizer.bin")
     assert refused(state, "sharded").code == "pickle-names"
     shutil.copytree(SAVED / "accelerate-n2" / "checkpoint-2" / f"{MODEL}_0", state / f"{MODEL}_0")
-    assert "both layouts" in refused(state, "sharded").what
+    assert "whole and in pieces" in refused(state, "sharded").what
+    with pytest.raises(ConvertError) as caught:
+        SOURCE.open(state, asked="x")
+    assert caught.value.code == "fsdp-state"
