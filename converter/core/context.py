@@ -119,11 +119,30 @@ class Context:
         test = _NONFINITE.get(dtype)
         if test is None or not tensor.info.numel:
             return 0
-        runs = _runs(tensor)
-        blocks = _blocks(runs, self._kept)
-        count = sum(test(block) for block in (blocks if len(runs) == 1 else _aligned(blocks)))
+        count = sum(map(test, self._whole_blocks(tensor)))
         self.evidence.append(f"{describe(tensor)} has {count} values that are not finite")
         return count
+
+    def odd(self, tensor: LazyTensor) -> tuple[int, int]:
+        """The numbers of elements that are NaN or infinite, and of finite ones as large as no weight: see `HUGE`."""
+        dtype = tensor.info.dtype
+        test = _NONFINITE.get(dtype)
+        if test is None or not tensor.info.numel:
+            return 0, 0
+        width, large = dtype.bits // 8, _LARGE[dtype]
+        bad = above = 0
+        for block in self._whole_blocks(tensor):
+            if marked := block[width - 1 :: width].translate(large).count(1):
+                found = test(block)
+                bad, above = bad + found, above + marked - found
+        self.evidence.append(f"{describe(tensor)} has {bad} values that are not finite, {above} that are huge")
+        return bad, above
+
+    def _whole_blocks(self, tensor: LazyTensor) -> Iterator[bytes]:
+        """Blocks that cut no element."""
+        runs = _runs(tensor)
+        blocks = _blocks(runs, self._kept)
+        return blocks if len(runs) == 1 else _aligned(blocks)
 
     @contextmanager
     def keeping_open(self) -> Iterator[None]:
@@ -177,6 +196,18 @@ _NONFINITE: dict[DType, Callable[[bytes], int]] = {
     DType.F32: _counter(4, _ONES_7, _TOP_BIT),
     DType.F64: _counter(8, _ONES_7, _table(lambda n: n >= 0xF0)),
 }
+
+
+HUGE = 2.0**33
+"""From here on a finite number is none that a weight has; of float16, from half of its largest number on."""
+
+_LARGE: dict[DType, bytes] = {
+    DType.F16: _table(lambda n: n & 0x7F >= 0x78),
+    DType.BF16: _table(lambda n: n & 0x7F >= 0x50),
+    DType.F32: _table(lambda n: n & 0x7F >= 0x50),
+    DType.F64: _table(lambda n: n & 0x7F >= 0x42),
+}
+"""Highest bytes of numbers of at least `HUGE`, and of all that are not finite."""
 
 
 def _only_zeros(block: bytes, float_width: int) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from converter.examine.diagnoses.adapters import NOT_MERGED_HERE
 from converter.examine.diagnoses.case import Case, Finding
+from converter.examine.diagnoses.gathered import gathered_of
 from converter.examine.diagnoses.whole import judgement_of
 from converter.text import show
 
@@ -18,7 +19,8 @@ def not_compared(case: Case, findings: Collection[Finding]) -> str:
     if case.kind == "adapter":
         return _without_base(case, findings)
     if case.kind == "training":
-        return f"{_OF_MODEL}: `gather` does that"
+        why = gathered_of(case).why
+        return f"{_OF_MODEL}: {why}" if why else ""
     if case.kind == "run":
         return "its checkpoints are not examined"
     found = judgement_of(case)

@@ -26,6 +26,7 @@ from converter.examine.diagnoses.aims import aim, is_transformers_4, roles_of
 from converter.examine.diagnoses.case import SEVERITIES, Case, Diagnosis, Finding, Kind, Near
 from converter.examine.diagnoses.causes import one_per_cause, with_steps
 from converter.examine.diagnoses.faults import NOT_READ_HERE, undocumented
+from converter.examine.diagnoses.gathered import as_written, gathered_of
 from converter.examine.diagnoses.script import read_launch
 from converter.examine.diagnoses.values import stored
 from converter.plugins import DIAGNOSES, loaded
@@ -43,6 +44,9 @@ MOST_NEAR = 64
 
 MOST_LISTED = 4000
 """Entries of a folder that are looked at: a home folder or a bucket's mount may have any number."""
+
+_OF_VALUES = ("zero-tensors", "suspicious-values", "copied-tensors")
+"""Diagnoses of values that know a model by its names: of a trainer's state they look at what would be gathered."""
 
 RUN_FOLDER = re.compile(r"(?:tmp-)?(?:checkpoint|global_step|step|epoch|iter)[-_]?\d+(?:_hf)?", re.ASCII)
 _WORD = re.compile(r"[A-Za-z]{2,}", re.ASCII)
@@ -119,11 +123,15 @@ def examine(asked: DoctorRequest) -> Report:
     if asked.deep:
         asked.reporter.start(sum(tensor.info.nbytes for _, tensor in stored(case)), 0)
     findings: list[Finding] = []
+    if case.kind == "training":
+        case.survey.faults += gathered_of(case).faults
+    written = as_written(case) if case.deep and case.kind == "training" else None
     for each in known.values():
         if each.code not in asked.ignore:
             if each.deep:
                 asked.reporter.checking(each.code)
             findings += each(case, context)
+            findings += each(written, context) if written is not None and each.code in _OF_VALUES else []
     findings += [f for f in undocumented(case, known) if f.code not in asked.ignore]
     sparse.expect_all_read()
     told = [_typeable(f) for f in with_steps(one_per_cause(dict.fromkeys(findings)), case)]

@@ -18,8 +18,8 @@ from converter.core.writer.accounting import unaccounted
 from converter.core.writer.plan import Plan, make_plan
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
+from converter.examine.gate import expect_adapter_fits, expect_consistent, expect_whole, expect_whole_adapter
 from converter.recipe.fields import check, config_will_do, instantiate
-from converter.recipe.gate import expect_adapter_fits, expect_consistent, expect_whole, expect_whole_adapter
 from converter.recipe.recipe import SOURCE, Recipe
 from converter.sources.opening import compare_base, open_checkpoint, open_recorded_base
 from converter.text import fold, show

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import assert_never
 
+from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Apply, Cast, Concat, Filled, LazyTensor, Narrow, Reshape, Stored, Strided
 from converter.text import show
 
@@ -88,6 +89,30 @@ def leaves(x: LazyTensor) -> Iterator[Stored | Strided]:
             case Apply():
                 waiting += reversed(node.inputs)
             case Filled():
+                pass
+            case _:
+                assert_never(node)
+
+
+def stored_parts(x: LazyTensor) -> Iterator[LazyTensor]:
+    """Nodes under `x` whose bytes lie in files as they are, the largest of them: at least what `x` is computed of."""
+    waiting = [x]
+    while waiting:
+        node = waiting.pop()
+        if byte_runs(node) is not None:
+            yield node
+            continue
+        match node:
+            case Narrow() | Reshape() | Cast():
+                waiting.append(node.source)
+            case Concat():
+                waiting += reversed(node.parts)
+            case Apply():
+                waiting += reversed(node.inputs)
+            case Strided():
+                last = sum((n - 1) * s for n, s in zip(node.info.shape, node.strides, strict=True))
+                yield Stored(TensorInfo(node.info.dtype, (last + 1,)), node.file, node.offset)
+            case Stored() | Filled():
                 pass
             case _:
                 assert_never(node)

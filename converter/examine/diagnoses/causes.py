@@ -61,6 +61,8 @@ def one_per_cause(findings: Iterable[Finding]) -> list[Finding]:
 
 def _is_said(finding: Finding, every: Sequence[Finding]) -> bool:
     """True where other findings name every one of its tensors."""
+    if not finding.tensors:
+        return False
     others = [f for f in every if f.code not in _SAME_TENSORS]
     named = {n for f in others if f.severity != "cosmetic" or f.code in _OTHER_NAMES for n in f.tensors}
     behind = {end for f in others if f.code in _OTHER_NAMES for n in f.tensors for end in _ends(n)}
@@ -227,7 +229,7 @@ _STEPS: Mapping[str, Next | Callable[[Finding, Case], Next | None]] = {
                      "megatron-mixed", "megatron-copies"), _OF_ONE_SAVE),
     **dict.fromkeys(("no-tensors", "adapter-empty", "weights-missing", "shards-deleted", "head-missing",
                      "head-base-lost", "fsdp-flat", "adapter-half", "layers-missing"), _SHARDS),
-    **dict.fromkeys(("no-op", "zero-tensors", "suspicious-values", "zero-latest", "verl-latest",
+    **dict.fromkeys(("no-op", "zero-tensors", "suspicious-values", "copied-tensors", "zero-latest", "verl-latest",
                      "megatron-unfinished"), _ANOTHER),
     **dict.fromkeys(("adapter-incomplete", "adapter-unexpected", "adapter-tokens", "adapter-bias"), _SAVED_AGAIN),
     **dict.fromkeys(("verl-placement", "dcp-no-model", "dcp-several-models", "dcp-transformed",

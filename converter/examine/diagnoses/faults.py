@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -321,9 +321,9 @@ def _fault(code: str) -> Diagnosis:
     return Diagnosis(code, find, frozenset(ALL_KINDS), False, explanation(code))
 
 
-def undocumented(case: Case, known: Iterable[str]) -> list[Finding]:
-    """Faults whose code no diagnosis explains: a plug-in's source may have its own."""
-    codes = frozenset(known)
+def undocumented(case: Case, known: Mapping[str, Diagnosis]) -> list[Finding]:
+    """Faults whose code no diagnosis of such folders explains: a plug-in's source may have its own."""
+    codes = frozenset(code for code, each in known.items() if case.kind in each.kinds)
     return [finding_of(f, case) for f in case.survey.faults if f.code not in codes]
 
 

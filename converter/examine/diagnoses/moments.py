@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter.core.context import Context
+from converter.core.tensors.byte_runs import stored_parts
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import LOST, Case, Finding, diagnosis
+from converter.examine.diagnoses.values import is_zero
 from converter.sources.finding import find_place, kind_of
 from converter.text import fold, show
 
@@ -81,7 +83,7 @@ def moments_nonfinite(case: Case, context: Context) -> Iterable[Finding]:
     for kind, held in _moments(case).items():
         for name, tensor in held.items():
             try:
-                count = context.nonfinite(tensor)
+                count = sum(map(context.nonfinite, stored_parts(tensor)))
             except ConvertError:
                 continue
             if count:
@@ -104,7 +106,7 @@ def moments_zero(case: Case, context: Context) -> Iterable[Finding]:
     """
     held = _moments(case).get("exp_avg_sq", {})
     steps = _steps(case)
-    zero = [n for n, t in held.items() if t.info.numel and context.is_zero(t)]
+    zero = [n for n, t in held.items() if t.info.numel and is_zero(t, context)]
     if not zero or (steps is not None and steps[0] < 1):
         return
     is_all = len(zero) == len(held)

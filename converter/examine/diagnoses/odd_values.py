@@ -14,7 +14,7 @@ from converter.core.tensors.nodes import LazyTensor, narrow, reshape
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.heads import heads_here
-from converter.examine.diagnoses.values import LAYERS
+from converter.examine.diagnoses.values import LAYERS, has_zero_part, is_zero, odd_values
 from converter.families.factors import factor_in_name
 from converter.families.words import INPUT, LORA_PAIR, OUTPUT
 from converter.text import fold, show
@@ -23,6 +23,9 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 _PLAIN = (DType.F32, DType.F16, DType.BF16)
 _STRETCHES, _LENGTH = 4, 1024
 """So many stretches of so many values are read of a matrix: enough for its scale, and 70B are looked at in seconds."""
+_IS_LEARNT = re.compile(r"(?:^|[._])(?:weight|bias|proj|w[123]|scales?|scale_inv|absmax|SCB)$|\.lora_", re.ASCII)
+"""Names of what is trained, and of the scales of what was quantised; buffers may hold any number."""
+
 _OFF = 1000.0
 """Between layers, matrices of one position differ by less than 100 in every model that was looked at."""
 _LEAST_SIBLINGS = 2
@@ -30,13 +33,20 @@ _PRUNED = ("lora_E",)
 """Factors that training itself sets to zero in some modules: AdaLoRA takes their rank away."""
 
 
-@diagnosis("suspicious-values", "model", "weights", "adapter", deep=True)
+@diagnosis("suspicious-values", "model", "weights", "adapter", "training", deep=True)
 def suspicious_values(case: Case, context: Context) -> Iterable[Finding]:
     """A matrix holds one number everywhere, or its values are a thousand times as large as those of the matrices at its
     place in other layers: overwritten, scaled twice by a merge (alpha over r on top of itself), or read in another
-    dtype than it was written in. A thousand times smaller is a hint alone: layers that begin at zero are like that.
+    dtype than it was written in. A thousand times smaller is a hint alone: layers that begin at zero are like that. Or
+    a tensor has finite values of 8.6e9 (2^33) and more, in float16 of 32768 and more, which no training leaves.
     Of an adapter, a factor is zero that does not begin so, or that is not zero in any other layer.
     """
+    huge = {n: above for n, (_, above) in odd_values(case, context).items() if above and _IS_LEARNT.search(n)}
+    if huge:
+        text = f"{sum(huge.values())} values in {len(huge)} tensors are larger than any weight is: {fold(huge)}"
+        yield _finding(case, text, huge, "values that are too large:")
+    if case.kind == "training":
+        return  # what would be gathered of it is looked at
     if case.kind == "adapter":
         yield from _silent_factors(case, context)
         return
@@ -44,15 +54,16 @@ def suspicious_values(case: Case, context: Context) -> Iterable[Finding]:
     constant: dict[str, float] = {}
     heads = set(heads_here(case))
     for name, entry in case.survey.entries.items():
-        if not _is_looked_at(name, entry.tensor) or name in heads:
+        if not is_matrix_of_layer(name, entry.tensor) or name in heads:
             continue
         try:
-            sample = _sample(entry.tensor, context)
+            sample = sample_of(entry.tensor, context)
+            is_constant = len(set(sample)) == 1 and _is_one_number(entry.tensor, context)
         except ConvertError:
             continue
         if not all(map(math.isfinite, sample)) or not any(sample):
             continue
-        if len(set(sample)) == 1 and _is_one_number(entry.tensor, context):
+        if is_constant:
             constant[name] = sample[0]
         else:
             scales[name] = math.sqrt(math.fsum(v * v for v in sample) / len(sample))
@@ -79,11 +90,16 @@ def _silent_factors(case: Case, context: Context) -> Iterable[Finding]:
         if match is not None and is_trained and match["kind"] not in _PRUNED:
             groups.setdefault((_NUMBER.sub("N", match["module"]), match["kind"]), []).append(name)
     silent: list[str] = []
+    cut: list[str] = []
     for (module, kind), names in groups.items():
-        zeros = [n for n in names if context.is_zero(case.survey.entries[n].tensor)]
+        zeros = [n for n in names if is_zero(case.survey.entries[n].tensor, context)]
         is_alone = len(zeros) < len(names) and ".experts." not in f".{module}."
         if is_alone or kind == LORA_PAIR[0]:
             silent += zeros
+        cut += [n for n in names if n not in zeros and has_zero_part(case.survey.entries[n].tensor, context)]
+    if cut:
+        text = f"{len(cut)} factors have a rank's part that is zero: {fold(cut)}"
+        yield _finding(case, text, dict.fromkeys(cut, 0.0), "is in part")
     if silent:
         text = f"{len(silent)} factors are zero, so their modules do nothing: {fold(silent)}"
         yield _finding(case, text, dict.fromkeys(silent, 0.0), "is")
@@ -106,14 +122,15 @@ def _finding(case: Case, text: str, numbers: Mapping[str, float], verb: str) -> 
     )
 
 
-def _is_looked_at(name: str, tensor: LazyTensor) -> bool:
+def is_matrix_of_layer(name: str, tensor: LazyTensor) -> bool:
+    """True for a weight of a layer that is stored as plain floats: no factor of LoRA, no embedding, no vector."""
     shape = tensor.info.shape
     is_matrix = len(shape) > 1 and min(shape) > 1 and LAYERS.search(name) is not None
     is_embedding = INPUT.search(name) is not None or OUTPUT.search(name) is not None
     return is_matrix and tensor.info.dtype in _PLAIN and ".lora_" not in name and not is_embedding
 
 
-def _sample(tensor: LazyTensor, context: Context) -> list[float]:
+def sample_of(tensor: LazyTensor, context: Context) -> list[float]:
     """Values from the beginning, the end and between."""
     count = tensor.info.numel
     flat = reshape(tensor, (count,))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from converter.converters.heads.read import values
 from converter.core.context import MAX_READ, Context
-from converter.core.tensors.byte_runs import byte_runs
-from converter.core.tensors.nodes import LazyTensor, narrow
+from converter.core.tensors.byte_runs import byte_runs, stored_parts
+from converter.core.tensors.nodes import Cast, Concat, LazyTensor, Reshape, narrow, reshape
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.heads import heads_here
@@ -29,6 +29,9 @@ _MASKS = re.compile(r"(?:mask|masked_bias|attn\.bias)$")
 LAYERS = re.compile(r"(?:^|\.)(?:weight|in_proj_weight|\w*_proj|w[123])$", re.ASCII)
 """Weights of layers by their names, stacked experts among them; other matrices may be zero by design."""
 
+ODD_VALUES = "odd values"
+"""Under this name a case keeps what `odd_values` found."""
+
 _PARTS, _LEAST_ROWS = 8, 2
 """A matrix is looked at in so many stretches of rows, each of so many at least."""
 
@@ -45,25 +48,32 @@ def stored(case: Case) -> Iterator[tuple[str, LazyTensor]]:
         yield from ((f"{file}:{n}", t) for n, t in found.tensors.items() if t.info.numel)
 
 
-@diagnosis("nonfinite", "model", "adapter", "weights", "training", deep=True)
-def nonfinite(case: Case, context: Context) -> Iterable[Finding]:
-    """Tensors hold NaN or infinite values: sampling stops with `probability tensor contains either inf, nan or element
-    < 0`, rewards are NaN. The run diverged, or a merge overflowed float16. They are never set to zero here: take an
-    earlier checkpoint, or merge again in bfloat16.
-    """
-    counts: dict[str, int] = {}
+def odd_values(case: Case, context: Context) -> Mapping[str, tuple[int, int]]:
+    """How many values of each tensor are not finite, and how many are huge; masks are, and are left out."""
+    return case.once(ODD_VALUES, lambda c: dict(_odd_values(c, context)))
+
+
+def _odd_values(case: Case, context: Context) -> Iterator[tuple[str, tuple[int, int]]]:
     for name, tensor in stored(case):
         if _MASKS.search(name):
             continue
         try:
             if tensor.info.shape == () and not any(map(math.isnan, values(tensor, context))):
                 continue  # a bound: minimum and maximum of an activation that is not clipped are infinite
-            count = context.nonfinite(tensor)
+            found = [context.odd(part) for part in stored_parts(tensor)]
         except ConvertError:
             continue
         context.heard(tensor.info.nbytes, name)
-        if count:
-            counts[name] = count
+        yield name, (sum(bad for bad, _ in found), sum(above for _, above in found))
+
+
+@diagnosis("nonfinite", "model", "adapter", "weights", "training", deep=True)
+def nonfinite(case: Case, context: Context) -> Iterable[Finding]:
+    """Tensors hold NaN or infinite values: sampling stops with `probability tensor contains either inf, nan or element
+    < 0`, rewards are NaN. The run diverged, or a merge overflowed float16. They are never set to zero here: take an
+    earlier checkpoint, or merge again in bfloat16.
+    """
+    counts = {name: bad for name, (bad, _) in odd_values(case, context).items() if bad}
     if counts:
         text = f"{sum(counts.values())} values in {len(counts)} tensors are NaN or infinite"
         worst = sorted(counts, key=lambda n: -counts[n])[:3]
@@ -79,23 +89,32 @@ def nonfinite(case: Case, context: Context) -> Iterable[Finding]:
 
 @diagnosis("zero-tensors", "model", "weights", deep=True)
 def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
-    """Whole matrices of a model are zero, heads apart, or an eighth of their rows or more in one stretch: filled with
-    zeros by a repair, or a save from a rank that did not hold them. (Biases, relative positions, buffers, and all
-    LoRA's B at the start are zero by design; an embedding's rows of tokens that nobody has may be.)
+    """Whole matrices of a model are zero, heads apart, or an eighth of their rows or more in one stretch, or a norm is
+    that is not zero in other layers: filled with zeros by a repair, or a save from a rank that did not hold them.
+    (Biases, relative positions, buffers, and all LoRA's B at the start are zero by design; an embedding's rows of
+    tokens that nobody has may be.)
     """
     heads = set(heads_here(case))
     found = _zero_parts(case, context)
     parts: dict[str, tuple[int, int]] = {}
+    cut: list[str] = []
     for name, tensor in stored(case):
         is_matrix = len(tensor.info.shape) > 1 and min(tensor.info.shape) > 1 and LAYERS.search(name)
         if not is_matrix or not tensor.info.dtype.is_float or name in heads or ".lora_" in name:
             continue
-        if context.is_zero(tensor):
+        if is_zero(tensor, context):
             found.append(name)
-        elif not name.startswith(OUTPUT_MODULES) and "embed" not in name and (rows := _zero_rows(tensor, context)):
+        elif name.startswith(OUTPUT_MODULES) or "embed" in name:
+            continue  # rows of tokens that nobody has
+        elif rows := _zero_rows(tensor, context):
             parts[name] = rows
+        elif has_zero_part(tensor, context) or _has_zero_columns(tensor, context):
+            cut.append(name)
+    norms = _zero_norms(case, context)
     texts = {
+        f"{len(cut)} matrices have a stretch of columns, or a rank's part, that is zero: {fold(cut)}": cut,
         f"{len(found)} matrices are zero everywhere: {fold(found)}": found,
+        f"{len(norms)} norms are zero, and those at their place in other layers are not: {fold(norms)}": norms,
         f"{len(parts)} matrices have rows of zeros in one stretch: {fold(parts)}": list(parts),
     }
     for text, names in texts.items():
@@ -120,27 +139,98 @@ _NEVER_ZERO = frozenset(
 )
 """Parts of a quantised weight by what each is: zero points, orders and layouts may be zero."""
 
+_MAY_BE_ZERO = frozenset({"qzeros", "zero"})
+"""Parts that are zero in every weight or in none."""
+
 
 def _zero_parts(case: Case, context: Context) -> list[str]:
     """Codes, scales and tables of quantised weights that are zero everywhere: the weight is zero, or noise."""
     if not case.shapes or not case.config:
         return []
-    parts = {n for w, _ in read(case.shapes, case.config).weights for k, n in w.parts.items() if k in _NEVER_ZERO}
+    weights = read(case.shapes, case.config).weights
+    parts = {n for w, _ in weights for k, n in w.parts.items() if k in _NEVER_ZERO}
     floats = {n for n in parts if case.shapes[n].dtype.is_float and LAYERS.search(n)}  # matrices, looked at as others
-    return [n for n, tensor in stored(case) if n in parts - floats and context.is_zero(tensor)]
+    found = [n for n, tensor in stored(case) if n in parts - floats and context.is_zero(tensor)]
+    zeros = {n for w, _ in weights for k, n in w.parts.items() if k in _MAY_BE_ZERO}
+    silent = [n for n, tensor in stored(case) if n in zeros and is_zero(tensor, context)]
+    return [*found, *(silent if len(silent) < len(zeros) else ())]
+
+
+_FINAL_NORM = re.compile(r"(?:^|\.)(?:norm|final_norm|final_layer_?norm|ln_f)\.weight$", re.ASCII)
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
+
+
+def _zero_norms(case: Case, context: Context) -> list[str]:
+    """Weights of norms that are zero where others of the kind are not: norms that begin at zero all do."""
+    places: dict[str, dict[str, bool]] = {}
+    for name, tensor in stored(case):
+        if len(tensor.info.shape) == 1 and name.endswith(".weight") and tensor.info.dtype.is_float:
+            place = "norm" if _FINAL_NORM.search(name) else _NUMBER.sub("N", name)
+            places.setdefault(place, {})[name] = is_zero(tensor, context)
+    found = [n for held in places.values() if not all(held.values()) for n, zero in held.items() if zero]
+    others = [zero for place, held in places.items() if place != "norm" for zero in held.values()]
+    if others and not any(others):
+        found += [n for n, zero in places.get("norm", {}).items() if zero and n not in found]
+    return found
+
+
+def is_zero(tensor: LazyTensor, context: Context) -> bool:
+    """True where all that a tensor is made of is zero; what is computed need not be."""
+    parts = list(stored_parts(tensor))
+    return bool(parts) and all(map(context.is_zero, parts))
 
 
 def _zero_rows(tensor: LazyTensor, context: Context) -> tuple[int, int] | None:
     """The first stretch of rows, in eighths of the matrix, that are zero; None where there is none."""
     rows = tensor.info.shape[0]
-    height = rows // _PARTS
-    if height < _LEAST_ROWS or byte_runs(tensor) is None:
+    height = max(_LEAST_ROWS, rows // _PARTS)
+    count = rows // height
+    if count < 2 or height * tensor.info.numel // rows < _LEAST_PART or byte_runs(tensor) is None:
         return None
-    zero = [k for k in range(_PARTS) if context.is_zero(narrow(tensor, 0, k * height, height))]
+    zero = [k for k in range(count) if context.is_zero(narrow(tensor, 0, k * height, height))]
     if not zero:
         return None
-    last = next((k for k in range(zero[0], _PARTS) if k not in zero), _PARTS)
-    return zero[0] * height, rows if last == _PARTS else last * height
+    last = next((k for k in range(zero[0], count) if k not in zero), count)
+    return zero[0] * height, rows if last == count else last * height
+
+
+_LEAST_PART = 16
+"""Values of a rank's part, and of columns in the rows that are read: of fewer, zeros may be chance."""
+
+
+def has_zero_part(tensor: LazyTensor, context: Context) -> bool:
+    """True where one of the ranks' parts that a tensor is made of is zero, and others are not."""
+    parts = [p for p in stored_parts(tensor) if p.info.numel >= _LEAST_PART and p.info.dtype.is_float]
+    if len(parts) < 2:
+        parts = _pieces(tensor)
+    zero = [context.is_zero(p) for p in parts]
+    return any(zero) and not all(zero)
+
+
+def _pieces(tensor: LazyTensor) -> list[LazyTensor]:
+    """What lies in several places of files, and reads as one."""
+    while isinstance(tensor, Reshape | Cast):
+        tensor = tensor.source
+    parts = tensor.parts if isinstance(tensor, Concat) else ()
+    return [p for p in parts if p.info.numel >= _LEAST_PART and byte_runs(p) is not None]
+
+
+def _has_zero_columns(tensor: LazyTensor, context: Context) -> bool:
+    """True where an eighth of the columns or more, in one stretch, are zero in each of the rows that are read."""
+    rows, columns = tensor.info.shape[0], tensor.info.numel // max(1, tensor.info.shape[0])
+    width = columns // _PARTS
+    read = sorted({round(k * (rows - 1) / (_PARTS - 1)) for k in range(_PARTS)})
+    if not width or width * len(read) < _LEAST_PART:
+        return False
+    try:
+        flat = reshape(tensor, (tensor.info.numel,))
+        held = [values(narrow(flat, 0, row * columns, min(columns, MAX_READ // 8)), context) for row in read]
+    except ConvertError:
+        return False
+    held = [row for row in held if any(row)]  # a row of zeros says nothing of columns
+    if len(held) * width < _LEAST_PART or len(held) <= len(read) // 2:
+        return False
+    return any(not any(any(row[k * width : (k + 1) * width]) for row in held) for k in range(len(held[0]) // width))
 
 
 def _head_weights(case: Case) -> dict[str, LazyTensor]:

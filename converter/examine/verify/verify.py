@@ -186,6 +186,7 @@ def _roles_of(trainer: str) -> frozenset[Role]:
 
 def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root: Path) -> Verified:
     from converter.examine.verify.dialect import check_for, check_own_class
+    from converter.examine.verify.odd import check_values
     from converter.examine.verify.receipt import (
         check_other_receipt,
         check_receipt,
@@ -210,7 +211,11 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
     check = check_own_class if _as_itself(asked, checkpoint) else check_for
     verdict = check(checkpoint, aim, context, remedy=_remedy(asked, aim))
     stored = {**checkpoint.tensors, **{n: t for held in checkpoint.beside.values() for n, t in held.items()}}
-    checks = [*verdict.checks, *check_receipt(root, frozenset(stored), lambda: stored)]
+    checks = [
+        *verdict.checks,
+        *check_receipt(root, frozenset(stored), lambda: stored),
+        *check_values(asked.folder, root),
+    ]
     reading, there, is_rounded = verdict.reading, None, False
     table: list[dict[str, Any]] = []
     if asked.against is not None and is_receipt(asked.against):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from converter.core.context import Context
@@ -33,6 +35,7 @@ from converter.text import show
 
 _STATE = ".quant_state.bitsandbytes__"
 _TABLES = ("nf4", "fp4")
+_ASCENDING = "nf4"
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _USUAL_BLOCK = 64
 _CODES, _ENTRIES = 256, 16
@@ -119,6 +122,8 @@ def whole_four_bit(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType
     table = weight.parts["state"].partition(_STATE)[2]
     count = math.prod(shape)
     packed, absmax = _bytes(weight, parts["weight"]), parts["absmax"]
+    if table == _ASCENDING:
+        _expect_ordered(weight, "quant_map", parts, context)
     if packed.info.numel != (count + 1) // 2 or absmax.info.numel != -(-count // block):
         raise _refused(weight, f"its state says {list(shape)} in blocks of {block}, which its parts do not hold")
     absmax = nodes.reshape(absmax, (absmax.info.numel,))
@@ -126,6 +131,7 @@ def whole_four_bit(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType
         nested, size = parts["nested_absmax"], state["nested_blocksize"]
         if nested.info.numel != -(-absmax.info.numel // size):
             raise _refused(weight, f"its absmax is in blocks of {size}, and {nested.info.numel} of them are there")
+        _expect_ordered(weight, "nested_quant_map", parts, context)
         absmax = nodes.apply(
             kernels.DEQUANTISE_ABSMAX,
             [absmax, nodes.reshape(nested, (nested.info.numel,)), parts["nested_quant_map"]],
@@ -133,6 +139,20 @@ def whole_four_bit(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType
         )
     params: dict[str, Any] = {"table": table, "block": block, "first": 0, "shape": tuple(shape), "out": own.value}
     return nodes.cast(nodes.apply(kernels.DEQUANTISE_FOUR_BIT, [packed, absmax], params), dtype)
+
+
+def _expect_ordered(weight: Weight, part: str, parts: Mapping[str, LazyTensor], context: Context) -> None:
+    """NF4's table, and every one that bitsandbytes makes for the scales of scales, goes up from -1 or more to 1.
+
+    Raises:
+        Refused: this one does not (`quantised-incomplete`).
+    """
+    table = parts[part]
+    if table.info.dtype is not DType.F32:
+        return
+    numbers = struct.unpack(f"<{table.info.numel}f", context.read(table))
+    if not all(a < b for a, b in pairwise(numbers)) or not -1.01 < numbers[0] < numbers[-1] < 1.01:
+        raise _refused(weight, f"its {part} does not go up to 1, as each of bitsandbytes' tables does")
 
 
 def _bytes(weight: Weight, packed: LazyTensor) -> LazyTensor:

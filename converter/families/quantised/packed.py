@@ -9,6 +9,7 @@ https://github.com/casper-hansen/AutoAWQ/blob/88e4c76/awq/modules/linear/gemm.py
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -245,6 +246,10 @@ def _expect_groups(weight: Weight, order: LazyTensor, context: Context) -> None:
     groups = struct.unpack(f"<{len(raw) // 4}i", raw)
     if min(groups) < 0 or max(groups) >= int(weight.params["groups"]):
         what = f"{show(weight.parts['order'])} names group {max(groups)}, and there are {weight.params['groups']}"
+        raise Refused("quantised-incomplete", what)
+    size, (group, count) = int(weight.params["group"]), Counter(groups).most_common(1)[0]
+    if count > size:
+        what = f"{show(weight.name)}: its g_idx puts {count} inputs into group {group}, and a group has {size}"
         raise Refused("quantised-incomplete", what)
 
 

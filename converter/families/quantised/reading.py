@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from converter.core.tensors.dtypes import DType
 from converter.families.quantised import bitsandbytes, four_bit_floats, mxfp4, packed, scaled
 from converter.families.quantised.weight import Fault, Format, Infos, Shape, Weight
-from converter.text import show
+from converter.text import fold, show
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 """The key of config.json, and an older spelling of it."""
@@ -185,6 +186,26 @@ def _unsupported_compressed(held: Mapping[str, Any]) -> str:
     if isinstance(sparse, Mapping) and sparse.get("format", "dense") != "dense":
         return f"compressed-tensors' sparse format {show(sparse['format'])} is not dequantised here"
     return ""
+
+
+_LEAST_ALIKE = 3
+"""A part of another type is the odd one where so many, and most, are of one type."""
+
+
+def odd_types(found: Quantised, infos: Infos) -> dict[tuple[str, ...], str]:
+    """Parts of a type that the same parts of nearly all other weights do not have: somebody cast them; in words."""
+    kinds: dict[tuple[str, str], dict[str, DType]] = {}
+    for weight, _ in found.weights:
+        for part, name in weight.parts.items():
+            kinds.setdefault((weight.scheme, part), {})[name] = infos[name].dtype
+    said: dict[tuple[str, ...], str] = {}
+    for held in kinds.values():
+        (usual, count), *others = Counter(held.values()).most_common()
+        if others and count >= _LEAST_ALIKE and 2 * count > len(held):
+            odd = tuple(n for n, dtype in held.items() if dtype is not usual)
+            types = " and ".join(sorted({held[n].value for n in odd}))
+            said[odd] = f"{fold(odd)} is {types}, and such parts of {count} other weights are {usual.value}"
+    return said
 
 
 def plain_shapes(infos: Infos, config: Mapping[str, Any], asked: Mapping[str, Shape]) -> dict[str, Shape]:

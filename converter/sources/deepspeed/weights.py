@@ -14,7 +14,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.sources.deepspeed.experts import expert_weights, placed_in_order, router_aliases
 from converter.sources.deepspeed.layout import frozen_tensors, trained_shapes, trained_tensors
 from converter.sources.deepspeed.state import Shards, expect_one_step
-from converter.text import show
+from converter.text import fold, show
 
 WRAPPED = "pretrained_model."
 """What TRL's value-head wrapper puts before the names of the model in it."""
@@ -58,6 +58,8 @@ def read_weights(shards: Shards, *, master: bool = False) -> Weights:
         shared |= {a: n for a, n in router_aliases(shards).items() if a in held and n in held}
     has_shapes = shards.stage > 0
     trained = frozenset(n for g in trained_shapes(shards) for n in g) if has_shapes else None
+    _expect_same_names(shards, held, trained or frozenset(), shared)
+    _expect_same_shapes(shards, held)
     computed: dict[str, LazyTensor] = {}
     if shards.stage == 3:
         expect_one_step(shards, [r for r in range(shards.ranks) if r in shards.files.models])
@@ -68,9 +70,6 @@ def read_weights(shards: Shards, *, master: bool = False) -> Weights:
     if shards.stage == 3 or unsaved or (master and (shards.stage or not _all_fp32(held))):
         for name, tensor in trained_tensors(shards).items():
             like = held.get(name)
-            if shards.stage < 3 and like is not None and like.info.shape != tensor.info.shape:
-                text = f"{show(name)} is {list(tensor.info.shape)} in param_shapes, and not so in the module"
-                raise shards.refuse("zero-sizes", text, file=shards.model_file())
             if shards.stage == 3 or master or name in unsaved:
                 computed[name] = tensor if master else tensors.cast(tensor, training_dtype(shards, like))
     names = dict.fromkeys([*held, *computed, *shared])
@@ -102,6 +101,43 @@ def _named_as_parameters(shards: Shards, held: Mapping[str, LazyTensor]) -> dict
     if not any(n.startswith(WRAPPED) for n in known):
         return dict(held)
     return {WRAPPED + n if n not in known and WRAPPED + n in known else n: t for n, t in held.items()}
+
+
+def _expect_same_names(
+    shards: Shards, held: Mapping[str, LazyTensor], trained: frozenset[str], shared: Mapping[str, str]
+) -> None:
+    """Refuse a list of parameters that is another model's: it names what the module lacks, and the module has others.
+
+    A module whose `state_dict` leaves parameters out lacks some, and has none too many.
+
+    Raises:
+        Refused: both have names that the other lacks (`zero-malformed`).
+    """
+    lacks = trained - held.keys()
+    if not lacks or shards.experts:
+        return
+    model = shards.model()
+    frozen = {n for names in _mappings(model.get("frozen_param_shapes")) for n in names}
+    buffers = model.get("buffer_names")
+    known = trained | frozen | shared.keys() | set(shared.values()) | set(buffers if isinstance(buffers, list) else ())
+    left = [n for n in held if n not in known]
+    if left:
+        text = f"param_shapes has {fold(sorted(lacks))}, which the module lacks; it holds {fold(left)}"
+        raise shards.refuse("zero-malformed", text, file=shards.model_file())
+
+
+def _expect_same_shapes(shards: Shards, held: Mapping[str, LazyTensor]) -> None:
+    """Refuse a list of parameters with other shapes than the module's; placeholders of ZeRO-3 have none.
+
+    Raises:
+        Refused: one is not what is listed (`zero-sizes`).
+    """
+    for group in trained_shapes(shards) if shards.stage else ():
+        for name, shape in group.items():
+            found = held[name].info.shape if name in held else shape
+            if found not in (tuple(shape), (0,)):
+                text = f"{show(name)} is {list(shape)} in param_shapes, and {list(found)} in the module"
+                raise shards.refuse("zero-sizes", text, file=shards.model_file())
 
 
 def _mappings(value: object) -> list[Mapping[object, object]]:

@@ -93,7 +93,7 @@ class RankMesh:
         return self._made[id(value)]
 
     def _spec(self, value: Built) -> Built:
-        fields = {"mesh": self._once(value.state.get("mesh"), self._mesh)}
+        fields: dict[str, Any] = {"mesh": self._once(value.state.get("mesh"), self._mesh)}
         placements = value.state.get("placements")
         if isinstance(placements, tuple | list) and len(placements) != len(self.sizes):
             # Of replicas of shards the shards are left, which are cut along the mesh's last dimension.

@@ -215,8 +215,9 @@ class Resharding:
         tree = source.pickle.value
         entries = {r: self._entries(files.optimizers[r]) for r in order}
         groups = tree.get("param_groups")
-        params = [g.get("params") for g in groups if isinstance(g, dict)] if isinstance(groups, list) else []
-        if not params or not all(isinstance(p, list) for p in params):
+        listed = [g.get("params") for g in groups if isinstance(g, dict)] if isinstance(groups, list) else []
+        params = [p for p in listed if isinstance(p, list)]
+        if not params or len(params) != len(listed):
             raise self.read.refuse("verl-optimizer", "this is not the state of groups of parameters", file=first)
         totals = self._totals(entries, len(params[0]) if len(params) == 1 else None)
         made = []

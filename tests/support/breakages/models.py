@@ -131,6 +131,13 @@ def left_beside(folder: Path) -> None:
     os.rename(beside(folder, "adapter", "a"), folder / "lora_adapter")
 
 
+def copied_over(folder: Path) -> None:
+    """One layer's matrix is written over another's."""
+    tensors = load_file(folder / WEIGHTS)
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
+    save_file({**tensors, names[1]: tensors[names[0]].clone()}, folder / WEIGHTS, PT)
+
+
 def unmoved(folder: Path) -> None:
     os.rename(beside(folder, "reward", "other"), folder.parent / "checkpoint-1")
 
@@ -356,6 +363,7 @@ CONFIGS: dict[str, Breakage] = {
     "suspicious-values": Breakage(
         "whole", at("model.layers.0.mlp.up_proj.weight", lambda v: torch.full_like(v, 0.02)), "values", ("--deep",)
     ),
+    "copied-tensors": Breakage("whole", copied_over, "values", ("--deep",)),
     "head-untrained": Breakage("reward", at(SCORE, torch.zeros_like), "told", ("--deep",)),
     "head-unmoved": Breakage("reward", unmoved, "values", ("--deep",), name="checkpoint-2"),
     "merged-equals-base": Breakage(

@@ -18,7 +18,7 @@ from converter.core.tensors.byte_runs import reads
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import ConvertError, Refused
-from converter.families.quantised.reading import CONFIG_KEYS, Quantised, read
+from converter.families.quantised.reading import CONFIG_KEYS, Quantised, odd_types, read
 from converter.families.quantised.weight import Weight
 from converter.text import fold, show
 
@@ -133,7 +133,7 @@ def whole(checkpoint: Checkpoint, found: Quantised, context: Context) -> Whole:
 
     Raises:
         Refused: a part is missing or does not fit (`quantised-incomplete`), or the format is not read
-            (`quantised-unsupported`).
+            (`quantised-unsupported`), or parts were cast (`quantised-incomplete`), without consent.
     """
     where = show(checkpoint.origin.asked)
     expect_parts(found, where)
@@ -143,6 +143,11 @@ def whole(checkpoint: Checkpoint, found: Quantised, context: Context) -> Whole:
         way = f"{model} it was made from; or save it whole with the library that quantised it"
         raise Refused("quantised-unsupported", found.unsupported, where=where, next=way)
     _expect_read_here(checkpoint, found, where)
+    for text in odd_types(found, {n: t.info for n, t in checkpoint.tensors.items()}).values():
+        what = f"{text}: a cast of it has lost what it scales"
+        context.consent(
+            Refused("quantised-incomplete", what, where=where, next="get the file again, from where it was made")
+        )
     dtype = model_dtype(checkpoint)
     made: dict[str, tuple[Weight, LazyTensor]] = {}
     for weight, form in found.weights:
