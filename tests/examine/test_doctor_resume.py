@@ -41,7 +41,7 @@ def test_what_any_number_of_ranks_loads_is_said_to_be_that(run: Path) -> None:
 @pytest.mark.parametrize(
     ("run", "says"),
     [
-        (VERL / "critic-hsdp-fsdp2-n4", "2x2 ranks"),
+        (VERL / "critic-hsdp-fsdp2-n4", "replicas of 2 shards"),
         (ZERO / "elastic-z2-n3", "elastic_checkpoint"),
         (TESTS.parent / "fixtures" / "tiny-qwen2-base", "no shards of a trainer"),
     ],

@@ -149,6 +149,42 @@ def test_files_of_ranks_are_cut_for_others_bit_by_bit(ranks: int, place: Path) -
     assert [n for n in found if not torch.equal(converter.to_torch(found[n]), lived[n])] == []
 
 
+@pytest.fixture(scope="module")
+def own() -> Iterator[Path]:
+    """accelerate's pieces as a script saves them by itself: `optimizer.state_dict()` numbers its parameters."""
+    run = SAVED / "accelerate-ranks-n2"
+    with fast_folder() as folder:
+        for rank in (0, 1):
+            parts = (run / "checkpoint-2" / f"{n}_0_rank{rank}.bin" for n in (MODEL, OPTIMIZER))
+            model, optimizer = (torch.load(p, weights_only=False) for p in parts)  # noqa: TID251 - accelerate wrote it
+            torch.save(model, folder / f"model_rank{rank}.pt")
+            (group,) = optimizer["param_groups"]
+            numbered = {i: optimizer["state"][n] for i, n in enumerate(group["params"])}
+            group = {**group, "params": list(numbered)}
+            torch.save({"state": numbered, "param_groups": [group]}, folder / f"optim_rank{rank}.pt")
+        yield folder
+
+
+def test_files_that_a_script_saved_on_every_rank_are_read_and_cut(own: Path, place: Path) -> None:
+    converter.reshard_state(own, place / "out", world_size=3)
+    assert sorted(p.name for p in (place / "out").glob("*.pt")) == [
+        f"{n}_rank{r}.pt" for n in ("model", "optim") for r in (0, 1, 2)
+    ]
+    lived = load_file(SAVED / "accelerate-ranks-n2" / "oracle.safetensors")
+    for folder in (own, place / "out"):
+        found = {f"live/{n}": t for n, t in SOURCE.open(folder, asked="x").tensors.items()}
+        for which in ("exp_avg", "exp_avg_sq"):
+            found |= {f"{which}/{n}": t for n, t in SOURCE.adam_moments(folder, which=which).items()}  # type: ignore[arg-type]
+        assert found.keys() == lived.keys()
+        assert [n for n in found if not torch.equal(converter.to_torch(found[n]), lived[n])] == []
+
+
+def test_a_rank_of_a_script_s_files_that_is_missing_is_named(own: Path, place: Path) -> None:
+    run = Path(shutil.copytree(own, place / "run"))
+    (run / "model_rank1.pt").unlink()
+    assert {f.code for f in examine(DoctorRequest(str(run))).findings} >= {"fsdp-rank-files"}
+
+
 def test_doctor_says_that_files_of_ranks_have_to_be_cut_for_others() -> None:
     run = SAVED / "accelerate-ranks-n2"
     for ranks, severity in ((3, "changes-numbers"), (2, "cosmetic")):
@@ -193,4 +229,7 @@ def test_what_is_no_state_of_accelerate_s_is_refused_by_name(place: Path) -> Non
     torch.save({**optimizer, "made": Path.unlink}, state / "optimizer.bin")
     assert refused(state, "sharded").code == "pickle-names"
     shutil.copytree(SAVED / "accelerate-n2" / "checkpoint-2" / f"{MODEL}_0", state / f"{MODEL}_0")
-    assert "both layouts" in refused(state, "sharded").what
+    assert "whole and in pieces" in refused(state, "sharded").what
+    with pytest.raises(ConvertError) as caught:
+        SOURCE.open(state, asked="x")
+    assert caught.value.code == "fsdp-state"

@@ -19,7 +19,17 @@ COMMANDS = {
     "ZeRO-2 as ZeRO-3": (RUNS / "zero" / "runs" / "roundrobin-z2-n3", ("--stage", "3")),
     "verl on other ranks": (RUNS / "verl_saves" / "runs" / "actor-tied-fsdp1-n2", ("--world-size", "3")),
     "a distributed checkpoint": (REPOSITORY / "fixtures" / "tiny-qwen2-base", ("--to", "dcp")),
+    "accelerate's sharded state as a full one": (RUNS / "dcp" / "runs" / "accelerate-n2", ("--to", "full")),
 }
+MORE = {
+    "ZeRO-3 as a universal checkpoint": (RUNS / "zero" / "runs" / "lm-tied-z3-n2", ("--to", "universal")),
+    "a universal checkpoint on ranks": (RUNS / "zero" / "universal_runs" / "lora-z3-n2", ("--world-size", "3")),
+    "ZeRO-2 without ZeRO": (RUNS / "zero" / "runs" / "reward-z2-n2", ("--stage", "0")),
+    "verl's replicas on other ranks": (RUNS / "verl_saves" / "runs" / "critic-hsdp-fsdp2-n4", ("--world-size", "2")),
+    "accelerate's full state as a sharded one": (RUNS / "dcp" / "runs" / "accelerate-full-n2", ("--to", "sharded")),
+    "accelerate's files of ranks on others": (RUNS / "dcp" / "runs" / "accelerate-ranks-n2", ("--world-size", "3")),
+}
+ALL = COMMANDS | MORE
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +44,14 @@ def test_killed_at_a_few_random_calls_the_same_command_finishes(name: str, serve
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ALL)
 def test_killed_at_sixty_random_calls_the_same_command_finishes(name: str, server: Server) -> None:
     killed(name, server, kills=60)
 
 
 def killed(name: str, server: Server, *, kills: int) -> None:
     """Kill a command at random calls, sometimes the one that resumes too; each time it has to finish."""
-    source, options = COMMANDS[name]
+    source, options = ALL[name]
     command = ("reshard", "in", "out", *options, "-q")
     rng = random.Random(name)
     with fast_folder() as folder:

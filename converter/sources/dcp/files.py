@@ -214,6 +214,23 @@ def full_file(folder: Path, names: Collection[str]) -> Path:
     return folder / found[0]
 
 
+def expect_one_layout(folder: Path) -> None:
+    """A model in one file has no other save of it beside it, in pieces.
+
+    Raises:
+        Refused: it has (`fsdp-state`).
+    """
+    pieces = [p.name for p in _folders(folder) if _PART.fullmatch(p.name) and kind_here(p) is not None]
+    pieces += sorted(n for n in file_names(folder) if n.startswith("pytorch_model_fsdp") and MODEL_OF_RANK.fullmatch(n))
+    if pieces:
+        text = (
+            f"the model lies here whole and in pieces ({fold([show(n) for n in pieces])}), and nothing says which is of"
+        )
+        raise Refused(
+            "fsdp-state", f"{text} this step", where=show(folder), next="move those of the older save elsewhere"
+        )
+
+
 def refusal(folder: Path, kind: Kind) -> Refused:
     """Why a recognised layout is not read, and what can be done."""
     code, text, advice = _NOT_READ[kind]

@@ -28,7 +28,7 @@ from converter.core.writer.shard_plan import ShardPlan
 from converter.core.writer.torch_trees import lay_out_tree
 from converter.errors import Refused, UsageError
 from converter.sources.dcp import rank_files
-from converter.sources.dcp.files import kind_here, search
+from converter.sources.dcp.files import expect_one_layout, kind_here, search
 from converter.sources.dcp.metadata import METADATA
 from converter.sources.dcp.state import MODEL, OPTIMIZER, Nest, expect_optimizer, leaves, read_full, read_sharded
 from converter.sources.resharded import Resharded
@@ -97,8 +97,7 @@ def _state_in(folder: Path) -> FsdpState | None:
     }
     if any(what == MODEL for what, _ in sharded):
         if any(what == MODEL for what, _ in full):
-            what = "models lie here in both layouts, and nothing says which is of this step"
-            raise Refused("fsdp-state", what, where=show(folder), next="move those of the older save elsewhere")
+            expect_one_layout(folder)
         return FsdpState(folder, "sharded", sharded)
     return FsdpState(folder, "full", full) if any(what == MODEL for what, _ in full) else None
 

@@ -19,7 +19,7 @@ from converter.sources.beside import find_beside
 from converter.sources.dcp import rank_files
 from converter.sources.dcp.adapter_names import names_in_memory
 from converter.sources.dcp.chunks import Pieces
-from converter.sources.dcp.files import full_file, kind_here, optimizer_folder, refusal
+from converter.sources.dcp.files import expect_one_layout, full_file, kind_here, optimizer_folder, refusal
 from converter.sources.dcp.hf_pieces import WORDS, read_pieces
 from converter.sources.dcp.layout import Moment, optimizer_states, reasons, sort_entries
 from converter.sources.dcp.metadata import METADATA, Metadata, read_metadata
@@ -162,6 +162,7 @@ def _read_ranks(folder: Path) -> Weights:
 
 def _read_full(folder: Path) -> Weights:
     """The one file of FULL_STATE_DICT."""
+    expect_one_layout(folder)
     path = full_file(folder, file_names(folder))
     read = read_torch_file(path, root=folder)
     found = state_dict(read.value)

@@ -25,6 +25,8 @@ _RANKS = ("mesh", "_rank_map")
 """Tensors of all ranks: torch before 2.9 keeps the mesh, later ones the ranks in its order."""
 _NAMES, _GROUPS = "_mesh_dim_names", "_dim_group_names"
 """What there is one of for each dimension."""
+_ALL = "0"
+"""The name that torch gives the process group of all ranks."""
 _LISTS = ("_flatten_mesh_list", "_flatten_rank_map")
 
 
@@ -118,9 +120,11 @@ class RankMesh:
         shapes = {k: self.sizes if k == "mesh" else (ranks,) for k in tensors_of_ranks}
         fields |= {k: saved(tensors.reshape(numbers, shape)) for k, shape in shapes.items()}
         fields |= {k: (*range(ranks),) for k in _LISTS if k in state}
-        for key in (_NAMES, _GROUPS):
-            if isinstance(state.get(key), tuple | list) and len(state[key]) != len(self.sizes):
-                fields[key] = type(state[key])(state[key][-1:])
+        names = state.get(_NAMES)
+        if isinstance(names, tuple | list) and len(names) != len(self.sizes):
+            fields[_NAMES] = type(names)(names[-1:])
+        if isinstance(state.get(_GROUPS), list):
+            fields[_GROUPS] = self._groups(state[_GROUPS], state.get("_coordinate_on_dim"))
         if "_layout" in state:
             fields["_layout"] = self._layout(state["_layout"])
         if "_rank" in state:
@@ -129,6 +133,19 @@ class RankMesh:
         place = (self.rank,) if len(self.sizes) == 1 else divmod(self.rank, self.shards)
         fields["_coordinate_on_dim"] = list(place) if isinstance(at, list) else place
         return _copy(value, state=_without_hash(state, fields))
+
+    def _groups(self, names: list[Any], at: Any) -> list[Any]:
+        """Names of the process groups of each dimension, which FSDP1 gathers over when it loads.
+
+        A mesh over all ranks has the group of all, `0`. Of two dimensions torch numbers the groups of the first one by
+        its column, then those of the second by its row.
+        """
+        if len(self.sizes) == 1:
+            return names if len(names) == 1 else [_ALL]
+        numbers = [int(n) for n in names if isinstance(n, str) and n.isdecimal()]
+        if len(numbers) != 2 or numbers[1] != numbers[0] + self.shards or not isinstance(at, tuple | list) or any(at):
+            raise UnknownMesh("its process groups are numbered in an unknown way")
+        return [str(numbers[0] + self.at), str(numbers[1] + self.rank // self.shards)]
 
     def _layout(self, value: Any) -> Built:
         """The mesh's sizes and strides, row by row."""

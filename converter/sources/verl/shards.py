@@ -236,12 +236,16 @@ class Ranks:
                 raise self.refuse("verl-mixed", f"{what}: they are of two runs, or of two steps")
         return copies[first]
 
-    def is_same(self, one: Value | None, other: Value | None) -> bool:
-        """True where two ranks' pieces or tensors hold the same bits, as the containers' checksums tell."""
+    def is_same(self, one: Value | None, other: Value | None, others: Ranks) -> bool:
+        """True where two ranks' pieces or tensors hold the same bits, as the containers' checksums tell.
+
+        Args:
+            others: those who opened the file of the second.
+        """
         first, second = (v.local if isinstance(v, Piece) else v for v in (one, other))
         if first is None or second is None:
             return first is second
-        return first.info == second.info and self._print(first) == self._print(second)
+        return first.info == second.info and self._print(first) == others._print(second)
 
     def _print(self, tensor: LazyTensor) -> object:
         """What tells the content of two stored tensors apart: their storages' checksums and where they lie in them."""

@@ -80,21 +80,21 @@ def read_weights(ranks: Ranks, *, asked_alone: bool = False) -> Weights:
 
 
 def _expect_equal_replicas(ranks: Ranks, held: dict[int, dict[str, Value | None]]) -> None:
-    """Files of other replicas that are here hold the same bits; one that can't be read is not needed.
+    """Files of other replicas that are here hold the same bits, as their directories say; nothing is taken from them.
 
     Raises:
         Refused: they hold others (`verl-mixed`): of another step, or ranks that went apart.
     """
-    files = ranks.files
+    files, beside = ranks.files, Ranks(ranks.files)
     for rank in sorted(files.models.keys() - held.keys()):
         try:
-            values = _values(ranks, rank)
+            values = _values(beside, rank)
         except Refused as why:
             ranks.said.append(f"{show(files.models[rank])} is not read ({why.what}): another replica has what is in it")
             continue
         for name, value in values.items():
             equals = (r for r, own in held.items() if isinstance(value, Piece) and _is_place(own.get(name), value))
-            if (other := next(equals, None)) is not None and not ranks.is_same(value, held[other][name]):
+            if (other := next(equals, None)) is not None and not ranks.is_same(held[other][name], value, beside):
                 what = f"{show(files.models[other])} and {show(files.models[rank])} hold replicas of the same shards"
                 raise ranks.refuse(
                     "verl-mixed",
