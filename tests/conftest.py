@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Matrices here are tiny, and a team of threads for each costs more than all that is computed. Tests that are about
 # threads ask torch for some.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Where it may not keep what it made, pytest rewrites the assertions of all test files in each worker of each run: ten
+# seconds of a processor each time. Its byte code lies beside the files, where git ignores it.
+sys.dont_write_bytecode = False
 
 
 def pytest_collection_finish() -> None:

@@ -19,7 +19,7 @@ import struct
 import sys
 import tempfile
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -240,7 +240,7 @@ def a_hub() -> Iterator[None]:
     from fake_hub import FakeHub, running
 
     with running(FakeHub()) as hub:
-        os.environ.update(hub.environment())
+        os.environ.update(hub.environment() | {"HF_HOME": str(Path("hub").resolve())})
         hub.add("me/some", {"config.json": b"{}"})
         yield
 
@@ -255,12 +255,17 @@ def record() -> dict[str, Any]:
     }
 
 
-def record_commands(printed: dict[str, str] | None = None) -> dict[str, Any]:
-    """What every command returns, and the keys of what it prints; `printed` gets the texts."""
-    os.environ["HF_HOME"] = str(Path("hub").resolve())
+def record_commands(
+    printed: dict[str, str] | None = None, served: Callable[[], contextlib.AbstractContextManager[None]] = a_hub
+) -> dict[str, Any]:
+    """What every command returns, and the keys of what it prints; `printed` gets the texts.
+
+    Args:
+        served: while it lasts, there is a Hub with a model `me/some`.
+    """
     exits: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
-    with a_hub():
+    with served():
         make_inputs()
         for title, command in COMMANDS.items():
             tamper()

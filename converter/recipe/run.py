@@ -139,17 +139,16 @@ def refuse_no_op(prepared: Prepared, measures: Mapping[str, Mapping[str, float]]
     """
     adapters = {c.origin.path for c in prepared.opened.values() if c.origin.kind == ADAPTER}
     merged = [m for m in measures.values() if "effective" in m]
+    is_difference = any(step.name in ("make-delta", "apply-delta") for step in prepared.recipe.steps)
     # A product of the change with itself is zero only where every value is what it was; NaN is not a zero. Of a weight
     # that is written back quantised the scales move by a last bit with nothing: there the codes count.
-    if not adapters or not merged or any(m.get("codes_changed", m["effective"]) != 0 for m in merged):
+    if not (adapters or is_difference) or not merged or any(m.get("codes_changed", m["effective"]) for m in merged):
         return
     copied = (run.file for e in prepared.plan.entries if e.runs is not None for run in e.runs)
     if not any(str(Path(file).parent) in adapters for file in copied):
-        prepared.context.consent(
-            Refused(
-                "no-op", f"none of {len(merged)} merged tensors differs from the base: the update is lost in rounding"
-            )
-        )
+        why = "the difference is zero, or" if is_difference else "the update is"
+        what = f"none of {len(merged)} merged tensors differs from the base: {why} lost in rounding"
+        prepared.context.consent(Refused("no-op", what))
 
 
 def open_inputs(recipe: Recipe, *, token: str | None, keep_code: bool) -> dict[str, Checkpoint]:

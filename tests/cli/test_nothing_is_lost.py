@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-import os
-import subprocess
-import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import pytest
 
 import record_surface
 from converter.recipe.recipe import parse_recipe
+from fake_hub import FakeHub, running
+from hub_here import client_of
 from schemas import faults_of
 
 BEFORE: dict[str, Any] = json.loads(Path(__file__).with_name("surface.json").read_text())
@@ -86,27 +87,22 @@ def lost_keys(before: dict[str, Any], now: dict[str, Any], commands: dict[str, A
             yield from (f"{title}: {path} is never {word} any more" for word in sorted(gone))
 
 
+@contextlib.contextmanager
+def a_hub() -> Iterator[None]:
+    """A Hub with one model, for the client of this process."""
+    with running(FakeHub()) as hub, client_of(hub, Path.cwd()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)  # the client's, about itself
+        hub.add("me/some", {"config.json": b"{}"})
+        yield
+
+
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What every command does now, in a process of its own."""
-    code = (
-        "import json, os, record_surface; os.environ.update(record_surface.OFFLINE); texts = {}; "
-        "print(json.dumps({**record_surface.record_commands(texts), 'texts': texts}))"
-    )
-    path = [str(record_surface.ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path_factory.mktemp("surface"),
-        env=environment | {"PYTHONPATH": os.pathsep.join(path)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    """What every command does now."""
+    texts: dict[str, str] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("surface"))
+        return {**record_surface.record_commands(texts, a_hub), "texts": texts}
 
 
 def test_no_verb_is_lost() -> None:

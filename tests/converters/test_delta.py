@@ -232,6 +232,17 @@ def test_weights_that_do_not_go_with_the_differences_are_refused(
         converter.apply_delta(BASE, deltas[0], tmp_path / "out", weights=weights)
 
 
+def test_a_difference_of_nothing_and_a_sum_that_changes_nothing_are_refused(deltas: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(Refused) as same:
+        converter.make_delta(BASE, BASE, tmp_path / "delta")
+    with pytest.raises(Refused) as rounded:
+        converter.apply_delta(BASE, deltas[0], tmp_path / "out", weights=[1e-9])
+    assert [same.value.code, rounded.value.code] == ["no-op", "no-op"]
+    assert sorted(tmp_path.iterdir()) == []
+    converter.make_delta(BASE, BASE, tmp_path / "delta", allow=["no-op"])
+    assert all(not t.any() for t in values(tmp_path / "delta").values())
+
+
 def test_a_model_and_an_output_are_no_sum(tmp_path: Path) -> None:
     assert main(["apply-delta", str(BASE), str(tmp_path / "out")]) == 2
     assert main(["apply-delta", str(BASE)]) == 2

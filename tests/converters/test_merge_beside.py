@@ -14,6 +14,7 @@ import oracle
 from oracle.adapters import WEIGHTS
 from oracle.command import listing, merged, run
 from oracle.families import make_family
+from selected import each_value
 
 PARTS = {"llava": "multi_modal_projector", "qwen2_vl": "visual.merger", "paligemma": "multi_modal_projector"}
 FAMILIES = ["llama", "gpt2", "gpt_neox"]
@@ -29,8 +30,9 @@ def _split(adapter: Path, part: str, file: str) -> dict[str, Any]:
     return apart
 
 
-@pytest.mark.parametrize("file", ["non_lora_trainables.bin", "non_lora_state_dict.bin"])
-@pytest.mark.parametrize("family", sorted(PARTS))
+@pytest.mark.parametrize(
+    ("family", "file"), each_value(sorted(PARTS), ["non_lora_trainables.bin", "non_lora_state_dict.bin"])
+)
 def test_parts_that_were_trained_whole_are_merged_with_the_adapter(family: str, file: str, tmp_path: Path) -> None:
     base = make_family(tmp_path / "base", family)
     part = PARTS[family].rpartition(".")[2]

@@ -18,6 +18,7 @@ from oracle.adapters import adapter_tensors
 from oracle.bases import edit_config, save_tokenizer, untied_copy, without_prefix
 from oracle.command import merged, run
 from oracle.expected import inputs_for
+from selected import each_value
 
 CLOSE = 4e-6
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -32,8 +33,7 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize(("family", "tied"), each_value(CLASSES.keys(), {"untied": False, "tied": True}))
 def test_reward_adapter_over_a_causal_base_becomes_a_reward_model(family: str, tied: bool, tmp_path: Path) -> None:
     base = oracle.make_base(tmp_path / "base", family, tied=tied, pad_token_id=0, dtype="float16", sharded=True)
     adapter = oracle.make_adapter(tmp_path / "adapter", base, task="SEQ_CLS")

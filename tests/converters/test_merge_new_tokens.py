@@ -17,16 +17,20 @@ import oracle
 from new_tokens import RESIZED, VOCABULARY, Cell, cells, make
 from oracle.command import merged, run
 from oracle.expected import load_output, logits, relative_difference
+from selected import each_facet, each_value
 
 CELLS = [*cells("llama"), *(c for c in cells("gpt2", "gpt_neox", "phi") if c.resized or c.kind.startswith("lora"))]
 # PEFT's token rows drop the bias of a tied head (`F.linear(x, W)` in `TrainableTokensLayer`), so that its live model is
 # not the one whose weights it saves: phi's has one.
 CELLS = [c for c in CELLS if not (c.family == "phi" and c.tied and c.kind.startswith("rows"))]
 
-BY_DEFAULT = [
-    c if number % 3 == 0 else pytest.param(c, marks=pytest.mark.slow)
-    for number, c in enumerate(c for c in CELLS if c.is_saved_whole)
-]
+BY_DEFAULT = each_facet(
+    (c for c in CELLS if c.is_saved_whole),
+    lambda c: (c.family, c.tied),
+    lambda c: (c.kind, c.tied),
+    lambda c: (c.kind, c.resized),
+    name=lambda c: c.name,
+)
 
 TOLERANCE = 1e-2
 """Of bf16 weights; a wrong row or tie is off by more than 0.1."""
@@ -39,7 +43,7 @@ def _merge(folder: Path) -> tuple[Any, dict[str, Any]]:
     return load_output(folder / "out"), json.loads((folder / "out" / "config.json").read_text())
 
 
-@pytest.mark.parametrize("cell", BY_DEFAULT, ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", BY_DEFAULT)
 def test_a_merged_model_says_what_the_live_peft_model_said(cell: Cell, tmp_path: Path) -> None:
     make(cell, tmp_path)
     model, config = _merge(tmp_path)
@@ -59,8 +63,14 @@ def test_new_rows_of_one_side_that_no_file_holds_are_refused(cell: Cell, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-@pytest.mark.parametrize(("kind", "tied_after"), [("auto", True), ("rows", True), ("lora-both", False)])
+@pytest.mark.parametrize(
+    ("family", "kind", "tied_after"),
+    [
+        pytest.param(family, kind, tied, marks=() if number == turn else pytest.mark.slow)
+        for number, family in enumerate(("llama", "gpt2", "gpt_neox"))
+        for turn, (kind, tied) in enumerate([("auto", True), ("rows", True), ("lora-both", False)])
+    ],
+)
 def test_a_tie_stays_where_both_sides_are_one_tensor(family: str, kind: str, tied_after: bool, tmp_path: Path) -> None:
     make(Cell(family, kind, tied=True, resized=True), tmp_path)
     _, config = _merge(tmp_path)
@@ -88,8 +98,7 @@ def test_every_key_is_merged_or_named_as_left_out(tmp_path: Path) -> None:
         assert f"base_model.model.{module}.weight" in dropped
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "tied"), each_value(["llama", "qwen2", "gemma2"], [True, False]))
 def test_a_reward_model_over_a_resized_vocabulary_needs_no_output_rows(family: str, tied: bool, tmp_path: Path) -> None:
     """Its output embedding goes; only the input embedding has to be of the new size."""
     base = oracle.make_base(tmp_path / "base", family, tied=tied)

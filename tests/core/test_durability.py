@@ -17,6 +17,7 @@ from converter.errors import Interrupted, Refused
 from durability import Call, Fault, Quiet, telling, tree
 from faulty_runs import Merge, Scene, fresh, overwriting, replay, resumed, run_with_fault, various
 from power_cuts import Recorder
+from selected import each_value
 
 SIBLINGS = ("out.partial", "out.old", "out.replacing")
 
@@ -30,27 +31,25 @@ def begun_anew(merge: Merge, place: Path) -> dict[str, Any]:
 # A call fails
 
 
-FAULTS = {
-    f"{scene.__name__}-{errno.errorcode[number]}": (scene, number)
-    for scene in (fresh, resumed, begun_anew, overwriting)
-    for number in (errno.EIO, errno.ENOSPC)
-}
+SCENES = {scene.__name__: scene for scene in (fresh, resumed, begun_anew, overwriting)}
+NUMBERS = {errno.errorcode[number]: number for number in (errno.EIO, errno.ENOSPC)}
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(("scene", "number"), each_value(SCENES, NUMBERS))
 def test_whatever_call_fails_out_is_absent_or_whole_and_the_next_run_finishes(
-    merge: Merge, place: Path, name: str
+    merge: Merge, place: Path, scene: Scene, number: int
 ) -> None:
     """The first and the last call of each kind: what is done to which file."""
-    fails(merge, place, *FAULTS[name], choose=telling)
+    fails(merge, place, scene, number, choose=telling)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 def test_whichever_of_all_calls_fails_out_is_absent_or_whole_and_the_next_run_finishes(
-    merge: Merge, place: Path, name: str
+    merge: Merge, place: Path, scene: Scene, number: int
 ) -> None:
-    fails(merge, place, *FAULTS[name], choose=list)
+    fails(merge, place, scene, number, choose=list)
 
 
 def fails(

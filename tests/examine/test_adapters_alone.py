@@ -19,6 +19,7 @@ from converter.recipe.verbs.adapters import prune_lora
 from healthy.adapters import WEIGHTS, Adapter, records
 from healthy.findings import codes, serious
 from holes import Sound, peft_notices
+from selected import each_value
 
 Tensors = dict[str, torch.Tensor]
 LORA = {
@@ -95,8 +96,10 @@ def harm(sound: Sound, adapter: Adapter, out: Path, change: Callable[[Tensors], 
     return out, name
 
 
-@pytest.mark.parametrize("family", LORA)
-@pytest.mark.parametrize("change", [module_gone, cut, half_of_the_rank, turned, of_integers])
+HARMS = {harm.__name__: harm for harm in (module_gone, cut, half_of_the_rank, turned, of_integers)}
+
+
+@pytest.mark.parametrize(("change", "family"), each_value(HARMS, LORA.keys()))
 def test_a_harmed_lora_without_its_base_is_named_and_not_written(
     family: str, change: Callable[[Tensors], str], sound: Sound, tmp_path: Path
 ) -> None:
@@ -108,8 +111,9 @@ def test_a_harmed_lora_without_its_base_is_named_and_not_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", OTHERS)
-@pytest.mark.parametrize("change", [module_gone, of_integers])
+@pytest.mark.parametrize(
+    ("change", "method"), each_value({"module_gone": module_gone, "of_integers": of_integers}, OTHERS.keys())
+)
 def test_a_harmed_adapter_of_another_method_is_named_without_its_base(
     method: str, change: Callable[[Tensors], str], sound: Sound, tmp_path: Path
 ) -> None:

@@ -12,12 +12,12 @@ from converter.examine.doctor import DoctorRequest, examine
 from healthy.models import Saved
 from holes import transformers_notices
 from oracle.bases import read_tensors, write_tensors
+from selected import each_value
 
 OUTPUTS = {"llama": "lm_head.weight", "gpt_neox": "embed_out.weight", "falcon": "lm_head.weight"}
 
 
-@pytest.mark.parametrize("head", ["classifier", "reward_head", "regression_head"])
-@pytest.mark.parametrize("kind", OUTPUTS)
+@pytest.mark.parametrize(("kind", "head"), each_value(OUTPUTS.keys(), ["classifier", "reward_head", "regression_head"]))
 def test_the_output_that_is_missing_is_named_and_nothing_copies_the_folder(
     kind: str, head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from converter.families import expected_child
 from converter.families.expected import Expected, Unknown, compare, expected
-from healthy.models import MODELS, Saved
+from healthy.models import USUAL, Saved
 from healthy.shrink import NotTinyError, build, everything
 from oracle.bases import quiet, read_tensors, write_tensors
 
@@ -62,7 +62,7 @@ def expect_as_saved(saved: Saved, folder: Path) -> None:
     assert all(any(n in g and source in g for g in wanted.ties) for n, source in tied.items())
 
 
-@pytest.mark.parametrize("saved", MODELS, ids=str)
+@pytest.mark.parametrize("saved", USUAL)
 def test_names_shapes_and_ties_are_those_of_transformers(saved: Saved, tmp_path: Path) -> None:
     expect_as_saved(saved, tmp_path / "model")
     assert report(tmp_path / "model") == {}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import heads_zoo as zoo
 from big_headers import llama_70b
 from heads_run import config_of, done, refused
-from imported import modules_after, third_party
+from imported import modules_after_each, third_party
 from small_models import data_of
 
 SEQCLS = zoo.FORMS["hf-seqcls"]
@@ -67,8 +67,9 @@ def test_planning_a_70b_reward_model_imports_no_heavy_library(tmp_path: Path) ->
     (folder / "config.json").write_text(
         json.dumps(config_of(folder) | {"architectures": ["LlamaForSequenceClassification"]})
     )
-    for to in ("openrlhf", "verl", "trlx"):
-        modules = modules_after("rm-to-critic", folder, "--to", to, "--dry-run", "--json", "--allow", "lm-head-missing")
+    rest = ["--dry-run", "--json", "--allow", "lm-head-missing"]
+    lines = [["rm-to-critic", str(folder), "--to", to, *rest] for to in ("openrlhf", "verl", "trlx")]
+    for modules in modules_after_each(lines):
         assert not third_party(modules) & {"torch", "transformers", "peft", "numpy", "huggingface_hub"}
         assert "converter" in modules
 

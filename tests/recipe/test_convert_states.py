@@ -17,6 +17,7 @@ from converter.shipped import shipped
 from dcp import compare as dcp_compare
 from heads_run import done, refused
 from places import RUNS
+from selected import each_facet
 from verl_saves import compare as verl_compare
 from zero import compare as zero_compare
 from zero.compare import differences
@@ -89,10 +90,20 @@ def _loaded(out: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("name", "folder"), _states(), ids=[n for n, _ in _states()])
+USUAL = each_facet(
+    [(name, folder) for name, folder in _states()],
+    lambda state: (state[1].parent, EXPECTED[state[0]]),
+    lambda state: (state[1].parent, tuple(state[0].split("-")[-2:])),
+    name=lambda state: state[0],
+)
+"""By default each kind of run with each way to end, and on each number of ranks; tests of sources read all of them."""
+
+
+@pytest.mark.parametrize("state", USUAL)
 def test_every_state_is_converted_into_what_loads_or_refused_with_what_helps(
-    name: str, folder: Path, tmp_path: Path
+    state: tuple[str, Path], tmp_path: Path
 ) -> None:
+    name, folder = state
     source = Path(shutil.copytree(folder, tmp_path / "run"))
     verbs = (["gather"], ["convert", "--to", "trl", "--role", "actor"], ["convert", "--to", "verl", "--role", "critic"])
     for number, (words, code) in enumerate(zip(verbs, EXPECTED[name], strict=True)):

@@ -43,6 +43,7 @@ class Try:
     after: int
     to: int
     universal: bool = False
+    through: bool = False
 
     @property
     def saved(self) -> str:
@@ -51,17 +52,23 @@ class Try:
     @property
     def name(self) -> str:
         form = "-universal" if self.universal else f"-z{self.to}" if self.to != self.stage else ""
-        return f"{self.saved}-m{self.after}{form}"
+        return f"{self.saved}-m{self.after}{form}{'-through' if self.through else ''}"
 
 
 def tries(
-    cases: Iterable[str], before: Iterable[int], after: Iterable[int], to: int | None, *, universal: bool = False
+    cases: Iterable[str],
+    before: Iterable[int],
+    after: Iterable[int],
+    to: int | None,
+    *,
+    universal: bool = False,
+    through: bool = False,
 ) -> list[Try]:
     """All that `train` knows stages of; `to` another stage, or as they were saved."""
     from zero.resume import cases as known
 
     stages = [(c, s) for c in cases for s in known()[c].stages if s and s != to]
-    return [Try(c, s, n, m, to or s, universal) for c, s in stages for n in before for m in after]
+    return [Try(c, s, n, m, to or s, universal, through) for c, s in stages for n in before for m in after]
 
 
 def run_jobs(python: str, out: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
@@ -95,20 +102,21 @@ def save(python: str, out: Path, asked: Iterable[Try]) -> None:
 
 def reshard(out: Path, each: Try) -> str:
     """What the command line says where it refuses; empty where it wrote."""
-    target = out / each.name
+    source, target = out / each.saved, out / each.name
+    how = ("--to", "universal") if each.universal else ("--stage", str(each.to))
+    if each.through:
+        said = written(source, out / f"{each.name}-universal", "--to", "universal")
+        if said:
+            return said
+        source = out / f"{each.name}-universal"
+    return written(source, target, "--world-size", str(each.after), *how)
+
+
+def written(source: Path, target: Path, *words: str) -> str:
+    """What `reshard` says where it refuses; empty where it wrote."""
     shutil.rmtree(target, ignore_errors=True)
-    command = [
-        "reshard",
-        str(out / each.saved),
-        str(target),
-        "--world-size",
-        str(each.after),
-        *(("--to", "universal") if each.universal else ("--stage", str(each.to))),
-        "-q",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "converter", *command], check=False, capture_output=True, text=True, cwd=HERE.parents[1]
-    )
+    command = [sys.executable, "-m", "converter", "reshard", str(source), str(target), *words, "-q"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=HERE.parents[1])
     return done.stderr if done.returncode else ""
 
 
@@ -178,6 +186,7 @@ def main() -> int:
     parser.add_argument("--after", type=int, nargs="+", default=[1, 2, 3, 4, 6])
     parser.add_argument("--case", action="append")
     parser.add_argument("--to-universal", action="store_true", help="resume from DeepSpeed's universal checkpoints")
+    parser.add_argument("--through-universal", action="store_true", help="by way of our universal checkpoint")
     parser.add_argument("--to-stage", type=int, help="resume in this stage; default: the one that saved")
     given = parser.parse_args()
     from run_zero_matrix import DEFAULT, trainer
@@ -185,7 +194,9 @@ def main() -> int:
     python = given.trainer or trainer(DEFAULT)
     given.out.mkdir(parents=True, exist_ok=True)
     cases = given.case or DEFAULT_CASES
-    asked = tries(cases, given.before, given.after, given.to_stage, universal=given.to_universal)
+    asked = tries(
+        cases, given.before, given.after, given.to_stage, universal=given.to_universal, through=given.through_universal
+    )
     save(python, given.out, asked)
     refused = {t.name: said for t in asked if (said := reshard(given.out, t))}
     resume(python, given.out, [t for t in asked if t.name not in refused])

@@ -38,12 +38,13 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--trainer", required=True, help="a Python that has verl")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", default="", help="runs with this in their names")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     wrong = loaded = 0
     for ranks in given.ranks:
         jobs: list[dict[str, Any]] = []
-        for run in sorted((HERE / "verl_saves" / "runs").iterdir()):
+        for run in sorted((HERE / "verl_saves" / "runs").glob(f"*{given.only}*")):
             out = given.out / f"{run.name}-m{ranks}"
             facts = json.loads((run / "fixture.json").read_text())
             refused = resharded(out, run, ranks)

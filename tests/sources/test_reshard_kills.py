@@ -30,7 +30,7 @@ def server() -> Iterator[Server]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_at_a_few_random_calls_the_same_command_finishes(name: str, server: Server) -> None:
-    killed(name, server, kills=4)
+    killed(name, server, kills=2)
 
 
 @pytest.mark.slow

@@ -58,6 +58,10 @@ def wrong(run: str, out: Path) -> list[str]:
         ("lora-fsdp1-n2", 1),
         ("lora-bf16-fsdp2-n2", 5),
         ("lora-only-fsdp2-n2", 3),
+        ("critic-hsdp-fsdp1-n4", 1),
+        ("critic-hsdp-fsdp1-n4", 6),
+        ("critic-hsdp-fsdp2-n4", 2),
+        ("critic-hsdp-fsdp2-n4", 8),
     ],
 )
 def test_weights_and_moments_on_other_ranks_are_those_that_lived(run: str, ranks: int, place: Path) -> None:
@@ -98,6 +102,22 @@ def vars_of(mesh: Any) -> dict[str, str]:
     return {k: repr(v) for k, v in vars(mesh).items() if k != "_hash"}
 
 
+def test_replicas_of_shards_keep_their_width_where_there_are_more_ranks(place: Path) -> None:
+    """verl makes a mesh of `ranks / fsdp_size` times `fsdp_size`, of one dimension where that is no more than ranks."""
+    run = RUNS / "critic-hsdp-fsdp2-n4"
+    for ranks, sizes, rank, at in ((8, (4, 2), 5, (2, 1)), (2, (2,), 1, (1,))):
+        converter.reshard_state(run, place / str(ranks), world_size=ranks)
+        state = loaded(place / str(ranks) / f"model_world_size_{ranks}_rank_{rank}.pt")
+        tensor = state["model.embed_tokens.weight"]
+        mesh = tensor.device_mesh
+        assert (mesh.shape, tuple(mesh.get_coordinate() or ())) == (sizes, at)
+        assert mesh.mesh_dim_names == ("ddp", "fsdp")[-len(sizes) :]
+        assert mesh.mesh.flatten().tolist() == list(range(ranks))
+        own = loaded(run / f"model_world_size_4_rank_{rank % 2}.pt")["model.embed_tokens.weight"]
+        assert torch.equal(tensor._local_tensor, own._local_tensor)
+        assert [p.is_shard(0) for p in tensor.placements] == [False, True][-len(sizes) :]
+
+
 def test_a_step_comes_with_all_its_parts_and_the_runs_tracker(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     step = place / "run" / "global_step_7"
     for part, run in (("actor", "actor-tied-fsdp2-n2"), ("critic", "critic-fsdp1-n3")):
@@ -130,7 +150,7 @@ def refused(run: Path, ranks: int = 3, **given: Any) -> ConvertError:
 
 def test_what_can_not_be_cut_is_refused_by_its_name(place: Path) -> None:
     replicas = refused(RUNS / "critic-hsdp-fsdp2-n4")
-    assert (replicas.code, "2x2 ranks" in replicas.what) == ("verl-mesh", True)
+    assert (replicas.code, "don't make replicas of 2 shards" in replicas.what) == ("verl-mesh", True)
     alone = refused(RUNS / "actor-fsdp1-n1")
     assert (alone.code, "whole tensors" in alone.what) == ("verl-mesh", True)
     original = refused(RUNS / "actor-original-fsdp1-n2")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from converter.errors import ConvertError
+from converter.sources.locate import resolve
+from hub_here import client_of
 
 FIRST = "a" * 40
 HEADER = b"\x02\0\0\0\0\0\0\0{}"
@@ -26,6 +29,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.files = files
         self.sent: list[str] = []
         self.authorization: set[str | None] = set()
@@ -93,29 +97,21 @@ def hub() -> Iterator[Hub]:
 TOKEN = "hf_canaryTokenThatMustNeverBeShown"
 
 
-def ask(hub: Hub, cache: Path, text: str = "owner/name", token: str | None = TOKEN) -> dict[str, Any]:
-    """What `resolve` says in a process of its own, whose client talks to `hub`; nothing it prints holds the token."""
-    code = (
-        "import json, sys\nfrom converter.errors import ConvertError\nfrom converter.sources.locate import resolve\n"
-        "try:\n    found = resolve(sys.argv[1], token=json.loads(sys.argv[2]))\n"
-        "    print(json.dumps({'path': str(found.path), 'repo_id': found.repo_id, 'revision': found.revision}))\n"
-        "except ConvertError as error:\n    print(json.dumps(error.to_json()))\n"
-    )
-    environment = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()},
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HUB_CACHE": str(cache),
-        "HF_HOME": str(cache.parent / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    arguments = [sys.executable, "-c", code, text, json.dumps(token)]
-    ran = subprocess.run(
-        arguments, env=environment, cwd=cache.parent, capture_output=True, text=True, check=False, timeout=60
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert TOKEN not in ran.stdout + ran.stderr
-    return json.loads(ran.stdout)  # type: ignore[no-any-return]
+def ask(hub: Hub, cache: Path, text: str = "owner/name") -> dict[str, Any]:
+    """What `resolve` says where the client talks to `hub`; nothing that is printed holds the token."""
+    printed = io.StringIO()
+    with (
+        client_of(hub, cache.parent),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        try:
+            found = resolve(text, token=TOKEN)
+            said = {"path": str(found.path), "repo_id": found.repo_id, "revision": found.revision}
+        except ConvertError as error:
+            said = error.to_json()
+    assert TOKEN not in printed.getvalue() + json.dumps(said)
+    return said
 
 
 def test_a_model_is_downloaded_into_the_cache_and_only_what_is_read(hub: Hub, tmp_path: Path) -> None:

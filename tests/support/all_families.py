@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from healthy.shrink import build, settings
-from oracle.bases import quiet, read_tensors
+from oracle.bases import kept, quiet, read_tensors
 
 DECODERS = ("llama", "qwen2", "gpt2", "gpt_neox", "bloom", "falcon", "opt", "mpt", "gemma", "mixtral", "qwen3_moe")
 FAMILIES = (
@@ -53,7 +53,7 @@ def save_twice(folder: Path, task: str, kind: str, *, equal: bool) -> dict[str, 
     """A folder that stores both embeddings and ties them in its config; its tensors."""
     from safetensors.torch import save_file
 
-    small(task, kind, tied=True).save_pretrained(folder)
+    kept(folder, ("tied", task, kind), lambda home: small(task, kind, tied=True).save_pretrained(home))
     tensors = read_tensors(folder)
     embedding = tensors[input_of(kind)]
     tensors[output_of(kind)] = embedding.clone() if equal else embedding + 1

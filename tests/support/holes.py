@@ -214,14 +214,20 @@ class Outcome:
     wrong: str = ""
 
 
+def drawn(saved: Saved, seed: int) -> tuple[str, random.Random]:
+    """The kind of harm of a case, and what draws the rest of it."""
+    draw = random.Random(f"{saved} {seed}")
+    return draw.choice(MODEL_HARMS), draw
+
+
 def model_case(sound: Sound, saved: Saved, seed: int, *, judge_all: bool = True) -> Outcome | None:
     """One harm to one model; None where it has no place, or no framework notices it.
 
     Args:
         judge_all: False: the framework is asked only about what we pass over, which is half of a case's time.
     """
-    draw = random.Random(f"{saved} {seed}")
-    source, kind = sound.model(saved), draw.choice(MODEL_HARMS)
+    kind, draw = drawn(saved, seed)
+    source = sound.model(saved)
     with tempfile.TemporaryDirectory(dir=sound.root) as scratch:
         folder = Path(scratch) / "harmed"
         shutil.copytree(source, folder)

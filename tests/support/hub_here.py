@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
+import ssl
 import subprocess
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import huggingface_hub.utils
 import pytest
@@ -20,8 +23,18 @@ from converter.sources.hub import mirror as hub_mirror
 from fake_hub import TOKEN, FakeHub
 
 
+class HasAddress(Protocol):
+    """A Hub, or what answers as one."""
+
+    url: str
+
+
+_context = functools.cache(ssl.create_default_context)
+"""Reading all certificates takes longer than most commands here, whose Hub has none."""
+
+
 @contextlib.contextmanager
-def client_of(hub: FakeHub, home: Path) -> Iterator[None]:
+def client_of(hub: HasAddress, home: Path) -> Iterator[None]:
     """The client asks this hub and keeps its cache in `home`; it waits no second between tries."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [n for n in os.environ if n.startswith("HF_") or "proxy" in n.lower()]:
@@ -35,6 +48,7 @@ def client_of(hub: FakeHub, home: Path) -> Iterator[None]:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        patch.setattr(ssl, "create_default_context", _context)
         sleep = time.sleep
         patch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
         hub_mirror.workspace.cache_clear()

@@ -7,20 +7,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-
-def modules_after(*arguments: object) -> set[str]:
-    """Top-level modules that a process has imported once it ran the command line, whatever that returned."""
-    code = (
-        "import sys; from converter.cli import main; main(sys.argv[1:]); "
-        "print('\\n'.join(['', 'MODULES', *sys.modules]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True, timeout=60
-    )
-    names = done.stdout.rpartition("MODULES\n")[2].split()
-    return {name.split(".")[0] for name in names}
-
-
 _EACH = """
 import json, os, sys
 from converter.cli import main
@@ -44,7 +30,10 @@ for arguments in asked:
 
 
 def modules_after_each(command_lines: Sequence[Sequence[str]]) -> list[set[str]]:
-    """As `modules_after` of each: forks of one process that has imported the command line and nothing else."""
+    """Top-level modules that a process has imported once it ran each command line, whatever that returned.
+
+    The processes are forks of one that has imported the command line and nothing else.
+    """
     words = [sys.executable, "-c", _EACH, json.dumps([list(c) for c in command_lines])]
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
     return [{name.split(".")[0] for name in json.loads(line)} for line in done.stdout.splitlines()]

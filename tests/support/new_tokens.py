@@ -135,7 +135,12 @@ def _settings(cell: Cell, model: Any) -> dict[str, Any]:
 
 
 def is_made_by(version: str, cell: Cell) -> bool:
-    """True where that PEFT has what the cell needs: token rows came with 0.15."""
+    """True where that PEFT has what the cell needs: token rows came with 0.15.
+
+    0.18.1 stands beside transformers 5.5, whose resize leaves a tied head's `out_features`: no LoRA on it can run.
+    """
+    if version == "0.18.1" and cell.kind in ("lora-both", "lora-head") and cell.tied and cell.resized:
+        return False
     return not cell.kind.startswith("rows") or tuple(map(int, version.split(".")[:2])) >= (0, 15)
 
 

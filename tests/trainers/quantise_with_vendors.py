@@ -15,6 +15,7 @@ import json
 import sys
 import types
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,14 @@ TENSORS: dict[str, torch.Tensor] = {}
 SETTINGS: dict[str, dict[str, Any]] = {}
 
 
-def drawn(*shape: int, seed: int) -> torch.Tensor:
+def drawing(case: str) -> torch.Generator:
+    """Seeded by the case's name, so that a case is the same whichever stand beside it."""
+    return torch.Generator().manual_seed(zlib.crc32(case.encode()))
+
+
+def drawn(*shape: int, case: str) -> torch.Tensor:
     """Values with a few large ones, as weights have them."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = drawing(case)
     return torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator).exp()
 
 
@@ -46,18 +52,18 @@ def bitsandbytes() -> None:
             for nested in (False, True):
                 # Rows that are no whole number of blocks are odd in width: the CPU kernel is wrong for even ones.
                 for shape in ((8, 128), (9, 15)):
-                    weight = drawn(*shape, seed=len(TENSORS)).to(dtype)
+                    case = f"bnb-{table}-{name}-{'nested' if nested else 'plain'}-{shape[0]}x{shape[1]}"
+                    weight = drawn(*shape, case=case).to(dtype)
                     codes, state = quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=table)
                     parts = {"weight": codes}
                     parts |= {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
-                    case = f"bnb-{table}-{name}-{'nested' if nested else 'plain'}-{shape[0]}x{shape[1]}"
                     keep(case, parts, dequantize_4bit(codes, state), method="bitsandbytes", dtype=name)
-    weight = drawn(8, 128, seed=77).to(torch.bfloat16)
+    weight = drawn(8, 128, case="bnb-nf4-stored-as-bf16").to(torch.bfloat16)
     codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", quant_storage=torch.bfloat16)
     parts = {"weight": codes} | {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
     keep("bnb-nf4-stored-as-bf16", parts, dequantize_4bit(codes, state), method="bitsandbytes", dtype="bf16")
     for name, dtype in HALVES.items():
-        codes, scale, _ = int8_vectorwise_quant(drawn(9, 24, seed=78).to(torch.float16))
+        codes, scale, _ = int8_vectorwise_quant(drawn(9, 24, case=f"bnb-int8-{name}").to(torch.float16))
         parts = {"weight": codes, "SCB": scale, "weight_format": torch.tensor(0, dtype=torch.uint8)}
         keep(
             f"bnb-int8-{name}",
@@ -75,7 +81,7 @@ def compressed_tensors() -> None:
 
     def quantise(case: str, form: str, scales: torch.dtype, shape: tuple[int, int], **weights: Any) -> None:
         args = QuantizationArgs(**weights)
-        weight = drawn(*shape, seed=len(TENSORS)).to(torch.bfloat16)
+        weight = drawn(*shape, case=f"ct-{case}").to(torch.bfloat16)
         rows, columns = shape
         if args.strategy == "tensor":
             grouped, grid = weight.reshape(1, -1), (1,)
@@ -183,10 +189,11 @@ def gptq(folder: Path) -> None:
         for form in ("gptq", "gptq_v2"):
             for order in (False, True):
                 size = 16
-                generator = torch.Generator().manual_seed(len(TENSORS))
+                case = f"{form}-{bits}{'-act-order' if order else ''}"
+                generator = drawing(case)
                 codes = torch.randint(0, 1 << bits, (columns, rows), generator=generator)
                 zeros = torch.randint(1, 1 << bits, (columns // size, rows), generator=generator)
-                scales = drawn(columns // size, rows, seed=len(TENSORS)).abs().to(torch.float16) / 8
+                scales = drawn(columns // size, rows, case=case).abs().to(torch.float16) / 8
                 group = torch.arange(columns) // size
                 group = group[torch.randperm(columns, generator=generator)] if order else group
                 stored = zeros - 1 if form == "gptq" else zeros
@@ -200,20 +207,19 @@ def gptq(folder: Path) -> None:
                 }  # fmt: skip
                 save_file({f"m.{k}": v for k, v in parts.items()}, folder / "gptq.safetensors")
                 whole = convert_gptq_file(folder / "gptq.safetensors", torch.float16, config, "cpu")["m.weight"]
-                case = f"{form}-{bits}{'-act-order' if order else ''}"
                 keep(case, parts, whole, method="gptq", dtype="fp16", config=config)
 
 
 def awq() -> None:
     package = bare("awq", "awq.utils", of="awq.utils.packing_utils")
     rows, columns, size = 40, 64, 16
-    generator = torch.Generator().manual_seed(5)
+    generator = drawing("awq")
     codes = torch.randint(0, 16, (columns, rows), generator=generator)
     zeros = torch.randint(0, 16, (columns // size, rows), generator=generator)
     order = tuple(package.AWQ_ORDER)
     parts = {
         "qweight": words(codes, 4, 1, order), "qzeros": words(zeros, 4, 1, order),
-        "scales": (drawn(columns // size, rows, seed=6).abs() / 8).to(torch.float16),
+        "scales": (drawn(columns // size, rows, case="awq").abs() / 8).to(torch.float16),
     }  # fmt: skip
     whole = package.dequantize_gemm(parts["qweight"], parts["qzeros"], parts["scales"], 4, size)
     assert torch.equal(whole, (codes - zeros.repeat_interleave(size, 0)) * parts["scales"].repeat_interleave(size, 0))

@@ -54,7 +54,8 @@ def _show_plan(asked: ReshardRequest, planned: ReshardedState, options: Conversi
     sink.screen([line("state", f"{show(asked.src)}  {made.format_before}")])
     sink.screen([line("", text) for text in made.said])
     count = len(made.plan.shards)
-    sink.screen([line("plan", f"{made.tag}: {count} files for {made.ranks} {'rank' if made.ranks == 1 else 'ranks'}")])
+    ranks = "1 rank" if made.ranks == 1 else f"{made.ranks or 'any number of'} ranks"
+    sink.screen([line("plan", f"{made.tag}: {count} files for {ranks}")])
     free = None if planned.out is None else preflight.free_bytes(planned.out)
     needed = preflight.needed_memory(made.plan, options.jobs or threads())
     sink.screen([needs_line(made.plan.total_bytes, free, needed)])

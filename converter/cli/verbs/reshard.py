@@ -58,8 +58,9 @@ def reshard(
     to: Annotated[
         str | None,
         typer.Option(
-            metavar="dcp|universal",
-            help="dcp: a model as a torch distributed checkpoint; universal: a DeepSpeed run as its universal one.",
+            metavar="dcp|universal|full|sharded",
+            help="dcp: a model as a torch distributed checkpoint; universal: a DeepSpeed run as its universal one; "
+            "full, sharded: what accelerate saved under FSDP in the other layout.",
             show_default=False,
             rich_help_panel=OUTPUT,
         ),
@@ -75,10 +76,10 @@ def reshard(
     ] = None,
 ) -> int:
     """`rlhf-convert reshard`."""
-    is_state = world_size is not None or stage is not None or to == "universal"
+    is_state = world_size is not None or stage is not None or to in ("universal", "full", "sharded")
     flags = {"--dequantize": dequantize, "--to dcp": to == "dcp", "--under": under is not None}
     if is_state and (wrong := [flag for flag, is_given in flags.items() if is_given]):
-        what = f"{wrong[0]} rewrites a model; --world-size, --stage and --to universal rewrite a run's state"
+        what = f"{wrong[0]} rewrites a model; --world-size, --stage and --to {to or 'universal'} rewrite a run's state"
         raise UsageError("usage", what)
     if is_state:
         from converter.cli.run.reshard_state import reshard_state

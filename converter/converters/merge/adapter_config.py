@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from converter.converters.merge.methods.finding import find_method, switches
-from converter.converters.merge.methods.method import AdapterConfig
+from converter.converters.merge.methods.method import AdapterConfig, Release
 from converter.core.checkpoint import Checkpoint
 from converter.errors import Refused
 from converter.text import show
@@ -42,13 +43,22 @@ def read_adapter_config(adapter: Checkpoint, *, base_is_residual: bool = False) 
     for key, field in fields.items():
         value = None if field.moves_base and base_is_residual else config.get(key)
         read[key] = field.read(value, key, where)
-    return AdapterConfig(method, read, _is_older(config))
+    return AdapterConfig(method, read, *_release(config))
 
 
-def _is_older(config: Mapping[str, Any]) -> bool:
-    """True for what PEFT before 0.14 saved whole: every field of that time, and none that 0.14 and 0.18 added.
+def _release(config: Mapping[str, Any]) -> tuple[Release | None, bool]:
+    """The release of PEFT that saved the config, and whether that is inferred; None where nothing says it.
+
+    PEFT writes its version since 0.18. What it saved whole without one is of 0.17 at the latest, and without
+    `exclude_modules` of 0.13 at the latest.
 
     Source: https://github.com/huggingface/peft/blob/v0.13.2/src/peft/tuners/lora/config.py and v0.14.0 there
     """
-    kept = {"layers_pattern", "layers_to_transform", "revision", "inference_mode"}
-    return kept <= config.keys() and not {"exclude_modules", "peft_version"} & config.keys()
+    said = re.match(r"(\d{1,4})\.(\d{1,4})", str(config.get("peft_version") or ""), re.ASCII)
+    if said is not None:
+        return (int(said[1]), int(said[2])), False
+    if "peft_version" in config or not {"layers_pattern", "layers_to_transform", "revision", "inference_mode"} <= set(
+        config
+    ):
+        return None, False
+    return ((0, 17) if "exclude_modules" in config else (0, 13)), True

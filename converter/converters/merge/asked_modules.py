@@ -8,6 +8,7 @@ for another class of the same base.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -45,7 +46,7 @@ def modules_missing(
     candidates = linear if adapted <= set(linear) else every
     if adapter.get("target_parameters"):
         candidates = linear
-    lacks = [n for n in candidates if n not in adapted and is_target(n, adapter)]
+    lacks = [n for n in candidates if n not in adapted and _is_chosen(n, adapter) and all(_is_layer(n, adapter))]
     is_listed = bool(adapted) and adapted <= {*every} and isinstance(adapter.get("target_modules"), list)
     found = [
         n
@@ -120,10 +121,13 @@ def _is_apart(module: str, adapter: Mapping[str, Any], config: Mapping[str, Any]
 
 def is_target(name: str, adapter: Mapping[str, Any]) -> bool:
     """As PEFT matches: a list by the whole name or its end, a string as a pattern; what is excluded is not one."""
-    if _matches(name, adapter.get("exclude_modules")) or not _is_layer(name, adapter.get("layers_to_transform")):
-        return False
+    return _is_chosen(name, adapter) and any(_is_layer(name, adapter))
+
+
+def _is_chosen(name: str, adapter: Mapping[str, Any]) -> bool:
     wanted = adapter.get("target_modules")
-    return wanted == "all-linear" or _matches(name, wanted)
+    chosen = wanted == "all-linear" or _matches(name, wanted)
+    return chosen and not _matches(name, adapter.get("exclude_modules"))
 
 
 def _matches(name: str, wanted: Any) -> bool:
@@ -137,12 +141,23 @@ def _matches(name: str, wanted: Any) -> bool:
     return any(isinstance(w, str) and (name == w or name.endswith(f".{w}")) for w in wanted)
 
 
-def _is_layer(name: str, layers: Any) -> bool:
-    if layers is None:
-        return True
+def _is_layer(name: str, adapter: Mapping[str, Any]) -> list[bool]:
+    """Whether a module is of the layers that are trained: as PEFT 0.20 reads its name, and as earlier releases do.
+
+    Of several numbers (`block.1.layer.0`) it takes the first, and took the last.
+    """
+    layers, stacks = adapter.get("layers_to_transform"), adapter.get("layers_pattern")
+    if layers is None or layers == []:
+        return [True]
     wanted = layers if isinstance(layers, list) else [layers]
-    number = _LAYER.search(name)
-    return number is not None and int(number[0]) in wanted
+    names = [stacks] if isinstance(stacks, str) else stacks if isinstance(stacks, list) else []
+    pieces = name.split(".")
+    numbers = [
+        int(number)
+        for before, number in itertools.pairwise(pieces[:-1])
+        if number.isdecimal() and (not any(names) or before in names)
+    ]
+    return [n in wanted for n in (numbers[0], numbers[-1])] if numbers else [False]
 
 
 def _parameters_missing(adapted: set[str], adapter: Mapping[str, Any], bare: list[str]) -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
+from converter.core.tensors import nodes as tensors
+from converter.core.tensors.kernel_specs import WEIGHTED_SUM
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
-from converter.families.ties import find_ties, untied
+from converter.families.ties import find_ties, is_output, untied
 from converter.families.words import INPUT_MODULES, OUTPUT_MODULES
 from converter.text import fold, show
 
@@ -24,17 +27,74 @@ def untie(checkpoint: Checkpoint, names: Sequence[str], context: Context) -> Che
     Other ties that go by the same word of the config come apart with it, such as the two biases of BERT's output
     embedding: what was stored once is then stored under each name.
     """
-    config, tensors, shards = untied(checkpoint.config), dict(checkpoint.tensors), dict(checkpoint.shards)
-    still = {name for group in find_ties(tensors, config) for name in group}
+    config, stored, shards = untied(checkpoint.config), dict(checkpoint.tensors), dict(checkpoint.shards)
+    still = {name for group in find_ties(stored, config) for name in group}
     others = [group for group in checkpoint.ties if not set(group) & set(names)]
     for group in others:
-        held = next(n for n in group if n in tensors)
-        for name in (n for n in group if n not in tensors and n not in still):
-            tensors[name] = tensors[held]
+        held = next(n for n in group if n in stored)
+        for name in (n for n in group if n not in stored and n not in still):
+            stored[name] = stored[held]
             shards |= {name: shards[held]} if held in shards else {}
     ties = tuple(group for group in others if still.issuperset(group))
     context.note("info", "untied", f"untied: the adapter changes {fold(names)} and not what it is tied to")
-    return checkpoint.replace(tensors=tensors, shards=shards, config=config, ties=ties)
+    config |= {_SCALE: False} if _SCALE in config else {}
+    stored |= _scaled_heads({n: stored[n] for n in names if n in stored and is_output(n)}, checkpoint)
+    return checkpoint.replace(tensors=stored, shards=shards, config=config, ties=ties)
+
+
+def _scaled_heads(heads: Mapping[str, LazyTensor], before: Checkpoint) -> dict[str, LazyTensor]:
+    """Output embeddings as a class needs them that scales its decoder's outputs where the two are tied, and only there.
+
+    Raises:
+        Refused: its releases of transformers disagree on the scale of two that are not tied (`tied-scale`).
+    """
+    kind = before.config.get("model_type")
+    if not heads or not (kind in SCALED_ANYHOW or _is_scaled(before.config)):
+        return dict(heads)
+    width = before.config.get("d_model", 512)
+    if kind in SCALED_ANYHOW or not isinstance(width, int) or width < 1:
+        raise Refused(
+            "tied-scale",
+            f"the adapter changes one of two tied embeddings of {show(str(kind))}, and releases of transformers "
+            "disagree on how its decoder's outputs are scaled where they are not tied: no file says the same in all",
+            where=show(before.origin.asked),
+            got=fold(heads),
+            next="keep the adapter beside its base, and load both with PEFT and the transformers of the training",
+        )
+    scale = width**-0.5
+    return {
+        name: tensors.apply(WEIGHTED_SUM, [head], {"shares": (scale,), "out": head.info.dtype.value})
+        for name, head in heads.items()
+    }
+
+
+def expect_no_scale(base: Checkpoint, stored: Sequence[str]) -> None:
+    """Go on where a tie of two tensors that differ in the files says nothing of how outputs are scaled.
+
+    Raises:
+        Refused: it does (`tied-copies-differ`).
+    """
+    if _is_scaled(base.config):
+        what = f"{fold(stored)} are tied in config.json, which scales the decoder's outputs, and differ in the files"
+        raise Refused("tied-copies-differ", what, where=show(base.origin.asked))
+
+
+def _is_scaled(config: Mapping[str, Any]) -> bool:
+    """True where outputs are scaled: what transformers 5 writes of it counts, else the word on ties."""
+    said = config.get(_SCALE, config.get("tie_word_embeddings") is not False)
+    return config.get("model_type") in SCALED_IF_TIED and said is not False
+
+
+_SCALE = "scale_decoder_outputs"
+
+SCALED_IF_TIED = ("t5", "longt5", "pop2piano")
+"""Types whose decoder's outputs are multiplied by `d_model ** -0.5` where config.json ties embeddings, or is silent.
+
+Source: `scale_decoder_outputs`, https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/t5/configuration_t5.py
+"""
+
+SCALED_ANYHOW = ("mt5", "umt5", "switch_transformers", "udop")
+"""Types of which transformers 4 asks the config whether to scale, and transformers 5 does or does not in any case."""
 
 
 def with_vocabulary(checkpoint: Checkpoint, base: Checkpoint, prefix: str = "") -> Checkpoint:

@@ -21,7 +21,7 @@ from converter.converters.merge.as_loaded import as_loaded
 from converter.converters.merge.attention import Attention, as_modules
 from converter.converters.merge.carried_heads import carried_files
 from converter.converters.merge.combining import Combination, How, in_order
-from converter.converters.merge.embeddings import untie, with_prefix, with_vocabulary
+from converter.converters.merge.embeddings import expect_no_scale, untie, with_prefix, with_vocabulary
 from converter.converters.merge.expert_sites import ExpertSites
 from converter.converters.merge.experts import find_experts, is_parameter
 from converter.converters.merge.foreign_adapters import plain_names
@@ -31,8 +31,10 @@ from converter.converters.merge.name_rules import AS_IN_BASE, Biases, NameRule, 
 from converter.converters.merge.quantised_base import over_quantised
 from converter.converters.merge.remote_code import tell_of_code
 from converter.converters.merge.replicated import replicated
+from converter.converters.merge.saved_twice import without_second_copies
 from converter.converters.merge.task import with_task
 from converter.converters.merge.task_head import NewHead, add_task_head, expect_head, is_new_head
+from converter.converters.merge.trained_biases import expect_biases
 from converter.converters.merge.trained_files import (
     expect_nothing_unread,
     trained_files,
@@ -150,7 +152,8 @@ class _Merge:
         held, said = plain_names(adapter.tensors, where)
         expect_nothing_unread(adapter, self.context)
         files = trained_files(adapter)
-        read = with_trained_files(read_modules(held, where), files, where)
+        read, twice = without_second_copies(read_modules(held, where), self.context, where)
+        read, self.dropped = with_trained_files(read, files, where), self.dropped | twice
         self.adapters.append(without_trained_files(adapter))
         names, trained = self._names(), classifier(self.base.config, adapter.config)
         new = {n for n, m in read.modules.items() if is_new_head(m, config, names, trained)}
@@ -175,6 +178,7 @@ class _Merge:
         self.whole.add_rows(self.base, (m for n, m in read.modules.items() if n not in apart), rule, config, where)
         parameters = {n for n in read.modules if is_parameter(n, adapter.config, classes)} | self.attention.inputs
         sites = self._sites(read, apart, parameters, rule, config, weight, where)
+        expect_biases(sites, config, self.context, where)
         found = {site.module.name: self._update(site, rule) for site in sites}
         over = ExpertSites(self.base, config, adapter.config, weight, self.numerics, where)
         for name, disk, update in over.updates(experts.found):
@@ -244,6 +248,7 @@ class _Merge:
                 continue
             first = self.base.tensors[stored[0]]
             if not all(self.context.equal(first, self.base.tensors[n]) for n in stored[1:]):
+                expect_no_scale(self.base, stored)
                 text = f"{fold(stored)} are tied in config.json and differ in the files; they are kept apart"
                 self.context.note("changes-numbers", "tied-differ", text)
                 self.base = untie(self.base, stored, self.context)

@@ -20,6 +20,8 @@ from converter.text import fold
 
 AS_IN_BASE = "names as in the base"
 
+_WHOLE = frozenset(("modules_to_save", "original_module"))
+
 Find = Callable[[str], str | None]
 
 
@@ -209,7 +211,13 @@ def _is_bare_expert(name: str, bare: Collection[str]) -> bool:
 
 
 def _unmatched(missing: Sequence[str], total: int, known: set[str], adapter: str, base: str) -> Refused:
-    if len(missing) == total:
+    inside = [n for n in missing if not _WHOLE.isdisjoint(n.split("."))]
+    if inside:
+        what = (
+            f"{len(inside)} of its {total} modules have factors, and are inside of one that is saved whole "
+            "(`all-linear` of earlier PEFT, over a classifier): which of the two the model ran can't be said"
+        )
+    elif len(missing) == total:
         what = "none of its modules is in the base: the adapter is for another architecture"
     else:
         what = f"{len(missing)} of its {total} modules match no weight of the base"

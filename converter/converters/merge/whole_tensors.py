@@ -73,9 +73,9 @@ class WholeTensors:
         for leaf, tensor in module.replaced.items():
             name, key = rule.tensor(f"{module.name}.{leaf}"), module.key(leaf)
             old = stored(base, name)
-            saved = module.saved or any(_is_below(module.name, m) for m in config.modules_to_save)
+            saved = module.saved or any(_is_below(module.name, m) for m in _saved_modules(config))
             copied = UNDER in module.whole[leaf] and bool(module.factors) and has_vocabulary_rows(name, old, base)
-            if not (saved or copied or is_vocabulary(name) or (leaf == "bias" and config.bias != "none")):
+            if not (saved or copied or is_vocabulary(name) or _is_trained_bias(f"{module.name}.{leaf}", config)):
                 raise Refused(
                     "adapter-unexpected",
                     f"{show(key)} would replace {show(name)}, and the config does not ask for that",
@@ -237,6 +237,26 @@ def _expect_fits(found: LazyTensor, old: LazyTensor, name: str, key: str, base: 
             expected=str(list(old.info.shape)),
             got=str(list(found.info.shape)),
         )
+
+
+def _saved_modules(config: AdapterConfig) -> tuple[str, ...]:
+    """Modules that are saved whole: those of the config, and heads of its task, which older PEFT does not list."""
+    return (*config.modules_to_save, *_HEADS_OF_TASK.get(config.task_type or "", ()))
+
+
+_HEADS_OF_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Source: https://github.com/huggingface/peft/blob/v0.13.2/src/peft/peft_model.py (`classifier_module_names`)"""
+
+
+def _is_trained_bias(name: str, config: AdapterConfig) -> bool:
+    """True for a bias where biases were trained; with `all` PEFT takes every tensor with that word in its name for one,
+    such as the table of T5's `relative_attention_bias`.
+    """
+    return (name.endswith(".bias") and config.bias != "none") or ("bias" in name and config.bias == "all")
 
 
 def _listed(module: str, config: AdapterConfig) -> tuple[int, ...] | None:

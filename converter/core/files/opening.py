@@ -115,6 +115,8 @@ def _inside(path: Path, root: Path) -> tuple[Path, dict[str, Any] | None]:
     Raises:
         Refused: not below `root`, nor where its links may lead (`input-outside`).
     """
+    if _is_plainly_inside(path, root):
+        return path, None
     try:
         real, real_root = path.resolve(), root.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: how Python before 3.13 reports a circle of links
@@ -131,6 +133,24 @@ def _inside(path: Path, root: Path) -> tuple[Path, dict[str, Any] | None]:
             next="copy the file itself into the folder",
         )
     return real, None
+
+
+def _is_plainly_inside(path: Path, root: Path) -> bool:
+    """Whether no link and no `..` stands between the folder and the file: then it lies inside, wherever that is.
+
+    Following all links of both from the top of the file system asks for each folder on the way.
+    """
+    at, whole = os.fspath(root), os.fspath(path)
+    if not whole.startswith(f"{at}{os.sep}"):
+        return False
+    for name in whole[len(at) + 1 :].split(os.sep):
+        at = f"{at}{os.sep}{name}"
+        try:
+            if name == os.pardir or stat.S_ISLNK(os.lstat(at).st_mode):
+                return False
+        except OSError:
+            return False
+    return True
 
 
 def _blob_folders(real_root: Path) -> tuple[Path, ...]:

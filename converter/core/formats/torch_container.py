@@ -15,6 +15,7 @@ import os
 import struct
 import threading
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Container:
     """A torch file taken apart: what its pickle says, and the bytes of its storages by key.
 
     Attributes:
-        saved_as: the file's name without its end when torch saved it, where a zip says; else empty.
+        name: what torch.save was told to call the file, without its ending; empty in the old layout.
     """
 
     path: Path
@@ -55,7 +56,7 @@ class Container:
     storages: dict[str, Record]
     identity: Identity
     digest: str
-    saved_as: str = ""
+    name: str = ""
 
 
 def read_container(path: Path, *, root: Path | None = None, is_shared: bool = False) -> Container:
@@ -72,25 +73,18 @@ def read_container(path: Path, *, root: Path | None = None, is_shared: bool = Fa
         status = os.fstat(fd)
         start = pread(fd, 512, 0)
         if start.startswith(b"PK\x03\x04"):
-            pickled, storages, digest = _read_zip(fd, path, status.st_size, is_shared=is_shared)
+            name, pickled, storages, digest = _read_zip(fd, path, status.st_size, is_shared=is_shared)
         elif start[:1] == b"\x80":
-            pickled, storages, digest = _read_legacy(fd, path, status.st_size)
+            name, (pickled, storages, digest) = "", _read_legacy(fd, path, status.st_size)
         else:
             raise _not_torch(path, start)
     finally:
         os.close(fd)
-    saved_as = _first_name(start) if start.startswith(b"PK") else ""
-    return Container(path, pickled, storages, Identity.of(status), digest, saved_as)
+    return Container(path, pickled, storages, Identity.of(status), digest, name)
 
 
-def _first_name(start: bytes) -> str:
-    """The folder that a zip's first record is in: torch takes the file's name for it."""
-    (length,) = struct.unpack_from("<H", start, 26)
-    return start[30 : 30 + length].partition(b"/")[0].decode("utf-8", "replace")
-
-
-def record_sizes(path: Path, *, root: Path | None = None) -> list[int]:
-    """Sizes of the storages in a zip of torch.save, the largest first, by its directory alone: no pickle is read.
+def record_sizes(path: Path, *, root: Path | None = None) -> tuple[str, list[int]]:
+    """The name of a zip of torch.save, and sizes of its storages, the largest first: no pickle is read.
 
     Raises:
         Refused: not such a file, or one that its directory contradicts, as `read_container` does.
@@ -104,7 +98,12 @@ def record_sizes(path: Path, *, root: Path | None = None) -> list[int]:
         entries = _directory(fd, path, size, 0, _near(fd, path, 0, size))
     finally:
         os.close(fd)
-    return sorted((r.length for n, r in entries.items() if "/data/" in n), reverse=True)
+    return _name_of(entries), sorted((r.length for n, r in entries.items() if "/data/" in n), reverse=True)
+
+
+def _name_of(entries: Iterable[str]) -> str:
+    """The folder that all entries lie in."""
+    return next(iter(entries), "").rpartition("/")[0].partition("/")[0]
 
 
 def read_member(fd: int, path: Path, *, start: int, length: int) -> Container:
@@ -121,7 +120,7 @@ def read_member(fd: int, path: Path, *, start: int, length: int) -> Container:
     head = read_exact(fd, start, min(length, 512), file=str(path))
     if not head.startswith(b"PK\x03\x04"):
         raise _not_torch(path, head)
-    pickled, storages, digest = _read_zip(fd, path, start + length, base=start, is_shared=True)
+    _, pickled, storages, digest = _read_zip(fd, path, start + length, base=start, is_shared=True)
     return Container(path, pickled, storages, Identity.of(status), digest)
 
 
@@ -181,7 +180,7 @@ class Window(io.RawIOBase):
 
 def _read_zip(
     fd: int, path: Path, size: int, *, base: int = 0, is_shared: bool
-) -> tuple[PickleValue, dict[str, Record], str]:
+) -> tuple[str, PickleValue, dict[str, Record], str]:
     """The zip that lies from `base` to `size`; offsets of its records count from the file's first byte."""
     read = _near(fd, path, base, size)
     entries = _directory(fd, path, size, base, read)
@@ -201,7 +200,8 @@ def _read_zip(
     data = prefix + "data/"
     digest = hashlib.sha256(raw)
     digest.update(repr(sorted((n, r.length, r.crc) for n, r in entries.items())).encode())
-    return pickled, {n.removeprefix(data): r for n, r in entries.items() if n.startswith(data)}, digest.hexdigest()
+    storages = {n.removeprefix(data): r for n, r in entries.items() if n.startswith(data)}
+    return prefix.removesuffix("/"), pickled, storages, digest.hexdigest()
 
 
 class _Shared:

@@ -59,9 +59,6 @@ class Opaque:
     state: Any
 
 
-_NUMBER = re.compile(r"\d+", re.ASCII)
-
-
 @dataclass(frozen=True)
 class TorchFile:
     """What torch.save wrote.
@@ -71,15 +68,14 @@ class TorchFile:
         checks: CRC-32 of every storage that a tensor uses, where the container has one.
         identity: of the file when it was read.
         digest: sha256 of what its pickles say, hexadecimal, checksums of the storages included.
-        other_name: the file's name without its end when torch saved it, where it has other numbers than the file's has
-            now: another rank's, renamed or copied over; else empty.
+        name: see `Container`.
     """
 
     value: Any
     checks: tuple[RecordCheck, ...]
     identity: Identity
     digest: str
-    other_name: str = ""
+    name: str = ""
 
 
 def read_torch_file(path: Path, *, root: Path | None = None, allow_names: re.Pattern[str] | None = None) -> TorchFile:
@@ -127,13 +123,7 @@ def _torch_file(container: Container, allow_names: re.Pattern[str] | None) -> To
         for r in resolver.used.values()
         if r.crc is not None
     )
-    return TorchFile(value, checks, container.identity, container.digest, _other_name(container))
-
-
-def _other_name(container: Container) -> str:
-    """The name that a file was saved under, where it differs from its own in numbers alone."""
-    own, saved = container.path.name.rpartition(".")[0], container.saved_as
-    return saved if saved != own and _NUMBER.sub("#", saved) == _NUMBER.sub("#", own) else ""
+    return TorchFile(value, checks, container.identity, container.digest, container.name)
 
 
 class _Resolver:

@@ -63,6 +63,8 @@ REFUSALS: dict[str, str] = {
     "refuses). Save such a run with path_initial_model_for_weight_conversion.",
     "adapter-bias": "lora_B has a bias (lora_bias=True), and the base's layer has none to add it to: PEFT loads such "
     "an adapter, and nobody can merge it. Or the config's `bias` and the tensors disagree.",
+    "adapter-biases-lost": "The config says that biases were trained (bias=lora_only, boft_only, ...), and the adapter "
+    "does not hold those of its own modules: PEFT before 0.21 does not save them, and loads the base's in their place.",
     "adapter-config": "adapter_config.json can't be read, or lacks what PEFT needs.",
     "adapter-tokens": "The trained token rows do not fit the embedding.",
     "adapter-pattern": "rank_pattern or alpha_pattern has a pattern that is not read.",
@@ -81,6 +83,8 @@ REFUSALS: dict[str, str] = {
     "vocab-mismatch": "The adapter was trained with another vocabulary than the base has, and does not bring the rows.",
     "head-class": "The adapter trains a tensor that the class of its head does not have.",
     "head-incomplete": "A part of the head's class was random in training, frozen, and never saved.",
+    "tied-scale": "The adapter changes one side of a tie, and the class scales its decoder's outputs by whether there "
+    "is one (T5's kin): releases of transformers disagree on what the model says once the two are apart.",
     "tied-copies-differ": "The base stores tied embeddings twice, with different values.",
 }
 

@@ -250,7 +250,7 @@ _STEPS: Mapping[str, Next | Callable[[Finding, Case], Next | None]] = {
     "normaliser-broken": "set mean and std in config.json to one number each, or take both out",
     "normaliser-lost": _of_source,
     "nonfinite": "take an earlier checkpoint; if a merge overflowed, merge again with --dtype bf16",
-    **dict.fromkeys(("moments-nonfinite", "moments-zero", "moments-older"),
+    **dict.fromkeys(("moments-nonfinite", "moments-zero", "moments-older", "optimizer-damaged"),
                     "go on from a checkpoint whose moments are sound, or knowingly with a new optimizer; gather reads "
                     "the weights as they are"),
     "head-unmoved": "train the head: it has to be in modules_to_save or require gradients, and be gathered on saving",

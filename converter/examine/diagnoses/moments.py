@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter.core.context import Context
@@ -27,6 +28,50 @@ def _moments(case: Case) -> dict[str, Mapping[str, LazyTensor]]:
         return {kind: adam_moments(case.root, which=kind) for kind in _KINDS}
     except ConvertError:
         return {}
+
+
+_DAMAGE = frozenset({"file-truncated", "torch-zip", "torch-not", "pickle-malformed", "dcp-file-missing",
+                     "dcp-metadata-missing", "dcp-rank-metadata", "dcp-malformed", "dcp-record", "dcp-chunks",
+                     "fsdp-rank-files", "verl-rank-missing", "verl-mixed", "verl-sizes", "verl-malformed",
+                     "zero-rank-missing", "zero-mixed", "zero-sizes", "zero-malformed"})  # fmt: skip
+"""Codes of files that are not what was saved; others name an optimizer that isn't Adam, or that nobody reads."""
+
+
+@diagnosis("optimizer-damaged", "training")
+def optimizer_damaged(case: Case, context: Context) -> Iterable[Finding]:
+    """The weights are whole, and the optimizer's state that was saved with them is not: files of it are missing, cut
+    short, of another rank or of another step. `gather` gives the weights, bit by bit; whoever resumes fails, or goes on
+    with moments that never were.
+    """
+    if any(f.severity == "error" for f in case.survey.faults):
+        return
+    try:
+        expect_optimizer(case.root)
+    except ConvertError as why:
+        yield Finding(
+            code="optimizer-damaged",
+            severity="changes-numbers",
+            text=f"the weights are whole, and the optimizer's state is not: {why.what}",
+            evidence=(why.code, *((why.where,) if why.where else ())),
+            recoverability=LOST,
+            next=why.next,
+        )
+
+
+def expect_optimizer(folder: Path) -> None:
+    """Read what places both moments have in the files of a training state.
+
+    Raises:
+        ConvertError: files are missing, cut short or mixed; not that there is no optimizer, or one that isn't read.
+    """
+    from converter.sources.moments import adam_moments
+
+    for kind in _KINDS:
+        try:
+            adam_moments(folder, which=kind)
+        except ConvertError as why:
+            if why.code in _DAMAGE:
+                raise
 
 
 @diagnosis("moments-nonfinite", "training", deep=True)

@@ -10,6 +10,8 @@ from converter.core.context import Context
 from converter.core.files.names import TRAINER_STATE
 from converter.errors import ConvertError, UsageError
 from converter.examine.diagnoses.case import HERE, Case, Finding, diagnosis
+from converter.examine.diagnoses.moments import expect_optimizer
+from converter.sources.dcp.files import kind_here
 from converter.sources.finding import find_place, kind_of
 from converter.text import format_size, show
 
@@ -56,7 +58,9 @@ def _found(case: Case, ranks: int, words: str) -> Finding:
     if kind != "verl":
         place = find_place(case.root, case.asked)
         kind = kind_of(place.folder)
-        if kind in _ANY:
+        if kind in _ANY and kind_here(place.folder) != "ranks":
+            if kind == "dcp":
+                expect_optimizer(place.folder)
             return _as_it_is(case, place.folder, words, _ANY[kind], kind)
     made = _planned(case, ranks, kind)
     if made is None or made.ranks_before == ranks:
@@ -99,6 +103,10 @@ def _planned(case: Case, ranks: int, kind: str | None) -> Resharded | None:
         from converter.sources.verl.step import plan_verl
 
         return plan_verl(case.root, case.asked, ranks, tag=None)
+    if kind == "dcp":
+        from converter.sources.dcp.resharding import plan_ranks
+
+        return plan_ranks(_folder(case), ranks, side_files={}, inputs={})
     if kind != "deepspeed":
         raise UsageError("no-shards", "no state of a trainer is here: weights alone begin a run, and resume none")
     from converter.sources.deepspeed.resharding.parts import data_ranks

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from converter.core.checkpoint import SideFile
 from converter.core.files.names import MODEL_CONFIG, RECEIPT, TRAINER_STATE
@@ -24,6 +24,7 @@ from converter.recipe.verbs.knobs import Effort, Where, optional, options_of
 from converter.recipe.verbs.pieces import threads
 from converter.recipe.verbs.run_state import place_of
 from converter.sources.beside import find_beside
+from converter.sources.dcp.files import kind_here
 from converter.sources.deepspeed.resharding.parts import data_ranks
 from converter.sources.deepspeed.resharding.plan import MAX_RANKS, plan_resharding
 from converter.sources.deepspeed.resharding.universal import plan_universal
@@ -41,8 +42,16 @@ if TYPE_CHECKING:
     from converter.core.writer.write import Receipt
 
 UNIVERSAL = "universal"
-_OF_TRAINER = re.compile(rf"{re.escape(TRAINER_STATE)}|scheduler\.pt|rng_state(?:_(\d{{1,6}}))?\.pth", re.ASCII)
-"""What transformers' Trainer reads beside the shards when it goes on; random states are those of one rank each."""
+LAYOUTS = ("full", "sharded")
+"""accelerate's under FSDP."""
+STATE_TARGETS = (UNIVERSAL, *LAYOUTS)
+_OF_TRAINER = re.compile(
+    rf"{re.escape(TRAINER_STATE)}|scheduler\.pt|rng_state(?:_(\d{{1,6}}))?\.pth|scaler\.pt|random_states_(\d{{1,6}})\.pkl"
+    r"|(?:scheduler|sampler|dl_state_dict)(?:_\d{1,4})?\.bin|custom_checkpoint_\d{1,4}\.pkl",
+    re.ASCII,
+)
+"""What transformers' Trainer and accelerate read beside the shards when they go on; random states are one rank's."""
+_STATE = re.compile(r"(?:pytorch_model_fsdp|optimizer)(?:_\d{1,4})?(?:_rank\d{1,6})?\.bin", re.ASCII)
 _LEFT = re.compile(r".*\.(?:safetensors|bin)|optimizer\.pt", re.ASCII)
 
 
@@ -76,9 +85,10 @@ class ReshardedState:
     def next(self) -> str:
         """How the trainer is told to go on from there."""
         path = "OUT" if self.out is None else str(self.out)
-        ranks = "1 rank" if self.made.ranks == 1 else f"{self.made.ranks} ranks"
+        ranks = "1 rank" if self.made.ranks == 1 else f"{self.made.ranks or 'any number of'} ranks"
         if TRAINER_STATE in self.made.plan.side_files:
-            return f"your launch line on {ranks} with --resume_from_checkpoint {path}"
+            setting = self.made.goes_on.partition(",")[0] + " and " if not self.made.ranks else ""
+            return f"your launch line on {ranks} with {setting}--resume_from_checkpoint {path}"
         return f"on {ranks}: {self.made.goes_on.replace('{out}', path)}"
 
 
@@ -109,7 +119,8 @@ def reshard_state(
         out: the folder to write; None: only plan.
         world_size: ranks that are to go on; None: as many as before.
         stage: of ZeRO, 1, 2 or 3, or 0 for one file without it; None: that of the run.
-        to: `universal`: DeepSpeed's universal checkpoint, which loads on any number of ranks.
+        to: `universal`: DeepSpeed's universal checkpoint, which loads on any number of ranks; `full` or `sharded`:
+            what accelerate saved under FSDP in its other layout.
         tag: which checkpoint of the run; None: what its tracker says.
         writing: see `StateWriting`.
 
@@ -170,21 +181,29 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
         Refused: a trainer's state that isn't cut by ranks (`reshard-any-ranks`), or that isn't read (`reshard-kind`);
             see `plan_resharding`.
     """
-    if asked.to not in (None, UNIVERSAL) or (asked.to is not None and asked.stage is not None):
+    if asked.to not in (None, UNIVERSAL, *LAYOUTS) or (asked.to is not None and asked.stage is not None):
         what = (
-            "--stage has no meaning in a universal checkpoint"
-            if asked.to == UNIVERSAL
+            f"--stage has no meaning with --to {asked.to}"
+            if asked.to in (UNIVERSAL, *LAYOUTS)
             else f"no --to {show(str(asked.to))}"
         )
-        raise UsageError("usage", what, expected=UNIVERSAL)
+        raise UsageError("usage", what, expected=", ".join((UNIVERSAL, *LAYOUTS)))
     if asked.world_size is not None and not 1 <= asked.world_size <= MAX_RANKS:
         raise UsageError(
             "usage", f"--world-size {asked.world_size} is not a number of ranks", expected=f"1 to {MAX_RANKS}"
         )
     root = resolve(asked.src, revision=revision, token=token, whole=True).path
+    if asked.to in LAYOUTS:
+        return _with_provenance(_plan_layout(root, asked, keep_code=keep_code), asked.to)
     if kind_of(root) == "verl":
         return _with_provenance(_plan_verl(root, asked))
     place, _ = place_of(root, as_reference(asked.src), tag=asked.tag, part=None)
+    if kind_here(place.folder) == "ranks" and asked.world_size is not None and asked.stage is None:
+        from converter.sources.dcp.resharding import plan_ranks
+
+        files, read, left = _beside(place.folder, asked.world_size, keep_code=keep_code)
+        planned = plan_ranks(place.folder, asked.world_size, side_files=files, inputs=read)
+        return _with_provenance(dataclasses.replace(planned, said=(*planned.said, *left)))
     _expect_zero(kind_of(place.folder), place.folder, asked)
     shards = read_shards(place.folder)
     ranks = asked.world_size or ranks_in_all(shards)
@@ -201,6 +220,27 @@ def plan_state(asked: ReshardRequest, *, revision: str | None, token: str | None
     return _with_provenance(dataclasses.replace(made, said=(*made.said, *said)))
 
 
+def _plan_layout(root: Path, asked: ReshardRequest, *, keep_code: bool) -> Resharded:
+    """accelerate's state under FSDP in the other layout."""
+    from converter.sources.dcp.resharding import find_state, plan_fsdp
+
+    if asked.world_size is not None:
+        what = f"--world-size has no meaning with --to {asked.to}, which loads on any number of ranks"
+        raise UsageError("usage", what, where=show(asked.src))
+    state = find_state(root, asked.src, asked.tag)
+    if state is None:
+        raise Refused(
+            "reshard-kind",
+            f"--to {asked.to} is for what accelerate saved under FSDP, and this is none",
+            where=show(asked.src),
+            expected="a folder with pytorch_model_fsdp_0/ or pytorch_model_fsdp.bin, or the run's folder",
+        )
+    side_files, inputs, said = _beside(state.folder, MAX_RANKS, keep_code=keep_code)
+    to: Literal["full", "sharded"] = "full" if asked.to == "full" else "sharded"
+    made = plan_fsdp(state, to, side_files=side_files, inputs=inputs)
+    return dataclasses.replace(made, said=(*made.said, *said))
+
+
 def _plan_verl(root: Path, asked: ReshardRequest) -> Resharded:
     from converter.sources.verl.step import plan_verl
 
@@ -215,11 +255,12 @@ def _plan_verl(root: Path, asked: ReshardRequest) -> Resharded:
     return plan_verl(root, asked.src, asked.world_size, tag=asked.tag)
 
 
-def _with_provenance(made: Resharded) -> Resharded:
-    stage = {} if made.stage is None else {"stage": made.stage}
+def _with_provenance(made: Resharded, to: str | None = None) -> Resharded:
+    asked: dict[str, object] = {"to": to} if to is not None else {"world-size": made.ranks}
+    asked |= {} if made.stage is None else {"stage": made.stage}
     provenance = {
         "version": __version__,
-        "recipe": {"reshard": {"world-size": made.ranks, **stage}},
+        "recipe": {"reshard": asked},
         "inputs": {"source": {"kind": "training", "name": made.tag, "header_digest": made.digest}},
     }
     return dataclasses.replace(made, plan=dataclasses.replace(made.plan, provenance=provenance))
@@ -264,11 +305,12 @@ def _beside(folder: Path, ranks: int, *, keep_code: bool) -> tuple[dict[str, Sid
     left: list[str] = []
     for name in sorted(file_names(folder)):
         match = _OF_TRAINER.fullmatch(name)
-        if match is None or (match[1] is not None and int(match[1]) >= ranks):
-            left += [name] if match is not None or _LEFT.fullmatch(name) else []
+        rank = None if match is None else match[1] or match[2]
+        if match is None or (rank is not None and int(rank) >= ranks):
+            left += [name] if match is not None or (_LEFT.fullmatch(name) and not _STATE.fullmatch(name)) else []
             continue
         path = folder / name
-        if name.endswith(PICKLED_SUFFIXES):
+        if name.endswith((*PICKLED_SUFFIXES, ".pkl")):
             read_torch_file(path, root=folder)  # what loads it unpickles it: refused where it names foreign code
         files[name] = SideFile(source=str(path.absolute()))
         inputs[str(path.absolute())] = identity(path)

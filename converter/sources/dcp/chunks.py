@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from converter.core.checkpoint import RecordCheck
 from converter.core.files.opening import Identity, open_input
+from converter.core.formats.torch_file import read_torch_member
 from converter.core.formats.torch_members import Kind, Members
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
@@ -54,6 +56,31 @@ class Pieces:
             found[key] = self._assembled(key, entry, boxes)
         folder = self.metadata.folder
         self.inputs[str((folder / METADATA).absolute())] = self.metadata.identity
+        return found
+
+    def objects(self, keys: Iterable[str]) -> dict[str, Any]:
+        """What is not a tensor, by key, as its pickle says it.
+
+        Raises:
+            Refused: in no file (`dcp-chunks`), files missing or cut short, or a record that can't be read.
+        """
+        found: dict[str, Any] = {}
+        folder = self.metadata.folder
+        for key in keys:
+            place = self.metadata.places.get((key, ()))
+            if place is None:
+                raise self.metadata.refuse("dcp-chunks", f"{show(key)} is in no file")
+            if not (folder / place.file).exists():
+                raise self.metadata.refuse("dcp-file-missing", f"{show(place.file)} is missing, with {show(key)} in it")
+            fd = open_input(folder / place.file, root=folder)
+            try:
+                self.inputs[str((folder / place.file).absolute())] = Identity.of(os.fstat(fd))
+                read = read_torch_member(fd, folder / place.file, start=place.offset, length=place.length)
+            finally:
+                os.close(fd)
+            self._digests.append((place.file, place.offset, read.digest))
+            self.checks += read.checks
+            found[key] = read.value
         return found
 
     def _places(self, key: str) -> dict[Chunk, Place]:

@@ -24,7 +24,16 @@ Kind = Literal["dcp", "full", "ranks", "hf-shards", "rank-metadata", "no-metadat
 
 METADATA = ".metadata"
 FULL = re.compile(r"pytorch_model_fsdp(?:_\d+)?\.bin", re.ASCII)
-_RANKS = re.compile(r"pytorch_model_fsdp(?:_\d+)?_rank\d+\.bin", re.ASCII)
+MODEL_OF_RANK = re.compile(
+    r"(pytorch_model_fsdp(?:_\d{1,6})?|(?:fsdp_)?(?:model|weights)(?:_state(?:_dict)?)?)[_.-]?rank[_.-]?(\d{1,6})"
+    r"\.(?:bin|pt|pth)",
+    re.ASCII,
+)
+"""A rank's own file of the model: accelerate's, and as people call what they save by themselves."""
+OPTIMIZER_OF_RANK = re.compile(
+    r"(optimizer(?:_\d{1,6})?|(?:fsdp_)?optim(?:izer)?(?:_state(?:_dict)?)?)[_.-]?rank[_.-]?(\d{1,6})\.(?:bin|pt|pth)",
+    re.ASCII,
+)
 _PART = re.compile(r"pytorch_model_fsdp_\d+", re.ASCII)
 _ASIDE = re.compile(r"(?:optim|optimizer|lr_scheduler|scheduler|dataloader|rng|tokenizer)(?:_\w+)?", re.ASCII)
 _STEP = re.compile(r"(?:checkpoint|global_step|step|iter|epoch)[-_=]?\d", re.ASCII)
@@ -49,7 +58,7 @@ def kind_here(root: Path) -> Kind | None:
         if any(_RANK_METADATA.fullmatch(n) for n in names):
             return "rank-metadata"
         return "no-metadata"
-    ours = [n for n in names if FULL.fullmatch(n) or _RANKS.fullmatch(n)]
+    ours = [n for n in names if FULL.fullmatch(n) or MODEL_OF_RANK.fullmatch(n)]
     if folder_kind(names - set(ours)) is not None:
         return None
     if any(PIECE.fullmatch(n) for n in names):
@@ -189,7 +198,7 @@ def optimizer_folder(folder: Path) -> Path | None:
     if not _PART.fullmatch(folder.name):
         return None
     beside = folder.parent / f"optimizer_{folder.name.rpartition('_')[2]}"
-    return beside if kind_here(beside) == "dcp" else None
+    return beside if kind_here(beside) in ("dcp", "rank-metadata", "no-metadata") else None
 
 
 def full_file(folder: Path, names: Collection[str]) -> Path:

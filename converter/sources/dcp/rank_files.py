@@ -1,4 +1,4 @@
-"""accelerate's files of ranks (`use_dcp=False`): each has its own pieces of every tensor, by `torch.save`.
+"""Files of ranks, accelerate's (`use_dcp=False`) or people's own: each has its pieces of every tensor, by `torch.save`.
 
 Under FSDP2 a piece is a DTensor, which records the whole's shape, the mesh of ranks and the rank's place on it: the
 pieces are put together as those of verl, which saves the same. Plain tensors are put together where their rows are,
@@ -18,15 +18,18 @@ from typing import Any
 
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError
+from converter.sources.dcp.files import MODEL_OF_RANK, OPTIMIZER_OF_RANK
 from converter.sources.survey import file_names
 from converter.sources.verl.files import RankFiles
+from converter.sources.verl.moments import State as Moment
+from converter.sources.verl.moments import moments as numbered_moments
+from converter.sources.verl.resharding import Part, Resharding
 from converter.sources.verl.shards import Piece, Ranks, Value
 from converter.sources.verl.weights import Weights, read_weights
 from converter.text import fold, show
 
-MODEL = re.compile(r"(pytorch_model_fsdp(?:_\d{1,6})?)_rank(\d{1,6})\.bin", re.ASCII)
-_OPTIMIZER = re.compile(r"(optimizer(?:_\d{1,6})?)_rank(\d{1,6})\.bin", re.ASCII)
 _LOCAL = "pytorch_model_fsdp"
+_NUMBER = re.compile(r"(rank[_.-]?)\d{1,6}", re.ASCII)
 _CODE = "fsdp-rank-files"
 
 
@@ -47,6 +50,33 @@ def gathered(folder: Path) -> tuple[Weights, Ranks]:
     return found, ranks
 
 
+def resharded(folder: Path, ranks: int) -> Part:
+    """Every rank's files for another number of ranks, as accelerate names them.
+
+    Raises:
+        Refused: files missing or mixed, a mesh of several dimensions, or one that can't be rewritten
+            (`fsdp-rank-files`).
+    """
+    found, read = gathered(folder)
+    every = {"model": read.files.models, "optim": read.files.optimizers}
+    names = {kind: _NUMBER.sub(r"\1{rank}", next(iter(files.values()))) for kind, files in every.items() if files}
+    made = Resharding(read, found, ranks, "", tied=False, names=names)
+    try:
+        if missing := read.files.missing(read.files.models):
+            raise read.refuse("verl-rank-missing", f"files of ranks {fold(list(map(str, missing)))} are missing")
+        shards = made.models()
+        if read.files.optimizers:
+            shards += made.optimizers()
+        else:
+            read.said.append("no optimizer was saved with it: its state begins anew")
+    except Refused as error:
+        if error.code.startswith("verl-"):
+            raise Refused(_CODE, error.what, where=error.where, next=error.next) from error
+        raise
+    said = (*read.files.said, *read.said)
+    return Part(read.files.world, tuple(shards), {}, read.inputs, tuple(read.checks), read.digest, said)
+
+
 def trained(folder: Path) -> frozenset[str]:
     """Names of which an optimizer's file of a rank has a state; none where there are no such files."""
     ranks = Ranks(_files(folder))
@@ -54,9 +84,25 @@ def trained(folder: Path) -> frozenset[str]:
     return frozenset() if first is None else frozenset(_states(ranks, first))
 
 
-def moments(folder: Path, which: str) -> dict[str, LazyTensor]:
-    """A moment of each parameter by its name, put together of the ranks' pieces."""
+def moments(folder: Path, which: Moment) -> dict[str, LazyTensor]:
+    """A moment of each parameter by its name, put together of the ranks' pieces.
+
+    Raises:
+        Refused: files missing, of several saves, or of a kind that is not put together (`fsdp-rank-files`).
+    """
+    try:
+        return _moments(folder, which)
+    except Refused as error:
+        if error.code.startswith("verl-"):
+            raise _refused(folder, error.what, "the optimizer's state") from error
+        raise
+
+
+def _moments(folder: Path, which: Moment) -> dict[str, LazyTensor]:
     ranks = Ranks(_files(folder))
+    first = next(iter(ranks.files.optimizers.values()), None)
+    if first is not None and not _states(ranks, first) and ranks.open(first).get("state"):
+        return numbered_moments(ranks, read_weights(ranks, asked_alone=True), which)  # by `optimizer.state_dict()`
     held: dict[str, dict[int, Value]] = {}
     for rank, file in ranks.files.optimizers.items():
         for name, state in _states(ranks, file).items():
@@ -68,7 +114,8 @@ def moments(folder: Path, which: str) -> dict[str, LazyTensor]:
         if all(isinstance(v, Piece) for v in by_rank.values()):
             whole = ranks.whole(name, by_rank, ranks.files.optimizers)
             if whole is None:
-                raise _refused(folder, f"the ranks' pieces of the moment of {show(name)} are not all there")
+                what = f"the ranks' pieces of the moment of {show(name)} are not all there"
+                raise _refused(folder, what, "the optimizer's state")
             found[name] = whole
     return found
 
@@ -83,14 +130,14 @@ def _states(ranks: Ranks, file: str) -> Mapping[str, Mapping[str, Any]]:
 def _files(folder: Path) -> RankFiles:
     """The files of one model, and of its optimizer, by rank."""
     names = file_names(folder)
-    models = _by_rank(names, MODEL)
+    models = _by_rank(names, MODEL_OF_RANK)
     if len(models) > 1:
         text = f"{len(models)} models were trained together: {fold([show(n) for n in sorted(models)])}"
         raise UsageError("several-parts", text, where=show(folder), next="put the files of each into its own folder")
     ((stem, files),) = models.items()
-    optimizers = _by_rank(names, _OPTIMIZER)
-    number = stem.removeprefix(_LOCAL)
-    own = optimizers.get(f"optimizer{number}", {})
+    optimizers = _by_rank(names, OPTIMIZER_OF_RANK)
+    number = stem.removeprefix(_LOCAL) if stem.startswith(_LOCAL) else None
+    own = optimizers.get(f"optimizer{number}", {}) if number is not None else next(iter(optimizers.values()), {})
     world = _recorded_world(folder, files) or max(files) + 1
     return RankFiles(folder, world, {r: n for r, n in files.items() if r < world}, own)
 
@@ -119,17 +166,17 @@ def _recorded_world(folder: Path, files: Mapping[int, str]) -> int | None:
                 return None if value.mesh is None else math.prod(value.mesh)
     except Refused as error:
         if error.code == "pickle-names" and "remote_device" in error.what:
-            what = "they hold FSDP 1's own pieces (ShardedTensor), without the shapes of what is whole"
+            what = "they hold pieces of FSDP 1 (ShardedTensor), which are not read"
             raise _refused(folder, what) from error
         raise _refused(folder, f"{show(first)}: {error.what}") from error
     return None
 
 
-def _refused(folder: Path, why: str) -> Refused:
+def _refused(folder: Path, why: str, whole: str = "the model") -> Refused:
     return Refused(
         _CODE,
-        f"each rank saved its own file (LOCAL_STATE_DICT, or accelerate's use_dcp=False), and they are not the model "
-        f"together: {why}",
+        "each rank saved its own file (LOCAL_STATE_DICT, use_dcp=False, or torch.save on every rank), and they are "
+        f"not {whole} together: {why}",
         where=show(folder),
         next="copy files of ranks that are on other nodes; else resume the run from it, and save with "
         "fsdp_state_dict_type: FULL_STATE_DICT or SHARDED_STATE_DICT",

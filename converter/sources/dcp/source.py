@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _WORDS: dict[Kind, str] = {
     "dcp": "a torch distributed checkpoint is there",
     "full": "accelerate saved the model under FSDP, in one file",
-    "ranks": "accelerate saved the model under FSDP, one file a rank",
+    "ranks": "the model is there as FSDP has it, one file a rank",
     "hf-shards": "torch saved the model as safetensors, in pieces",
     "rank-metadata": "a torch distributed checkpoint is there, with metadata for each rank",
     "no-metadata": "pieces of a torch distributed checkpoint are there",

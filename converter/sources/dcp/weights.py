@@ -113,11 +113,23 @@ def _held(folder: Path, metadata: Metadata, said: list[str]) -> tuple[frozenset[
     other = optimizer_folder(folder)
     if not names and other is not None:
         try:
-            names = frozenset(optimizer_states(read_metadata(other)))
+            names = frozenset(optimizer_states(readable_metadata(other)))
             inputs[str((other / METADATA).absolute())] = identity(other / METADATA)
         except Refused as error:
             said.append(f"{show(other.name)} can't be read, so which tensors were trained is not known: {error.what}")
     return names, inputs
+
+
+def readable_metadata(folder: Path) -> Metadata:
+    """What `.metadata` says.
+
+    Raises:
+        Refused: it is missing (`dcp-metadata-missing`, `dcp-rank-metadata`), and see `read_metadata`.
+    """
+    kind = kind_here(folder)
+    if kind in ("rank-metadata", "no-metadata"):
+        raise refusal(folder, kind)
+    return read_metadata(folder)
 
 
 def _as_in_memory(
@@ -249,7 +261,7 @@ def moments_of(folder: Path, which: Moment) -> dict[str, LazyTensor]:
         for place in (folder, optimizer_folder(folder)):
             if place is None or found:
                 continue
-            metadata = read_metadata(place)
+            metadata = readable_metadata(place)
             keys = {n: leaves[which] for n, leaves in optimizer_states(metadata).items() if which in leaves}
             read = Pieces(metadata).read(keys.values())
             found = {n: read[k] for n, k in keys.items()}

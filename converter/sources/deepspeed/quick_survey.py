@@ -15,6 +15,7 @@ from converter.errors import Refused
 from converter.sources.deepspeed.layout import trained_shapes
 from converter.sources.deepspeed.state import Shards, shapes
 from converter.sources.deepspeed.weights import shared_names, training_dtype
+from converter.sources.own_names import saved_as_another
 from converter.sources.survey import StoredTensor, Survey
 from converter.text import show
 
@@ -31,14 +32,16 @@ def survey_of_first(shards: Shards, root: Path) -> Survey | None:
         return None
     if any(r not in shards.files.models for r in range(shards.ranks)):
         return None
-    folder = shards.folder
+    folder, both = shards.folder, (shards.files.models, shards.files.optimizers)
     try:
-        sizes = {r: record_sizes(folder / n, root=folder) for r, n in shards.files.optimizers.items()}
-        models = {r: record_sizes(folder / n, root=folder) for r, n in shards.files.models.items()}
+        found = {n: record_sizes(folder / n, root=folder) for files in both for n in files.values()}
     except Refused:
         return None
+    sizes = [found[n][1] for n in shards.files.optimizers.values()]
     # The largest records are the partitions; small ones hold steps and differ in nothing that counts.
-    if len({tuple(s) for s in sizes.values()}) > 1 or any(not s for s in models.values()):
+    if len({tuple(s) for s in sizes}) > 1 or any(not found[n][1] for n in shards.files.models.values()):
+        return None
+    if any(saved_as_another(n, name) for n, (name, _) in found.items()):
         return None
     survey = Survey(root)
     listed = [*shards.files.models.values(), *shards.files.optimizers.values()]

@@ -19,6 +19,7 @@ from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused
 from converter.sources.deepspeed.files import UNIVERSAL, RankFiles, holds_experts, is_universal, rank_files
+from converter.sources.own_names import OWN_NAMES, saved_as_another
 from converter.sources.survey import file_names
 from converter.text import fold, show
 
@@ -76,9 +77,8 @@ class Shards:
         """What a file holds."""
         if file not in self._opened:
             read = read_torch_file(self.folder / file, root=self.folder)
-            if read.other_name:
-                text = f"it was saved as {show(read.other_name)}: another rank's file, renamed or copied over this one"
-                raise self.refuse("zero-mixed", text, file=file)
+            if (what := saved_as_another(file, read.name)) is not None:
+                raise self.refuse("zero-mixed", what, file=file, next=OWN_NAMES)
             self._opened[file] = read.value
             self.checks += read.checks
             self.inputs[str((self.folder / file).absolute())] = read.identity

@@ -7,6 +7,7 @@ hash) is left for it to compute anew.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ _TYPE = "torch.distributed.tensor.DTensor"
 _HASH = "_hash"
 _RANKS = ("mesh", "_rank_map")
 """Tensors of all ranks: torch before 2.9 keeps the mesh, later ones the ranks in its order."""
+_NAMES, _GROUPS = "_mesh_dim_names", "_dim_group_names"
+"""What there is one of for each dimension."""
 _LISTS = ("_flatten_mesh_list", "_flatten_rank_map")
 
 
@@ -48,12 +51,26 @@ def part(whole: LazyTensor, dim: int, ranks: int, rank: int) -> LazyTensor:
 
 @dataclass
 class RankMesh:
-    """Rewrites the DTensors of a file for one of several ranks. What was one object in the tree stays one."""
+    """Rewrites the DTensors of a file for one of several ranks. What was one object in the tree stays one.
 
-    ranks: int
+    Attributes:
+        sizes: of the mesh: the ranks, or replicas and the ranks of each.
+    """
+
+    sizes: tuple[int, ...]
     rank: int
     _made: dict[int, Built] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)
+
+    @property
+    def shards(self) -> int:
+        """Pieces that a tensor is cut into."""
+        return self.sizes[-1]
+
+    @property
+    def at(self) -> int:
+        """Which of them the rank has."""
+        return self.rank % self.shards
 
     def dtensor(self, value: Built, local: Built) -> Built:
         """A DTensor of the tree with another local tensor.
@@ -76,44 +93,73 @@ class RankMesh:
         return self._made[id(value)]
 
     def _spec(self, value: Built) -> Built:
-        fields = {"mesh": self._once(value.state.get("mesh"), self._mesh)}
+        fields: dict[str, Any] = {"mesh": self._once(value.state.get("mesh"), self._mesh)}
+        placements = value.state.get("placements")
+        if isinstance(placements, tuple | list) and len(placements) != len(self.sizes):
+            # Of replicas of shards the shards are left, which are cut along the mesh's last dimension.
+            fields["placements"] = type(placements)(placements[-1:])
+            if value.state.get("shard_order"):
+                fields["shard_order"] = tuple(map(self._first, value.state["shard_order"]))
         return _copy(value, state=_without_hash(value.state, fields))
+
+    def _first(self, value: Any) -> Built:
+        """Along which dimensions of the mesh a tensor's dimension is cut: the only one."""
+        if not isinstance(value, Built) or len(value.args) != 2 or not isinstance(value.args[1], tuple):
+            raise UnknownMesh("the order in which a tensor was cut is of a form that is not known")
+        return _copy(value, args=(value.args[0], (0,)))
 
     def _mesh(self, value: Built) -> Built:
         state, fields = value.state, dict[str, Any]()
         tensors_of_ranks = [k for k in _RANKS if state.get(k) is not None]
         if not tensors_of_ranks or state.get("_root_mesh") is not None or state.get("_flatten_mapping"):
             raise UnknownMesh("the mesh of ranks is a part of another, or doesn't list its ranks")
-        numbers = saved(tensors.concat([_integer(n) for n in range(self.ranks)], 0))
-        fields |= dict.fromkeys(tensors_of_ranks, numbers)
-        fields |= {k: (*range(self.ranks),) for k in _LISTS if k in state}
+        ranks = math.prod(self.sizes)
+        numbers = tensors.concat([_integer(n) for n in range(ranks)], 0)
+        shapes = {k: self.sizes if k == "mesh" else (ranks,) for k in tensors_of_ranks}
+        fields |= {k: saved(tensors.reshape(numbers, shape)) for k, shape in shapes.items()}
+        fields |= {k: (*range(ranks),) for k in _LISTS if k in state}
+        for key in (_NAMES, _GROUPS):
+            if isinstance(state.get(key), tuple | list) and len(state[key]) != len(self.sizes):
+                fields[key] = type(state[key])(state[key][-1:])
         if "_layout" in state:
             fields["_layout"] = self._layout(state["_layout"])
         if "_rank" in state:
             fields["_rank"] = self.rank
         at = state.get("_coordinate_on_dim")
-        fields["_coordinate_on_dim"] = [self.rank] if isinstance(at, list) else (self.rank,)
+        place = (self.rank,) if len(self.sizes) == 1 else divmod(self.rank, self.shards)
+        fields["_coordinate_on_dim"] = list(place) if isinstance(at, list) else place
         return _copy(value, state=_without_hash(state, fields))
 
     def _layout(self, value: Any) -> Built:
-        """The mesh's sizes and strides: of one dimension, as many as there are ranks."""
+        """The mesh's sizes and strides, row by row."""
         state = value.state if isinstance(value, Built) and isinstance(value.state, dict) else {}
         axes = state.get("axes")
-        if isinstance(axes, tuple) and len(axes) == 1 and isinstance(axes[0], Built):
-            axis = axes[0].state
-            if isinstance(axis, dict) and isinstance(axis.get("shape"), tuple) and axis.keys() <= {"shape", "stride"}:
-                # Newer versions leave out what has one rank.
-                count = (self.ranks,) if self.ranks > 1 else ()
-                sizes = changed(axis, shape=count, **({"stride": count and (1,)} if "stride" in axis else {}))
-                return _copy(value, state=changed(state, axes=(_copy(axes[0], state=sizes),)))
+        if isinstance(axes, tuple) and len(axes) >= len(self.sizes):
+            kept = axes[-len(self.sizes) :]
+            if all(isinstance(a, Built) and isinstance(a.state, dict) and _is_axis(a.state) for a in kept):
+                return _copy(value, state=changed(state, axes=tuple(map(self._axis, kept, self.sizes, self._strides))))
         if "shape" in state and state.keys() <= {"shape", "stride"}:
-            return _copy(value, state=self._sizes(state))
+            return _copy(value, state=self._plain_sizes(state))
         raise UnknownMesh("the layout of the mesh is of a form that is not known")
 
-    def _sizes(self, state: Mapping[Any, Any]) -> Any:
-        is_plain = not isinstance(state["shape"], tuple)
-        fields = {"shape": self.ranks if is_plain else (self.ranks,)}
-        return changed(state, **fields, **({"stride": 1 if is_plain else (1,)} if "stride" in state else {}))
+    @property
+    def _strides(self) -> tuple[int, ...]:
+        return (*self.sizes[1:], 1)
+
+    def _axis(self, axis: Built, size: int, stride: int) -> Built:
+        # Newer versions leave out what has one rank.
+        fields: dict[str, Any] = {"shape": (size,) if size > 1 else ()}
+        fields |= {"stride": (stride,) if size > 1 else ()} if "stride" in axis.state else {}
+        return _copy(axis, state=changed(axis.state, **fields))
+
+    def _plain_sizes(self, state: Mapping[Any, Any]) -> Any:
+        is_plain = not isinstance(state["shape"], tuple) and len(self.sizes) == 1
+        fields = {"shape": self.sizes[0] if is_plain else self.sizes}
+        return changed(state, **fields, **({"stride": 1 if is_plain else self._strides} if "stride" in state else {}))
+
+
+def _is_axis(state: Mapping[Any, Any]) -> bool:
+    return isinstance(state.get("shape"), tuple) and state.keys() <= {"shape", "stride"}
 
 
 def _without_hash(state: Mapping[Any, Any], fields: Mapping[str, Any]) -> Any:

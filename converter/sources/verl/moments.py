@@ -38,6 +38,8 @@ def moments(ranks: Ranks, weights: Weights, state: State, *, tied: bool = False)
         Refused: files missing (`verl-rank-missing`), another optimizer or layout (`verl-optimizer`).
     """
     files = ranks.files
+    if not files.optimizers:
+        raise ranks.refuse("verl-optimizer", "no optimizer was saved with the model")
     lost = [r for r in weights.order if r not in files.optimizers]
     if lost:
         listed = ", ".join(map(str, lost[:16]))
@@ -46,11 +48,15 @@ def moments(ranks: Ranks, weights: Weights, state: State, *, tied: bool = False)
         raise ranks.refuse("verl-rank-missing", f"{what}: with each, a part of every moment is lost", next=advice)
     held: dict[int, dict[int, Value]] = {}
     counts = set()
+    steps: dict[int, Value] = {}
     for rank in weights.order:
-        count, held[rank] = _states(ranks, rank, state)
+        count, held[rank], step = _states(ranks, rank, state)
         counts.add(count)
+        steps |= {} if step is None else {rank: step}
     if len(counts) != 1:
         raise ranks.refuse("verl-mixed", "the optimizer files number different parameters: they are of two runs")
+    if steps:
+        ranks.whole("the optimizer's step", steps, files.optimizers)  # of two steps: refused
     if not any(held.values()):
         raise ranks.refuse("verl-optimizer", f"the optimizer keeps no {state}: no step of Adam was saved")
     (count,) = counts
@@ -74,8 +80,8 @@ def _unknown_order(ranks: Ranks, have: int, count: int) -> Refused:
     )
 
 
-def _states(ranks: Ranks, rank: int, state: State) -> tuple[int, dict[int, Value]]:
-    """How many parameters the optimizer has, and a rank's values by their numbers."""
+def _states(ranks: Ranks, rank: int, state: State) -> tuple[int, dict[int, Value], Value | None]:
+    """How many parameters the optimizer has, a rank's values by their numbers, and the step that it counted."""
     file = ranks.files.optimizers[rank]
     saved = ranks.open(file)
     entries, groups = saved.get("state"), saved.get("param_groups")
@@ -91,7 +97,8 @@ def _states(ranks: Ranks, rank: int, state: State) -> tuple[int, dict[int, Value
             found[number] = value
         elif saved_value is not None:
             raise ranks.refuse("verl-malformed", f"{state} of {show(number)} is not a tensor of a parameter", file=file)
-    return len(params), found
+    step = next((own["step"] for own in entries.values() if isinstance(own, dict) and "step" in own), None)
+    return len(params), found, ranks.value(step, file, "step")
 
 
 def parameters(weights: Weights, tied: bool) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.core.writer.shard_plan import ShardPlan
 from converter.core.writer.torch_trees import lay_out_any, lay_out_tree
+from converter.sources.own_names import OWN_NAMES, saved_as_another
 from converter.sources.survey import file_names
 from converter.sources.verl.files import FSDP_CONFIG, rank_files
 from converter.sources.verl.meshes import RankMesh, UnknownMesh, is_dtensor, part
@@ -67,8 +68,7 @@ def reshard_part(folder: Path, place: str, ranks: int, *, tied: bool) -> Part:
             optimizer's state that can't be cut anew (`verl-optimizer`).
     """
     read = Ranks(rank_files(folder))
-    weights = read_weights(read)
-    made = _Resharding(read, weights, ranks, place, tied)
+    made = Resharding(read, read_weights(read), ranks, place, tied)
     if missing := read.files.missing(read.files.models):
         raise read.refuse("verl-rank-missing", f"model files of ranks {fold(list(map(str, missing)))} are missing")
     shards = [*made.models()]
@@ -82,15 +82,23 @@ def reshard_part(folder: Path, place: str, ranks: int, *, tied: bool) -> Part:
 
 
 @dataclass(frozen=True)
-class _Resharding:
+class Resharding:
+    """The files of one part on another number of ranks.
+
+    Attributes:
+        place: the folder of the output that they go to.
+        names: what a rank's file is called, for `model` and `optim`, where it isn't called as verl does.
+    """
+
     read: Ranks
     weights: Weights
     ranks: int
     place: str
     tied: bool
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def _file(self, kind: str, rank: int) -> str:
-        name = f"{kind}_world_size_{self.ranks}_rank_{rank}.pt"
+        name = self.names.get(kind, f"{kind}_world_size_{self.ranks}_rank_{{rank}}.pt").format(rank=rank)
         return f"{self.place}/{name}" if self.place else name
 
     def _dtensor(self, mesh: RankMesh, value: Built, local: Built, file: str) -> Built:
@@ -101,23 +109,43 @@ class _Resharding:
             raise self.read.refuse("verl-mesh", what, file=file, next=advice) from None
 
     def _one_dimension(self, name: str, piece: Piece, file: str) -> int | None:
-        """The dimension that a piece was cut along; None where every rank has all of it."""
-        if piece.replica or piece.mesh is None or len(piece.mesh) != 1:
-            words = "x".join(map(str, piece.mesh or ())) or "an unknown number of"
-            raise self.read.refuse(
-                "verl-mesh",
-                f"{show(name)} lies on a mesh of {words} ranks, replicas of shards: on which mesh other ranks would be "
-                "is not recorded",
-                file=file,
-                next="resume on as many ranks as before, or gather the weights",
-            )
+        """The dimension that a piece was cut along; None where every rank has all of it.
+
+        Raises:
+            Refused: cut along another than the mesh's last dimension, or over a mesh that isn't known (`verl-mesh`).
+        """
+        sizes = piece.mesh or ()
+        if len(sizes) not in (1, 2) or piece.cut_dim not in (None, len(sizes) - 1):
+            words = "x".join(map(str, sizes)) or "an unknown number of"
+            what = f"{show(name)} lies on a mesh of {words} ranks, and not cut along the last of its dimensions"
+            advice = "resume on as many ranks as before, or gather the weights"
+            raise self.read.refuse("verl-mesh", what, file=file, next=advice)
         return piece.dim
+
+    def _sizes(self) -> tuple[int, ...]:
+        """The mesh of the new ranks: as many shards a replica as before, where there are more ranks than those.
+
+        That is what verl makes of `fsdp_size`.
+
+        Raises:
+            Refused: the ranks don't make whole replicas (`verl-mesh`).
+        """
+        first = self.read.files.models[min(self.read.files.models)]
+        values = (self.read.value(v, first, show(str(n))) for n, v in self.read.open(first).items())
+        before = next((v.mesh for v in values if isinstance(v, Piece) and v.mesh), ())
+        if len(before) != 2 or self.ranks <= before[1]:
+            return (self.ranks,)
+        if self.ranks % before[1]:
+            what = f"{self.ranks} ranks don't make replicas of {before[1]} shards (fsdp_size), as the run had them"
+            advice = f"take a multiple of {before[1]}, or up to {before[1]} ranks, which are one replica"
+            raise self.read.refuse("verl-mesh", what, next=advice)
+        return (self.ranks // before[1], before[1])
 
     # Weights
 
     def models(self) -> list[ShardPlan]:
         """A model file a rank."""
-        read, first = self.read, self.read.files.models[0]
+        read, first = self.read, self.read.files.models[min(self.read.files.models)]
         source = self._container(first)
         state, pieces = source.pickle.value, read.open(first)
         held = {n: read.value(v, first, n) for n, v in pieces.items()}
@@ -126,8 +154,9 @@ class _Resharding:
             raise read.refuse("verl-mesh", what, file=first, next="gather the weights: all ranks begin there")
         made = []
         is_plain = self.ranks == 1 and self._is_fsdp_1()
+        sizes = self._sizes()
         for rank in range(self.ranks):
-            mesh = None if is_plain else RankMesh(self.ranks, rank)
+            mesh = None if is_plain else RankMesh(sizes, rank)
             locals_: dict[str, Built] = {}
             values = {n: self._weight(n, v, held[n], mesh, locals_, first) for n, v in state.items()}
             made.append(lay_out_tree(self._file("model", rank), changed(state, **values), source))
@@ -147,7 +176,7 @@ class _Resharding:
         first = next((group[0] for group in self.weights.shared if name in group), name)
         if first not in locals_:
             whole = self.weights.tensors[name]
-            locals_[first] = saved(whole if dim is None or mesh is None else part(whole, dim, self.ranks, mesh.rank))
+            locals_[first] = saved(whole if dim is None or mesh is None else part(whole, dim, mesh.shards, mesh.at))
         return locals_[first] if mesh is None else self._dtensor(mesh, value, locals_[first], file)
 
     def _is_fsdp_1(self) -> bool:
@@ -175,23 +204,26 @@ class _Resharding:
     def optimizers(self) -> list[ShardPlan]:
         """An optimizer file a rank."""
         files = self.read.files
-        if lost := files.missing(files.optimizers):
+        order = self.weights.order if len(self.weights.order) > 1 or files.world == 1 else range(files.world)
+        if lost := [r for r in order if r not in files.optimizers]:
             what = (
                 f"optimizer files of ranks {fold(list(map(str, lost)))} are missing, each with a part of every moment"
             )
             raise self.read.refuse("verl-rank-missing", what, next="copy them from the nodes that wrote them")
-        first = files.optimizers[0]
+        first = files.optimizers[order[0]]
         source = self._container(first)
         tree = source.pickle.value
-        entries = {r: self._entries(f) for r, f in sorted(files.optimizers.items())}
+        entries = {r: self._entries(files.optimizers[r]) for r in order}
         groups = tree.get("param_groups")
-        params = groups[0].get("params") if isinstance(groups, list) and len(groups) == 1 else None
-        if not isinstance(params, list):
-            raise self.read.refuse("verl-optimizer", "this is not the state of one group of parameters", file=first)
-        totals = self._totals(entries, len(params))
+        listed = [g.get("params") for g in groups if isinstance(g, dict)] if isinstance(groups, list) else []
+        params = [p for p in listed if isinstance(p, list)]
+        if not params or len(params) != len(listed):
+            raise self.read.refuse("verl-optimizer", "this is not the state of groups of parameters", file=first)
+        totals = self._totals(entries, len(params[0]) if len(params) == 1 else None)
         made = []
+        sizes = self._sizes()
         for rank in range(self.ranks):
-            mesh = RankMesh(self.ranks, rank)
+            mesh = RankMesh(sizes, rank)
             state = {
                 n: {k: self._state(n, k, v, entries, totals, mesh) for k, v in own.items()}
                 for n, own in tree["state"].items()
@@ -210,7 +242,7 @@ class _Resharding:
             found[number] = {k: v for k, v in values.items() if v is not None}
         return found
 
-    def _totals(self, entries: Mapping[int, Mapping[Any, Mapping[str, Value]]], count: int) -> Mapping[Any, int]:
+    def _totals(self, entries: Mapping[int, Mapping[Any, Mapping[str, Value]]], count: int | None) -> Mapping[Any, int]:
         """Elements of each wrapped module of FSDP1; empty under FSDP2."""
         if len({tuple((n, tuple(own)) for n, own in e.items()) for e in entries.values()}) > 1:
             what = "the ranks' optimizers have states of different parameters, as FSDP1 has with use_orig_params"
@@ -218,6 +250,8 @@ class _Resharding:
         flat = {n for own in entries.values() for n, v in own.items() if _is_flat(v)}
         if not flat:
             return {}
+        if count is None:
+            raise self._no_state("flat parameters lie in several groups")
         names = parameters(self.weights, self.tied)
         held = {r: {n: next(x for x in v.values() if _is_long(x)) for n, v in e.items()} for r, e in entries.items()}
         units = wrapped_units(self.weights, names, held, count)
@@ -240,28 +274,28 @@ class _Resharding:
         if not parts:
             return value
         name = f"{key} of parameter {number}"
-        first = parts[0]
+        first, file = next(iter(parts.values())), files[next(iter(parts))]
         if isinstance(first, Piece):
             whole = self.read.whole(name, parts, files)
-            dim = self._one_dimension(name, first, files[0])
+            dim = self._one_dimension(name, first, file)
             if whole is None or not is_dtensor(value):
                 raise self._no_state(f"{show(name)} is not whole in the ranks' files")
-            local = saved(whole if dim is None else part(whole, dim, self.ranks, mesh.rank))
-            return self._dtensor(mesh, value, local, files[0])
+            local = saved(whole if dim is None else part(whole, dim, mesh.shards, mesh.at))
+            return self._dtensor(mesh, value, local, file)
         if not _is_long(first):
             same = self.read.whole(name, parts, files)
             return value if same is None else saved(same)
         total, share = totals.get(number), {p.info for p in parts.values() if isinstance(p, LazyTensor)}
         if total is None or share != {TensorInfo(first.info.dtype, (-(-total // len(parts)),))}:
             raise self._no_state(f"{show(name)} is {list(first.info.shape)} on a rank")
-        stretches = [p for _, p in sorted(parts.items()) if isinstance(p, LazyTensor)]
-        return saved(_stretch(stretches, total, self.ranks, mesh.rank))
+        stretches = [p for p in parts.values() if isinstance(p, LazyTensor)]
+        return saved(_stretch(stretches, total, mesh.shards, mesh.at))
 
     def _no_state(self, what: str) -> Exception:
         return self.read.refuse(
             "verl-optimizer",
             f"the optimizer's state can't be cut for other ranks: {what}",
-            file=self.read.files.optimizers[0],
+            file=next(iter(self.read.files.optimizers.values())),
             next="resume on as many ranks as before; or gather the weights and begin the optimizer anew",
         )
 
@@ -303,6 +337,8 @@ class _Resharding:
 
     def _container(self, file: str) -> Container:
         found = read_container(self.read.folder / file, root=self.read.folder)
+        if (what := saved_as_another(file, found.name)) is not None:
+            raise self.read.refuse("verl-mixed", what, file=file, next=OWN_NAMES)
         self.read.inputs[str((self.read.folder / file).absolute())] = found.identity
         return found
 

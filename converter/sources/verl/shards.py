@@ -22,6 +22,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.nodes import Filled, LazyTensor, Stored
 from converter.errors import Refused
+from converter.sources.own_names import OWN_NAMES, saved_as_another
 from converter.sources.verl.files import RankFiles
 from converter.text import show
 
@@ -88,11 +89,10 @@ class Ranks:
     def open(self, file: str) -> dict[Any, Any]:
         """The dictionary in a file. It is not kept: of hundreds of ranks only what their tensors are made of stays."""
         read = read_torch_file(self.folder / file, root=self.folder)
-        if read.other_name:
-            text = f"it was saved as {show(read.other_name)}: another rank's file, renamed or copied over this one"
-            raise self.refuse("verl-mixed", text, file=file)
         if not isinstance(read.value, dict):
             raise self.refuse("verl-malformed", "the file holds no dictionary", file=file)
+        if (what := saved_as_another(file, read.name)) is not None:
+            raise self.refuse("verl-mixed", what, file=file, next=OWN_NAMES)
         path = str((self.folder / file).absolute())
         if file not in self._digests:
             self.checks += read.checks
@@ -235,6 +235,13 @@ class Ranks:
                 )
                 raise self.refuse("verl-mixed", f"{what}: they are of two runs, or of two steps")
         return copies[first]
+
+    def is_same(self, one: Value | None, other: Value | None) -> bool:
+        """True where two ranks' pieces or tensors hold the same bits, as the containers' checksums tell."""
+        first, second = (v.local if isinstance(v, Piece) else v for v in (one, other))
+        if first is None or second is None:
+            return first is second
+        return first.info == second.info and self._print(first) == self._print(second)
 
     def _print(self, tensor: LazyTensor) -> object:
         """What tells the content of two stored tensors apart: their storages' checksums and where they lie in them."""

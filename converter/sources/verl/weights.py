@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from converter.core.tensors.nodes import LazyTensor, Stored
+from converter.errors import Refused
 from converter.sources.verl.plain_rows import plain_rows
 from converter.sources.verl.shards import Piece, Ranks, Value
 from converter.text import fold, show
@@ -52,6 +53,7 @@ def read_weights(ranks: Ranks, *, asked_alone: bool = False) -> Weights:
             other = sorted(values.keys() ^ held[first].keys())
             what = f"{show(files.models[first])} and {show(files.models[rank])} hold different tensors"
             raise ranks.refuse("verl-mixed", f"{what}: {fold(other)}. They are of two runs")
+    _expect_equal_replicas(ranks, held)
     found: dict[str, LazyTensor] = {}
     lost: list[str] = []
     extra: list[str] = []
@@ -75,6 +77,34 @@ def read_weights(ranks: Ranks, *, asked_alone: bool = False) -> Weights:
     sharded = tuple(n for n in names if isinstance(held[first][n], Piece))
     order = _order({r: v for r, own in held.items() if isinstance(v := own.get(sharded[0]), Piece)} if sharded else {})
     return Weights(found, sharded or tuple(found), _shared(held[first]), tuple(extra), order or (first,))
+
+
+def _expect_equal_replicas(ranks: Ranks, held: dict[int, dict[str, Value | None]]) -> None:
+    """Files of other replicas that are here hold the same bits; one that can't be read is not needed.
+
+    Raises:
+        Refused: they hold others (`verl-mixed`): of another step, or ranks that went apart.
+    """
+    files = ranks.files
+    for rank in sorted(files.models.keys() - held.keys()):
+        try:
+            values = _values(ranks, rank)
+        except Refused as why:
+            ranks.said.append(f"{show(files.models[rank])} is not read ({why.what}): another replica has what is in it")
+            continue
+        for name, value in values.items():
+            equals = (r for r, own in held.items() if isinstance(value, Piece) and _is_place(own.get(name), value))
+            if (other := next(equals, None)) is not None and not ranks.is_same(value, held[other][name]):
+                what = f"{show(files.models[other])} and {show(files.models[rank])} hold replicas of the same shards"
+                raise ranks.refuse(
+                    "verl-mixed",
+                    f"{what}, and {show(name)} differs: they are of two steps, or the ranks went apart in training",
+                    next="move the files of the replica that is not wanted elsewhere",
+                )
+
+
+def _is_place(value: Value | None, piece: Piece) -> bool:
+    return isinstance(value, Piece) and (value.shape, value.dim, value.at) == (piece.shape, piece.dim, piece.at)
 
 
 def _plain(by_rank: dict[int, Value]) -> dict[int, LazyTensor]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from safetensors.torch import load_file
+from typing import Literal
 
 from converter.sources.dcp.source import SOURCE, adam_moments
+from lived import facts, live, runs_in
 from zero.compare import differences, evaluated
 
 RUNS = Path(__file__).parent / "runs"
@@ -18,19 +15,7 @@ MOMENTS: tuple[Literal["exp_avg", "exp_avg_sq"], ...] = ("exp_avg", "exp_avg_sq"
 
 def run_names(root: Path = RUNS) -> list[str]:
     """Every saved run."""
-    return sorted(p.parent.name for p in root.glob("*/fixture.json"))
-
-
-def facts(run: Path) -> dict[str, Any]:
-    """How a run was trained and saved."""
-    found: dict[str, Any] = json.loads((run / "fixture.json").read_text())
-    return found
-
-
-def live(run: Path, kind: str = "live") -> dict[str, torch.Tensor]:
-    """What lived in memory: `live` parameters and buffers, `exp_avg`, `exp_avg_sq`."""
-    held = load_file(run / "oracle.safetensors")
-    return {n.partition("/")[2]: t for n, t in held.items() if n.startswith(kind + "/")}
+    return runs_in(root)
 
 
 def faults(run: Path) -> list[str]:

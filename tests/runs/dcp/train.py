@@ -233,14 +233,17 @@ def save_odd(folder: Path, case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     return found, {"config": None}
 
 
-def save_accelerate(folder: Path, case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train with accelerate and save its state as Trainer does, into `checkpoint-2`."""
+def prepared(case: Case, kind: str, lr: float = 1e-2) -> tuple[Any, ...]:
+    """Plugin, accelerator, model and optimizer as accelerate has them, what gives the loss, and the model's configs.
+
+    Args:
+        kind: `sharded`, `ranks`, `adapter` or `full`; all else is LOCAL_STATE_DICT.
+    """
     import torch
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.utils import DistributedType, save_fsdp_model, save_fsdp_optimizer
+    from accelerate.utils import DistributedType
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    kind = case.layout.removeprefix("accelerate-")
     words = {
         "sharded": "SHARDED_STATE_DICT",
         "ranks": "SHARDED_STATE_DICT",
@@ -261,15 +264,25 @@ def save_accelerate(folder: Path, case: Case) -> tuple[dict[str, Any], dict[str,
     accelerator.state.fsdp_plugin = plugin
     if mixed != "no":
         plugin.set_mixed_precision(mixed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     if case.fsdp == 1:  # wrapped by hand: accelerate would name the device cpu:0, which FSDP 1 takes for another
         plugin.set_auto_wrap_policy(model)
         model = FullyShardedDataParallel(
             model, auto_wrap_policy=plugin.auto_wrap_policy, use_orig_params=True, device_id=torch.device("cpu"),
             mixed_precision=plugin.mixed_precision_policy,
         )  # fmt: skip
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.state.distributed_type = DistributedType.FSDP  # preparing sets it anew, and loading asks for it
+    return plugin, accelerator, model, optimizer, loss, (config, peft)
+
+
+def save_accelerate(folder: Path, case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train with accelerate and save its state as Trainer does, into `checkpoint-2`."""
+    from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
+
+    kind = case.layout.removeprefix("accelerate-")
+    plugin, accelerator, model, optimizer, loss, (config, peft) = prepared(case, kind)
     steps(model, loss, optimizer, case.steps, accelerator.backward)
     place = folder / "checkpoint-2"
     # Trainer saves the adapter alone where the model is PEFT's.

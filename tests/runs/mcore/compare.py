@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from lived import facts, runs_in
 
 RUNS = Path(__file__).parent / "runs"
 
 
 def run_names(root: Path = RUNS) -> list[str]:
     """Every saved run."""
-    return sorted(p.parent.name for p in root.glob("*/fixture.json"))
-
-
-def facts(run: Path) -> dict[str, Any]:
-    """How a run was saved."""
-    found: dict[str, Any] = json.loads((run / "fixture.json").read_text())
-    return found
+    return runs_in(root)
 
 
 def shards(run: Path) -> Path:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
+import lived
 from converter.sources.verl.source import SOURCE
+from lived import facts, runs_in
 from zero.compare import differences, evaluated
 
 RUNS = Path(__file__).parent / "runs"
@@ -17,19 +16,12 @@ RUNS = Path(__file__).parent / "runs"
 
 def run_names(root: Path = RUNS) -> list[str]:
     """Every saved run."""
-    return sorted(p.parent.name for p in root.glob("*/fixture.json"))
-
-
-def facts(run: Path) -> dict[str, Any]:
-    """How a run was trained."""
-    found: dict[str, Any] = json.loads((run / "fixture.json").read_text())
-    return found
+    return runs_in(root)
 
 
 def live(run: Path, kind: str = "live") -> dict[str, torch.Tensor]:
     """What lived in memory: `live` parameters and buffers, `exp_avg`, `exp_avg_sq`."""
-    held = load_file(run / "oracle.safetensors")
-    found = {n.partition("/")[2]: t for n, t in held.items() if n.startswith(kind + "/")}
+    found = lived.live(run, kind)
     if facts(run)["case"] == "lora-only":  # the rest was not saved
         found = {n: t for n, t in found.items() if ".lora_" in n}
     return found

@@ -165,14 +165,14 @@ def wrap(model: Any, case: Case, version: int, ranks: int) -> Any:
     from verl.utils.fsdp_utils import apply_fsdp2, get_fsdp_wrap_policy
 
     shape, names = ((ranks,), ("fsdp",))
-    if case.replicas > 1:
-        shape, names = ((case.replicas, ranks // case.replicas), ("ddp", "fsdp"))  # type: ignore[assignment]
+    if case.replicas > 1 and ranks > 2:  # fsdp_size is 2
+        shape, names = ((ranks // 2, 2), ("ddp", "fsdp"))  # type: ignore[assignment]
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     if version == 2:
         apply_fsdp2(model, {"mesh": mesh}, {"wrap_policy": {}})
         return model
     policy = get_fsdp_wrap_policy(model, config=None, is_lora=case.model.startswith("lora"))
-    strategy = ShardingStrategy.HYBRID_SHARD if case.replicas > 1 else ShardingStrategy.FULL_SHARD
+    strategy = ShardingStrategy.HYBRID_SHARD if len(shape) > 1 else ShardingStrategy.FULL_SHARD
     return FullyShardedDataParallel(
         model,
         auto_wrap_policy=policy,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from converter.core.checkpoint import Checkpoint
 from converter.core.compute.evaluate import Evaluator
@@ -17,6 +15,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.sources.deepspeed import source as deepspeed
 from converter.sources.deepspeed import universal as deepspeed_universal
 from converter.sources.deepspeed.source import DeepSpeedSource
+from lived import facts, live, runs_in
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 RUNS = Path(__file__).parent / "runs"
@@ -24,24 +23,12 @@ RUNS = Path(__file__).parent / "runs"
 
 def run_names(root: Path = RUNS) -> list[str]:
     """Every saved run."""
-    return sorted(p.parent.name for p in root.glob("*/fixture.json"))
-
-
-def facts(run: Path) -> dict[str, Any]:
-    """How a run was trained."""
-    found: dict[str, Any] = json.loads((run / "fixture.json").read_text())
-    return found
+    return runs_in(root)
 
 
 def source_of(run: Path) -> DeepSpeedSource:
     """The source that reads a run: ranks' files have `latest`, universal checkpoints `latest_universal`."""
     return deepspeed.SOURCE if (run / "latest").is_file() else deepspeed_universal.SOURCE
-
-
-def live(run: Path, kind: str = "live") -> dict[str, torch.Tensor]:
-    """What lived in memory: `live` parameters and buffers, `master`, `exp_avg`, `exp_avg_sq`."""
-    held = load_file(run / "oracle.safetensors")
-    return {n.partition("/")[2]: t for n, t in held.items() if n.startswith(kind + "/")}
 
 
 def evaluated(tensors: Mapping[str, LazyTensor]) -> dict[str, torch.Tensor]:

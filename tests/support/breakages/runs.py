@@ -201,6 +201,7 @@ RUNS: dict[str, Breakage] = {
     "dcp-optimizer-alone": Breakage("dcp/runs/accelerate-n2", lambda f: None, "advice", at="checkpoint-2/optimizer_0"),
     "verl-rank-missing": Breakage(VERL, gone("model_world_size_3_rank_1.pt"), "advice"),
     "verl-mixed": Breakage(VERL, two_worlds, "advice"),
+    "optimizer-damaged": Breakage(VERL, gone("optim_world_size_3_rank_1.pt"), "advice"),
     "weights-missing-verl": Breakage("verl_saves/runs/actor-fsdp1-n1", lambda f: None, "fixed", at="huggingface"),
     "zero3-empty-tensors-run": Breakage("repair/runs/reward", lambda f: None, "fixed", at="checkpoint-2"),
     "sole-copy": Breakage("repair/runs/reward", lambda f: None, "told", at="checkpoint-2"),

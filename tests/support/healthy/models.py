@@ -11,6 +11,7 @@ import torch
 
 from healthy.shrink import build
 from oracle.bases import kept, quiet, save_tokenizer
+from selected import each_facet
 
 TYPES: dict[str, str] = {
     "causal": """
@@ -87,3 +88,6 @@ MODELS = [
     Saved("seqcls", "bert", _plain, (("pad_token_id", None),)),
     *(Saved("multimodal", kind, how) for kind in ("llava",) for how in (_half, _sharded, _served)),
 ]
+
+USUAL = each_facet(MODELS, lambda s: s.kind, lambda s: s.task, lambda s: s.how, lambda s: (s.task, s.more))
+"""For `parametrize`: by default each architecture, each task, and each way of saving them."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from oracle.bases import Base, quiet
+from oracle.bases import Base, digest, kept, quiet
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -50,7 +51,8 @@ def make_adapter(
     `prepare` changes the base model in memory before PEFT sees it, for instance its vocabulary. `dtype` is that of the
     saved file.
     """
-    with quiet():
+
+    def make(home: Path) -> None:
         config = {"num_labels": labels, "pad_token_id": 0} if task == "SEQ_CLS" else {}
         torch.manual_seed(seed)
         model = base.load(task=task, **config)
@@ -63,8 +65,30 @@ def make_adapter(
         _draw(wrapped, torch.Generator().manual_seed(seed), noise)
         if dtype is not None:
             wrapped = wrapped.to(dtype)
-        wrapped.save_pretrained(with_card(path))
+        wrapped.save_pretrained(with_card(home))
+
+    with quiet():
+        if prepare is None and not path.exists():
+            _made_once(path, base, (task, labels, seed, noise, dtype, sorted(settings.items())), make)
+        else:
+            make(path)
     return path
+
+
+def _made_once(path: Path, base: Base, key: object, make: Callable[[Path], None]) -> None:
+    """Keeps an adapter for its settings and what is in its base, wherever that lies: where PEFT says so, it is told."""
+    here = json.dumps(str(base.path)).strip('"')
+
+    def change(folder: Path, old: str, new: str) -> None:
+        for file in (folder / CONFIG, folder / "README.md"):
+            file.write_text(file.read_text().replace(old, new))
+
+    def make_for_all(home: Path) -> None:
+        make(home)
+        change(home, here, "@BASE@")
+
+    kept(path, ("adapter", digest(base.path), base.auto, base.family, key), make_for_all)
+    change(path, "@BASE@", here)
 
 
 def _draw(wrapped: Any, generator: Any, noise: float | None) -> None:

@@ -65,6 +65,16 @@ def kept(path: Path, key: object, make: Callable[[Path], None]) -> None:
     shutil.copytree(home, path, dirs_exist_ok=True)
 
 
+def digest(folder: Path) -> str:
+    """Of names and contents of the files of a folder."""
+    found = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            found.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode())
+            found.update(file.read_bytes())
+    return found.hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How to make one model, and the names of its adapter targets and of its embedding."""

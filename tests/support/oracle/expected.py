@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from oracle.bases import Base, quiet, read_tensors
+from oracle.bases import Base, digest, kept, quiet, read_tensors
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -47,11 +48,28 @@ def peft_merge(
     dtype: Any = "auto",
 ) -> dict[str, Any]:
     """`merge_and_unload` of the adapters in order, saved by transformers and read back: tensors in on-disk names."""
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+
+    def make(home: Path) -> None:
         wrapped = _wrap(base, adapters, task=task, dtype=dtype, labels=labels, prepare=prepare)
         names = ["default", *(f"adapter{n}" for n in range(1, len(adapters)))]
-        wrapped.merge_and_unload(adapter_names=names).save_pretrained(folder)
+        wrapped.merge_and_unload(adapter_names=names).save_pretrained(home)
+
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        if prepare is None:
+            kept(Path(folder), ("merge", _key(base, adapters), task, labels, dtype), make)
+        else:
+            make(Path(folder))
         return read_tensors(Path(folder))
+
+
+def _key(base: Base, adapters: Sequence[Path]) -> tuple[str, ...]:
+    return (base.auto, digest(base.path), *(digest(adapter) for adapter in adapters))
+
+
+@functools.lru_cache(maxsize=1)
+def _unmerged(_key: tuple[str, ...], base: Base, adapters: tuple[Path, ...], task: str, labels: int) -> Any:
+    """The last one is kept: tests ask it about several inputs."""
+    return _wrap(base, adapters, task=task, dtype=torch.float32, labels=labels, prepare=None)
 
 
 @contextlib.contextmanager
@@ -88,7 +106,10 @@ def peft_logits(
 ) -> Any:
     """The unmerged PEFT model's forward in fp32: weights as stored, adapters as stored, no merge anywhere."""
     with quiet():
-        wrapped = _wrap(base, adapters, task=task, dtype=torch.float32, labels=labels, prepare=prepare)
+        if prepare is None:
+            wrapped = _unmerged(_key(base, adapters), base, adapters, task, labels)
+        else:
+            wrapped = _wrap(base, adapters, task=task, dtype=torch.float32, labels=labels, prepare=prepare)
         if len(adapters) > 1:
             names = ["default", *(f"adapter{n}" for n in range(1, len(adapters)))]
             wrapped.base_model.set_adapter(names)

@@ -1,5 +1,7 @@
 """BOFT: inputs rotated by a product of butterfly factors, outputs scaled.
 
+PEFT 0.11 and 0.12 save the permutation (`boft_P`) too, which the sizes give.
+
 Source: https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/boft/layer.py
 """
 
@@ -87,7 +89,7 @@ KERNEL = of_weight("boft-merge", "boft:merged", more=_memory)
 METHOD = Method(
     title="BOFT",
     peft_type="BOFT",
-    factors=("boft_R", "boft_s"),
+    factors=("boft_R", "boft_s", "boft_P"),
     fields={
         **fields.of_training("boft_block_size", "boft_block_num", "boft_dropout", only="boft_only"),
         "boft_n_butterfly_factor": fields.count(1),
@@ -96,6 +98,7 @@ METHOD = Method(
     layers="Linear, Conv2d",
     remark="several butterfly factors, which PEFT itself takes with CUDA only",
     pairs=(("boft_R", "boft_s"),),
+    training=("boft_P",),
     is_linear=False,
     kernels=(KERNEL,),
 )

@@ -80,6 +80,13 @@ FIELDS = {
     "lora_dtype": fields.ignored(),
     "lorap_emb_lr": fields.ignored(),
     "lorap_lr_ratio": fields.ignored(),
+    # Of ms-swift's own tuners, which also wrap several adapters at once.
+    # Source: https://github.com/modelscope/ms-swift/blob/v2.6.1/swift/tuners/lora.py (`LoRAConfig`)
+    "swift_type": fields.choice("LORA"),
+    "model_key_mapping": fields.ignored(),
+    "enable_lora": fields.ignored(),
+    "use_merged_linear": fields.refused("ms-swift's merged linear layers have factors of their own shapes"),
+    "use_qa_lora": fields.refused("QA-LoRA belongs to a quantised base"),
     "megatron_core": fields.ignored(),
     "qalora_group_size": fields.ignored(),
     "alora_invocation_tokens": fields.refused("activated LoRA switches on at certain tokens and can't be merged"),

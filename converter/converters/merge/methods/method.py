@@ -22,6 +22,9 @@ from converter.diagnostic import Again, Steps
 from converter.errors import Refused
 from converter.text import show
 
+Release = tuple[int, int]
+"""The first two numbers of a version."""
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -29,12 +32,19 @@ class AdapterConfig:
 
     Attributes:
         fields: what the method's and the common fields were read as.
-        is_older: PEFT before 0.14 saved it, whose arithmetic was another one in two places.
+        release: of PEFT, which saved it; None where nothing says which.
+        is_inferred: no word of the config gives the release, but which fields it has.
     """
 
     method: Method
     fields: Mapping[str, Any]
-    is_older: bool = False
+    release: Release | None = None
+    is_inferred: bool = False
+
+    @property
+    def is_older(self) -> bool:
+        """True where PEFT before 0.14 saved it, whose arithmetic was another one in two places."""
+        return self.is_inferred and self.release is not None and self.release < (0, 14)
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
