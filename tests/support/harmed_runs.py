@@ -27,6 +27,7 @@ from converter.cli import main
 from converter.errors import ConvertError
 from converter.examine.doctor import DoctorRequest, examine
 from places import RUNS as SAVED
+from shards import Stub
 
 Tensors = dict[str, torch.Tensor]
 Harm = Callable[[Path, random.Random], str]
@@ -51,25 +52,10 @@ class NoPlaceError(Exception):
     """The harm has no place in what was drawn."""
 
 
-class _Stub:
-    """Stands for what DeepSpeed pickled; becomes a number."""
-
-    args: tuple[Any, ...] = ()
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __reduce__(self) -> Any:
-        return int, self.args[:1]
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("deepspeed"):
-            return _Stub
+            return Stub
         return str if module.startswith("megatron") else super().find_class(module, name)
 
 

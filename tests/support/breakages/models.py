@@ -22,6 +22,7 @@ from breakages.sound import (
     WEIGHTS,
     Breakage,
     beside,
+    copied_over,
     edit,
     renamed,
     shuffle,
@@ -129,13 +130,6 @@ def link_out(folder: Path) -> None:
 def left_beside(folder: Path) -> None:
     """As verl's merger leaves an adapter inside of its base."""
     os.rename(beside(folder, "adapter", "a"), folder / "lora_adapter")
-
-
-def copied_over(folder: Path) -> None:
-    """One layer's matrix is written over another's."""
-    tensors = load_file(folder / WEIGHTS)
-    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
-    save_file({**tensors, names[1]: tensors[names[0]].clone()}, folder / WEIGHTS, PT)
 
 
 def unmoved(folder: Path) -> None:

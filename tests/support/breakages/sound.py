@@ -136,3 +136,10 @@ def only(folder: Path, pattern: str, at: int = 0) -> Path:
 def beside(folder: Path, name: str, to: str) -> Path:
     """Another sound folder, copied beside the broken one."""
     return Path(shutil.copytree(folder.parents[1] / "sound" / name, folder.parent / to))
+
+
+def copied_over(folder: Path) -> None:
+    """One layer's matrix is written over another's."""
+    tensors = load_file(folder / WEIGHTS)
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
+    save_file({**tensors, names[1]: tensors[names[0]].clone()}, folder / WEIGHTS, PT)
