@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 PT = {"format": "pt"}
 WEIGHTS = "model.safetensors"
+UP = "model.layers.0.mlp.up_proj.weight"
 INDEX = "model.safetensors.index.json"
 FIRST, SHARD = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
 Tensors = dict[str, torch.Tensor]
