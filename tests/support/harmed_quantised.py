@@ -24,8 +24,8 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale
           "absmax", "quant_map", "SCB", "nested_absmax", "proj.weight", "__nf4", "weight_global_scale")  # fmt: skip
 _LAYOUTS = ("g_idx", "weight_shape", "nested_quant_map", "__nf4")
 """Parts that say how others are read."""
-_LEAST_COPIED = 256
-"""Bytes: copies of less are not told from chance."""
+_LEAST_COPIED, _LEAST_DISTINCT = 256, 16
+"""Bytes, and different ones: copies of less are not told from chance."""
 
 
 def harmed(tensors: Tensors, kind: str, draw: random.Random) -> tuple[Tensors, str] | None:
@@ -52,7 +52,7 @@ def harmed(tensors: Tensors, kind: str, draw: random.Random) -> tuple[Tensors, s
     elif kind == "copied" and value.nbytes >= _LEAST_COPIED and not name.endswith(("qzeros", "g_idx", "_map")):
         others = [n for n, t in tensors.items() if n.rpartition(".")[2] == name.rpartition(".")[2] and n != name]
         others = [n for n in others if tensors[n].shape == value.shape and n.endswith(_PARTS)]
-        if not others:
+        if not others or len(set(value.view(torch.uint8).flatten().tolist())) < _LEAST_DISTINCT:
             return None
         made[name] = tensors[draw.choice(sorted(others))].clone()
     elif kind in ("nan", "huge") and is_wide_float and value.dim():

@@ -104,8 +104,8 @@ def _of_file(kind: str) -> Harm:
         else:
             alike = [q for q in files if q != path and q.parent == path.parent and q.suffix == path.suffix]
             alike = [q for q in alike if q.name[:4] == path.name[:4] and q.read_bytes() != raw]
-            if not alike:
-                raise NoPlaceError
+            if not alike or path.suffix == ".distcp":
+                raise NoPlaceError  # records of torch's distributed checkpoints have no names
             other = draw.choice(alike)
             theirs = other.read_bytes()
             other.write_bytes(raw)
@@ -372,7 +372,8 @@ def _wrong(kind: str, place: str, named: list[str], code: int, said: str, differ
     has_config = (out / "config.json").is_file()
     if differs is not None and not (is_of_values and (named or not has_config)):
         return f"gather wrote other weights: {differs}"
-    if differs is not None and has_config and _told("verify", str(out))[0] == 0:
+    is_embedding = differs is not None and "embed" in differs  # rows of tokens that nobody has are zero, too
+    if differs is not None and has_config and not is_embedding and _told("verify", str(out))[0] == 0:
         return f"verify passes {differs}"
     if code not in (0, 2, 3, 4):
         return f"gather exits {code}: {said[-200:]}"
