@@ -32,7 +32,7 @@ class Heard:
         self.checks: list[str] = []
 
     def start(self, total_bytes: int, shards: int) -> None:
-        self.total = total_bytes
+        self.total, self.bytes = total_bytes, {}
 
     def advance(self, count: int, tensor: str) -> None:
         self.bytes[tensor] = self.bytes.get(tensor, 0) + count

@@ -145,7 +145,7 @@ def test_a_nested_absmax_is_cut_at_blocks_of_its_own(tmp_path: Path) -> None:
     }  # fmt: skip
     raw = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     parts = {
-        "m.weight": codes, "m.weight.absmax": absmax, "m.weight.quant_map": torch.zeros(16),
+        "m.weight": codes, "m.weight.absmax": absmax, "m.weight.quant_map": torch.linspace(-1, 1, 16),
         "m.weight.nested_absmax": nested, "m.weight.nested_quant_map": table,
         "m.weight.quant_state.bitsandbytes__nf4": raw,
     }  # fmt: skip

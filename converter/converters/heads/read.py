@@ -256,12 +256,13 @@ def values(tensor: LazyTensor, context: Context) -> tuple[float, ...]:
     raw = context.read(tensor)
     dtype = tensor.info.dtype
     if dtype is DType.BF16:
-        words = struct.unpack(f"<{len(raw) // 2}H", raw)
-        return struct.unpack(f"<{len(words)}f", struct.pack(f"<{len(words)}I", *(w << 16 for w in words)))
+        wide = bytearray(2 * len(raw))
+        wide[2::4], wide[3::4] = raw[::2], raw[1::2]
+        return struct.unpack(f"<{len(raw) // 2}f", wide)
     if dtype not in _FORMATS:
         raise Refused("head-dtype", f"numbers of dtype {dtype.value} in a head are not read")
     form = _FORMATS[dtype]
-    return tuple(float(v) for v in struct.unpack(f"<{len(raw) // struct.calcsize(form)}{form}", raw))
+    return tuple(map(float, struct.unpack(f"<{len(raw) // struct.calcsize(form)}{form}", raw)))
 
 
 def _rounded(value: float, dtype: DType) -> float:

@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from converter.converters.gather.gather import Gather
 from converter.core.checkpoint import ADAPTER, Checkpoint
 from converter.core.context import Context
 from converter.core.files.names import ADAPTER_CONFIG, MODEL_CONFIG
@@ -16,7 +15,6 @@ from converter.diagnostic import Command, Steps
 from converter.errors import ConvertError, Refused, UsageError
 from converter.examine.diagnoses.case import Case
 from converter.examine.diagnoses.values import ODD_VALUES
-from converter.examine.gate import expect_adapter_fits, expect_consistent, expect_whole
 from converter.sources.finding import sources
 from converter.sources.opening import open_recorded_base
 from converter.sources.survey import Fault, StoredTensor, Survey
@@ -72,6 +70,9 @@ def _gathered(case: Case) -> Gathered:
         return Gathered(why="its files are not whole")
     if all(isinstance(e.tensor, Filled) for e in case.survey.entries.values()):
         return Gathered(why="`gather`, or doctor with --deep, does that")
+    # Both import what merges adapters, which a model's examination needs nothing of.
+    from converter.examine.gate import expect_adapter_fits, expect_consistent, expect_whole
+
     context = _Collecting()
     try:
         opened = sources()[case.source].open(case.root, asked=case.asked)
@@ -87,6 +88,8 @@ def _gathered(case: Case) -> Gathered:
 
 def _made(opened: Checkpoint, context: Context) -> Checkpoint:
     """The converter's result; where only a base is missing, with the one that the run records."""
+    from converter.converters.gather.gather import Gather
+
     try:
         return Gather()(opened, context)
     except ConvertError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from converter.core.context import Context
 from converter.core.files import sparse
+from converter.core.writer.reporter import Reporter
 from converter.diagnostic import Command, as_argument
 from converter.examine.verify.check import Check, fails
 
@@ -13,15 +14,24 @@ CODES = ("quantised-incomplete", "nonfinite", "zero-tensors", "suspicious-values
 """Diagnoses of values, and of what says how quantised ones are read."""
 
 
-def check_values(folder: str, root: Path) -> list[Check]:
-    """A failure for each thing that is wrong with the values of a model; of one on the Hub they are not read."""
+def check_values(folder: str, root: Path, reporter: Reporter) -> list[Check]:
+    """A failure for each thing that is wrong with the values of a model; of one on the Hub they are not read.
+
+    Args:
+        reporter: hears of the values that are read.
+    """
+    from converter.examine.diagnoses.values import stored
     from converter.examine.doctor import DoctorRequest, case_of, diagnoses
 
     if any(root.is_relative_to(each) for each in sparse.folders):
         return []
-    case, context = case_of(DoctorRequest(folder, deep=True)), Context()
+    case, context = case_of(DoctorRequest(folder, deep=True)), Context(heard=reporter.advance)
     if case.kind != "model":
         return []
-    found = [f for code in CODES for f in diagnoses()[code](case, context) if f.severity != "cosmetic"]
+    reporter.start(sum(tensor.info.nbytes for _, tensor in stored(case)), 0)
+    found = []
+    for code in CODES:
+        reporter.checking(code)
+        found += [f for f in diagnoses()[code](case, context) if f.severity != "cosmetic"]
     again = Command("doctor", (as_argument(folder), "--deep"))
     return [fails("values", f.code, f.text, again) for f in found]

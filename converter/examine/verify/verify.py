@@ -214,7 +214,7 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
     checks = [
         *verdict.checks,
         *check_receipt(root, frozenset(stored), lambda: stored),
-        *check_values(asked.folder, root),
+        *check_values(asked.folder, root, asked.reporter),
     ]
     reading, there, is_rounded = verdict.reading, None, False
     table: list[dict[str, Any]] = []
