@@ -22,14 +22,19 @@ Tensors = dict[str, torch.Tensor]
 KINDS = ("removed", "renamed", "halved", "zeroed", "cast", "copied", "nan", "huge", "rewritten")
 _PARTS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_scale_inv",
           "absmax", "quant_map", "SCB", "nested_absmax", "proj.weight", "__nf4", "weight_global_scale")  # fmt: skip
-_LEAST_COPIED = 256
-"""Bytes: copies of less are not told from chance."""
+_LAYOUTS = ("g_idx", "weight_shape", "nested_quant_map", "__nf4")
+"""Parts that say how others are read."""
+_LEAST_COPIED, _LEAST_DISTINCT = 256, 16
+"""Bytes, and different ones: copies of less are not told from chance."""
 
 
 def harmed(tensors: Tensors, kind: str, draw: random.Random) -> tuple[Tensors, str] | None:
     """The tensors with one harm, and the name of the part; None where it has no place."""
     made = dict(tensors)
-    name = draw.choice(sorted(n for n in tensors if n.endswith(_PARTS)))
+    names = sorted(n for n in tensors if n.endswith(_LAYOUTS if kind == "rewritten" else _PARTS))
+    if not names:
+        return None
+    name = draw.choice(names)
     value = tensors[name]
     is_wide_float = value.is_floating_point() and value.dtype.itemsize > 1
     if kind == "removed":
@@ -47,7 +52,7 @@ def harmed(tensors: Tensors, kind: str, draw: random.Random) -> tuple[Tensors, s
     elif kind == "copied" and value.nbytes >= _LEAST_COPIED and not name.endswith(("qzeros", "g_idx", "_map")):
         others = [n for n, t in tensors.items() if n.rpartition(".")[2] == name.rpartition(".")[2] and n != name]
         others = [n for n in others if tensors[n].shape == value.shape and n.endswith(_PARTS)]
-        if not others:
+        if not others or len(set(value.view(torch.uint8).flatten().tolist())) < _LEAST_DISTINCT:
             return None
         made[name] = tensors[draw.choice(sorted(others))].clone()
     elif kind in ("nan", "huge") and is_wide_float and value.dim():

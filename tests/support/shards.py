@@ -9,6 +9,21 @@ from typing import Any
 import torch
 
 
+class Stub:
+    """Stands for what DeepSpeed pickled; becomes a number."""
+
+    args: tuple[Any, ...] = ()
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __reduce__(self) -> Any:
+        return int, self.args[:1]
+
+
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
     """Change a file with torch itself; what DeepSpeed pickled beside tensors is replaced by numbers."""
     state = torch.load(path, weights_only=False, pickle_module=_plain())  # noqa: TID251
@@ -19,18 +34,6 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 def _plain() -> Any:
     import pickle  # noqa: TID251
     import types
-
-    class Stub:
-        args: tuple[Any, ...] = ()
-
-        def __init__(self, *args: Any) -> None:
-            self.args = args
-
-        def __setstate__(self, state: Any) -> None:
-            self.state = state
-
-        def __reduce__(self) -> Any:
-            return int, self.args[:1]
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:

@@ -105,7 +105,8 @@ def zero_tensors(case: Case, context: Context) -> Iterable[Finding]:
         if is_zero(tensor, context):
             found.append(name)
         elif name.startswith(OUTPUT_MODULES) or "embed" in name:
-            continue  # rows of tokens that nobody has
+            # Rows of tokens that nobody has are a few.
+            cut += [name] if has_zero_part(tensor, context, least=tensor.info.numel // _PARTS) else []
         elif rows := _zero_rows(tensor, context):
             parts[name] = rows
         elif has_zero_part(tensor, context) or _has_zero_columns(tensor, context):
@@ -198,11 +199,15 @@ _LEAST_PART = 16
 """Values of a rank's part, and of columns in the rows that are read: of fewer, zeros may be chance."""
 
 
-def has_zero_part(tensor: LazyTensor, context: Context) -> bool:
-    """True where one of the ranks' parts that a tensor is made of is zero, and others are not."""
-    parts = [p for p in stored_parts(tensor) if p.info.numel >= _LEAST_PART and p.info.dtype.is_float]
-    if len(parts) < 2:
-        parts = _pieces(tensor)
+def has_zero_part(tensor: LazyTensor, context: Context, *, least: int = _LEAST_PART) -> bool:
+    """True where one of the ranks' parts that a tensor is made of is zero, and others are not.
+
+    Args:
+        least: so many values of a part at least.
+    """
+    parts = [p for p in stored_parts(tensor) if p.info.dtype.is_float]
+    parts = parts if len(parts) > 1 else _pieces(tensor)
+    parts = [p for p in parts if p.info.numel >= max(least, _LEAST_PART)]
     zero = [context.is_zero(p) for p in parts]
     return any(zero) and not all(zero)
 
@@ -212,7 +217,7 @@ def _pieces(tensor: LazyTensor) -> list[LazyTensor]:
     while isinstance(tensor, Reshape | Cast):
         tensor = tensor.source
     parts = tensor.parts if isinstance(tensor, Concat) else ()
-    return [p for p in parts if p.info.numel >= _LEAST_PART and byte_runs(p) is not None]
+    return [p for p in parts if byte_runs(p) is not None]
 
 
 def _has_zero_columns(tensor: LazyTensor, context: Context) -> bool:

@@ -33,8 +33,13 @@ def check_receipt(root: Path, names: frozenset[str], tensors: Callable[[], Mappi
         return [fails("receipt", "receipt-broken", f"{RECEIPT}: {error.what}")]
     if not isinstance(receipt, dict):
         return [fails("receipt", "receipt-broken", f"{RECEIPT} is no JSON object")]
+    if gone := [key for key in _ALWAYS if key not in receipt]:
+        return [fails("receipt", "receipt-broken", f"{RECEIPT} lacks {show(', '.join(gone))}, which every one has")]
     counted = _tensors(receipt, names) or [holds("receipt", _made(receipt))]
     return [*counted, *check_checksums(root, receipt, tensors)]
+
+
+_ALWAYS = ("version", "recipe", "inputs", "counts")
 
 
 def _made(receipt: Mapping[str, Any]) -> str:

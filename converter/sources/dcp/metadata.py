@@ -22,7 +22,7 @@ from converter.core.formats.torch_file import MAX_ELEMENTS, dtype_named
 from converter.core.tensors.dtypes import DType
 from converter.diagnostic import Next
 from converter.errors import Refused
-from converter.text import fold, show
+from converter.text import show
 
 METADATA = ".metadata"
 MAX_DIMENSIONS = 64
@@ -107,16 +107,12 @@ def read_metadata(folder: Path) -> Metadata:
     reader = _Reader(folder)
     state = reader.fields(pickled.value, "MCoreMetadata" if _kind(pickled.value) == "MCoreMetadata" else "Metadata")
     tensors, blobs = reader.entries(state.get("state_dict_metadata"))
-    places = reader.places(state.get("storage_data"))
-    unlisted = sorted({key for key, _ in places} - tensors.keys() - set(blobs))
-    if unlisted:
-        raise reader.bad(f"it has places of what it does not list: {fold(unlisted)}")
     return Metadata(
         folder,
         tensors,
         blobs,
         reader.paths(state.get("planner_data")),
-        places,
+        reader.places(state.get("storage_data")),
         identity(path),
         hashlib.sha256(raw).hexdigest(),
         _flattened(state.get("mcore_data")),

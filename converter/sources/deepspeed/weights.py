@@ -59,6 +59,7 @@ def read_weights(shards: Shards, *, master: bool = False) -> Weights:
     has_shapes = shards.stage > 0
     trained = frozenset(n for g in trained_shapes(shards) for n in g) if has_shapes else None
     _expect_same_names(shards, held, trained or frozenset(), shared)
+    _expect_buffers(shards, held, trained or frozenset())
     _expect_same_shapes(shards, held)
     computed: dict[str, LazyTensor] = {}
     if shards.stage == 3:
@@ -123,6 +124,19 @@ def _expect_same_names(
     left = [n for n in held if n not in known]
     if left:
         text = f"param_shapes has {fold(sorted(lacks))}, which the module lacks; it holds {fold(left)}"
+        raise shards.refuse("zero-malformed", text, file=shards.model_file())
+
+
+def _expect_buffers(shards: Shards, held: Mapping[str, LazyTensor], trained: frozenset[str]) -> None:
+    """Refuse a module without a buffer that it lists; one whose `state_dict` leaves parameters out may leave any out.
+
+    Raises:
+        Refused: a buffer is gone (`zero-malformed`).
+    """
+    buffers = shards.model().get("buffer_names")
+    gone = [n for n in buffers if isinstance(n, str) and n not in held] if isinstance(buffers, list) else []
+    if gone and trained and trained <= held.keys() and not shards.experts:
+        text = f"buffer_names has {fold(gone)}, which the module lacks"
         raise shards.refuse("zero-malformed", text, file=shards.model_file())
 
 

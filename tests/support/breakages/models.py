@@ -19,9 +19,11 @@ from breakages.sound import (
     INDEX,
     PT,
     SHARD,
+    UP,
     WEIGHTS,
     Breakage,
     beside,
+    copied_over,
     edit,
     renamed,
     shuffle,
@@ -129,13 +131,6 @@ def link_out(folder: Path) -> None:
 def left_beside(folder: Path) -> None:
     """As verl's merger leaves an adapter inside of its base."""
     os.rename(beside(folder, "adapter", "a"), folder / "lora_adapter")
-
-
-def copied_over(folder: Path) -> None:
-    """One layer's matrix is written over another's."""
-    tensors = load_file(folder / WEIGHTS)
-    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
-    save_file({**tensors, names[1]: tensors[names[0]].clone()}, folder / WEIGHTS, PT)
 
 
 def unmoved(folder: Path) -> None:
@@ -359,17 +354,15 @@ CONFIGS: dict[str, Breakage] = {
     "loader-changes": Breakage("reward", add(score__bias=torch.ones(1)), "fixed", ("--for", "trl")),
     "loader-accepts": Breakage("reward", lambda f: None, "told", ("--for", "trl")),
     "nonfinite": Breakage("whole", at("model.norm.weight", lambda v: v * torch.nan), "values", ("--deep",)),
-    "zero-tensors": Breakage("whole", at("model.layers.0.mlp.up_proj.weight", torch.zeros_like), "values", ("--deep",)),
-    "suspicious-values": Breakage(
-        "whole", at("model.layers.0.mlp.up_proj.weight", lambda v: torch.full_like(v, 0.02)), "values", ("--deep",)
-    ),
+    "zero-tensors": Breakage("whole", at(UP, torch.zeros_like), "values", ("--deep",)),
+    "suspicious-values": Breakage("whole", at(UP, lambda v: torch.full_like(v, 0.02)), "values", ("--deep",)),
     "copied-tensors": Breakage("whole", copied_over, "values", ("--deep",)),
     "head-untrained": Breakage("reward", at(SCORE, torch.zeros_like), "told", ("--deep",)),
     "head-unmoved": Breakage("reward", unmoved, "values", ("--deep",), name="checkpoint-2"),
     "merged-equals-base": Breakage(
         "whole", lambda f: beside(f, "whole", "base"), "advice", ("--deep", "--base", "{here}/base")
     ),
-    "zero3-empty-tensors": Breakage("whole", at("model.layers.0.mlp.up_proj.weight", lambda v: torch.empty(0)), "lost"),
+    "zero3-empty-tensors": Breakage("whole", at(UP, lambda v: torch.empty(0)), "lost"),
     "pair-same-path": Breakage("reward", lambda f: None, "advice", ("--with-actor", "{folder}")),
     "pair-vocabulary": Breakage(
         "reward",

@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 PT = {"format": "pt"}
 WEIGHTS = "model.safetensors"
+UP = "model.layers.0.mlp.up_proj.weight"
 INDEX = "model.safetensors.index.json"
 FIRST, SHARD = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
 Tensors = dict[str, torch.Tensor]
@@ -136,3 +137,10 @@ def only(folder: Path, pattern: str, at: int = 0) -> Path:
 def beside(folder: Path, name: str, to: str) -> Path:
     """Another sound folder, copied beside the broken one."""
     return Path(shutil.copytree(folder.parents[1] / "sound" / name, folder.parent / to))
+
+
+def copied_over(folder: Path) -> None:
+    """One layer's matrix is written over another's."""
+    tensors = load_file(folder / WEIGHTS)
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
+    save_file({**tensors, names[1]: tensors[names[0]].clone()}, folder / WEIGHTS, PT)
