@@ -77,6 +77,7 @@ class Survey:
         entries: tensors in file order.
         beside: files of a head of its own (`value_head.safetensors`), by name; neither in `files` nor in `entries`.
         unread: weight files beside an adapter that nothing is known to read, and that are no whole model, by name.
+        wrapped: pickled files whose tensors lie further down than at the top, with the keys that lead there.
         sets: every set of weight files where there are several; `entries` are those of one.
     """
 
@@ -86,6 +87,7 @@ class Survey:
     faults: list[Fault] = field(default_factory=list)
     beside: dict[str, WeightFile] = field(default_factory=dict)
     unread: dict[str, WeightFile] = field(default_factory=dict)
+    wrapped: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sets: tuple[WeightSet, ...] = ()
 
     def error(self) -> Refused | None:

@@ -127,11 +127,18 @@ def test_a_run_that_saved_an_adapter_without_its_base_is_warned(
     ]
 
 
-def test_shards_are_not_called_sound_before_they_are_gathered(capsys: pytest.CaptureFixture[str]) -> None:
-    """A run whose class wraps the model has whole shards, and none of the model's own names in them."""
-    (checked,) = data(capsys, "check", str(RUNS / "zero" / "wrapped_runs" / "dschat-z3-n2"))["folders"]
+def test_shards_are_sound_where_what_gather_makes_of_them_was_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run whose class wraps the model: without its config nothing says which names a load asks for."""
+    run = shutil.copytree(RUNS / "zero" / "wrapped_runs" / "dschat-z3-n2", tmp_path / "run")
+    (checked,) = data(capsys, "check", str(run))["folders"]
+    assert (checked["verdict"], checked["not_compared"]) == ("sound", None)
+    for config in run.rglob("config.json"):
+        config.unlink()
+    (checked,) = data(capsys, "check", str(run))["folders"]
     assert (checked["verdict"], checked["failed"]) == ("not compared", None)
-    assert checked["not_compared"] == "names and shapes not compared with a model: `gather` does that"
+    assert checked["not_compared"].startswith("names and shapes not compared with a model: there is no config.json")
 
 
 def test_a_model_of_a_known_family_is_compared_and_so_is_an_adapter_over_its_base(

@@ -39,6 +39,8 @@ ELSEWHERE = {
     "verl-optimizer": "of the moments of Adam",
     "json-malformed": "of files that are read on the way: doctor names its own as config-unreadable",
     "tensor-twice": "of verbs that read the folder as it is: doctor names such files as weight-sets",
+    "adapter-biases-lost": "of an adapter over a base with biases",
+    "tied-scale": "of merges into families that scale a tied output",
     "adapter-merge-refused": "of refusals without a diagnosis of their own",
     "adapter-ambiguous": "of a base that has one module under two names",
     "tied-copies-differ": "of merges: doctor names the base's copies as tied-copies",

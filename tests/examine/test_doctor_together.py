@@ -18,6 +18,7 @@ from doctor_walk import code_of, expect_loaded, listing
 
 KINDS = {"model": FILES, "whole": CONFIGS, "reward": CONFIGS, "adapter": ADAPTERS}
 COVERS = {
+    "weights-wrapped",
     "architecture-head", "config-refused", "quantised-incomplete",
     "names-of-a-trainer", "fsdp-flat", "no-tensors", "weights-missing", "weights-alone", "config-missing",
     "config-unreadable", "config-unreadable-list", "pickle-names", "pickled-weights", "torch-not", "torch-zip",

@@ -93,7 +93,7 @@ def find_experts(
         Refused: what is said by `_levels` and `_expect_whole`.
     """
     _expect_targets(modules, raw, where)
-    owners = [t.rpartition(".")[0] for t in raw.get("target_parameters") or () if isinstance(t, str)]
+    owners = _owners(raw, tensors)
     asked = {n: m for n, m in modules.items() if _may_be(n, m, tensors, owners)}
     if not asked:
         return Experts()
@@ -125,7 +125,15 @@ def _expect_targets(modules: Collection[str], raw: Mapping[str, Any], where: str
         raise Refused("adapter-incomplete", what, where=where)
 
 
-def _may_be(name: str, module: Module, stored: Collection[str], owners: Sequence[str]) -> bool:
+def _owners(raw: Mapping[str, Any], stored: Collection[str]) -> set[str]:
+    """Modules with a bare parameter that is targeted, by its name with the module's, or by its end alone."""
+    targets = [t for t in raw.get("target_parameters") or () if isinstance(t, str)]
+    named = {t.rpartition(".")[0] for t in targets}
+    found = {n.rpartition(".")[0] for n in stored if targets and n.endswith(tuple(f".{t}" for t in targets))}
+    return (named | found) - {""}
+
+
+def _may_be(name: str, module: Module, stored: Collection[str], owners: Collection[str]) -> bool:
     """True for a module with factors that has no weight of its own in the base.
 
     Args:

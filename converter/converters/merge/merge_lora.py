@@ -178,7 +178,7 @@ class _Merge:
         self.whole.add_rows(self.base, (m for n, m in read.modules.items() if n not in apart), rule, config, where)
         parameters = {n for n in read.modules if is_parameter(n, adapter.config, classes)} | self.attention.inputs
         sites = self._sites(read, apart, parameters, rule, config, weight, where)
-        expect_biases(sites, config, self.context, where)
+        expect_biases(sites, config, self.context, where, own=adapter.origin.path == self.base.origin.path)
         found = {site.module.name: self._update(site, rule) for site in sites}
         over = ExpertSites(self.base, config, adapter.config, weight, self.numerics, where)
         for name, disk, update in over.updates(experts.found):

@@ -17,13 +17,16 @@ from converter.errors import Refused
 from converter.text import fold
 
 
-def expect_biases(sites: Iterable[Site], config: AdapterConfig, context: Context, where: str) -> None:
+def expect_biases(sites: Iterable[Site], config: AdapterConfig, context: Context, where: str, *, own: bool) -> None:
     """Go on where every trained bias of an adapted module is in the adapter.
+
+    Args:
+        own: the base is that of the same run, and has the biases as they were trained.
 
     Raises:
         Refused: one is not, and `--allow adapter-biases-lost` was not given.
     """
-    if config.bias == "none":
+    if config.bias == "none" or own:
         return
     lost = [s.module.name for s in sites if "bias" in s.base and "bias" not in s.module.replaced]
     if lost:

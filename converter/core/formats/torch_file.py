@@ -283,7 +283,19 @@ class _Resolver:
 
 
 def state_dict(value: Any) -> Mapping[str, LazyTensor] | None:
-    """A saved value as names and tensors, if that is what it is; a single `state_dict` or `module` level is opened."""
+    """A saved value as names and tensors, if that is what it is; what `wrapped_in` names is opened."""
+    for key in wrapped_in(value):
+        value = value[key]
+    if not isinstance(value, dict) or not value:
+        return None
+    if all(isinstance(k, str) and _is_tensor(v) for k, v in value.items()):
+        return value
+    return None
+
+
+def wrapped_in(value: Any) -> tuple[str, ...]:
+    """Keys that lead from a saved value to its names and tensors, of a script that saved more beside them."""
+    found = []
     for key in ("state_dict", "module", "model"):
         if (
             isinstance(value, dict)
@@ -291,11 +303,8 @@ def state_dict(value: Any) -> Mapping[str, LazyTensor] | None:
             and not any(_is_tensor(v) for v in value.values())
         ):
             value = value[key]
-    if not isinstance(value, dict) or not value:
-        return None
-    if all(isinstance(k, str) and _is_tensor(v) for k, v in value.items()):
-        return value
-    return None
+            found.append(key)
+    return tuple(found)
 
 
 def _is_tensor(value: Any) -> bool:

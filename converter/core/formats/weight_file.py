@@ -28,6 +28,7 @@ class WeightFile:
         size: of the file, in bytes.
         description: bytes that stand for names, types and places of the tensors, for a digest.
         checks: checksums that the container records of the bytes it holds.
+        wrapped_in: keys that the tensors lie under, in the pickle; a loader of transformers looks at the top.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -36,6 +37,7 @@ class WeightFile:
     description: bytes
     identity: Identity
     checks: tuple[RecordCheck, ...] = ()
+    wrapped_in: tuple[str, ...] = ()
 
 
 def read_weights(path: Path, *, root: Path, named: str) -> WeightFile:
@@ -56,7 +58,7 @@ def read_weights(path: Path, *, root: Path, named: str) -> WeightFile:
 
 def _read_pickled(path: Path, root: Path, named: str) -> WeightFile:
     # Imported here: headers of safetensors are inspected without it, in a fraction of a second.
-    from converter.core.formats.torch_file import read_torch_file, state_dict
+    from converter.core.formats.torch_file import read_torch_file, state_dict, wrapped_in
 
     file = read_torch_file(path, root=root)
     found = state_dict(file.value)
@@ -67,4 +69,6 @@ def _read_pickled(path: Path, root: Path, named: str) -> WeightFile:
             where=show(path),
             expected="what torch.save(model.state_dict()) writes",
         )
-    return WeightFile(found, {}, file.identity.size, file.digest.encode(), file.identity, file.checks)
+    return WeightFile(
+        found, {}, file.identity.size, file.digest.encode(), file.identity, file.checks, wrapped_in(file.value)
+    )

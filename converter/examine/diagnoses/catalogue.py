@@ -92,7 +92,7 @@ ROWS: dict[str, Row] = {
                 "index-missing", "stale-shards", "weight-sets", "shard-missing", "layers-missing"),
     "D11": _row("a file that is cut short", "file-truncated", "git-lfs-pointer", "being-written"),
     "D12": _row("no format in the metadata", "format-missing"),
-    "D13": _row("pickles refused", "pickle-names", "pickled-weights"),
+    "D13": _row("pickles refused", "pickle-names", "pickled-weights", "weights-wrapped"),
     "D14": _row("NaN and infinite values", "nonfinite"),
     "D15": _row("a dtype that surprises", "dtype-differs", "pair-dtype"),
     "D16": _row("padded vocabularies", "vocabulary-rows", "pair-vocabulary"),

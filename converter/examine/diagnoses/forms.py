@@ -42,6 +42,30 @@ def format_missing(case: Case, context: Context) -> Iterable[Finding]:
         )
 
 
+@diagnosis("weights-wrapped", "model")
+def weights_wrapped(case: Case, context: Context) -> Iterable[Finding]:
+    """The tensors in a pickled weight file lie under a key, as in `torch.save({"model": ..., "optimizer": ...})`.
+    `from_pretrained` looks at the top and finds none of its names: `'dict' object has no attribute
+    'is_floating_point'`, or random weights. They are read here; writing the folder anew puts them where loaders look.
+    """
+    if not case.survey.wrapped:
+        return
+    name, keys = next(iter(case.survey.wrapped.items()))
+    where = "".join(f"[{key!r}]" for key in keys)
+    text = (
+        f"the tensors of {show(name)} lie under {where}: loaders look at the top, and stop or start from random weights"
+    )
+    can_rewrite = case.survey.error() is None
+    yield Finding(
+        code="weights-wrapped",
+        severity="error",
+        text=text,
+        evidence=tuple(f"{show(n)}: {'.'.join(k)}" for n, k in list(case.survey.wrapped.items())[:3]),
+        recoverability=HERE,
+        next=case.command("reshard", out="fixed") if can_rewrite else None,
+    )
+
+
 @diagnosis("rope-lost", "model")
 def rope_lost(case: Case, context: Context) -> Iterable[Finding]:
     """The base model stretches its positions (rope_scaling, or a rope_type other than default) and this config does

@@ -10,7 +10,7 @@ from converter.core.writer.reporter import Reporter
 from converter.diagnostic import Command, as_argument
 from converter.examine.verify.check import Check, fails
 
-CODES = ("quantised-incomplete", "nonfinite", "zero-tensors", "suspicious-values", "copied-tensors")
+CODES = ("weights-wrapped", "quantised-incomplete", "nonfinite", "zero-tensors", "suspicious-values", "copied-tensors")
 """Diagnoses of values, and of what says how quantised ones are read."""
 
 

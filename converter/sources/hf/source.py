@@ -361,6 +361,8 @@ def _no_weights(root: Path, names: frozenset[str]) -> Fault:
 def _collect(root: Path, headers: Mapping[str, WeightFile], survey: Survey) -> None:
     for file, header in headers.items():
         survey.files[file] = header.size
+        if header.wrapped_in:
+            survey.wrapped[file] = header.wrapped_in
         path = stored_path(root, file)
         for name, tensor in header.tensors.items():
             if name in survey.entries:
@@ -376,10 +378,8 @@ def compare_index(index: Index, survey: Survey, where: str) -> None:
     claims = index.weight_map
     phantom = [n for n in claims if n not in survey.entries]
     if phantom:
-        files = list(dict.fromkeys(claims[n] for n in phantom))
-        text = (
-            f"the index lists {len(phantom)} tensors that no shard holds: {fold(phantom)} (said to be in {fold(files)})"
-        )
+        files = fold(list(dict.fromkeys(claims[n] for n in phantom)))
+        text = f"the index lists {len(phantom)} tensors that no shard holds: {fold(phantom)} (said to be in {files})"
         survey.faults.append(Fault(code="index-phantom", severity="error", text=text, where=where, next=_AGAIN))
     homes = {n: os.path.basename(e.file) for n, e in survey.entries.items()}
     moved = [n for n, f in claims.items() if homes.get(n, f) != f]

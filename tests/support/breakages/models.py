@@ -25,6 +25,7 @@ from breakages.sound import (
     beside,
     copied_over,
     edit,
+    pickled,
     renamed,
     shuffle,
     store,
@@ -40,12 +41,6 @@ class Hostile:
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return print, ("run",)
-
-
-def pickled(folder: Path, value: object, name: str = "pytorch_model.bin") -> None:
-    for file in folder.glob("model*"):
-        file.unlink()
-    torch.save(value, folder / name)
 
 
 def index_of(folder: Path, change: Callable[[dict[str, str]], object], **metadata: int) -> None:
@@ -176,6 +171,7 @@ FILES: dict[str, Breakage] = {
     "download-unfinished": Breakage("model", lambda f: (f / f"{FIRST}.incomplete").write_bytes(b""), "advice"),
     "pickle-names": Breakage("model", lambda f: pickled(f, {"a": torch.ones(1), "b": Hostile()}), "advice"),
     "pickled-weights": Breakage("model", lambda f: pickled(f, whole(f), "consolidated.00.pth"), "fixed"),
+    "weights-wrapped": Breakage("model", lambda f: pickled(f, {"model": whole(f), "step": 1}), "fixed"),
     "torch-not": Breakage(
         "model",
         lambda f: (pickled(f, whole(f)), (f / "pytorch_model.bin").write_bytes(b"<html>not found</html>")),

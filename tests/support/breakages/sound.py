@@ -104,6 +104,12 @@ def shuffle(folder: Path) -> None:
     tokenizer(folder, w3=4, w4=3)
 
 
+def pickled(folder: Path, value: object, name: str = "pytorch_model.bin") -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save(value, folder / name)
+
+
 def edit(folder: Path, name: str = "config.json", drop: tuple[str, ...] = (), **changes: Any) -> None:
     """Change a JSON file."""
     value = json.loads((folder / name).read_text()) | changes
