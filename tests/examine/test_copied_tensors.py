@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from converter.diagnostic import Diagnostic
 from converter.examine.doctor import DoctorRequest, examine
@@ -91,3 +93,17 @@ def test_a_zero_norm_of_one_layer_and_zero_columns_are_named(kind: str, tmp_path
     write_tensors(folder, {**tensors, name: made})
     assert [f.tensors for f in said_of(folder)] == [(name,)]
     assert not is_verified(folder)
+
+
+@pytest.mark.parametrize("kind", ["Pegasus", "Marian"])
+def test_tables_of_sines_are_the_same_in_an_encoder_and_its_decoder(kind: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 32,
+        "max_position_embeddings": 32, "pad_token_id": 0, "decoder_start_token_id": 0,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    stored = read_tensors(tmp_path)
+    assert torch.equal(stored["encoder.embed_positions.weight"], stored["decoder.embed_positions.weight"])
+    assert said_of(tmp_path) == []

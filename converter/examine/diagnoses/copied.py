@@ -16,6 +16,9 @@ from converter.families.quantised.reading import read
 from converter.text import fold, show
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
+_POSITIONS = re.compile(r"(?:^|[._])(?:pos(?:it\w*)?|wpe)(?=[._]|$)", re.ASCII)
+"""Tables of positions: those of sines are the same in an encoder and its decoder (Marian, Pegasus)."""
+
 _LEAST_DISTINCT = 16
 """Of so many different values at least: of a few, equal matrices are chance or design, as identities are."""
 
@@ -71,7 +74,11 @@ def _alike(case: Case, context: Context) -> list[Group]:
     codes = {n for w, _ in weights for part, n in w.parts.items() if part in _OWN_TO_EACH}
     groups: dict[object, Group] = {}
     for name, entry in case.survey.entries.items():
-        if name in heads or not (is_matrix_of_layer(name, entry.tensor) or (name in codes and _NUMBER.search(name))):
+        if (
+            name in heads
+            or _POSITIONS.search(name)
+            or not (is_matrix_of_layer(name, entry.tensor) or (name in codes and _NUMBER.search(name)))
+        ):
             continue
         try:
             key = _codes(entry.tensor, context) if name in codes else _floats(entry.tensor, context)
