@@ -96,7 +96,9 @@ def _fork(
     kill: tuple[int, float] | None,
     file_size: int | None,
 ) -> dict[str, Any]:
-    log, record = (Path(folder).parent / f"{Path(folder).name}.{name}" for name in ("stderr", "calls"))
+    log, unfinished, record = (
+        Path(folder).parent / f"{Path(folder).name}.{name}" for name in ("stderr", "unfinished", "calls")
+    )
     log.touch()
     at = Call(*die_at) if isinstance(die_at, list) else -1 if die_at is None else die_at
     begun = time.monotonic()
@@ -112,7 +114,9 @@ def _fork(
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
             with Death(Path(folder), at=at) as death:
                 code = main(argv)
-            record.write_text(json.dumps([dataclasses.astuple(each) for each in death.calls]))
+            # Whole or not at all: the signal may come while it is written.
+            unfinished.write_text(json.dumps([dataclasses.astuple(each) for each in death.calls]))
+            unfinished.rename(record)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -126,6 +130,7 @@ def _fork(
     log.unlink()
     calls = json.loads(record.read_text()) if record.exists() else []
     record.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
     return {
         "code": status, "err": err, "seconds": time.monotonic() - begun, "reached": status == 9, "calls": calls
     }  # fmt: skip
