@@ -5,7 +5,7 @@
 
 SAVED has runs as the scripts here save them, with `fixture.json` and `oracle.safetensors`; a run of the same name below
 SAVED/later is the same training at a later step, whose files take the place of a run's own. Exits with 1 where a verb
-gives other weights, masters or moments than those that lived, or where doctor is silent about what another verb refuses.
+gives other weights, masters or moments than those that lived, or where doctor is silent about what a verb refuses.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ def save(python: str, out: Path, asked: Iterable[Pair]) -> None:
 def make_universal(python: str, out: Path, asked: Iterable[Pair]) -> None:
     """What DeepSpeed's own script makes of the runs that go by way of it."""
     names = sorted({p.saved for p in asked if p.way.startswith("DeepSpeed")})
-    runs = [out / n for n in names if (out / n / "latest").is_file() and not (out / "theirs" / n / "fixture.json").is_file()]
+    runs = [
+        out / n for n in names if (out / n / "latest").is_file() and not (out / "theirs" / n / "fixture.json").is_file()
+    ]
     if not runs:
         return
     command = [python, str(HERE / "zero" / "universal.py"), str(out / "theirs"), *map(str, runs)]

@@ -21,8 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
+from living import clean, live, live_fsdp1
 from models import build
-from train import Case, clean, finish, live, live_fsdp1
+from train import finish
 
 from ranks import run_ranks
 
@@ -68,7 +69,7 @@ def work(out: Path, cases: list[str], ranks: int) -> None:
 
 
 def save(folder: Path, case: Saved) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two steps of the Trainer, which saves after them; what then lived, by the names of the model inside the module."""
+    """Two steps of the Trainer, which saves after them; what then lived, by the names of the model inside."""
     import os
 
     import lightning.pytorch as pl
@@ -106,30 +107,38 @@ def save(folder: Path, case: Saved) -> tuple[dict[str, Any], dict[str, Any]]:
             if case.strategy == "parallel":
                 found.update(live(self.model, optimizer))
                 return
-            as_case = Case(case.model, "lightning", fsdp=1, original=case.original)
-            whole = live_fsdp1(self.trainer.strategy.model, SimpleNamespace(optimizer=optimizer), as_case)
+            given = self.trainer.strategy.model, SimpleNamespace(optimizer=optimizer)
+            whole = live_fsdp1(*given, original=case.original)
             found.update({clean(n).replace("/model.", "/", 1): t for n, t in whole.items()})
 
     place = folder / "lightning_logs" / "version_0" / "checkpoints"
     trainer = pl.Trainer(
         accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy=strategy_of(case), max_steps=STEPS,
-        callbacks=[ModelCheckpoint(dirpath=place)], logger=False, enable_progress_bar=False, use_distributed_sampler=False,
-        enable_model_summary=False,
+        callbacks=[ModelCheckpoint(dirpath=place)], logger=False, enable_progress_bar=False,
+        use_distributed_sampler=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Module(), torch.utils.data.DataLoader(range(STEPS)))
     return found, inner.config.to_dict()
 
 
 def strategy_of(case: Saved) -> Any:
-    """Lightning's own strategy; that of FSDP1 asks for a GPU unless its class is another one."""
-    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+    """Lightning's own strategy; that of FSDP1 asks for a GPU unless its class and device are others."""
+    import torch
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, fsdp
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     if case.strategy == "parallel":
         return ModelParallelStrategy(save_distributed_checkpoint=case.sharded)
 
+    # Where memory is the CPU's, torch frees what several ranks would move there.
+    whole = fsdp._get_full_state_dict_context
+    fsdp._get_full_state_dict_context = lambda module, world_size, **more: whole(module, world_size=1, **more)
+
     class OnCpu(FSDPStrategy):
-        pass
+        def _setup_model(self, model: Any) -> Any:
+            how = {"sharding_strategy": self.sharding_strategy, "device_id": torch.device("cpu"), **self.kwargs}
+            return super()._setup_model(FullyShardedDataParallel(model, **how))
 
     return OnCpu(
         auto_wrap_policy={LlamaDecoderLayer},

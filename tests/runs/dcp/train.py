@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import build, odd_state, whole
+from living import live, live_fsdp1
+from models import build, odd_state
 
 from ranks import run_ranks
 
@@ -104,7 +105,7 @@ CASES = {
         ("frozen-layer-orig", "lm-frozen-layer", "fsdp", "FULL_SHARD", True, 2),
     )
     for layout in ("sharded", "full", "local")
-    if (word, layout) != ("grad-op-flat", "full")  # torch 2.13 itself can't put that together
+    if (layout, mesh) != ("local", "hsdp")  # torch: DeviceMesh is not compatible with LOCAL_STATE_DICT
 }
 
 
@@ -151,31 +152,6 @@ def steps(model: Any, loss: Any, optimizer: Any, count: int, backward: Any = Non
         (backward or (lambda v: v.backward()))(value)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def live(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Parameters, persistent buffers and moments by their names, whole."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-    names = set(get_model_state_dict(model))
-    found = {}
-    named = [(clean(n), p) for n, p in model.named_parameters(remove_duplicate=False)]
-    for name, value in [*named, *((clean(n), b) for n, b in model.named_buffers())]:
-        if name in names:
-            found[f"live/{name}"] = whole(value)
-    for name, parameter in model.named_parameters():  # of a tied pair the first, as in the optimizer's state
-        name = clean(name)
-        state = optimizer.state.get(parameter, {})
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key in state:
-                found[f"{key}/{name}"] = whole(state[key])
-    return found
-
-
-def clean(name: str) -> str:
-    for part in ("_fsdp_wrapped_module.", "_orig_mod.", "module."):
-        name = name.replace(part, "")
-    return name
 
 
 def hybrid_mesh() -> Any:
@@ -281,7 +257,7 @@ def prepared(case: Case, kind: str, lr: float = 1e-2) -> tuple[Any, ...]:
     import torch
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, FullyShardedDataParallel
 
     words = {
         "sharded": "SHARDED_STATE_DICT",
@@ -307,6 +283,9 @@ def prepared(case: Case, kind: str, lr: float = 1e-2) -> tuple[Any, ...]:
     if mixed != "no":
         plugin.set_mixed_precision(mixed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    if kind == "full" and case.fsdp == 1:  # where memory is the CPU's, torch frees what it would move there
+        plugin.state_dict_config = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
+        plugin.optim_state_dict_config = FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=True)
     if case.fsdp == 1:  # wrapped by hand: accelerate would name the device cpu:0, which FSDP 1 takes for another
         plugin.set_auto_wrap_policy(model)
         model = FullyShardedDataParallel(
@@ -331,53 +310,13 @@ def save_accelerate(folder: Path, case: Case) -> tuple[dict[str, Any], dict[str,
     # Trainer saves the adapter alone where the model is PEFT's.
     save_fsdp_model(plugin, accelerator, model, str(place), adapter_only=kind == "adapter", use_dcp=kind != "ranks")
     save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(place), use_dcp=kind != "ranks")
-    found = live_fsdp1(model, optimizer, case) if case.fsdp == 1 else live(model, optimizer.optimizer)
+    found = live(model, optimizer.optimizer)
+    if case.fsdp == 1:
+        found = live_fsdp1(model, optimizer, original=case.original, shards=2 if case.mesh == "hsdp" else None)
     extra = {"config": config and config.to_dict(), "peft": None if peft is None else peft["default"].to_dict()}
     accelerator.free_memory()
     accelerator.state._reset_state(reset_partial_state=True)
     return found, extra
-
-
-def live_fsdp1(model: Any, optimizer: Any, case: Case) -> dict[str, Any]:
-    """The same of FSDP 1: parameters summoned whole; moments laid together from the ranks' flat stretches."""
-    import torch.distributed as dist
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    if not case.original:
-        return live_flat(model, optimizer)
-    shards = 2 if case.mesh == "hsdp" else dist.get_world_size()
-    pieces: dict[str, list[Any]] = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.optimizer.state.get(parameter, {})
-        mine = {k: state[k].detach().clone() for k in ("exp_avg", "exp_avg_sq") if k in state and parameter.numel()}
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine)
-        pieces[clean(name)] = gathered[:shards]
-    found = {}
-    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            found[f"live/{clean(name)}"] = parameter.detach().clone()
-            for key in ("exp_avg", "exp_avg_sq"):
-                own = [p[key].reshape(-1) for p in pieces.get(clean(name), []) if key in p]
-                if own:
-                    import torch
-
-                    found[f"{key}/{clean(name)}"] = torch.cat(own).reshape(parameter.shape)
-    return found
-
-
-def live_flat(model: Any, optimizer: Any) -> dict[str, Any]:
-    """The same without `use_orig_params`: FSDP itself knows what lies where in its flat parameters."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    found = {}
-    states = FullyShardedDataParallel.full_optim_state_dict(model, optimizer.optimizer, rank0_only=False)["state"]
-    for name, state in states.items():
-        found |= {f"{k}/{clean(name)}": state[k].clone() for k in ("exp_avg", "exp_avg_sq") if k in state}
-    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            found[f"live/{clean(name)}"] = parameter.detach().clone()
-    return found
 
 
 def finish(folder: Path, found: dict[str, Any], facts: dict[str, Any]) -> None:
