@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from living import clean, live, live_fsdp1
+from living import clean, leave_on_cpu, live, live_fsdp1
 from models import build
 from train import finish
 
@@ -57,6 +57,7 @@ def work(out: Path, cases: list[str], ranks: int) -> None:
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    leave_on_cpu()
     for name in cases:
         folder = out / f"lightning-{name}-n{ranks}"
         if dist.is_initialized():
@@ -124,16 +125,12 @@ def save(folder: Path, case: Saved) -> tuple[dict[str, Any], dict[str, Any]]:
 def strategy_of(case: Saved) -> Any:
     """Lightning's own strategy; that of FSDP1 asks for a GPU unless its class and device are others."""
     import torch
-    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, fsdp
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
     from torch.distributed.fsdp import FullyShardedDataParallel
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     if case.strategy == "parallel":
         return ModelParallelStrategy(save_distributed_checkpoint=case.sharded)
-
-    # Where memory is the CPU's, torch frees what several ranks would move there.
-    whole = fsdp._get_full_state_dict_context
-    fsdp._get_full_state_dict_context = lambda module, world_size, **more: whole(module, world_size=1, **more)
 
     class OnCpu(FSDPStrategy):
         def _setup_model(self, model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from models import whole
@@ -76,3 +77,11 @@ def live_flat(model: Any, optimizer: Any) -> dict[str, Any]:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             found[f"live/{clean(name)}"] = parameter.detach().clone()
     return found
+
+
+def leave_on_cpu() -> None:
+    """Have FSDP 1 move nothing to the CPU that is there: torch frees it, and full states can't be put together."""
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    handle: Any = FlatParamHandle
+    handle.to_cpu = lambda self: nullcontext()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from living import live, live_fsdp1
+from living import leave_on_cpu, live, live_fsdp1
 from models import build, odd_state
 
 from ranks import run_ranks
@@ -123,6 +123,7 @@ def work(out: Path, cases: list[str], ranks: int) -> None:
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
+    leave_on_cpu()
     for name in cases:
         case = CASES[name]
         if ranks not in case.ranks:
@@ -257,7 +258,7 @@ def prepared(case: Case, kind: str, lr: float = 1e-2) -> tuple[Any, ...]:
     import torch
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
-    from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, FullyShardedDataParallel
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     words = {
         "sharded": "SHARDED_STATE_DICT",
@@ -283,9 +284,6 @@ def prepared(case: Case, kind: str, lr: float = 1e-2) -> tuple[Any, ...]:
     if mixed != "no":
         plugin.set_mixed_precision(mixed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    if kind == "full" and case.fsdp == 1:  # where memory is the CPU's, torch frees what it would move there
-        plugin.state_dict_config = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
-        plugin.optim_state_dict_config = FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=True)
     if case.fsdp == 1:  # wrapped by hand: accelerate would name the device cpu:0, which FSDP 1 takes for another
         plugin.set_auto_wrap_policy(model)
         model = FullyShardedDataParallel(
