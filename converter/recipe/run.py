@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.converters.finding import Converter
 from converter.converters.merge.merge_lora import MergeLora
 from converter.core.checkpoint import ADAPTER, TRAINING, Checkpoint
 from converter.core.context import Context
@@ -75,21 +76,9 @@ def prepare(
         is_over_base = other.origin.kind == ADAPTER and opened[SOURCE].origin.kind != ADAPTER
         if name != SOURCE and is_over_base and SOURCE not in recorded:
             compare_base(opened[SOURCE], other, context)
-    checkpoint = opened[SOURCE]
-    is_laid_out = False
-    merges: list[tuple[MergeLora, Checkpoint]] = []
-    for converter in instantiate(recipe, everything):
-        if isinstance(converter, MergeLora):
-            merges.append((converter, checkpoint))
-        if getattr(converter, "lays_out", False):
-            # What it makes has names that no class of transformers asks for.
-            expect_whole(checkpoint, context)
-            is_laid_out = True
-        if getattr(converter, "compares_models", False):
-            # What one of the two lacks would be no difference, and no difference is written.
-            for each in opened.values():
-                expect_whole(each, context)
-        checkpoint = converter(checkpoint, context)
+    converters = instantiate(recipe, everything)
+    befores = list(_applied(converters, opened, context))
+    checkpoint, is_laid_out = befores.pop(), any(getattr(c, "lays_out", False) for c in converters)
     for name, other in opened.items():
         if not recipe.inputs[name].broken:
             expect_consistent(other, list(opened.values()), context)
@@ -109,7 +98,10 @@ def prepare(
     if not is_laid_out:
         expect_whole(checkpoint, context)
     expect_adapter_fits(checkpoint, list(opened.values()), context)
-    measured = {} if recipe.probe is None else _probed(recipe.probe, merges[0], checkpoint, everything, context, told)
+    measured = {}
+    if recipe.probe is not None:
+        merge = next((c, b) for c, b in zip(converters, befores, strict=True) if isinstance(c, MergeLora))
+        measured = _probed(recipe.probe, merge, checkpoint, everything, context, told)
     output = recipe.output
     if output.link_unchanged and (output.layout == "pack" or output.max_shard_size is not None):
         what = "files that are linked stay as they are, and a size or the layout `pack` lays them out anew"
@@ -125,6 +117,24 @@ def prepare(
     return Prepared(recipe, opened, recorded, checkpoint, plan, context)
 
 
+def _applied(
+    converters: Sequence[Converter], opened: Mapping[str, Checkpoint], context: Context
+) -> Iterator[Checkpoint]:
+    """The checkpoint before each step, and at the end."""
+    checkpoint = opened[SOURCE]
+    for converter in converters:
+        yield checkpoint
+        if getattr(converter, "lays_out", False):
+            # What it makes has names that no class of transformers asks for.
+            expect_whole(checkpoint, context)
+        if getattr(converter, "compares_models", False):
+            # What one of the two lacks would be no difference, and no difference is written.
+            for each in opened.values():
+                expect_whole(each, context)
+        checkpoint = converter(checkpoint, context)
+    yield checkpoint
+
+
 def _probed(
     probe: Probe,
     merge: tuple[MergeLora, Checkpoint],
@@ -134,14 +144,14 @@ def _probed(
     told: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     """What the receipt has of a probe; what the screen has are notes."""
-    from converter.examine.verify.merge_probe import CODE, MergeProbe, measure
+    from converter.examine.verify.merge_probe import MergeProbe, measure
 
     converter, base = merge
     other = None if probe.against_base is None else opened[probe.against_base]
     asked = MergeProbe(probe.file, probe.pairs, converter, opened[SOURCE], base, result, other, context.allow)
     found = measure(asked, told or (lambda text: None))
     for text in found.texts:
-        context.note("info", CODE, text)
+        context.note("info", "probe", text)
     return {"probe": dict(found.figures)}
 
 

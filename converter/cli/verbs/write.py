@@ -19,6 +19,34 @@ Requantize = Annotated[
     ),
 ]
 
+Residual = Annotated[
+    bool,
+    typer.Option(
+        "--base-is-residual",
+        help="BASE is the residual model that a PiSSA or OLoRA start saved.",
+        rich_help_panel=INPUT,
+    ),
+]
+Probe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Preference pairs or texts (JSON lines, Parquet, .txt, hf://datasets/...): measure on them how far "
+        "the merge is from what was trained, the adapter over the base's dequantised weights, unrounded.",
+        show_default=False,
+    ),
+]
+Entries = Annotated[int, typer.Option(metavar="N", min=1, help="How many entries of --probe, the first ones.")]
+AgainstBase = Annotated[
+    str | None,
+    typer.Option(
+        "--against-base",
+        metavar="BASE",
+        help="Another base, quantised or whole: --probe measures a merge into it too, and says which is nearer.",
+        show_default=False,
+    ),
+]
+
 
 @verb(
     "merge-lora",
@@ -58,14 +86,7 @@ def merge_lora(
     numerics: Annotated[
         NumericsChoice, typer.Option(help="best: one rounding; peft: bit-identical to PEFT's merge.")
     ] = NumericsChoice.best,
-    base_is_residual: Annotated[
-        bool,
-        typer.Option(
-            "--base-is-residual",
-            help="BASE is the residual model that a PiSSA or OLoRA start saved.",
-            rich_help_panel=INPUT,
-        ),
-    ] = False,
+    base_is_residual: Residual = False,
     lora_alpha: Annotated[
         float | None,
         typer.Option(
@@ -90,25 +111,9 @@ def merge_lora(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of what dare draws.")] = 0,
     dequantize: Dequantize = False,
     requantize: Requantize = None,
-    probe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Preference pairs or texts (JSON lines, Parquet, .txt, hf://datasets/...): measure on them how far "
-            "the merge is from what was trained, the adapter over the base's dequantised weights, unrounded.",
-            show_default=False,
-        ),
-    ] = None,
-    pairs: Annotated[int, typer.Option(metavar="N", min=1, help="How many entries of --probe, the first ones.")] = 200,
-    against_base: Annotated[
-        str | None,
-        typer.Option(
-            "--against-base",
-            metavar="BASE",
-            help="Another base, quantised or whole: --probe measures a merge into it too, and says which is nearer.",
-            show_default=False,
-        ),
-    ] = None,
+    probe: Probe = None,
+    pairs: Entries = 200,
+    against_base: AgainstBase = None,
 ) -> int:
     """`rlhf-convert merge-lora`."""
     from converter.cli.run.merge import merge

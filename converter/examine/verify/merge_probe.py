@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     import torch
 
 Told = Callable[[str], None]
-CODE = "probe"
 
 
 @dataclass(frozen=True)
