@@ -358,13 +358,18 @@ def fill(wrapped: Any, kind: str, generator: Any) -> None:
                     value[[not m for m in mask]] = 0
 
 
-def main(make: Callable[[Path, int, int, list[str]], dict[str, Any]] = make) -> int:
-    """Make the cases that were asked for; one line of JSON for each."""
-    folder, seed, first, count = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+def quiet() -> None:
+    """Nothing but results is printed, and one thread computes."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
+
+
+def main(make: Callable[[Path, int, int, list[str]], dict[str, Any]] = make) -> int:
+    """Make the cases that were asked for; one line of JSON for each."""
+    folder, seed, first, count = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+    quiet()
     for number in range(first, first + count):
         home = folder / f"{number:05d}"
         home.mkdir(parents=True)

@@ -1,5 +1,7 @@
 """Merges the drawn adapters of `draw_sixteen_bits.py` and compares logits and tensors with what their PEFT made.
 
+So does it with those of `draw_quantised.py`, whose bases are made whole.
+
 python judge_sixteen_bits.py FOLDER     prints one line of JSON for each case
 """
 
@@ -40,14 +42,16 @@ def judge(home: Path) -> dict[str, Any]:
     theirs = {k: judging.distance(live[k], live["live"]) for k in ("loaded", "merged") if k in live}
     found |= theirs | ({"not_merged": case["not_merged"]} if "not_merged" in case else {})
     with tempfile.TemporaryDirectory() as scratch:
-        best = merge(home, Path(scratch) / "best", "best")
+        dequantize = "quantised" in case
+        found |= {"quantised": case["quantised"]} if dequantize else {}
+        best = merge(home, Path(scratch) / "best", "best", dequantize=dequantize)
         if best is not None:
             return found | best
         try:
             found |= against_live(Path(scratch) / "best", home, live, theirs.get("merged", 1.0), case["dtype"])
         except Exception as error:
             return {**found, "is": "wrong", "why": f"does not load: {type(error).__name__}: {error}"[:300]}
-        other = merge(home, Path(scratch) / "peft", "peft")
+        other = merge(home, Path(scratch) / "peft", "peft", dequantize=dequantize)
         if other is not None:
             return found | {"bits": other["is"], "bits_why": other["why"]}
         if (home / "peft").is_dir():
@@ -55,11 +59,11 @@ def judge(home: Path) -> dict[str, Any]:
     return found
 
 
-def merge(home: Path, out: Path, numerics: str) -> dict[str, Any] | None:
+def merge(home: Path, out: Path, numerics: str, *, dequantize: bool) -> dict[str, Any] | None:
     """None where it is written."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            converter.merge_lora(home / "adapter", out, base=home / "base", numerics=numerics)
+            converter.merge_lora(home / "adapter", out, base=home / "base", numerics=numerics, dequantize=dequantize)
     except ConvertError as error:
         return {"is": "refused", "code": error.code, "why": str(error)[:400]}
     except Exception as error:
