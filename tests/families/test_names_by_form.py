@@ -1,4 +1,4 @@
-"""Names that differ in their numbers are looked up by their form; a pattern that wants one number is asked each time."""
+"""Names that differ in their numbers alone are looked up by form; a pattern that wants one number is asked again."""
 
 from __future__ import annotations
 
