@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from converter.core.files.names import RECEIPT
@@ -31,9 +31,7 @@ def check_target(out: Path, inputs: Iterable[str], *, overwrite: bool) -> None:
     if out.name in ("", ".."):
         raise _protected_target(out)
     resolved = out.resolve()
-    # Both the folder that was named and, behind symbolic links, the one that the file really is in.
-    folders = {f: p for p in inputs for f in (Path(p).parent.resolve(), Path(p).resolve().parent)}
-    for folder, path in folders.items():
+    for folder, path in _folders(inputs):
         if folder == resolved or resolved in folder.parents or folder in resolved.parents:
             raise Refused(
                 "output-nests",
@@ -60,6 +58,17 @@ def check_target(out: Path, inputs: Iterable[str], *, overwrite: bool) -> None:
             where=show(out),
             next="choose another name, or remove the folder yourself",
         )
+
+
+def _folders(inputs: Iterable[str]) -> Iterator[tuple[Path, str]]:
+    """The folders of the inputs, each with one input: those named, and behind links those that files really lie in."""
+    named: dict[str, Path] = {}
+    for path in inputs:
+        if (folder := os.path.dirname(path)) not in named:
+            named[folder] = Path(folder).resolve()
+            yield named[folder], path
+        if os.path.islink(path):
+            yield Path(path).resolve().parent, path
 
 
 def _is_ours(out: Path) -> bool:
