@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from converter.core.files.names import RECEIPT
-from converter.core.tensors.nodes import is_separable, rows
+from converter.core.tensors.nodes import Apply, Stored, is_separable, rows
 from converter.core.writer.plan import Plan
-from converter.core.writer.shard_plan import chunk_cost
+from converter.core.writer.shard_plan import Entry, chunk_cost
 from converter.diagnostic import Again
 from converter.errors import Refused
 from converter.text import format_size, show
@@ -125,12 +125,28 @@ def _size(path: str | None) -> int:
 def chunk_memory(plan: Plan) -> list[tuple[int, str]]:
     """Bytes that computing one chunk of each computed tensor holds, with its name, largest first."""
     costs = []
+    known: dict[tuple[object, ...], int] = {}  # of matrices that differ in where their bytes lie alone
     for entry in plan.entries:
         if entry.runs is None:
-            start, stop = max(entry.chunks(), key=lambda c: c[1] - c[0], default=(0, 0))
-            piece = rows(entry.matrix, start, stop) if is_separable(entry.matrix) else entry.matrix
-            costs.append((chunk_cost(piece), entry.name))
+            form = _form(entry)
+            cost = None if form is None else known.get(form)
+            if cost is None:
+                start, stop = max(entry.chunks(), key=lambda c: c[1] - c[0], default=(0, 0))
+                piece = rows(entry.matrix, start, stop) if is_separable(entry.matrix) else entry.matrix
+                cost = chunk_cost(piece)
+            if form is not None:
+                known[form] = cost
+            costs.append((cost, entry.name))
     return sorted(costs, reverse=True)
+
+
+def _form(entry: Entry) -> tuple[object, ...] | None:
+    """All that the cost of an entry's chunks depends on, where a kernel computes it of stored tensors alone."""
+    match entry.tensor:
+        case Apply() as made if all(isinstance(i, Stored) for i in made.inputs):
+            return (made.kernel, made.params, entry.chunk_rows, *((i.info.dtype, i.info.shape) for i in made.inputs))
+        case _:
+            return None
 
 
 def needed_memory(plan: Plan, jobs: int) -> int:
