@@ -54,7 +54,7 @@ def pytest_collection_finish() -> None:
     """What was imported and collected lives to the end: the garbage collector need not look at it again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(5_000, 10, 10)  # a model is built of more than the usual 700 objects
+    gc.set_threshold(100_000, 50, 100)  # a model is built of more than the usual 700 objects, and so is a plan
 
 
 @pytest.fixture(scope="session", autouse=True)

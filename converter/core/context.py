@@ -109,7 +109,7 @@ class Context:
             stored = stored.source
         dtype = stored.info.dtype
         width = dtype.bits // 8 if dtype.is_float and dtype.bits % 8 == 0 else 0
-        zero = all(_only_zeros(block, width) for block in _blocks(_runs(stored)))
+        zero = all(_only_zeros(block, width) for block in _blocks(_runs(stored), self._kept))
         self.evidence.append(f"{describe(tensor)} is {'zero' if zero else 'not zero'}")
         return zero
 

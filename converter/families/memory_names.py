@@ -23,9 +23,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from converter.families.transforms import Change, Transform
+
 _DATA = Path(__file__).with_name("memory_names.json")
-_BACK_REFERENCE = re.compile(r"\\(\d+)")
 _NAMED_GROUP = re.compile(r"\(\?P<g\d+>")
+_NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)", re.ASCII)
+_STAND_IN = "90909"
+"""Of a number in a name, with two more digits that tell which."""
+_ASKS_FOR_NUMBER = re.compile(r"(?<![A-Za-z_\\\d])\d|\\\d|\{")
+"""Patterns that want one number, as many digits, or the same number twice."""
 _GENERAL_TASKS = ("CAUSAL_LM", "IMAGE_TEXT", "SEQ_2_SEQ_LM", "base")
 
 
@@ -60,80 +66,6 @@ def sorted_names(names: Iterable[str]) -> list[str]:
 def version() -> str:
     """The transformers release that the data was taken from."""
     return str(table()["transformers"])
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a load does to values beyond laying tensors end to end, or cutting them, along their rows.
-
-    Attributes:
-        dim: along which they are cut or laid end to end.
-        permute: the config's part that counts heads, and the targets that are permuted (no name: all of them).
-        count: the config's field that counts the tensors that are laid end to end.
-    """
-
-    dim: int = 0
-    permute: tuple[str, ...] = ()
-    count: str = ""
-
-
-@dataclass(frozen=True)
-class Transform:
-    """One entry of the conversion mapping.
-
-    Attributes:
-        kind: `rename`, `group` (its first pattern must have been met before the others count), `shift` (adds to a
-            number in the name) or `convert` (the values change too).
-        pattern: one named group for each alternative.
-        targets: what takes the match's place; of a `convert`, all tensors that come of it.
-        scope: path of the sub-model that it belongs to, below the backbone's prefix; None for the model itself.
-        base: the backbone's prefix.
-    """
-
-    kind: str
-    pattern: re.Pattern[str]
-    targets: tuple[str, ...]
-    offset: int = 0
-    operations: str = ""
-    scope: str | None = None
-    base: str = ""
-    change: Change = Change()
-
-    def apply(self, name: str, met: set[int]) -> str | None:
-        """The new name, or None where the pattern does not match; `met` remembers groups that have begun."""
-        found = self.found(name)
-        if found is None:
-            return None
-        head, index, match = found
-        rest, first = name[len(head) :], self.pattern.groupindex[f"g{index}"]
-        if self.kind == "group":
-            if index == 0:
-                met.add(id(self))
-            elif id(self) not in met:
-                return None
-        target = self.targets[index if self.kind == "group" else 0]
-        if self.kind == "shift":
-            target = target.replace(r"\1", str(int(match[first + 1]) + self.offset))
-        else:
-            target = _BACK_REFERENCE.sub(lambda back: match[first + int(back[1])], target)
-        return head + rest.replace(match[0], target, 1)
-
-    def found(self, name: str) -> tuple[str, int, re.Match[str]] | None:
-        """What leads to the sub-model, which alternative of the pattern matches the rest of the name, and the match."""
-        head = self.head(name)
-        match = None if head is None else self.pattern.search(name[len(head) :])
-        if head is None or match is None:
-            return None
-        group = next(g for g, text in match.groupdict().items() if text is not None)
-        return head, int(group[1:]), match
-
-    def head(self, name: str) -> str | None:
-        """The part of the name that leads to the sub-model, with or without the backbone's prefix."""
-        if self.scope is None:
-            return ""
-        scope = f"{self.scope}." if self.scope else ""
-        whole = (f"{self.base}." if self.base else "") + scope
-        return next((head for head in (whole, scope) if name.startswith(head)), None)
 
 
 @functools.cache
@@ -180,9 +112,56 @@ class Architecture:
         """False for a name that no transform finds anything in: most, and many names are asked for."""
         return self._any is None or self._any.search(name) is not None
 
+    @functools.cached_property
+    def _is_plain(self) -> bool:
+        """True where what becomes of a name depends neither on the numbers in it nor on names before it."""
+        return all(
+            t.kind in ("rename", "convert")
+            and not _ASKS_FOR_NUMBER.search(_NAMED_GROUP.sub("(", t.pattern.pattern))
+            and not _NUMBER.search(f".{t.base}.{t.scope}.")
+            for t in self.transforms
+        )
+
+    @functools.cached_property
+    def _by_form(self) -> dict[tuple[str, ...], tuple[str, str, Transform | None]]:
+        """What became of names of one form, numbers aside: after renames, and in memory."""
+        return {}
+
+    def _forms(self, name: str, met: set[int]) -> tuple[str, str, Transform | None]:
+        """The name after every rename, in memory, and what also changes its values: looked up by its form.
+
+        A mixture has a hundred names of one form for each layer. Stand-ins take the place of the numbers.
+        """
+        if not self._is_plain and not self._is_touched(name):
+            return name, name, None
+        *rest, last = _NUMBER.split(name)
+        if not rest or not self._is_plain or _STAND_IN in name or len(rest) > 16:
+            return self._worked_out(name, met)
+        texts, numbers = (*rest[::2], last), rest[1::2]
+        if (found := self._by_form.get(texts)) is None:
+            stand_ins = "".join(f"{text}{_STAND_IN}{at:02}" for at, text in enumerate(texts[:-1])) + texts[-1]
+            found = self._by_form[texts] = self._worked_out(stand_ins, met)
+        before, after = found[:2]
+        for at, number in enumerate(numbers):
+            before = before.replace(f"{_STAND_IN}{at:02}", number)
+            after = after.replace(f"{_STAND_IN}{at:02}", number)
+        return before, after, found[2]
+
     def renamed(self, name: str, met: set[int] | None = None) -> str:
         """The name after every rename, before values are changed."""
-        met = set() if met is None else met
+        return self._forms(name, set() if met is None else met)[0]
+
+    def _worked_out(self, name: str, met: set[int]) -> tuple[str, str, Transform | None]:
+        """What `_forms` looks up, by every pattern in turn."""
+        before = self._renamed(name, met)
+        for transform in self.transforms:
+            if transform.kind == "convert":
+                new = transform.apply(before, met)
+                if new is not None:
+                    return before, new, transform
+        return before, before, None
+
+    def _renamed(self, name: str, met: set[int]) -> str:
         for transform in self.transforms:
             if transform.kind != "convert":
                 name = transform.apply(name, met) or name
@@ -190,16 +169,7 @@ class Architecture:
 
     def in_memory(self, name: str, met: set[int] | None = None) -> tuple[str, Transform | None]:
         """The name in memory, and the entry that also changes the values, if one does."""
-        if not self._is_touched(name):
-            return name, None
-        met = set() if met is None else met
-        name = self.renamed(name, met)
-        for transform in self.transforms:
-            if transform.kind == "convert":
-                new = transform.apply(name, met)
-                if new is not None:
-                    return new, transform
-        return name, None
+        return self._forms(name, set() if met is None else met)[1:]
 
 
 def architecture(name: object, config: Mapping[str, Any]) -> Architecture | None:

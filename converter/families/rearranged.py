@@ -21,7 +21,8 @@ from converter.core.tensors.kernel_specs import PERMUTE
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families import memory_names
-from converter.families.memory_names import Architecture, Transform
+from converter.families.memory_names import Architecture
+from converter.families.transforms import Transform
 from converter.text import fold
 
 _JOINS = frozenset({"Concatenate"})

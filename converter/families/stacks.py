@@ -18,7 +18,8 @@ from typing import Any
 
 from converter.core.tensors.dtypes import TensorInfo
 from converter.families import memory_names
-from converter.families.memory_names import Architecture, Transform
+from converter.families.memory_names import Architecture
+from converter.families.transforms import Transform
 
 Shape = tuple[int, ...]
 

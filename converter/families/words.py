@@ -87,7 +87,10 @@ WRAPPED_CLASS = re.compile(r"^(?:FSDP\d?|DDP|Peft|DistributedDataParallel)+(?=[A
 
 def without_wrappers(name: str) -> str:
     """A name without what compilers and data-parallel wrappers put into it."""
-    return BEFORE.sub("", INSIDE.sub("", name))
+    if any(wrapper in name for wrapper in INNER_WRAPPERS):
+        name = INSIDE.sub("", name)
+    before = BEFORE.match(name)
+    return name if before is None else name[before.end() :]
 
 
 # LoRA

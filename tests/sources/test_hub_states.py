@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from converter.errors import UsageError
 from converter.shipped import shipped
@@ -177,6 +179,19 @@ def test_a_model_on_the_hub_is_verified_as_the_folder_is(hub: FakeHub, converted
     lines, own = ([x for x in ran.stdout.splitlines()[1:-8] if " bytes " not in x] for ran in (there, here))
     assert lines == own  # all but the receipt's checksums, for which every byte would be fetched
     assert "--reward.model_name_or_path org/rm" in there.stdout
+
+
+def test_a_head_on_the_hub_that_is_not_finite_fails_though_other_values_are_not_fetched(
+    hub: FakeHub, converted: str
+) -> None:
+    file = next(Path("rm").glob("*.safetensors"))
+    tensors = load_file(file)
+    save_file(tensors | {"score.weight": tensors["score.weight"] * math.nan}, file, {"format": "pt"})
+    hub.add("org/harmed", on_disk(Path("rm")))
+    ran = run("verify", "org/harmed", "--for", "openrlhf", "--role", "reward", "--json")
+    assert ran.returncode == 4
+    failed = [check for check in json.loads(ran.stdout)["checks"] if check["outcome"] == "fails"]
+    assert [check["code"] for check in failed] == ["nonfinite"]
 
 
 def test_pairs_are_scored_by_a_model_on_the_hub(hub: FakeHub, converted: str) -> None:

@@ -226,9 +226,11 @@ class Folder:
     kind: Kind
 
 
-def make(folder: Path, kind: str, *, modules: str = LINEAR, dtype: str = "bfloat16", sharded: bool = False) -> Folder:
+def make(
+    folder: Path, kind: str, *, modules: str = LINEAR, dtype: str = "bfloat16", sharded: bool = False, **settings: Any
+) -> Folder:
     """A Llama whose matrices that `modules` names are quantised."""
-    plain = oracle.make_base(folder / "plain", dtype=dtype, intermediate=96, hidden=64)
+    plain = oracle.make_base(folder / "plain", dtype=dtype, intermediate=96, hidden=64, **settings)
     own = KINDS[kind]
     tensors, parts = {}, {}
     for name, value in read_tensors(plain.path).items():

@@ -139,10 +139,11 @@ def _shared(bare: str, names: frozenset[str]) -> str:
 
 def _bare(key: str, stripped: dict[str, None]) -> str:
     """The key without wrappers and without PEFT's prefix, however often it stands there."""
-    pieces = [p for p in key.split(".") if p not in INNER_WRAPPERS]
-    if len(pieces) != key.count(".") + 1:
-        stripped.update(dict.fromkeys(f"`{p}.`" for p in key.split(".") if p in INNER_WRAPPERS))
-    bare = ".".join(pieces)
+    bare = key
+    if any(wrapper in key for wrapper in INNER_WRAPPERS):
+        pieces = key.split(".")
+        stripped.update(dict.fromkeys(f"`{p}.`" for p in pieces if p in INNER_WRAPPERS))
+        bare = ".".join(p for p in pieces if p not in INNER_WRAPPERS)
     while True:
         if bare.startswith("module."):
             stripped["`module.`"] = None

@@ -31,8 +31,8 @@ def plain_names(held: Mapping[str, LazyTensor], where: str) -> tuple[dict[str, L
     said: dict[str, None] = {}
     counts = _experts(held, where)
     for key, tensor in held.items():
-        match = _STACKED.fullmatch(key)
-        if match is not None and len(tensor.info.shape) == 3:
+        match = _STACKED.fullmatch(key) if len(tensor.info.shape) == 3 else None
+        if match is not None:
             said["stacked experts taken apart"] = None
             count, rows = counts[match["module"], match["part"]], tensor.info.shape[0]
             for expert in range(count):
@@ -40,7 +40,7 @@ def plain_names(held: Mapping[str, LazyTensor], where: str) -> tuple[dict[str, L
                 name = f"{match['module']}.{expert}.{_PARTS[match['part']]}.{match['factor']}{match['tail'] or ''}"
                 found[name] = tensors.reshape(one, tensor.info.shape[1:])
             continue
-        name = _UNEMBED.sub("lm_head", key) if "lora_" in key else key
+        name = _UNEMBED.sub("lm_head", key) if "unembed_tokens" in key and "lora_" in key else key
         if name != key:
             said["`unembed_tokens` is lm_head"] = None
         found[name] = tensor
@@ -51,8 +51,8 @@ def _experts(held: Mapping[str, LazyTensor], where: str) -> dict[tuple[str, str]
     """The number of experts by module and part: a stack of one is shared by all."""
     sizes: dict[tuple[str, str], set[int]] = {}
     for key, tensor in held.items():
-        match = _STACKED.fullmatch(key)
-        if match is not None and len(tensor.info.shape) == 3:
+        match = _STACKED.fullmatch(key) if len(tensor.info.shape) == 3 else None
+        if match is not None:
             sizes.setdefault((match["module"], match["part"]), set()).add(tensor.info.shape[0])
     for (module, part), found in sizes.items():
         if len(found - {1}) != 1:

@@ -311,11 +311,12 @@ class _Merge:
         begun = {n: [f for f in method.zeros if f in read.modules[n].factors] for n in found}
         names = list(dict.fromkeys(f for factors in begun.values() for f in factors))
         what = " and ".join(names)
-        zero = [
-            name
-            for name, factors in begun.items()
-            if factors and all(self.context.is_zero(read.modules[name].factors[f]) for f in factors)
-        ]
+        with self.context.keeping_open():
+            zero = [
+                name
+                for name, factors in begun.items()
+                if factors and all(self.context.is_zero(read.modules[name].factors[f]) for f in factors)
+            ]
         scales = [update.scale for updates in found.values() for update in updates]
         if scales and not any(scales):
             text = "lora_alpha or the weight is 0: every update is zero, and the result would be the base"

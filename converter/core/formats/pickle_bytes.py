@@ -1,6 +1,6 @@
 """Opcodes of a pickle that is wholly in memory, decoded fast: `.metadata` of a large mixture has five million of them.
 
-The twenty opcodes that make up nearly all of what torch writes are decoded here; each other one by `pickletools`, which
+The opcodes that make up nearly all of what torch writes are decoded here; each other one by `pickletools`, which
 decides alone what it means. What a value becomes is the machine's to say (`pickle_machine`).
 """
 
@@ -41,8 +41,9 @@ def decode(
         ValueError: too many opcodes, an unknown one, or no end; and what the decoding of an argument raises.
     """
     file = io.BytesIO(raw)
+    alone: dict[int, Act] = {}  # opcodes that were met before, without an argument, and with one
     others: dict[int, tuple[Act, Callable[[io.BytesIO], Any] | None]] = {}
-    push = stack.append
+    push, long = stack.append, _UINT4.unpack_from
     at, size = 0, len(raw)
     for _ in range(most + 1):
         if at >= size:
@@ -52,40 +53,53 @@ def decode(
         if code == 0x94:  # MEMOIZE
             memo[len(memo)] = stack[-1]
         elif code == 0x6A:  # LONG_BINGET
-            push(memo[_UINT4.unpack_from(raw, at)[0]])
+            push(memo[long(raw, at)[0]])
             at += 4
         elif code == 0x68:  # BINGET
             push(memo[raw[at]])
             at += 1
+        elif code == 0x4B:  # BININT1
+            push(raw[at])
+            at += 1
+        elif (act := alone.get(code)) is not None:
+            act(None)
+        elif code == 0x4D:  # BININT2
+            push(_UINT2.unpack_from(raw, at)[0])
+            at += 2
+        elif code == 0x28:  # MARK
+            push(mark)
+        elif code == 0x29:  # EMPTY_TUPLE
+            push(())
+        elif code == 0x7D:  # EMPTY_DICT
+            push({})
+        elif code == 0x85:  # TUPLE1
+            if stack[-1] is mark:
+                raise ValueError("a value is missing")
+            stack[-1] = (stack[-1],)
         elif code == 0x71:  # BINPUT
             memo[raw[at]] = stack[-1]
             at += 1
         elif code == 0x72:  # LONG_BINPUT
-            memo[_UINT4.unpack_from(raw, at)[0]] = stack[-1]
+            memo[long(raw, at)[0]] = stack[-1]
             at += 4
-        elif code == 0x4B:  # BININT1
-            push(raw[at])
-            at += 1
-        elif code == 0x4D:  # BININT2
-            push(_UINT2.unpack_from(raw, at)[0])
-            at += 2
         elif code == 0x4A:  # BININT
             push(_INT4.unpack_from(raw, at)[0])
             at += 4
-        elif code == 0x28:  # MARK
-            push(mark)
         elif code == 0x8C:  # SHORT_BINUNICODE
             at = _text(raw, at + 1, raw[at], push)
         elif code == 0x58:  # BINUNICODE
-            at = _text(raw, at + 4, _UINT4.unpack_from(raw, at)[0], push)
+            at = _text(raw, at + 4, long(raw, at)[0], push)
         elif code == 0x2E:  # STOP
             return
         else:
-            if (known := others.get(code)) is None:
-                known = others[code] = _other(code, does)
-            act, reader = known
+            act, reader = others.get(code) or _other(code, does)
+            if reader is None:
+                alone[code] = act
+                act(None)
+                continue
+            others[code] = act, reader
             file.seek(at)
-            act(None if reader is None else reader(file))
+            act(reader(file))
             at = file.tell()
     raise ValueError("too many opcodes")
 

@@ -158,10 +158,11 @@ class _Machine:
         return self.stack[-1]
 
     def to_mark(self) -> list[Any]:
-        for at in range(len(self.stack) - 1, -1, -1):
-            if self.stack[at] is _MARK:
-                items = self.stack[at + 1 :]
-                del self.stack[at:]
+        stack = self.stack
+        for at in range(len(stack) - 1, -1, -1):
+            if stack[at] is _MARK:
+                items = stack[at + 1 :]
+                del stack[at:]
                 return items
         raise _bad(self.where, "a mark is missing")
 
@@ -195,13 +196,9 @@ class _Machine:
     def call(self, function: Any, args: Any, kwargs: Any = None, *, is_new: bool = False) -> None:
         if not isinstance(args, tuple):
             self.fail("a call's arguments are no tuple")
-        path = function.path if isinstance(function, Global) else ""
-        if path == "collections.OrderedDict" and not args and not kwargs:
-            self.stack.append(Ordered())
-        elif path in ("builtins.dict", "__builtin__.dict") and not args and not kwargs:
-            self.stack.append({})
-        else:
-            self.stack.append(Built(function, args, kwargs, is_new=is_new))
+        is_container = isinstance(function, Global) and function.name in _CONTAINERS and not args and not kwargs
+        made = _CONTAINERS[function.name].get(function.module) if is_container else None
+        self.stack.append(Built(function, args, kwargs, is_new=is_new) if made is None else made())
 
     def fill(self, target: Built, how: str, items: list[Any]) -> None:
         if items and target.filled not in ("", how):
@@ -212,12 +209,12 @@ class _Machine:
     def set_items(self, target: Any, items: list[Any]) -> None:
         if len(items) % 2:
             self.fail("a key has no value")
-        pairs = list(zip(items[::2], items[1::2], strict=True))
+        pairs = zip(items[::2], items[1::2], strict=True)
         if isinstance(target, Built):
-            self.fill(target, "set", pairs)
+            self.fill(target, "set", list(pairs))
             return
         for key, value in pairs:
-            if not _is_key(key):
+            if type(key) is not str and not _is_key(key):
                 self.fail("a key is neither a scalar nor a flat tuple")
             target[key] = value
 
@@ -284,8 +281,19 @@ class _Machine:
         add(self.top(kinds), items)
 
     def tuple_of(self, count: int) -> None:
-        items = [self.pop() for _ in range(count)]
-        self.stack.append(tuple(reversed(items)))
+        if len(self.stack) < count:
+            raise IndexError("pop from an empty stack")
+        items = tuple(self.stack[-count:])
+        if _MARK in items:
+            self.fail("a value is missing")
+        self.stack[-count:] = (items,)
+
+
+_CONTAINERS: dict[str, dict[str, Callable[[], Any]]] = {
+    "OrderedDict": {"collections": Ordered},
+    "dict": {"builtins": dict, "__builtin__": dict},
+}
+"""What becomes a container rather than a record of a call: by name, then by module."""
 
 
 def _is_key(key: Any) -> bool:

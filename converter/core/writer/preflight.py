@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from converter.core.files.names import RECEIPT
-from converter.core.tensors.nodes import is_separable, rows
+from converter.core.tensors.nodes import Apply, Stored, is_separable, rows
 from converter.core.writer.plan import Plan
-from converter.core.writer.shard_plan import chunk_cost
+from converter.core.writer.shard_plan import Entry, chunk_cost
 from converter.diagnostic import Again
 from converter.errors import Refused
 from converter.text import format_size, show
@@ -31,9 +31,7 @@ def check_target(out: Path, inputs: Iterable[str], *, overwrite: bool) -> None:
     if out.name in ("", ".."):
         raise _protected_target(out)
     resolved = out.resolve()
-    # Both the folder that was named and, behind symbolic links, the one that the file really is in.
-    folders = {f: p for p in inputs for f in (Path(p).parent.resolve(), Path(p).resolve().parent)}
-    for folder, path in folders.items():
+    for folder, path in _folders(inputs):
         if folder == resolved or resolved in folder.parents or folder in resolved.parents:
             raise Refused(
                 "output-nests",
@@ -60,6 +58,17 @@ def check_target(out: Path, inputs: Iterable[str], *, overwrite: bool) -> None:
             where=show(out),
             next="choose another name, or remove the folder yourself",
         )
+
+
+def _folders(inputs: Iterable[str]) -> Iterator[tuple[Path, str]]:
+    """The folders of the inputs, each with one input: those named, and behind links those that files really lie in."""
+    named: dict[str, Path] = {}
+    for path in inputs:
+        if (folder := os.path.dirname(path)) not in named:
+            named[folder] = Path(folder).resolve()
+            yield named[folder], path
+        if os.path.islink(path):
+            yield Path(path).resolve().parent, path
 
 
 def _is_ours(out: Path) -> bool:
@@ -116,12 +125,28 @@ def _size(path: str | None) -> int:
 def chunk_memory(plan: Plan) -> list[tuple[int, str]]:
     """Bytes that computing one chunk of each computed tensor holds, with its name, largest first."""
     costs = []
+    known: dict[tuple[object, ...], int] = {}  # of matrices that differ in where their bytes lie alone
     for entry in plan.entries:
         if entry.runs is None:
-            start, stop = max(entry.chunks(), key=lambda c: c[1] - c[0], default=(0, 0))
-            piece = rows(entry.matrix, start, stop) if is_separable(entry.matrix) else entry.matrix
-            costs.append((chunk_cost(piece), entry.name))
+            form = _form(entry)
+            cost = None if form is None else known.get(form)
+            if cost is None:
+                start, stop = max(entry.chunks(), key=lambda c: c[1] - c[0], default=(0, 0))
+                piece = rows(entry.matrix, start, stop) if is_separable(entry.matrix) else entry.matrix
+                cost = chunk_cost(piece)
+            if form is not None:
+                known[form] = cost
+            costs.append((cost, entry.name))
     return sorted(costs, reverse=True)
+
+
+def _form(entry: Entry) -> tuple[object, ...] | None:
+    """All that the cost of an entry's chunks depends on, where a kernel computes it of stored tensors alone."""
+    match entry.tensor:
+        case Apply() as made if all(isinstance(i, Stored) for i in made.inputs):
+            return (made.kernel, made.params, entry.chunk_rows, *((i.info.dtype, i.info.shape) for i in made.inputs))
+        case _:
+            return None
 
 
 def needed_memory(plan: Plan, jobs: int) -> int:

@@ -238,7 +238,9 @@ class _Reader:
 
 
 def _kind(item: Any) -> str:
-    return item.path.rpartition(".")[2] if isinstance(item, Built) else ""
+    """The last name of the class that a record is of."""
+    function = item.function if isinstance(item, Built) else None
+    return function.name.rpartition(".")[2] if isinstance(function, Global) else ""
 
 
 def _is_path(path: Any) -> bool:

@@ -81,7 +81,7 @@ def workspace() -> Path:
         if os.path.lexists(folder):  # left by a process that was killed: the lock says that it is gone
             shutil.rmtree(folder)
         folder.mkdir(mode=0o700)
-        atexit.register(_leave)
+        atexit.register(_remove)
         return folder
     raise Refused("hub-mirror", f"{MOST_RUNS} runs read from the Hub already", where=show(base))
 
@@ -96,14 +96,13 @@ def bring_texts(folder: Path) -> None:
 
 def forget() -> None:
     """Remove what this process has read of the Hub; what is asked for next is read anew."""
+    _remove()
     if workspace.cache_info().currsize:
-        folder = workspace()
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
+        workspace().mkdir(mode=0o700)
+
+
+def _remove() -> None:
+    if workspace.cache_info().currsize:
+        shutil.rmtree(workspace(), ignore_errors=True)
     sparse.forget_all()
     mirror.cache_clear()
-
-
-def _leave() -> None:
-    forget()
-    shutil.rmtree(workspace(), ignore_errors=True)
