@@ -73,9 +73,9 @@ def test_a_class_with_more_tensors_than_the_run_has_is_named(tmp_path: Path) -> 
     _refused(folder, "tensors-missing", "6 of 27 tensors that Qwen2ForCausalLM asks for are missing")
 
 
-def test_a_family_without_rows_is_refused_with_the_reason(tmp_path: Path) -> None:
-    folder = _copied(tmp_path, MIXTURE, model_type="qwen3_next", architectures=["Qwen3NextForCausalLM"])
-    _refused(folder, "megatron-family", "linear attention")
+def test_a_family_without_rows_is_refused_by_name(tmp_path: Path) -> None:
+    folder = _copied(tmp_path, MIXTURE, model_type="olmoe", architectures=["OlmoeForCausalLM"])
+    _refused(folder, "megatron-family", "is not known for the model type olmoe")
 
 
 @pytest.mark.parametrize(
