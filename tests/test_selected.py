@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from selected import each_facet, each_value
+from selected import each_facet, each_value, one_in
 
 
 def usual(cases: list[Any]) -> list[Any]:
@@ -37,3 +37,11 @@ def test_a_case_is_usual_that_shows_what_none_before_it_showed() -> None:
     assert usual(cases) == [("a1",), ("a2",), ("b1",)]
     assert [c.id for c in cases] == ["a1", "a2", "b1", "b2"]
     assert cases[-1].marks[0].name == "slow"
+
+
+def test_of_cases_of_one_kind_some_are_usual_and_what_was_slow_is_not_counted() -> None:
+    slow = pytest.param("s", id="s", marks=pytest.mark.slow)
+    cases = one_in(2, ["a", slow, "b", "c", "d"])
+    assert usual(cases) == [("a",), ("c",)]
+    assert [c.id for c in cases] == ["a", "s", "b", "c", "d"]
+    assert [c.marks[0].name for c in cases if c.marks] == ["slow"] * 3

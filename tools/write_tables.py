@@ -136,6 +136,11 @@ def peft_releases() -> str:
     return (REPOSITORY / "tests" / "trainers" / "peft_releases.md").read_text("utf-8").rstrip()
 
 
+def saved_adapters() -> str:
+    """What became of adapters that trainers saved: written by a run of all of them."""
+    return (REPOSITORY / "tests" / "trainers" / "saved_adapters.md").read_text("utf-8").rstrip()
+
+
 def bases() -> str:
     """Kinds of bases, and what a merge does where an adapter touches their weights."""
     from converter.families.quantised.reading import FORMATS
@@ -166,6 +171,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods-refused": methods_refused,
     "peft-releases": peft_releases,
     "recipes": recipes,
+    "saved-adapters": saved_adapters,
     "trainer-matrix": trainer_matrix,
     "trainers": trainers,
     "verbs": verbs,

@@ -9,8 +9,15 @@ _GATHER = (
     "(accelerate: `zero3_save_16bit_model: true`) and save again"
 )
 
+_HEAD = (
+    "save the head's whole weight from this process (LoRA on it: its weight after `merge_and_unload()`); from then on "
+    'give LoRA `modules_to_save=["score"]`, by your head\'s name, and target modules without the head'
+)
+
 SETTINGS: Mapping[str, str] = {
     "adapter-empty": _GATHER,
+    "head-base-lost": _HEAD,
+    "head-missing": _HEAD,
     "no-tensors": _GATHER,
     "weights-missing": _GATHER,
     "zero3-empty-tensors": _GATHER,

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from converter.converters.finding import Converter, find_converter
+from converter.converters.merge.merge_lora import MergeLora
 from converter.core.checkpoint import INPUT, Checkpoint
 from converter.diagnostic import Again
 from converter.errors import ConvertError, UsageError
@@ -33,6 +34,8 @@ def check(recipe: Recipe) -> None:
     used = {SOURCE} | {spec.base_of for spec in recipe.inputs.values() if spec.base_of}
     for index in range(len(recipe.steps)):
         used |= set(_input_names(recipe, index))
+    if recipe.probe is not None:
+        used |= _names_of_probe(recipe)
     for name, spec in recipe.inputs.items():
         keys = ("inputs", name)
         if spec.base_of is not None and (spec.base_of not in recipe.inputs or spec.base_of == name):
@@ -41,6 +44,24 @@ def check(recipe: Recipe) -> None:
             raise wrong(recipe, keys, f"the input `{name}` has no path", next=Again(("--input", f"{name}=PATH")))
         if name not in used:
             raise wrong(recipe, keys, f"no step uses the input `{name}`")
+
+
+def _names_of_probe(recipe: Recipe) -> set[str]:
+    """The input that a probe compares with, where it names one.
+
+    Raises:
+        UsageError: no step merges, or no input has the name (`recipe`).
+    """
+    assert recipe.probe is not None
+    if all(step.name != MergeLora.name for step in recipe.steps):
+        raise wrong(recipe, ("probe",), "a probe measures a merge, and no step is `merge-lora`")
+    name = recipe.probe.against_base
+    if name is None:
+        return set()
+    if name not in recipe.inputs or name == SOURCE:
+        known = ", ".join(n for n in recipe.inputs if n != SOURCE)
+        raise wrong(recipe, ("probe", "against-base"), f"no other input is named `{show(name)}`", expected=known)
+    return {name}
 
 
 def config_will_do(recipe: Recipe) -> frozenset[str]:

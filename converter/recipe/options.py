@@ -201,3 +201,4 @@ class Going:
     reporter: Reporter | None = None
     executor: Executor | None = None
     on_plan: Callable[[Any], None] | None = None
+    told: Callable[[str], None] | None = None

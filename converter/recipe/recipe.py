@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from converter.core.files.strict_yaml import RecipeText
 
 VERSION = 1
+MOST_ENTRIES = 200
+"""Pairs or texts of a probe that are looked at unless more are asked for."""
+
 SOURCE = "source"
 """Name of the input that flows through the steps."""
 
@@ -66,6 +69,21 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Texts on which a merge is compared with what was trained; it changes nothing of what is written.
+
+    Attributes:
+        file: preference pairs or texts.
+        pairs: how many of them, the first ones.
+        against_base: an input: another base that the adapter may have been trained over.
+    """
+
+    file: str
+    pairs: int = MOST_ENTRIES
+    against_base: str | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Inputs, steps and output; `file` is what errors call it, `text` where it was read from a file."""
 
@@ -74,6 +92,7 @@ class Recipe:
     output: Output = Output()
     file: str = "recipe"
     text: RecipeText | None = None
+    probe: Probe | None = None
 
     def with_inputs(self, given: Mapping[str, InputSpec]) -> Recipe:
         """The recipe with the places that the user gave for its inputs.
@@ -99,6 +118,10 @@ class Recipe:
         links = {"link-unchanged": True} if self.output.link_unchanged else {}
         return {"layout": self.output.layout, **size, **links}
 
+    def _probe_to_value(self, probe: Probe) -> dict[str, Any]:
+        more = {} if probe.against_base is None else {"against-base": probe.against_base}
+        return {"file": probe.file, "pairs": probe.pairs, **more}
+
     def to_yaml(self) -> str:
         """The recipe as a file that `rlhf-convert run` takes."""
         import yaml
@@ -108,6 +131,7 @@ class Recipe:
             "inputs": {name: spec.to_value() for name, spec in self.inputs.items()},
             "steps": self.steps_to_value(),
             "output": self.output_to_value(),
+            **({} if self.probe is None else {"probe": self._probe_to_value(self.probe)}),
         }
         return yaml.safe_dump(value, sort_keys=False, default_flow_style=False, allow_unicode=True, width=1000)
 
@@ -169,7 +193,8 @@ def parse_recipe(text: bytes, *, file: str) -> Recipe:
                 recipe, ("inputs", name), f"not a name of an input: {show(name)}", expected="kebab-case, as my-adapter"
             )
     inputs = {name: _input_spec(recipe, name, value) for name, value in values["inputs"].items()}
-    return dataclasses.replace(recipe, inputs=inputs, output=_output(recipe, values["output"]))
+    probe = None if values["probe"] is None else Probe(**values["probe"])
+    return dataclasses.replace(recipe, inputs=inputs, output=_output(recipe, values["output"]), probe=probe)
 
 
 def _spelled_out(value: Any) -> Any:
@@ -200,12 +225,19 @@ def _recipe_model() -> type[BaseModel]:
         max_shard_size: str | int | None = Field(None, alias="max-shard-size")
         link_unchanged: bool = Field(default=False, alias="link-unchanged")
 
+    class ProbeModel(BaseModel):
+        model_config = config
+        file: str
+        pairs: int = Field(MOST_ENTRIES, ge=1)
+        against_base: str | None = Field(None, alias="against-base")
+
     class RecipeModel(BaseModel):
         model_config = config
         version: Literal[1]
         inputs: dict[str, InputModel] = Field(min_length=1)
         steps: list[dict[str, dict[str, Any] | None]] = Field(default_factory=list)
         output: OutputModel = Field(default_factory=lambda: OutputModel.model_validate({}))
+        probe: ProbeModel | None = None
 
     return RecipeModel
 
@@ -262,7 +294,7 @@ def invalid(
     where = file if text is None else f"{file}:{text.line((*keys, *loc))}"
     key = show(loc[-1]) if loc else "the recipe"
     if first["type"] == "extra_forbidden":
-        names = list(known) or ["version", "inputs", "steps", "output"]
+        names = list(known) or ["version", "inputs", "steps", "output", "probe"]
         return UsageError("recipe", f"unknown key `{key}`", where=where, expected=", ".join(names) if known else None)
     if first["type"] == "missing":
         return UsageError("recipe", f"the key `{key}` is missing", where=where)

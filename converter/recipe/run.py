@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.converters.finding import Converter
+from converter.converters.merge.merge_lora import MergeLora
 from converter.core.checkpoint import ADAPTER, TRAINING, Checkpoint
 from converter.core.context import Context
 from converter.core.files import sparse
@@ -20,7 +22,7 @@ from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.examine.gate import expect_adapter_fits, expect_consistent, expect_whole, expect_whole_adapter
 from converter.recipe.fields import check, config_will_do, instantiate
-from converter.recipe.recipe import SOURCE, Recipe
+from converter.recipe.recipe import SOURCE, Probe, Recipe
 from converter.sources.opening import compare_base, open_checkpoint, open_recorded_base
 from converter.text import fold, show
 from converter.version import __version__
@@ -44,8 +46,18 @@ class Prepared:
     context: Context
 
 
-def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, keep_code: bool = False) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    *,
+    allow: frozenset[str],
+    token: str | None = None,
+    keep_code: bool = False,
+    told: Callable[[str], None] | None = None,
+) -> Prepared:
     """Everything up to the plan: check the recipe, open its inputs, apply its steps, lay the output out.
+
+    Args:
+        told: hears, a line at a time, how far a probe is.
 
     Raises:
         UsageError: the recipe or an input's path is wrong.
@@ -54,7 +66,9 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
     """
     check(recipe)
     context = Context(allow, evaluate=_evaluated)
-    opened = open_inputs(recipe, token=token, keep_code=keep_code)
+    everything = open_inputs(recipe, token=token, keep_code=keep_code)
+    against = None if recipe.probe is None else recipe.probe.against_base
+    opened = {name: each for name, each in everything.items() if name != against}
     if (allowed := allowed_names()) is not None and allowed.used:
         context.consents[NAMES] = f"names that pickled files mention, read as data: {fold(sorted(allowed.used))}"
     recorded = frozenset(n for n, s in recipe.inputs.items() if s.base_of is not None)
@@ -62,18 +76,9 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
         is_over_base = other.origin.kind == ADAPTER and opened[SOURCE].origin.kind != ADAPTER
         if name != SOURCE and is_over_base and SOURCE not in recorded:
             compare_base(opened[SOURCE], other, context)
-    checkpoint = opened[SOURCE]
-    is_laid_out = False
-    for converter in instantiate(recipe, opened):
-        if getattr(converter, "lays_out", False):
-            # What it makes has names that no class of transformers asks for.
-            expect_whole(checkpoint, context)
-            is_laid_out = True
-        if getattr(converter, "compares_models", False):
-            # What one of the two lacks would be no difference, and no difference is written.
-            for each in opened.values():
-                expect_whole(each, context)
-        checkpoint = converter(checkpoint, context)
+    converters = instantiate(recipe, everything)
+    befores = list(_applied(converters, opened, context))
+    checkpoint, is_laid_out = befores.pop(), any(getattr(c, "lays_out", False) for c in converters)
     for name, other in opened.items():
         if not recipe.inputs[name].broken:
             expect_consistent(other, list(opened.values()), context)
@@ -93,6 +98,10 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
     if not is_laid_out:
         expect_whole(checkpoint, context)
     expect_adapter_fits(checkpoint, list(opened.values()), context)
+    measured = {}
+    if recipe.probe is not None:
+        merge = next((c, b) for c, b in zip(converters, befores, strict=True) if isinstance(c, MergeLora))
+        measured = _probed(recipe.probe, merge, checkpoint, everything, context, told)
     output = recipe.output
     if output.link_unchanged and (output.layout == "pack" or output.max_shard_size is not None):
         what = "files that are linked stay as they are, and a size or the layout `pack` lays them out anew"
@@ -102,10 +111,48 @@ def prepare(recipe: Recipe, *, allow: frozenset[str], token: str | None = None, 
         context=context,
         max_shard_size=recipe.output.max_shard_size,
         layout=recipe.output.layout,
-        provenance=_provenance(recipe, opened, checkpoint.repaired),
+        provenance=_provenance(recipe, everything, checkpoint.repaired) | measured,
         linkable=_linkable(checkpoint) if output.link_unchanged else None,
     )
     return Prepared(recipe, opened, recorded, checkpoint, plan, context)
+
+
+def _applied(
+    converters: Sequence[Converter], opened: Mapping[str, Checkpoint], context: Context
+) -> Iterator[Checkpoint]:
+    """The checkpoint before each step, and at the end."""
+    checkpoint = opened[SOURCE]
+    for converter in converters:
+        yield checkpoint
+        if getattr(converter, "lays_out", False):
+            # What it makes has names that no class of transformers asks for.
+            expect_whole(checkpoint, context)
+        if getattr(converter, "compares_models", False):
+            # What one of the two lacks would be no difference, and no difference is written.
+            for each in opened.values():
+                expect_whole(each, context)
+        checkpoint = converter(checkpoint, context)
+    yield checkpoint
+
+
+def _probed(
+    probe: Probe,
+    merge: tuple[MergeLora, Checkpoint],
+    result: Checkpoint,
+    opened: Mapping[str, Checkpoint],
+    context: Context,
+    told: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    """What the receipt has of a probe; what the screen has are notes."""
+    from converter.examine.verify.merge_probe import MergeProbe, measure
+
+    converter, base = merge
+    other = None if probe.against_base is None else opened[probe.against_base]
+    asked = MergeProbe(probe.file, probe.pairs, converter, opened[SOURCE], base, result, other, context.allow)
+    found = measure(asked, told or (lambda text: None))
+    for text in found.texts:
+        context.note("info", "probe", text)
+    return {"probe": dict(found.figures)}
 
 
 def _evaluated(tensor: LazyTensor) -> bytes:

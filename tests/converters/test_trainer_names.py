@@ -75,17 +75,12 @@ def old_titan(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def stored_state(name: str) -> dict[str, torch.Tensor]:
-    wanted = load_file(STORED / name / "oracle.safetensors")
-    state = {n: torch.zeros_like(t) for n, t in _titan_shapes(wanted).items()}
-    dcp.load(state, checkpoint_id=str(STORED / name / "step-2"), no_dist=True)
+    """What torch loads of a stored run."""
+    folder = str(STORED / name / "step-2")
+    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {n: torch.zeros(e.size, dtype=e.properties.dtype) for n, e in entries.items()}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
     return state
-
-
-def _titan_shapes(oracle: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    metadata = dcp.FileSystemReader(str(STORED / "titan-llama" / "step-2")).read_metadata()
-    kinds = {n: m for n, m in metadata.state_dict_metadata.items() if hasattr(m, "size")}
-    dtype = next(iter(oracle.values())).dtype
-    return {n: torch.empty(m.size, dtype=dtype) for n, m in kinds.items()}
 
 
 def test_names_of_older_versions_of_torchtitan_are_known_and_tables_of_positions_left_out(tmp_path: Path) -> None:
@@ -98,3 +93,24 @@ def test_names_of_older_versions_of_torchtitan_are_known_and_tables_of_positions
 def test_a_tensor_that_the_trainer_does_not_have_is_refused(tmp_path: Path) -> None:
     state = stored_state("titan-llama") | {"layers.0.attention.sinks": torch.ones(4)}
     assert "sinks" in refused(written(state, "titan-llama", tmp_path / "run"), tmp_path / "out")
+
+
+def test_a_bias_of_the_routers_that_transformers_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    bias = {"layers.1.moe.expert_bias_E": torch.tensor([0.0, 1.0, -1.0, 0.0])}
+    run = written(stored_state("titan-qwen3-moe") | bias, "titan-qwen3-moe", tmp_path / "run")
+    assert "chooses experts" in refused(run, tmp_path / "out")
+
+
+def test_further_layers_that_predict_tokens_are_refused(tmp_path: Path) -> None:
+    more = {"mtp_layers.0.enorm.weight": torch.ones(16)}
+    run = written(stored_state("titan-deepseek") | more, "titan-deepseek", tmp_path / "run")
+    assert "mtp_layers.0.enorm.weight" in refused(run, tmp_path / "out")
+
+
+def test_a_layer_without_its_experts_is_not_called_a_model(tmp_path: Path) -> None:
+    state = stored_state("titan-qwen3-moe")
+    del state["layers.1.moe.routed_experts.inner_experts.w3_EFD"]
+    run = written(state, "titan-qwen3-moe", tmp_path / "run")
+    with pytest.raises(Refused) as caught:
+        gather(run, tmp_path / "out")
+    assert "up_proj" in str(caught.value) or "gate_up" in str(caught.value)

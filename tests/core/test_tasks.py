@@ -92,7 +92,7 @@ def test_tasks_that_all_run_at_once_and_each_twice_publish_one_output(folder: Pa
     expect_one_run(plan, folder / "out")
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_task_that_is_killed_anywhere_and_started_again_makes_what_one_process_makes(number: int) -> None:
     """The second of two ends the run: it is killed while it writes, while it moves files, checks and publishes."""
     deaths = 0

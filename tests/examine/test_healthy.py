@@ -18,14 +18,14 @@ from healthy.findings import codes, serious
 from healthy.models import USUAL, Saved
 from healthy.shrink import TASKS, NotTinyError, everything
 from healthy.states import EXPECTED, FORMS, PLACE, RUNS, save
-from selected import each_facet
+from selected import each_facet, one_in
 
 NOTES = {"training-state", "run-folder", "zero-note", "verl-note", "moments-zero"}
 CHECKPOINT = re.compile(r"checkpoint|step|global_step")
 """Folders in a run that are checkpoints; `optimizer_0` and `huggingface` are parts of one, and load nowhere."""
 
 
-@pytest.mark.parametrize("saved", USUAL)
+@pytest.mark.parametrize("saved", one_in(2, USUAL))
 def test_a_model_that_transformers_saved_is_healthy(saved: Saved, tmp_path: Path) -> None:
     folder = saved.write(tmp_path / "model")
     assert serious(folder, deep=True) == []
@@ -41,6 +41,10 @@ _WHY = "names-in-memory: a load takes two names on disk to one"
 TWO_NAMES = {("causal", "hy_v4"): _WHY, ("bare", "hy_v4"): _WHY, ("bare", "aria"): _WHY}
 
 
+IN_TEXT_ALONE = {("multimodal", "qwen2_5_omni_thinker"), ("multimodal", "qwen3_vl_moe")}
+"""Their text_config ties, their config does not: transformers 4.57.6 drops the head that 5.23 saves and keeps."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "kind"), marked(TWO_NAMES, TASKS))
 def test_every_architecture_of_transformers_is_healthy(task: str, kind: str, tmp_path: Path) -> None:
@@ -48,8 +52,9 @@ def test_every_architecture_of_transformers_is_healthy(task: str, kind: str, tmp
         folder = Saved(task, kind).write(tmp_path / "model")
     except NotTinyError as error:
         pytest.skip(str(error))
-    assert serious(folder) == []
-    assert serious(folder, deep=True) == []
+    expected = ["tied-copies"] if (task, kind) in IN_TEXT_ALONE else []
+    assert codes(folder, deep=True) == expected
+    assert serious(folder) == [] or expected
 
 
 LORA_TASKS = {"causal": "CAUSAL_LM", "seqcls": "SEQ_CLS", "tokcls": "TOKEN_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
@@ -87,7 +92,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
 
 
 @pytest.mark.parametrize(
-    "adapter", [pytest.param(a, marks=pytest.mark.slow if a.name in RARE else ()) for a in ADAPTERS], ids=str
+    "adapter",
+    one_in(2, [pytest.param(a, id=str(a), marks=pytest.mark.slow if a.name in RARE else ()) for a in ADAPTERS]),
 )
 def test_an_adapter_that_peft_saved_is_healthy_with_its_base_at_hand_and_without(
     adapter: Adapter, bases: Callable[[str, str], Path], tmp_path: Path
@@ -106,7 +112,7 @@ def test_an_adapter_over_a_quantised_base_is_healthy(tmp_path: Path) -> None:
     assert serious(folder, deep=True) == []
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", one_in(2, RUNS))
 def test_a_state_that_a_trainer_left_is_healthy(run: str) -> None:
     folder = PLACE / run
     for place in (folder, *(p for p in folder.iterdir() if p.is_dir() and CHECKPOINT.match(p.name))):

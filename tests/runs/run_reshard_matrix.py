@@ -136,24 +136,31 @@ def resume(python: str, out: Path, asked: Iterable[Try]) -> None:
 
 def faults(out: Path, each: Try) -> list[str]:
     """Everything in which what lives after loading differs from what lived when the run was saved."""
+    from zero.resume import cases
+
+    case = cases()[each.case]
+    return faults_of(Path(f"{out / each.name}-live"), out / each.saved, case.dtype, case.groups)
+
+
+def faults_of(live: Path, run: Path, dtype: str, groups: int) -> list[str]:
+    """The same of any run that `resume.py` saved, and of what it left when it had loaded it."""
     from safetensors.torch import load_file
 
     from zero.compare import differences
-    from zero.resume import CLIENT, STEPS, cases
+    from zero.resume import CLIENT, STEPS
 
-    live, run = Path(f"{out / each.name}-live"), out / each.saved
     if not (live / "resumed.json").is_file():
         error = live / "error.txt"
         return [error.read_text().strip().splitlines()[-1] if error.is_file() else "it was not loaded"]
     found = differences(load_file(live / "oracle.safetensors"), load_file(run / "oracle.safetensors"))
     told = json.loads((live / "resumed.json").read_text())
     lived = json.loads((run / "losses.json").read_text())
-    decays = [0.1 * i for i in range(cases()[each.case].groups)]
+    decays = [0.1 * i for i in range(groups)]
     client = {k: repr(sorted(v) if k == "words" else v) for k, v in CLIENT.items()}
     wanted = {"rates": lived["rates"], "decays": decays, "steps": STEPS, "scheduler": STEPS, "client": client}
     found += [f"{k}: {told[k]}, and was {v}" for k, v in wanted.items() if told[k] != v]
     drift = max(abs(a - b) / abs(b) for a, b in zip(told["losses"], lived["losses"], strict=True))
-    most = TOLERANCE[cases()[each.case].dtype]
+    most = TOLERANCE[dtype]
     return found + ([f"losses drift by {drift:.1e}, more than {most:.0e}"] if not drift <= most else [])
 
 

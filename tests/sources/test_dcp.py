@@ -24,7 +24,7 @@ GATHERED = [n for n in run_names() if facts(RUNS / n)["layout"] != "hf-consolida
 def test_the_fixtures_cover_layouts_meshes_and_ranks() -> None:
     known = [facts(RUNS / n) for n in run_names()]
     assert {f["ranks"] for f in known} == {1, 2, 3, 4}
-    assert {f["mesh"] for f in known} == {"fsdp", "tp", "none"}
+    assert {f["mesh"] for f in known} == {"fsdp", "hsdp", "tp", "none"}
     assert {f["fsdp"] for f in known} == {1, 2}
     assert {f["layout"] for f in known} == {
         "plain", "nested", "app", "flat-optim", "accelerate-sharded", "accelerate-adapter", "accelerate-full",

@@ -12,6 +12,7 @@ import pytest
 from durability import fast_folder, tree
 from forked import Server
 from places import REPOSITORY, TESTS
+from selected import one_in
 
 RUNS = TESTS / "runs"
 COMMANDS = {
@@ -38,7 +39,7 @@ def server() -> Iterator[Server]:
         yield running
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", one_in(2, COMMANDS))
 def test_killed_at_a_few_random_calls_the_same_command_finishes(name: str, server: Server) -> None:
     killed(name, server, kills=2)
 

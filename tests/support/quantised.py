@@ -126,7 +126,8 @@ def awq(name: str, weight: torch.Tensor, size: int = 16) -> tuple[Parts, torch.T
         f"{module}.qweight": words(codes, 4, order), f"{module}.qzeros": words(zeros, 4, order),
         f"{module}.scales": scales,
     }  # fmt: skip
-    return parts, _columns(codes, zeros, scales, size, weight.dtype)
+    # AutoAWQ multiplies in fp16.
+    return parts, _columns(codes, zeros, scales, size, torch.float16).to(weight.dtype)
 
 
 def packed(name: str, weight: torch.Tensor, size: int = 16) -> tuple[Parts, torch.Tensor]:
@@ -226,9 +227,11 @@ class Folder:
     kind: Kind
 
 
-def make(folder: Path, kind: str, *, modules: str = LINEAR, dtype: str = "bfloat16", sharded: bool = False) -> Folder:
+def make(
+    folder: Path, kind: str, *, modules: str = LINEAR, dtype: str = "bfloat16", sharded: bool = False, **settings: Any
+) -> Folder:
     """A Llama whose matrices that `modules` names are quantised."""
-    plain = oracle.make_base(folder / "plain", dtype=dtype, intermediate=96, hidden=64)
+    plain = oracle.make_base(folder / "plain", dtype=dtype, intermediate=96, hidden=64, **settings)
     own = KINDS[kind]
     tensors, parts = {}, {}
     for name, value in read_tensors(plain.path).items():

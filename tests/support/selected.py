@@ -37,5 +37,23 @@ def each_facet(cases: Iterable[Any], *facets: Callable[[Any], Hashable], name: C
     return found
 
 
+def one_in(count: int, cases: Iterable[Any], *, name: Callable[[Any], str] = str) -> list[Any]:
+    """Cases of one kind for `parametrize`: by default the first of each `count`, and the rest is slow.
+
+    Cases may be `pytest.param` already: what is slow stays slow and is not counted.
+    """
+    found: list[Any] = []
+    usual = 0
+    for case in cases:
+        if not hasattr(case, "marks"):
+            case = pytest.param(case, id=name(case))
+        if case.marks:
+            found.append(case)
+            continue
+        found.append(case if usual % count == 0 else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow))
+        usual += 1
+    return found
+
+
 def _case(values: tuple[Any, ...], name: str, *, is_usual: bool) -> Any:
     return pytest.param(*values, id=name, marks=() if is_usual else pytest.mark.slow)

@@ -57,7 +57,7 @@ def make(folder: Path, seed: int, number: int, families: list[str]) -> dict[str,
                             "transformers": transformers.__version__}  # fmt: skip
     is_reward = family.reward and draw.random() < 0.2
     case["task"] = "SEQ_CLS" if is_reward else family.task
-    base = _save_base(folder / "base", family, draw, generator, case)
+    base = save_base(folder / "base", family, draw, generator, case)
     auto = "AutoModelForSequenceClassification" if is_reward else family.auto
     labels = {"num_labels": 1, "pad_token_id": 0} if is_reward else {}
 
@@ -66,18 +66,18 @@ def make(folder: Path, seed: int, number: int, families: list[str]) -> dict[str,
         return getattr(transformers, auto).from_pretrained(base, **labels).float().eval()
 
     model = load()
-    inputs = _inputs(name)
+    inputs = inputs_of(name)
     kept = {f"input.{k}": v for k, v in inputs.items()}
     if not is_reward:
-        kept["base"] = _say(model, inputs)
-    config = _config(kind, family, case["task"], draw, model)
+        kept["base"] = say(model, inputs)
+    config = config_of(kind, family, case["task"], draw, model)
     case["settings"] = {k: v for k, v in config.to_dict().items() if v and k not in ("peft_type", "peft_version")}
     adapter = draw.choice(["default", "default", "default", "reward"])
     case["adapter_name"] = adapter
     wrapped = _wrap(model, config, adapter, inputs, draw)
-    _fill(wrapped, kind, generator)
+    fill(wrapped, kind, generator)
     wrapped.eval()
-    kept["live"] = _say(wrapped, inputs)
+    kept["live"] = say(wrapped, inputs)
     is_safe = draw.random() < 0.8
     out = folder / "adapter"
     out.mkdir()
@@ -89,16 +89,19 @@ def make(folder: Path, seed: int, number: int, families: list[str]) -> dict[str,
     case["file"] = next(p.name for p in out.iterdir() if p.name.startswith("adapter_model"))
     try:
         loaded = peft.PeftModel.from_pretrained(load(), out).eval()
-        kept["loaded"] = _say(loaded, inputs)
+        kept["loaded"] = say(loaded, inputs)
         merged = loaded.merge_and_unload()
-        kept["merged"] = _say(merged, inputs)
+        kept["merged"] = say(merged, inputs)
     except Exception as error:
         case["not_merged"] = f"{type(error).__name__}: {error}"[:300]
     save_file({k: v.contiguous().clone() for k, v in kept.items()}, folder / "live.safetensors")
     return case
 
 
-def _save_base(folder: Path, family: Family, draw: random.Random, generator: Any, case: dict[str, Any]) -> Path:
+def save_base(
+    folder: Path, family: Family, draw: random.Random, generator: Any, case: dict[str, Any], dtype: Any = torch.float32
+) -> Path:
+    """A base model of random numbers, in one of the ways that they are saved."""
     name, settings = family.config
     config = getattr(transformers, name)(**settings)
     auto = getattr(transformers, family.auto)
@@ -116,11 +119,12 @@ def _save_base(folder: Path, family: Family, draw: random.Random, generator: Any
         options["max_shard_size"] = "40KB"
     if case["base"] == ".bin" and transformers.__version__.startswith("4"):
         options["safe_serialization"] = False
-    model.save_pretrained(folder, **options)
+    model.to(dtype).save_pretrained(folder, **options)
     return folder
 
 
-def _inputs(name: str) -> dict[str, Any]:
+def inputs_of(name: str) -> dict[str, Any]:
+    """What a family's model is asked."""
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=generator)
     if name == "vit":
@@ -136,12 +140,14 @@ def _inputs(name: str) -> dict[str, Any]:
     return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if name.startswith("t5") else {"input_ids": ids}
 
 
-def _say(model: Any, inputs: dict[str, Any]) -> Any:
+def say(model: Any, inputs: dict[str, Any]) -> Any:
+    """Its logits."""
     with torch.no_grad():
         return model(**inputs).logits.float()
 
 
-def _config(kind: str, family: Family, task: str, draw: random.Random, model: Any) -> Any:
+def config_of(kind: str, family: Family, task: str, draw: random.Random, model: Any) -> Any:
+    """An adapter's configuration."""
     made = getattr(peft, kind)
     settings = SETTINGS[kind](family, draw, model) if kind in SETTINGS else {}
     if kind not in ("LNTuningConfig", "TrainableTokensConfig", *PROMPTS):
@@ -327,7 +333,7 @@ def _cut(wrapped: Any, config: Any, name: str) -> None:
     config.rank_pattern = pattern
 
 
-def _fill(wrapped: Any, kind: str, generator: Any) -> None:
+def fill(wrapped: Any, kind: str, generator: Any) -> None:
     """Every trained tensor is drawn, of a size that moves the model and leaves it whole."""
     cut = getattr(next(iter(wrapped.peft_config.values())), "rank_pattern", None) if kind == "AdaLoraConfig" else None
     with torch.no_grad():
@@ -352,13 +358,18 @@ def _fill(wrapped: Any, kind: str, generator: Any) -> None:
                     value[[not m for m in mask]] = 0
 
 
-def main() -> int:
-    """Make the cases that were asked for; one line of JSON for each."""
-    folder, seed, first, count = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+def quiet() -> None:
+    """Nothing but results is printed, and one thread computes."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
+
+
+def main(make: Callable[[Path, int, int, list[str]], dict[str, Any]] = make) -> int:
+    """Make the cases that were asked for; one line of JSON for each."""
+    folder, seed, first, count = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+    quiet()
     for number in range(first, first + count):
         home = folder / f"{number:05d}"
         home.mkdir(parents=True)

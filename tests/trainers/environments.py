@@ -42,6 +42,13 @@ ENVIRONMENTS = {
             ("openrlhf==0.11.2",),
             ("transformers==5.15.0", "peft==0.21.2", "accelerate==1.15.0", "pylatexenc", "sympy"),
         ),
+        Environment(  # its saver, under a DeepSpeed that trains on a CPU
+            "openrlhf-zero",
+            "openrlhf",
+            ("openrlhf==0.11.2", "deepspeed==0.19.8", "torchdata==0.11.0"),
+            ("transformers==5.15.0", "peft==0.21.2", "accelerate==1.15.0", "pylatexenc", "sympy", "hjson",
+             "py-cpuinfo", "msgpack", "ninja"),
+        ),
         Environment(
             "openrlhf-0.5.5",
             "openrlhf@0.5.5",

@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,11 @@ def _judged(home: Path, out: Path) -> dict[str, Any]:
         said = _say(out, live)
     except Exception as error:
         return {**found, "is": "wrong", "why": f"does not load: {type(error).__name__}: {error}"[:300]}
-    distance = _distance(said, live["live"])
-    noise = _distance(live["merged"], live["live"]) if "merged" in live else 0.0
-    verdict = "right" if distance < (NEAR if noise > NOISE else max(NEAR, noise)) else "wrong"
-    moved = {"moved": _distance(live["base"], live["live"])} if "base" in live else {}
-    return {**found, "is": verdict, "distance": distance, **moved, **_theirs(live, case), **_against(said, live)}
+    off = distance(said, live["live"])
+    noise = distance(live["merged"], live["live"]) if "merged" in live else 0.0
+    verdict = "right" if off < (NEAR if noise > NOISE else max(NEAR, noise)) else "wrong"
+    moved = {"moved": distance(live["base"], live["live"])} if "base" in live else {}
+    return {**found, "is": verdict, "distance": off, **moved, **_theirs(live, case), **_against(said, live)}
 
 
 def _say(folder: Path, live: dict[str, Any]) -> Any:
@@ -61,29 +62,34 @@ def _say(folder: Path, live: dict[str, Any]) -> Any:
     model, info = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if any(info.values()):
         raise ValueError(str({k: v for k, v in info.items() if v}))
+    return say(model.eval(), live)
+
+
+def say(model: Any, live: dict[str, Any]) -> Any:
+    """A model's logits for a case's inputs."""
     inputs = {k.removeprefix("input."): v for k, v in live.items() if k.startswith("input.")}
     with torch.no_grad():
-        return model.eval()(**inputs).logits
+        return model(**inputs).logits
 
 
 def _theirs(live: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     """How far that PEFT's own reload, and its merge, are from its live model."""
-    made = {k: _distance(live[k], live["live"]) for k in ("loaded", "merged") if k in live}
+    made = {k: distance(live[k], live["live"]) for k in ("loaded", "merged") if k in live}
     return made | ({"not_merged": case["not_merged"]} if "not_merged" in case else {})
 
 
 def _against(said: Any, live: dict[str, Any]) -> dict[str, Any]:
-    return {f"to_{k}": _distance(said, live[k]) for k in ("loaded", "merged") if k in live}
+    return {f"to_{k}": distance(said, live[k]) for k in ("loaded", "merged") if k in live}
 
 
-def _distance(a: Any, b: Any) -> float:
+def distance(a: Any, b: Any) -> float:
     """Norm of the difference over the norm of `b`; of other shapes, infinite."""
     if a.shape != b.shape:
         return float("inf")
     return round(float((a.double() - b.double()).norm() / b.double().norm()), 7)
 
 
-def main() -> int:
+def main(judge: Callable[[Path], dict[str, Any]] = judge) -> int:
     """Judge every case of a folder; 1 where one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)

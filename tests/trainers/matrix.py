@@ -7,6 +7,7 @@ command line and loaded by the target's loader. What the two loaders hold and co
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from judging import judge
 
 from converter.cli import main as command_line
 from converter.shipped import shipped
+from places import REPOSITORY
 
 HERE = Path(__file__).resolve().parent
 PROBES = HERE.parents[1] / "converter" / "examine" / "verify" / "probes"
@@ -35,6 +37,19 @@ def environment(home: Path) -> dict[str, str]:
 def python_of(envs: Path, name: str) -> Path:
     """An environment's interpreter."""
     return envs / name / "bin" / "python"
+
+
+def installed_here(folder: Path) -> str:
+    """A PYTHONPATH under which another Python has this package, and knows its plug-ins by the metadata of this install.
+
+    Args:
+        folder: is made; it holds a link to the metadata.
+    """
+    place = Path(str(importlib.metadata.distribution("rlhf-convert").locate_file("")))
+    (metadata,) = place.glob("rlhf_convert*.dist-info")
+    folder.mkdir(parents=True)
+    (folder / metadata.name).symlink_to(metadata)
+    return os.pathsep.join([str(REPOSITORY), str(folder)])
 
 
 def make_base(folder: Path) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from matrix import environment, python_of
+from matrix import environment, installed_here, python_of
 
 from converter.cli import main
 from converter.shipped import shipped
-from places import REPOSITORY
 
 pytestmark = pytest.mark.trainer
 
@@ -29,16 +26,9 @@ def loaded(envs: Path, home: Path, critic: Path, base: Path | str, *sources: Pat
     python = python_of(envs, "openrlhf")
     if not python.exists():
         pytest.skip("openrlhf is not built")
-    (metadata,) = Path(str(importlib.metadata.distribution("rlhf-convert").locate_file(""))).glob(
-        "rlhf_convert*.dist-info"
-    )
-    (home / "installed").mkdir(parents=True)
-    (home / "installed" / metadata.name).symlink_to(metadata)
-    path = os.pathsep.join([str(REPOSITORY), str(home / "installed")])
     command = [str(python), str(Path(__file__).with_name("load_critic.py")), *map(str, (critic, base, *sources))]
-    done = subprocess.run(
-        command, env=environment(home) | {"PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=600
-    )
+    known = environment(home) | {"PYTHONPATH": installed_here(home / "installed")}
+    done = subprocess.run(command, env=known, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 

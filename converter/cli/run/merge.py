@@ -26,7 +26,8 @@ def merge(asked: MergeRequest, out: str | None, options: Flags) -> int:
     def lines(planned: Conversion) -> list[str]:
         return input_lines(planned, asked.lora_alpha)
 
-    convert(of_request(asked, out), out, options, recipe=recipe, input_lines=lines)
+    verb = functools.partial(of_request(asked, out), told=options.sink.tell)
+    convert(verb, out, options, recipe=recipe, input_lines=lines)
     return 0
 
 
@@ -36,7 +37,8 @@ def of_request(asked: MergeRequest, out: str | None) -> functools.partial[Conver
         merge_lora, asked.adapter, out, base=asked.base, adapters=asked.more, weights=asked.weights,
         numerics=asked.numerics, base_is_residual=asked.base_is_residual, lora_alpha=asked.lora_alpha,
         combine=asked.combine, density=asked.density, svd_rank=asked.svd_rank, seed=asked.seed,
-        dequantize=asked.dequantize, requantize=asked.requantize,
+        dequantize=asked.dequantize, requantize=asked.requantize, probe=asked.probe, pairs=asked.pairs,
+        against_base=asked.against_base,
     )  # fmt: skip
 
 

@@ -19,6 +19,34 @@ Requantize = Annotated[
     ),
 ]
 
+Residual = Annotated[
+    bool,
+    typer.Option(
+        "--base-is-residual",
+        help="BASE is the residual model that a PiSSA or OLoRA start saved.",
+        rich_help_panel=INPUT,
+    ),
+]
+Probe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Preference pairs or texts (JSON lines, Parquet, .txt, hf://datasets/...): measure on them how far "
+        "the merge is from what was trained, the adapter over the base's dequantised weights, unrounded.",
+        show_default=False,
+    ),
+]
+Entries = Annotated[int, typer.Option(metavar="N", min=1, help="How many entries of --probe, the first ones.")]
+AgainstBase = Annotated[
+    str | None,
+    typer.Option(
+        "--against-base",
+        metavar="BASE",
+        help="Another base, quantised or whole: --probe measures a merge into it too, and says which is nearer.",
+        show_default=False,
+    ),
+]
+
 
 @verb(
     "merge-lora",
@@ -27,9 +55,9 @@ Requantize = Annotated[
     help="Merge one or more LoRA adapters into their base model. A reward-model adapter over a causal base becomes a "
     "reward model.",
     examples=(
-        "rlhf-convert merge-lora ./my-adapter ./merged",
-        "rlhf-convert merge-lora ./my-adapter ./merged --base Qwen/Qwen2.5-7B --dtype bf16",
+        "rlhf-convert merge-lora ./my-adapter ./merged --dtype bf16",
         "rlhf-convert merge-lora ./style ./merged --adapter ./facts --weight 0.5 --weight 1",
+        "rlhf-convert merge-lora ./qlora ./merged --base ./base-4bit --dequantize --probe pairs.jsonl",
     ),
 )
 def merge_lora(
@@ -58,14 +86,7 @@ def merge_lora(
     numerics: Annotated[
         NumericsChoice, typer.Option(help="best: one rounding; peft: bit-identical to PEFT's merge.")
     ] = NumericsChoice.best,
-    base_is_residual: Annotated[
-        bool,
-        typer.Option(
-            "--base-is-residual",
-            help="BASE is the residual model that a PiSSA or OLoRA start saved.",
-            rich_help_panel=INPUT,
-        ),
-    ] = False,
+    base_is_residual: Residual = False,
     lora_alpha: Annotated[
         float | None,
         typer.Option(
@@ -90,6 +111,9 @@ def merge_lora(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of what dare draws.")] = 0,
     dequantize: Dequantize = False,
     requantize: Requantize = None,
+    probe: Probe = None,
+    pairs: Entries = 200,
+    against_base: AgainstBase = None,
 ) -> int:
     """`rlhf-convert merge-lora`."""
     from converter.cli.run.merge import merge
@@ -97,7 +121,8 @@ def merge_lora(
 
     asked = MergeRequest(
         adapter, base, tuple(more or ()), tuple(weight or ()), numerics.value, base_is_residual, lora_alpha,
-        combine.value, density, svd_rank, seed, dequantize, None if requantize is None else requantize.value,
+        combine.value, density, svd_rank, seed, dequantize, None if requantize is None else requantize.value, probe,
+        pairs, against_base,
     )  # fmt: skip
     return merge(asked, options.target(out), options)
 

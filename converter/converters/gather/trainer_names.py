@@ -36,7 +36,22 @@ _TITAN: Mapping[str, str] = {
     "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attention.wkv_a": "self_attn.kv_a_proj_with_mqa", "attention.kv_norm": "self_attn.kv_a_layernorm",
+    "attention.wkv_b": "self_attn.kv_b_proj", "attention.wq_a": "self_attn.q_a_proj",
+    "attention.wq_b": "self_attn.q_b_proj",
+    "moe.router.gate": "mlp.gate", "moe.shared_experts.w1": "mlp.shared_experts.gate_proj",
+    "moe.shared_experts.w3": "mlp.shared_experts.up_proj", "moe.shared_experts.w2": "mlp.shared_experts.down_proj",
 }  # fmt: skip
+_TITAN_OF_FAMILY: Mapping[str, Mapping[str, str]] = {
+    "deepseek_v3": {
+        "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
+        "moe.expert_bias_E": "mlp.gate.e_score_correction_bias",
+    },
+}
+_STACKS = {"w1_EFD": "gate_proj", "w3_EFD": "up_proj", "w2_EDF": "down_proj"}
+"""torchtitan's experts of a layer, one matrix each along the first dimension."""
+_STACK = re.compile(r"moe\.routed_experts\.inner_experts\.(\w+)", re.ASCII)
+_BIAS = re.compile(r"layers\.\d+\.moe\.expert_bias_E", re.ASCII)
 _TUNE: Mapping[str, str] = {
     "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
     "attn.output_proj": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
@@ -54,16 +69,19 @@ class Trainer:
         layers: transformers' modules of a layer by the trainer's.
         paired: model types whose q and k have pairs of neighbouring rows.
         plain: model types whose rows are transformers'.
+        of_family: names of a layer's tensors that one model type alone has so.
     """
 
     name: str
     layers: Mapping[str, str]
     paired: frozenset[str]
     plain: frozenset[str]
+    of_family: Mapping[str, Mapping[str, str]]
 
 
-TITAN = Trainer("torchtitan", _TITAN, frozenset({"llama"}), frozenset({"qwen3"}))
-TUNE = Trainer("torchtune", _TUNE, frozenset({"llama", "mistral", "gemma"}), frozenset({"qwen2"}))
+_TITAN_PLAIN = frozenset({"qwen3", "qwen3_moe", "deepseek_v3"})
+TITAN = Trainer("torchtitan", _TITAN, frozenset({"llama"}), _TITAN_PLAIN, _TITAN_OF_FAMILY)
+TUNE = Trainer("torchtune", _TUNE, frozenset({"llama", "mistral", "gemma"}), frozenset({"qwen2"}), {})
 
 
 def trainer_of(names: Mapping[str, object]) -> Trainer | None:
@@ -90,26 +108,26 @@ def from_trainer_names(found: Checkpoint, context: Context) -> Checkpoint:
         raise _refuse(found, text, expected=known)
     heads = _Heads.of(found) if family in trainer.paired else None
     made: dict[str, LazyTensor] = {}
-    names: dict[str, str] = {}
+    names: dict[str, tuple[str, ...]] = {}
     unknown: list[str] = []
     dropped = {n: "a table of positions, which a load computes" for n in found.tensors if _NOT_SAVED.fullmatch(n)}
+    _expect_no_router_bias(found, family)
     for raw, tensor in found.tensors.items():
         if raw in dropped:
             continue
-        own = _renamed(raw, tensor, trainer)
+        own = _renamed(raw, tensor, trainer, family)
         if not own or own.keys() & made.keys():
             unknown.append(raw)
         for name, value in own.items():
             made[name] = value if heads is None else heads.placed(name, value)
-        if len(own) == 1:
-            names[raw] = next(iter(own))
+        names[raw] = tuple(own)
     if unknown:
         text = f"{len(unknown)} tensors are none that {trainer.name} has in a {show(family)}: {fold(unknown)}"
         raise _refuse(found, text)
     rows = "with pairs of rows of q and k in its order" if heads is not None else "with its rows as they were"
     context.note("info", "trainer-names", f"{trainer.name}'s names are transformers' again, {rows}")
-    trained = None if found.trained is None else frozenset(names.get(n, n) for n in found.trained)
-    ties = tuple(tuple(names.get(n, n) for n in group) for group in found.ties)
+    trained = None if found.trained is None else frozenset(m for n in found.trained for m in names.get(n, (n,)))
+    ties = tuple(tuple(m for n in group for m in names.get(n, (n,))) for group in found.ties)
     left = (*found.left, *(found.tensors[n] for n in dropped))
     return found.replace(
         tensors=made, shards={}, trained=trained, ties=ties, dropped={**found.dropped, **dropped}, left=left
@@ -128,19 +146,42 @@ def _refuse(found: Checkpoint, what: str, expected: str | None = None) -> Refuse
     )
 
 
-def _renamed(raw: str, tensor: LazyTensor, trainer: Trainer) -> dict[str, LazyTensor]:
-    """What a tensor is to transformers, by name; nothing where it is unknown."""
+def _expect_no_router_bias(found: Checkpoint, family: str) -> None:
+    """What torchtitan balances the experts' load with chooses experts, and only some families have it."""
+    biases = [n for n in found.tensors if _BIAS.fullmatch(n)]
+    if biases and family not in _TITAN_OF_FAMILY:
+        text = (
+            f"the routers have a bias that chooses experts ({fold(biases)}), and transformers' {show(family)} has none"
+        )
+        raise _refuse(found, f"{text}: the model would choose others")
+
+
+def _renamed(raw: str, tensor: LazyTensor, trainer: Trainer, family: str) -> dict[str, LazyTensor]:
+    """What a tensor is to transformers, by name, experts apart; nothing where it is unknown."""
     layer = _LAYER.fullmatch(raw)
     if layer is None:
         module, _, leaf = raw.rpartition(".")
         end = _ENDS.get(module)
         return {f"{end}.weight": tensor} if end is not None and leaf in ("weight", "scale") else {}
     before = f"model.layers.{layer[1]}."
+    if (own := trainer.of_family.get(family, {}).get(layer[2])) is not None:
+        return {f"{before}{own}": tensor}
+    if trainer is TITAN and (stack := _STACK.fullmatch(layer[2])) is not None:
+        return _experts(f"{before}mlp.experts.", _STACKS.get(stack[1]), tensor)
     module, _, leaf = layer[2].rpartition(".")
     known = trainer.layers.get(module)
     if known is None or leaf not in ("weight", "bias", "scale"):
         return {}
     return {f"{before}{known}.{'weight' if leaf == 'scale' else leaf}": tensor}
+
+
+def _experts(before: str, module: str | None, stack: LazyTensor) -> dict[str, LazyTensor]:
+    """The matrices of a layer's experts, one by one, as transformers saves them."""
+    if module is None or len(stack.info.shape) != 3:
+        return {}
+    count, *shape = stack.info.shape
+    each = (tensors.reshape(tensors.narrow(stack, 0, n, 1), tuple(shape)) for n in range(count))
+    return {f"{before}{n}.{module}.weight": t for n, t in enumerate(each)}
 
 
 @dataclass(frozen=True)

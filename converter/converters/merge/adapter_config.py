@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from converter.converters.merge.methods.finding import find_method, switches
 from converter.converters.merge.methods.method import AdapterConfig, Release
 from converter.core.checkpoint import Checkpoint
+from converter.core.files.names import ADAPTER_CONFIG
+from converter.diagnostic import Command, Steps, as_argument
 from converter.errors import Refused
 from converter.text import show
 
@@ -42,8 +45,24 @@ def read_adapter_config(adapter: Checkpoint, *, base_is_residual: bool = False) 
     read: dict[str, Any] = {}
     for key, field in fields.items():
         value = None if field.moves_base and base_is_residual else config.get(key)
-        read[key] = field.read(value, key, where)
+        try:
+            read[key] = field.read(value, key, where)
+        except Refused as error:
+            raise _with_converted(error, adapter) from None
     return AdapterConfig(method, read, *_release(config))
+
+
+def _with_converted(error: Refused, adapter: Checkpoint) -> Refused:
+    """Name the adapter over the base as it was, where the trainer left one beside the one over the base that it moved.
+
+    Source: https://github.com/hiyouga/LLaMA-Factory/blob/v0.9.5/src/llamafactory/train/callbacks.py (`pissa_convert`)
+    """
+    beside = f"{adapter.origin.path}/pissa_converted"
+    if error.code == "adapter-base-moved" and Path(beside, ADAPTER_CONFIG).is_file():
+        asked = f"{adapter.origin.asked.rstrip('/')}/pissa_converted"
+        merge = Command("merge-lora", (as_argument(asked), "OUT"))
+        error.next = Steps("LLaMA-Factory converted it, beside it, into one over the base as it was: ", merge)
+    return error
 
 
 def _release(config: Mapping[str, Any]) -> tuple[Release | None, bool]:

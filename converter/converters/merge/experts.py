@@ -98,16 +98,18 @@ def find_experts(
     if not asked:
         return Experts()
     stored = {n: t.info for n, t in tensors.items()}
-    for built in (*dict.fromkeys(architectures), None):
-        stacks = find_stacks(built, stored)
-        find = _Finder(stacks, built, raw, where, stored)
-        found = find.all(asked)
-        if found is not None:
-            find.expect_once(found, modules)
-            expect_known_layout(raw, found.values(), where)
-            name = built.name if built is not None else "names as in the base"
-            kinds = "stacks" if any(e.expert is None for e in found.values()) else "one by one"
-            return Experts(found, f"experts of {name}, {kinds}")
+    # A router that is targeted as a parameter is a plain weight, under another name on disk than in memory.
+    plain = {n: m for n, m in asked.items() if _may_be(n, m, tensors, ())}
+    for wanted in (asked, plain) if plain and plain.keys() != asked.keys() else (asked,):
+        for built in (*dict.fromkeys(architectures), None):
+            find = _Finder(find_stacks(built, stored), built, raw, where, stored)
+            found = find.all(wanted)
+            if found is not None:
+                find.expect_once(found, modules)
+                expect_known_layout(raw, found.values(), where)
+                name = built.name if built is not None else "names as in the base"
+                kinds = "stacks" if any(e.expert is None for e in found.values()) else "one by one"
+                return Experts(found, f"experts of {name}, {kinds}")
     return Experts()
 
 

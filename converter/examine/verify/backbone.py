@@ -50,7 +50,7 @@ class Backbone:
         self._reading = reading
         self._dtype = dtype
         self._evaluator: Evaluator | None = None
-        self.model = _built(reading, dtype)
+        self.model = built(reading, dtype)
         self._pieces = _pieces(reading, self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.is_held = self.parameters * dtype.itemsize <= held
@@ -253,8 +253,8 @@ def _has_twin(name: str, own: Mapping[str, torch.Tensor], count: Mapping[str, in
     return any(p is own[name] and count.get(n) == p.numel() for n, p in own.items() if n != name)
 
 
-def _built(reading: Reading, dtype: torch.dtype) -> Any:
-    """`AutoModel` without memory for parameters; buffers are what it computes for them.
+def built(reading: Reading, dtype: torch.dtype, kind: Any = None) -> Any:
+    """`AutoModel`, or another class, without memory for parameters; buffers are what it computes for them.
 
     Raises:
         Refused: transformers doesn't build such a model (`backbone-unloadable`).
@@ -268,7 +268,8 @@ def _built(reading: Reading, dtype: torch.dtype) -> Any:
         known._experts_implementation = "eager"
         known.use_cache = False
         with _without_memory():
-            model = AutoModel.from_config(known, attn_implementation="eager")
+            make = AutoModel.from_config if kind is None else kind._from_config
+            model = make(known, attn_implementation="eager")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         where = show(reading.checkpoint.origin.asked)
         raise Refused("backbone-unloadable", f"transformers builds no such model: {show(error)}", where=where) from None

@@ -130,9 +130,8 @@ def _subsets(pairs: Sequence[Pair], scores: Sequence[float]) -> list[Check]:
 # Scores
 
 
-def tokens(side: Scored, prompt: Any, answer: str) -> list[int]:
+def tokens(tokenizer: Any, prompt: Any, answer: str) -> list[int]:
     """Ids of a prompt with its answer: by the chat template where there is one, else one text after the other."""
-    tokenizer = side.tokenizer
     if prompt is not None and getattr(tokenizer, "chat_template", None):
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         found = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
@@ -143,17 +142,22 @@ def tokens(side: Scored, prompt: Any, answer: str) -> list[int]:
     return list(ids)[-MOST_TOKENS:]
 
 
+def scores_of(side: Scored, sequences: Sequence[Sequence[int]], told: Told) -> list[float]:
+    """The value of each sequence where the side scores it."""
+    return _values(side, side, _states(side, sequences, [side], told)[:, 0])
+
+
 def _steps(pairs: Sequence[Pair], here: Scored, there: Scored | None, told: Told) -> list[list[float]]:
     """Scores as one thing after the other is exchanged, the source's for ours; without a source, ours alone.
 
     Each has the chosen and the rejected answer of every pair, in turn.
     """
     texts = [(p.prompt, answer) for p in pairs for answer in (p.chosen, p.rejected)]
-    own = [tokens(here, *each) for each in texts]
+    own = [tokens(here.tokenizer, *each) for each in texts]
     if there is None:
         (last,) = _states(here, own, [here], told).unbind(1)
         return [_values(here, here, last)]
-    given = [tokens(there, *each) for each in texts]
+    given = [tokens(there.tokenizer, *each) for each in texts]
     before, last = _states(here, own, [there, here], told).unbind(1)
     (first,) = _states(there, given, [there], told).unbind(1)
     again = first if given == own else _states(there, own, [there], told)[:, 0]
@@ -183,7 +187,7 @@ def _padded(pairs: Sequence[Pair], side: Scored) -> list[float]:
     counts = side.pooling == "last-non-pad" and any(m == "wpe" or "position" in m for m in modules)
     found: list[float] = []
     for pair in pairs:
-        rows = [tokens(side, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+        rows = [tokens(side.tokenizer, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
         batch = padded(rows, side.pad or 0)[padding_side(side)]
         values = side.reference.values(batch, side.reference.hidden(batch, counts_padding=counts))
         found += pooled(values, batch, side.pooling, side.pad).tolist()
@@ -200,7 +204,7 @@ def _states(side: Scored, sequences: Sequence[Sequence[int]], scorers: Sequence[
     import torch
 
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    batches = list(_batches(order, sequences))
+    batches = list(batches_of(order, sequences))
     backbone = side.reference.backbone
     if not backbone.is_held:
         total = sum(map(len, sequences))
@@ -225,7 +229,7 @@ def _states(side: Scored, sequences: Sequence[Sequence[int]], scorers: Sequence[
     return torch.stack([found[i] for i in range(len(sequences))])
 
 
-def _batches(order: Sequence[int], sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def batches_of(order: Sequence[int], sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Sequences of like lengths, together no longer than `BATCH_TOKENS` once they are padded."""
     batch: list[int] = []
     for i in order:

@@ -20,6 +20,8 @@ from converter.text import show
 
 EXPECTED = '{"prompt": ..., "chosen": "...", "rejected": "..."}'
 Messages = list[dict[str, Any]]
+_COLUMNS = ("prompt", "chosen", "rejected", "subset", "text", "messages", "completion")
+"""Columns of a Parquet file that are read."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,25 @@ def read_pairs(source: str, most: int) -> Pairs:
             set has several files (`probe-which`).
         Refused: the Hub does not give it (`hub-download`).
     """
+    path = found_file(source)
+    pairs: list[Pair] = []
+    total = 0
+    for place, value in rows_of(path):
+        total += 1
+        if total <= most:
+            pairs.append(pair_of(value, path, place))
+    if not pairs:
+        raise UsageError("probe-empty", "there are no pairs", where=show(path))
+    return Pairs(tuple(pairs), total)
+
+
+def found_file(source: str) -> Path:
+    """The file of a path, or of a data set on the Hub.
+
+    Raises:
+        UsageError: there is no such file (`path-missing`), or the data set has several (`probe-which`).
+        Refused: the Hub does not give it (`hub-download`).
+    """
     path = file_of(source) if is_data_set(source) else Path(source).expanduser()
     if not path.is_file():
         what = "there is no such file of pairs"
@@ -63,18 +84,10 @@ def read_pairs(source: str, most: int) -> Pairs:
             where=show(path),
             next=f"name the file, or a data set as {PREFIX}allenai/reward-bench",
         )
-    pairs: list[Pair] = []
-    total = 0
-    for place, value in _rows(path):
-        total += 1
-        if total <= most:
-            pairs.append(_pair(value, path, place))
-    if not pairs:
-        raise UsageError("probe-empty", "there are no pairs", where=show(path))
-    return Pairs(tuple(pairs), total)
+    return path
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
     """Each entry and where it stands."""
     with path.open("rb") as file:
         begin = file.read(4)
@@ -116,7 +129,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         ) from None
     try:
         with parquet.ParquetFile(path) as file:
-            columns = [n for n in ("prompt", "chosen", "rejected", "subset") if n in file.schema_arrow.names]
+            columns = [n for n in _COLUMNS if n in file.schema_arrow.names]
             batches = file.iter_batches(batch_size=256, columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from ((f"row {number}", each) for number, each in enumerate(rows, 1))
@@ -124,7 +137,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise UsageError("probe-line", f"the Parquet file can't be read: {show(error)}", where=show(path)) from None
 
 
-def _pair(value: Any, path: Path, place: str) -> Pair:
+def pair_of(value: Any, path: Path, place: str) -> Pair:
+    """An entry as a pair.
+
+    Raises:
+        UsageError: it is not one (`probe-line`).
+    """
     try:
         chosen, rejected = value["chosen"], value["rejected"]
         subset = value["subset"] if isinstance(value.get("subset"), str) else ""
@@ -132,7 +150,7 @@ def _pair(value: Any, path: Path, place: str) -> Pair:
             return Pair(_prompt(value["prompt"]), _answer(chosen), _answer(rejected), subset)
         if isinstance(chosen, str):
             return Pair(None, chosen, _text(rejected), subset)
-        both = zip(_messages(chosen), _messages(rejected), strict=False)
+        both = zip(messages_of(chosen), messages_of(rejected), strict=False)
         shared = [a for a, _ in itertools.takewhile(lambda two: two[0] == two[1], both)]
         if len(shared) != len(chosen) - 1 or len(shared) != len(rejected) - 1:
             raise TypeError
@@ -142,10 +160,15 @@ def _pair(value: Any, path: Path, place: str) -> Pair:
 
 
 def _prompt(value: Any) -> str | Messages:
-    return value if isinstance(value, str) else _messages(value)
+    return value if isinstance(value, str) else messages_of(value)
 
 
-def _messages(value: Any) -> Messages:
+def messages_of(value: Any) -> Messages:
+    """Chat messages, their roles and contents alone.
+
+    Raises:
+        TypeError: they are something else.
+    """
     if not isinstance(value, list) or not value:
         raise TypeError
     return [{"role": _text(each["role"]), "content": _text(each["content"])} for each in value]

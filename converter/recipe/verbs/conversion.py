@@ -140,7 +140,7 @@ def convert_recipe(
         # Before any input is opened: a mistyped output shall not cost a download.
         if task is None:  # else another task may have made it
             check_target(target, (), overwrite=options.overwrite)
-    planned = dataclasses.replace(made(prepared_of(recipe, options)), out=out)
+    planned = dataclasses.replace(made(prepared_of(recipe, options, going.told)), out=out)
     if going.on_plan is not None:
         going.on_plan(planned)
     if out is None or going.dry_run:
@@ -166,11 +166,12 @@ def _write_task(planned: Conversion, going: Going, task: Task) -> Receipt | None
     )  # fmt: skip
 
 
-def prepared_of(recipe: Recipe, options: WriteOptions) -> Prepared:
+def prepared_of(recipe: Recipe, options: WriteOptions, told: Callable[[str], None] | None = None) -> Prepared:
     """The recipe's inputs opened, its steps applied, its output laid out."""
     from converter.recipe.run import prepare
 
-    return prepare(recipe, allow=frozenset(options.allow), token=options.token, keep_code=options.keep_code)
+    allow = frozenset(options.allow)
+    return prepare(recipe, allow=allow, token=options.token, keep_code=options.keep_code, told=told)
 
 
 def _expect_room(planned: Conversion) -> None:
@@ -312,7 +313,7 @@ def _convert_to_hub(recipe: Recipe, out: str, options: WriteOptions, going: Goin
     # Before any input is opened: a token that can't write shall not cost a conversion.
     account = check_destination(where)
     memory_of(options)
-    planned = made(prepared_of(recipe, options))
+    planned = made(prepared_of(recipe, options, going.told))
     planned = dataclasses.replace(planned, out=out, destination=where, account=account)
     if going.on_plan is not None:
         going.on_plan(planned)
@@ -346,7 +347,7 @@ def _convert_to_store(
     # Before any input is opened: credentials that open nothing shall not cost a conversion.
     store = Store(place)
     expect_empty(store, resume=options.resume)
-    planned = dataclasses.replace(made(prepared_of(recipe, options)), out=out)
+    planned = dataclasses.replace(made(prepared_of(recipe, options, going.told)), out=out)
     if going.on_plan is not None:
         going.on_plan(planned)
     done = write_to_store(planned.plan, store, **_sending(planned, going))

@@ -42,7 +42,8 @@ class Writing(Effort, total=False):
     """Keyword arguments of every function that writes a checkpoint: see `WriteOptions`, and how it goes on.
 
     `dry_run` checks and plans everything and writes nothing, as leaving `out` out does. `reporter` hears how far it is.
-    `on_plan` is called once with the plan, before the first byte is written; what it raises stops the run.
+    `on_plan` is called once with the plan, before the first byte is written; what it raises stops the run. `told`
+    hears, a line at a time, what takes long before the plan is there.
     """
 
     revision: str | None
@@ -57,6 +58,7 @@ class Writing(Effort, total=False):
     public: bool
     dry_run: bool
     on_plan: Callable[[Conversion], None] | None
+    told: Callable[[str], None] | None
 
 
 class HeadWriting(Writing, total=False):
@@ -78,7 +80,7 @@ class HeadWriting(Writing, total=False):
     seed: int
 
 
-_GOING = ("dry_run", "reporter", "on_plan", "executor")
+_GOING = ("dry_run", "reporter", "on_plan", "executor", "told")
 
 Options = TypeVar("Options", bound=WriteOptions)
 

@@ -11,7 +11,7 @@ from converter.core.files.names import ADAPTER_CONFIG, MODEL_CONFIG, RECEIPT
 from converter.diagnostic import Command
 from converter.errors import ConvertError, UsageError
 from converter.recipe.options import WriteOptions
-from converter.recipe.recipe import SOURCE, Recipe, Step
+from converter.recipe.recipe import MOST_ENTRIES, SOURCE, Probe, Recipe, Step
 from converter.recipe.verbs.allowing import allowing
 from converter.recipe.verbs.conversion import Conversion, convert_recipe
 from converter.recipe.verbs.knobs import Where, Writing, optional, options_of
@@ -38,6 +38,9 @@ class MergeRequest:
     seed: int = 0
     dequantize: bool = False
     requantize: str | None = None
+    probe: str | None = None
+    pairs: int = MOST_ENTRIES
+    against_base: str | None = None
 
 
 def merge_lora(
@@ -56,6 +59,9 @@ def merge_lora(
     seed: int = 0,
     dequantize: bool = False,
     requantize: str | None = None,
+    probe: Where | None = None,
+    pairs: int = MOST_ENTRIES,
+    against_base: Where | None = None,
     **writing: Unpack[Writing],
 ) -> Conversion:
     """Merge one or more LoRA adapters into their base model; a reward-model adapter gives a reward model.
@@ -72,6 +78,10 @@ def merge_lora(
             `magnitude_prune`, `dare_linear`, `dare_ties`; with `density`, `svd_rank` and `seed`.
         dequantize: make a quantised base's weights whole first.
         requantize: `same` writes adapted weights of a quantised base back in their own format (FP8 in blocks, MXFP4).
+        probe: preference pairs or texts, on which the merge is compared with what was trained: the adapter over the
+            dequantised weights of a quantised base, unrounded. The figures are notes, and in the receipt under `probe`.
+        pairs: how many of them, the first ones.
+        against_base: another base that the adapter may have been trained over: a merge into it is measured too.
         writing: see `Writing`.
 
     Raises:
@@ -82,7 +92,7 @@ def merge_lora(
     options, going = options_of(WriteOptions, writing)
     request = MergeRequest(
         str(adapter), optional(base), tuple(map(str, adapters)), tuple(weights), numerics, base_is_residual, lora_alpha,
-        combine, density, svd_rank, seed, dequantize, requantize,
+        combine, density, svd_rank, seed, dequantize, requantize, optional(probe), pairs, optional(against_base),
     )  # fmt: skip
     with allowing(options.allow_name):
         refuse_swapped(request, optional(out))
@@ -120,9 +130,16 @@ def merge_recipe(asked: MergeRequest, options: WriteOptions) -> Recipe:
         fields["requantize"] = asked.requantize
     if asked.dequantize and asked.requantize is not None:
         raise UsageError("usage", "--dequantize writes whole weights, --requantize quantised ones: give one of them")
+    if asked.against_base is not None and asked.probe is None:
+        raise UsageError("usage", "--against-base names a base that --probe measures; there is no --probe")
+    others, probe = {}, None
+    if asked.probe is not None:
+        others = {} if asked.against_base is None else {"against-base": input_spec(asked.against_base)}
+        probe = Probe(asked.probe, asked.pairs, next(iter(others), None))
     first = (Step("dequantize", {}),) if asked.dequantize else ()
     steps = (*first, Step("merge-lora", fields), *cast_steps(options))
-    return Recipe({SOURCE: base, **adapters}, steps, output(options), file="merge-lora")
+    inputs = {SOURCE: base, **adapters, **others}
+    return Recipe(inputs, steps, output(options), file="merge-lora", probe=probe)
 
 
 def refuse_swapped(asked: MergeRequest, out: str | None) -> None:

@@ -15,8 +15,9 @@ from converter.core.formats.torch_file import read_torch_member
 from converter.core.formats.torch_members import Kind, Members
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import TensorInfo
-from converter.core.tensors.nodes import Filled, LazyTensor
+from converter.core.tensors.nodes import Filled, LazyTensor, Stored
 from converter.errors import Refused
+from converter.sources.dcp.copied_files import Record, expect_no_copies
 from converter.sources.dcp.metadata import METADATA, Chunk, Entry, Metadata, Place
 from converter.text import fold, show
 
@@ -32,6 +33,7 @@ class Pieces:
     inputs: dict[str, Identity] = field(default_factory=dict)
     _digests: list[tuple[str, int, str]] = field(default_factory=list)
     _kinds: dict[int, list[Kind]] = field(default_factory=dict)
+    _own: list[Record] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
@@ -44,11 +46,13 @@ class Pieces:
 
         Raises:
             Refused: files missing (`dcp-file-missing`) or cut short (`file-truncated`), chunks that do not make up
-                their tensor (`dcp-chunks`), or records that are not what `.metadata` says (`dcp-record`).
+                their tensor (`dcp-chunks`), or records that are not what `.metadata` says, or
+                another file's (`dcp-record`).
         """
         wanted = {key: self._places(key) for key in keys}
         self._expect_files(wanted)
         records = self._records(wanted)
+        expect_no_copies(self.metadata.folder, self._own)
         found = {}
         for key, places in wanted.items():
             entry = self.metadata.tensors[key]
@@ -151,9 +155,12 @@ class Pieces:
                 expected=f"{entry.kind} {list(chunk.sizes)}",
                 got=got,
             )
+        tensor: LazyTensor = value
         self.checks += read.checks
+        if isinstance(tensor, Stored) and len(read.checks) == 1:
+            self._own.append(Record(key, tensor, read.checks[0]))
         self._digests.append((place.file, place.offset, read.digest))
-        return value
+        return tensor
 
     def _assembled(self, key: str, entry: Entry, boxes: list[tuple[Chunk, LazyTensor]]) -> LazyTensor:
         if entry.dtype is None:

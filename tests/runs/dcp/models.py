@@ -6,7 +6,13 @@ from typing import Any
 
 
 def build(kind: str) -> tuple[Any, Any]:
-    """A model and a function that gives its loss."""
+    """A model and a function that gives its loss.
+
+    Args:
+        kind: `tiny` (no model of transformers), `reward`, `lm`, `lm-tied`, `lm-mixed` (bf16, norms in fp32),
+            `lm-frozen-mlp` (embeddings and MLPs frozen), `lm-frozen-layer` (the whole layer frozen), `lora`,
+            `lora-saved` (a head trained whole beside it).
+    """
     import torch
 
     if kind == "tiny":
@@ -19,9 +25,18 @@ def build(kind: str) -> tuple[Any, Any]:
         num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, num_labels=1, bos_token_id=1,
         eos_token_id=2, tie_word_embeddings=kind == "lm-tied", use_cache=False,
     )  # fmt: skip
-    causal = kind in ("lm", "lm-tied", "lora", "lora-saved")
+    causal = kind in ("lm", "lm-tied", "lm-mixed", "lm-frozen-mlp", "lm-frozen-layer", "lora", "lora-saved")
     model: Any = (LlamaForCausalLM if causal else LlamaForSequenceClassification)(config)
     model.config.architectures = [type(model).__name__]
+    if kind == "lm-mixed":
+        model = model.to(torch.bfloat16)
+        for norm in (m for n, m in model.named_modules() if n.endswith("norm")):
+            norm.float()
+            norm.register_forward_hook(lambda module, given, out: out.to(torch.bfloat16))
+    if kind.startswith("lm-frozen"):
+        frozen = ("layers.0",) if kind == "lm-frozen-layer" else ("mlp", "embed_tokens")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = not any(word in name for word in frozen)
     if kind.startswith("lora"):
         from peft import LoraConfig, get_peft_model
 

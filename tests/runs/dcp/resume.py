@@ -18,7 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from train import CASES, live, live_fsdp1, prepared, steps
+from living import live, live_fsdp1
+from train import CASES, prepared, steps
 
 from ranks import run_jobs
 

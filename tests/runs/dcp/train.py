@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import build, odd_state, whole
+from living import leave_on_cpu, live, live_fsdp1
+from models import build, odd_state
 
 from ranks import run_ranks
 
@@ -32,12 +33,13 @@ class Case:
     """What is trained and how it is saved.
 
     Attributes:
-        model: `lm`, `lm-tied`, `reward`, `tiny`, `lora`, `lora-saved` (a head trained whole beside it), or `odd`:
-            tensors of every type and awkward shape, not trained.
+        model: one of `models.build`, or `odd`: tensors of every type and awkward shape, not trained.
         layout: `nested` ({model, optim, step}), `app` (that below one more key), `flat-optim` (torchtitan's), `plain`
             (the model alone), `hf-*` (HuggingFaceStorageWriter), `accelerate-*` (its three kinds of state dict).
-        mesh: `fsdp`, `tp` (ranks / 2 x 2: FSDP over tensor parallel), `ddp` (replicated), or `none`.
+        mesh: `fsdp`, `hsdp` (ranks / 2 replicas of 2 shards), `tp` (ranks / 2 x 2: FSDP over tensor parallel), `ddp`
+            (replicated), or `none`.
         fsdp: version of FSDP under accelerate.
+        strategy: of FSDP; `original`: its `use_orig_params` (FSDP1).
         files: `rank` (one each), `threads` (two each) or `item` (one for each chunk).
     """
 
@@ -49,6 +51,8 @@ class Case:
     files: str = "rank"
     ranks: tuple[int, ...] = (1, 2, 3, 4)
     steps: int = STEPS
+    strategy: str = "FULL_SHARD"
+    original: bool = True
 
 
 CASES = {
@@ -77,6 +81,31 @@ CASES = {
     "fsdp1": Case("tiny", "accelerate-sharded", fsdp=1, ranks=(2, 3, 4)),
     "fsdp1-lm": Case("lm-tied", "accelerate-sharded", fsdp=1, ranks=(2, 3, 4)),
     "fsdp1-local": Case("reward", "accelerate-local", fsdp=1, ranks=(2,)),
+    "hsdp": Case("lm-tied", "nested", mesh="hsdp", ranks=(4,)),
+    "hsdp-app": Case("reward", "app", mesh="hsdp", dtype="bf16", ranks=(4,)),
+    "mixed": Case("lm-mixed", "nested", ranks=(2, 3)),
+    "frozen": Case("lm-frozen-mlp", "nested", ranks=(2, 3)),
+    "frozen-flat": Case("lm-frozen-mlp", "flat-optim", mesh="hsdp", ranks=(4,)),
+    "accelerate-mixed": Case("lm-mixed", "accelerate-sharded", ranks=(2,)),
+    "accelerate-frozen": Case("lm-frozen-mlp", "accelerate-sharded", ranks=(2,)),
+    "accelerate-frozen-full": Case("lm-frozen-mlp", "accelerate-full", ranks=(2,)),
+    "accelerate-grad-op": Case("lm-tied", "accelerate-sharded", strategy="SHARD_GRAD_OP", ranks=(2,)),
+} | {
+    f"fsdp1-{word}{'' if layout == 'sharded' else f'-{layout}'}": Case(
+        model, f"accelerate-{layout}", fsdp=1, ranks=(ranks,), mesh=mesh, strategy=strategy, original=original
+    )
+    for word, model, mesh, strategy, original, ranks in (
+        ("hybrid", "lm-tied", "hsdp", "HYBRID_SHARD", True, 4),
+        ("hybrid-flat", "reward", "hsdp", "HYBRID_SHARD", False, 4),
+        ("grad-op", "lm-tied", "fsdp", "SHARD_GRAD_OP", True, 3),
+        ("grad-op-flat", "reward", "fsdp", "SHARD_GRAD_OP", False, 2),
+        ("mixed", "lm-mixed", "fsdp", "FULL_SHARD", True, 2),
+        ("frozen-mlp", "lm-frozen-mlp", "fsdp", "FULL_SHARD", True, 2),
+        ("frozen-layer", "lm-frozen-layer", "fsdp", "FULL_SHARD", False, 2),
+        ("frozen-layer-orig", "lm-frozen-layer", "fsdp", "FULL_SHARD", True, 2),
+    )
+    for layout in ("sharded", "full", "local")
+    if (layout, mesh) != ("local", "hsdp")  # torch: DeviceMesh is not compatible with LOCAL_STATE_DICT
 }
 
 
@@ -94,6 +123,7 @@ def work(out: Path, cases: list[str], ranks: int) -> None:
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
+    leave_on_cpu()
     for name in cases:
         case = CASES[name]
         if ranks not in case.ranks:
@@ -125,29 +155,12 @@ def steps(model: Any, loss: Any, optimizer: Any, count: int, backward: Any = Non
         optimizer.zero_grad()
 
 
-def live(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Parameters, persistent buffers and moments by their names, whole."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+def hybrid_mesh() -> Any:
+    """Two shards, and as many replicas as the ranks make."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
 
-    names = set(get_model_state_dict(model))
-    found = {}
-    named = [(clean(n), p) for n, p in model.named_parameters(remove_duplicate=False)]
-    for name, value in [*named, *((clean(n), b) for n, b in model.named_buffers())]:
-        if name in names:
-            found[f"live/{name}"] = whole(value)
-    for name, parameter in model.named_parameters():  # of a tied pair the first, as in the optimizer's state
-        name = clean(name)
-        state = optimizer.state.get(parameter, {})
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key in state:
-                found[f"{key}/{name}"] = whole(state[key])
-    return found
-
-
-def clean(name: str) -> str:
-    for part in ("_fsdp_wrapped_module.", "_orig_mod.", "module."):
-        name = name.replace(part, "")
-    return name
+    return init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicas", "fsdp"))
 
 
 def shard(model: Any, case: Case) -> Any:
@@ -164,6 +177,8 @@ def shard(model: Any, case: Case) -> Any:
     if case.mesh == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("fsdp",))
+    if case.mesh == "hsdp":
+        mesh = hybrid_mesh()
     if case.mesh == "tp":
         both = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("fsdp", "tp"))
         plan = {f"self_attn.{n}_proj": ColwiseParallel() for n in "qkv"}
@@ -173,7 +188,8 @@ def shard(model: Any, case: Case) -> Any:
             parallelize_module(layer, both["tp"], plan)
         mesh = both["fsdp"]
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if case.dtype == "bf16-mixed" else MixedPrecisionPolicy()
-    for layer in model.model.layers if hasattr(model, "model") else ():
+    norms = [m for n, m in model.named_modules() if n.endswith("norm")] if case.model == "lm-mixed" else []
+    for layer in [*norms, *(model.model.layers if hasattr(model, "model") else ())]:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     return fully_shard(model, mesh=mesh, mp_policy=mixed)
 
@@ -186,7 +202,7 @@ def save_torch(folder: Path, case: Case) -> tuple[dict[str, Any], dict[str, Any]
 
     model, loss = build(case.model)
     config = getattr(model, "config", None)
-    model = shard(model.to(DTYPES()[case.dtype]), case)
+    model = shard(model if case.model == "lm-mixed" else model.to(DTYPES()[case.dtype]), case)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     steps(model, loss, optimizer, case.steps, same_tokens=2 if case.mesh == "tp" else 1)
     options = StateDictOptions(flatten_optimizer_state_dict=case.layout == "flat-optim")
@@ -252,10 +268,13 @@ def prepared(case: Case, kind: str, lr: float = 1e-2) -> tuple[Any, ...]:
     }
     model, loss = build(case.model)
     config, peft = getattr(model, "config", None), getattr(model, "peft_config", None)
+    wrapped = ["LlamaDecoderLayer" if config else "Linear", *(["LlamaRMSNorm"] if case.model == "lm-mixed" else [])]
+    how: dict[str, Any] = {"sharding_strategy": case.strategy, "use_orig_params": case.original}
+    if case.fsdp == 2:
+        how = {"reshard_after_forward": case.strategy == "FULL_SHARD"}
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=case.fsdp, state_dict_type=words.get(kind, "LOCAL_STATE_DICT"), use_orig_params=True,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer" if config else "Linear"],
+        fsdp_version=case.fsdp, state_dict_type=words.get(kind, "LOCAL_STATE_DICT"),
+        auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=wrapped, **how,
     )  # fmt: skip
     mixed = "bf16" if case.dtype == "bf16-mixed" else "no"
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision=mixed)
@@ -268,8 +287,9 @@ def prepared(case: Case, kind: str, lr: float = 1e-2) -> tuple[Any, ...]:
     if case.fsdp == 1:  # wrapped by hand: accelerate would name the device cpu:0, which FSDP 1 takes for another
         plugin.set_auto_wrap_policy(model)
         model = FullyShardedDataParallel(
-            model, auto_wrap_policy=plugin.auto_wrap_policy, use_orig_params=True, device_id=torch.device("cpu"),
-            mixed_precision=plugin.mixed_precision_policy,
+            model, auto_wrap_policy=plugin.auto_wrap_policy, use_orig_params=case.original,
+            device_id=torch.device("cpu"), mixed_precision=plugin.mixed_precision_policy,
+            sharding_strategy=plugin.sharding_strategy, device_mesh=hybrid_mesh() if case.mesh == "hsdp" else None,
         )  # fmt: skip
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -288,36 +308,13 @@ def save_accelerate(folder: Path, case: Case) -> tuple[dict[str, Any], dict[str,
     # Trainer saves the adapter alone where the model is PEFT's.
     save_fsdp_model(plugin, accelerator, model, str(place), adapter_only=kind == "adapter", use_dcp=kind != "ranks")
     save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(place), use_dcp=kind != "ranks")
-    found = live_fsdp1(model, optimizer) if case.fsdp == 1 else live(model, optimizer.optimizer)
+    found = live(model, optimizer.optimizer)
+    if case.fsdp == 1:
+        found = live_fsdp1(model, optimizer, original=case.original, shards=2 if case.mesh == "hsdp" else None)
     extra = {"config": config and config.to_dict(), "peft": None if peft is None else peft["default"].to_dict()}
     accelerator.free_memory()
     accelerator.state._reset_state(reset_partial_state=True)
     return found, extra
-
-
-def live_fsdp1(model: Any, optimizer: Any) -> dict[str, Any]:
-    """The same of FSDP 1: parameters summoned whole; moments laid together from the ranks' flat stretches."""
-    import torch.distributed as dist
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    pieces: dict[str, list[Any]] = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.optimizer.state.get(parameter, {})
-        mine = {k: state[k].detach().clone() for k in ("exp_avg", "exp_avg_sq") if k in state and parameter.numel()}
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine)
-        pieces[clean(name)] = gathered
-    found = {}
-    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            found[f"live/{clean(name)}"] = parameter.detach().clone()
-            for key in ("exp_avg", "exp_avg_sq"):
-                own = [p[key].reshape(-1) for p in pieces.get(clean(name), []) if key in p]
-                if own:
-                    import torch
-
-                    found[f"{key}/{clean(name)}"] = torch.cat(own).reshape(parameter.shape)
-    return found
 
 
 def finish(folder: Path, found: dict[str, Any], facts: dict[str, Any]) -> None:

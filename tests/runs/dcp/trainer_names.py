@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import types
 import zipfile
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 SMALL = {
     "vocab_size": 30, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,8 +38,12 @@ class _Empty(types.ModuleType):
         return type(name, (), {"__init__": lambda self, *args: None, "Config": type("Config", (), {})})
 
 
-def code(wheel: Path, member: str, package: str) -> dict[str, Any]:
-    """A module of a wheel, run with empty modules for what it imports of its own package."""
+def code(wheel: Path, member: str, package: str, given: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """A module of a wheel, run with empty modules for what it imports of its own package.
+
+    Args:
+        given: modules of it that are not empty.
+    """
     text = zipfile.ZipFile(wheel).read(member).decode()
     root = package.split(".", maxsplit=1)[0]
     found: dict[str, Any] = {"__name__": f"{package}.adapter", "__package__": package}
@@ -53,7 +58,9 @@ def code(wheel: Path, member: str, package: str) -> dict[str, Any]:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
 
         def create_module(self, spec: Any) -> Any:
-            return _Empty(spec.name)
+            made = _Empty(spec.name)
+            vars(made).update({k: v for k, v in (given or {}).get(spec.name, {}).items() if not k.startswith("__")})
+            return made
 
         def exec_module(self, module: Any) -> None:
             module.__path__ = []
@@ -70,22 +77,35 @@ def code(wheel: Path, member: str, package: str) -> dict[str, Any]:
     return found
 
 
-def titan(wheel: Path, family: str, model: Any) -> dict[str, torch.Tensor]:
-    """The state as torchtitan's own adapter makes it of transformers'."""
-    module = code(wheel, f"torchtitan/models/{family}/state_dict_adapter.py", f"torchtitan.models.{family}")
-    made = module["Llama3StateDictAdapter" if family == "llama3" else "Qwen3StateDictAdapter"]
+ADAPTERS = {"llama3": "Llama3", "qwen3": "Qwen3", "deepseek_v3": "DeepSeekV3"}
+
+
+def titan(wheel: Path, family: str, model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state as torchtitan's own adapter makes it of what transformers has on disk."""
+    utils = "torchtitan.models.utils"
+    given = {utils: code(wheel, "torchtitan/models/utils.py", utils)}
+    member = f"torchtitan/models/{family}/state_dict_adapter.py"
+    made = code(wheel, member, f"torchtitan.models.{family}", given)[f"{ADAPTERS[family]}StateDictAdapter"]
     config = model.config
     attention = SimpleNamespace(
         n_heads=config.num_attention_heads, n_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None),
+        head_dim=getattr(config, "head_dim", None), q_lora_rank=getattr(config, "q_lora_rank", None) or 0,
     )  # fmt: skip
-    layers = [SimpleNamespace(attention=attention, moe=None)]
+    experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_experts", None)
+    layers = [SimpleNamespace(attention=attention, moe=SimpleNamespace(num_experts=experts) if experts else None)]
     settings = SimpleNamespace(layers=layers, dim=config.hidden_size, enable_weight_tying=False)
     adapter = made(settings, None)
     adapter.model_config = settings
     adapter._validate_hf_rope_config = lambda *args: None
-    found: dict[str, torch.Tensor] = adapter.from_hf(dict(model.state_dict()))
+    found: dict[str, torch.Tensor] = adapter.from_hf(dict(state))
     return found
+
+
+def on_disk(model: Any) -> dict[str, torch.Tensor]:
+    """What transformers saves: experts one by one."""
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(place)
+        return load_file(Path(place) / "model.safetensors")
 
 
 def tune(wheel: Path, family: str, model: Any) -> dict[str, torch.Tensor]:
@@ -110,7 +130,7 @@ def save(out: Path, model: Any, state: dict[str, torch.Tensor], facts: dict[str,
     dcp.save(dict(wrapped), checkpoint_id=str(out / "step-2"), no_dist=True)
     model.config.architectures = [type(model).__name__]
     (out / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2, default=str))
-    save_file({k: v.clone() for k, v in model.state_dict().items()}, out / "oracle.safetensors")
+    save_file(on_disk(model), out / "oracle.safetensors")
     (out / "fixture.json").write_text(json.dumps(facts | {"torch": torch.__version__}, indent=2) + "\n")
 
 
@@ -119,17 +139,37 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--titan", type=Path, required=True)
     parser.add_argument("--tune", type=Path, required=True)
+    parser.add_argument("--only", default="", help="models with this in their names")
     given = parser.parse_args()
     torch.manual_seed(3)
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).bfloat16()
-    qwen2 = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL))
-    qwen3 = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(head_dim=4, **SMALL))
+    mixture = {"moe_intermediate_size": 6, "num_experts_per_tok": 2}
+    latent = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 5,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 3, "num_key_value_heads": 4}  # fmt: skip
+    made: dict[str, Any] = {
+        "llama": transformers.LlamaConfig(**SMALL),
+        "qwen2": transformers.Qwen2Config(**SMALL),
+        "qwen3": transformers.Qwen3Config(head_dim=4, **SMALL),
+        "qwen3-moe": transformers.Qwen3MoeConfig(head_dim=4, num_experts=4, decoder_sparse_step=2, **mixture, **SMALL),
+        "deepseek": transformers.DeepseekV3Config(q_lora_rank=7, **(SMALL | mixture | latent)),
+        "deepseek-q": transformers.DeepseekV3Config(q_lora_rank=None, **(SMALL | mixture | latent)),
+    }
+    models = {n: transformers.AutoModelForCausalLM.from_config(c) for n, c in made.items()}
+    models["llama"] = models["llama"].bfloat16()
+    for model in models.values():  # a bias of zeros would show nothing
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer))
     named = {"trainer": "torchtitan", "version": given.titan.name}
-    save(given.out / "titan-llama", llama, titan(given.titan, "llama3", llama), named)
-    save(given.out / "titan-qwen3", qwen3, titan(given.titan, "qwen3", qwen3), named)
+    families = {"llama": "llama3", "qwen3": "qwen3", "qwen3-moe": "qwen3", "deepseek": "deepseek_v3"}
+    for name, family in {**families, "deepseek-q": "deepseek_v3"}.items():
+        if given.only in name:
+            state = titan(given.titan, family, models[name], on_disk(models[name]))
+            save(given.out / f"titan-{name}", models[name], state, named)
     named = {"trainer": "torchtune", "version": given.tune.name}
-    save(given.out / "tune-llama", llama, tune(given.tune, "llama", llama), named)
-    save(given.out / "tune-qwen2", qwen2, tune(given.tune, "qwen2", qwen2), named)
+    for name in ("llama", "qwen2"):
+        if given.only in f"tune-{name}":
+            state = tune(given.tune, name, models[name])
+            save(given.out / f"tune-{name}", models[name], state, named)
 
 
 if __name__ == "__main__":

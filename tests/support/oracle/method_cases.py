@@ -63,7 +63,8 @@ def _table() -> list[tuple[str, tuple[str, ...], dict[str, Any]]]:
         ("MissConfig", _LLAMA, {"r": 8, "init_weights": "bat"} | _SOME),
         ("MissConfig", ("opt",), {"r": 8, "init_weights": "mini", "mini_r": 4}),
         ("HRAConfig", (*LINEAR, "resnet"), {"r": 4}),
-        ("HRAConfig", ("llama", "resnet"), {"r": 4, "apply_GS": True}),
+        # No more vectors than inputs: a fourth one of three numbers is rounding alone once it is made orthogonal.
+        ("HRAConfig", ("llama", "resnet"), {"r": 3, "apply_GS": True}),
         ("ShiraConfig", LINEAR, {"r": 3}),
         ("FourierFTConfig", MATRICES, {"n_frequency": 50}),
         ("FourierFTConfig", ("llama",), {"n_frequency": 50, "scaling": 3.0, "n_frequency_pattern": {"q_proj": 20}}),

@@ -12,6 +12,8 @@ from converter.converters.merge.methods import fields
 from converter.converters.merge.methods.method import Method, Site, Update
 from converter.converters.merge.methods.site_kernels import Given, Tensors, of_weight
 from converter.core.tensors.kernel_specs import Infos
+from converter.errors import Refused
+from converter.text import show
 
 
 def update(site: Site) -> tuple[Update, ...]:
@@ -19,10 +21,16 @@ def update(site: Site) -> tuple[Update, ...]:
 
     Raises:
         Refused: U is missing (`adapter-incomplete`) or does not fit (`adapter-shape`), or the rank is not the
-            config's (`adapter-rank`).
+            config's (`adapter-rank`); there are more vectors than inputs, made orthogonal (`adapter-ambiguous`).
     """
     u, rank = site.take("hra_u"), site.field("r")
     site.expect_rank(rank, u.info.shape[-1] if u.info.shape else 0)
+    if site.field("apply_GS") and rank > site.sides[1]:
+        what = (
+            f"{show(site.module.name)} has {site.sides[1]} inputs, and {rank} vectors of them are made orthogonal: "
+            "those beyond are rounding alone, which no two programs share"
+        )
+        raise Refused("adapter-ambiguous", what, where=site.where)
     if site.is_turned:
         raise site.misfit(site.base["weight"].shape, "factors of HRA, which has none for such layers")
     factor = site.fitting("hra_u", u, site.sides[1], rank)

@@ -147,7 +147,7 @@ def lora_updates(site: Site, magnitude: LazyTensor | None) -> tuple[Update, ...]
     if parts - set(names):
         raise site.incomplete(f"{show(min(parts - set(names)))} has no place in a LoRA layer")
     base = site.base["weight"].shape
-    site.expect_rank(rank_of(site), a.info.shape[0] if a.info.shape else 0)
+    site.expect_rank(_stored_rank(site, base), a.info.shape[0] if a.info.shape else 0)
     kind = _kind(site, a.info.shape, b.info.shape, base, is_embedding)
     is_transposed = kind in ("conv1d", "embedding")
     if magnitude is not None:
@@ -172,6 +172,13 @@ def lora_updates(site: Site, magnitude: LazyTensor | None) -> tuple[Update, ...]
     moved = _moved(start, a.info.shape[0], scale, is_transposed)
     whole = Update(kernel_specs.LORA_MERGE, factors, params, start=moved, joins=True, **scales)
     return (whole, *found)
+
+
+def _stored_rank(site: Site, base: Shape) -> int:
+    """The rank that the factors have: those of a decomposition are no more than the matrix has rows or columns."""
+    rank = rank_of(site)
+    is_decomposed = len(base) == 2 and site.field("init_lora_weights") in _REBUILT_STARTS
+    return min(rank, *base) if is_decomposed else rank
 
 
 def _moved(start: str, rank: int, scale: float, is_transposed: bool) -> Start | None:

@@ -1,19 +1,15 @@
-"""Real ZeRO-3 training without gathering is stopped at its first save, by Trainer's callback and in a plain loop.
-
-It needs DeepSpeed: `RLHF_CONVERT_DEEPSPEED_PYTHON` names a Python that has it and this package.
-"""
+"""Real ZeRO-3 training is stopped at its first broken save: in Trainer, in a plain loop, after OpenRLHF's own saver."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matrix import installed_here, python_of
 
 from places import REPOSITORY
 
@@ -23,18 +19,19 @@ PARAMETERS = 160 * 32 + 2 * (2 * 32 * 32 + 32 + 2 * (32 * 16 + 16) + 3 * 32 * 48
 """Embedding; of each layer q and o, q's bias, k and v with theirs, the MLP, two norms; the last norm; the head."""
 
 
-@pytest.fixture(scope="module")
-def python() -> str:
-    named = os.environ.get("RLHF_CONVERT_DEEPSPEED_PYTHON")
-    if named is None and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("no DeepSpeed")
-    return named or sys.executable
+@pytest.fixture
+def python(envs: Path) -> Path:
+    found = python_of(envs, "openrlhf-zero")
+    if not found.exists():
+        pytest.skip("openrlhf-zero is not built")
+    return found
 
 
-def trained(python: str, out: Path, way: str) -> list[dict[str, Any]]:
+def trained(python: Path, out: Path, way: str, script: str = "ungathered.py") -> list[dict[str, Any]]:
     """What each rank reported."""
-    script = REPOSITORY / "tests" / "runs" / "zero" / "ungathered.py"
-    subprocess.run([python, script, out, way], check=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    known = {"PYTHONPATH": installed_here(out / "installed")}
+    command = [python, REPOSITORY / "tests" / "runs" / "zero" / script, out, way]
+    subprocess.run(command, check=True, env=os.environ | known, timeout=600)
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -60,4 +57,20 @@ def test_trainers_own_saver_leaves_whole_shards_and_trains_to_its_end(python: st
 def test_a_loop_that_saves_without_gathering_is_stopped_at_its_first_save(python: str, tmp_path: Path) -> None:
     first, other = trained(python, tmp_path, "script")
     expect_caught(first)
+    assert other["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "code"), [("all-linear", "head-base-lost"), ("q_proj,v_proj", "head-missing")], ids=["all", "some"]
+)
+def test_what_openrlhfs_saver_writes_of_a_lora_reward_model_is_stopped_at_its_first_save(
+    python: Path, tmp_path: Path, targets: str, code: str
+) -> None:
+    """Its LoRA has no `modules_to_save`: the head that it drew at random is in no file of the save."""
+    first, other = trained(python, tmp_path, targets, "openrlhf_saver.py")
+    assert first["error"]["code"] == "broken-checkpoint"
+    assert code in first["error"]["what"]
+    assert 'modules_to_save=["score"]' in first["error"]["next"]
+    assert first["steps"] == 1
+    assert first["parameters"] > PARAMETERS  # the base, LoRA's factors and the head are still in memory
     assert other["error"] is None
