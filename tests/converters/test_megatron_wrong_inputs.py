@@ -94,6 +94,15 @@ def test_positions_and_norms_of_other_numbers_need_consent(tmp_path: Path, given
     assert differences(written(out), oracle(OLD)) == []
 
 
+@pytest.mark.parametrize(("tokens", "code"), [(99, 0), (90, 0), (100, 3)])
+def test_a_run_with_more_tokens_than_the_config_has_rows_is_refused(tmp_path: Path, tokens: int, code: int) -> None:
+    folder = _copied(tmp_path, OLD)
+    _arguments(folder, vocab_size=lambda _: tokens)
+    done = run("gather", folder, tmp_path / "out")
+    assert done.code == code, done.err
+    assert ("vocab_size is 100, and config.json 99" in done.err) is (code == 3)
+
+
 # Files of ranks under the names of others
 
 
