@@ -78,7 +78,7 @@ def plug_ins(groups: Sequence[str] = GROUPS) -> list[PlugIn]:
         for name, points in sorted(named(group).items()):
             for point in points:
                 loaded = load(point)
-                fault = show(loaded) if isinstance(loaded, Exception) else None
+                fault = (show(loaded) or type(loaded).__name__) if isinstance(loaded, Exception) else None
                 if fault is None and len({p.value for p in points}) > 1:
                     fault = "registered twice"
                 found.append(PlugIn(group, name, point.value, package(point), fault))

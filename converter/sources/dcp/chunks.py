@@ -155,11 +155,12 @@ class Pieces:
                 expected=f"{entry.kind} {list(chunk.sizes)}",
                 got=got,
             )
+        tensor: LazyTensor = value
         self.checks += read.checks
-        if isinstance(value, Stored) and len(read.checks) == 1:
-            self._own.append(Record(key, value, read.checks[0]))
+        if isinstance(tensor, Stored) and len(read.checks) == 1:
+            self._own.append(Record(key, tensor, read.checks[0]))
         self._digests.append((place.file, place.offset, read.digest))
-        return value
+        return tensor
 
     def _assembled(self, key: str, entry: Entry, boxes: list[tuple[Chunk, LazyTensor]]) -> LazyTensor:
         if entry.dtype is None:
