@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from run_reshard_matrix import faults_of, run_jobs, written  # noqa: E402
+from run_reshard_matrix import faults_of, run_jobs  # noqa: E402
 from zero.pairs import AXES, KINDS, Pair, covering  # noqa: E402
 
 TABLE = HERE / "zero" / "pairs.md"
@@ -53,20 +55,32 @@ def make_universal(python: str, out: Path, asked: Iterable[Pair]) -> None:
 
 
 def reshard(out: Path, pair: Pair) -> str:
-    """What the command line says where it refuses; empty where it wrote."""
+    """What is said where it is refused; empty where it was written."""
     source = out / pair.saved
     if not (source / "losses.json").is_file():
         return "DeepSpeed did not save it"
     if pair.way.startswith("our"):
-        said = written(source, out / f"{pair.name}-universal", "--to", "universal")
-        if said:
+        if said := written(source, out / f"{pair.name}-universal", to="universal"):
             return said
         source = out / f"{pair.name}-universal"
     if pair.way.startswith("DeepSpeed"):
         source = out / "theirs" / pair.saved
         if not (source / "fixture.json").is_file():
             return "ds_to_universal.py did not make it"
-    return written(source, out / pair.name, "--world-size", str(pair.after), "--stage", str(pair.to))
+    return written(source, out / pair.name, world_size=pair.after, stage=pair.to)
+
+
+def written(source: Path, target: Path, **asked: Any) -> str:
+    """What `reshard` says where it refuses; empty where it wrote."""
+    from converter import reshard_state
+    from converter.errors import ConvertError
+
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        reshard_state(source, target, **asked)
+    except ConvertError as error:
+        return f"{error.code}: {error}"
+    return ""
 
 
 def resume(python: str, out: Path, asked: list[Pair]) -> None:

@@ -308,8 +308,9 @@ def run_folders(tag_folder: Path) -> list[Path]:
     folders = [tag_folder, tag_folder.parent]
     if _TRAINER_FOLDER.fullmatch(tag_folder.parent.name):
         folders.append(tag_folder.parent.parent)
-    if tag_folder.parent.suffix == ".ckpt":  # Lightning's, some folders below the run's top
-        folders += list(tag_folder.parents)[1 : LIGHTNING_DEPTH + 2]
+    for above, folder in enumerate((tag_folder, tag_folder.parent)):
+        if folder.suffix == ".ckpt":  # Lightning's, some folders below the run's top
+            folders += list(tag_folder.parents)[1 : LIGHTNING_DEPTH + 1 + above]
     return folders
 
 

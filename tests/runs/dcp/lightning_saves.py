@@ -37,13 +37,11 @@ class Saved:
     model: str
     strategy: str
     sharded: bool
-    original: bool = True
 
 
 CASES = {
     "fsdp-sharded": Saved("lm-tied", "fsdp", sharded=True),
     "fsdp-full": Saved("lm-tied", "fsdp", sharded=False),
-    "fsdp-flat-full": Saved("reward", "fsdp", sharded=False, original=False),
     "fsdp-frozen-sharded": Saved("lm-frozen-mlp", "fsdp", sharded=True),
     "parallel-sharded": Saved("lm", "parallel", sharded=True),
     "parallel-full": Saved("reward", "parallel", sharded=False),
@@ -66,6 +64,7 @@ def work(out: Path, cases: list[str], ranks: int) -> None:
         if dist.get_rank() == 0:
             facts = {"case": name, "layout": "lightning", "model": CASES[name].model, "ranks": ranks, "steps": STEPS}
             finish(folder, found, {**facts, "config": config})
+            forget_places(folder)
         dist.barrier()
 
 
@@ -109,7 +108,7 @@ def save(folder: Path, case: Saved) -> tuple[dict[str, Any], dict[str, Any]]:
                 found.update(live(self.model, optimizer))
                 return
             given = self.trainer.strategy.model, SimpleNamespace(optimizer=optimizer)
-            whole = live_fsdp1(*given, original=case.original)
+            whole = live_fsdp1(*given)
             found.update({clean(n).replace("/model.", "/", 1): t for n, t in whole.items()})
 
     place = folder / "lightning_logs" / "version_0" / "checkpoints"
@@ -120,6 +119,25 @@ def save(folder: Path, case: Saved) -> tuple[dict[str, Any], dict[str, Any]]:
     )  # fmt: skip
     trainer.fit(Module(), torch.utils.data.DataLoader(range(STEPS)))
     return found, inner.config.to_dict()
+
+
+def forget_places(folder: Path) -> None:
+    """Paths of this machine are taken out of what was saved in pieces: Lightning records absolute ones."""
+    import pickle  # noqa: TID251
+
+    import torch
+
+    def relative(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: relative(v) for k, v in value.items()}
+        inside = isinstance(value, str) and Path(value).is_relative_to(folder.absolute())
+        return str(Path(value).relative_to(folder.absolute().parent)) if inside else value
+
+    for meta in folder.rglob("meta.pt"):
+        torch.save(relative(torch.load(meta, weights_only=False)), meta)  # noqa: TID251 - Lightning wrote it
+        metadata = pickle.loads((meta.parent / ".metadata").read_bytes())
+        metadata.storage_meta.checkpoint_id = meta.parent.name
+        (meta.parent / ".metadata").write_bytes(pickle.dumps(metadata, protocol=2))
 
 
 def strategy_of(case: Saved) -> Any:
@@ -140,7 +158,7 @@ def strategy_of(case: Saved) -> Any:
     return OnCpu(
         auto_wrap_policy={LlamaDecoderLayer},
         state_dict_type="sharded" if case.sharded else "full",
-        use_orig_params=case.original,
+        use_orig_params=True,
     )
 
 
