@@ -116,3 +116,26 @@ def bert() -> transformers.BertConfig:
     return transformers.BertConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("llama", "model.layers.0.self_attn.k_proj"),
+        ("qwen2", "layers.1.mlp.gate_proj"),
+        ("gpt2", "h.0.attn.c_proj"),
+        ("gpt_neox", "layers.1.mlp.dense_h_to_4h"),
+    ],
+)
+def test_a_second_copy_of_a_layer_of_the_model_is_no_head(
+    family: str, module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has the shape of a head of 8 labels; a load passes over it."""
+    tiny(family).save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors[f"old.{module}.weight"] = torch.randn(8, 16)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    assert main(["reshard", str(tmp_path / "model"), str(tmp_path / "out")]) == 3
+    assert "tensors-unexpected" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["verify", str(tmp_path / "model")]) == 4

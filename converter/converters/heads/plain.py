@@ -7,6 +7,7 @@ the output embedding, with as many columns as the model is wide, which the class
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 from converter.core.checkpoint import Checkpoint
 from converter.dialects.spec import Dialect, HeadSpec
@@ -34,6 +35,9 @@ _MOST_ROWS = 1024
 _FEW_ROWS = 32
 """Rows up to which a layer is a head where config.json says no number of labels: projections have more."""
 
+_TAIL = 3
+"""Parts at a name's end that tell a module of a layer: `self_attn.k_proj.weight`."""
+
 
 def linear_head(stem: str) -> Dialect:
     """The dialect of a folder whose head is the layer of this name."""
@@ -59,8 +63,9 @@ def plain_head(checkpoint: Checkpoint) -> str | None:
     wanted = expected(checkpoint.config)
     if isinstance(wanted, Unknown) and class_of(checkpoint.config) in class_names():
         return None  # it may be that class's own: whoever knows the class did not answer
-    is_of_class = isinstance(wanted, Expected) and not wanted.free and f"{stem}.weight" in wanted.saved
-    return None if is_of_class else stem
+    known = set() if isinstance(wanted, Unknown) else set(wanted.saved)
+    is_of_class = isinstance(wanted, Expected) and not wanted.free and f"{stem}.weight" in known
+    return None if is_of_class or _is_of_a_layer(stem, {*checkpoint.tensors, *known} - {*outside}) else stem
 
 
 def named_head(checkpoint: Checkpoint, stem: str) -> Dialect:
@@ -79,6 +84,12 @@ def named_head(checkpoint: Checkpoint, stem: str) -> Dialect:
         what = f"{show(stem)}.weight is {list(weight.info.shape)}, and a head is [labels, {hidden}]"
         raise Refused("head-shape", what, where=where)
     return linear_head(stem)
+
+
+def _is_of_a_layer(stem: str, names: Collection[str]) -> bool:
+    """True for a copy of what the backbone's layers have, under a foreign prefix: a router is as small as a head."""
+    tail = tuple(f"{stem}.weight".split(".")[-_TAIL:])
+    return len(tail) == _TAIL and any(tuple(name.split(".")[-_TAIL:]) == tail for name in names)
 
 
 def _is_head(checkpoint: Checkpoint, stem: str, hidden: int | None) -> bool:
