@@ -15,6 +15,7 @@ from converter.converters.merge.adapter_itself import inconsistency
 from converter.converters.merge.adapter_values import expect_finite
 from converter.converters.merge.asked_modules import modules_missing
 from converter.converters.merge.merge_lora import MergeLora
+from converter.converters.merge.quantised.dequantise import Dequantise
 from converter.converters.merge.quantised.whole import expect_parts, found_in
 from converter.core.checkpoint import ADAPTER, MODEL, Checkpoint
 from converter.core.context import Context
@@ -41,7 +42,7 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
         expect_loadable(checkpoint)
     if checkpoint.origin.kind != MODEL:
         return
-    expect_parts(found_in(checkpoint), show(checkpoint.origin.asked))
+    _expect_parts_agree(checkpoint, context)
     found = judge(checkpoint)
     if found.refused:
         source = as_argument(checkpoint.origin.asked)
@@ -50,6 +51,23 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
         context.note("info", FAMILY_UNKNOWN, found.unknown)
     for code in found.codes:
         context.consent(_refusal(code, found, checkpoint))
+
+
+def _expect_parts_agree(checkpoint: Checkpoint, context: Context) -> None:
+    """Look at the parts of quantised weights: all are there, and what says how they are laid out goes together."""
+    found = found_in(checkpoint)
+    expect_parts(found, show(checkpoint.origin.asked))
+    if not found.weights or found.unsupported:
+        return
+    try:
+        whole = Dequantise()(checkpoint, Context())
+    except Refused as error:
+        if error.code == "quantised-incomplete":
+            error.next = Command("doctor", (as_argument(checkpoint.origin.asked), "--deep"))
+            context.consent(error)
+        return
+    if MISSHAPEN in (judged := judge(whole)).codes:
+        context.consent(_refusal(MISSHAPEN, judged, checkpoint))
 
 
 def expect_consistent(adapter: Checkpoint, opened: Collection[Checkpoint], context: Context) -> None:

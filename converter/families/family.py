@@ -106,7 +106,7 @@ def hidden_size(config: Mapping[str, Any]) -> int | None:
     """Width of the last hidden states: OPT's `word_embed_proj_dim` where it has one, else the hidden size."""
     text = config.get("text_config")
     for each in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model"):
+        for key in ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model", "dim", "emb_dim"):
             value = each.get(key)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value

@@ -39,22 +39,36 @@ class Verdict:
 
 
 def is_classifier_of_its_own(checkpoint: Checkpoint) -> bool:
-    """True for a classifier whose head no trainer's dialect has: BERT's dense layer before its output, T5's."""
+    """True for a classifier whose head no trainer's dialect has: BERT's dense layer before its output, T5's, or one
+    with several labels for each token, of which a critic has one.
+    """
     listed = checkpoint.config.get("architectures")
     first = str(listed[0]) if isinstance(listed, list) and listed else ""
     if checkpoint.origin.kind != "model" or not first.endswith(_CLASSIFIERS):
         return False
     found = judge(checkpoint)
-    is_of_class = found.dialect is None and found.wanted is not None and found.wanted.name == first
+    is_nobodys = found.dialect is None or bool(_labels_of_tokens(checkpoint))
+    is_of_class = is_nobodys and found.wanted is not None and found.wanted.name == first
     # Of an encoder no other head can be meant: what its class lacks is missing.
     return is_of_class and (not found.codes or is_encoders_own(checkpoint))
+
+
+def _labels_of_tokens(checkpoint: Checkpoint) -> int:
+    """How many labels each token has, where they are several; else 0."""
+    found = judge(checkpoint)
+    if found.wanted is None or not found.wanted.name.endswith("ForTokenClassification"):
+        return 0
+    heads = [s for n, s in found.wanted.saved.items() if found.wanted.is_outside(n) and len(s) == 2]
+    return heads[-1][0] if heads and heads[-1][0] > 1 else 0
 
 
 def check_own_class(checkpoint: Checkpoint, target: Target, context: Context, *, remedy: Command) -> Verdict:
     """A classifier as transformers' own class loads it: names, shapes and the tokenizer."""
     checks = _names(checkpoint, target, context, remedy, head_fails=False)
     first = show(checkpoint.config["architectures"][0])
-    text = f"the head is {first}'s own, more than one linear layer: transformers loads it, no trainer's critic does"
+    labels = _labels_of_tokens(checkpoint)
+    how = f"with {labels} labels for each token" if labels else "more than one linear layer"
+    text = f"the head is {first}'s own, {how}: transformers loads it, no trainer's critic does"
     # No encoder finds its token by the padding.
     tokens = [c for c in check_tokens(checkpoint, target) if c.code != "pad-token-missing"]
     return Verdict([note("head", "head-of-its-class", text), *checks, *tokens])

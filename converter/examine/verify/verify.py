@@ -160,9 +160,10 @@ def _as_itself(asked: VerifyRequest, checkpoint: Checkpoint | None) -> bool:
     if not is_classifier_of_its_own(checkpoint):
         return False
     try:
-        return detect(checkpoint) is None
+        found = detect(checkpoint)
     except ConvertError:
         return True
+    return found is None or found.dialect.class_says
 
 
 def _is_headless(checkpoint: Checkpoint) -> bool:
@@ -208,7 +209,8 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
         kinds = {"adapter": "an adapter", DELTA: "the difference of two models"}
         text = f"this is {kinds.get(checkpoint.origin.kind, 'a training state')}, not a model"
         return Verified(aim, (fails("files", "not-a-model", text, remedy),))
-    check = check_own_class if _as_itself(asked, checkpoint) else check_for
+    is_itself = _as_itself(asked, checkpoint)
+    check = check_own_class if is_itself else check_for
     verdict = check(checkpoint, aim, context, remedy=_remedy(asked, aim))
     stored = {**checkpoint.tensors, **{n: t for held in checkpoint.beside.values() for n, t in held.items()}}
     checks = [
@@ -223,17 +225,19 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
     elif asked.against is not None:
         from converter.examine.verify.against import check_against, compare_backbones
 
-        here = _headless(checkpoint, context) if reading is None and aim.role == "actor" else reading
+        is_plain = is_itself or (reading is None and aim.role == "actor")
+        here = _headless(checkpoint, context) if is_plain else reading
         if here is None:
             text = f"the head can't be read, so nothing was compared with {show(asked.against)}"
             checks.append(fails("against", "not-compared", text, _remedy(asked, aim)))
         else:
-            there, digest = _source(asked, context)
+            there, digest = _source(asked, context, headless=is_itself)
             checks += check_source(root, digest, asked.against)
             is_fresh = aim.role != "actor" and there.head is None and has_fresh_head(root)
-            compared = compare_backbones(here, there, context, outputs=aim.role == "actor", reporter=asked.reporter)
+            outputs = is_itself or aim.role == "actor"
+            compared = compare_backbones(here, there, context, outputs=outputs, reporter=asked.reporter)
             is_rounded = compared.is_rounded
-            checks += check_against(here, there, aim, compared, fresh=is_fresh)
+            checks += check_against(here, there, aim, compared, fresh=is_fresh, whole=is_itself)
     if asked.live:
         from converter.examine.verify.live import check_live
 
@@ -260,8 +264,12 @@ def _remedy(asked: VerifyRequest, aim: Target) -> Command:
     return Command("convert", (as_argument(asked.against or asked.folder), "OUT", "--to", to, "--role", aim.role))
 
 
-def _source(asked: VerifyRequest, context: Context) -> tuple[Reading, str]:
-    """The source, read in its own dialect, and the digest of its headers: a model, an adapter or a trainer's state."""
+def _source(asked: VerifyRequest, context: Context, *, headless: bool = False) -> tuple[Reading, str]:
+    """The source, read in its own dialect, and the digest of its headers: a model, an adapter or a trainer's state.
+
+    Args:
+        headless: its head is a part of the model like any other.
+    """
     from converter.converters.gather.gather import Gather
     from converter.converters.heads.detect import HEADLESS, Detected, detect
     from converter.converters.heads.fit import Wishes
@@ -282,6 +290,8 @@ def _source(asked: VerifyRequest, context: Context) -> tuple[Reading, str]:
         source = with_adapter(base or open_recorded_base(source, keep_code=False), source, wishes, context)
     elif source.origin.kind == "training":
         source = Gather(emit="merged", base=base)(source, context)
+    if headless:
+        return read(source, dialects()[HEADLESS], context), digest
     if asked.source is not None:
         return read(source, spoken(asked.source)[0], context), digest
     found = detect(source) or Detected(dialects()[HEADLESS], "no head")
