@@ -71,16 +71,18 @@ class PlugIn:
         return name.removesuffix("s")
 
 
-def plug_ins(groups: Sequence[str] = GROUPS) -> list[PlugIn]:
-    """Everything registered, ours and strangers', each imported to see whether it works."""
+def plug_ins(groups: Sequence[str] = GROUPS, *, only_broken: bool = False) -> list[PlugIn]:
+    """Everything registered, ours and strangers', or what of it is broken; each is imported to see whether it works."""
     found: list[PlugIn] = []
     for group in groups:
         for name, points in sorted(named(group).items()):
             for point in points:
                 loaded = load(point)
-                fault = show(loaded) if isinstance(loaded, Exception) else None
+                fault = (show(loaded) or type(loaded).__name__) if isinstance(loaded, Exception) else None
                 if fault is None and len({p.value for p in points}) > 1:
                     fault = "registered twice"
+                if only_broken and fault is None:
+                    continue
                 found.append(PlugIn(group, name, point.value, package(point), fault))
     return found
 

@@ -67,6 +67,7 @@ _SETTINGS: tuple[dict[str, Any], ...] = (
     {"attn_config": {"rope_theta": 1e4}},
     {"n_routed_experts": 4, "n_shared_experts": 1},
     {"text_config": {"mlp_layer_types": ["dense"] * 64}},
+    {"text_config": {"num_hidden_layers": 2}},
     {"text_config": {"rope_parameters": _ROPE}},
     {"rope_parameters": _ROPE},
     {"talker_config": {"text_config": {"shared_expert_intermediate_size": 64}, "spatial_merge_size": 2}},

@@ -101,16 +101,20 @@ def _ties(config: Any) -> bool:
     return getattr(config, "tie_word_embeddings", False) is True
 
 
-def of_older(python: str, kinds: list[str], silent: list[str]) -> dict[str, Any]:
-    """What another release makes of a silent config.json, where that differs; it asks the text model's config."""
+def of_older(python: str, kinds: list[str], silent: list[str], classes: list[str]) -> dict[str, Any]:
+    """What another release makes of a silent config.json, where that differs; it asks the text model's config.
+
+    `lacks`: classes that came after it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "made.json")
         subprocess.run([python, __file__, "--defaults", str(made)], check=True)
-        version, defaults = json.loads(made.read_text())
+        version, defaults, known = json.loads(made.read_text())
     return {
         "transformers": version,
         "ties": sorted(k for k in kinds if defaults.get(k) is True and k not in silent),
         "does not": sorted(k for k in kinds if defaults.get(k) is False and k in silent),
+        "lacks": sorted(set(classes) - set(known)),
     }
 
 
@@ -121,7 +125,7 @@ def _defaults(made: Path) -> None:
         with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found[kind] = bool(CONFIG_MAPPING[kind]().get_text_config(decoder=True).tie_word_embeddings)
-    made.write_text(json.dumps([transformers.__version__, found]))
+    made.write_text(json.dumps([transformers.__version__, found, dir(transformers)]))
 
 
 def main() -> None:
@@ -147,7 +151,8 @@ def main() -> None:
         if groups:
             kinds.add(cls.config_class.model_type)
     configs = of_configs()
-    older = of_older(given.older, sorted(kinds), configs["silent"]) if given.older else {}
+    named = [name for names in classes.values() for name in names]
+    older = of_older(given.older, sorted(kinds), configs["silent"], named) if given.older else {}
     data = {
         "about": "Tied tensors, from transformers; written by tools/make_ties.py",
         "transformers": transformers.__version__,

@@ -25,7 +25,7 @@ from converter.families.megatron.formulas import SizeError, Sizes, sizes_of
 from converter.families.megatron.names import placed
 from converter.families.megatron.next_tokens import as_mtp, copies, count
 from converter.families.megatron.recorded import arguments
-from converter.families.megatron.rows import NOT_READ, OUTPUT, OUTPUT_BIAS, ROWS, Row
+from converter.families.megatron.rows import NOT_WRITTEN, OUTPUT, OUTPUT_BIAS, ROWS, Row
 from converter.families.megatron.writing import filed, is_homogeneous, pieces, stacked
 from converter.families.ties import is_tied
 from converter.text import fold, show
@@ -145,13 +145,13 @@ def _table(checkpoint: Checkpoint, where: str) -> tuple[tuple[Row, ...], Sizes]:
         )
     kind = checkpoint.config.get("model_type")
     rows = ROWS.get(str(kind))
-    if rows is None:
-        reason = f": {NOT_READ[str(kind)]}" if str(kind) in NOT_READ else ""
+    if rows is None or str(kind) in NOT_WRITTEN:
+        reason = f": {NOT_WRITTEN[str(kind)]}" if str(kind) in NOT_WRITTEN else ""
         raise Refused(
             "megatron-family",
-            f"which of Megatron's tensors those of the model type {show(kind)} are is not known{reason}",
+            f"a model of the type {show(kind)} is not written for Megatron{reason}",
             where=where,
-            expected=", ".join(sorted(ROWS)),
+            expected=", ".join(sorted(ROWS.keys() - NOT_WRITTEN.keys())),
             next="let the trainer load the model by its own bridge (Megatron-Bridge, mbridge)",
         )
     try:

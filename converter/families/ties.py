@@ -162,7 +162,8 @@ def _of_class(stored: frozenset[str], config: Mapping[str, Any]) -> tuple[Tie, .
     """The groups of the config's class; None where the table has no such class, or other names than the stored."""
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named else None
-    rows = _table()["of_class"].get(WRAPPED_CLASS.sub("", first)) if isinstance(first, str) else None
+    name = WRAPPED_CLASS.sub("", first) if isinstance(first, str) else ""
+    rows = _table()["of_class"].get(name)
     if rows is None:
         return None
     found = []
@@ -170,13 +171,14 @@ def _of_class(stored: frozenset[str], config: Mapping[str, Any]) -> tuple[Tie, .
         own = config if part == "" else config.get(part)
         group = next((g for g in _spelled(spellings) if stored.intersection(g)), None)
         if group is not None and isinstance(own, Mapping):
-            found += list(_tie(group, own, stored))
+            found += list(_tie(group, own, stored, is_new=name in _table()["older"]["lacks"]))
     if rows and not found and not stored.isdisjoint(_generic_names()):
         return None
     return tuple(sorted(found, key=lambda tie: tie.names[0].endswith("bias")))
 
 
-def _tie(group: tuple[str, ...], config: Mapping[str, Any], stored: frozenset[str]) -> Iterator[Tie]:
+def _tie(group: tuple[str, ...], config: Mapping[str, Any], stored: frozenset[str], *, is_new: bool) -> Iterator[Tie]:
+    """The group, where a release ties it; of a class that is newer than the older release, only the newer counts."""
     word = tie_word(config)
     if config.get(_KEY) is False and word is True:
         # T5: the copies are tied whatever the config says; a head of its own (T5 1.1) goes with `false`.
@@ -184,7 +186,7 @@ def _tie(group: tuple[str, ...], config: Mapping[str, Any], stored: frozenset[st
     if word is None:
         # A silent config and no head: written by code that we don't know, and tied, or the model would not work.
         word = not any(is_output(n) and n in stored for n in group)
-    older = was_tied(config) or (word and not any(map(is_output, group)))
+    older = not is_new and (was_tied(config) or (word and not any(map(is_output, group))))
     if len(group) > 1 and (word or older):
         yield Tie(group, word, older)
 

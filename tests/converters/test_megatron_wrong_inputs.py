@@ -73,9 +73,9 @@ def test_a_class_with_more_tensors_than_the_run_has_is_named(tmp_path: Path) -> 
     _refused(folder, "tensors-missing", "6 of 27 tensors that Qwen2ForCausalLM asks for are missing")
 
 
-def test_a_family_without_rows_is_refused_with_the_reason(tmp_path: Path) -> None:
-    folder = _copied(tmp_path, MIXTURE, model_type="qwen3_next", architectures=["Qwen3NextForCausalLM"])
-    _refused(folder, "megatron-family", "linear attention")
+def test_a_family_without_rows_is_refused_by_name(tmp_path: Path) -> None:
+    folder = _copied(tmp_path, MIXTURE, model_type="olmoe", architectures=["OlmoeForCausalLM"])
+    _refused(folder, "megatron-family", "is not known for the model type olmoe")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,15 @@ def test_positions_and_norms_of_other_numbers_need_consent(tmp_path: Path, given
     out = tmp_path / "out"
     assert run("gather", folder, out, "--allow", "megatron-config").code == 0
     assert differences(written(out), oracle(OLD)) == []
+
+
+@pytest.mark.parametrize(("tokens", "code"), [(99, 0), (90, 0), (100, 3)])
+def test_a_run_with_more_tokens_than_the_config_has_rows_is_refused(tmp_path: Path, tokens: int, code: int) -> None:
+    folder = _copied(tmp_path, OLD)
+    _arguments(folder, vocab_size=lambda _: tokens)
+    done = run("gather", folder, tmp_path / "out")
+    assert done.code == code, done.err
+    assert ("vocab_size is 100, and config.json 99" in done.err) is (code == 3)
 
 
 # Files of ranks under the names of others

@@ -62,7 +62,8 @@ def test_a_head_that_is_only_wrapped_is_repaired_and_not_converted(reward: Path)
     assert named == finding(reward, "names-wrapped").next
 
 
-def test_an_empty_head_without_shards_prints_a_command_that_works_as_it_is(reward: Path) -> None:
+def test_an_empty_head_without_shards_is_offered_from_a_copy_with_the_base_that_proves_it(reward: Path) -> None:
+    """A copy may be the base itself, with a head that was drawn at random: the base shows that it was trained."""
     whole = shutil.copytree(reward, reward.parent / "aside" / reward.name)
     store(reward, lambda t: {n: v.new_empty(0) if n == "score.weight" else v for n, v in t.items()})
     found = finding(reward, "zero3-empty-tensors")
@@ -71,7 +72,8 @@ def test_an_empty_head_without_shards_prints_a_command_that_works_as_it_is(rewar
     shutil.move(whole, reward.parent / f"{reward.name}-checkpoint-5")
     there = f"{reward.parent / reward.name}-checkpoint-5"
     found = finding(reward, "zero3-empty-tensors")
-    assert str(found.next) == f"rlhf-convert repair {reward} {reward}-fixed --weights-from {there}"
+    words = f"repair {reward} {reward}-fixed --weights-from {there}"
+    assert str(found.next) == f"{words} with --base and the folder or the Hub name of the base model"
 
 
 def test_openrlhf_s_head_is_where_its_config_says_or_missing(reward: Path) -> None:

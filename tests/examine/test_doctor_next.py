@@ -30,6 +30,7 @@ WRITE = ("repair", "convert", "gather", "merge-lora", "reshard", "rm-to-critic",
 CAPITALS = re.compile(r"(?<= )(?:DIR|BASE|ADAPTER|DIALECT|RUN|N)\b")
 
 ELSEWHERE = {
+    "plug-in-broken": "of what is installed, and of no folder",
     "header-too-large": "of a writer that would make one",
     "dcp-no-masters": "of gather --master",
     "dcp-no-moments": "of the moments of Adam",

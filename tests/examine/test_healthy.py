@@ -41,6 +41,10 @@ _WHY = "names-in-memory: a load takes two names on disk to one"
 TWO_NAMES = {("causal", "hy_v4"): _WHY, ("bare", "hy_v4"): _WHY, ("bare", "aria"): _WHY}
 
 
+IN_TEXT_ALONE = {("multimodal", "qwen2_5_omni_thinker"), ("multimodal", "qwen3_vl_moe")}
+"""Their text_config ties, their config does not: transformers 4.57.6 drops the head that 5.23 saves and keeps."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "kind"), marked(TWO_NAMES, TASKS))
 def test_every_architecture_of_transformers_is_healthy(task: str, kind: str, tmp_path: Path) -> None:
@@ -48,8 +52,9 @@ def test_every_architecture_of_transformers_is_healthy(task: str, kind: str, tmp
         folder = Saved(task, kind).write(tmp_path / "model")
     except NotTinyError as error:
         pytest.skip(str(error))
-    assert serious(folder) == []
-    assert serious(folder, deep=True) == []
+    expected = ["tied-copies"] if (task, kind) in IN_TEXT_ALONE else []
+    assert codes(folder, deep=True) == expected
+    assert serious(folder) == [] or expected
 
 
 LORA_TASKS = {"causal": "CAUSAL_LM", "seqcls": "SEQ_CLS", "tokcls": "TOKEN_CLS", "seq2seq": "SEQ_2_SEQ_LM"}

@@ -107,6 +107,7 @@ def test_divergence_of_a_language_model_is_the_one_from_the_live_adapter(home: H
         }  # fmt: skip
         assert found[side] == pytest.approx(expected, rel=2e-3)
     assert (found["nearer"], found["trained_over"], found["is_quantised"]) == ("merge", "base", True)
+    assert torch.is_grad_enabled(), "what a caller trains afterwards has gradients"
     assert "nearer to what was trained: this merge, by" in ran.text
     assert "as QLoRA trains it" in ran.text
 

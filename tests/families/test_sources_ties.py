@@ -11,7 +11,7 @@ import pytest
 import oracle
 from all_families import FAMILIES, input_of, output_of, small
 from converter.families.memory_names import architecture
-from converter.families.ties import _table, find_ties, is_tied, was_tied
+from converter.families.ties import _table, find_ties, is_tied, ties, was_tied
 from converter.sources.hf import source as hf
 from oracle.bases import FAMILIES as BASES
 from oracle.bases import quiet
@@ -262,3 +262,28 @@ def test_word_of_a_nested_config_counts_where_transformers_lets_it(
 def test_transformers_4_asks_the_text_model(config: dict[str, Any], ties: bool) -> None:
     """Expected: `config.get_text_config(decoder=True).tie_word_embeddings` of transformers 4.57.6."""
     assert was_tied(config) is ties
+
+
+def test_a_class_that_transformers_4_lacks_is_tied_by_no_release_where_its_config_says_no() -> None:
+    names = ["model.text_model.embeddings.tok_embeddings.weight", "lm_head.weight"]
+    config = {
+        "model_type": "modernvbert",
+        "architectures": ["ModernVBertForMaskedLM"],
+        "tie_word_embeddings": False,
+        "text_config": {"model_type": "modernbert", "tie_word_embeddings": True},
+    }
+    assert ties(names, config) == ()
+    older = ["model.embed_tokens.weight", "lm_head.weight"]
+    thinker = config | {"architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"]}
+    thinker |= {"model_type": "qwen2_5_omni_thinker", "text_config": {"tie_word_embeddings": True}}
+    (tie,) = ties(older, thinker)
+    assert (tie.newer, tie.older) == (False, True)  # loaded with both releases: 4.57.6 makes them one, 5.23 does not
+
+
+def test_experts_of_a_model_inside_another_are_stacked_in_memory() -> None:
+    """Source: `state_dict()` of Qwen4ExpForConditionalGeneration of transformers 5.23 on the meta device."""
+    config = {"model_type": "qwen4_exp", "text_config": {"model_type": "qwen4_exp_text"}}
+    built = architecture("Qwen4ExpForConditionalGeneration", config)
+    assert built is not None
+    memory, change = built.in_memory("model.language_model.layers.1.mlp.experts.0.down_proj.weight")
+    assert memory == "model.language_model.layers.1.mlp.experts.down_proj" and change is not None

@@ -48,6 +48,7 @@ NO_BASE = [
 LANGUAGE_MODELS = [
     "zero/lm-fp16-z1-n2", "zero/lm-tied-z3-n2", "zero/neox-z2-n2", "zero/plain-z0-n1", "zero/vision-z2-n2",
     "dcp/accelerate-full-n2", "dcp/accelerate-lora-n2", "dcp/accelerate-n2", "dcp/tp-n4",
+    "dcp/frozen-n2", "dcp/fsdp1-hybrid-n4", "dcp/hsdp-n4", "dcp/mixed-n2",
     "verl_saves/actor-bf16-fsdp1-n2", "verl_saves/actor-fsdp1-n1", "verl_saves/actor-original-fsdp1-n2",
     "verl_saves/actor-tied-fsdp1-n2", "verl_saves/actor-tied-fsdp2-n2", "verl_saves/actor-whole-fsdp2-n2",
     "verl_saves/lora-bf16-fsdp2-n2", "verl_saves/lora-fsdp1-n2",

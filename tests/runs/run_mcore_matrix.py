@@ -51,10 +51,17 @@ OTHERS: dict[str, list[str]] = {
     "qwen3-critic-tp2-pp2": ["--case", "qwen3-tied", "--tp", "2", "--pp", "2", "--critic", "1", "--no-args"],
     "qwen3_moe-critic-ep2": ["--case", "qwen3_moe", "--ep", "2", "--critic", "1"],
     "deepseek_v3-critic-tp2": ["--case", "deepseek_v3", "--tp", "2", "--critic", "1"],
+    "qwen3_next": ["--case", "qwen3_next"],
+    "qwen3_next-tp2": ["--case", "qwen3_next", "--tp", "2"],
+    "qwen3_next-pp2": ["--case", "qwen3_next", "--pp", "2"],
+    "qwen3_next-tp2-ep2": ["--case", "qwen3_next", "--tp", "2", "--ep", "2"],
+    "qwen3_next-critic-ep2": ["--case", "qwen3_next", "--ep", "2", "--critic", "1"],
     "qwen2-labels-tp2": ["--case", "qwen2", "--tp", "2", "--critic", "3", "--head-bias"],
 }
-NOT_OLD = frozenset({"qwen3-optimizer-tp2", "llama-apart-pp2", "qwen3-apart-12-layers", "qwen3_moe-apart"})
-"""What the old format has no other form for."""
+NOT_OLD = frozenset({"qwen3-optimizer-tp2", "llama-apart-pp2", "qwen3-apart-12-layers", "qwen3_moe-apart"}) | {
+    name for name in OTHERS if name.startswith("qwen3_next-")
+}
+"""What the old format has no other form for, or what is refused in it: parts of gated delta nets split over ranks."""
 NO_ARGS = "--no-args"
 
 
@@ -78,7 +85,7 @@ def every_run() -> dict[str, list[str]]:
 
 
 CHOSEN = re.compile(
-    r"(?:old-)?(?:[a-z0-9_]+|.*-mtp.*|.*(?:vpp|uneven|layers|apart|critic|labels|fp32|optimizer).*|"
+    r"(?:old-)?(?:[a-z0-9_]+|.*-mtp.*|.*(?:vpp|uneven|layers|apart|critic|labels|fp32|optimizer|next-).*|"
     r"qwen2-tied.*|qwen3_moe-.+|(?:deepseek_v3|gpt_oss)-(?:tp2-pp2|ep2)|"
     r"(?:mixtral|qwen2_moe|glm4_moe|deepseek_v2)-tp2-ep2)"
 )

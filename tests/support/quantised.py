@@ -126,7 +126,8 @@ def awq(name: str, weight: torch.Tensor, size: int = 16) -> tuple[Parts, torch.T
         f"{module}.qweight": words(codes, 4, order), f"{module}.qzeros": words(zeros, 4, order),
         f"{module}.scales": scales,
     }  # fmt: skip
-    return parts, _columns(codes, zeros, scales, size, weight.dtype)
+    # AutoAWQ multiplies in fp16.
+    return parts, _columns(codes, zeros, scales, size, torch.float16).to(weight.dtype)
 
 
 def packed(name: str, weight: torch.Tensor, size: int = 16) -> tuple[Parts, torch.Tensor]:

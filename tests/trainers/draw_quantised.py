@@ -148,8 +148,8 @@ def gptq(module: str, weight: torch.Tensor, draw: random.Random) -> Made:
     with tempfile.TemporaryDirectory() as scratch:
         save_file({f"m.{k}": v for k, v in parts.items()}, f"{scratch}/gptq.safetensors")
         convert = _bare("gptqmodel", "utils.model_dequant", "utils", "quantization").convert_gptq_file
-        whole = convert(Path(scratch, "gptq.safetensors"), torch.float16, GPTQ, "cpu")["m.weight"]
-    return {f"{module}.{k}": v for k, v in parts.items()}, whole.to(weight.dtype)
+        whole = convert(Path(scratch, "gptq.safetensors"), weight.dtype, GPTQ, "cpu")["m.weight"]
+    return {f"{module}.{k}": v for k, v in parts.items()}, whole
 
 
 def awq(module: str, weight: torch.Tensor, draw: random.Random) -> Made:

@@ -56,12 +56,14 @@ class Changes:
         equal: names on disk of what is the base's, bit by bit.
         places: what each changed module is kept as.
         experts: changed experts that a load stacks, by names on disk.
+        tokens: of the tuned model's embeddings, where the base's have fewer; else 0.
     """
 
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     equal: list[str] = field(default_factory=list)
     places: dict[str, Kind] = field(default_factory=dict)
     experts: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
 
     def of(self, kind: Kind) -> list[str]:
         """The modules that are kept so, in file order."""
@@ -82,7 +84,9 @@ def find_changes(tuned: Checkpoint, base: Checkpoint, context: Context) -> Chang
     for disk, (memory, is_made) in names.items():
         below = _below(disk, memory, base, built)
         if below is not None and below.info.shape != tuned.tensors[disk].info.shape:
-            raise _of_other_shape(disk, below, tuned, base)
+            if not _has_more_tokens(memory, tuned.tensors[disk], below):
+                raise _of_other_shape(disk, below, tuned, base)
+            below, found.tokens = None, tuned.tensors[disk].info.shape[0]
         same = below is not None and context.equal(tuned.tensors[disk], below)
         if same:
             found.equal.append(disk)
@@ -141,10 +145,17 @@ def _below(disk: str, memory: str, base: Checkpoint, built: Architecture | None)
     return next((base.tensors[n] for n in tied if n is not None and n in base.tensors), None)
 
 
+def _has_more_tokens(memory: str, tuned: LazyTensor, below: LazyTensor) -> bool:
+    """True for an embedding, in or out, whose vocabulary grew: it is kept whole."""
+    ours, theirs = tuned.info.shape, below.info.shape
+    is_vocabulary = memory.rpartition(".")[0].rpartition(".")[2] in (*INPUT_MODULES, *OUTPUT_MODULES)
+    return is_vocabulary and ours[1:] == theirs[1:] and ours[0] > theirs[0]
+
+
 def _of_other_shape(name: str, below: LazyTensor, tuned: Checkpoint, base: Checkpoint) -> Refused:
     ours, theirs = list(tuned.tensors[name].info.shape), list(below.info.shape)
     is_vocabulary = name.rpartition(".")[0].rpartition(".")[2] in (*_EMBEDDINGS, *OUTPUT_MODULES)
-    step = "give the base as many tokens first: resize_token_embeddings, then save_pretrained"
+    step = "cut the base's rows first: repair --allow vocabulary-trim, or resize_token_embeddings and save_pretrained"
     return Refused(
         "models-differ",
         f"{show(name)} is {ours} in {show(tuned.origin.asked)} and {theirs} in {show(base.origin.asked)}; an adapter "

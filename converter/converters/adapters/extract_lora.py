@@ -63,6 +63,12 @@ class ExtractLora:
         for model in (checkpoint, self.base):
             _expect_plain(model)
         changes = find_changes(checkpoint, self.base, context)
+        if changes.tokens:
+            text = (
+                f"the vocabulary grew to {changes.tokens} rows, and the embeddings are kept whole: merge-lora takes "
+                f"them over the base as it is; PEFT loads them after resize_token_embeddings({changes.tokens})"
+            )
+            context.note("info", "vocabulary-grew", text)
         ranks = {m: self._rank(changes.modules[m]["weight"], context) for m in changes.of(FACTORS)}
         # Differences that are zero though the bits differ: another dtype, or a sign of zero.
         factored = {m: rank for m, rank in ranks.items() if rank}

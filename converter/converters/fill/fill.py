@@ -46,6 +46,7 @@ from converter.converters.fill.refusals import (
     refuse_several,
     why_lost,
 )
+from converter.converters.merge.adapter_itself import INCONSISTENT, contradictions
 from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context
 from converter.core.files.opening import Identity
@@ -172,7 +173,7 @@ class _Repair:
             Refused: nothing is lost of an adapter that has no effect (`adapter-untrained`).
         """
         states = [o for o in offers if o.given.origin.kind == TRAINING]
-        self.damage = {d.name: d for d in self._damage(states)}
+        self.damage = {d.name: d for d in (*self._contradicting(offers), *self._damage(states))}
         heads = self._heads(states)
         if not self.damage and not heads.names:
             refuse_untrained(self.broken, self.context, show(self.broken.origin.asked))
@@ -204,6 +205,23 @@ class _Repair:
             here = {d.name for d in found}
             found += [d for d in lacks_of_class(self.broken) if d.name not in here]
         return found
+
+    def _contradicting(self, offers: list[Offer]) -> list[Damage]:
+        """Factors that contradict the adapter itself, of which a copy has others."""
+        ours = self.broken.tensors
+        if self.broken.origin.kind != ADAPTER:
+            return []
+        held = {n: t.info for n, t in ours.items()}
+        found = contradictions(held, self.broken.config, alone=self.base is None)
+        odd = {n for each in found if each.code == INCONSISTENT for n in each.names}
+        return [
+            Damage(n, f"shape {list(ours[n].info.shape)}" if n in ours else MISSING, t.info.shape)
+            for offer in offers
+            for n, t in offer.tensors.items()
+            if offer.verdict != "other"
+            and (n in odd or any(f".{m}." in n for m in odd))
+            and (n not in ours or ours[n].info != t.info)
+        ]
 
     def _heads(self, states: list[Offer]) -> Heads:
         if self.broken.origin.kind != ADAPTER:

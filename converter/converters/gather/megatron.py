@@ -17,10 +17,11 @@ from converter.core.files.strict_json import parse_json
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
+from converter.families.megatron.delta_net import with_parts_joined
 from converter.families.megatron.formulas import SizeError, Sizes, sizes_of
 from converter.families.megatron.names import ARGUMENTS_FILE, Value, layer_count, placed
 from converter.families.megatron.next_tokens import MTP, after_the_last, count, with_copies
-from converter.families.megatron.rows import EMBEDDING, NOT_READ, OUTPUT, OUTPUT_BIAS, ROWS, ZERO_CENTRED
+from converter.families.megatron.rows import EMBEDDING, OUTPUT, OUTPUT_BIAS, ROWS, ZERO_CENTRED
 from converter.families.ties import is_tied
 from converter.text import fold, show
 
@@ -56,10 +57,9 @@ def _converted(found: Checkpoint, context: Context) -> Checkpoint:
     rows = ROWS.get(str(found.config.get("model_type")))
     if rows is None:
         kind = found.config.get("model_type")
-        reason = f": {NOT_READ[str(kind)]}" if str(kind) in NOT_READ else ""
         raise Refused(
             "megatron-family",
-            f"which of its tensors Megatron's are is not known for the model type {show(kind)}{reason}",
+            f"which of its tensors Megatron's are is not known for the model type {show(kind)}",
             where=where,
             expected=", ".join(sorted(ROWS)),
             next="export it with the trainer that wrote it, or with Megatron-Bridge (AutoBridge.export_ckpt)",
@@ -71,7 +71,7 @@ def _converted(found: Checkpoint, context: Context) -> Checkpoint:
     arguments = _arguments(found)
     _expect_same_model(found, sizes, arguments, context)
     held, head = _without_head(found.tensors, sizes)
-    held, dropped = _without_mtp(held, found, where, context)
+    held, dropped = _without_mtp(with_parts_joined(held), found, where, context)
     result = placed(after_the_last(held, sizes.layers), rows, sizes)
     if result.unknown:
         raise Refused(
@@ -164,6 +164,9 @@ def _expect_same_model(found: Checkpoint, sizes: Sizes, arguments: Mapping[str, 
             next="export it with the trainer that wrote it",
         )
     wrong = [f"{words} {have}, and config.json {said}" for words, have, said in _differences(found, sizes, arguments)]
+    tokens = arguments.get("vocab_size")
+    if type(tokens) is int and tokens > sizes.vocabulary:  # fewer are usual: a tokenizer need not fill its rows
+        wrong.append(f"the training script's vocab_size is {tokens}, and config.json {sizes.vocabulary}")
     if wrong:
         raise _other_config(found, wrong)
     _expect_output(found)

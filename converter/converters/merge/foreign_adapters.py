@@ -19,6 +19,8 @@ from converter.text import show
 _UNEMBED = re.compile(r"(?:^|(?<=\.))(?:model\.)?unembed_tokens(?=\.)", re.ASCII)
 _STACKED = re.compile(r"(?P<module>.*\.experts)\.(?P<part>w[123])\.(?P<factor>lora_[AB])(?P<tail>\.weight)?", re.ASCII)
 _PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_AS_TINKER = ".block_sparse_moe.experts"
+"""Ends the names of modules whose experts have Tinker's names on disk: Mixtral's, MiniMax's."""
 
 
 def plain_names(held: Mapping[str, LazyTensor], where: str) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
@@ -37,7 +39,8 @@ def plain_names(held: Mapping[str, LazyTensor], where: str) -> tuple[dict[str, L
             count, rows = counts[match["module"], match["part"]], tensor.info.shape[0]
             for expert in range(count):
                 one = tensors.narrow(tensor, 0, expert if rows > 1 else 0, 1)
-                name = f"{match['module']}.{expert}.{_PARTS[match['part']]}.{match['factor']}{match['tail'] or ''}"
+                leaf = match["part"] if match["module"].endswith(_AS_TINKER) else _PARTS[match["part"]]
+                name = f"{match['module']}.{expert}.{leaf}.{match['factor']}{match['tail'] or ''}"
                 found[name] = tensors.reshape(one, tensor.info.shape[1:])
             continue
         name = _UNEMBED.sub("lm_head", key) if "unembed_tokens" in key and "lora_" in key else key

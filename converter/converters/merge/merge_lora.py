@@ -309,8 +309,7 @@ class _Merge:
         self, read: AdapterModules, found: Mapping[str, Sequence[Update]], method: Method, where: str
     ) -> None:
         begun = {n: [f for f in method.zeros if f in read.modules[n].factors] for n in found}
-        names = list(dict.fromkeys(f for factors in begun.values() for f in factors))
-        what = " and ".join(names)
+        what = " and ".join(dict.fromkeys(f for factors in begun.values() for f in factors))
         with self.context.keeping_open():
             zero = [
                 name

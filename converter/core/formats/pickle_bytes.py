@@ -68,14 +68,6 @@ def decode(
             at += 2
         elif code == 0x28:  # MARK
             push(mark)
-        elif code == 0x29:  # EMPTY_TUPLE
-            push(())
-        elif code == 0x7D:  # EMPTY_DICT
-            push({})
-        elif code == 0x85:  # TUPLE1
-            if stack[-1] is mark:
-                raise ValueError("a value is missing")
-            stack[-1] = (stack[-1],)
         elif code == 0x71:  # BINPUT
             memo[raw[at]] = stack[-1]
             at += 1

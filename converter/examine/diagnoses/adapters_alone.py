@@ -9,6 +9,7 @@ from converter.converters.merge.adapter_itself import INCONSISTENT, UNTARGETED, 
 from converter.core.context import Context
 from converter.diagnostic import Steps
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
+from converter.examine.diagnoses.siblings import from_siblings
 from converter.families.factors import alternatives, factor_in_name, shared_names
 from converter.families.words import PEFT_PREFIX, without_wrappers
 
@@ -38,7 +39,7 @@ def adapter_inconsistent(case: Case, context: Context) -> Iterable[Finding]:
             tensors=each.names,
             evidence=folded(case, each.names),
             recoverability=LOST,
-            next=case.elsewhere(each.names),
+            next=from_siblings(case, each.names),
         )
 
 

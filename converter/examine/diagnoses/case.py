@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from converter.core.context import Context
 from converter.core.files.names import ADAPTER_CONFIG, MODEL_CONFIG
 from converter.core.files.strict_json import MAX_JSON_BYTES, load_json
 from converter.core.tensors.dtypes import TensorInfo
-from converter.diagnostic import Command, Diagnostic, Next, Severity, Steps, as_argument, spelled
+from converter.diagnostic import Command, Diagnostic, Severity, as_argument, spelled
 from converter.errors import ConvertError, Refused
 from converter.examine.diagnoses.script import Launch
 from converter.families.plain_names import Plain, plain_names
@@ -36,8 +36,6 @@ HERE, LOST = "here", "lost"
 """Recoverability, where it is not `from SOURCE`: from the folder itself, or from nothing."""
 
 MAX_EVIDENCE = 3
-_MOST_LOOKED_AT = 4
-"""Checkpoints of the same run whose headers are read."""
 _TOKENIZER_BYTES = 200_000_000
 
 
@@ -273,18 +271,6 @@ class Case:
     def out(self, word: str, beside: Near | None = None) -> str:
         """A path for a command to write to, beside this folder or another, and not there yet: `./rm-fixed`."""
         return new_name(self.folder if beside is None else beside.asked, word)
-
-    def elsewhere(self, names: Collection[str]) -> Next:
-        """What to type about tensors that are lost: where a model of the same run has them all, the repair from it.
-
-        Where nothing at hand has them: the command that shows what is there.
-        """
-        for near in [n for n in self.near if n.kind == self.kind][:_MOST_LOOKED_AT]:
-            entries = sources()[near.source].survey(near.path).entries
-            if all(name in entries and entries[name].info.numel for name in names):
-                return self.repair("--weights-from", near.argument)
-        shown = self.command("inspect", "--tensors")
-        return Steps("nothing at hand has them; every tensor that is there is listed by ", shown)
 
     def training_near(self) -> list[Near]:
         """Trainers' shards at hand, those that the user named first."""

@@ -10,6 +10,7 @@ from converter.core.context import Context
 from converter.examine.diagnoses.case import LOST, Case, Diagnosis, Finding, diagnosis, folded
 from converter.examine.diagnoses.commands import filling_command
 from converter.examine.diagnoses.faults import explanation, finding_of
+from converter.examine.diagnoses.siblings import from_siblings
 from converter.examine.diagnoses.whole import judgement_of
 from converter.text import fold, show
 
@@ -30,7 +31,7 @@ def _zero3_empty_tensors(case: Case, context: Context) -> Iterable[Finding]:
     empty = tuple(n for n, info in case.shapes.items() if info.shape == (0,))
     places = case.training_near()
     recoverability = f"from {places[0].asked}" if places else LOST
-    command = filling_command(case) or case.elsewhere(empty)
+    command = filling_command(case) or from_siblings(case, empty)
     message = finding_of(faults[0], case).text
     yield Finding(
         code="zero3-empty-tensors",

@@ -85,6 +85,8 @@ def _copies(case: Case, context: Context, tie: Tie, first: str, other: str) -> I
     pair, command = (first, other), case.repair()
     silent = "config.json does not mention tie_word_embeddings, and its model type ties"
     why = "tie_word_embeddings is true" if is_said(case.config) else silent
+    if tie_word(case.config) is False and case.text_config.get("tie_word_embeddings") is True:
+        why = "tie_word_embeddings is false, and true in text_config"
     if a.info != b.info or (case.deep and not context.equal(a, b)):
         if tie.older:  # else every release keeps both
             text = (

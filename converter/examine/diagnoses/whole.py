@@ -20,6 +20,7 @@ from converter.core.files.names import MODEL_CONFIG
 from converter.diagnostic import Command, Next, Steps, as_argument
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, Near, diagnosis, folded
+from converter.examine.diagnoses.siblings import from_siblings
 from converter.families.expected import Expected
 from converter.sources.hf import broken
 from converter.sources.rank_folders import ranks_in
@@ -150,7 +151,7 @@ def _finding(case: Case, found: Judgement, code: str) -> Iterator[Finding]:
         base = ("--base", case.base.folder) if case.base is not None else ()
         source = ("--weights-from", near.argument) if near is not None else ()
         known = case.command("repair", *source, *base, out="fixed")
-        command = known if source or base else case.elsewhere(names)
+        command = known if source or base else from_siblings(case, names)
     recoverability = LOST if near is None else f"from {near.asked}"
     if code == MISSHAPEN and found.slices is not None and len(ranks_in(case.root.parent)) == found.slices.ranks:
         command, recoverability = Command("gather", (as_argument(str(case.root.parent)), "OUT")), HERE

@@ -48,21 +48,23 @@ class Outputs:
     def __call__(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """`[n, h]` to `[n, v]`, for one stretch of the vocabulary after the other."""
         height = max(1, STRETCH // (self._weight.info.shape[1] * self._dtype.itemsize))
-        with InputFiles(self._reading.checkpoint.inputs) as files, torch.no_grad():
+        with InputFiles(self._reading.checkpoint.inputs) as files:
             evaluator = Evaluator(files)
             for start in range(0, self.vocabulary, height):
-                stop = min(start + height, self.vocabulary)
-                self._head._parameters["weight"] = self._part(evaluator, self._weight, start, stop)
-                if self._bias is not None:
-                    self._head._parameters["bias"] = self._part(evaluator, self._bias, start, stop)
-                self._hidden = hidden.to(self._dtype)[None]
-                try:
-                    found: torch.Tensor = self._model(
-                        input_ids=torch.zeros(self._hidden.shape[:2], dtype=torch.long)
-                    ).logits
-                except (NotImplementedError, RuntimeError, TypeError) as error:
-                    raise _unmeasured(self._reading, f"its class can't be run from hidden states: {error}") from None
-                yield found[0]
+                yield self._stretch(evaluator, hidden, start, min(start + height, self.vocabulary))
+
+    @torch.no_grad()  # here, since around a generator's `yield` it would hold for whoever takes what is yielded
+    def _stretch(self, evaluator: Evaluator, hidden: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        self._head._parameters["weight"] = self._part(evaluator, self._weight, start, stop)
+        if self._bias is not None:
+            self._head._parameters["bias"] = self._part(evaluator, self._bias, start, stop)
+        self._hidden = hidden.to(self._dtype)[None]
+        tokens = torch.zeros(self._hidden.shape[:2], dtype=torch.long)
+        try:
+            found: torch.Tensor = self._model(input_ids=tokens).logits[0]
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            raise _unmeasured(self._reading, f"its class can't be run from hidden states: {error}") from None
+        return found
 
     def _part(self, evaluator: Evaluator, value: LazyTensor, start: int, stop: int) -> torch.nn.Parameter:
         found = evaluator.evaluate(rows(value, start, stop), {}).to(self._dtype)

@@ -9,6 +9,7 @@ from typing import Any
 from converter.core.tensors.dtypes import TensorInfo
 from converter.core.tensors.kernel_specs import PERMUTE
 from converter.core.tensors.nodes import Filled, LazyTensor, apply, concat, narrow, reshape
+from converter.families.megatron.delta_net import DeltaSizes, gated_queries, one_more, projections
 from converter.families.megatron.rows import Formula, Row
 
 
@@ -18,6 +19,7 @@ class Sizes:
 
     Attributes:
         head: a head's size, which need not be the hidden size over the number of heads.
+        delta: of layers with linear attention.
     """
 
     layers: int
@@ -25,6 +27,7 @@ class Sizes:
     heads: int
     groups: int
     head: int
+    delta: DeltaSizes | None = None
 
     @property
     def qkv(self) -> int:
@@ -53,7 +56,7 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
     head = config.get("head_dim") or found["hidden_size"] // heads
     if type(groups) is not int or type(head) is not int or groups < 1 or heads % groups or head < 1:
         raise SizeError(f"{heads} heads of config.json do not make {groups} groups")
-    return Sizes(found["num_hidden_layers"], found["vocab_size"], heads, groups, head)
+    return Sizes(found["num_hidden_layers"], found["vocab_size"], heads, groups, head, DeltaSizes.of(config))
 
 
 def parts(row: Row, tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
@@ -145,6 +148,45 @@ def _qkv(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, 
     }
 
 
+def _gated_qkv(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+    queries = sizes.heads // sizes.groups
+    step = (2 * queries + 2) * sizes.head
+    if _rows(tensor) != sizes.groups * step:
+        many = f"{sizes.heads} heads with gates in {sizes.groups} groups of {sizes.head} make {sizes.groups * step}"
+        raise SizeError(f"it has {_rows(tensor)} rows, and config.json's {many}")
+    starts = [group * step for group in range(sizes.groups)]
+    gated = [part for start in starts for part in gated_queries(tensor, start, queries, sizes.head)]
+    behind = [start + 2 * queries * sizes.head for start in starts]
+    keys = [narrow(tensor, 0, at, sizes.head) for at in behind]
+    values = [narrow(tensor, 0, at + sizes.head, sizes.head) for at in behind]
+    return {name: concat(parts, 0) for name, parts in zip(names, (gated, keys, values), strict=True)}
+
+
+def _delta(tensor: LazyTensor, sizes: Sizes, parts: int) -> DeltaSizes:
+    """The sizes of a gated delta net, where a tensor has the rows of its first parts.
+
+    Raises:
+        SizeError: config.json has none, or others.
+    """
+    wanted = None if sizes.delta is None else sum(sizes.delta.projections[:parts])
+    if sizes.delta is None or _rows(tensor) != wanted:
+        raise SizeError(f"it has {_rows(tensor)} rows, and config.json's heads of linear attention make {wanted}")
+    return sizes.delta
+
+
+def _delta_projections(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+    return dict(zip(names, projections(tensor, _delta(tensor, sizes, 6)), strict=True))
+
+
+def _delta_channels(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+    _delta(tensor, sizes, 3)
+    return {names[0]: tensor}
+
+
+def _one_more(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+    return {names[0]: one_more(tensor)}
+
+
 def _halves(names: tuple[str, ...], tensor: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
     if _rows(tensor) % 2:
         raise SizeError(f"it has {_rows(tensor)} rows, which are no gate and up projection")
@@ -217,4 +259,8 @@ _FORMULAS: dict[Formula, Callable[[tuple[str, ...], LazyTensor, Sizes], dict[str
     "expert-halves": _of_each(_halves),
     "stack": _stack,
     "stack-halves": _stack_halves,
+    "gated-qkv": _gated_qkv,
+    "delta-projections": _delta_projections,
+    "delta-channels": _delta_channels,
+    "one-more": _one_more,
 }

@@ -16,10 +16,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Formula = Literal["same", "vocabulary", "qkv", "halves", "experts", "expert-halves", "stack", "stack-halves"]
+Formula = Literal[
+    "same", "vocabulary", "qkv", "halves", "experts", "expert-halves", "stack", "stack-halves", "gated-qkv",
+    "delta-projections", "delta-channels", "one-more",
+]  # fmt: skip
 """`same`: as it is. `vocabulary`: without rows that no token has. `qkv`: for each group its queries, key and value.
 `halves`: `[gate; up]`. `experts`: `[e, ...]`, one after the other. `expert-halves`: `halves` of each. `stack`: experts
-in one tensor, each transposed. `stack-halves`: the same, columns of gate and up by turns."""
+in one tensor, each transposed. `stack-halves`: the same, columns of gate and up by turns. `gated-qkv`: for each group
+its queries, as many gates, key and value. `delta-projections`: queries, keys, values, gates (z), beta and alpha of a
+gated delta net. `delta-channels`: one row for each query, key and value. `one-more`: w for 1 + w."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,22 @@ _STACKED_EXPERTS = (
 """Of gpt-oss, whose experts are one tensor `[e, in, out]` for transformers. Source: Megatron-Bridge 067f987,
 models/gpt_oss/gpt_oss_bridge.py."""
 
+_GATED_DELTA_NET = (
+    _layer("self_attention.in_proj.layer_norm_weight", "same", "input_layernorm.weight"),
+    _layer(
+        "self_attention.in_proj.weight", "delta-projections",
+        "linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.weight",
+    ),
+    _layer("self_attention.conv1d.weight", "delta-channels", "linear_attn.conv1d.weight"),
+    _layer("self_attention.A_log", "same", "linear_attn.A_log"),
+    _layer("self_attention.dt_bias", "same", "linear_attn.dt_bias"),
+    _layer("self_attention.out_norm.weight", "one-more", "linear_attn.norm.weight"),
+    _layer("self_attention.out_proj.weight", "same", "linear_attn.out_proj.weight"),
+)  # fmt: skip
+"""Of layers with linear attention. A checkpoint has parts of two of them apart (see `delta_net`). Source:
+ssm/gated_delta_net.py of megatron-core 0.16.1 and 0.19.2."""
+_GATED_ATTENTION = (_ATTENTION[0], dataclasses.replace(_ATTENTION[1], formula="gated-qkv"), _ATTENTION[2])
+
 ROWS: Mapping[str, tuple[Row, ...]] = {
     "llama": _DENSE,
     "mistral": _DENSE,
@@ -177,6 +198,10 @@ ROWS: Mapping[str, tuple[Row, ...]] = {
         _layer("mlp.shared_experts.gate_weight", "same", "mlp.shared_expert_gate.weight"),
     ),
     "qwen3_moe": (*_MIXTURE, *_DENSE_FIRST, *_QK_NORM),
+    "qwen3_next": (
+        *_ENDS, *_GATED_ATTENTION, *_GATED_DELTA_NET, *_MOE, *_DENSE_FIRST, *_QK_NORM, *_shared("shared_expert"),
+        _layer("mlp.shared_experts.gate_weight", "same", "mlp.shared_expert_gate.weight"),
+    ),
     "deepseek_v2": _LATENT_MIXTURE,
     "deepseek_v3": (*_LATENT_MIXTURE, *_EXPERT_BIAS, *_NEXT_TOKENS),
     "gpt_oss": (*_ENDS, *_ATTENTION, *_QKV_BIAS, *_AROUND_EXPERTS, *_STACKED_EXPERTS),
@@ -186,13 +211,12 @@ ROWS: Mapping[str, tuple[Row, ...]] = {
 }  # fmt: skip
 """Rows by `model_type`."""
 
-NOT_READ: Mapping[str, str] = {
-    "qwen3_next": "its layers of linear attention are six matrices in Megatron and two in transformers, by groups of "
-    "heads; its queries have gates between them; and of one norm Megatron has w - 1",
+NOT_WRITTEN: Mapping[str, str] = {
+    "qwen3_next": "its queries have gates between them, and of one norm Megatron has w - 1, which is rounded",
 }
-"""Model types that Megatron's runs may be of and that have no rows, with the reason."""
+"""Model types whose rows are read alone, with the reason."""
 
-ZERO_CENTRED = frozenset({"gemma", "gemma2", "gemma3_text"})
+ZERO_CENTRED = frozenset({"gemma", "gemma2", "gemma3_text", "qwen3_next"})
 """Families whose norms multiply by 1 + w. With `layernorm_zero_centered_gamma` Megatron's do so too, and the weights
 are the same; without it they would be 1 more."""
 

@@ -207,7 +207,9 @@ def list_of(shape: tuple[int, ...]) -> str:
 
 
 def whole_columns(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType, context: Context) -> LazyTensor:
-    """`((code - zero) * scale)` of `[in, out]`, transposed, rounded once.
+    """`((code - zero) * scale)` of `[in, out]`, transposed; AWQ's first to the scale's dtype, as AutoAWQ multiplies.
+
+    GPTQModel's product is of fp32, and rounded once to the model's dtype.
 
     Raises:
         Refused: a zero point of GPTQ's first format has overflowed into its neighbour, or a group is past the scales
@@ -225,7 +227,9 @@ def whole_columns(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType,
         "layout": params["layout"], "bits": params["bits"], "group": params["group"], "zero": int(is_first),
         "first": 0, "out": dtype.value,
     }  # fmt: skip
-    return nodes.apply(kernels.DEQUANTISE_PACKED_COLUMNS, inputs, values)
+    if params["layout"] == "awq" and scales.info.dtype in (DType.BF16, DType.F16):
+        values["out"] = scales.info.dtype.value
+    return nodes.cast(nodes.apply(kernels.DEQUANTISE_PACKED_COLUMNS, inputs, values), dtype)
 
 
 def _expect_no_overflow(weight: Weight, zeros: LazyTensor, context: Context) -> None:

@@ -20,6 +20,14 @@ _SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "rms_norm_eps": 1e-6,
 }  # fmt: skip
+KEY_HEADS, VALUE_HEADS, KEY_HEAD, VALUE_HEAD = 2, 4, 4, 6
+_KEYS, _VALUES = KEY_HEADS * KEY_HEAD, VALUE_HEADS * VALUE_HEAD
+PARTS = (_KEYS, _KEYS, _VALUES, _VALUES, VALUE_HEADS, VALUE_HEADS)
+"""Rows of `in_proj`: queries, keys, values, gates, beta, alpha; the first three are the channels of `conv1d`."""
+FIELDS: dict[str, Any] = {
+    "linear_num_key_heads": KEY_HEADS, "linear_num_value_heads": VALUE_HEADS, "linear_key_head_dim": KEY_HEAD,
+    "linear_value_head_dim": VALUE_HEAD, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {**_SIZES, "model_type": "llama"},
@@ -54,6 +62,11 @@ MODELS: dict[str, dict[str, Any]] = {
         **_SIZES, **_EXPERTS, "model_type": "glm4_moe", "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
         "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5,
         "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
+    },
+    "qwen3_next": {
+        **_SIZES, **_EXPERTS, **FIELDS, "model_type": "qwen3_next", "head_dim": 8, "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 20, "partial_rotary_factor": 0.5,
+        "layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [],
     },
 }  # fmt: skip
 
@@ -149,6 +162,8 @@ def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
         fields |= {"moe_shared_expert_intermediate_size": shared}
         if kind == "qwen2_moe":
             fields["moe_shared_expert_gate"] = True
+    if kind == "qwen3_next":
+        fields |= _of_delta_net(config)
     if kind == "gpt_oss":
         from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
@@ -163,6 +178,16 @@ def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
         "qk_pos_emb_head_dim": config.qk_rope_head_dim, "v_head_dim": config.v_head_dim, "rope_type": "rope",
     }  # fmt: skip
     return MLATransformerConfig(multi_latent_attention=True, **fields)
+
+
+def _of_delta_net(config: Any) -> dict[str, Any]:
+    """Fields of megatron-core's config for gated delta nets and queries with gates."""
+    return {name: getattr(config, name) for name in FIELDS} | {
+        "layernorm_zero_centered_gamma": True, "attention_output_gate": True, "qk_layernorm": True,
+        "experimental_attention_variant": "gated_delta_net", "deterministic_mode": True,
+        "linear_attention_freq": [int(kind == "linear_attention") for kind in config.layer_types],
+        "moe_shared_expert_gate": True,
+    }  # fmt: skip
 
 
 def in_megatron(hf: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
@@ -203,14 +228,17 @@ def _layer(layer: Mapping[str, torch.Tensor], config: Any) -> Iterator[tuple[str
         yield "mlp.linear_fc2.post_layernorm.weight", layer["post_feedforward_layernorm.weight"]
     else:
         yield "pre_mlp_layernorm.weight", layer["post_attention_layernorm.weight"]
-    yield "self_attention.linear_proj.weight", layer["self_attn.o_proj.weight"]
+    if "linear_attn.A_log" in layer:
+        yield from _linear_attention(layer)
+    else:
+        yield "self_attention.linear_proj.weight", layer["self_attn.o_proj.weight"]
     if "self_attn.sinks" in layer:
         yield "self_attention.linear_proj.bias", layer["self_attn.o_proj.bias"]
         yield "self_attention.core_attention.softmax_offset", layer["self_attn.sinks"]
         yield from _turned_experts(layer)
     if "self_attn.kv_a_proj_with_mqa.weight" in layer:
         yield from _latent(layer)
-    else:
+    elif "self_attn.q_proj.weight" in layer:
         yield from _grouped(layer, config)
     yield from _mlp("mlp", "mlp", layer)
     yield from _experts(layer)
@@ -236,6 +264,8 @@ def _grouped(layer: Mapping[str, torch.Tensor], config: Any) -> Iterator[tuple[s
             continue
         q, k, v = (layer[f"self_attn.{p}_proj.{leaf}"] for p in "qkv")
         parts = []
+        if q.shape[0] == 2 * heads * size:
+            q, each = torch.cat(_gated(q, heads, groups, size)), 2 * (heads // groups)
         for group in range(groups):
             parts += [q[(group * each + head) * size : (group * each + head + 1) * size] for head in range(each)]
             parts += [k[group * size : (group + 1) * size], v[group * size : (group + 1) * size]]
@@ -243,6 +273,37 @@ def _grouped(layer: Mapping[str, torch.Tensor], config: Any) -> Iterator[tuple[s
     for which in "qk":
         if f"self_attn.{which}_norm.weight" in layer:
             yield f"self_attention.{which}_layernorm.weight", layer[f"self_attn.{which}_norm.weight"]
+
+
+def _linear_attention(layer: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """One layer's tensors, by the names of megatron-core's modules."""
+    mixed, rates = layer["linear_attn.in_proj_qkvz.weight"], layer["linear_attn.in_proj_ba.weight"]
+    many = VALUE_HEADS // KEY_HEADS
+    found: list[list[torch.Tensor]] = [[] for _ in PARTS]
+    for head in range(KEY_HEADS):
+        step = 2 * KEY_HEAD + 2 * many * VALUE_HEAD
+        at = head * step
+        for part, rows in enumerate((KEY_HEAD, KEY_HEAD, many * VALUE_HEAD, many * VALUE_HEAD)):
+            found[part].append(mixed[at : at + rows])
+            at += rows
+        found[4].append(rates[head * 2 * many : head * 2 * many + many])
+        found[5].append(rates[head * 2 * many + many : (head + 1) * 2 * many])
+    yield "self_attention.in_proj.weight", torch.cat([row for part in found for row in part])
+    for leaf in ("conv1d.weight", "A_log", "dt_bias", "out_proj.weight"):
+        yield f"self_attention.{leaf}", layer[f"linear_attn.{leaf}"]
+    norm = layer["linear_attn.norm.weight"]
+    less = norm - 1
+    assert torch.equal(less + 1, norm), "the norm can't be told from what Megatron has of it"
+    yield "self_attention.out_norm.weight", less
+
+
+def _gated(query: torch.Tensor, heads: int, groups: int, size: int) -> list[torch.Tensor]:
+    """Rows of each group: its queries, then its gates, of a projection that has each head's queries and gate."""
+    each = query.reshape(heads, 2, size, -1)
+    many = heads // groups
+    return [
+        torch.cat([*each[g * many : (g + 1) * many, 0], *each[g * many : (g + 1) * many, 1]]) for g in range(groups)
+    ]
 
 
 def _mlp(ours: str, theirs: str, layer: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

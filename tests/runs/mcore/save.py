@@ -25,6 +25,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from delta_net import block, on_rank
 from models import LAYERS, PADDED, built, in_megatron, next_tokens, transformer_config
 
 from ranks import expert_tp, join, launch, place, ranks_for, sizes_of
@@ -136,6 +137,10 @@ def model_chunks(config: Any, asked: argparse.Namespace) -> list[Any]:
                 settings.num_moe_experts, False, settings.qk_layernorm, settings.multi_latent_attention,
                 normalization="RMSNorm",
             )  # fmt: skip
+        if config.model_type == "qwen3_next":
+            count = config.num_hidden_layers // asked.pp
+            first = parallel_state.get_pipeline_model_parallel_rank() * count
+            spec = block(settings, spec, first, count)
         extra: dict[str, Any] = {} if virtual is None else {"vp_stage": virtual}
         if getattr(settings, "mtp_num_layers", None):
             extra["mtp_block_spec"] = get_gpt_mtp_block_spec(settings, spec, use_transformer_engine=False)
@@ -194,6 +199,8 @@ def sliced(key: str, tensor: Any, shape: tuple[int, ...], rank: int, tp: int) ->
 
     if tuple(tensor.shape) == shape:
         return tensor
+    if (parts := on_rank(key, tensor, rank, tp)) is not None:
+        return parts
     if key.endswith(("linear_fc1.weight", "linear_fc1.bias")):
         return torch.cat([half.chunk(tp)[rank] for half in tensor.chunk(2)])
     (dim,) = [d for d in range(tensor.ndim) if tensor.shape[d] != shape[d]]
@@ -236,6 +243,7 @@ def _arguments(config: Any, asked: argparse.Namespace) -> argparse.Namespace:
         **kept, group_query_attention=True, num_experts=settings.num_moe_experts, params_dtype=torch.bfloat16,
         untie_embeddings_and_output_weights=not config.tie_word_embeddings, padded_vocab_size=PADDED, swiglu=True,
         make_vocab_size_divisible_by=16, position_embedding_type="rope",
+        apply_layernorm_1p=settings.layernorm_zero_centered_gamma,
     )  # fmt: skip
 
 
