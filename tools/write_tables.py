@@ -56,6 +56,11 @@ def trainer_matrix() -> str:
     return (REPOSITORY / "tests" / "trainers" / "matrix.md").read_text("utf-8").rstrip()
 
 
+def reshard_pairs() -> str:
+    """What DeepSpeed loaded on other ranks: written by a run of it."""
+    return (REPOSITORY / "tests" / "runs" / "zero" / "pairs.md").read_text("utf-8").rstrip()
+
+
 def trainers() -> str:
     """The trainers that `--to` and `--for` know, with the roles and versions of each."""
     from converter.dialects.known import dialects
@@ -173,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "saved-adapters": saved_adapters,
     "trainer-matrix": trainer_matrix,
+    "reshard-pairs": reshard_pairs,
     "trainers": trainers,
     "verbs": verbs,
 }

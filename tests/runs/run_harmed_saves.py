@@ -130,18 +130,17 @@ def named(run: Path) -> set[str]:
 
 def gathered(run: Path) -> list[str]:
     """What differs between what is read and what lived."""
+    from converter.sources.finding import sources
     from dcp import compare as dcp
-    from lived import live
+    from lived import facts, live
     from zero import compare as zero
 
     kind = kind_below(run)
+    if kind in ("dcp", "lightning") and facts(run).get("layout") == "lightning":  # the module has the model as `model`
+        found = zero.evaluated(sources()[kind].open(run, asked=run.name).tensors)
+        return zero.differences({n.removeprefix("model."): t for n, t in found.items()}, live(run))
     if kind == "dcp":
         return without_moments(run, dcp.faults)
-    if kind == "lightning":
-        from converter.sources.lightning import SOURCE
-
-        found = zero.evaluated(SOURCE.open(run, asked=run.name).tensors)
-        return zero.differences({n.removeprefix("model."): t for n, t in found.items()}, live(run))
     if kind not in ("deepspeed", "deepspeed_universal"):
         from converter.errors import UsageError
 
@@ -237,6 +236,7 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true")
     given = parser.parse_args()
     whole: dict[Path, set[str]] = {}
+    left_out: set[Path] = set()
     counted: Counter[str] = Counter()
     every = [t for t in tries(given.saved) if given.only in t[0].name]
     if given.draw is not None:
@@ -247,6 +247,9 @@ def main() -> int:
             state = outcome(lambda run=run: gathered(run)), outcome(lambda run=run: resharded(run))
             if state[0] != "equal" or state[1] not in ("equal", "none"):
                 print(f"{run.name}: unharmed: gather {state[0]}, reshard {state[1]}; doctor {whole[run]}", flush=True)
+                left_out.add(run)
+        if run in left_out:
+            continue
         found = harmed(run, given.saved / "later" / run.name, file, harm, whole[run])
         if found is None:
             continue
