@@ -9,6 +9,7 @@ hold where the machine's speed drifts. PY is a Python with deepspeed; without on
     merge        an all-linear adapter, r=16, into a bf16 model; the peer is PEFT's merge_and_unload
     gather-S-N   a ZeRO-S run of N ranks, 388 MB of fp32 masters, `--master`; the peer is DeepSpeed's zero_to_fp32
     gather-large the same of stage 3 and 8 ranks with 6.3 GB; no peer, which would hold it in memory
+    gather-megatron  the model as a torch_dist checkpoint of megatron-core; no peer that needs no GPU does it from files
     rm-to-critic, fresh-head, reshard, cast, doctor: of the same model; no peer does the same work
 
 Cases and sizes are listed by --help. The disk needs four times the model.
@@ -117,6 +118,13 @@ def cases(scratch: Path, size: str, peer_python: str | None) -> dict[str, Case]:
     found["gather-large"] = Case(
         run.name, (sys.executable, ZERO, run, *shape), (*PROGRAM, "gather", run, out, "--master")
     )
+    # Written by ours, whose folders megatron-core loads (tests/runs/run_mcore_written.py).
+    made = (
+        f"{sys.executable} {SHAPES} $0/made --size {size} && {sys.executable} -m converter convert $0/made/base $0/run"
+    )
+    wrote: Command = ("sh", "-ec", f"{made} --to megatron --role actor && rm -r $0/made/adapter", scratch / "megatron")
+    run, base = scratch / "megatron" / "run", scratch / "megatron" / "made" / "base"
+    found["gather-megatron"] = Case("megatron", wrote, (*PROGRAM, "gather", run, out, "--base", base))
     return found
 
 
