@@ -213,11 +213,8 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
     check = check_own_class if is_itself else check_for
     verdict = check(checkpoint, aim, context, remedy=_remedy(asked, aim))
     stored = {**checkpoint.tensors, **{n: t for held in checkpoint.beside.values() for n, t in held.items()}}
-    checks = [
-        *verdict.checks,
-        *check_receipt(root, frozenset(stored), lambda: stored),
-        *check_values(asked.folder, root, asked.reporter),
-    ]
+    checks = [*verdict.checks, *check_receipt(root, frozenset(stored), lambda: stored)]
+    checks += check_values(asked.folder, root, asked.reporter)
     reading, there, is_rounded = verdict.reading, None, False
     table: list[dict[str, Any]] = []
     if asked.against is not None and is_receipt(asked.against):
@@ -225,17 +222,16 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
     elif asked.against is not None:
         from converter.examine.verify.against import check_against, compare_backbones
 
-        is_plain = is_itself or (reading is None and aim.role == "actor")
-        here = _headless(checkpoint, context) if is_plain else reading
+        is_actor = aim.role == "actor"
+        here = _headless(checkpoint, context) if is_itself or (reading is None and is_actor) else reading
         if here is None:
             text = f"the head can't be read, so nothing was compared with {show(asked.against)}"
             checks.append(fails("against", "not-compared", text, _remedy(asked, aim)))
         else:
             there, digest = _source(asked, context, headless=is_itself)
             checks += check_source(root, digest, asked.against)
-            is_fresh = aim.role != "actor" and there.head is None and has_fresh_head(root)
-            outputs = is_itself or aim.role == "actor"
-            compared = compare_backbones(here, there, context, outputs=outputs, reporter=asked.reporter)
+            is_fresh = not is_actor and there.head is None and has_fresh_head(root)
+            compared = compare_backbones(here, there, context, outputs=is_itself or is_actor, reporter=asked.reporter)
             is_rounded = compared.is_rounded
             checks += check_against(here, there, aim, compared, fresh=is_fresh, whole=is_itself)
     if asked.live:
