@@ -249,8 +249,8 @@ def _refused(folder: Path, how: str) -> tuple[Path, Path]:
         return base.path, base.path
     if how == "norms only":
         return base.path, tuned_by(base, folder / "tuned", lambda n, t, g: moved(t, g) if "norm" in n else None)
-    if how == "vocabulary":
-        return base.path, oracle.make_base(folder / "tuned", "llama", vocab=170).path
+    if how == "fewer tokens":
+        return base.path, oracle.make_base(folder / "tuned", "llama", vocab=150).path
     if how == "an adapter":
         return base.path, oracle.make_adapter(folder / "adapter", base)
     tuned = tuned_by(base, folder / "tuned", lambda n, t, g: moved(t, g) if "proj" in n else None)
@@ -264,7 +264,7 @@ def _refused(folder: Path, how: str) -> tuple[Path, Path]:
     [
         ("equal", "no-op"),
         ("norms only", "adapter-no-place"),
-        ("vocabulary", "models-differ"),
+        ("fewer tokens", "models-differ"),
         ("an adapter", "models-differ"),
         ("a parameter", "tensors-unexpected"),
     ],
