@@ -60,9 +60,6 @@ def test_every_architecture_of_transformers_is_healthy(task: str, kind: str, tmp
 LORA_TASKS = {"causal": "CAUSAL_LM", "seqcls": "SEQ_CLS", "tokcls": "TOKEN_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 
 
-# LoRA on an output embedding that is tied and not stored, under a name that a merge does not take to its partner.
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "kind"), marked({}, {*LORA_TASKS, "multimodal"}))
 def test_an_adapter_over_every_architecture_of_transformers_is_healthy(task: str, kind: str, tmp_path: Path) -> None:
