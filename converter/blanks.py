@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
-from converter.diagnostic import PROGRAM, Command, Next, Steps, as_argument, parts, quoted
+from converter.diagnostic import PROGRAM, Again, Command, Next, Steps, as_argument, parts, quoted
 
 OUTPUTS = frozenset({"OUT", "MERGED", "./NEW_FOLDER"})
 """Words that stand for a folder to write."""
@@ -41,6 +41,8 @@ def without_blanks(step: Next | None, typed: Command | None = None) -> Next | No
     Args:
         typed: what the user typed, which is called "the same command" in a sentence.
     """
+    if isinstance(step, Again) and step.otherwise is not None:
+        step = step.otherwise
     if isinstance(step, Command):
         return _closed(step, [], typed)
     if not isinstance(step, Steps):

@@ -23,6 +23,7 @@ SHORT = {
     "head-base-lost": ("convert-reward", "rm"),
     "zero-rank-missing": ("gather", "convert-reward"),
     "verl-rank-missing": ("gather-merged",),
+    "zero-latest": ("verify",),
     "several-parts": ("gather",),
 }
 """Folders and verbs of the run that always is made: one of each kind of refusal."""
