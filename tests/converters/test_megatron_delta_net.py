@@ -7,7 +7,6 @@ the folders that megatron-core writes are compared by tests/runs/run_mcore_matri
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from safetensors.torch import load_file
 
 from mcore.compare import written
 from mcore.models import PARTS, built, in_megatron
+from megatron_keys import experts_as_one
 from oracle.command import run
 from zero.compare import differences
 
-_EXPERT = re.compile(r"(.+\.mlp\.experts)\.local_experts\.(\d+)\.(.+)")
 _NAMES = ("query", "key", "value", "z", "beta", "alpha")
 _NET = "decoder.layers.0.self_attention."
 
@@ -29,16 +28,13 @@ _NET = "decoder.layers.0.self_attention."
 def _keys(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What megatron-core's `sharded_state_dict` calls them: experts as one, projections in parts."""
     found: dict[str, torch.Tensor] = {}
-    experts: dict[str, list[torch.Tensor]] = {}
-    for name, tensor in held.items():
-        if match := _EXPERT.fullmatch(name):
-            experts.setdefault(f"{match[1]}.experts.{match[3]}", []).append(tensor)
-        elif name.endswith(("in_proj.weight", "conv1d.weight")):
+    for name, tensor in experts_as_one(held).items():
+        if name.endswith(("in_proj.weight", "conv1d.weight")):
             parts = tensor.split(PARTS if "in_proj" in name else PARTS[:3])
             found |= {f"{name}.{part}": each for part, each in zip(_NAMES, parts, strict=False)}
         else:
             found[name] = tensor
-    return found | {n: torch.stack(tensors) for n, tensors in experts.items()}
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ The folders that megatron-core itself writes are compared by tests/runs/run_mcor
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from pathlib import Path
 
@@ -17,30 +16,18 @@ from safetensors.torch import load_file
 
 from mcore.compare import written
 from mcore.models import built, in_megatron
+from megatron_keys import experts_as_one
 from oracle.command import run
 from zero.compare import differences
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss")
-_EXPERT = re.compile(r"(.+\.mlp\.experts)\.local_experts\.(\d+)\.(.+)")
-
-
-def _keys(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keys of a checkpoint by names of modules: experts are one tensor."""
-    found: dict[str, torch.Tensor] = {}
-    experts: dict[str, list[torch.Tensor]] = {}
-    for name, tensor in held.items():
-        if match := _EXPERT.fullmatch(name):
-            experts.setdefault(f"{match[1]}.experts.{match[3]}", []).append(tensor)
-        else:
-            found[name] = tensor
-    return found | {n: torch.stack(tensors) for n, tensors in experts.items()}
 
 
 def _saved(tmp_path: Path, case: str, **more: torch.Tensor) -> Path:
     """A run of one step, and beside it the model that it began with, which is the oracle."""
     model = built(case)
     model.save_pretrained(tmp_path / "base")
-    state = _keys(in_megatron(load_file(tmp_path / "base" / "model.safetensors"), model.config)) | more
+    state = experts_as_one(in_megatron(load_file(tmp_path / "base" / "model.safetensors"), model.config)) | more
     folder = tmp_path / "run" / "iter_0000001"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that one process saves alone
