@@ -33,7 +33,8 @@ def _moments(case: Case) -> dict[str, Mapping[str, LazyTensor]]:
 _DAMAGE = frozenset({"file-truncated", "torch-zip", "torch-not", "pickle-malformed", "dcp-file-missing",
                      "dcp-metadata-missing", "dcp-rank-metadata", "dcp-malformed", "dcp-record", "dcp-chunks",
                      "fsdp-rank-files", "verl-rank-missing", "verl-mixed", "verl-sizes", "verl-malformed",
-                     "zero-rank-missing", "zero-mixed", "zero-sizes", "zero-malformed"})  # fmt: skip
+                     "zero-rank-missing", "zero-mixed", "zero-sizes", "zero-malformed",
+                     "zero-parameter-missing"})  # fmt: skip
 """Codes of files that are not what was saved; others name an optimizer that isn't Adam, or that nobody reads."""
 
 
@@ -120,7 +121,7 @@ def moments_zero(case: Case, context: Context) -> Iterable[Finding]:
     )
 
 
-@diagnosis("moments-older", "training", deep=True)
+@diagnosis("moments-older", "training")
 def moments_older(case: Case, context: Context) -> Iterable[Finding]:
     """Adam has counted fewer steps than the run: its moments are older than the weights, or it began anew when the run
     was resumed without its states. Training goes on from there with other steps than an uninterrupted run's.
@@ -139,7 +140,7 @@ def _steps(case: Case) -> tuple[float, float] | None:
     """Adam's steps, and the run's without those that were skipped; None where a trainer doesn't record both."""
     try:
         place = find_place(case.root, case.asked)
-        if kind_of(place.folder) != "deepspeed":
+        if kind_of(place.folder) not in ("deepspeed", "deepspeed_universal"):
             return None
         from converter.sources.deepspeed.state import counted_steps, read_shards
 

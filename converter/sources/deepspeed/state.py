@@ -36,6 +36,7 @@ class Shards:
         optimizer: `BF16_Optimizer`, or empty.
         universal: ds_to_universal.py made it: masters and moments lie in one folder a parameter.
         experts: experts were spread over the ranks, and their weights lie in a file each.
+        agreed: that the optimizer files are of the model file's save was looked into.
         said: what was found that a user should know.
     """
 
@@ -45,6 +46,7 @@ class Shards:
     optimizer: str = ""
     universal: bool = False
     experts: bool = False
+    agreed: bool = False
     said: list[str] = field(default_factory=list)
     checks: list[RecordCheck] = field(default_factory=list)
     inputs: dict[str, Identity] = field(default_factory=dict)
@@ -136,7 +138,7 @@ def read_shards(folder: Path, slice: int = 0, like: Shards | None = None) -> Sha
             (`zero-rank-missing`, `zero-model-file`).
     """
     files = rank_files(folder, slice)
-    shards = Shards(files) if like is None else dataclasses.replace(like, files=files, optimizer="")
+    shards = Shards(files) if like is None else dataclasses.replace(like, files=files, optimizer="", agreed=False)
     if files.whole is None and not files.models:
         raise shards.refuse(
             "zero-model-file",
@@ -337,15 +339,27 @@ def _step(shards: Shards, state: Mapping[Any, Any]) -> float | None:
 
 def counted_steps(shards: Shards) -> tuple[float, float] | None:
     """Steps that the optimizer counted, and those of the run without the ones it skipped; None where one is missing."""
-    if not shards.files.optimizers:
+    if not shards.files.optimizers and not shards.universal:
         return None
-    own = _step(shards, shards.optim(min(shards.files.optimizers)))
+    own = _step(
+        shards, _states_of_universal(shards) if shards.universal else shards.optim(min(shards.files.optimizers))
+    )
     taken, skipped = (
         shards.model(min(shards.files.models, default=0)).get(k) for k in ("global_steps", "skipped_steps")
     )
     if own is None or type(taken) is not int:
         return None
     return own, float(taken - (skipped if type(skipped) is int else 0))
+
+
+def _states_of_universal(shards: Shards) -> Mapping[Any, Any]:
+    """What has the optimizer's step: the common state in stage 3, else the folder of any parameter."""
+    common = common_state(shards)
+    listed = [] if shards.stage == 3 else sorted((shards.folder / UNIVERSAL).glob("*/step.pt"))
+    if not listed:
+        return common
+    step = shards.read(str(listed[0].relative_to(shards.folder)))
+    return {"base_optimizer_state": [{"step": step}]}
 
 
 def shapes(shards: Shards, value: Any, file: str) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.families.expected import Unknown, expected
 from converter.sources.beside import find_beside
 from converter.sources.deepspeed import pipeline, slices
+from converter.sources.deepspeed.agreement import expect_one_save
 from converter.sources.deepspeed.files import LAYER, run_folders, slices_in
 from converter.sources.deepspeed.layout import trained_tensors
 from converter.sources.deepspeed.moments_without_zero import plain_moments
@@ -172,8 +173,14 @@ def states_of(folder: Path, which: Literal["exp_avg", "exp_avg_sq"], allow: Coll
         return pipeline.pipeline_states(found, which)[0]
     if is_sliced(shards):
         parts = slices.read_slices(shards)
-        return _joined(shards, joiner_of(shards, len(parts)), [trained_tensors(s, which) for s in parts])[0]
-    return trained_tensors(shards, which) if shards.stage else plain_moments(shards, which, allow)
+        return _joined(shards, joiner_of(shards, len(parts)), [_of_one_save(s, which) for s in parts])[0]
+    return _of_one_save(shards, which) if shards.stage else plain_moments(shards, which, allow)
+
+
+def _of_one_save(shards: Shards, which: Literal["exp_avg", "exp_avg_sq"]) -> dict[str, LazyTensor]:
+    found = trained_tensors(shards, which)
+    expect_one_save(shards)
+    return found
 
 
 def open_chosen(
