@@ -140,7 +140,7 @@ def _over_larger(first: int | None, words: str = "") -> Callable[[Path, Path, Pa
     """The run was saved over one of more ranks, whose files remain; or only ranks below `first` had been written."""
 
     def do(run: Path, _: Path, later: Path) -> bool:
-        larger = next((run.parent / "larger").glob(RANKS.sub("-n*", run.name)), None)
+        larger = next((later.parents[1] / "larger").glob(RANKS.sub("-n*", run.name)), None)
         if larger is None:
             return False
         for path in files_of(larger):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from converter.cli import main
 from converter.errors import Refused
@@ -19,6 +20,7 @@ from converter.sources.deepspeed import universal
 from converter.sources.deepspeed.source import SOURCE
 from places import RUNS
 from shards import edit
+from zero.compare import differences, evaluated
 
 ZERO = RUNS / "zero"
 OPTIMIZERS = "*optim_states.pt"
@@ -124,3 +126,25 @@ def test_a_parameter_of_another_save_in_a_universal_checkpoint_is_refused(file: 
         universal.SOURCE.adam_moments(run, which="exp_avg")
     assert caught.value.code == "zero-mixed" and path.name in str(caught.value.where)
     assert _findings(run) & {"optimizer-damaged", "zero-mixed", "gather-refused"}
+
+
+def test_files_that_a_larger_world_left_behind_go_into_no_new_rank_s(tmp_path: Path) -> None:
+    run = _copy(tmp_path, ZERO / "runs" / "lm-tied-z3-n2")
+    left = run / "global_step2" / "zero_pp_rank_2_mp_rank_00_model_states.pt"
+    shutil.copy(ZERO / "runs" / "subgroups-z3-n3" / "global_step2" / left.name, left)
+    edit(left, lambda state: state.update(global_steps=9))
+    assert main(["reshard", str(run), str(tmp_path / "out"), "-q", "--world-size", "3"]) == 0
+    assert SOURCE.open(tmp_path / "out", asked="x").origin.stored_format == "ZeRO-3, 3 ranks"
+    whole = SOURCE.open(run, asked="x")
+    assert differences(evaluated(SOURCE.open(tmp_path / "out", asked="x").tensors), evaluated(whole.tensors)) == []
+
+
+@pytest.mark.parametrize("harm", ["missing", "later"])
+def test_a_step_that_a_universal_checkpoint_lacks_or_has_of_another_save_is_named(harm: str, tmp_path: Path) -> None:
+    run = _copy(tmp_path, ZERO / "universal_runs" / "roundrobin-aligned-z2-n3")
+    path = sorted(run.rglob("step.pt"))[1]
+    path.unlink() if harm == "missing" else torch.save(torch.tensor(3.0), path)
+    with pytest.raises(Refused) as caught:
+        universal.SOURCE.adam_moments(run, which="exp_avg")
+    assert caught.value.code == ("zero-parameter-missing" if harm == "missing" else "zero-mixed")
+    assert "optimizer-damaged" in _findings(run)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from converter.core.files.reading import InputFiles
@@ -18,10 +18,11 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.byte_runs import ByteRun, byte_runs
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
+from converter.sources.deepspeed.files import UNIVERSAL
 from converter.sources.deepspeed.layout import listed_shapes, share, trained_tensors
-from converter.sources.deepspeed.state import Shards, common_state, counted_steps
+from converter.sources.deepspeed.state import Shards, common_state, counted_steps, number_of
 from converter.sources.deepspeed.zero_folder import MASTER
-from converter.text import show
+from converter.text import fold, show
 
 _MOST = 32
 """Elements that are compared of each rank's part of a parameter."""
@@ -120,6 +121,25 @@ def _expect_rank_0s_part(shards: Shards) -> None:
                         advice = "make the universal checkpoint anew from the ranks' own files"
                         raise shards.refuse("zero-mixed", text, file=_within(shards, file), next=advice)
                     offset += share(math.prod(shape), shards.ranks)
+
+
+def expect_steps_of_one(shards: Shards, names: Iterable[str]) -> None:
+    """Of stages 1 and 2, a universal checkpoint has the optimizer's step in each parameter's folder, or in none.
+
+    Raises:
+        Refused: some are missing (`zero-parameter-missing`) or differ (`zero-mixed`).
+    """
+    if not shards.universal or shards.stage == 3:
+        return
+    files = {n: f"{UNIVERSAL}/{n}/step.pt" for n in names}
+    held = {n: f for n, f in files.items() if (shards.folder / f).is_file()}
+    if held and (lost := [n for n in files if n not in held]):
+        text = f"`{UNIVERSAL}` lacks step.pt of {len(lost)} trained parameters: {fold(lost)}"
+        raise shards.refuse("zero-parameter-missing", text, next="make it anew from the ranks' own files")
+    steps = {n: number_of(shards, shards.read(f)) for n, f in held.items()}
+    if len(set(steps.values())) > 1:
+        listed = fold([f"{n}: {s}" for n, s in steps.items()])
+        raise shards.refuse("zero-mixed", f"the optimizer's steps of parameters differ ({listed})")
 
 
 def _rank_0s_parts(shards: Shards) -> dict[str, list[LazyTensor]]:

@@ -155,6 +155,8 @@ def read_shards(folder: Path, slice: int = 0, like: Shards | None = None) -> Sha
     stale = [n for found in (files.models, files.optimizers) for r, n in found.items() if r >= shards.ranks]
     if stale:
         shards.said.append(f"left over from a run with more than {shards.ranks} ranks, not read: {fold(stale)}")
+        own = ({r: n for r, n in found.items() if r < shards.ranks} for found in (files.models, files.optimizers))
+        shards.files = RankFiles(files.folder, files.whole, *own)
     if shards.stage == 3:
         _expect_rank_files(shards)
     return shards
@@ -326,7 +328,11 @@ def _step(shards: Shards, state: Mapping[Any, Any]) -> float | None:
     if isinstance(base, dict):
         base = list(_mapping(base.get("state")).values())
     first = next((s for s in base or [] if isinstance(s, dict) and "step" in s), None)
-    step = None if first is None else first["step"]
+    return None if first is None else number_of(shards, first["step"])
+
+
+def number_of(shards: Shards, step: Any) -> float | None:
+    """A step as a number, which may be a tensor of one element; None where it is something else."""
     if isinstance(step, Stored) and step.info.numel == 1 and step.info.dtype in (DType.F32, DType.I64):
         fd = open_input(Path(step.file), root=shards.folder)
         try:

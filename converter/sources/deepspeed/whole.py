@@ -16,7 +16,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.families.expected import Unknown, expected
 from converter.sources.beside import find_beside
 from converter.sources.deepspeed import pipeline, slices
-from converter.sources.deepspeed.agreement import expect_one_save
+from converter.sources.deepspeed.agreement import expect_one_save, expect_steps_of_one
 from converter.sources.deepspeed.files import LAYER, run_folders, slices_in
 from converter.sources.deepspeed.layout import trained_tensors
 from converter.sources.deepspeed.moments_without_zero import plain_moments
@@ -180,6 +180,7 @@ def states_of(folder: Path, which: Literal["exp_avg", "exp_avg_sq"], allow: Coll
 def _of_one_save(shards: Shards, which: Literal["exp_avg", "exp_avg_sq"]) -> dict[str, LazyTensor]:
     found = trained_tensors(shards, which)
     expect_one_save(shards)
+    expect_steps_of_one(shards, found)
     return found
 
 
