@@ -148,3 +148,19 @@ def test_a_step_that_a_universal_checkpoint_lacks_or_has_of_another_save_is_name
         universal.SOURCE.adam_moments(run, which="exp_avg")
     assert caught.value.code == ("zero-parameter-missing" if harm == "missing" else "zero-mixed")
     assert "optimizer-damaged" in _findings(run)
+
+
+@pytest.mark.parametrize("name", ["lm-tied-z3-n2", "roundrobin-z2-n3"])
+def test_an_optimizer_without_moments_is_another_one_and_not_a_damaged_one(name: str, tmp_path: Path) -> None:
+    run = _copy(tmp_path, ZERO / "runs" / name)
+
+    def without(state: Any) -> None:
+        inner = state["optimizer_state_dict"]
+        for entry in inner.get("optimizer_state_dict", inner.get("base_optimizer_state"))["state"].values():
+            del entry["exp_avg"], entry["exp_avg_sq"]
+
+    _edit_all(run, OPTIMIZERS, without)
+    with pytest.raises(Refused, match="it isn't Adam") as caught:
+        SOURCE.adam_moments(run, which="exp_avg")
+    assert caught.value.code == "no-moments"
+    assert "optimizer-damaged" not in _findings(run)

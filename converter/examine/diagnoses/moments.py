@@ -67,12 +67,18 @@ def expect_optimizer(folder: Path) -> None:
     """
     from converter.sources.moments import adam_moments
 
-    for kind in _KINDS:
-        try:
+    try:
+        place = find_place(folder, str(folder))
+        if kind_of(place.folder) == "deepspeed":
+            from converter.sources.deepspeed.whole import expect_moments
+
+            expect_moments(place.folder)
+            return
+        for kind in _KINDS:
             adam_moments(folder, which=kind)
-        except ConvertError as why:
-            if why.code in _DAMAGE:
-                raise
+    except ConvertError as why:
+        if why.code in _DAMAGE:
+            raise
 
 
 @diagnosis("moments-nonfinite", "training", deep=True)
