@@ -148,7 +148,8 @@ def _steps(case: Case) -> tuple[float, float] | None:
         place = find_place(case.root, case.asked)
         if kind_of(place.folder) not in ("deepspeed", "deepspeed_universal"):
             return None
-        from converter.sources.deepspeed.state import counted_steps, read_shards
+        from converter.sources.deepspeed.agreement import counted_steps
+        from converter.sources.deepspeed.state import read_shards
 
         return counted_steps(read_shards(place.folder))
     except ConvertError:

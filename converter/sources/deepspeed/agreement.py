@@ -20,7 +20,7 @@ from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
 from converter.sources.deepspeed.files import UNIVERSAL
 from converter.sources.deepspeed.layout import listed_shapes, share, trained_tensors
-from converter.sources.deepspeed.state import Shards, common_state, counted_steps, number_of
+from converter.sources.deepspeed.state import Shards, common_state, number_of, step_of
 from converter.sources.deepspeed.zero_folder import MASTER
 from converter.text import fold, show
 
@@ -57,6 +57,31 @@ def expect_one_save(shards: Shards) -> None:
         f"the optimizer counted {own:g} steps and the run {taken:g}: it began anew when the run was resumed, or its "
         "files are of an earlier save"
     )
+
+
+def counted_steps(shards: Shards) -> tuple[float, float] | None:
+    """Steps that the optimizer counted, and those of the run without the ones it skipped; None where one is missing."""
+    if not shards.files.optimizers and not shards.universal:
+        return None
+    own = step_of(
+        shards, _states_of_universal(shards) if shards.universal else shards.optim(min(shards.files.optimizers))
+    )
+    taken, skipped = (
+        shards.model(min(shards.files.models, default=0)).get(k) for k in ("global_steps", "skipped_steps")
+    )
+    if own is None or type(taken) is not int:
+        return None
+    return own, float(taken - (skipped if type(skipped) is int else 0))
+
+
+def _states_of_universal(shards: Shards) -> Mapping[Any, Any]:
+    """What has the optimizer's step: the common state in stage 3, else the folder of any parameter."""
+    common = common_state(shards)
+    listed = [] if shards.stage == 3 else sorted((shards.folder / UNIVERSAL).glob("*/step.pt"))
+    if not listed:
+        return common
+    step = shards.read(str(listed[0].relative_to(shards.folder)))
+    return {"base_optimizer_state": [{"step": step}]}
 
 
 def _other_rates(shards: Shards) -> str | None:

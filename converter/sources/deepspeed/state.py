@@ -9,12 +9,12 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from converter.core.checkpoint import RecordCheck
 from converter.core.files.opening import Identity, open_input, read_exact
 from converter.core.formats.torch_container import Container
-from converter.core.formats.torch_file import Opaque, read_torch_file, read_tree
+from converter.core.formats.torch_file import Opaque, TorchFile, read_numbers, read_torch_file, read_tree
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused
@@ -78,14 +78,23 @@ class Shards:
     def read(self, file: str) -> Any:
         """What a file holds."""
         if file not in self._opened:
-            read = read_torch_file(self.folder / file, root=self.folder)
-            if (what := saved_as_another(file, read.name)) is not None:
-                raise self.refuse("zero-mixed", what, file=file, next=OWN_NAMES)
-            self._opened[file] = read.value
-            self.checks += read.checks
-            self.inputs[str((self.folder / file).absolute())] = read.identity
-            self._digests[file] = read.digest
+            self._opened[file] = self._noted(file, read_torch_file(self.folder / file, root=self.folder))
         return self._opened[file]
+
+    def _noted(self, file: str, read: TorchFile) -> Any:
+        if (what := saved_as_another(file, read.name)) is not None:
+            raise self.refuse("zero-mixed", what, file=file, next=OWN_NAMES)
+        self.checks += read.checks
+        self.inputs[str((self.folder / file).absolute())] = read.identity
+        self._digests[file] = read.digest
+        return read.value
+
+    def numbers(self, rank: int) -> Mapping[Any, Any]:
+        """Numbers and texts in a rank's model file, whose tensors nobody needs."""
+        file = self.files.models[rank]
+        if file in self._opened:
+            return self.open(file)
+        return cast("dict[Any, Any]", self._noted(file, read_numbers(self.folder / file, root=self.folder)))
 
     def tree(self, file: str) -> Container:
         """What a file's pickle says, for those who write it again; the dictionary in it is sure to be one."""
@@ -302,7 +311,7 @@ def all_optimizers(shards: Shards) -> list[Mapping[Any, Any]]:
                 f"{show(states[0].get('partition_count'))}",
                 file=shards.files.optimizers[rank],
             )
-    steps = {rank: _step(shards, state) for rank, state in enumerate(states)}
+    steps = {rank: step_of(shards, state) for rank, state in enumerate(states)}
     known = {rank: step for rank, step in steps.items() if step is not None}
     if len(set(known.values())) > 1:
         listed = ", ".join(f"rank {r}: step {s:g}" for r, s in list(known.items())[:8])
@@ -316,13 +325,15 @@ def expect_one_step(shards: Shards, ranks: Iterable[int]) -> None:
     Raises:
         Refused: they aren't (`zero-mixed`).
     """
-    steps = {r: (shards.model(r).get("global_steps"), shards.model(r).get("dp_world_size")) for r in ranks}
+    has_more = bool(shards.model(min(shards.files.models)).get("frozen_param_shapes"))
+    held = {r: shards.model(r) if has_more else shards.numbers(r) for r in ranks}
+    steps = {r: (own.get("global_steps"), own.get("dp_world_size")) for r, own in held.items()}
     if len(set(map(repr, steps.values()))) > 1:
         listed = ", ".join(f"rank {r}: step {show(s)} of {show(n)} ranks" for r, (s, n) in list(steps.items())[:8])
         raise shards.refuse("zero-mixed", f"the model files are not of one checkpoint ({listed})")
 
 
-def _step(shards: Shards, state: Mapping[Any, Any]) -> float | None:
+def step_of(shards: Shards, state: Mapping[Any, Any]) -> float | None:
     """The optimizer's step: a number, or a tensor of one element, whose four bytes are read."""
     base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
     if isinstance(base, dict):
@@ -341,31 +352,6 @@ def number_of(shards: Shards, step: Any) -> float | None:
             os.close(fd)
         return float(struct.unpack("<f" if step.info.dtype is DType.F32 else "<q", raw)[0])
     return float(step) if isinstance(step, int | float) and not isinstance(step, bool) else None
-
-
-def counted_steps(shards: Shards) -> tuple[float, float] | None:
-    """Steps that the optimizer counted, and those of the run without the ones it skipped; None where one is missing."""
-    if not shards.files.optimizers and not shards.universal:
-        return None
-    own = _step(
-        shards, _states_of_universal(shards) if shards.universal else shards.optim(min(shards.files.optimizers))
-    )
-    taken, skipped = (
-        shards.model(min(shards.files.models, default=0)).get(k) for k in ("global_steps", "skipped_steps")
-    )
-    if own is None or type(taken) is not int:
-        return None
-    return own, float(taken - (skipped if type(skipped) is int else 0))
-
-
-def _states_of_universal(shards: Shards) -> Mapping[Any, Any]:
-    """What has the optimizer's step: the common state in stage 3, else the folder of any parameter."""
-    common = common_state(shards)
-    listed = [] if shards.stage == 3 else sorted((shards.folder / UNIVERSAL).glob("*/step.pt"))
-    if not listed:
-        return common
-    step = shards.read(str(listed[0].relative_to(shards.folder)))
-    return {"base_optimizer_state": [{"step": step}]}
 
 
 def shapes(shards: Shards, value: Any, file: str) -> dict[str, tuple[int, ...]]:
