@@ -101,6 +101,15 @@ def test_a_bias_of_the_routers_that_transformers_has_no_place_for_is_refused(tmp
     assert "chooses experts" in refused(run, tmp_path / "out")
 
 
+def test_a_bias_of_zeros_chooses_no_other_experts_and_is_left_out(tmp_path: Path) -> None:
+    bias = {"layers.1.moe.expert_bias_E": torch.zeros(4)}
+    run = written(stored_state("titan-qwen3-moe") | bias, "titan-qwen3-moe", tmp_path / "run")
+    wanted = load_file(STORED / "titan-qwen3-moe" / "oracle.safetensors")
+    assert differences(gathered(run, tmp_path / "out"), wanted) == []
+    receipt = json.loads((tmp_path / "out" / "rlhf-convert.json").read_text())
+    assert "layers.1.moe.expert_bias_E" in json.dumps(receipt)
+
+
 def test_further_layers_that_predict_tokens_are_refused(tmp_path: Path) -> None:
     more = {"mtp_layers.0.enorm.weight": torch.ones(16)}
     run = written(stored_state("titan-deepseek") | more, "titan-deepseek", tmp_path / "run")

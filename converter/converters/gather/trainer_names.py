@@ -18,6 +18,7 @@ from typing import Any, Literal
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
+from converter.core.tensors.byte_runs import stored_parts
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
@@ -111,7 +112,12 @@ def from_trainer_names(found: Checkpoint, context: Context) -> Checkpoint:
     names: dict[str, tuple[str, ...]] = {}
     unknown: list[str] = []
     dropped = {n: "a table of positions, which a load computes" for n in found.tensors if _NOT_SAVED.fullmatch(n)}
-    _expect_no_router_bias(found, family)
+    if zeros := _biases_of_zero(found, family, context):
+        dropped |= dict.fromkeys(zeros, "a bias of routers that is zero: it chooses no other experts")
+        text = (
+            f"the bias of {len(zeros)} routers, for which transformers' {show(family)} has no place, is zero: left out"
+        )
+        context.note("info", "trainer-names", text)
     for raw, tensor in found.tensors.items():
         if raw in dropped:
             continue
@@ -146,14 +152,24 @@ def _refuse(found: Checkpoint, what: str, expected: str | None = None) -> Refuse
     )
 
 
-def _expect_no_router_bias(found: Checkpoint, family: str) -> None:
-    """What torchtitan balances the experts' load with chooses experts, and only some families have it."""
+def _biases_of_zero(found: Checkpoint, family: str, context: Context) -> list[str]:
+    """Biases of routers that change nothing, of a family that has none.
+
+    torchtitan balances the experts' load with them, saves them by default, and leaves them out of what it exports.
+
+    Raises:
+        Refused: one chooses experts (`names-of-trainer`).
+    """
+    if "moe.expert_bias_E" in _TITAN_OF_FAMILY.get(family, {}):
+        return []
     biases = [n for n in found.tensors if _BIAS.fullmatch(n)]
-    if biases and family not in _TITAN_OF_FAMILY:
+    chosen = [n for n in biases if not all(map(context.is_zero, stored_parts(found.tensors[n])))]
+    if chosen:
         text = (
-            f"the routers have a bias that chooses experts ({fold(biases)}), and transformers' {show(family)} has none"
+            f"the routers have a bias that chooses experts ({fold(chosen)}), and transformers' {show(family)} has none"
         )
         raise _refuse(found, f"{text}: the model would choose others")
+    return biases
 
 
 def _renamed(raw: str, tensor: LazyTensor, trainer: Trainer, family: str) -> dict[str, LazyTensor]:
