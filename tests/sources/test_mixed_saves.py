@@ -18,6 +18,7 @@ from converter.errors import Refused
 from converter.examine.doctor import DoctorRequest, examine
 from converter.sources.deepspeed import universal
 from converter.sources.deepspeed.source import SOURCE
+from converter.sources.verl import source as verl
 from places import RUNS
 from shards import edit
 from zero.compare import differences, evaluated
@@ -164,3 +165,48 @@ def test_an_optimizer_without_moments_is_another_one_and_not_a_damaged_one(name:
         SOURCE.adam_moments(run, which="exp_avg")
     assert caught.value.code == "no-moments"
     assert "optimizer-damaged" not in _findings(run)
+
+
+@pytest.mark.parametrize("name", ["lm-tied-z3-n2", "roundrobin-z2-n3", "bf16-optimizer-z1-n2"])
+def test_ranks_with_other_learning_rates_are_of_two_saves(name: str, tmp_path: Path) -> None:
+    run = _copy(tmp_path, ZERO / "runs" / name)
+
+    def faster(state: Any) -> None:
+        inner = state["optimizer_state_dict"]
+        base = inner.get("optimizer_state_dict", inner.get("base_optimizer_state"))
+        base["param_groups"][0]["lr"] *= 2
+
+    edit(next((run / "global_step2").glob("*zero_pp_rank_1_*optim_states.pt")), faster)
+    with pytest.raises(Refused, match=r"lr.* is 0.01 on rank 0, and 0.02 on rank 1") as caught:
+        SOURCE.adam_moments(run, which="exp_avg")
+    assert caught.value.code == "zero-mixed"
+    _expect_nothing_written(run, "reshard", "--world-size", "4")
+    assert _findings(run) & {"optimizer-damaged", "zero-mixed"}
+
+
+def _faster(state: Any) -> None:
+    state["param_groups"][0]["lr"] *= 2
+
+
+def _later(state: Any) -> None:
+    state["lr_scheduler"]["last_epoch"] += 1
+
+
+@pytest.mark.parametrize(("files", "change"), [("optim", _faster), ("extra_state", _later)])
+def test_verl_s_ranks_with_other_rates_or_schedules_are_of_two_saves(
+    files: str, change: Callable[[Any], None], tmp_path: Path
+) -> None:
+    run = _copy(tmp_path, RUNS / "verl_saves" / "runs" / "critic-fsdp1-n3")
+    for rank in range(3):
+        path = run / f"extra_state_world_size_3_rank_{rank}.pt"
+        torch.save({"lr_scheduler": {"last_epoch": 2, "_last_lr": [1e-3]}, "rng": None}, path)
+    assert verl.SOURCE.adam_moments(run, which="exp_avg")
+    path = run / f"{files}_world_size_3_rank_1.pt"
+    state = torch.load(path, weights_only=False)  # noqa: TID251 - verl or this test wrote it
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(Refused, match="not of one save") as caught:
+        verl.SOURCE.adam_moments(run, which="exp_avg")
+    assert caught.value.code == "verl-mixed"
+    _expect_nothing_written(run, "reshard", "--world-size", "2")
+    assert "optimizer-damaged" in _findings(run)

@@ -20,6 +20,7 @@ from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused
 from converter.sources.deepspeed.files import UNIVERSAL, RankFiles, holds_experts, is_universal, rank_files
 from converter.sources.own_names import OWN_NAMES, saved_as_another
+from converter.sources.same_settings import other_setting
 from converter.sources.survey import file_names
 from converter.text import fold, show
 
@@ -316,6 +317,8 @@ def all_optimizers(shards: Shards) -> list[Mapping[Any, Any]]:
     if len(set(known.values())) > 1:
         listed = ", ".join(f"rank {r}: step {s:g}" for r, s in list(known.items())[:8])
         raise shards.refuse("zero-mixed", f"the optimizer files are of different steps ({listed})")
+    if (what := other_setting({r: _mapping(_base(s)).get("param_groups") for r, s in enumerate(states)})) is not None:
+        raise shards.refuse("zero-mixed", f"the optimizer files are not of one save: {what}")
     return states
 
 
@@ -333,9 +336,14 @@ def expect_one_step(shards: Shards, ranks: Iterable[int]) -> None:
         raise shards.refuse("zero-mixed", f"the model files are not of one checkpoint ({listed})")
 
 
+def _base(state: Mapping[Any, Any]) -> Any:
+    """The state of the optimizer that ZeRO holds."""
+    return state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+
+
 def step_of(shards: Shards, state: Mapping[Any, Any]) -> float | None:
     """The optimizer's step: a number, or a tensor of one element, whose four bytes are read."""
-    base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+    base = _base(state)
     if isinstance(base, dict):
         base = list(_mapping(base.get("state")).values())
     first = next((s for s in base or [] if isinstance(s, dict) and "step" in s), None)
