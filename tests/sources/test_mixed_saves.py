@@ -16,6 +16,7 @@ import torch
 from converter.cli import main
 from converter.errors import Refused
 from converter.examine.doctor import DoctorRequest, examine
+from converter.sources.dcp import source as dcp
 from converter.sources.deepspeed import universal
 from converter.sources.deepspeed.source import SOURCE
 from converter.sources.verl import source as verl
@@ -209,4 +210,23 @@ def test_verl_s_ranks_with_other_rates_or_schedules_are_of_two_saves(
         verl.SOURCE.adam_moments(run, which="exp_avg")
     assert caught.value.code == "verl-mixed"
     _expect_nothing_written(run, "reshard", "--world-size", "2")
+    assert "optimizer-damaged" in _findings(run)
+
+
+def _another_step(state: Any) -> None:
+    for entry in state["state"].values():
+        entry["step"] += 1
+
+
+@pytest.mark.parametrize("change", [_faster, _another_step])
+def test_accelerate_s_ranks_of_two_saves_are_refused(change: Callable[[Any], None], tmp_path: Path) -> None:
+    run = _copy(tmp_path, RUNS / "dcp" / "runs" / "accelerate-ranks-n2")
+    (path,) = run.rglob("optimizer_0_rank1.bin")
+    state = torch.load(path, weights_only=False)  # noqa: TID251 - accelerate wrote it
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(Refused) as caught:
+        dcp.SOURCE.adam_moments(run, which="exp_avg")
+    assert caught.value.code == "fsdp-rank-files"
+    _expect_nothing_written(run, "reshard", "--world-size", "3")
     assert "optimizer-damaged" in _findings(run)
