@@ -230,3 +230,12 @@ def test_accelerate_s_ranks_of_two_saves_are_refused(change: Callable[[Any], Non
     assert caught.value.code == "fsdp-rank-files"
     _expect_nothing_written(run, "reshard", "--world-size", "3")
     assert "optimizer-damaged" in _findings(run)
+
+
+def test_accelerate_s_files_of_ranks_that_a_larger_world_left_are_not_read(tmp_path: Path) -> None:
+    run = _copy(tmp_path, RUNS / "dcp" / "runs" / "accelerate-ranks-n2")
+    before, own = _findings(run), dcp.SOURCE.adam_moments(run, which="exp_avg")
+    for path in [*run.rglob("*_rank1.bin")]:
+        shutil.copy(path, path.with_name(path.name.replace("rank1", "rank2")))
+    assert _findings(run) == before
+    assert dcp.SOURCE.adam_moments(run, which="exp_avg").keys() == own.keys()

@@ -145,7 +145,11 @@ def _files(folder: Path) -> RankFiles:
     number = stem.removeprefix(_LOCAL) if stem.startswith(_LOCAL) else None
     own = optimizers.get(f"optimizer{number}", {}) if number is not None else next(iter(optimizers.values()), {})
     world = _recorded_world(folder, files) or max(files) + 1
-    return RankFiles(folder, world, {r: n for r, n in files.items() if r < world}, own)
+    kept = [{r: n for r, n in f.items() if r < world} for f in (files, own)]
+    found = RankFiles(folder, world, kept[0], kept[1])
+    if stale := [n for f in (files, own) for r, n in f.items() if r >= world]:
+        found.said.append(f"left over from a run with more than {world} ranks, not read: {fold(stale)}")
+    return found
 
 
 def _by_rank(names: Collection[str], pattern: re.Pattern[str]) -> dict[str, dict[int, str]]:
