@@ -11,57 +11,21 @@ package wants TransformerEngine: words stand for its classes, of which none is u
 from __future__ import annotations
 
 import argparse
-import importlib.machinery
-import importlib.util
 import json
 import sys
-import types
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from absent import Finder
 from fused import model_chunk
 from models import built
 from save import ITERATION, _save_sharded
 
 from ranks import join, launch, place
 
-
-class _Word(type):
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Word(name, (), {})
-
-
-class _Absent(types.ModuleType):
-    __path__: list[str] = []  # noqa: RUF012
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Word(name, (), {})
-
-
-class _Finder:
-    """Finds what belongs to a package that is not here."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> Any:
-        if name.partition(".")[0] not in ABSENT:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
-
-    def create_module(self, spec: Any) -> types.ModuleType:
-        return _Absent(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        """Nothing to run."""
-
-
 VOCABULARY = 98
 """The bridge pads none: a multiple of its ranks."""
-ABSENT = ("transformer_engine", "modelopt")
 
 
 def auto_bridge() -> Any:
@@ -69,7 +33,7 @@ def auto_bridge() -> Any:
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.models.mamba.mamba_layer_specs  # noqa: F401 - both ask for TransformerEngine
 
-    sys.meta_path.append(_Finder())  # type: ignore[arg-type]
+    sys.meta_path.append(Finder("transformer_engine", "modelopt"))  # type: ignore[arg-type]
     from megatron.bridge import AutoBridge
 
     return AutoBridge
