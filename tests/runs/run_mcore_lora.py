@@ -1,4 +1,4 @@
-"""Saves LoRA of Megatron-Bridge's and ms-swift's own modules, and compares what is gathered with the factors that were put in. Slow.
+"""Saves LoRA of Megatron-Bridge's and ms-swift's own modules, and compares what is gathered with what was put in. Slow.
 
     python tests/runs/run_mcore_lora.py OUT --trainer PYTHON   a Python that has megatron-core and megatron-bridge
     python tests/runs/run_mcore_lora.py OUT --trainer PYTHON --swift    one that has mcore-bridge and ms-swift
