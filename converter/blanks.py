@@ -57,18 +57,32 @@ def has_blank(command: Command) -> bool:
 
 
 def new_name(source: str, word: str) -> str:
-    """A path to write to, beside a folder or file and not there yet: `./rm-fixed`."""
+    """A path to write to, beside a folder and not there yet: `./rm-fixed`.
+
+    The folder of a file is an input too, and so is that of a config above a run's `global_step5`: what is written lies
+    beside it, or it would be refused.
+    """
     typed = os.path.expanduser(source)
     if not os.path.exists(typed):  # a model on the Hub: `owner/name@revision`
         source = f"./{source.removeprefix('hf://').partition('@')[0].rstrip('/').rpartition('/')[2]}"
     elif os.path.isfile(typed):
-        source = os.path.splitext(source)[0]
+        stem = os.path.splitext(os.path.basename(source))[0]
+        source = os.path.normpath(os.path.join(os.path.dirname(source), "..", stem))
+    elif os.path.basename(above := os.path.dirname(source.rstrip("/"))) not in ("", ".", "..") and _has_config(above):
+        return new_name(above, word)
     elif os.path.basename(source.rstrip("/")) in ("", ".", ".."):
         real = os.path.basename(os.path.realpath(typed)) or "root"
         source = os.path.normpath(os.path.join(source, "..", real))
     first = f"{source.rstrip('/')}-{word}"
     names = (first if n == 1 else f"{first}-{n}" for n in range(1, _MOST_NAMES))
     return as_argument(next((n for n in names if not os.path.lexists(os.path.expanduser(n))), first))
+
+
+def _has_config(folder: str) -> bool:
+    try:
+        return any(n.endswith("config.json") for n in os.listdir(os.path.expanduser(folder)))
+    except OSError:
+        return False
 
 
 def _closed(command: Command, named: list[str], typed: Command | None) -> Command | str:

@@ -222,17 +222,20 @@ def linked_lines(plan: Plan, source: str) -> list[str]:
 
 
 def checked_line(reread: int, recomputed: int, measures: Mapping[str, Mapping[str, float]]) -> str:
-    """`339 re-read, 24 recomputed equal, all finite`."""
-    if not reread:
-        return line("checked", "nothing (--no-verify)")
+    """`339 re-read, 24 recomputed equal, all finite`; where values are not, in which tensors, and how many of each."""
     kept = {name: int(m["nonfinite_kept"]) for name, m in measures.items() if m.get("nonfinite_kept")}
-    finite = (
-        f"{sum(kept.values())} non-finite values kept from the inputs: {fold(kept)}"
-        if kept
-        else "merged values all finite"
-    )
-    words = [f"{reread} re-read", f"{recomputed} recomputed equal", *([finite] if measures else [])]
+    words = [f"{reread} re-read", f"{recomputed} recomputed equal"] if reread else ["nothing (--no-verify)"]
+    if kept:
+        worst = sorted(kept, key=lambda name: (-kept[name], name))
+        named = ", ".join(f"{show(n)} ({kept[n]})" for n in worst[:_MOST_NOT_FINITE])
+        more = f" and {len(worst) - _MOST_NOT_FINITE} more tensors" if len(worst) > _MOST_NOT_FINITE else ""
+        words.append(f"{sum(kept.values())} non-finite values kept from the inputs: {named}{more}")
+    elif measures and reread:
+        words.append("merged values all finite")
     return line("checked", ", ".join(words))
+
+
+_MOST_NOT_FINITE = 4
 
 
 def update_lines(measures: Mapping[str, Mapping[str, float]], plan: Plan) -> list[str]:

@@ -65,6 +65,8 @@ def _expect_parts_agree(checkpoint: Checkpoint, context: Context) -> None:
         if error.code == "quantised-incomplete":
             error.next = Command("doctor", (as_argument(checkpoint.origin.asked), "--deep"))
             context.consent(error)
+        elif error.code == "quantised-unsupported":
+            context.note("changes-numbers", error.code, f"{error.what}: the copy is as the input is")
         return
     if MISSHAPEN in (judged := judge(whole)).codes:
         context.consent(_refusal(MISSHAPEN, judged, checkpoint))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 from converter.diagnostic import Command
 from converter.errors import UsageError
 from converter.plugins import SOURCES, load, named
+from converter.sources.one_file import place_in
 from converter.sources.places import no_parts
 from converter.text import show
 
@@ -126,6 +127,11 @@ def find_place(root: Path, asked: str, *, tag: str | None = None, part: str | No
         here = kind_of(root)
         if here is not None and sources()[here].kind in ("training", "unread"):
             sources()[here].open(root, asked=asked)
+        below = root.is_dir() and tag is None and any(p.is_dir() and kind_of(p) for p in root.iterdir())
+        if not below and (alone := place_in(root, asked, tag)) is not None:
+            if part is not None:
+                raise no_parts("a script", asked, part)
+            return alone
         raise UsageError(
             "no-shards",
             "there are no shards of a trainer here",

@@ -212,10 +212,13 @@ def _why(error: Exception) -> str:
 
 
 def _folder_of(path: Path) -> Path:
+    from converter.sources.finding import kind_of
+    from converter.sources.one_file import is_one
+
+    if path.name.endswith(".ckpt") or (is_one(path) and kind_of(path.parent) in (None, "hf")):
+        return path  # Lightning's whole checkpoint, or a script's, which lies beside others
     if path.name.endswith((".safetensors", ".json")):
         return path.parent
-    if path.name.endswith(".ckpt"):
-        return path  # Lightning's whole checkpoint, which lies beside others
     raise UsageError("path-not-a-folder", "this is a file; name the folder it is in", where=show(path))
 
 
@@ -229,9 +232,8 @@ def _local(path: Path, revision: str | None, *, asked_for: bool) -> Located:
     if repo_id is not None and (path / "snapshots").is_dir():
         found = _snapshot(path, repo_id, revision)
         if found is None:
-            raise Refused(
-                "hub-not-cached", "this entry of the Hub's cache has no snapshot of that revision", where=show(path)
-            )
+            what = "this entry of the Hub's cache has no snapshot of that revision"
+            raise Refused("hub-not-cached", what, where=show(path))
         return found
     snapshot = snapshot_of(path)
     if revision is not None and asked_for and (snapshot is None or not snapshot[1].startswith(revision)):
@@ -265,9 +267,6 @@ def _beside(folder: Path, name: str, text: str) -> str:
     """The near match as the user would type it."""
     found = str(folder / name)
     return f"./{found}" if text.startswith("./") and not found.startswith((".", "/")) else found
-
-
-# The cache
 
 
 def _cached(repo_id: str, revision: str | None) -> Located | None:

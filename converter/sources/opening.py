@@ -16,6 +16,7 @@ from converter.diagnostic import Again, Command
 from converter.errors import ConvertError, Refused, UsageError
 from converter.sources.finding import KeepsMasters, Source, kind_of, nothing_in, sources
 from converter.sources.hub.names import as_base
+from converter.sources.one_file import is_one, open_one
 from converter.text import show
 
 _SNAPSHOT = re.compile(
@@ -78,6 +79,8 @@ def open_checkpoint(
         if source.detect(found.path):
             opens = _opener(source, spec)
             return opens(found.path, asked=spec.path, revision=found.revision, keep_code=keep_code)
+    if found.path.is_file() and is_one(found.path):
+        return open_one(found.path, asked=spec.path, revision=found.revision, keep_code=keep_code)
     raise nothing_in(found.path, spec.path)
 
 

@@ -98,9 +98,11 @@ def test_the_share_of_an_update_that_survives_is_given_by_projection_worst_first
 def test_values_that_were_not_finite_before_are_counted_and_named() -> None:
     measures = {"a.weight": {"update": math.inf, "nonfinite_kept": 3.0}, "b.weight": {"update": 1.0}}
     assert checked_line(2, 1, measures) == (
-        "checked  2 re-read, 1 recomputed equal, 3 non-finite values kept from the inputs: a.weight"
+        "checked  2 re-read, 1 recomputed equal, 3 non-finite values kept from the inputs: a.weight (3)"
     )
-    assert checked_line(0, 0, measures) == "checked  nothing (--no-verify)"
+    assert checked_line(0, 0, measures) == (
+        "checked  nothing (--no-verify), 3 non-finite values kept from the inputs: a.weight (3)"
+    )
 
 
 def test_an_update_that_is_not_finite_is_left_out_of_the_shares() -> None:

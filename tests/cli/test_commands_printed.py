@@ -108,7 +108,15 @@ def test_a_new_folder_gets_a_name_that_nothing_has(here: Path) -> None:
         (here / name).mkdir()
     (here / "lone.safetensors").touch()
     made = [new_name(str(here / n), "fixed") for n in ("rm", "rm/", "rm/.", "lone.safetensors")]
-    assert made == [*[f"{here}/rm-fixed-2"] * 3, f"{here}/lone-fixed"]
+    assert made == [*[f"{here}/rm-fixed-2"] * 3, f"{here.parent}/lone-fixed"]
+
+
+def test_a_new_folder_lies_in_no_folder_that_is_read(here: Path) -> None:
+    """Below a folder with a config an output would be refused: the config there is an input."""
+    (here / "run" / "checkpoint-1" / "global_step1").mkdir(parents=True)
+    assert new_name(f"{here}/run/checkpoint-1/global_step1", "gathered").endswith("/checkpoint-1/global_step1-gathered")
+    (here / "run" / "checkpoint-1" / "config.json").write_text("{}")
+    assert new_name(f"{here}/run/checkpoint-1/global_step1", "gathered") == f"{here}/run/checkpoint-1-gathered"
 
 
 def test_a_folder_that_is_named_like_a_blank_is_none(here: Path, monkeypatch: Any) -> None:

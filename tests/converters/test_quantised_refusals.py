@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import quantised
+from converter.examine.doctor import DoctorRequest, examine
 from doctored import codes, serious
 from oracle.bases import edit_config, read_config
 from oracle.command import listing, run
@@ -150,6 +151,25 @@ def test_parts_that_contradict_each_other_are_refused(case: str, sound: dict[str
     assert any(code in text for code in expected) and "layers.1.self_attn.q_proj" in text
     if "quantised-unsupported" not in text:  # else nobody here can tell what a copy would be
         assert "layers.1.self_attn.q_proj" in refused(folder)
+
+
+def test_a_layout_that_bitsandbytes_refuses_is_not_copied(sound: dict[str, Path], tmp_path: Path) -> None:
+    """Its `Linear8bitLt` raises ValueError for a weight_format but 0; transformers 5.23 loads the tiles as rows."""
+    folder = shutil.copytree(sound["int8"], tmp_path / "model")
+    quantised.change(folder, having(f"{Q}.weight_format", torch.ones_like))
+    assert "weight_format" in refused(folder) and "quantised-incomplete" in refused(folder)
+    deep = {f.code: f.severity for f in examine(DoctorRequest(str(folder), deep=True)).findings}
+    assert deep["quantised-incomplete"] == "error"
+
+
+def test_zero_points_that_programs_read_apart_are_copied_and_named(sound: dict[str, Path], tmp_path: Path) -> None:
+    """GPTQModel adds the one to the packed word, others to each zero point: which is meant is in no file."""
+    folder = shutil.copytree(sound["gptq"], tmp_path / "model")
+    quantised.change(folder, having(f"{Q}.qzeros", lambda v: torch.full_like(v, -1)))
+    ran = run("reshard", folder, tmp_path / "out")
+    assert (ran.code, f"{Q}.qzeros has a zero point of 0" in ran.text) == (0, True)
+    deep = {f.code: f.severity for f in examine(DoctorRequest(str(folder), deep=True)).findings}
+    assert deep["quantised-incomplete"] == "cosmetic"
 
 
 @pytest.mark.parametrize("case", FOREIGN)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def adapter_of(base: Path, out: Path, *, task: str | None, targets: Any = ("q_pr
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(crc32(name.encode())))
     wrapped.save_pretrained(out)
     edit(out, base_model_name_or_path=str(base))
     return out

@@ -29,7 +29,7 @@ class NothingToRepair(ConvertError):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         count = len(checkpoint.tensors)
-        what = f"nothing to repair: all {count} tensors are whole. Nothing was written"
+        what = f"nothing to repair: all {count} tensors are whole by their headers. Nothing was written"
         super().__init__("nothing-to-repair", what, where=show(checkpoint.origin.asked), next=_ADVICE)
 
 

@@ -308,17 +308,44 @@ def state_dict(value: Any) -> Mapping[str, LazyTensor] | None:
 
 
 def wrapped_in(value: Any) -> tuple[str, ...]:
-    """Keys that lead from a saved value to its names and tensors, of a script that saved more beside them."""
-    found = []
-    for key in ("state_dict", "module", "model"):
-        if (
-            isinstance(value, dict)
-            and isinstance(value.get(key), dict)
-            and not any(_is_tensor(v) for v in value.values())
-        ):
-            value = value[key]
-            found.append(key)
+    """Keys that lead from a saved value to its names and tensors, of a script that saved more beside them.
+
+    A key that scripts commonly use, else the only one below which tensors lie by name: where several models are saved
+    side by side none is chosen.
+    """
+    found: list[str] = []
+    while isinstance(value, dict) and len(found) < _MOST_WRAPPERS and (key := _inner(value)) is not None:
+        value = value[key]
+        found.append(key)
     return tuple(found)
+
+
+_COMMON_KEYS = ("state_dict", "module", "model", "model_state_dict")
+_NOT_WEIGHTS = re.compile(r"optim|exp_avg|moment|grad|sched|rng", re.ASCII | re.IGNORECASE)
+"""What scripts call that which has the names of a model's weights, or might, and is not them."""
+_MOST_WRAPPERS = 8
+
+
+def _inner(value: Mapping[Any, Any]) -> str | None:
+    """The key of the dictionary that holds the tensors of one; None where the tensors are in it itself."""
+    if not any(map(_is_tensor, value.values())):
+        for key in _COMMON_KEYS:
+            if isinstance(value.get(key), dict):
+                return key
+    elif all(map(_is_tensor, value.values())):
+        return None
+    named = [k for k, v in value.items() if isinstance(k, str) and not _NOT_WEIGHTS.search(k) and _holds_tensors(v)]
+    common = [k for k in named if k in _COMMON_KEYS]
+    return common[0] if common else named[0] if len(named) == 1 else None
+
+
+def _holds_tensors(value: Any, depth: int = 0) -> bool:
+    """True for tensors by name, or for a dictionary with such below a common key."""
+    if not isinstance(value, dict) or not value or depth == _MOST_WRAPPERS:
+        return False
+    if all(isinstance(k, str) and _is_tensor(t) for k, t in value.items()):
+        return True
+    return any(_holds_tensors(value.get(key), depth + 1) for key in _COMMON_KEYS)
 
 
 def _is_tensor(value: Any) -> bool:

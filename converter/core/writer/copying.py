@@ -57,11 +57,13 @@ def checksum(
     buffer: memoryview,
     start: int = 0,
     between: Callable[[int], None] | None = None,
+    look: Callable[[memoryview], None] | None = None,
 ) -> int:
     """CRC-32 of `length` bytes of a file, going on from `start`.
 
     Args:
         between: is told of the bytes of each block, and may raise to stop.
+        look: is shown each block.
     """
     found, at, stop = start, offset, offset + length
     while at < stop:
@@ -69,6 +71,8 @@ def checksum(
         if not count:
             break
         found = crc32(buffer[:count], found)
+        if look is not None:
+            look(buffer[:count])
         at += count
         if between is not None:
             between(count)
@@ -84,6 +88,7 @@ def copy_run(
     buffer: memoryview,
     start: int,
     advance: Callable[[int], None],
+    look: Callable[[memoryview], None],
 ) -> int:
     """Copy one run of an input to `offset` of the descriptor `out`; the CRC-32 of its bytes, going on from `start`.
 
@@ -91,6 +96,7 @@ def copy_run(
 
     Args:
         advance: is told of bytes as they are copied, and may raise to stop.
+        look: is shown them, block by block, in order.
 
     Raises:
         Refused: the input ends before the run does (`input-cut`).
@@ -101,7 +107,7 @@ def copy_run(
     found, done = start, 0
     for piece, is_aligned in _pieces(run, offset):
         if is_aligned and _clone(files.descriptor(run.file), run.offset + done, piece, out, offset + done):
-            found = checksum(out, offset + done, piece, start=found, buffer=buffer, between=advance)
+            found = checksum(out, offset + done, piece, start=found, buffer=buffer, between=advance, look=look)
             done += piece
             continue
         stop = done + piece
@@ -110,6 +116,7 @@ def copy_run(
             files.read_into(run.file, run.offset + done, view)
             write_all(out, view, offset + done)
             found = crc32(view, found)
+            look(view)
             done += len(view)
             advance(len(view))
     return found

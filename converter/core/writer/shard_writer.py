@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 from converter.core.compute.evaluate import Evaluator, as_bytes, shared_nodes
+from converter.core.compute.finite import NonfiniteCount, note_kept
 from converter.core.compute.measures import Measures
 from converter.core.files.checksums import crc32, joined
 from converter.core.files.reading import InputFiles
@@ -92,6 +93,7 @@ class _Shard:
 
     Attributes:
         sums: CRC-32 of each whole tensor, which the receipt records, and the zip of a torch file.
+        copied: what was seen of copied tensors, of those that hold values that are not finite.
     """
 
     plan: ShardPlan
@@ -100,6 +102,7 @@ class _Shard:
     pending: int = 0
     jobs: dict[str, _Job] = field(default_factory=dict)
     sums: dict[str, int] = field(default_factory=dict)
+    copied: dict[str, Measures] = field(default_factory=dict)
     unflushed: int = 0
 
 
@@ -218,14 +221,17 @@ class ShardWriter:
 
     def _copy(self, piece: _Piece, buffer: memoryview) -> None:
         offset, crc, out = piece.entry.offset, 0, piece.shard.fd
+        seen = NonfiniteCount(piece.entry.tensor.info.dtype)
 
         def advance(count: int) -> None:
             self._advance(piece, count)
 
         for run in piece.entry.runs or ():
-            crc = copy_run(self._files, run, out, offset, buffer=buffer, start=crc, advance=advance)
+            crc = copy_run(self._files, run, out, offset, buffer=buffer, start=crc, advance=advance, look=seen.add)
             offset += run.length
         piece.shard.sums[piece.entry.name] = crc
+        if seen.count:
+            piece.shard.copied[piece.entry.name] = {"nonfinite_kept": float(seen.count)}
 
     def _expect_no_stop(self) -> None:
         if self._stop.is_set():
@@ -248,6 +254,7 @@ class ShardWriter:
             assert length == len(data), entry.name
             write_all(piece.shard.fd, data, offset)
             crc = crc32(data)
+            note_kept(data, tensor.info.dtype, measures)
         finally:
             self._give(cost)
         with job.lock:
@@ -318,7 +325,7 @@ class ShardWriter:
             "shard": shard.plan.file,
             "size": shard.plan.size,
             "crc": {name: job.checksums for name, job in shard.jobs.items()},
-            "measures": {name: job.total() for name, job in shard.jobs.items()},
+            "measures": {**shard.copied, **{name: job.total() for name, job in shard.jobs.items()}},
             "sums": sums,
             "whole": whole_checksum(shard.fd, shard.plan, sums),
         }

@@ -12,10 +12,12 @@ from converter.errors import ConvertError
 from converter.examine.diagnoses.case import LOST, Case, Finding, diagnosis
 from converter.examine.diagnoses.heads import heads_here
 from converter.examine.diagnoses.odd_values import is_matrix_of_layer, sample_of
+from converter.families.factors import factor_in_name, zero_factors
 from converter.families.quantised.reading import read
 from converter.text import fold, show
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)", re.ASCII)
 _POSITIONS = re.compile(r"(?:^|[._])(?:pos(?:it\w*)?|wpe)(?=[._]|$)", re.ASCII)
 """Tables of positions: those of sines are the same in an encoder and its decoder (Marian, Pegasus)."""
 
@@ -32,15 +34,17 @@ _MOST_EQUAL = 16
 """Of so many that are alike, all are compared with all."""
 
 
-@diagnosis("copied-tensors", "model", deep=True)
+@diagnosis("copied-tensors", "model", "adapter", deep=True)
 def copied_tensors(case: Case, context: Context) -> Iterable[Finding]:
     """Two matrices of different places hold the same bytes, and what is beside them differs: one was written over the
     other. Training never makes two matrices equal. Where whole layers or modules are equal (a model made deeper by
     copying layers, experts or prediction layers that begin as copies), or the same pair is equal in every layer, it is
-    a design, and a hint alone.
+    a design, and a hint alone. Of an adapter, a factor that begins as zeros and is trained holds another one's bytes.
     """
     groups = _alike(case, context)
     pairs = [pair for group in groups for pair in _equal_pairs(group, context)]
+    if case.kind == "adapter":
+        pairs = [(a, b) for a, b in pairs if _EXPERT.sub("N", a) != _EXPERT.sub("N", b)]  # experts may share a factor
     looked_at = {name for group in groups for name, _ in group}
     equal = {frozenset(pair) for pair in pairs}
     wrong = [pair for pair in pairs if not _is_design(pair, equal, looked_at)]
@@ -74,11 +78,10 @@ def _alike(case: Case, context: Context) -> list[Group]:
     codes = {n for w, _ in weights for part, n in w.parts.items() if part in _OWN_TO_EACH}
     groups: dict[object, Group] = {}
     for name, entry in case.survey.entries.items():
-        if (
-            name in heads
-            or _POSITIONS.search(name)
-            or not (is_matrix_of_layer(name, entry.tensor) or (name in codes and _NUMBER.search(name)))
-        ):
+        is_of_layer = is_matrix_of_layer(name, entry.tensor) or (name in codes and _NUMBER.search(name))
+        if case.kind == "adapter":
+            is_of_layer = _begins_as_zeros(name)
+        if name in heads or _POSITIONS.search(name) or not is_of_layer:
             continue
         try:
             key = _codes(entry.tensor, context) if name in codes else _floats(entry.tensor, context)
@@ -87,6 +90,12 @@ def _alike(case: Case, context: Context) -> list[Group]:
         if key is not None:
             groups.setdefault((entry.info, key), []).append((name, entry.tensor))
     return list(groups.values())
+
+
+def _begins_as_zeros(name: str) -> bool:
+    """True for a factor that no two modules have alike once it is trained; drawn ones may be, by their seed."""
+    found = factor_in_name().match(name)
+    return found is not None and found["kind"] in zero_factors()
 
 
 def _equal_pairs(group: Group, context: Context) -> Iterator[tuple[str, str]]:

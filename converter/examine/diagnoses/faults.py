@@ -10,6 +10,7 @@ from converter.core.context import Context
 from converter.diagnostic import Again, Command, Next, Severity, Steps
 from converter.examine.diagnoses.case import ALL_KINDS, HERE, LOST, Case, Diagnosis, Finding
 from converter.examine.diagnoses.shard_faults import DOCUMENTED
+from converter.sources import one_file
 from converter.sources.survey import Fault
 from converter.text import show
 
@@ -274,6 +275,8 @@ def finding_of(fault: Fault, case: Case) -> Finding:
         above = places[0] if case.root.is_relative_to(places[0].path) else None
         command = Command("gather", (places[0].argument, case.out("gathered", above)))
         recoverability = f"from {places[0].asked}"
+    elif fault.code == "weights-missing" and case.kind == "model" and one_file.names_in(case.root):
+        command, recoverability = case.command("gather", out="gathered"), HERE
     is_foreign = fault.code in NOT_READ_HERE
     return Finding(
         code=fault.code,

@@ -18,8 +18,8 @@ def quantised_incomplete(case: Case, context: Context) -> Iterable[Finding]:
     """A quantised weight without its scale, or with one of another shape or type: a file of several is missing, a save
     or a merge filtered or cast names, or one rank saved its own slices. Without the scale the weight is noise, and
     loaders may start with memory that nobody wrote. Under --deep what says how the weights are laid out is read too:
-    shapes, block sizes, tables, zero points, the order of the inputs. Get the file again from where it was made; no
-    other model has these scales.
+    shapes, block sizes, tables, zero points, the order of the inputs, a GPU's layout. Get the file again from where it
+    was made; no other model has these scales.
     """
     found = read(case.shapes, case.config) if case.shapes else None
     if found is None:
@@ -36,6 +36,8 @@ def quantised_incomplete(case: Case, context: Context) -> Iterable[Finding]:
                 details = f", expected {error.expected}" if error.expected else ""
                 of = [p for w, _ in found.weights if f"{show(w.name)}:" in error.what for p in w.parts.values()]
                 yield _finding(error.what + details, *of)
+            elif error.code == "quantised-unsupported":
+                yield Finding(code="quantised-incomplete", severity="cosmetic", text=error.what, next=error.next)
 
 
 def _finding(text: str, *names: str, severity: Severity = "error") -> Finding:

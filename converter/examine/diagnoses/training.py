@@ -12,7 +12,7 @@ from pathlib import Path
 from converter.core.context import Context
 from converter.core.files.names import ADAPTER_PICKLED, ADAPTER_WEIGHTS
 from converter.core.files.opening import read_limited
-from converter.diagnostic import Command
+from converter.diagnostic import Command, Next, Steps
 from converter.errors import ConvertError
 from converter.examine.diagnoses import megatron
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis
@@ -172,9 +172,10 @@ def run_folder(case: Case, context: Context) -> Iterable[Finding]:
 
 @diagnosis("weights-alone", "weights")
 def weights_alone(case: Case, context: Context) -> Iterable[Finding]:
-    """A weight file without a config.json: nothing says which model it is of, and no loader takes it. The base model's
-    config and tokenizer belong beside it; for a reward model the architecture and one label besides. zero_to_fp32.py
-    writes such files, in float32; keys with LoRA's parts in them are an adapter that has to be split off.
+    """A weight file without a config.json: nothing says which model it is of, and no loader takes it. `gather` makes a
+    model of it with the config and the tokenizer of the base that `--base` names; for a reward model the architecture
+    and one label belong into that config. zero_to_fp32.py writes such files, in float32, and so do scripts that save
+    a model beside its optimizer. Without a base `gather --emit state` writes the tensors under their own names.
     """
     if case.shapes:
         names = list(case.survey.files)
@@ -188,5 +189,15 @@ def weights_alone(case: Case, context: Context) -> Iterable[Finding]:
             text=text,
             evidence=tuple(show(n) for n in names[:3]),
             recoverability="from the base model",
-            next="copy config.json and the tokenizer of the base model into the folder",
+            next=_with_a_config(case, names),
         )  # fmt: skip
+
+
+def _with_a_config(case: Case, names: list[str]) -> Next:
+    """What makes a model of it, with a base that is at hand; else the tensors, which need no config."""
+    file = () if len(names) == 1 or case.folder.endswith(names[-1]) else ("--tag", names[-1])
+    if case.base is not None:
+        return case.command("gather", *file, "--base", case.base.folder, out="gathered")
+    state = case.command("gather", *file, "--emit", "state", out="gathered")
+    model = "gather makes a model of it with --base and the model that it was trained from; the tensors alone: "
+    return Steps(model, state)

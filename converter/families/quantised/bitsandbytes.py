@@ -230,11 +230,15 @@ def whole_int8(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType, co
     """`W * SCB / 127`.
 
     Raises:
-        Refused: the layout is a GPU's (`quantised-unsupported`).
+        Refused: the layout is a GPU's, which bitsandbytes refuses, and transformers takes for rows
+            (`quantised-incomplete`).
     """
     if "format" in parts and context.read(parts["format"], max_bytes=8).strip(b"\0"):
-        what = f"{show(weight.name)} is laid out for one kind of GPU (weight_format), which is not read"
-        raise Refused("quantised-unsupported", what)
+        what = (
+            f"{show(weight.name)}: its weight_format is the layout of one kind of GPU, which bitsandbytes refuses; "
+            "transformers takes it for rows, and reads other numbers"
+        )
+        raise Refused("quantised-incomplete", what)
     return nodes.apply(kernels.DEQUANTISE_INT8, [parts["weight"], parts["scale"]], {"out": dtype.value})
 
 

@@ -19,16 +19,18 @@ def survey_files(root: Path, *, only: str | None = None) -> Survey:
     survey = Survey(root)
     names = file_names(root) if only is None else {only}
     found = sorted(n for n in names if is_weight_file(n) and n.endswith((".safetensors", *PICKLED_SUFFIXES)))
+    others: list[Fault] = []
     for name in found[:MOST_FILES]:
         try:
             file = read_weights(root / name, root=root, named=str(root.resolve() / name))
         except Refused as error:
-            if error.code != "pickled-not-weights":
-                survey.faults.append(Fault.of(error))
+            (others if error.code == "pickled-not-weights" else survey.faults).append(Fault.of(error))
             continue
         survey.files[name] = file.size
         for tensor, lazy in file.tensors.items():
             survey.entries.setdefault(tensor, StoredTensor(lazy, str(root.resolve() / name)))
+    if not survey.entries and not survey.faults:
+        survey.faults += others
     empty = [n for n, e in survey.entries.items() if e.info.shape == (0,)]
     if empty:
         survey.faults.append(empty_tensors(empty, survey.entries, show(root)))
