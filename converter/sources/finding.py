@@ -127,7 +127,8 @@ def find_place(root: Path, asked: str, *, tag: str | None = None, part: str | No
         here = kind_of(root)
         if here is not None and sources()[here].kind in ("training", "unread"):
             sources()[here].open(root, asked=asked)
-        if (alone := place_in(root, asked, tag)) is not None:
+        below = root.is_dir() and tag is None and any(p.is_dir() and kind_of(p) for p in root.iterdir())
+        if not below and (alone := place_in(root, asked, tag)) is not None:
             if part is not None:
                 raise no_parts("a script", asked, part)
             return alone

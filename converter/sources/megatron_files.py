@@ -24,7 +24,7 @@ METADATA, MANIFEST, COMMON = ".metadata", "metadata.json", "common.pt"
 RANK_FILE = "model_optim_rng.pt"
 """A rank's model in the old format."""
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3}))?(?:_(\d{3}))?", re.ASCII)
-_ITERATION = re.compile(r"iter_\d{7}", re.ASCII)
+_ITERATION = re.compile(r"iter_(\d{7})", re.ASCII)
 """Folders that Megatron's runs have, whatever is missing in them, and those of one other trainer."""
 _OF_FSDP = frozenset({"meta.json", "rng.pt"})
 """What slime's FSDP backend writes into such a folder.
@@ -133,3 +133,26 @@ def tracked(path: Path, root: Path) -> str | None:
         return read_limited(path, limit=64, root=root).decode("ascii").strip()
     except (Refused, UnicodeDecodeError):
         return None
+
+
+def expect_own_name(root: Path, iteration: object, what: str) -> None:
+    """Go on where a folder's name does not say another iteration than a file in it does.
+
+    Those that convert checkpoints write iteration 0 under any name, and `release` is none.
+
+    Args:
+        what: the file that says the iteration, as the subject of a sentence.
+
+    Raises:
+        Refused: the two differ (`megatron-mixed`).
+    """
+    named = _ITERATION.fullmatch(root.name)
+    if named is None or type(iteration) is not int or iteration <= 0 or not int(named[1]):
+        return
+    if int(named[1]) != iteration:
+        raise Refused(
+            "megatron-mixed",
+            f"{what} is of iteration {iteration}, and the folder's name says {int(named[1])}",
+            where=show(root),
+            next=f"put the files of one save into one folder; or name it iter_{iteration:07d}, if all are of that save",
+        )

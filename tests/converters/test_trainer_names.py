@@ -7,6 +7,7 @@ own state, bit by bit.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,34 @@ def refused(run: Path, out: Path) -> str:
 def test_names_and_rows_are_those_of_transformers_bit_by_bit(name: str, tmp_path: Path) -> None:
     wanted = load_file(STORED / name / "oracle.safetensors")
     assert differences(gathered(STORED / name, tmp_path / "out"), wanted) == []
+
+
+def test_the_experts_of_gpt_oss_compute_what_torchtitan_s_do(tmp_path: Path) -> None:
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    state = stored_state("titan-gpt-oss")
+    model = gathered(STORED / "titan-gpt-oss", tmp_path / "out")
+    experts = GptOssExperts(GptOssConfig.from_pretrained(tmp_path / "out"))
+    before = "model.layers.1.mlp.experts."
+    experts.load_state_dict({n.removeprefix(before): t for n, t in model.items() if n.startswith(before)})
+    held = [state[f"layers.1.moe.routed_experts.inner_experts.{n}"] for n in
+            ("mlp1_weight_EGD", "mlp1_bias_EG", "mlp2_weight_EDF", "mlp2_bias_ED")]  # fmt: skip
+    tokens, chosen = torch.randn(5, 16), 2
+    first, first_bias, second, second_bias = (t[chosen] for t in held)
+    both = tokens @ first.T + first_bias  # torchtitan's GptOssGroupedExperts.forward and swiglu, in fp32
+    gate, up = both[..., ::2].clamp(max=7.0), both[..., 1::2].clamp(-7.0, 7.0)
+    wanted = gate * torch.sigmoid(1.702 * gate) * (up + 1) @ second.T + second_bias
+    found = experts(tokens, torch.full((5, 1), chosen), torch.ones(5, 1))
+    assert torch.allclose(found.reshape(5, 16), wanted, atol=1e-6)
+
+
+def test_gpt_oss_before_its_names_had_the_letters_of_dimensions(tmp_path: Path) -> None:
+    state = {re.sub(r"(mlp\d_[a-z]+)_E[A-Z]+$", r"\1", n): t for n, t in stored_state("titan-gpt-oss").items()}
+    assert "layers.0.moe.routed_experts.inner_experts.mlp1_weight" in state
+    run = written(state, "titan-gpt-oss", tmp_path / "run")
+    wanted = load_file(STORED / "titan-gpt-oss" / "oracle.safetensors")
+    assert differences(gathered(run, tmp_path / "out"), wanted) == []
 
 
 @pytest.mark.parametrize(
@@ -99,6 +128,15 @@ def test_a_bias_of_the_routers_that_transformers_has_no_place_for_is_refused(tmp
     bias = {"layers.1.moe.expert_bias_E": torch.tensor([0.0, 1.0, -1.0, 0.0])}
     run = written(stored_state("titan-qwen3-moe") | bias, "titan-qwen3-moe", tmp_path / "run")
     assert "chooses experts" in refused(run, tmp_path / "out")
+
+
+def test_a_bias_of_zeros_chooses_no_other_experts_and_is_left_out(tmp_path: Path) -> None:
+    bias = {"layers.1.moe.expert_bias_E": torch.zeros(4)}
+    run = written(stored_state("titan-qwen3-moe") | bias, "titan-qwen3-moe", tmp_path / "run")
+    wanted = load_file(STORED / "titan-qwen3-moe" / "oracle.safetensors")
+    assert differences(gathered(run, tmp_path / "out"), wanted) == []
+    receipt = json.loads((tmp_path / "out" / "rlhf-convert.json").read_text())
+    assert "layers.1.moe.expert_bias_E" in json.dumps(receipt)
 
 
 def test_further_layers_that_predict_tokens_are_refused(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@
     python tests/runs/run_harmed_saves.py SAVED --draw 300     some of them, drawn; --from is where the drawing begins
 
 SAVED has runs as the scripts here save them, with `fixture.json` and `oracle.safetensors`; a run of the same name below
-SAVED/later is the same training at a later step, whose files take the place of a run's own. Exits with 1 where a verb
-gives other weights, masters or moments than those that lived, or where doctor is silent about what a verb refuses.
+SAVED/later is the same training at a later step, whose files take the place of a run's own, and one in SAVED/larger the
+same on more ranks, whose files were left behind. Exits with 1 where a verb gives other weights, masters or moments than
+those that lived, or where doctor is silent about what a verb refuses.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
+RANKS = re.compile(r"-n\d+$")
 OURS = ("fixture.json", "oracle.safetensors", "losses.json", "config.json", "adapter_config.json", "error.txt")
 RANK = re.compile(r"(?<=zero_pp_rank_)\d+|(?<=^__)\d+|(?<=rank)\d+|(?<=rank_)\d+")
 
@@ -99,6 +101,99 @@ HARMS = (
 )  # fmt: skip
 
 
+def _rename_latest(text: bytes) -> Callable[[Path, Path, Path], bool]:
+    """`latest` says something else; `{}` is the name that it had."""
+
+    def do(run: Path, _: Path, later: Path) -> bool:
+        found = [p for p in (run / "latest", run / "latest_universal") if p.is_file()]
+        for path in found:
+            path.write_bytes(text.replace(b"{}", path.read_bytes()))
+        return bool(found)
+
+    return do
+
+
+def _half_latest(run: Path, _: Path, later: Path) -> bool:
+    """`latest` ends within a name, of which there is a folder too: `global_step2` and `global_step20`."""
+    path = run / "latest"
+    if not path.is_file() or not (later / path.read_text()).is_dir():
+        return False
+    tag = path.read_text()
+    shutil.copytree(later / tag, run / f"{tag}0")
+    path.write_text(tag[:-1])
+    return True
+
+
+def _all_later(*words: str) -> Callable[[Path, Path, Path], bool]:
+    """All files with one of these words in their names are of a later step."""
+
+    def do(run: Path, _: Path, later: Path) -> bool:
+        found = [p for p in files_of(run) if any(w in p.name for w in words)]
+        others = [p for p in files_of(run) if p not in found and p.name not in ("latest", "latest_universal")]
+        changed = [_of_later(p, run, later) for p in found]
+        return any(changed) and bool(others)
+
+    return do
+
+
+def _over_larger(first: int | None, words: str = "") -> Callable[[Path, Path, Path], bool]:
+    """The run was saved over one of more ranks, whose files remain; or only ranks below `first` had been written."""
+
+    def do(run: Path, _: Path, later: Path) -> bool:
+        larger = next((later.parents[1] / "larger").glob(RANKS.sub("-n*", run.name)), None)
+        if larger is None:
+            return False
+        for path in files_of(larger):
+            own = run / path.relative_to(larger)
+            rank = RANK.search(path.name)
+            is_old = first is not None and rank is not None and int(rank[0]) >= first and words in path.name
+            if not own.exists() or is_old:
+                own.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, own)
+        return True
+
+    return do
+
+
+def _without_a_parameter(run: Path, _: Path, later: Path) -> bool:
+    """A universal checkpoint without the folder of one parameter."""
+    folders = sorted(p.parent for p in run.rglob("fp32.pt"))
+    if folders:
+        shutil.rmtree(folders[len(folders) // 2])
+    return bool(folders)
+
+
+def _parameter_of_later(run: Path, _: Path, later: Path) -> bool:
+    """A universal checkpoint with the folder of one parameter, masters and moments, of a later step."""
+    folders = sorted(p.parent for p in run.rglob("fp32.pt"))
+    changed = [_of_later(p, run, later) for f in folders[len(folders) // 2 :][:1] for p in f.iterdir()]
+    return any(changed)
+
+
+WHOLE = (
+    Harm("latest empty", _rename_latest(b"")),
+    Harm("latest blank", _rename_latest(b" \n")),
+    Harm("latest with a newline", _rename_latest(b"{}\r\n")),
+    Harm("latest with a mark of its order of bytes", _rename_latest(b"\xef\xbb\xbf{}")),
+    Harm("latest in UTF-16", _rename_latest("global_step2".encode("utf-16"))),
+    Harm("latest outside", _rename_latest(b"../{}")),
+    Harm("latest absolute", _rename_latest(b"/tmp")),
+    Harm("latest of zeros", _rename_latest(b"\0" * 12)),
+    Harm("latest half", _half_latest),
+    Harm("optimizers later", _all_later("optim")),
+    Harm("models later", _all_later("model_states", "model_world", "pytorch_model")),
+    Harm("metadata later", _all_later(".metadata")),
+    Harm("pieces later", _all_later(".distcp")),
+    Harm("over larger", _over_larger(None)),
+    Harm("over larger, rank 0 alone written", _over_larger(1)),
+    Harm("over larger, optimizers of rank 0 alone written", _over_larger(1, "optim")),
+    Harm("over larger, models of rank 0 alone written", _over_larger(1, "model")),
+    Harm("parameter missing", _without_a_parameter),
+    Harm("parameter later", _parameter_of_later),
+)
+"""What is done to a run as a whole."""
+
+
 def files_of(run: Path) -> list[Path]:
     """What the trainer wrote that somebody reads."""
     return sorted(p for p in run.rglob("*") if p.is_file() and p.name not in OURS and not p.name.endswith(".py"))
@@ -109,8 +204,9 @@ def runs_below(saved: Path) -> list[Path]:
 
 
 def tries(saved: Path) -> Iterator[tuple[Path, Path, Harm]]:
-    """Each file of each run with each harm."""
+    """Each run with each harm to the whole of it, and each of its files with each harm to a file."""
     for run in runs_below(saved):
+        yield from ((run, Path(), harm) for harm in WHOLE)
         for file in files_of(run):
             for harm in HARMS:
                 yield run, file.relative_to(run), harm
@@ -174,7 +270,7 @@ def resharded(run: Path) -> list[str] | None:
 
     kind = kind_below(run)
     asked: list[dict[str, object]] = [{"to": "full"}, {"to": "sharded"}] if kind == "dcp" else []
-    if kind == "deepspeed":
+    if kind in ("deepspeed", "deepspeed_universal"):
         asked = [{"world_size": 3}]
     from converter.errors import ConvertError
 

@@ -1,6 +1,7 @@
-"""Saves LoRA of Megatron-Bridge's own modules, and compares what is gathered with the factors that were put in. Slow.
+"""Saves LoRA of Megatron-Bridge's and ms-swift's own modules, and compares what is gathered with what was put in. Slow.
 
     python tests/runs/run_mcore_lora.py OUT --trainer PYTHON   a Python that has megatron-core and megatron-bridge
+    python tests/runs/run_mcore_lora.py OUT --trainer PYTHON --swift    one that has mcore-bridge and ms-swift
     python tests/runs/run_mcore_lora.py OUT --compare-only     what was saved before, again
 
 Adapters alone and with their model, TP 1 and 2: every factor of the PEFT adapter must be the one that was put in, bit
@@ -21,6 +22,7 @@ SAVES = {
     for tp in (1, 2)
     for what, more in (("alone", []), ("whole", ["--whole"]))
 }
+OF_SWIFT = {f"swift-tp{tp}": ["--tp", str(tp), "--swift"] for tp in (1, 2)}
 SCALE = 8 / 4
 """alpha over rank, of `mcore/lora.py`."""
 
@@ -64,10 +66,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--trainer")
+    parser.add_argument("--swift", action="store_true")
     parser.add_argument("--compare-only", action="store_true")
     asked = parser.parse_args()
     is_wrong = False
-    for name, given in SAVES.items():
+    for name, given in (OF_SWIFT if asked.swift else SAVES).items():
         if not asked.compare_only:
             command = [asked.trainer or "python", str(HERE / "mcore" / "lora.py"), str(asked.out / name), *given]
             subprocess.run(command, check=True)

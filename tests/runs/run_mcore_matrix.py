@@ -5,6 +5,7 @@
     python tests/runs/run_mcore_matrix.py OUT --compare-only      what was saved before, again
     python tests/runs/run_mcore_matrix.py OUT --only mixtral      runs whose names have this in them
     python tests/runs/run_mcore_matrix.py OUT --all               every family at every size
+    python tests/runs/run_mcore_matrix.py OUT --draw 10           others in their place, drawn at random (--seed 1)
 
 TP 1, 2 x PP 1, 2 x EP 1, 2, both formats, layers stacked and apart, virtual and uneven stages, heads of critics. All of
 them are saved by one start of four ranks. Slow: about ten minutes. Exits with 1 on a difference, and where a run is not
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -92,6 +94,38 @@ CHOSEN = re.compile(
 """Runs without `--all`: every family, and every size of those that differ most."""
 
 
+def drawn(count: int, seed: int) -> dict[str, list[str]]:
+    """Runs of several axes at once that are not listed, the same ones for a seed."""
+    draw, known = random.Random(seed), {frozenset(given) for given in every_run().values()}
+    found: dict[str, list[str]] = {}
+    while len(found) < count:
+        case = draw.choice((*DENSE, *MIXTURES))
+        tp, pp, ep = draw.choice((1, 2)), draw.choice((1, 2)), draw.choice((1, 2)) if case in MIXTURES else 1
+        given = {"--tp": tp, "--pp": pp, "--ep": ep, "--layers": draw.choice((2, 4))}
+        words = [case, f"tp{tp}", f"pp{pp}", f"ep{ep}", f"l{given['--layers']}"]
+        if pp == 2 and given["--layers"] == 4:
+            for option, value in draw.choice(({}, {"--vpp": 2}, {"--first-stage": 1})).items():
+                given[option] = value
+                words.append(f"{option[2:5]}{value}")
+        if case == "gpt_oss" or (ep == 2 and draw.random() < 0.3):
+            given["--etp"] = 1 if case == "gpt_oss" or pp == 2 or tp == 1 else 2
+            words.append(f"etp{given['--etp']}")
+        more = [a for pair in given.items() for a in map(str, pair)]
+        if draw.random() < 0.3:
+            rows = draw.choice((1, 1, 3))
+            more += ["--critic", str(rows), *(["--head-bias"] if rows == 3 else [])]
+            words.append(f"critic{rows}")
+        for flag, chance in (("--per-layer", 0.3), ("--optimizer", 0.15), (NO_ARGS, 0.2), ("--format", 0.35)):
+            if draw.random() < chance and not (
+                "--format" in flag and set(more) & {"--per-layer", "--optimizer", NO_ARGS}
+            ):
+                more += ["--format", "torch"] if flag == "--format" else [flag]
+                words.append(flag[2:])
+        if frozenset(["--case", case, *more]) not in known:
+            found["-".join(words)] = ["--case", case, *more]
+    return found
+
+
 def trainer(folder: Path) -> str:
     """A Python with megatron-core, in an environment that is built if it isn't there."""
     python = folder / "bin" / "python"
@@ -138,9 +172,13 @@ def main() -> None:
     parser.add_argument("--compare-only", action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--draw", type=int, default=0, metavar="COUNT")
+    parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     every = {n: given for n, given in every_run().items() if asked.all or CHOSEN.fullmatch(n)}
+    if asked.draw:
+        every = drawn(asked.draw, asked.seed)
     runs = {name: given for name, given in every.items() if asked.only in name}
     if not asked.compare_only:
         save(asked.trainer or trainer(DEFAULT), asked.out, runs)

@@ -1,4 +1,4 @@
-"""Lightning's checkpoints under FSDP, each a folder in pieces: gathered from the run's top, where its config.json is.
+"""Lightning's checkpoints under FSDPStrategy and ModelParallelStrategy: gathered from the run's top.
 
 `tests/runs/dcp/lightning_saves.py` had Lightning's Trainer save the runs; the oracle is what lived in its memory.
 """
@@ -24,20 +24,25 @@ from zero.compare import differences, evaluated
 
 SAVED = RUNS / "dcp" / "lightning_runs"
 RUN = SAVED / "lightning-fsdp-sharded-n2"
+PARALLEL = SAVED / "lightning-parallel-sharded-n2"
+PARALLEL_WHOLE = SAVED / "lightning-parallel-full-n2"
 PLACE = "lightning_logs/version_0/checkpoints/epoch=0-step=2.ckpt"
 
 
-def test_the_model_is_gathered_from_the_run_s_top(tmp_path: Path) -> None:
-    assert main(["gather", str(RUN), str(tmp_path / "out"), "-q"]) == 0
-    wanted = live(RUN)
-    del wanted["lm_head.weight"]  # it is the embedding
+@pytest.mark.parametrize("run", [RUN, PARALLEL, PARALLEL_WHOLE], ids=lambda r: r.name)
+def test_the_model_is_gathered_from_the_run_s_top(run: Path, tmp_path: Path) -> None:
+    assert main(["gather", str(run), str(tmp_path / "out"), "-q"]) == 0
+    wanted = live(run)
+    if run is RUN:
+        del wanted["lm_head.weight"]  # it is the embedding
     assert differences(load_file(tmp_path / "out" / "model.safetensors"), wanted) == []
 
 
+@pytest.mark.parametrize("run", [RUN, PARALLEL], ids=lambda r: r.name)
 @pytest.mark.parametrize("which", ["exp_avg", "exp_avg_sq"])
-def test_moments_are_those_that_lived(which: Literal["exp_avg", "exp_avg_sq"]) -> None:
-    found = evaluated(SOURCE.adam_moments(RUN, which=which))
-    assert differences({n.removeprefix("model."): t for n, t in found.items()}, live(RUN, which)) == []
+def test_moments_are_those_that_lived(which: Literal["exp_avg", "exp_avg_sq"], run: Path) -> None:
+    found = evaluated(SOURCE.adam_moments(run, which=which))
+    assert differences({n.removeprefix("model."): t for n, t in found.items()}, live(run, which)) == []
 
 
 def test_what_doctor_says_to_do_does_it(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_arguments_of_newer_versions_lie_in_the_checkpoint(tmp_path: Path) -> No
     """Since 0.19 there is no `common.pt`."""
     common = [{"args": argparse.Namespace(num_layers=1, params_dtype=torch.bfloat16), "iteration": 10}]
     state = {"common_state/shard_0_1": common, "decoder.final_layernorm.weight": torch.ones(2)}
-    folder = _saved(tmp_path / "iter_0000001", state)
+    folder = _saved(tmp_path / "iter_0000010", state)
     assert not (folder / "common.pt").exists()
     found, _ = read_arguments(read_metadata(folder))
     assert found == {"num_layers": 1, "params_dtype": "bfloat16"}

@@ -91,6 +91,13 @@ def test_to_other_ranks_and_back_gives_the_files_again(name: str, place: Path) -
         assert path.read_bytes() == (tag(back) / path.name).read_bytes(), path.name
 
 
+def test_a_rank_that_was_gone_has_its_own_model_file_again(place: Path) -> None:
+    run = RUNS / "lm-tied-z3-n2"
+    back = resharded(resharded(run, place / "one", 1), place / "back", 2)
+    file = "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    assert list(tree_differences(loaded(tag(run) / file), loaded(tag(back) / file))) == []
+
+
 def cut_as_deepspeed_cuts(values: dict[str, torch.Tensor], ranks: int, rank: int) -> torch.Tensor:
     """A rank's share of parameters in stage 3, from whole tensors."""
     pieces = []

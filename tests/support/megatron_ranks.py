@@ -18,7 +18,11 @@ class _Unpickler(pickle.Unpickler):
 
 def edit_rank(folder: Path, rank: str, change: Callable[[Any], object]) -> None:
     """Change what one rank saved, `01_000` say."""
-    path = folder / f"mp_rank_{rank}" / "model_optim_rng.pt"
+    edit_state(folder / f"mp_rank_{rank}" / "model_optim_rng.pt", change)
+
+
+def edit_state(path: Path, change: Callable[[Any], object]) -> None:
+    """Change what a file holds, `common.pt` say."""
     reading = types.ModuleType("reading")
     vars(reading).update(vars(pickle), Unpickler=_Unpickler)
     state = torch.load(path, weights_only=False, pickle_module=reading)  # noqa: TID251

@@ -51,6 +51,7 @@ def adapter_config(
     }
     where = show(source.origin.asked)
     config = recorded(source.side_files)
+    rslora = rslora or (config is None and _meta(source.side_files).get("use_rslora") is True)
     if alpha is None and (config is None or not config.get("lora_alpha")):
         alpha = recorded_alpha(source.side_files, ranks.values(), where, context)
     if config is None:
@@ -178,19 +179,23 @@ def with_folded_heads(
     return {**config, **changed, "task_type": config.get("task_type") or task}
 
 
+def _meta(files: Mapping[str, SideFile]) -> dict[str, Any]:
+    """What a trainer's own record of the adapter says; nothing where there is none."""
+    file = files.get(LORA_META)
+    if file is not None and file.content is not None:
+        value = parse_json(file.content, where=LORA_META)
+    else:
+        value = None if file is None or file.source is None else load_json(Path(file.source))
+    return value if isinstance(value, dict) else {}
+
+
 def recorded_alpha(files: Mapping[str, SideFile], ranks: Collection[int], where: str, context: Context) -> float | None:
     """The alpha that the file records; None where there is no file, or it says 0.
 
     Raises:
         Refused: it is of LoRA with another rank than the tensors (`adapter-rank`).
     """
-    file = files.get(LORA_META)
-    if file is not None and file.content is not None:
-        value = parse_json(file.content, where=LORA_META)
-    else:
-        value = None if file is None or file.source is None else load_json(Path(file.source))
-    if not isinstance(value, dict):
-        return None
+    value = _meta(files)
     rank, alpha = value.get("r"), value.get("lora_alpha")
     if type(rank) is int and rank > 0 and rank not in ranks:
         raise Refused(

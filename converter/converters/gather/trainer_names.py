@@ -4,8 +4,9 @@ Both keep Meta's way to rotate positions for the families that have it there: pa
 where transformers pairs a head's halves. Which families those are is each trainer's own table; a family that is in none
 is refused, since names alone do not tell.
 
-Source: https://github.com/pytorch/torchtitan/blob/v0.3.0/torchtitan/models/llama3/state_dict_adapter.py and that of
-qwen3, https://github.com/pytorch/torchtune/blob/v0.6.1/torchtune/models/convert_weights.py and that of qwen2.
+Source: https://github.com/pytorch/torchtitan/blob/v0.3.0/torchtitan/models/llama3/state_dict_adapter.py, those of
+qwen3, deepseek_v3 and gpt_oss, https://github.com/pytorch/torchtune/blob/v0.6.1/torchtune/models/convert_weights.py,
+that of qwen2.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any, Literal
 from converter.core.checkpoint import Checkpoint
 from converter.core.context import Context
 from converter.core.tensors import nodes as tensors
+from converter.core.tensors.byte_runs import stored_parts
+from converter.core.tensors.kernel_specs import PERMUTE
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused
@@ -47,9 +50,19 @@ _TITAN_OF_FAMILY: Mapping[str, Mapping[str, str]] = {
         "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
         "moe.expert_bias_E": "mlp.gate.e_score_correction_bias",
     },
-}
+    "gpt_oss": {
+        "attention.sinks": "self_attn.sinks",
+        "moe.router.gate.weight": "mlp.router.weight", "moe.router.gate.bias": "mlp.router.bias",
+    },
+}  # fmt: skip
 _STACKS = {"w1_EFD": "gate_proj", "w3_EFD": "up_proj", "w2_EDF": "down_proj"}
 """torchtitan's experts of a layer, one matrix each along the first dimension."""
+_WHOLE_STACKS = {
+    "mlp1_weight": "gate_up_proj", "mlp1_bias": "gate_up_proj_bias",
+    "mlp2_weight": "down_proj", "mlp2_bias": "down_proj_bias",
+}  # fmt: skip
+"""Those of gpt-oss, which transformers has in one tensor too, `[e, in, out]` where torchtitan has `[e, out, in]`; since
+0.3.0 their names end in the letters of their dimensions, which torchtitan's own export of 0.3.0 does not know."""
 _STACK = re.compile(r"moe\.routed_experts\.inner_experts\.(\w+)", re.ASCII)
 _BIAS = re.compile(r"layers\.\d+\.moe\.expert_bias_E", re.ASCII)
 _TUNE: Mapping[str, str] = {
@@ -79,7 +92,7 @@ class Trainer:
     of_family: Mapping[str, Mapping[str, str]]
 
 
-_TITAN_PLAIN = frozenset({"qwen3", "qwen3_moe", "deepseek_v3"})
+_TITAN_PLAIN = frozenset({"qwen3", "qwen3_moe", "deepseek_v3", "gpt_oss"})
 TITAN = Trainer("torchtitan", _TITAN, frozenset({"llama"}), _TITAN_PLAIN, _TITAN_OF_FAMILY)
 TUNE = Trainer("torchtune", _TUNE, frozenset({"llama", "mistral", "gemma"}), frozenset({"qwen2"}), {})
 
@@ -111,7 +124,12 @@ def from_trainer_names(found: Checkpoint, context: Context) -> Checkpoint:
     names: dict[str, tuple[str, ...]] = {}
     unknown: list[str] = []
     dropped = {n: "a table of positions, which a load computes" for n in found.tensors if _NOT_SAVED.fullmatch(n)}
-    _expect_no_router_bias(found, family)
+    if zeros := _biases_of_zero(found, family, context):
+        dropped |= dict.fromkeys(zeros, "a bias of routers that is zero: it chooses no other experts")
+        text = (
+            f"the bias of {len(zeros)} routers, for which transformers' {show(family)} has no place, is zero: left out"
+        )
+        context.note("info", "trainer-names", text)
     for raw, tensor in found.tensors.items():
         if raw in dropped:
             continue
@@ -146,14 +164,24 @@ def _refuse(found: Checkpoint, what: str, expected: str | None = None) -> Refuse
     )
 
 
-def _expect_no_router_bias(found: Checkpoint, family: str) -> None:
-    """What torchtitan balances the experts' load with chooses experts, and only some families have it."""
+def _biases_of_zero(found: Checkpoint, family: str, context: Context) -> list[str]:
+    """Biases of routers that change nothing, of a family that has none.
+
+    torchtitan balances the experts' load with them, saves them by default, and leaves them out of what it exports.
+
+    Raises:
+        Refused: one chooses experts (`names-of-trainer`).
+    """
+    if "moe.expert_bias_E" in _TITAN_OF_FAMILY.get(family, {}):
+        return []
     biases = [n for n in found.tensors if _BIAS.fullmatch(n)]
-    if biases and family not in _TITAN_OF_FAMILY:
+    chosen = [n for n in biases if not all(map(context.is_zero, stored_parts(found.tensors[n])))]
+    if chosen:
         text = (
-            f"the routers have a bias that chooses experts ({fold(biases)}), and transformers' {show(family)} has none"
+            f"the routers have a bias that chooses experts ({fold(chosen)}), and transformers' {show(family)} has none"
         )
         raise _refuse(found, f"{text}: the model would choose others")
+    return biases
 
 
 def _renamed(raw: str, tensor: LazyTensor, trainer: Trainer, family: str) -> dict[str, LazyTensor]:
@@ -167,6 +195,8 @@ def _renamed(raw: str, tensor: LazyTensor, trainer: Trainer, family: str) -> dic
     if (own := trainer.of_family.get(family, {}).get(layer[2])) is not None:
         return {f"{before}{own}": tensor}
     if trainer is TITAN and (stack := _STACK.fullmatch(layer[2])) is not None:
+        if family == "gpt_oss":
+            return _whole_stack(f"{before}mlp.experts.", stack[1], tensor)
         return _experts(f"{before}mlp.experts.", _STACKS.get(stack[1]), tensor)
     module, _, leaf = layer[2].rpartition(".")
     known = trainer.layers.get(module)
@@ -182,6 +212,15 @@ def _experts(before: str, module: str | None, stack: LazyTensor) -> dict[str, La
     count, *shape = stack.info.shape
     each = (tensors.reshape(tensors.narrow(stack, 0, n, 1), tuple(shape)) for n in range(count))
     return {f"{before}{n}.{module}.weight": t for n, t in enumerate(each)}
+
+
+def _whole_stack(before: str, name: str, stack: LazyTensor) -> dict[str, LazyTensor]:
+    """The matrices of a layer's experts in one tensor, each turned; or their biases, which are the same."""
+    known = _WHOLE_STACKS.get(re.sub(r"_E[A-Z]+$", "", name))
+    if known is None or len(stack.info.shape) != (2 if known.endswith("bias") else 3):
+        return {}
+    is_bias = known.endswith("bias")
+    return {f"{before}{known}": stack if is_bias else tensors.apply(PERMUTE, [stack], {"dims": (0, 2, 1)})}
 
 
 @dataclass(frozen=True)

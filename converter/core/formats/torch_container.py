@@ -25,11 +25,15 @@ from converter.core.files.checksums import crc32
 from converter.core.files.opening import Identity, open_input, pread, read_exact
 from converter.core.formats.pickle_machine import PickleValue, read_pickle
 from converter.core.formats.pickle_values import Built, Persistent
-from converter.core.formats.zip_directory import Read, near, plain_directory
+from converter.core.formats.zip_directory import Read, near, plain_directory, within
 from converter.errors import Refused
 from converter.text import show
 
 MAX_DIRECTORY = 256_000_000
+_LOCAL = 30
+"""Bytes of an entry's own header, its name aside."""
+_SMALL = 1024
+"""A file whose entries take fewer bytes each is read whole for their headers, as ZeRO-3's of placeholders."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
@@ -86,6 +90,8 @@ def read_container(path: Path, *, root: Path | None = None, is_shared: bool = Fa
 def record_sizes(path: Path, *, root: Path | None = None) -> tuple[str, list[int]]:
     """The name of a zip of torch.save, and sizes of its storages, the largest first: no pickle is read.
 
+    Entries' own headers are not looked at, which are spread over the file: only whoever reads storages needs them.
+
     Raises:
         Refused: not such a file, or one that its directory contradicts, as `read_container` does.
     """
@@ -95,10 +101,12 @@ def record_sizes(path: Path, *, root: Path | None = None) -> tuple[str, list[int
         if not start.startswith(b"PK\x03\x04"):
             raise _not_torch(path, start)
         size = os.fstat(fd).st_size
-        entries = _directory(fd, path, size, 0, _near(fd, path, 0, size))
+        entries = _checked(fd, path, size, 0, _near(fd, path, 0, size))
     finally:
         os.close(fd)
-    return _name_of(entries), sorted((r.length for n, r in entries.items() if "/data/" in n), reverse=True)
+    if any(e.header_offset + _LOCAL + e.file_size > size for e in entries.values()):
+        raise Refused("file-truncated", "the file is cut short inside an entry", where=show(path))
+    return _name_of(entries), sorted((e.file_size for n, e in entries.items() if "/data/" in n), reverse=True)
 
 
 def _name_of(entries: Iterable[str]) -> str:
@@ -243,24 +251,33 @@ def _near(fd: int, path: Path, start: int, stop: int) -> Read:
 
 def _directory(fd: int, path: Path, size: int, base: int, read: Read) -> dict[str, Record]:
     """Entries by name, each checked against its local header."""
+    entries = _checked(fd, path, size, base, read)
+    if len(entries) * _SMALL > size - base:  # headers lie close together: read once they are not read one by one
+        read = within(read(base, size - base), base)
+    found = {name: _located(path, size, base, entry, read) for name, entry in entries.items()}
+    end = 0
+    for name, record in sorted(found.items(), key=lambda item: item[1].offset):
+        if record.offset < end:
+            raise _zip_error(path, f"the entry {show(name)} overlaps another")
+        end = record.offset + record.length
+    return found
+
+
+def _checked(fd: int, path: Path, size: int, base: int, read: Read) -> dict[str, zipfile.ZipInfo]:
+    """Entries of the directory by name, all of them stored as they are."""
     listed = plain_directory(read, base, size)
     if listed is None:
         listed = _listed(fd, path, size, base)
     # Readers that look for the directory from the front and from the end must find one and the same.
     if min((i.header_offset for i in listed), default=0):
         raise _zip_error(path, "something lies before or behind it; torch writes nothing but the zip")
-    found: dict[str, Record] = {}
+    found: dict[str, zipfile.ZipInfo] = {}
     for info in listed:
         if info.filename in found or info.orig_filename != info.filename:
             raise _zip_error(path, f"the entry {show(info.filename)} stands in it twice or under two names")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x41 or info.file_size != info.compress_size:
             raise _zip_error(path, f"the entry {show(info.filename)} is compressed or encrypted; torch stores entries")
-        found[info.filename] = _located(path, size, base, info, read)
-    end = 0
-    for name, record in sorted(found.items(), key=lambda item: item[1].offset):
-        if record.offset < end:
-            raise _zip_error(path, f"the entry {show(name)} overlaps another")
-        end = record.offset + record.length
+        found[info.filename] = info
     return found
 
 

@@ -93,6 +93,20 @@ def read_torch_file(path: Path, *, root: Path | None = None, allow_names: re.Pat
     return _torch_file(container, allow_names)
 
 
+def read_numbers(path: Path, *, root: Path) -> TorchFile:
+    """Numbers and texts of the dictionary in a file; of what else is in it, tensors too, nothing is looked at.
+
+    Raises:
+        Refused: of the container and of the names in it, as `read_torch_file` does.
+    """
+    container = sparse.read_again(path, lambda: read_container(path, root=root, is_shared=True))
+    check_names(container.pickle.names, where=str(path))
+    value = container.pickle.value
+    items = value.items() if isinstance(value, dict) else ()
+    found = {k: v for k, v in items if isinstance(k, str) and isinstance(v, int | float | str)}
+    return TorchFile(found, (), container.identity, container.digest, container.name)
+
+
 def read_tree(path: Path, *, root: Path) -> Container:
     """The same file as what its pickle says, with the places of its storages: for those who write it again.
 

@@ -42,6 +42,15 @@ def near(read: Read, start: int, stop: int) -> Read:
     return read_near
 
 
+def within(data: bytes, start: int) -> Read:
+    """A reader of what was read already, from `start` on; of no more than that."""
+
+    def read_within(offset: int, length: int) -> bytes:
+        return data[offset - start : offset - start + length]
+
+    return read_within
+
+
 def plain_directory(read: Read, start: int, stop: int) -> list[zipfile.ZipInfo] | None:
     """Entries of the zip from `start` to `stop`, as `zipfile` lists them; None where it isn't plain."""
     if stop - start < _END.size:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 
 class Reporter(Protocol):
@@ -19,6 +20,14 @@ class Reporter(Protocol):
 
     def checking(self, what: str) -> None:
         """Something else than writing goes on: the check of `what`."""
+
+
+@runtime_checkable
+class Estimating(Protocol):
+    """A reporter that says how long a run still takes."""
+
+    def computing(self, sizes: Mapping[str, int]) -> None:
+        """After `start`: these tensors are computed, with their bytes in the output; all others are copied."""
 
 
 class Silent:

@@ -23,7 +23,7 @@ from converter.core.writer.plan import Plan
 from converter.core.writer.preflight import check_space, check_target, memory_limit
 from converter.core.writer.proof import check_written
 from converter.core.writer.record_checks import compare_records
-from converter.core.writer.reporter import Reporter
+from converter.core.writer.reporter import Estimating, Reporter
 from converter.core.writer.shard_files import is_still_there
 from converter.core.writer.shard_plan import ShardPlan
 from converter.core.writer.shard_writer import ShardWriter
@@ -203,6 +203,8 @@ def write_shards(
 ) -> dict[str, dict[str, Any]]:
     """Journal lines of all shards, by file; those of an earlier run are checked against what is on disk."""
     reporter.start(plan.total_bytes, len(plan.written))
+    if isinstance(reporter, Estimating):
+        reporter.computing({entry.name: entry.length for entry in plan.entries if entry.runs is None})
     lines: dict[str, dict[str, Any]] = {}
     todo: list[ShardPlan] = []
     if kept:

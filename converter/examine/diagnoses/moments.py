@@ -33,7 +33,8 @@ def _moments(case: Case) -> dict[str, Mapping[str, LazyTensor]]:
 _DAMAGE = frozenset({"file-truncated", "torch-zip", "torch-not", "pickle-malformed", "dcp-file-missing",
                      "dcp-metadata-missing", "dcp-rank-metadata", "dcp-malformed", "dcp-record", "dcp-chunks",
                      "fsdp-rank-files", "verl-rank-missing", "verl-mixed", "verl-sizes", "verl-malformed",
-                     "zero-rank-missing", "zero-mixed", "zero-sizes", "zero-malformed"})  # fmt: skip
+                     "zero-rank-missing", "zero-mixed", "zero-sizes", "zero-malformed",
+                     "zero-parameter-missing"})  # fmt: skip
 """Codes of files that are not what was saved; others name an optimizer that isn't Adam, or that nobody reads."""
 
 
@@ -66,12 +67,18 @@ def expect_optimizer(folder: Path) -> None:
     """
     from converter.sources.moments import adam_moments
 
-    for kind in _KINDS:
-        try:
+    try:
+        place = find_place(folder, str(folder))
+        if kind_of(place.folder) == "deepspeed":
+            from converter.sources.deepspeed.whole import expect_moments
+
+            expect_moments(place.folder)
+            return
+        for kind in _KINDS:
             adam_moments(folder, which=kind)
-        except ConvertError as why:
-            if why.code in _DAMAGE:
-                raise
+    except ConvertError as why:
+        if why.code in _DAMAGE:
+            raise
 
 
 @diagnosis("moments-nonfinite", "training", deep=True)
@@ -120,7 +127,7 @@ def moments_zero(case: Case, context: Context) -> Iterable[Finding]:
     )
 
 
-@diagnosis("moments-older", "training", deep=True)
+@diagnosis("moments-older", "training")
 def moments_older(case: Case, context: Context) -> Iterable[Finding]:
     """Adam has counted fewer steps than the run: its moments are older than the weights, or it began anew when the run
     was resumed without its states. Training goes on from there with other steps than an uninterrupted run's.
@@ -139,9 +146,10 @@ def _steps(case: Case) -> tuple[float, float] | None:
     """Adam's steps, and the run's without those that were skipped; None where a trainer doesn't record both."""
     try:
         place = find_place(case.root, case.asked)
-        if kind_of(place.folder) != "deepspeed":
+        if kind_of(place.folder) not in ("deepspeed", "deepspeed_universal"):
             return None
-        from converter.sources.deepspeed.state import counted_steps, read_shards
+        from converter.sources.deepspeed.agreement import counted_steps
+        from converter.sources.deepspeed.state import read_shards
 
         return counted_steps(read_shards(place.folder))
     except ConvertError:

@@ -70,7 +70,13 @@ DOCUMENTED: dict[str, tuple[str, str]] = {
             "its own on a local disk. With each, a part of every tensor on that rank is lost."
         ),
     ),
-    "megatron-mixed": ("", "Files of Megatron runs with other sizes or other numbers of ranks lie in one folder."),
+    "megatron-mixed": (
+        "",
+        (
+            "Files of several saves of Megatron, or of runs of other sizes, lie in one folder, or ranks' files in the "
+            "folders of other ranks."
+        ),
+    ),
     "megatron-copies": (
         "",
         (

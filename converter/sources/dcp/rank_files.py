@@ -20,6 +20,7 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused, UsageError
 from converter.sources.dcp.files import MODEL_OF_RANK, OPTIMIZER_OF_RANK
 from converter.sources.survey import file_names
+from converter.sources.verl.agreement import expect_same_groups
 from converter.sources.verl.files import RankFiles
 from converter.sources.verl.moments import State as Moment
 from converter.sources.verl.moments import moments as numbered_moments
@@ -104,11 +105,16 @@ def _moments(folder: Path, which: Moment) -> dict[str, LazyTensor]:
     if first is not None and not _states(ranks, first) and ranks.open(first).get("state"):
         return numbered_moments(ranks, read_weights(ranks, asked_alone=True), which)  # by `optimizer.state_dict()`
     held: dict[str, dict[int, Value]] = {}
+    steps: dict[str, dict[int, Value]] = {}
     for rank, file in ranks.files.optimizers.items():
         for name, state in _states(ranks, file).items():
-            value = ranks.value(state.get(which), file, name)
-            if value is not None:
-                held.setdefault(name, {})[rank] = value
+            for key, into in ((which, held), ("step", steps)):
+                value = ranks.value(state.get(key), file, name)
+                if value is not None:
+                    into.setdefault(name, {})[rank] = value
+    for name, by_rank in steps.items():
+        ranks.whole(f"the step of {name}", by_rank, ranks.files.optimizers)  # of two steps: refused
+    expect_same_groups(ranks, ranks.files.optimizers)
     found: dict[str, LazyTensor] = {}
     for name, by_rank in held.items():
         if all(isinstance(v, Piece) for v in by_rank.values()):
@@ -139,7 +145,11 @@ def _files(folder: Path) -> RankFiles:
     number = stem.removeprefix(_LOCAL) if stem.startswith(_LOCAL) else None
     own = optimizers.get(f"optimizer{number}", {}) if number is not None else next(iter(optimizers.values()), {})
     world = _recorded_world(folder, files) or max(files) + 1
-    return RankFiles(folder, world, {r: n for r, n in files.items() if r < world}, own)
+    kept = [{r: n for r, n in f.items() if r < world} for f in (files, own)]
+    found = RankFiles(folder, world, kept[0], kept[1])
+    if stale := [n for f in (files, own) for r, n in f.items() if r >= world]:
+        found.said.append(f"left over from a run with more than {world} ranks, not read: {fold(stale)}")
+    return found
 
 
 def _by_rank(names: Collection[str], pattern: re.Pattern[str]) -> dict[str, dict[int, str]]:

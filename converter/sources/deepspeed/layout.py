@@ -12,7 +12,7 @@ Source: https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from converter.core.tensors import nodes as tensors
@@ -163,7 +163,19 @@ def _flat_parts(shards: Shards, rank: int, found: Mapping[Any, Any], state: Stat
     if isinstance(base, dict):  # rigid: torch's own state, by parameter number
         base = _by_number(base)
     values = [s.get(state) for s in base] if isinstance(base, list) and all(isinstance(s, dict) for s in base) else None
+    _expect_kept(shards, rank, values or [], state)
     return tensor_list(shards, values, state, file)
+
+
+def _expect_kept(shards: Shards, rank: int, values: Sequence[Any], state: State) -> None:
+    """Of an optimizer that isn't Adam, already the first rank has no moments of it.
+
+    Raises:
+        Refused: it has none (`no-moments`).
+    """
+    if rank == 0 and values and all(v is None for v in values):
+        text = f"the optimizer keeps no `{state}`: it isn't Adam, or has not taken a step"
+        raise shards.refuse("no-moments", text, file=shards.files.optimizers[rank])
 
 
 def _by_number(base: Mapping[Any, Any]) -> list[Any] | None:
@@ -175,22 +187,26 @@ def _by_number(base: Mapping[Any, Any]) -> list[Any] | None:
     return [state.get(n) for n in numbers if not isinstance(n, list | dict)]
 
 
+def expect_states(shards: Shards, kinds: Iterable[State]) -> None:
+    """What `trained_tensors` refuses of a run's states, without putting the tensors of stage 3 together.
+
+    Raises:
+        Refused: see `trained_tensors`.
+    """
+    if shards.stage < 3 or shards.universal:
+        for state in kinds:
+            trained_tensors(shards, state)
+        return
+    states, groups = all_optimizers(shards), listed_shapes(shards)
+    counts = partition_counts(shards, len(groups))
+    for state in kinds:
+        _flats(shards, states, state, groups, counts)
+
+
 def _stage_3(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State) -> dict[str, LazyTensor]:
     groups = listed_shapes(shards)
     counts = partition_counts(shards, len(groups))
-    flats = []
-    for rank, found in enumerate(states):
-        parts = _sub_groups(shards, rank, found, state)
-        pairs = zip(groups, counts, strict=True)
-        sizes = [sum(share(math.prod(s), count) for s in g.values()) for g, count in pairs]
-        if sum(sizes) != sum(p.info.numel for p in parts):
-            raise shards.refuse(
-                "zero-sizes",
-                f"a rank's share is {sum(sizes)} elements by param_shapes, and the file holds "
-                f"{sum(p.info.numel for p in parts)}: it is not of this checkpoint, or in a layout that is not known",
-                file=shards.files.optimizers[rank],
-            )
-        flats.append(tensors.concat(parts, 0) if parts else None)
+    flats = _flats(shards, states, state, groups, counts)
     found_tensors: dict[str, LazyTensor] = {}
     offset = 0
     for index, (group, parts_of) in enumerate(zip(groups, counts, strict=True)):
@@ -199,6 +215,31 @@ def _stage_3(shards: Shards, states: Sequence[Mapping[Any, Any]], state: State) 
         found_tensors |= own[0] if len(sets) == 1 else joined(shards, group, own)
         offset += sum(share(math.prod(s), parts_of) for s in group.values())
     return found_tensors
+
+
+def _flats(
+    shards: Shards, states: Sequence[Mapping[Any, Any]], state: State, groups: Sequence[Shapes], counts: Sequence[int]
+) -> list[LazyTensor | None]:
+    """What each rank has, its sub-groups end to end.
+
+    Raises:
+        Refused: it isn't as much as the parameters' shapes give (`zero-sizes`).
+    """
+    pairs = list(zip(groups, counts, strict=True))
+    needed = sum(share(math.prod(s), count) for g, count in pairs for s in g.values())
+    flats: list[LazyTensor | None] = []
+    for rank, found in enumerate(states):
+        parts = _sub_groups(shards, rank, found, state)
+        held = sum(p.info.numel for p in parts)
+        if needed != held:
+            raise shards.refuse(
+                "zero-sizes",
+                f"a rank's share is {needed} elements by param_shapes, and the file holds {held}: it is not of this "
+                "checkpoint, or in a layout that is not known",
+                file=shards.files.optimizers[rank],
+            )
+        flats.append(tensors.concat(parts, 0) if parts else None)
+    return flats
 
 
 def _pieces(group: Shapes, flats: Sequence[LazyTensor | None], offset: int) -> dict[str, LazyTensor]:
@@ -229,6 +270,7 @@ def _sub_groups(shards: Shards, rank: int, found: Mapping[Any, Any], state: Stat
     base = inner.get("state") if isinstance(inner, dict) else None
     own = [base.get(i) for i in range(len(masters))] if isinstance(base, dict) else []
     values = [s.get(state) if isinstance(s, dict) else None for s in own]
+    _expect_kept(shards, rank, values, state)
     return tensor_list(shards, values, state, file)
 
 

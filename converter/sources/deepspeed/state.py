@@ -9,17 +9,18 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from converter.core.checkpoint import RecordCheck
 from converter.core.files.opening import Identity, open_input, read_exact
 from converter.core.formats.torch_container import Container
-from converter.core.formats.torch_file import Opaque, read_torch_file, read_tree
+from converter.core.formats.torch_file import Opaque, TorchFile, read_numbers, read_torch_file, read_tree
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor, Stored
 from converter.errors import Refused
 from converter.sources.deepspeed.files import UNIVERSAL, RankFiles, holds_experts, is_universal, rank_files
 from converter.sources.own_names import OWN_NAMES, saved_as_another
+from converter.sources.same_settings import other_setting
 from converter.sources.survey import file_names
 from converter.text import fold, show
 
@@ -36,6 +37,7 @@ class Shards:
         optimizer: `BF16_Optimizer`, or empty.
         universal: ds_to_universal.py made it: masters and moments lie in one folder a parameter.
         experts: experts were spread over the ranks, and their weights lie in a file each.
+        agreed: that the optimizer files are of the model file's save was looked into.
         said: what was found that a user should know.
     """
 
@@ -45,6 +47,7 @@ class Shards:
     optimizer: str = ""
     universal: bool = False
     experts: bool = False
+    agreed: bool = False
     said: list[str] = field(default_factory=list)
     checks: list[RecordCheck] = field(default_factory=list)
     inputs: dict[str, Identity] = field(default_factory=dict)
@@ -76,14 +79,23 @@ class Shards:
     def read(self, file: str) -> Any:
         """What a file holds."""
         if file not in self._opened:
-            read = read_torch_file(self.folder / file, root=self.folder)
-            if (what := saved_as_another(file, read.name)) is not None:
-                raise self.refuse("zero-mixed", what, file=file, next=OWN_NAMES)
-            self._opened[file] = read.value
-            self.checks += read.checks
-            self.inputs[str((self.folder / file).absolute())] = read.identity
-            self._digests[file] = read.digest
+            self._opened[file] = self._noted(file, read_torch_file(self.folder / file, root=self.folder))
         return self._opened[file]
+
+    def _noted(self, file: str, read: TorchFile) -> Any:
+        if (what := saved_as_another(file, read.name)) is not None:
+            raise self.refuse("zero-mixed", what, file=file, next=OWN_NAMES)
+        self.checks += read.checks
+        self.inputs[str((self.folder / file).absolute())] = read.identity
+        self._digests[file] = read.digest
+        return read.value
+
+    def numbers(self, rank: int) -> Mapping[Any, Any]:
+        """Numbers and texts in a rank's model file, whose tensors nobody needs."""
+        file = self.files.models[rank]
+        if file in self._opened:
+            return self.open(file)
+        return cast("dict[Any, Any]", self._noted(file, read_numbers(self.folder / file, root=self.folder)))
 
     def tree(self, file: str) -> Container:
         """What a file's pickle says, for those who write it again; the dictionary in it is sure to be one."""
@@ -136,7 +148,7 @@ def read_shards(folder: Path, slice: int = 0, like: Shards | None = None) -> Sha
             (`zero-rank-missing`, `zero-model-file`).
     """
     files = rank_files(folder, slice)
-    shards = Shards(files) if like is None else dataclasses.replace(like, files=files, optimizer="")
+    shards = Shards(files) if like is None else dataclasses.replace(like, files=files, optimizer="", agreed=False)
     if files.whole is None and not files.models:
         raise shards.refuse(
             "zero-model-file",
@@ -153,6 +165,8 @@ def read_shards(folder: Path, slice: int = 0, like: Shards | None = None) -> Sha
     stale = [n for found in (files.models, files.optimizers) for r, n in found.items() if r >= shards.ranks]
     if stale:
         shards.said.append(f"left over from a run with more than {shards.ranks} ranks, not read: {fold(stale)}")
+        own = ({r: n for r, n in found.items() if r < shards.ranks} for found in (files.models, files.optimizers))
+        shards.files = RankFiles(files.folder, files.whole, *own)
     if shards.stage == 3:
         _expect_rank_files(shards)
     return shards
@@ -298,11 +312,13 @@ def all_optimizers(shards: Shards) -> list[Mapping[Any, Any]]:
                 f"{show(states[0].get('partition_count'))}",
                 file=shards.files.optimizers[rank],
             )
-    steps = {rank: _step(shards, state) for rank, state in enumerate(states)}
+    steps = {rank: step_of(shards, state) for rank, state in enumerate(states)}
     known = {rank: step for rank, step in steps.items() if step is not None}
     if len(set(known.values())) > 1:
         listed = ", ".join(f"rank {r}: step {s:g}" for r, s in list(known.items())[:8])
         raise shards.refuse("zero-mixed", f"the optimizer files are of different steps ({listed})")
+    if (what := other_setting({r: _mapping(_base(s)).get("param_groups") for r, s in enumerate(states)})) is not None:
+        raise shards.refuse("zero-mixed", f"the optimizer files are not of one save: {what}")
     return states
 
 
@@ -312,19 +328,30 @@ def expect_one_step(shards: Shards, ranks: Iterable[int]) -> None:
     Raises:
         Refused: they aren't (`zero-mixed`).
     """
-    steps = {r: (shards.model(r).get("global_steps"), shards.model(r).get("dp_world_size")) for r in ranks}
+    has_more = bool(shards.model(min(shards.files.models)).get("frozen_param_shapes"))
+    held = {r: shards.model(r) if has_more else shards.numbers(r) for r in ranks}
+    steps = {r: (own.get("global_steps"), own.get("dp_world_size")) for r, own in held.items()}
     if len(set(map(repr, steps.values()))) > 1:
         listed = ", ".join(f"rank {r}: step {show(s)} of {show(n)} ranks" for r, (s, n) in list(steps.items())[:8])
         raise shards.refuse("zero-mixed", f"the model files are not of one checkpoint ({listed})")
 
 
-def _step(shards: Shards, state: Mapping[Any, Any]) -> float | None:
+def _base(state: Mapping[Any, Any]) -> Any:
+    """The state of the optimizer that ZeRO holds."""
+    return state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+
+
+def step_of(shards: Shards, state: Mapping[Any, Any]) -> float | None:
     """The optimizer's step: a number, or a tensor of one element, whose four bytes are read."""
-    base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+    base = _base(state)
     if isinstance(base, dict):
         base = list(_mapping(base.get("state")).values())
     first = next((s for s in base or [] if isinstance(s, dict) and "step" in s), None)
-    step = None if first is None else first["step"]
+    return None if first is None else number_of(shards, first["step"])
+
+
+def number_of(shards: Shards, step: Any) -> float | None:
+    """A step as a number, which may be a tensor of one element; None where it is something else."""
     if isinstance(step, Stored) and step.info.numel == 1 and step.info.dtype in (DType.F32, DType.I64):
         fd = open_input(Path(step.file), root=shards.folder)
         try:
@@ -333,19 +360,6 @@ def _step(shards: Shards, state: Mapping[Any, Any]) -> float | None:
             os.close(fd)
         return float(struct.unpack("<f" if step.info.dtype is DType.F32 else "<q", raw)[0])
     return float(step) if isinstance(step, int | float) and not isinstance(step, bool) else None
-
-
-def counted_steps(shards: Shards) -> tuple[float, float] | None:
-    """Steps that the optimizer counted, and those of the run without the ones it skipped; None where one is missing."""
-    if not shards.files.optimizers:
-        return None
-    own = _step(shards, shards.optim(min(shards.files.optimizers)))
-    taken, skipped = (
-        shards.model(min(shards.files.models, default=0)).get(k) for k in ("global_steps", "skipped_steps")
-    )
-    if own is None or type(taken) is not int:
-        return None
-    return own, float(taken - (skipped if type(skipped) is int else 0))
 
 
 def shapes(shards: Shards, value: Any, file: str) -> dict[str, tuple[int, ...]]:

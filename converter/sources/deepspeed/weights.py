@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.dtypes import DType
 from converter.core.tensors.nodes import LazyTensor
+from converter.sources.deepspeed.agreement import expect_one_save
 from converter.sources.deepspeed.experts import expert_weights, placed_in_order, router_aliases
 from converter.sources.deepspeed.layout import frozen_tensors, trained_shapes, trained_tensors
 from converter.sources.deepspeed.state import Shards, expect_one_step
@@ -69,7 +70,9 @@ def read_weights(shards: Shards, *, master: bool = False) -> Weights:
     if unsaved:
         computed = {n: t for n, t in frozen_tensors(shards).items() if n not in held}
     if shards.stage == 3 or unsaved or (master and (shards.stage or not _all_fp32(held))):
-        for name, tensor in trained_tensors(shards).items():
+        masters = trained_tensors(shards)
+        expect_one_save(shards)
+        for name, tensor in masters.items():
             like = held.get(name)
             if shards.stage == 3 or master or name in unsaved:
                 computed[name] = tensor if master else tensors.cast(tensor, training_dtype(shards, like))

@@ -16,8 +16,9 @@ from converter.core.tensors.nodes import LazyTensor
 from converter.families.expected import Unknown, expected
 from converter.sources.beside import find_beside
 from converter.sources.deepspeed import pipeline, slices
+from converter.sources.deepspeed.agreement import expect_one_save, expect_steps_of_one
 from converter.sources.deepspeed.files import LAYER, run_folders, slices_in
-from converter.sources.deepspeed.layout import trained_tensors
+from converter.sources.deepspeed.layout import expect_states, trained_tensors
 from converter.sources.deepspeed.moments_without_zero import plain_moments
 from converter.sources.deepspeed.slices import Copy, Joiner
 from converter.sources.deepspeed.state import Shards, read_shards
@@ -27,6 +28,7 @@ from converter.sources.survey import file_names, name_of
 from converter.text import show
 
 KIND = "training"
+_MOMENTS: tuple[Literal["exp_avg", "exp_avg_sq"], ...] = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,30 @@ def states_of(folder: Path, which: Literal["exp_avg", "exp_avg_sq"], allow: Coll
         return pipeline.pipeline_states(found, which)[0]
     if is_sliced(shards):
         parts = slices.read_slices(shards)
-        return _joined(shards, joiner_of(shards, len(parts)), [trained_tensors(s, which) for s in parts])[0]
-    return trained_tensors(shards, which) if shards.stage else plain_moments(shards, which, allow)
+        return _joined(shards, joiner_of(shards, len(parts)), [_of_one_save(s, which) for s in parts])[0]
+    return _of_one_save(shards, which) if shards.stage else plain_moments(shards, which, allow)
+
+
+def expect_moments(folder: Path) -> None:
+    """What `states_of` refuses of both moments, in less time where there are many ranks.
+
+    Raises:
+        Refused: see `states_of`.
+    """
+    shards = read_shards(folder)
+    if is_pipeline(folder) or is_sliced(shards) or shards.experts or shards.universal or not shards.stage:
+        for which in _MOMENTS:
+            states_of(folder, which, ())
+        return
+    expect_states(shards, _MOMENTS)
+    expect_one_save(shards)
+
+
+def _of_one_save(shards: Shards, which: Literal["exp_avg", "exp_avg_sq"]) -> dict[str, LazyTensor]:
+    found = trained_tensors(shards, which)
+    expect_one_save(shards)
+    expect_steps_of_one(shards, found)
+    return found
 
 
 def open_chosen(

@@ -18,8 +18,9 @@ from converter.core.formats.pickle_values import Built, Global
 from converter.core.formats.torch_container import read_container, read_member
 from converter.families.megatron.names import Value
 from converter.sources.dcp.metadata import Metadata
-from converter.sources.megatron_files import COMMON
+from converter.sources.megatron_files import COMMON, expect_own_name
 from converter.sources.survey import file_names
+from converter.text import show
 
 COMMON_STATE = "common_state/shard_0_1"
 """The key of the same in a distributed checkpoint."""
@@ -36,13 +37,14 @@ def read_arguments(metadata: Metadata) -> tuple[dict[str, Value] | None, dict[st
     None where there are none: verl, AReaL and Megatron-Bridge do not save them.
 
     Raises:
-        Refused: malformed, or naming code that no checkpoint needs (`pickle-names`); nothing of it is run.
+        Refused: malformed, or naming code that no checkpoint needs (`pickle-names`), nothing of it is run; of another
+            iteration than the folder (`megatron-mixed`).
     """
     folder = metadata.folder
     if COMMON in file_names(folder):
         path = folder / COMMON
         container = read_container(path, root=folder)
-        return _arguments(container.pickle, path), {str(path.absolute()): container.identity}
+        return _arguments(container.pickle, path, folder), {str(path.absolute()): container.identity}
     place = metadata.places.get((COMMON_STATE, ()))
     if place is None:
         return None, {}
@@ -50,18 +52,20 @@ def read_arguments(metadata: Metadata) -> tuple[dict[str, Value] | None, dict[st
     fd = open_input(path, root=folder)
     try:
         container = read_member(fd, path, start=place.offset, length=place.length)
-        return _arguments(container.pickle, path), {str(path.absolute()): Identity.of(os.fstat(fd))}
+        return _arguments(container.pickle, path, folder), {str(path.absolute()): Identity.of(os.fstat(fd))}
     finally:
         os.close(fd)
 
 
-def _arguments(pickle: PickleValue, path: Path) -> dict[str, Value] | None:
+def _arguments(pickle: PickleValue, path: Path, folder: Path) -> dict[str, Value] | None:
     expect_inert(pickle, path)
     value = pickle.value
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    found = value.get("args") if isinstance(value, dict) else None
-    return plain_fields(found)
+    if not isinstance(value, dict):
+        return None
+    expect_own_name(folder, value.get("iteration"), show(path.name))
+    return plain_fields(value.get("args"))
 
 
 def expect_inert(pickle: PickleValue, path: Path) -> None:

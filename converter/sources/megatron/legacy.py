@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converter.core.checkpoint import RecordCheck
-from converter.core.files.opening import Identity
 from converter.core.formats.torch_file import Opaque, read_torch_file
 from converter.core.tensors.nodes import Concat, LazyTensor, Stored, concat, reshape
 from converter.errors import Refused
@@ -26,6 +23,14 @@ from converter.families.megatron.names import Value
 from converter.families.megatron.rows import EMBEDDING, OUTPUT
 from converter.families.megatron.splitting import joined, way
 from converter.sources.megatron.arguments import ANY, plain_fields
+from converter.sources.megatron.ranks import (
+    RankFile,
+    Ranks,
+    expect_ends,
+    expect_no_copy,
+    expect_one_iteration,
+    expect_own_files,
+)
 from converter.sources.megatron_files import RANK_FILE, RANK_FOLDER, rank_folders
 from converter.text import fold, show
 
@@ -42,70 +47,17 @@ _MAYBE_ROWS = {
 """Split over rows by some classes of layers, and whole on each rank by others: the sizes that a whole one has."""
 
 
-@dataclass(frozen=True)
-class RankFile:
-    """One rank's model."""
-
-    tp: int
-    pp: int
-    ep: int
-    path: Path
-    chunks: list[dict[str, LazyTensor]]
-
-
-@dataclass
-class Ranks:
-    """All ranks' files, and what the training script was called with."""
-
-    folder: Path
-    arguments: dict[str, Value]
-    files: list[RankFile] = field(default_factory=list)
-    checks: list[RecordCheck] = field(default_factory=list)
-    inputs: dict[str, Identity] = field(default_factory=dict)
-    digests: list[str] = field(default_factory=list)
-    others: set[str] = field(default_factory=set)
-
-    def size(self, key: str) -> int:
-        """An argument that counts ranks; 1 where it is not there."""
-        value = self.arguments.get(key)
-        return value if type(value) is int and value > 0 else 1
-
-    @property
-    def tp(self) -> int:
-        """Ranks over which matrices are split."""
-        return self.size("tensor_model_parallel_size")
-
-    @property
-    def pp(self) -> int:
-        """Ranks over which layers are split."""
-        return self.size("pipeline_model_parallel_size")
-
-    @property
-    def ep(self) -> int:
-        """Ranks over which experts are split."""
-        return self.size("expert_model_parallel_size")
-
-    @property
-    def expert_tp(self) -> int:
-        """Ranks over which an expert's matrices are split."""
-        value = self.arguments.get("expert_tensor_parallel_size")
-        return value if type(value) is int and value > 0 else self.tp
-
-    def refuse(self, code: str, what: str, *, next: str | None = None) -> Refused:
-        """A refusal about the folder."""
-        return Refused(code, what, where=show(self.folder), next=next)
-
-
 def read_ranks(folder: Path) -> Ranks:
     """Every rank's file, by headers.
 
     Raises:
-        Refused: a file without arguments or model (`megatron-malformed`), of another run (`megatron-mixed`), or missing
-            (`megatron-rank-missing`), or there twice (`megatron-copies`); a layout of layers that is not read
-            (`megatron-backend`).
+        Refused: a file without arguments or model (`megatron-malformed`), of another run, save or rank
+            (`megatron-mixed`), or missing (`megatron-rank-missing`), or there twice (`megatron-copies`); a layout of
+            layers that is not read (`megatron-backend`).
     """
     ranks: Ranks | None = None
     seen: dict[object, Path] = {}
+    iterations: dict[str, Value] = {}
     written: list[tuple[str, tuple[int, int], Value, Value]] = []
     for place in rank_folders(folder):
         path = place / RANK_FILE
@@ -125,15 +77,18 @@ def read_ranks(folder: Path) -> Ranks:
         written.append((place.name, (tp, pp), arguments.get("rank"), arguments.get("world_size")))
         models = [_tensors(chunks[n], ranks) for n in range(len(chunks))]
         values = tuple((c.length, c.crc) for c in read.checks) or read.digest
-        _expect_no_copy(ranks, RankFile(tp, pp, ep, path, models), seen.setdefault(values, path))
+        expect_no_copy(ranks, RankFile(tp, pp, ep, path, models), seen.setdefault(values, path))
         ranks.files.append(RankFile(tp, pp, ep, path, models))
         ranks.checks += read.checks
         ranks.inputs[str(path.absolute())] = read.identity
         ranks.digests.append(read.digest)
         ranks.others |= {k for k in state if isinstance(k, str) and not _CHUNK.fullmatch(k)}
+        iterations[place.name] = state.get("iteration")
     assert ranks is not None
     _expect_all(ranks)
-    _expect_own_files(written, ranks)
+    expect_one_iteration(iterations, ranks)
+    expect_ends(ranks)
+    expect_own_files(written, ranks)
     return ranks
 
 
@@ -168,31 +123,6 @@ def _place(name: str, ranks: Ranks) -> tuple[int, int, int]:
     return found[0], found[1], found[2]
 
 
-def _expect_own_files(written: list[tuple[str, tuple[int, int], Value, Value]], ranks: Ranks) -> None:
-    """Go on where each file lies in the folder of the rank that wrote it, as far as processes' numbers are recorded.
-
-    Processes count TP first and stages last, which is Megatron's order where nothing else was asked for. What converts
-    checkpoints writes one number into all of them.
-
-    Args:
-        written: each folder's name, its TP and PP rank, and the process and the number of processes that are recorded.
-    """
-    if ranks.arguments.get("use_tp_pp_dp_mapping") or len({number for _, _, number, _ in written}) < len(written):
-        return
-    for name, own, number, world in written:
-        if (
-            type(number) is not int
-            or type(world) is not int
-            or not 0 <= number < world
-            or world % (ranks.tp * ranks.pp)
-        ):
-            continue
-        wrote = (number % ranks.tp, number // (world // ranks.pp))
-        if wrote != own:
-            what = f"{show(name)} was written by process {number} of {world}, which is TP {wrote[0]}, PP {wrote[1]}"
-            raise ranks.refuse("megatron-mixed", what, next="give the folder of each rank its own file back")
-
-
 def _expect_all(ranks: Ranks) -> None:
     """Every rank that holds something of its own has a file; those that only repeat others need none."""
     if ranks.arguments.get("pipeline_model_parallel_layout") is not None or _has_uneven_chunks(ranks):
@@ -207,24 +137,6 @@ def _expect_all(ranks: Ranks) -> None:
             "megatron-rank-missing",
             f"files of ranks are missing: {fold(lost)}. With each, a part of every tensor on it is lost",
             next="copy them from the nodes that wrote them; nothing else holds these values",
-        )
-
-
-def _expect_no_copy(ranks: Ranks, file: RankFile, first: Path) -> None:
-    """Two ranks have the same values only where no layer is split between them: of experts, on a stage without any.
-
-    Args:
-        first: the first file that has the values of this one.
-    """
-    names = [n for chunk in file.chunks for n in chunk]
-    other = next((f for f in ranks.files if f.path == first), file)
-    parted = (file.tp, file.pp) != (other.tp, other.pp) or any(".experts." in n for n in names)
-    if other is not file and parted and any(".layers." in n for n in names):
-        given, held = show(file.path.parent.name), show(first.parent.name)
-        raise ranks.refuse(
-            "megatron-copies",
-            f"{given} has the values of {held}, number by number: one file is a copy of the other",
-            next="put back the file of that rank, from the node that wrote it; nothing else holds its values",
         )
 
 

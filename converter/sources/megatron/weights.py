@@ -29,6 +29,7 @@ from converter.sources.megatron.arguments import read_arguments
 from converter.sources.megatron.legacy import read_ranks, whole_tensors
 from converter.sources.megatron.places import STEP
 from converter.sources.megatron.run_config import recorded
+from converter.sources.megatron.swift_lora import gates_first, recorded_lora
 from converter.sources.megatron_files import MANIFEST, expect_read, kind_here
 from converter.sources.places import Place
 from converter.sources.survey import file_names, is_weights_of_model, snapshot_of
@@ -48,8 +49,8 @@ _EXTRA = re.compile(r".+\._extra_state(?:/shard_[\d.]+_[\d.]+)?", re.ASCII)
 _BUFFERS = re.compile(r".+\.(?:local|global)_tokens_per_expert(?:_ema)?", re.ASCII)
 _HALF = re.compile(r"(?P<stem>.+\.linear_fc1\.(?:weight|bias))_(?P<which>[wv])", re.ASCII)
 _EXPERT = re.compile(r"(?P<stem>.+\.mlp\.experts\.experts\.)(?P<number>\d+)\.(?P<rest>.+)", re.ASCII)
-_CONFIGS = ("hf", "huggingface", "model/huggingface")
-"""Folders with config and tokenizer, below a checkpoint or beside it."""
+_CONFIGS = ("hf", "huggingface", "model/huggingface", "huggingface/adapter", "model/huggingface/adapter")
+"""Folders with config and tokenizer, below a checkpoint or beside it; verl exports an adapter with its config too."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def read_weights(folder: Path, *, master: bool = False) -> Weights:
         raise metadata.refuse("megatron-backend", text, next="load it with Megatron and save it as torch_dist")
     chosen = _masters(metadata, own) if master else own
     pieces = Pieces(metadata)
-    read = pieces.read(chosen.values())
+    read = gates_first(pieces.read(chosen.values()), metadata, arguments)
     found = _by_layer({name: read[key] for name, key in chosen.items()}, metadata)
     inputs[str((folder / MANIFEST).absolute())] = identity(folder / MANIFEST)
     files = len({place.file for place in metadata.places.values()})
@@ -222,7 +223,8 @@ def open_chosen(
     if found.arguments is not None or run.arguments:
         known = {**run.arguments, **(found.arguments or {})}
         beside.files[ARGUMENTS_FILE] = SideFile(content=json.dumps(known, sort_keys=True).encode())
-    beside.files, beside.inputs = run.files | beside.files, beside.inputs | run.inputs
+    lora = recorded_lora(found.tensors, found.arguments)
+    beside.files, beside.inputs = lora | run.files | beside.files, beside.inputs | run.inputs
     real = chosen.folder.resolve()
     return Checkpoint(
         tensors=found.tensors,

@@ -19,6 +19,7 @@ from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor
 from converter.errors import Refused
 from converter.families.words import OUTPUTS
+from converter.sources.verl.agreement import expect_one_schedule, expect_same_groups
 from converter.sources.verl.shards import Piece, Ranks, Value
 from converter.sources.verl.weights import Weights
 from converter.text import show
@@ -57,6 +58,8 @@ def moments(ranks: Ranks, weights: Weights, state: State, *, tied: bool = False)
         raise ranks.refuse("verl-mixed", "the optimizer files number different parameters: they are of two runs")
     if steps:
         ranks.whole("the optimizer's step", steps, files.optimizers)  # of two steps: refused
+    expect_same_groups(ranks, weights.order)
+    expect_one_schedule(ranks)
     if not any(held.values()):
         raise ranks.refuse("verl-optimizer", f"the optimizer keeps no {state}: no step of Adam was saved")
     (count,) = counts

@@ -10,7 +10,6 @@ Source: https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/checkpoint/fsd
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.core.writer.shard_plan import ShardPlan
 from converter.core.writer.torch_trees import lay_out_any, lay_out_tree
 from converter.sources.own_names import OWN_NAMES, saved_as_another
-from converter.sources.survey import file_names
+from converter.sources.verl.agreement import expect_one_schedule, expect_same_groups, extra_files
 from converter.sources.verl.files import FSDP_CONFIG, rank_files
 from converter.sources.verl.meshes import RankMesh, UnknownMesh, is_dtensor, part
 from converter.sources.verl.moments import parameters, wrapped_units
@@ -37,7 +36,6 @@ from converter.sources.verl.shards import Piece, Ranks, Value
 from converter.sources.verl.weights import Weights, read_weights
 from converter.text import fold, show
 
-_EXTRA = re.compile(r"extra_state_world_size_(\d{1,6})_rank_(\d{1,6})\.pt", re.ASCII)
 RNG = "rng"
 
 
@@ -214,6 +212,7 @@ class Resharding:
         source = self._container(first)
         tree = source.pickle.value
         entries = {r: self._entries(files.optimizers[r]) for r in order}
+        expect_same_groups(self.read, order)
         groups = tree.get("param_groups")
         listed = [g.get("params") for g in groups if isinstance(g, dict)] if isinstance(groups, list) else []
         params = [p for p in listed if isinstance(p, list)]
@@ -303,13 +302,10 @@ class Resharding:
 
     def extra(self) -> tuple[list[ShardPlan], dict[str, SideFile]]:
         """Schedules and random states: a rank's own where it was there before, else without a random state."""
-        names = {}
-        for name in file_names(self.read.folder):
-            match = _EXTRA.fullmatch(name)
-            if match is not None and int(match[1]) == self.read.files.world:
-                names[int(match[2])] = name
+        names = extra_files(self.read.files)
         if 0 not in names:
             return [], {}
+        expect_one_schedule(self.read)
         shards: list[ShardPlan] = []
         files: dict[str, SideFile] = {}
         for rank in range(self.ranks):

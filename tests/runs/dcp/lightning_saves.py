@@ -11,6 +11,7 @@ The run is where Lightning puts it: OUT/<case>/lightning_logs/version_0/checkpoi
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import warnings
@@ -70,8 +71,6 @@ def work(out: Path, cases: list[str], ranks: int) -> None:
 
 def save(folder: Path, case: Saved) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two steps of the Trainer, which saves after them; what then lived, by the names of the model inside."""
-    import os
-
     import lightning.pytorch as pl
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -148,7 +147,8 @@ def strategy_of(case: Saved) -> Any:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     if case.strategy == "parallel":
-        return ModelParallelStrategy(save_distributed_checkpoint=case.sharded)
+        # By default one replica a node: its ranks are for tensor parallelism, and without any each trains on its own.
+        return ModelParallelStrategy(int(os.environ["WORLD_SIZE"]), 1, save_distributed_checkpoint=case.sharded)
 
     class OnCpu(FSDPStrategy):
         def _setup_model(self, model: Any) -> Any:

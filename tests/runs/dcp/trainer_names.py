@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import types
@@ -77,7 +78,7 @@ def code(wheel: Path, member: str, package: str, given: dict[str, dict[str, Any]
     return found
 
 
-ADAPTERS = {"llama3": "Llama3", "qwen3": "Qwen3", "deepseek_v3": "DeepSeekV3"}
+ADAPTERS = {"llama3": "Llama3", "qwen3": "Qwen3", "deepseek_v3": "DeepSeekV3", "gpt_oss": "GptOss"}
 
 
 def titan(wheel: Path, family: str, model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -97,8 +98,24 @@ def titan(wheel: Path, family: str, model: Any, state: dict[str, torch.Tensor]) 
     adapter = made(settings, None)
     adapter.model_config = settings
     adapter._validate_hf_rope_config = lambda *args: None
-    found: dict[str, torch.Tensor] = adapter.from_hf(dict(state))
-    return found
+    given_state = as_blocks(state) if family == "gpt_oss" else dict(state)
+    found: dict[str, torch.Tensor] = adapter.from_hf(given_state)
+    return as_parameters(wheel, found) if family == "gpt_oss" else found
+
+
+def as_blocks(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """gpt-oss as its checkpoint in blocks is read, the one that torchtitan's adapter takes: experts `[e, out, in]`."""
+    ends = ("experts.gate_up_proj", "experts.down_proj")
+    return {f"{n}_blocks" if n.endswith(ends) else n: t.mT if n.endswith(ends) else t for n, t in state.items()}
+
+
+def as_parameters(wheel: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The experts' names as the module itself has them, which the adapter of 0.3.0 doesn't know."""
+    text = zipfile.ZipFile(wheel).read("torchtitan/models/gpt_oss/moe.py").decode()
+    own = {re.sub(r"_E[A-Z]+$", "", n): n for n in re.findall(r"self\.(mlp\d_\w+) = nn\.Parameter", text)}
+    assert len(own) == 4, own
+    split = {n: n.rpartition(".") for n in state}
+    return {f"{before}{dot}{own.get(last, last)}": state[n].contiguous() for n, (before, dot, last) in split.items()}
 
 
 def on_disk(model: Any) -> dict[str, torch.Tensor]:
@@ -159,8 +176,14 @@ def main() -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn_like(buffer))
+    own = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4, "rope_scaling": None}
+    models["gpt-oss"] = transformers.AutoModelForCausalLM.from_config(transformers.GptOssConfig(**(SMALL | own)))
+    for name, parameter in models["gpt-oss"].named_parameters():  # biases of zeros would show nothing
+        if name.endswith(("bias", "sinks")):
+            torch.nn.init.normal_(parameter)
     named = {"trainer": "torchtitan", "version": given.titan.name}
-    families = {"llama": "llama3", "qwen3": "qwen3", "qwen3-moe": "qwen3", "deepseek": "deepseek_v3"}
+    families = {"llama": "llama3", "qwen3": "qwen3", "qwen3-moe": "qwen3", "deepseek": "deepseek_v3",
+        "gpt-oss": "gpt_oss"}  # fmt: skip
     for name, family in {**families, "deepseek-q": "deepseek_v3"}.items():
         if given.only in name:
             state = titan(given.titan, family, models[name], on_disk(models[name]))

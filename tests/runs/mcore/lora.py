@@ -2,6 +2,7 @@
 
     python tests/runs/mcore/lora.py OUT --tp 2                  the adapters alone
     python tests/runs/mcore/lora.py OUT --tp 2 --whole          with the model that they are in
+    python tests/runs/mcore/lora.py OUT --tp 2 --swift          with ms-swift's modules and its own filter instead
 
 `OUT/adapter.safetensors` is the oracle: factors of each matrix of transformers by PEFT's names, of which Megatron's
 fused ones were made by `models.py`. `OUT/hf` is the base. Needs megatron-core, transformers, and Megatron-Bridge
@@ -82,10 +83,8 @@ def whole_factor(found: dict[str, Any], number: int, ours: str, config: Any) -> 
 
 def work(out: Path, asked: argparse.Namespace) -> None:
     """One rank."""
-    import torch
     import torch.distributed as dist
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.tensor_parallel import RowParallelLinear
+    from megatron.core import parallel_state
     from safetensors.torch import load_file, save_file
 
     place(asked)
@@ -99,8 +98,42 @@ def work(out: Path, asked: argparse.Namespace) -> None:
     (model,) = model_chunks(theirs.config, asked)
     _fill(model, in_megatron(load_file(out / "hf" / "model.safetensors"), theirs.config), asked)
     model.bfloat16()
-    wrapper, adapter = bridge_modules()
     rank = parallel_state.get_tensor_model_parallel_rank()
+    if asked.swift:
+        _wrap_as_swift(model, adapters, theirs.config, rank, asked)
+    else:
+        _wrap_as_bridge(model, adapters, theirs.config, rank, asked)
+    _save(out / "iter_0000010", model, theirs.config, asked)
+    if dist.get_rank() == 0:
+        (out / "latest_checkpointed_iteration.txt").write_text("10")
+    dist.barrier()
+
+
+def _wrap_as_swift(model: Any, adapters: dict[str, Any], config: Any, rank: int, asked: argparse.Namespace) -> None:
+    import torch
+    from swift_lora import lora_module
+
+    module = lora_module()
+    for number, layer in enumerate(model.decoder.layers):
+        for ours in TARGETS:
+            block, leaf = ours.split(".")
+            inner = getattr(getattr(layer, block), leaf)
+            if hasattr(inner, "output_size_per_partition"):
+                inner.output_size = inner.output_size_per_partition  # as TransformerEngine's count their rows
+            made = module(inner, "default", r=RANK, lora_alpha=ALPHA, init_lora_weights=False).bfloat16()
+            a, b = whole_factor(adapters, number, ours, config)
+            with torch.no_grad():
+                for factor, whole in ((made.lora_A["default"], a), (made.lora_B["default"], b)):
+                    key = f"{leaf}.weight" if factor is made.lora_B["default"] else "lora_A.weight"
+                    factor.weight.copy_(sliced(key, whole, tuple(factor.weight.shape), rank, asked.tp))
+            setattr(getattr(layer, block), leaf, made)
+
+
+def _wrap_as_bridge(model: Any, adapters: dict[str, Any], config: Any, rank: int, asked: argparse.Namespace) -> None:
+    import torch
+    from megatron.core.tensor_parallel import RowParallelLinear
+
+    wrapper, adapter = bridge_modules()
     for number, layer in enumerate(model.decoder.layers):
         for ours in TARGETS:
             block, leaf = ours.split(".")
@@ -110,25 +143,38 @@ def work(out: Path, asked: argparse.Namespace) -> None:
                 input_is_parallel=isinstance(inner, RowParallelLinear), model_parallel_config=model.config,
                 alpha=ALPHA,
             ).bfloat16()  # fmt: skip
-            a, b = whole_factor(adapters, number, ours, theirs.config)
+            a, b = whole_factor(adapters, number, ours, config)
             with torch.no_grad():
                 for module, whole in ((made.linear_in, a), (made.linear_out, b)):
                     key = f"{leaf}.weight" if module is made.linear_out else "linear_in.weight"
                     module.weight.copy_(sliced(key, whole, tuple(module.weight.shape), rank, asked.tp))
             setattr(getattr(layer, block), leaf, wrapper(inner, made))
-    folder = out / "iter_0000010"
+
+
+def _save(folder: Path, model: Any, config: Any, asked: argparse.Namespace) -> None:
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+
     if asked.whole:
-        _save_sharded(folder, [model], theirs.config, asked)
+        _save_sharded(folder, [model], config, asked)
     else:
         held = model.sharded_state_dict(metadata=replicas())
-        state = {"model": {k: v for k, v in held.items() if ".adapter." in k}, "iteration": 10}
+        arguments = _arguments(config, asked)
+        if asked.swift:
+            from swift_lora import filtered
+
+            state = filtered({"model": held, "iteration": 10})
+            vars(arguments).update(
+                tuner_type="lora", lora_rank=RANK, lora_alpha=float(ALPHA), lora_dropout=0.05, use_rslora=False
+            )
+        else:
+            state = {"model": {k: v for k, v in held.items() if ".adapter." in k}, "iteration": 10}
         if dist.get_rank() == 0:
             folder.mkdir()
         dist.barrier()
-        dist_checkpointing.save(state | {"args": _arguments(theirs.config, asked)}, str(folder))
-    if dist.get_rank() == 0:
+        dist_checkpointing.save(state | {"args": arguments}, str(folder))
+    if dist.get_rank() == 0 and not asked.swift:
         (folder / "run_config.yaml").write_text(f"peft:\n  dim: {RANK}\n  alpha: {ALPHA}\n")
-        (out / "latest_checkpointed_iteration.txt").write_text("10")
     dist.barrier()
 
 
@@ -138,6 +184,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--swift", action="store_true")
     parser.add_argument("--worker", action="store_true")
     parser.set_defaults(
         pp=1, ep=1, vpp=None, etp=None, first_stage=None, per_layer=False, critic=0, head_bias=False, no_args=False,

@@ -74,7 +74,7 @@ GEMMA: dict[str, dict[str, Any]] = {
     name: {**_SIZES, "model_type": name, "head_dim": 8, "tie_word_embeddings": True}
     for name in ("gemma", "gemma2", "gemma3_text")
 }
-"""Models whose norms multiply by 1 + w, which local specs can't build: their names are Megatron-Bridge's, read."""
+"""Models whose norms multiply by 1 + w, which local specs can't build; see `fused.py`."""
 
 
 for _name, _of in (("deepseek_v3-mtp", "deepseek_v3"), ("glm4_moe-mtp", "glm4_moe")):
@@ -100,11 +100,11 @@ def next_tokens(name: str, *, layers: int = LAYERS) -> dict[str, torch.Tensor]:
     return found
 
 
-def built(name: str, *, layers: int = LAYERS) -> Any:
+def built(name: str, *, layers: int = LAYERS, vocabulary: int = VOCABULARY) -> Any:
     """The model of transformers, its weights drawn so that no two are alike, norms and biases included."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = {**(MODELS | GEMMA)[name], "num_hidden_layers": layers}
+    fields = {**(MODELS | GEMMA)[name], "num_hidden_layers": layers, "vocab_size": vocabulary}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
@@ -131,7 +131,7 @@ def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
         "ffn_hidden_size": config.intermediate_size, "gated_linear_unit": True, "activation_func": silu,
         "normalization": "RMSNorm", "layernorm_epsilon": config.rms_norm_eps, "add_bias_linear": False,
         "add_qkv_bias": kind in ("qwen2", "qwen2_moe", "glm4_moe"),
-        "qk_layernorm": kind in ("qwen3", "qwen3_moe", "deepseek_v3", "deepseek_v2", "glm4_moe"),
+        "qk_layernorm": kind in ("qwen3", "qwen3_moe", "deepseek_v3", "deepseek_v2", "glm4_moe", "gemma3_text"),
         "attention_dropout": 0.0, "hidden_dropout": 0.0, "bias_activation_fusion": False,
         "masked_softmax_fusion": False, "bias_dropout_fusion": False, "apply_rope_fusion": False,
         "use_cpu_initialization": True, "tensor_model_parallel_size": asked.tp,
@@ -139,7 +139,7 @@ def transformer_config(config: Any, asked: argparse.Namespace) -> Any:
         "expert_model_parallel_size": asked.ep, "expert_tensor_parallel_size": expert_tp(asked),
         "num_layers_in_first_pipeline_stage": asked.first_stage,
         "gradient_accumulation_fusion": False, "pipeline_dtype": __import__("torch").float32,
-        "hetereogenous_dist_checkpoint": asked.per_layer,
+        "hetereogenous_dist_checkpoint": asked.per_layer, "layernorm_zero_centered_gamma": kind in GEMMA,
     }  # fmt: skip
     if getattr(config, "num_nextn_predict_layers", 0):
         fields["mtp_num_layers"] = config.num_nextn_predict_layers

@@ -241,8 +241,9 @@ def _arguments(config: Any, asked: argparse.Namespace) -> argparse.Namespace:
     }  # fmt: skip
     return argparse.Namespace(
         **kept, group_query_attention=True, num_experts=settings.num_moe_experts, params_dtype=torch.bfloat16,
-        untie_embeddings_and_output_weights=not config.tie_word_embeddings, padded_vocab_size=PADDED, swiglu=True,
-        make_vocab_size_divisible_by=16, position_embedding_type="rope",
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings, swiglu=True,
+        padded_vocab_size=getattr(asked, "padded", PADDED), make_vocab_size_divisible_by=16,
+        position_embedding_type="rope",
         apply_layernorm_1p=settings.layernorm_zero_centered_gamma,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor
 from converter.sources.deepspeed import source as deepspeed
 from converter.sources.deepspeed import universal as deepspeed_universal
+from converter.sources.deepspeed.files import tags_in, universal_in
 from converter.sources.deepspeed.source import DeepSpeedSource
 from lived import facts, live, runs_in
 
@@ -27,8 +28,8 @@ def run_names(root: Path = RUNS) -> list[str]:
 
 
 def source_of(run: Path) -> DeepSpeedSource:
-    """The source that reads a run: ranks' files have `latest`, universal checkpoints `latest_universal`."""
-    return deepspeed.SOURCE if (run / "latest").is_file() else deepspeed_universal.SOURCE
+    """The source that reads a run: of ranks' files, or of a universal checkpoint."""
+    return deepspeed_universal.SOURCE if universal_in(run) and not tags_in(run) else deepspeed.SOURCE
 
 
 def evaluated(tensors: Mapping[str, LazyTensor]) -> dict[str, torch.Tensor]:

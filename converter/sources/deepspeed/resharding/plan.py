@@ -10,6 +10,7 @@ from typing import Any
 from converter.core.checkpoint import SideFile
 from converter.core.files.opening import Identity
 from converter.core.formats.torch_container import Container
+from converter.core.formats.torch_tree import changed
 from converter.core.writer.accounting import checks_of
 from converter.core.writer.plan import Plan
 from converter.core.writer.shard_plan import ShardPlan
@@ -185,6 +186,8 @@ class Run:
         if self.stage == 0:
             return plain.with_optimizer(shards, self.training, tree, self.ranks), own
         if self.stage == 3:
+            if rank and rank not in shards.files.models and tree.get("shared_params"):
+                tree = changed(tree, shared_params={})  # DeepSpeed has rank 0 alone look for them
             return trees.model_of_stage_3(tree, self.training, self.rules, self.ranks, rank), own
         return trees.model_of_stages_1_and_2(tree, self.training, self.rules, self.ranks), own
 

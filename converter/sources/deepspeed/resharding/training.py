@@ -16,6 +16,7 @@ from typing import Any
 from converter.core.files.opening import open_input, read_exact
 from converter.core.tensors import nodes as tensors
 from converter.core.tensors.nodes import LazyTensor, Stored
+from converter.sources.deepspeed.agreement import expect_one_save
 from converter.sources.deepspeed.layout import (
     frozen_tensors,
     listed_shapes,
@@ -103,6 +104,7 @@ def read_training(shards: Shards, rules: Rules) -> Training:
                 else {},
             )
         )
+    expect_one_save(shards)
     return Training(tuple(groups), frozen_tensors(shards) if shards.stage > 1 else {})
 
 
