@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.families import implied, memory_names
+from converter.families import config_faults, implied, memory_names
 from converter.families.implied import Shape
 from converter.text import show
 
@@ -99,6 +99,8 @@ def expected(config: Mapping[str, Any]) -> Expected | Unknown:
 @functools.lru_cache(maxsize=16)
 def _expected(key: str) -> Expected | Unknown:
     config: dict[str, Any] = json.loads(key)
+    if (fault := config_faults.fault_of(config)) is not None:
+        return Unknown(fault, refused=True)
     named = implied.class_of(config)
     if named is not None:
         found = _of_class(named, config)

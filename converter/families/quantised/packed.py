@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cache, lru_cache
 from typing import Any
 
 from converter.core.context import Context
@@ -234,10 +235,9 @@ def whole_columns(weight: Weight, parts: Mapping[str, LazyTensor], dtype: DType,
 
 def _expect_no_overflow(weight: Weight, zeros: LazyTensor, context: Context) -> None:
     """GPTQ's first format stores a zero point less one; one of 0 is stored as all ones, and programs disagree on it."""
-    bits, raw = int(weight.params["bits"]), context.read(zeros, max_bytes=_MOST_ZEROS)
-    ones = (1 << bits) - 1
-    overflowed = bytes(any((byte >> at) & ones == ones for at in range(0, 8, bits)) for byte in range(256))
-    if 1 in raw.translate(overflowed):
+    raw, overflowed = context.read(zeros, max_bytes=_MOST_ZEROS), _overflowed(int(weight.params["bits"]))
+    told = raw[:1] if raw == raw[:1] * len(raw) else raw  # of symmetric models all zero points are one number
+    if 1 in told.translate(overflowed):
         what = (
             f"{show(weight.parts['qzeros'])} has a zero point of 0, stored less one: programs that read GPTQ's first "
             "format disagree on what it and its neighbour are"
@@ -245,16 +245,42 @@ def _expect_no_overflow(weight: Weight, zeros: LazyTensor, context: Context) -> 
         raise Refused("quantised-unsupported", what, next="convert it to gptq_v2 with the program that made it")
 
 
+@cache
+def _overflowed(bits: int) -> bytes:
+    """Of each byte, 1 where one of its fields is all ones, else 0."""
+    ones = (1 << bits) - 1
+    return bytes(any((byte >> at) & ones == ones for at in range(0, 8, bits)) for byte in range(256))
+
+
 def _expect_groups(weight: Weight, order: LazyTensor, context: Context) -> None:
-    raw = context.read(order, max_bytes=1 << 22)
-    groups = struct.unpack(f"<{len(raw) // 4}i", raw)
-    if min(groups) < 0 or max(groups) >= int(weight.params["groups"]):
-        what = f"{show(weight.parts['order'])} names group {max(groups)}, and there are {weight.params['groups']}"
+    raw, size = context.read(order, max_bytes=1 << 22), int(weight.params["group"])
+    inputs = len(raw) // 4
+    if size > 0 and inputs <= size * int(weight.params["groups"]) and raw == _in_order(inputs, size):
+        return
+    least, most, group, count = _groups(raw)
+    if least < 0 or most >= int(weight.params["groups"]):
+        what = f"{show(weight.parts['order'])} names group {most}, and there are {weight.params['groups']}"
         raise Refused("quantised-incomplete", what)
-    size, (group, count) = int(weight.params["group"]), Counter(groups).most_common(1)[0]
     if count > size:
         what = f"{show(weight.name)}: its g_idx puts {count} inputs into group {group}, and a group has {size}"
         raise Refused("quantised-incomplete", what)
+
+
+@lru_cache(maxsize=4)
+def _groups(raw: bytes) -> tuple[int, int, int, int]:
+    """The first and the last group of a g_idx, and the largest with the number of its inputs.
+
+    Weights that read the same inputs are quantised in the same order, one after the other.
+    """
+    groups = struct.unpack(f"<{len(raw) // 4}i", raw)
+    counts = Counter(groups)
+    return min(counts), max(counts), *counts.most_common(1)[0]
+
+
+@lru_cache(maxsize=8)
+def _in_order(inputs: int, size: int) -> bytes:
+    """The g_idx of inputs that were not reordered."""
+    return struct.pack(f"<{inputs}i", *(i // size for i in range(inputs)))
 
 
 PACKED = Format(

@@ -1,0 +1,64 @@
+"""What a config says that no loader can follow, seen in the config alone: before names and shapes are asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from converter.families import memory_names
+from converter.text import show
+
+_DTYPE = re.compile(
+    r"auto|(?:torch\.)?(?:b?float16|float|float32|float64|half|double|float[468]_\w+|u?int\d+|bool|complex\w+)",
+    re.ASCII,
+)
+_EPSILON = re.compile(r"\w*(?:_eps|epsilon)", re.ASCII)
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def fault_of(config: Mapping[str, Any]) -> str | None:
+    """Why a load of this config stops or builds another class than it names; None where nothing is seen."""
+    return next(_faults(config), None)
+
+
+def _faults(config: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        if isinstance(value, str) and not _DTYPE.fullmatch(value):
+            yield f"{key} is {show(value)}, which torch does not have"
+    for key, value in config.items():
+        if isinstance(value, str) and _EPSILON.fullmatch(key):
+            yield f"{key} is the text {show(value)}, and a number is asked for"
+    most = [n for key in _EXPERTS if type(n := config.get(key)) is int and n > 0]
+    each = config.get("num_experts_per_tok")
+    if most and type(each) is int and each > most[0]:
+        yield f"num_experts_per_tok is {each}, and there are {most[0]} experts"
+    names, kind = config.get("architectures"), config.get("model_type")
+    named = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    if named is None or not isinstance(kind, str) or config.get("auto_map"):
+        return
+    kinds, other = _kinds().get(named, frozenset()), _classes_of(kind)
+    if kinds and other and kind not in kinds:
+        yield (
+            f"architectures names {named}, which is of model_type {min(kinds)}, and model_type is {show(kind)}: "
+            f"AutoModel builds {other[0]}"
+        )
+
+
+@cache
+def _kinds() -> Mapping[str, frozenset[str]]:
+    """Of each class the model types for which transformers' Auto classes build it."""
+    found: dict[str, set[str]] = {}
+    for classes in memory_names.table()["auto"].values():
+        for kind, name in classes.items():
+            if isinstance(name, str):
+                found.setdefault(name, set()).add(kind)
+    return {name: frozenset(kinds) for name, kinds in found.items()}
+
+
+def _classes_of(kind: str) -> list[str]:
+    """The classes that transformers' Auto classes build for a model type."""
+    found = (classes.get(kind) for classes in memory_names.table()["auto"].values())
+    return [name for name in found if isinstance(name, str)]
