@@ -39,7 +39,7 @@ def of_class(cls: type[PreTrainedModel]) -> list[tuple[str, Group, Group]] | Non
     """
     from converter.families.disk_names import disk_names
     from converter.families.memory_names import architecture
-    from make_memory_names import _config_key, build
+    from make_memory_names import build
 
     model = build(cls)
     if model is None:
@@ -50,7 +50,7 @@ def of_class(cls: type[PreTrainedModel]) -> list[tuple[str, Group, Group]] | Non
     found: dict[tuple[str, str], list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PreTrainedModel):
-            part = "" if module.config is model.config else _config_key(model.config, module.config) or "?"
+            part = "" if module.config is model.config else _part(model.config, module.config)
             module.config.tie_word_embeddings = True
             with contextlib.suppress(ValueError):
                 for target, source in module.get_expanded_tied_weights_keys(all_submodels=False).items():
@@ -68,6 +68,12 @@ def of_class(cls: type[PreTrainedModel]) -> list[tuple[str, Group, Group]] | Non
         disk = {} if built is None else disk_names(memory, built)
         groups.append((part, tuple(disk.get(n, n) for n in memory), memory))
     return sorted(groups)
+
+
+def _part(config: Any, wanted: Any) -> str:
+    """The key of config.json that holds a part; `?` where it is none, as for one that is made out of others."""
+    keys = dict.fromkeys((*config.sub_configs, *vars(config)))
+    return next((key for key in keys if getattr(config, key, None) is wanted), "?")
 
 
 def of_configs() -> dict[str, list[str]]:
@@ -144,7 +150,7 @@ def main() -> None:
     for name, cls in model_classes().items():
         if cls.config_class is None or not hasattr(cls.config_class, "model_type"):
             continue
-        groups = of_class(cls) if _may_tie(cls) else []
+        groups = of_class(cls)
         if groups or (groups is not None and _has_output(name)):
             rows = [[p, list(disk)] if disk == memory else [p, list(disk), list(memory)] for p, disk, memory in groups]
             classes.setdefault(json.dumps(rows), []).append(name)
@@ -163,11 +169,6 @@ def main() -> None:
         "classes": [[json.loads(text), sorted(names)] for text, names in sorted(classes.items())],
     }
     OUT.write_text(_lines(data), encoding="utf-8")
-
-
-def _may_tie(cls: type[PreTrainedModel]) -> bool:
-    """Whether the class, or the language model that it is built around, names tied tensors."""
-    return bool(getattr(cls, "_tied_weights_keys", None)) or _has_output(cls.__name__)
 
 
 def _has_output(name: str) -> bool:

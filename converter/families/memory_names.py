@@ -215,6 +215,19 @@ def _submodels(
             yield from _submodels(chosen, inner, f"{path}.{below}" if path else below, kind)
 
 
+def chosen_parts(name: str, config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Path, key and class of each part of a class for which the config chooses another model than the default one."""
+    for path, _, kind, *how in table()["parts"].get(name, ()):
+        key, task = (*how, None, None)[:2]
+        inner = config.get(key) if task else None
+        asked = inner.get("model_type") if isinstance(inner, Mapping) else None
+        if isinstance(asked, str) and asked != kind:
+            tasks = (task, "SEQ_2_SEQ_LM") if task == "CAUSAL_LM" else (task,)
+            cls = next((found for each in tasks if (found := auto_class(each, asked))), None)
+            if cls is not None:
+                yield path, key, cls
+
+
 def auto_class(task: str, kind: str) -> str | None:
     """The class that transformers has for a task (`CAUSAL_LM`, `SEQ_CLS`, `TOKEN_CLS`, `base`) and a model type."""
     found = table()["auto"][task].get(kind)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.families.memory_names import chosen_parts
 from converter.families.words import CLASSES_WITH_OUTPUT, OTHER_OUTPUT_MODULES, OUTPUT_MODULES, WRAPPED_CLASS
 
 _DATA = Path(__file__).with_name("ties.json")
@@ -132,7 +133,8 @@ def stored_pair(names: Collection[str], config: Mapping[str, Any]) -> tuple[str 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config that ties nothing, in no part of it."""
-    inner = {k: {**v, _KEY: False} for k, v in config.items() if isinstance(v, dict) and _KEY in v}
+    parts = {k: v for k, v in config.items() if isinstance(v, dict) and (_KEY in v or is_tied(v))}
+    inner = {k: {**v, _KEY: False} for k, v in parts.items()}
     return {**config, **inner, _KEY: False}
 
 
@@ -163,18 +165,32 @@ def _of_class(stored: frozenset[str], config: Mapping[str, Any]) -> tuple[Tie, .
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named else None
     name = WRAPPED_CLASS.sub("", first) if isinstance(first, str) else ""
-    rows = _table()["of_class"].get(name)
-    if rows is None:
+    known, rows = _table()["of_class"].get(name), list(_rows(name, config))
+    if known is None and not rows:
         return None
     found = []
-    for part, *spellings in rows:
-        own = config if part == "" else config.get(part)
+    for cls, own, spellings in rows:
         group = next((g for g in _spelled(spellings) if stored.intersection(g)), None)
-        if group is not None and isinstance(own, Mapping):
-            found += list(_tie(group, own, stored, is_new=name in _table()["older"]["lacks"]))
-    if rows and not found and not stored.isdisjoint(_generic_names()):
+        if group is not None:
+            found += list(_tie(group, own, stored, is_new=cls in _table()["older"]["lacks"]))
+    if (known or rows) and not found and not stored.isdisjoint(_generic_names()):
         return None
     return tuple(sorted(found, key=lambda tie: tie.names[0].endswith("bias")))
+
+
+def _rows(name: str, config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], list[list[str]]]]:
+    """Groups of a class, each with the class and the config that have the word on it.
+
+    A part whose config names another model than the class has by default has the groups of that model, under its path.
+    """
+    chosen = {key: (path, cls) for path, key, cls in chosen_parts(name, config)}
+    for part, *spellings in _table()["of_class"].get(name, ()):
+        own = config if part == "" else config.get(part)
+        if part not in chosen and isinstance(own, Mapping):
+            yield name, own, spellings
+    for key, (path, cls) in chosen.items():
+        for each, own, spellings in _rows(cls, config[key]):
+            yield each, own, [[f"{path}.{n}" for n in names] for names in spellings]
 
 
 def _tie(group: tuple[str, ...], config: Mapping[str, Any], stored: frozenset[str], *, is_new: bool) -> Iterator[Tie]:
@@ -204,10 +220,11 @@ def _spelled(spellings: list[list[str]]) -> Iterator[tuple[str, ...]]:
 def is_output(name: str) -> bool:
     """True for the names that output embeddings have in some class."""
     modules = name.split(".")[:-1]
-    return bool(modules) and (modules[-1] in _OUTPUT_WORDS or "lm_head" in modules or "pred_layer" in modules)
+    return bool(modules) and (modules[-1] in _OUTPUT_WORDS or not _OUTPUT_PARTS.isdisjoint(modules))
 
 
 _OUTPUT_WORDS = frozenset((*OUTPUT_MODULES, *OTHER_OUTPUT_MODULES))
+_OUTPUT_PARTS = frozenset(("lm_head", "lm_heads", "pred_layer"))
 
 
 # By names
