@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def open_input(path: Path, *, root: Path | None = None) -> int:
     try:
         # Looked at before it is opened: opening a device can have effects. Looked at again, since it may have changed.
         _expect_regular(path, os.stat(real).st_mode)
-        fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        fd = _opened(real)
     except OSError as error:
         raise _unreadable(path, error) from error
     try:
@@ -72,6 +73,25 @@ def open_input(path: Path, *, root: Path | None = None) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _opened(real: Path) -> int:
+    """A descriptor; a process that may hold no more of them takes what the system lets it have, and tries again.
+
+    A plan reads from every rank's file, and 1024 descriptors are what most systems give a process to begin with.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        return os.open(real, flags)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):  # where the hard limit is none, as on macOS
+            raise error from None
+        return os.open(real, flags)
 
 
 def _expect_regular(path: Path, mode: int) -> None:

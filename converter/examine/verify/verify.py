@@ -15,7 +15,7 @@ from converter.diagnostic import Command, Next, Steps, as_argument, quoted
 from converter.dialects.known import Target, target
 from converter.dialects.spec import Role
 from converter.errors import ConvertError, Refused, UsageError
-from converter.examine.verify.check import Check, failed, fails
+from converter.examine.verify.check import Check, failed, fails, note
 from converter.families.words import CAUSAL_CLASSES
 from converter.text import show
 
@@ -147,6 +147,8 @@ def _aim(asked: VerifyRequest, checkpoint: Checkpoint | None) -> Target:
         return target(trainer, asked.role)
     if asked.trainer is None and trainer == "transformers" and checkpoint is not None and _is_headless(checkpoint):
         return target(trainer, "actor")
+    if checkpoint is not None and _is_actor_of(trainer, checkpoint):
+        return target(trainer, "actor")
     return target(trainer, "reward" if checkpoint is None else role_of(checkpoint, _roles_of(trainer)))
 
 
@@ -176,6 +178,17 @@ def _is_headless(checkpoint: Checkpoint) -> bool:
     if checkpoint.origin.kind == "training":
         return is_language_model  # what it holds beside is seen once it is gathered
     return checkpoint.origin.kind == "model" and is_language_model and detect(checkpoint) is None
+
+
+def _is_actor_of(trainer: str, checkpoint: Checkpoint) -> bool:
+    """True for a language model where the trainer has actors, and nothing in the config speaks of a reward model."""
+    if checkpoint.origin.kind != "model" or "actor" not in _roles_of(trainer):
+        return False
+    return not any(checkpoint.config.get(key) for key in _OF_HEADS) and _is_headless(checkpoint)
+
+
+_OF_HEADS = ("num_labels", "id2label", "label2id", "problem_type", "value_head_prefix")
+"""Fields that a config has of a model with a head: where the head is gone, that is a fault and no other role."""
 
 
 def _roles_of(trainer: str) -> frozenset[Role]:
@@ -213,7 +226,8 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
     check = check_own_class if is_itself else check_for
     verdict = check(checkpoint, aim, context, remedy=_remedy(asked, aim))
     stored = {**checkpoint.tensors, **{n: t for held in checkpoint.beside.values() for n, t in held.items()}}
-    checks = [*verdict.checks, *check_receipt(root, frozenset(stored), lambda: stored)]
+    inferred = _inferred(checkpoint) if asked.trainer and asked.role is None and aim.role == "actor" else ()
+    checks = [*inferred, *verdict.checks, *check_receipt(root, frozenset(stored), lambda: stored)]
     checks += check_values(asked.folder, root, asked.reporter)
     reading, there, is_rounded = verdict.reading, None, False
     table: list[dict[str, Any]] = []
@@ -243,6 +257,13 @@ def _all_checks(asked: VerifyRequest, aim: Target, checkpoint: Checkpoint, root:
         more, table = _pairs(asked, aim, reading, there, is_rounded=is_rounded)
         checks += more
     return Verified(aim, tuple(checks), tuple(table))
+
+
+def _inferred(checkpoint: Checkpoint) -> tuple[Check, ...]:
+    """That nobody asked for an actor: a reward model whose head was lost without a trace looks the same."""
+    listed = checkpoint.config.get("architectures")
+    named = show(listed[0]) if isinstance(listed, list) and listed else "a model"
+    return (note("role", "role-inferred", f"{named} without a head is an actor; a reward model or critic: --role"),)
 
 
 def _headless(checkpoint: Checkpoint, context: Context) -> Reading:
