@@ -16,6 +16,15 @@ _DTYPE = re.compile(
 )
 _EPSILON = re.compile(r"\w*(?:_eps|epsilon)", re.ASCII)
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+PADDED = frozenset(
+    {
+        "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2",
+        "gemma3_text", "glm", "glm4", "gpt_oss", "granite", "hunyuan_v1_dense", "llama", "mistral", "mixtral",
+        "nemotron", "olmo", "olmo2", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+        "seed_oss", "smollm3", "stablelm", "starcoder2",
+    }
+)  # fmt: skip
+"""Model types whose embedding is built with the pad token's row: transformers 5.23 stops where there is none."""
 
 
 def fault_of(config: Mapping[str, Any]) -> str | None:
@@ -35,6 +44,9 @@ def _faults(config: Mapping[str, Any]) -> Iterator[str]:
     each = config.get("num_experts_per_tok")
     if most and type(each) is int and each > most[0]:
         yield f"num_experts_per_tok is {each}, and there are {most[0]} experts"
+    rows, pad = config.get("vocab_size"), config.get("pad_token_id")
+    if config.get("model_type") in PADDED and type(rows) is int and type(pad) is int and pad >= rows:
+        yield f"pad_token_id is {pad}, and vocab_size is {rows}: the embedding has no such row, and is not built"
     names, kind = config.get("architectures"), config.get("model_type")
     named = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
     if named is None or not isinstance(kind, str) or config.get("auto_map"):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
@@ -18,7 +19,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from converter.families.config_faults import fault_of
+from converter.families.config_faults import PADDED, fault_of
 from oracle.bases import edit_config
 from oracle.command import run
 
@@ -33,6 +34,7 @@ HARMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "another type, other numbers": ("gemma", {"model_type": "mistral"}, "AutoModel builds MistralForCausalLM"),
     "no such dtype": ("llama", {"dtype": "float7"}, "dtype is float7, which torch does not have"),
     "a text for a number": ("llama", {"rms_norm_eps": "x"}, "rms_norm_eps is the text x"),
+    "a pad token without a row": ("llama", {"pad_token_id": 24}, "pad_token_id is 24, and vocab_size is 24"),
     "more experts than there are": ("mixtral", {"num_experts_per_tok": 3}, "there are 2 experts"),
 }
 
@@ -70,6 +72,19 @@ def test_what_no_loader_can_follow_is_an_error_and_refused(harm: str, sound: Pat
         done = run(*typed)
         assert done.code in (1, 3, 4) and said in done.text, (typed, done.text)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", sorted(PADDED))
+def test_transformers_builds_no_embedding_whose_pad_token_has_no_row(kind: str) -> None:
+    config = AutoConfig.for_model(kind)
+    config.num_hidden_layers = 1
+    config.layer_types = list(getattr(config, "layer_types", None) or ["full_attention"])[:1]
+    config.pad_token_id = config.vocab_size
+    with torch.device("meta"), pytest.raises(AssertionError, match="Padding_idx"):
+        AutoModelForCausalLM.from_config(config)
+    assert fault_of({**config.to_dict(), "architectures": []}) is not None
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "torch.float16", "float8_e4m3fn", "half", None])
