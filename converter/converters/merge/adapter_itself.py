@@ -84,7 +84,7 @@ def contradictions(held: Mapping[str, TensorInfo], config: Mapping[str, Any], *,
     filled = [f for f in factors if f.info.numel]
     found = [*_prompt(held, config), *_types(held, factors)]
     if is_known and not alone:
-        return found
+        return [*found, *_targets_nothing(factors, config)]
     found += _untargeted(factors, config)
     ranks = list(_ranks(filled, config))
     shapes = [] if ranks else list(_shapes(_of_usual_rank(filled, config)))
@@ -138,6 +138,32 @@ def _types(held: Mapping[str, TensorInfo], factors: Iterable[_Factor]) -> Iterat
 
 def _untargeted(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterator[Contradiction]:
     """PEFT puts nothing on a module that the config does not target, and passes over its factors."""
+    lost = tuple(m for m in _modules_to_target(factors, config) if not is_target(m, config))
+    if lost:
+        text = f"adapter_config.json does not target {fold(lost)}: PEFT would pass over their factors"
+        yield Contradiction(UNTARGETED, text, lost)
+
+
+def _targets_nothing(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterator[Contradiction]:
+    """Where a base may have its modules under other names: a config that targets nothing under any; PEFT stops."""
+    modules = _modules_to_target(factors, config)
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if not modules or targets is None:
+        return
+    everywhere = {**config, "layers_to_transform": None}
+    if not targets or not isinstance(targets, str | list | dict):
+        what = f"target_modules of adapter_config.json is {show(targets)}"
+    elif all(is_target(m, everywhere) and not is_target(m, config) for m in modules):
+        what = f"layers_to_transform of adapter_config.json is {show(layers)}"
+    else:
+        return
+    yield Contradiction(
+        UNTARGETED, f"{what}, which is none of {fold(modules)}: PEFT would not load their factors", modules
+    )
+
+
+def _modules_to_target(factors: Iterable[_Factor], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modules that have factors and need a target; none where the config has other ways to name them."""
     targets = config.get("target_modules")
     is_read = not isinstance(targets, str) or is_tame_regex(targets)
     if (
@@ -146,12 +172,9 @@ def _untargeted(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterat
         or config.get("peft_type") in (None, *_OWN_TARGETS)
         or not is_read
     ):
-        return
-    heads = {f.module for f in factors if f.module.rpartition(".")[2] in HEAD_MODULES}  # those are judged as heads
-    lost = tuple(dict.fromkeys(f.module for f in factors if f.module not in heads and not is_target(f.module, config)))
-    if lost:
-        text = f"adapter_config.json does not target {fold(lost)}: PEFT would pass over their factors"
-        yield Contradiction(UNTARGETED, text, lost)
+        return ()
+    # Heads are judged as heads.
+    return tuple(dict.fromkeys(f.module for f in factors if f.module.rpartition(".")[2] not in HEAD_MODULES))
 
 
 def _ranks(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterator[Contradiction]:
