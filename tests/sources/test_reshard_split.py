@@ -125,6 +125,15 @@ def test_a_missing_file_is_named(name: str, file: str, code: str, place: Path) -
     refused(run, 4, code)
 
 
+def test_a_pipeline_of_tensor_parallel_ranks_is_refused(place: Path) -> None:
+    run = Path(shutil.copytree(SPLIT / "pipe-z1-n2", place / "run"))
+    for file in list((run / TAG).glob("layer_*-model_states.pt")):
+        number = file.name.removeprefix("layer_").removesuffix("-model_states.pt")
+        shutil.copy(file, file.with_name(f"layer_{number}-model_00-model_states.pt"))
+        file.rename(file.with_name(f"layer_{number}-model_01-model_states.pt"))
+    assert "2 tensor-parallel ranks" in refused(run, 4, "zero-pipeline").what
+
+
 def test_a_part_that_is_missing_is_named(place: Path) -> None:
     run = Path(shutil.copytree(SPLIT / "tp-z1-n2", place / "run"))
     for file in (run / TAG).glob("*mp_rank_01*"):

@@ -72,7 +72,8 @@ def kept_files(first: Shards, parts: Sequence[Shards]) -> dict[str, SideFile]:
     """The files of experts and of a pipeline's layers, which don't depend on the data-parallel ranks.
 
     Raises:
-        Refused: an expert's or a layer's file is missing (`zero-experts`, `zero-pipeline`).
+        Refused: an expert's or a layer's file is missing, or a pipeline has tensor-parallel ranks (`zero-experts`,
+            `zero-pipeline`).
     """
     if not first.experts:
         return _layer_files(first, parts)
@@ -100,4 +101,9 @@ def _layer_files(first: Shards, parts: Sequence[Shards]) -> dict[str, SideFile]:
             f"the files of layers {fold([str(n) for n in lost])} are missing, or of some tensor-parallel ranks alone",
             next="copy them from the nodes that wrote them",
         )
+    if len(slices) > 1:
+        what = (
+            f"its layers lie in the files of {len(slices)} tensor-parallel ranks, and a pipeline of these is not read"
+        )
+        raise first.refuse("zero-pipeline", what)
     return found
