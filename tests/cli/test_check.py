@@ -141,6 +141,51 @@ def test_the_hook_takes_the_files_that_checkpoints_have(repository: Path) -> Non
         assert "zero3-empty-tensors" in done.stdout
 
 
+def test_the_hooks_are_a_manifest_to_pre_commit_and_the_action_one_to_its_schema() -> None:
+    """Judged by pre-commit itself, and by the schema of GitHub's actions that check-jsonschema ships."""
+    hooks = [sys.executable, "-m", "pre_commit", "validate-manifest", str(ROOT / ".pre-commit-hooks.yaml")]
+    schema = ["--builtin-schema", "vendor.github-actions"]
+    action = [sys.executable, "-m", "check_jsonschema", *schema, str(ROOT / "action.yml")]
+    for line in (hooks, action):
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_pre_commit_runs_the_hook_on_what_a_commit_changes(tmp_path: Path) -> None:
+    """`pre-commit try-repo`, as a hook is tried: a broken checkpoint stops the commit, a sound one passes."""
+    here, hooks = tmp_path / "here", tmp_path / "hooks"
+    for root in (here, hooks):
+        root.mkdir()
+        subprocess.run(["git", "init", "-q", str(root)], check=True)
+    shutil.copy(ROOT / ".pre-commit-hooks.yaml", hooks)
+    named = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run(["git", "-C", str(hooks), "add", "."], check=True)
+    subprocess.run(["git", "-C", str(hooks), *named, "commit", "-qm", "hooks"], check=True)
+    shutil.copytree(BASE, here / "sound")
+    shutil.copytree(RUN / "checkpoint-4", here / "broken", ignore=shutil.ignore_patterns("global_step4"))
+    (tmp_path / "rlhf-convert").write_text(f'#!/bin/sh\nexec {sys.executable} -m converter "$@"\n')
+    (tmp_path / "rlhf-convert").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PRE_COMMIT_HOME": str(tmp_path / "kept")}
+    line = [sys.executable, "-m", "pre_commit", "try-repo", str(hooks), "rlhf-convert-check-system", "--verbose"]
+    said = {}
+    for name in ("sound", "broken"):
+        subprocess.run(["git", "-C", str(here), "add", name], check=True)
+        done = subprocess.run(
+            [*line, "--files", *(str(p.relative_to(here)) for p in (here / name).rglob("*") if p.is_file())],
+            cwd=here,
+            env=os.environ | path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        said[name] = (done.returncode, done.stdout)
+    assert said["sound"][0] == 0, said["sound"]
+    assert "sound: sound" in said["sound"][1]
+    assert said["broken"][0] == 1, said["broken"]
+    assert "zero3-empty-tensors" in said["broken"][1]
+
+
 def test_the_action_runs_what_it_says(repository: Path, tmp_path: Path) -> None:
     """Its second step, with the program that is installed here in place of the one that its first step installs."""
     action: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
