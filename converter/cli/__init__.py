@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.__cause__ = bug
     _complete(error, arguments)
     writes = bool(arguments) and arguments[0] not in READING
-    return error_to_user(error, as_json="--json" in arguments, writes=writes)
+    return error_to_user(error, as_json="--json" in arguments, writes=writes, one_line=arguments[:1] == ["watch"])
 
 
 def _complete(error: ConvertError, arguments: list[str]) -> None:

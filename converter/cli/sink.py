@@ -62,13 +62,14 @@ class Failed(ConvertError):
     exit_code = 3
 
 
-def error_to_user(error: ConvertError, *, as_json: bool, writes: bool) -> int:
-    """Print an error as the user asked for it and return its exit code."""
+def error_to_user(error: ConvertError, *, as_json: bool, writes: bool, one_line: bool = False) -> int:
+    """Print an error as the user asked for it and return its exit code; JSON as one line for who reads lines."""
     if os.environ.get("RLHF_CONVERT_DEBUG") == "1":
         lines = "".join(traceback.format_exception(error.__cause__ or error))
         print(as_typed(lines), file=sys.stderr, flush=True)
     if as_json:
-        Sink(as_json=True).json({"error": error.to_json()})
+        told = {"version": JSON_VERSION, "error": error.to_json()}
+        Sink().data(json.dumps(told, indent=None if one_line else 2))
         return error.exit_code
     from converter.cli.lines import refusal
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 
 from converter.cli import main
 from places import REPOSITORY
+from watching import judged_over_a_kill, watcher
 
 BASE = REPOSITORY / "fixtures" / "tiny-qwen2-base"
 BROKEN = REPOSITORY / "fixtures" / "tiny-reward-run" / "checkpoint-4"
@@ -36,16 +36,6 @@ for number in numbers:
 """
 
 
-def watcher(run: Path, state: Path, *more: str) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "converter", "watch", str(run), "--json", "--state", str(state)]
-    line += ["--interval", "0.1", "--settle", "0.6", *more]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def judged(text: str) -> list[tuple[str, str]]:
-    return [(Path(told["path"]).name, told["verdict"]) for told in map(json.loads, text.splitlines())]
-
-
 def watch(run: Path, state: Path, *more: str) -> int:
     timing = ["--once", "--interval", "0.1", "--settle", "0.3", "--state", str(state)]
     return main(["watch", str(run), *timing, *more])
@@ -58,19 +48,8 @@ def test_each_checkpoint_of_a_slow_writer_is_judged_once_and_whole_over_a_kill_a
     run, state = tmp_path / "run", tmp_path / "state.json"
     run.mkdir()
     with subprocess.Popen([sys.executable, "-c", WRITER, str(BASE), str(run), "1", "2", "3"]) as writer:
-        first = watcher(run, state, "--notify", notify)
-        assert first.stdout is not None
-        one = first.stdout.readline()
-        deadline = time.monotonic() + 30
-        while not state.exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        first.kill()
-        rest, _ = first.communicate()
-        writer.wait(60)
-    second = watcher(run, state, "--once", "--notify", notify)
-    out, _ = second.communicate(timeout=60)
-    assert second.returncode == 0
-    assert judged(one + rest + out) == [(f"checkpoint-{n}", "sound") for n in (1, 2, 3)]
+        told = judged_over_a_kill(run, state, writer, notify)
+    assert told == [(f"checkpoint-{n}", "sound") for n in (1, 2, 3)]
 
 
 def test_a_checkpoint_that_is_being_written_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,8 +156,9 @@ def test_ctrl_c_ends_it_as_it_ends_the_other_verbs(tmp_path: Path) -> None:
     assert running.stdout is not None
     running.stdout.readline()
     running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=60)
     assert running.returncode == 130
+    assert [json.loads(line)["error"]["code"] for line in out.splitlines()] == ["interrupted"]
     assert "Traceback" not in err
 
 

@@ -1,6 +1,7 @@
 """Trains OpenRLHF's reward model with LoRA under real ZeRO-3 on two CPU ranks, and has what its saver writes examined.
 
     PY tests/runs/zero/openrlhf_saver.py OUT TARGETS
+    PY tests/runs/zero/openrlhf_saver.py OUT whole     no LoRA, four saves, and nothing is examined here
 
 Needs `openrlhf`, `deepspeed`, `peft`, `torchdata`. TARGETS is `all-linear`, OpenRLHF's own default, which puts LoRA on
 the head too: its frozen values, which OpenRLHF drew at random, are in no file of the save. Or names of modules with
@@ -13,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ from probe_common import stand_in_for
 from ranks import run_ranks
 
 RANKS = 2
+WHOLE = "whole"
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 160, "pad_token_id": 0,
@@ -62,7 +65,7 @@ def work(out: Path, targets: str) -> None:
     logging.getLogger("converter.integrations").setLevel(logging.INFO)
     steps, error, model = [0], None, _model(out, targets)
     try:
-        _train(out, model, steps)
+        _train(out, model, steps, saves=4 if targets == WHOLE else 2, is_examined=targets != WHOLE)
     except BrokenCheckpoint as broken:
         error = {"code": broken.code, "what": broken.what, "next": str(broken.next), "where": broken.where}
     held = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
@@ -74,12 +77,13 @@ def _model(out: Path, targets: str) -> Any:
     from openrlhf.models.model import get_llm_for_sequence_regression
 
     return get_llm_for_sequence_regression(
-        str(out / "base"), "reward", lora_rank=4, lora_alpha=8, ds_config=CONFIG, init_value_head=True,
+        str(out / "base"), "reward", lora_rank=0 if targets == WHOLE else 4, lora_alpha=8, ds_config=CONFIG,
+        init_value_head=True,
         target_modules=targets if targets == "all-linear" else targets.split(","), attn_implementation="eager",
     )  # fmt: skip
 
 
-def _train(out: Path, model: Any, steps: list[int]) -> None:
+def _train(out: Path, model: Any, steps: list[int], *, saves: int, is_examined: bool) -> None:
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -94,7 +98,7 @@ def _train(out: Path, model: Any, steps: list[int]) -> None:
     strategy.stage, strategy.ds_tensor_parallel_size = 3, 1
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
-    for step in (1, 2):
+    for step in range(1, saves + 1):
         torch.manual_seed(10 * step + dist.get_rank())
         tokens = torch.randint(3, 160, (1, 6))
         reward = engine(tokens, attention_mask=torch.ones_like(tokens))
@@ -103,6 +107,9 @@ def _train(out: Path, model: Any, steps: list[int]) -> None:
         steps[0] = step
         folder = out / "run" / f"step-{step}"
         strategy.save_model(engine, NoTokenizer(), str(folder))
+        if not is_examined:
+            time.sleep(2)
+            continue
         examine_after_save(folder, strict=True)
         if dist.get_rank() != 0 and step == 1:
             return  # rank 0 may have raised; a launcher ends the others
