@@ -29,7 +29,7 @@ from converter.text import fold, show
 from converter.version import __version__
 
 DEVICE = "device"
-"""What says in the receipt on which model of device kernels computed, and the code of the note where none was there."""
+"""What says in the receipt on which model of device kernels computed."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,7 @@ def prepare(
     if recipe.probe is not None:
         merge = next((c, b) for c, b in zip(converters, befores, strict=True) if isinstance(c, MergeLora))
         measured = _probed(recipe.probe, merge, checkpoint, everything, context, told)
-    output = recipe.output
-    if output.link_unchanged and (output.layout == "pack" or output.max_shard_size is not None):
-        what = "files that are linked stay as they are, and a size or the layout `pack` lays them out anew"
-        raise UsageError("link-layout", what, where=recipe.file, next="leave --max-shard-size and --layout pack out")
+    _expect_links_can_be(recipe)
     place = _device(device, recipe, checkpoint, context)
     plan = make_plan(
         checkpoint,
@@ -119,10 +116,18 @@ def prepare(
         max_shard_size=recipe.output.max_shard_size,
         layout=recipe.output.layout,
         provenance=_provenance(recipe, everything, checkpoint.repaired) | measured | _made_on(place),
-        linkable=_linkable(checkpoint) if output.link_unchanged else None,
+        linkable=_linkable(checkpoint) if recipe.output.link_unchanged else None,
     )
     plan = dataclasses.replace(plan, device=place)
     return Prepared(recipe, opened, recorded, checkpoint, plan, context)
+
+
+def _expect_links_can_be(recipe: Recipe) -> None:
+    """Refuse links to files that are laid out anew (`link-layout`)."""
+    output = recipe.output
+    if output.link_unchanged and (output.layout == "pack" or output.max_shard_size is not None):
+        what = "files that are linked stay as they are, and a size or the layout `pack` lays them out anew"
+        raise UsageError("link-layout", what, where=recipe.file, next="leave --max-shard-size and --layout pack out")
 
 
 def _device(asked: str, recipe: Recipe, checkpoint: Checkpoint, context: Context) -> str | None:
@@ -144,10 +149,10 @@ def _device(asked: str, recipe: Recipe, checkpoint: Checkpoint, context: Context
     if asked == "auto" and found is None:
         return None
     if not any(map(suits, checkpoint.all_tensors())):
-        context.note("info", DEVICE, f"--device {asked}: nothing of this is computed by what runs on a device")
+        context.note("info", "device", f"--device {asked}: nothing of this is computed by what runs on a device")
         return None
     if found is None:
-        context.note("info", DEVICE, f"--device {asked}: no CUDA device answers here, so all is computed on the CPU")
+        context.note("info", "device", f"--device {asked}: no CUDA device answers here, so all is computed on the CPU")
     return found
 
 

@@ -47,7 +47,7 @@ def test_a_merge_has_the_same_bytes_in_every_run_and_is_as_near_as_the_cpu_s(
     converter.merge_lora(adapter, tmp_path / "exact", base=base.path, dtype="float32")
     there, here, exact = (load(tmp_path / name) for name in ("first", "cpu", "exact"))
     for name, value in there.items():
-        step = torch.finfo(value.dtype).eps * exact[name].abs().clamp_min(1e-30)
+        step = torch.finfo(value.dtype).eps * exact[name].abs() + 1e-6  # where fp32 sums cancel
         assert bool(((value.double() - exact[name].double()).abs() <= step).all()), name
         assert value.ne(here[name]).double().mean() < 0.01, name
 

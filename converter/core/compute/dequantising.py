@@ -208,12 +208,8 @@ def mxfp4_blocks(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tenso
 def _unpacked(words: Tensor, bits: int, dim: int, order: tuple[int, ...] | None = None) -> Tensor:
     """The codes of packed words, low bits first, laid out along `dim`."""
     count = _WORD // bits
-    shifts = torch.arange(count, dtype=torch.int32) * bits
-    if order is not None:
-        places = torch.empty(count, dtype=torch.int32)
-        for at, column in enumerate(order):
-            places[column] = shifts[at]
-        shifts = places
+    places = range(count) if order is None else [order.index(column) for column in range(count)]
+    shifts = torch.tensor([bits * place for place in places], dtype=torch.int32)
     view = [1, 1, 1]
     view[dim + 1] = count
     codes = (words.unsqueeze(dim + 1) >> shifts.view(view)) & ((1 << bits) - 1)
