@@ -176,6 +176,14 @@ class Conversion(Fetch, Reading):
             metavar="SIZE", help="Memory to stay under, as 2GB.", show_default=False, rich_help_panel=RESOURCES
         ),
     ] = None
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="Where to compute: cpu, cuda, cuda:N, or auto for a GPU where there is one.",
+            rich_help_panel=RESOURCES,
+        ),
+    ] = "cpu"
     dtype: Annotated[
         str | None,
         typer.Option(

@@ -113,7 +113,7 @@ class Sender(abc.ABC):
         if line is not None and is_still_there(shard, line, work.stage.folder):
             self._skip(shard, resumed=True)
         else:
-            writer = ShardWriter(work.stage, work.files, work.knobs.reporter, work.budget, work.ready)
+            writer = ShardWriter(work.stage, work.files, work.knobs.reporter, work.budget, work.ready, work.plan.device)
             line = writer.write([shard], work.knobs.jobs)[shard.file]
         if work.knobs.verify:
             alone = dataclasses.replace(work.plan, shards=(shard,), side_files={})

@@ -125,6 +125,7 @@ class WriteOptions:
         keep_code: `.py` files of the source travel along.
         jobs: threads; None: one a core.
         memory: to stay under, as `2GB`.
+        device: where kernels compute: `cpu`, `cuda`, `cuda:N`, or `auto` for a CUDA device where one is there.
         overwrite: replace an output that this tool made.
         resume: go on where an interrupted run stopped.
         verify: read the output back and compare.
@@ -142,6 +143,7 @@ class WriteOptions:
     keep_code: bool = False
     jobs: int | None = None
     memory: str | None = None
+    device: str = "cpu"
     overwrite: bool = False
     resume: bool = True
     verify: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from converter.recipe.recipe import SOURCE, Probe, Recipe
 from converter.sources.opening import compare_base, open_checkpoint, open_recorded_base
 from converter.text import fold, show
 from converter.version import __version__
+
+DEVICE = "device"
+"""What says in the receipt on which model of device kernels computed."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,13 @@ def prepare(
     allow: frozenset[str],
     token: str | None = None,
     keep_code: bool = False,
+    device: str = "cpu",
     told: Callable[[str], None] | None = None,
 ) -> Prepared:
     """Everything up to the plan: check the recipe, open its inputs, apply its steps, lay the output out.
 
     Args:
+        device: where kernels compute: `cpu`, `cuda`, `cuda:N`, or `auto` for a CUDA device where one is there.
         told: hears, a line at a time, how far a probe is.
 
     Raises:
@@ -102,19 +108,61 @@ def prepare(
     if recipe.probe is not None:
         merge = next((c, b) for c, b in zip(converters, befores, strict=True) if isinstance(c, MergeLora))
         measured = _probed(recipe.probe, merge, checkpoint, everything, context, told)
-    output = recipe.output
-    if output.link_unchanged and (output.layout == "pack" or output.max_shard_size is not None):
-        what = "files that are linked stay as they are, and a size or the layout `pack` lays them out anew"
-        raise UsageError("link-layout", what, where=recipe.file, next="leave --max-shard-size and --layout pack out")
+    _expect_links_can_be(recipe)
+    place = _device(device, recipe, checkpoint, context)
     plan = make_plan(
         checkpoint,
         context=context,
         max_shard_size=recipe.output.max_shard_size,
         layout=recipe.output.layout,
-        provenance=_provenance(recipe, everything, checkpoint.repaired) | measured,
-        linkable=_linkable(checkpoint) if output.link_unchanged else None,
+        provenance=_provenance(recipe, everything, checkpoint.repaired) | measured | _made_on(place),
+        linkable=_linkable(checkpoint) if recipe.output.link_unchanged else None,
     )
+    plan = dataclasses.replace(plan, device=place)
     return Prepared(recipe, opened, recorded, checkpoint, plan, context)
+
+
+def _expect_links_can_be(recipe: Recipe) -> None:
+    """Refuse links to files that are laid out anew (`link-layout`)."""
+    output = recipe.output
+    if output.link_unchanged and (output.layout == "pack" or output.max_shard_size is not None):
+        what = "files that are linked stay as they are, and a size or the layout `pack` lays them out anew"
+        raise UsageError("link-layout", what, where=recipe.file, next="leave --max-shard-size and --layout pack out")
+
+
+def _device(asked: str, recipe: Recipe, checkpoint: Checkpoint, context: Context) -> str | None:
+    """The device that the plan's kernels compute on, as `cuda:0`; None for the CPU, with a note where it was not asked.
+
+    Raises:
+        UsageError: no such device, or PEFT's own roundings were asked for elsewhere than on the CPU (`usage`).
+    """
+    if asked == "cpu":
+        return None
+    from converter.core.compute.device import chosen, suits
+
+    found = chosen(asked)
+    if any(step.fields.get("numerics") == "peft" for step in recipe.steps):
+        if asked == "auto":
+            return None
+        what = "PEFT's bits are known of the CPU alone: --numerics peft computes there"
+        raise UsageError("usage", what, expected="--device cpu, or --numerics best")
+    if asked == "auto" and found is None:
+        return None
+    if not any(map(suits, checkpoint.all_tensors())):
+        context.note("info", "device", f"--device {asked}: nothing of this is computed by what runs on a device")
+        return None
+    if found is None:
+        context.note("info", "device", f"--device {asked}: no CUDA device answers here, so all is computed on the CPU")
+    return found
+
+
+def _made_on(device: str | None) -> dict[str, str]:
+    """What the receipt says of a device: its model, on which last bits depend, and not its number."""
+    if device is None:
+        return {}
+    from converter.core.compute.device import model_of
+
+    return {DEVICE: model_of(device)}
 
 
 def _applied(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from converter.converters.merge.quantised.whole import found_in, whole
 from converter.core.checkpoint import Checkpoint
@@ -17,37 +15,7 @@ from converter.core.compute.evaluate import to_torch
 from converter.core.context import Context
 from converter.core.tensors import nodes
 from converter.core.tensors.nodes import LazyTensor
-from converter.sources.hf.source import SOURCE
-from places import RUNS
-
-VENDORS = RUNS / "quantised" / "vendors.safetensors"
-"""Made by `tests/trainers/quantise_with_vendors.py` with bitsandbytes, compressed-tensors, GPTQModel and AutoAWQ."""
-
-with safe_open(VENDORS, "pt") as _file:
-    SETTINGS: dict[str, dict[str, Any]] = json.loads(_file.metadata()["cases"])
-
-TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-def written(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Checkpoint:
-    """A folder with these tensors, opened."""
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    return SOURCE.open(folder, asked=str(folder), revision=None, keep_code=False)
-
-
-def of_case(case: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, Any]]:
-    """The parts of a case under a module's name, what the vendor makes of them, and a config."""
-    with safe_open(VENDORS, "pt") as file:
-        held = {n.partition("/")[2]: file.get_tensor(n) for n in file.keys() if n.startswith(f"{case}/")}  # noqa: SIM118
-    expected = held.pop("whole")
-    settings = SETTINGS[case]
-    dtype = TORCH_NAMES[settings["dtype"]] if "dtype" in settings else str(expected.dtype).removeprefix("torch.")
-    config = {"quantization_config": {"quant_method": settings["method"], **settings.get("config", {})}, "dtype": dtype}
-    return {f"m.{n}": t for n, t in held.items()}, expected, config
+from vendors import SETTINGS, of_case, quantised_model
 
 
 def made_whole(checkpoint: Checkpoint) -> LazyTensor:
@@ -61,7 +29,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("case", SETTINGS)
 def test_weights_are_what_the_vendor_makes_of_them(case: str, tmp_path: Path) -> None:
     parts, expected, config = of_case(case)
-    lazy = made_whole(written(tmp_path / "model", parts, config))
+    lazy = made_whole(quantised_model(tmp_path / "model", parts, config))
     assert (lazy.info.shape, lazy.info.dtype.torch_name) == (tuple(expected.shape), config["dtype"])
     if "fp4" in case and not case.startswith("ct-"):
         # Code 8 is zero: bitsandbytes' table has 0.0, and its kernel for even widths gives -0.0.
@@ -90,7 +58,7 @@ def test_fp8_blocks_are_those_of_transformers_and_right_where_it_refuses_them(
     grid = (-(-rows // 128), -(-columns // 128))
     scale = torch.rand(grid, generator=generator).to(getattr(torch, scales))
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}, "dtype": "bfloat16"}
-    lazy = made_whole(written(tmp_path / "m", {"m.weight": weight, "m.weight_scale_inv": scale}, config))
+    lazy = made_whole(quantised_model(tmp_path / "m", {"m.weight": weight, "m.weight_scale_inv": scale}, config))
     block_of = torch.arange(rows) // 128, torch.arange(columns) // 128
     exact = weight.double() * scale.double()[block_of[0]][:, block_of[1]]
     expected = exact.float().to(torch.bfloat16)
@@ -116,7 +84,7 @@ def test_mxfp4_is_what_transformers_makes_of_every_byte(dtype: str, tmp_path: Pa
     scales = torch.tensor([100, 127, 130, 120], dtype=torch.uint8).repeat(3, 4, 8)
     config = {"quantization_config": {"quant_method": "mxfp4"}, "dtype": dtype}
     parts = {"m.weight_blocks": blocks, "m.weight_scales": scales}
-    lazy = made_whole(written(tmp_path / "m", parts, config))
+    lazy = made_whole(quantised_model(tmp_path / "m", parts, config))
     expected = convert_moe_packed_tensors(blocks, scales, dtype=getattr(torch, dtype)).contiguous()
     assert same(to_torch(lazy), expected)
     assert same(to_torch(nodes.rows(lazy, 1, 3)), expected[1:])
@@ -129,7 +97,7 @@ def test_mxfp4_rounds_the_exact_value_once_under_any_scale(scale: int, tmp_path:
     blocks = torch.arange(16, dtype=torch.uint8).mul(17).view(1, 1, 1, 16)
     config = {"quantization_config": {"quant_method": "mxfp4"}, "dtype": "float32"}
     parts = {"m.weight_blocks": blocks, "m.weight_scales": torch.full((1, 1, 1), scale, dtype=torch.uint8)}
-    lazy = made_whole(written(tmp_path / "m", parts, config))
+    lazy = made_whole(quantised_model(tmp_path / "m", parts, config))
     expected = (table * 2.0 ** (scale - 127)).float().repeat_interleave(2).view(1, 32, 1)
     assert same(to_torch(lazy), expected)
 
@@ -150,7 +118,7 @@ def test_a_nested_absmax_is_cut_at_blocks_of_its_own(tmp_path: Path) -> None:
         "m.weight.quant_state.bitsandbytes__nf4": raw,
     }  # fmt: skip
     config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "dtype": "float32"}
-    lazy = made_whole(written(tmp_path / "m", parts, config))
+    lazy = made_whole(quantised_model(tmp_path / "m", parts, config))
     all_rows = to_torch(lazy)
     expected = table[absmax.long()] * nested[torch.arange(1100) // 256] + 0.25
     assert torch.equal(all_rows.abs().amax(1) > 0, expected != 0)

@@ -57,23 +57,23 @@ _HALF = 64
 
 
 @cache
-def _powers() -> Tensor:
+def _powers(device: torch.device) -> Tensor:
     """Powers of two from 2^-64 to 2^64, fp32."""
-    return torch.tensor([2.0**n for n in range(-_HALF, _HALF + 1)], dtype=torch.float32)
+    return torch.tensor([2.0**n for n in range(-_HALF, _HALF + 1)], dtype=torch.float32, device=device)
 
 
 @cache
-def _pairs(table: str, high_first: bool) -> Tensor:
+def _pairs(table: str, high_first: bool, device: torch.device) -> Tensor:
     """Both values of each byte, `[256, 2]` fp32."""
-    values = torch.tensor(_TABLES[table], dtype=torch.float32)
-    byte = torch.arange(256)
+    values = torch.tensor(_TABLES[table], dtype=torch.float32, device=device)
+    byte = torch.arange(256, device=device)
     high, low = values[byte >> 4], values[byte & 15]
     return torch.stack((high, low) if high_first else (low, high), dim=1)
 
 
 def _looked_up(codes: Tensor, table: str, *, high_first: bool) -> Tensor:
     """The values of packed bytes, two for each, flat."""
-    return _pairs(table, high_first).index_select(0, codes.reshape(-1).to(torch.int32)).reshape(-1)
+    return _pairs(table, high_first, codes.device).index_select(0, codes.reshape(-1).to(torch.int32)).reshape(-1)
 
 
 def _spread(grid: Tensor, length: int, block: int, first: int, dim: int) -> Tensor:
@@ -140,7 +140,7 @@ def mxfp4(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
         half = exponent // 2
         values = _looked_up(packed[expert], "e2m1", high_first=False).view(rows, groups, 2 * width)
         for part in (half, exponent - half):
-            values *= _powers()[part + _HALF].unsqueeze(-1)
+            values *= _powers(part.device)[part + _HALF].unsqueeze(-1)
         out[expert].copy_(values.view(rows, -1).T)
     return out
 
@@ -156,7 +156,7 @@ def four_bit_floats(inputs: list[Tensor], params: Mapping[str, Any]) -> Tensor:
         exponent = scale.to(torch.int32) - 127
         half = exponent // 2
         for part in (half, exponent - half):
-            values *= _powers()[part + _HALF].unsqueeze(-1)
+            values *= _powers(part.device)[part + _HALF].unsqueeze(-1)
     return values.view(rows, -1).to(_out_dtype(params))
 
 
@@ -208,12 +208,8 @@ def mxfp4_blocks(inputs: list[Tensor], params: Mapping[str, Any]) -> tuple[Tenso
 def _unpacked(words: Tensor, bits: int, dim: int, order: tuple[int, ...] | None = None) -> Tensor:
     """The codes of packed words, low bits first, laid out along `dim`."""
     count = _WORD // bits
-    shifts = torch.arange(count, dtype=torch.int32) * bits
-    if order is not None:
-        places = torch.empty(count, dtype=torch.int32)
-        for at, column in enumerate(order):
-            places[column] = shifts[at]
-        shifts = places
+    places = range(count) if order is None else [order.index(column) for column in range(count)]
+    shifts = torch.tensor([bits * place for place in places], dtype=torch.int32)
     view = [1, 1, 1]
     view[dim + 1] = count
     codes = (words.unsqueeze(dim + 1) >> shifts.view(view)) & ((1 << bits) - 1)

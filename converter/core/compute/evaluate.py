@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, assert_never
 
+from converter.core.compute.device import Device, device_named, repeatable, suits
 from converter.core.compute.measures import Measures
 from converter.core.files.reading import InputFiles
 from converter.core.tensors import kernel_specs
@@ -36,22 +37,29 @@ def on_one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextlib.contextmanager
+def on_device(name: str | None) -> Iterator[None]:
+    """The same, for a plan that computes on the device of this name."""
+    with on_one_thread(), contextlib.nullcontext() if name is None else repeatable():
+        yield
+
+
 IMPORT_SWITCH_SECONDS = 0.0005
 """How long a thread that imports keeps the interpreter from one that copies: for each block that asks three times, and
 Python's own 5 ms would leave copies 15 MB/s."""
 
 
 @contextlib.contextmanager
-def importing_on_one_thread() -> Iterator[Callable[[], object]]:
+def importing_on_one_thread(device: str | None = None) -> Iterator[Callable[[], object]]:
     """The same, with torch imported in a thread of its own; yields what waits for it, and raises what it raised."""
     if "torch" in sys.modules:
-        with on_one_thread():
+        with on_device(device):
             yield lambda: None
         return
     before = sys.getswitchinterval()
     sys.setswitchinterval(IMPORT_SWITCH_SECONDS)
     with contextlib.ExitStack() as entered, ThreadPoolExecutor(1, thread_name_prefix="torch") as pool:
-        begun = pool.submit(lambda: entered.enter_context(on_one_thread()))
+        begun = pool.submit(lambda: entered.enter_context(on_device(device)))
         begun.add_done_callback(lambda _: sys.setswitchinterval(before))
         yield begun.result
 
@@ -86,21 +94,40 @@ class Evaluator:
         files: where stored bytes are read.
         shared: values of nodes that every chunk of the entry needs whole; filled when first met.
         keep: the nodes that belong in `shared`.
-        measures: what the outermost kernel reported, and non-finite values that a cast made.
+        device: where it is computed; None: on the CPU, as numpy and files have it.
     """
 
     files: InputFiles
     keep: frozenset[LazyTensor] = frozenset()
     shared: dict[LazyTensor, Any] = field(default_factory=dict)
+    device: Device | None = None
 
     def evaluate(self, x: LazyTensor, measures: Measures) -> torch.Tensor:
-        """A contiguous CPU tensor of `x.info`; what its outermost kernel measured is added to `measures`."""
-        if x in self.keep:
-            if x not in self.shared:
-                self.shared[x] = self._compute(x, measures)
-            value: torch.Tensor = self.shared[x]
-            return value
-        return self._compute(x, measures)
+        """A contiguous CPU tensor of `x.info`; what its outermost kernel measured is added to `measures`, and
+        non-finite values that a cast made.
+        """
+        if self.device is None:
+            return self._value(x, measures)
+        with self.device.computing():
+            return self.device.here(self._value(x, measures))
+
+    def share(self) -> None:
+        """Compute what belongs in `shared`, for all threads."""
+        with contextlib.nullcontext() if self.device is None else self.device.computing():
+            for node in self.keep:
+                self._value(node, {})
+
+    def _value(self, x: LazyTensor, measures: Measures) -> torch.Tensor:
+        """The value where it is computed."""
+        if x not in self.keep:
+            return self._compute(x, measures)
+        if x not in self.shared:
+            found = self._compute(x, measures)
+            if self.device is not None:
+                self.device.settle()
+            self.shared[x] = found
+        value: torch.Tensor = self.shared[x]
+        return value
 
     def _compute(self, x: LazyTensor, measures: Measures) -> torch.Tensor:
         import torch
@@ -113,18 +140,18 @@ class Evaluator:
                 flat = self._read(TensorInfo(x.info.dtype, (last + 1,)), x.file, x.offset)
                 return flat.as_strided(x.info.shape, x.strides).contiguous()
             case Narrow():
-                return self.evaluate(x.source, measures).narrow(x.dim, x.start, x.length).contiguous()
+                return self._value(x.source, measures).narrow(x.dim, x.start, x.length).contiguous()
             case Reshape():
-                return self.evaluate(x.source, measures).reshape(x.shape)
+                return self._value(x.source, measures).reshape(x.shape)
             case Concat():
-                return torch.cat([self.evaluate(p, measures) for p in x.parts], dim=x.dim)
+                return torch.cat([self._value(p, measures) for p in x.parts], dim=x.dim)
             case Cast():
-                return _cast(self.evaluate(x.source, measures), x.dtype, measures)
+                return _cast(self._value(x.source, measures), x.dtype, measures)
             case Filled():
                 return torch.full(x.info.shape, x.value, dtype=torch_dtype(x.info.dtype))
             case Apply():
                 inner: Measures = {}
-                inputs = [self.evaluate(i, inner) for i in x.inputs]
+                inputs = [self._value(i, inner) for i in x.inputs]
                 spec = kernel_specs.find(x.kernel)
                 # A thread takes over how many threads it may use when it is first asked; until then MKL uses all cores,
                 # and a product of 10 rows has other last bits (measured: torch 2.13, [10, 4] @ [4, 147]).
@@ -145,9 +172,11 @@ class Evaluator:
         dtype = torch_dtype(info.dtype)
         if info.numel == 0:
             return torch.empty(info.shape, dtype=dtype)
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        there = self.device
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8) if there is None else there.buffer(info.nbytes)
         self.files.read_into(file, offset, as_bytes(buffer))
-        return buffer.view(dtype).reshape(info.shape)
+        value = buffer.view(dtype).reshape(info.shape)
+        return value if there is None else there.there(value)
 
 
 def as_bytes(value: torch.Tensor) -> memoryview:
@@ -199,6 +228,17 @@ def _finite(value: torch.Tensor) -> int:
 
     wide = value.float() if value.element_size() == 1 else value
     return int(torch.isfinite(wide).sum())
+
+
+def evaluator(tensor: LazyTensor, files: InputFiles, device: str | None, *, shares: bool = True) -> Evaluator:
+    """What computes an entry of a plan; on the CPU where one of its kernels runs nowhere else.
+
+    Args:
+        device: where the plan computes; None: on the CPU.
+        shares: what several chunks need is kept.
+    """
+    keep = shared_nodes(tensor) if shares else frozenset()
+    return Evaluator(files, keep, device=device_named(device) if device is not None and suits(tensor) else None)
 
 
 def shared_nodes(tensor: LazyTensor) -> frozenset[LazyTensor]:

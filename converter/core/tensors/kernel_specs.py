@@ -49,6 +49,7 @@ class KernelSpec:
             parameter, so that a value is rounded once.
         cut: the parameters that give rows `[start, stop)`, where they are others than those of the whole: where in a
             block of a quantised weight the first row lies. None: the same.
+        on_device: the body runs wherever its inputs lie, and draws nothing; else it is given tensors of the CPU.
     """
 
     name: str
@@ -58,6 +59,7 @@ class KernelSpec:
     workspace: Callable[[Infos, Params], int]
     rounds: bool = False
     cut: Callable[[int, int, Infos, Params], Params] | None = None
+    on_device: bool = False
 
 
 @cache
@@ -122,7 +124,13 @@ def _merge_workspace(inputs: Infos, params: Params) -> int:
 
 
 LORA_MERGE = KernelSpec(
-    "lora-merge", "converter.core.compute.kernels:lora_merge", _merge_info, _lora_needs, _merge_workspace, rounds=True
+    "lora-merge",
+    "converter.core.compute.kernels:lora_merge",
+    _merge_info,
+    _lora_needs,
+    _merge_workspace,
+    rounds=True,
+    on_device=True,
 )
 """`W + sum(scale_i * B_i @ A_i)`, DoRA included. Inputs: W `[out, in]` (or `[in, out]` with `transposed`), then for
 each adapter A `[r, in]`, B `[out, r]` and, with DoRA, the magnitudes `[out]`. Params: `scales`, `dora` (one per
@@ -146,6 +154,7 @@ BIAS_MERGE = KernelSpec(
     lambda start, stop, inputs, params: tuple(Slice(0, start, stop - start) for _ in inputs),
     _merge_workspace,
     rounds=True,
+    on_device=True,
 )
 """`bias + sum(scale_i * lora_B_i.bias)`, all `[out]`."""
 
@@ -190,6 +199,7 @@ WEIGHTED_SUM = KernelSpec(
     lambda start, stop, inputs, params: tuple(Slice(0, start, stop - start) for _ in inputs),
     lambda inputs, params: 40 * inputs[0].numel,
     rounds=True,
+    on_device=True,
 )
 """`sum(share_i * W_i)` in fp64, in order, rounded once; all of one shape. Params: `shares`, `out`."""
 
@@ -200,6 +210,7 @@ DIFFERENCE = KernelSpec(
     lambda start, stop, inputs, params: tuple(Slice(0, start, stop - start) for _ in inputs),
     lambda inputs, params: 40 * inputs[0].numel,
     rounds=True,
+    on_device=True,
 )
 """`tuned - base` in fp64, rounded once. Inputs: base, tuned, of one shape. Params: `out`."""
 
@@ -234,5 +245,6 @@ PERMUTE = KernelSpec(
     _permuted_info,
     _permuted_needs,
     lambda inputs, params: inputs[0].nbytes,
+    on_device=True,
 )
 """The same values with their dimensions in another order, as `torch.permute` has it. Params: `dims`."""

@@ -62,6 +62,7 @@ DEQUANTISE_BLOCKS = KernelSpec(
     lambda inputs, params: 12 * inputs[0].numel,
     rounds=True,
     cut=_block_cut,
+    on_device=True,
 )
 """`(W - Z) * S`, each scale for a block of the matrix. Inputs: W `[..., out, in]` of any type; S `[..., rows of blocks,
 columns of blocks]`; with `zero`, Z of S's shape. Params: `rows` and `columns` of a block, `first`, `zero`, `out`."""
@@ -96,6 +97,7 @@ DEQUANTISE_FOUR_BIT = KernelSpec(
     lambda inputs, params: 16 * math.prod(_shape(params)) + 8 * _int(params, "block"),
     rounds=True,
     cut=_four_bit_cut,
+    on_device=True,
 )
 """bitsandbytes' 4 bits: `table[code] * absmax`, the high half of a byte first. Inputs: the bytes, flat; absmax fp32,
 one for each block of the flat run. Params: `table` (`nf4` or `fp4`), `block` (elements), `first`, `shape`, `out`."""
@@ -116,6 +118,7 @@ DEQUANTISE_ABSMAX = KernelSpec(
         **params,
         "first": (_int(params, "first") + start) % _int(params, "block"),
     },
+    on_device=True,
 )
 """bitsandbytes' double quantisation: `map[code] * absmax + offset`, in fp32. Inputs: codes `[n]` u8, the absmax of the
 absmax, the map `[256]`. Params: `offset`, `block`, `first`."""
@@ -132,6 +135,7 @@ DEQUANTISE_INT8 = KernelSpec(
     _rows_of_all,
     lambda inputs, params: 8 * inputs[0].numel,
     rounds=True,
+    on_device=True,
 )
 """bitsandbytes' 8 bits: `W * SCB / 127` by rows, in its order of operations. Inputs: W `[out, in]` i8, SCB `[out]`."""
 
@@ -147,6 +151,7 @@ DEQUANTISE_MXFP4 = KernelSpec(
     _rows_of_all,
     lambda inputs, params: 40 * inputs[0].numel // max(inputs[0].shape[0], 1),
     rounds=True,
+    on_device=True,
 )
 """gpt-oss' experts: `e2m1[code] * 2^(scale - 127)`, the low half of a byte first, transposed. Inputs: blocks
 `[E, R, G, 16]` u8, scales `[E, R, G]` u8; result `[E, 32 G, R]`. Params: `out`."""
@@ -164,6 +169,7 @@ DEQUANTISE_FOUR_BIT_FLOATS = KernelSpec(
     _group_needs,
     lambda inputs, params: 24 * inputs[0].numel,
     rounds=True,
+    on_device=True,
 )
 """NVFP4 and MXFP4 of a matrix: `e2m1[code] * scale`, the low half of a byte first. Inputs: codes `[out, in / 2]` u8;
 scales `[out, groups]`, in FP8 (then the number `[1]` fp32 that they are divided by) or u8, which are powers of two plus
@@ -190,6 +196,7 @@ DEQUANTISE_PACKED_ROWS = KernelSpec(
         **params,
         "first": (_int(params, "first") + start) % (_WORD // _int(params, "bits")),
     },
+    on_device=True,
 )
 """Words along a row, low bits first: `(code - zero) * scale`. Inputs: words `[out, words]` i32, scales `[out, groups]`,
 and zero points `[ceil(out * bits / 32), groups]` i32 packed down the rows, where there are some. Codes and zero points
@@ -222,6 +229,7 @@ DEQUANTISE_PACKED_COLUMNS = KernelSpec(
         **params,
         "first": (_int(params, "first") + start) % (_WORD // _int(params, "bits")),
     },
+    on_device=True,
 )
 """GPTQ and AWQ: `((code - zero) * scale)` of `[in, out]`, transposed. Inputs: words, zero points packed along `out`,
 scales `[groups, out]`, and with act order the group of each input `[in]` i32. Params: `layout` (`gptq`: words along
@@ -245,6 +253,7 @@ QUANTISE_MXFP4_SCALES = KernelSpec(
     lambda inputs, params: TensorInfo(DType.U8, _mx_shape(inputs)),
     _rows_of_all,
     lambda inputs, params: 8 * inputs[0].numel // max(inputs[0].shape[0], 1),
+    on_device=True,
 )
 """The exponent of each group of 32: the power of two that is the largest magnitude over 6 or just above it. Input: W
 `[E, 32 G, R]` fp32; result `[E, R, G]`."""
@@ -255,6 +264,7 @@ QUANTISE_MXFP4_BLOCKS = KernelSpec(
     lambda inputs, params: TensorInfo(DType.U8, (*_mx_shape(inputs), _GROUP // 2)),
     _rows_of_all,
     lambda inputs, params: 48 * inputs[0].numel // max(inputs[0].shape[0], 1),
+    on_device=True,
 )
 """The nearest e2m1 number of each value under its group's scale, ties away from zero, two codes a byte, the low half
 first. Inputs: W `[E, 32 G, R]` fp32; then, for what the update leaves of itself, the weight before it."""
@@ -279,6 +289,7 @@ QUANTISE_FP8_SCALES = KernelSpec(
     lambda inputs, params: TensorInfo(_out(params), _grid(inputs, params)),
     _scale_needs,
     lambda inputs, params: 8 * inputs[0].numel,
+    on_device=True,
 )
 """The scale of each block, largest magnitude over 448, as transformers has it. Input: W `[out, in]` fp32. Params:
 `rows` and `columns` of a block, `out`."""
@@ -302,6 +313,7 @@ QUANTISE_FP8_CODES = KernelSpec(
         "first": (_int(params, "first") + start) % _int(params, "rows"),
         "count": stop - start,
     },
+    on_device=True,
 )
 """The nearest FP8 number of each value under its block's scale. Inputs: W `[out, in]` fp32, whole blocks of rows; then,
 for what the update leaves of itself, the weight before it and its codes. Params: as of the scales, `out` being their

@@ -56,6 +56,8 @@ class Plan:
         provenance: what made this plan (recipe, inputs by name, notes, consents): JSON values, no absolute path.
         evidence: what was read of values while planning.
         checks: checksums of the stretches of the inputs that are read; compared before anything is published.
+        device: where kernels compute, as `cuda:0`; None: on the CPU. The provenance has its model, the same work does
+            not depend on its number.
     """
 
     shards: tuple[ShardPlan, ...]
@@ -65,6 +67,7 @@ class Plan:
     provenance: Mapping[str, Any]
     evidence: tuple[str, ...] = ()
     checks: tuple[RecordCheck, ...] = ()
+    device: str | None = None
 
     @property
     def entries(self) -> list[Entry]:
@@ -117,6 +120,7 @@ class Plan:
             "provenance": dict(self.provenance),
             "evidence": list(self.evidence),
             "checks": [[c.file, c.offset, c.length, c.crc] for c in self.checks],
+            **({} if self.device is None else {"device": self.device}),
         }
 
     @classmethod
@@ -136,6 +140,7 @@ class Plan:
             obj["provenance"],
             tuple(obj["evidence"]),
             tuple(RecordCheck(*c) for c in obj["checks"]),
+            obj.get("device"),
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from converter.core.checkpoint import SideFile
-from converter.core.compute.evaluate import Evaluator, as_bytes
+from converter.core.compute.evaluate import as_bytes, evaluator
 from converter.core.files.reading import InputFiles
 from converter.core.formats.safetensors_io import read_header
 from converter.core.formats.torch_container import Window
@@ -39,7 +39,7 @@ def check_written(plan: Plan, folder: Path, files: InputFiles) -> tuple[int, int
         _check_side_file(folder / name, file)
     samples = _samples(plan)
     for shard, entry, digest in samples:
-        _check_piece(folder / shard.file, entry, digest, files)
+        _check_piece(folder / shard.file, entry, digest, files, plan.device)
     return reread, len(samples)
 
 
@@ -109,7 +109,7 @@ def _samples(plan: Plan) -> list[tuple[ShardPlan, Entry, int]]:
     return [(shard, entry, digest) for _, digest, shard, entry in (*computed, *copied)]
 
 
-def _check_piece(path: Path, entry: Entry, digest: int, files: InputFiles) -> None:
+def _check_piece(path: Path, entry: Entry, digest: int, files: InputFiles, device: str | None) -> None:
     """One chunk of a computed tensor, or a stretch of a copied one; the digest says which."""
     if entry.runs is not None:
         number = digest % len(entry.runs)
@@ -125,7 +125,8 @@ def _check_piece(path: Path, entry: Entry, digest: int, files: InputFiles) -> No
         start, stop = chunks[digest % len(chunks)]
         shape = entry.matrix.info.shape
         piece = entry.matrix if not shape or stop - start == shape[0] else rows(entry.matrix, start, stop)
-        expected = as_bytes(Evaluator(files).evaluate(piece, {}))
+        computes = evaluator(entry.matrix, files, device, shares=False)
+        expected = as_bytes(computes.evaluate(piece, {}))
         offset, _ = entry.extents[digest % len(chunks)]
     if not _is_on_disk(path, offset, expected):
         raise _failed(path, f"{show(entry.name)} on disk differs from what was computed")

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
-from converter.core.compute.evaluate import Evaluator, as_bytes, shared_nodes
+from converter.core.compute.evaluate import Evaluator, as_bytes, evaluator
 from converter.core.compute.finite import NonfiniteCount, note_kept
 from converter.core.compute.measures import Measures
 from converter.core.files.checksums import crc32, joined
@@ -59,11 +59,10 @@ class _Job:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def of(cls, entry: Entry, files: InputFiles) -> Self:
+    def of(cls, entry: Entry, files: InputFiles, device: str | None) -> Self:
         """A job with everything still to come."""
         count = len(entry.extents)
-        evaluator = Evaluator(files, shared_nodes(entry.matrix))
-        return cls(evaluator, [0] * count, [{} for _ in range(count)], count)
+        return cls(evaluator(entry.matrix, files, device), [0] * count, [{} for _ in range(count)], count)
 
     def cost(self, tensor: LazyTensor, height: int) -> int:
         """Bytes held while `tensor` is computed, a chunk of `height` rows."""
@@ -121,9 +120,16 @@ class ShardWriter:
     """Writes shards into a stage with several workers. An exception in any thread stops all; `write` raises it."""
 
     def __init__(
-        self, stage: Stage, files: InputFiles, reporter: Reporter, budget: int, ready: Callable[[], object]
+        self,
+        stage: Stage,
+        files: InputFiles,
+        reporter: Reporter,
+        budget: int,
+        ready: Callable[[], object],
+        device: str | None = None,
     ) -> None:
         self._stage = stage
+        self._device = device
         self._files = files
         self._reporter = reporter
         self._budget = budget
@@ -186,7 +192,7 @@ class ShardWriter:
                 if entry.runs is not None:
                     work.append(_Piece(shard, entry))
                 else:
-                    shard.jobs[entry.name] = _Job.of(entry, self._files)
+                    shard.jobs[entry.name] = _Job.of(entry, self._files, self._device)
                     work += [_Piece(shard, entry, i, start, stop) for i, (start, stop) in enumerate(entry.chunks())]
             shard.pending = len(work)
             # Copies first: torch is being imported.
@@ -246,8 +252,7 @@ class ShardWriter:
         self._take(cost)
         try:
             with job.lock:
-                for node in job.evaluator.keep:
-                    job.evaluator.evaluate(node, {})
+                job.evaluator.share()
             measures: Measures = {}
             data = as_bytes(job.evaluator.evaluate(tensor, measures))
             offset, length = entry.extents[piece.index]

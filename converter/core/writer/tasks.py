@@ -250,7 +250,7 @@ def write_share(share: Share, reporter: Reporter | None = None) -> Written:
         stage.open()
         kept = stage.resume(share.summary, plan.provenance, fresh=not share.resume)
         with InputFiles(plan.inputs) as files, one_thread_each(plan) as ready, reading_through(plan):
-            writer = ShardWriter(stage, files, noted, budget, ready)
+            writer = ShardWriter(stage, files, noted, budget, ready, plan.device)
             write_shards(plan, stage, kept, noted, writer, share.jobs)
             files.check_unchanged()
     except BaseException as error:

@@ -104,7 +104,7 @@ def write(
             one_thread_each(plan) as ready,
             reading_through(plan),
         ):
-            writer = ShardWriter(stage, files, reporter, budget, ready)
+            writer = ShardWriter(stage, files, reporter, budget, ready, plan.device)
             lines = write_shards(plan, stage, kept, reporter, writer, jobs)
             measures = measures_of(plan, lines)
             refuse_new_nonfinite(measures, stage)
@@ -180,7 +180,7 @@ def one_thread_each(plan: Plan) -> Iterator[Callable[[], object]]:
     from converter.core.compute.evaluate import importing_on_one_thread
 
     keep_freed_memory()
-    with importing_on_one_thread() as ready:
+    with importing_on_one_thread(plan.device) as ready:
         yield ready
 
 

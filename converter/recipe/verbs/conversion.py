@@ -101,6 +101,8 @@ class Conversion:
 
 C = TypeVar("C", bound=Conversion)
 
+EXECUTOR = "executor="
+
 
 def memory_of(options: WriteOptions) -> int | None:
     """Bytes that a run may hold.
@@ -171,7 +173,9 @@ def prepared_of(recipe: Recipe, options: WriteOptions, told: Callable[[str], Non
     from converter.recipe.run import prepare
 
     allow = frozenset(options.allow)
-    return prepare(recipe, allow=allow, token=options.token, keep_code=options.keep_code, told=told)
+    return prepare(
+        recipe, allow=allow, token=options.token, keep_code=options.keep_code, device=options.device, told=told
+    )
 
 
 def _expect_room(planned: Conversion) -> None:
@@ -229,7 +233,7 @@ def _write_with(
     from converter.core.writer.reporter import Silent
     from converter.core.writer.tasks import write_with
 
-    _expect_folders(plan, "executor=")
+    _expect_folders(plan, EXECUTOR)
     jobs = options.jobs or getattr(executor, "default_jobs", None) or threads()
     return write_with(
         executor, plan, out, reporter=going.reporter or Silent(), jobs=jobs, memory=memory_of(options),
@@ -238,12 +242,15 @@ def _write_with(
 
 
 def _expect_folders(plan: Plan, wish: str) -> None:
-    """Refuse inputs of which other processes have no bytes.
+    """Refuse inputs of which other processes have no bytes, and a device that they may not have.
 
     Raises:
-        UsageError: one comes from the Hub in parts (`usage`).
+        UsageError: one comes from the Hub in parts, or a device computes (`usage`).
     """
     from converter.core.files import sparse
+
+    if plan.device is not None and wish == EXECUTOR:
+        raise UsageError("usage", f"{wish} computes on its workers' CPUs; leave the device out")
 
     if any(sparse.at(path) for path in plan.inputs):
         raise UsageError("usage", f"{wish} reads folders, which every process sees; download the input first")

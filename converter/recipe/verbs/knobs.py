@@ -55,6 +55,7 @@ class Writing(Effort, total=False):
     allow: Sequence[str]
     allow_name: Sequence[str]
     keep_code: bool
+    device: str
     public: bool
     dry_run: bool
     on_plan: Callable[[Conversion], None] | None

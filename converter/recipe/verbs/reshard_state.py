@@ -136,11 +136,12 @@ def reshard_state(
         return _resharded(asked, None if out is None else Path(out).expanduser(), options, going)
 
 
-_NOT_HERE = ("dtype", "max_shard_size", "layout", "link_unchanged")
+_NOT_HERE = ("dtype", "max_shard_size", "layout", "link_unchanged", "device")
+_DEFAULTS = WriteOptions()
 
 
 def _expect_state_options(out: str | None, options: WriteOptions) -> None:
-    wrong = [f"--{name.replace('_', '-')}" for name in _NOT_HERE if getattr(options, name)]
+    wrong = [f"--{name.replace('_', '-')}" for name in _NOT_HERE if getattr(options, name) != getattr(_DEFAULTS, name)]
     if wrong:
         raise UsageError("usage", f"{wrong[0]} has no meaning with --world-size: a trainer's state is kept as it is")
     if is_remote(out):
