@@ -33,6 +33,9 @@ PANELS = (*_PANELS, MEGATRON)
 _WHOLE = "Make a quantised model's weights whole first, as the vendor's own code does, to the bit."
 Dequantize = Annotated[bool, typer.Option("--dequantize", help=_WHOLE, rich_help_panel=INPUT)]
 
+_WHERE = "Where to compute: cpu, cuda, cuda:N, or auto for a GPU where there is one."
+Device = Annotated[str, typer.Option(metavar="DEVICE", help=_WHERE, rich_help_panel=RESOURCES)]
+
 if TYPE_CHECKING:
     from converter.core.writer.reporter import Reporter
 
@@ -176,14 +179,7 @@ class Conversion(Fetch, Reading):
             metavar="SIZE", help="Memory to stay under, as 2GB.", show_default=False, rich_help_panel=RESOURCES
         ),
     ] = None
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="DEVICE",
-            help="Where to compute: cpu, cuda, cuda:N, or auto for a GPU where there is one.",
-            rich_help_panel=RESOURCES,
-        ),
-    ] = "cpu"
+    device: Device = "cpu"
     dtype: Annotated[
         str | None,
         typer.Option(

@@ -104,12 +104,11 @@ def prepare(
     if not is_laid_out:
         expect_whole(checkpoint, context)
     expect_adapter_fits(checkpoint, list(opened.values()), context)
-    measured = {}
+    place, measured = _device(device, recipe, checkpoint, context), {}
     if recipe.probe is not None:
         merge = next((c, b) for c, b in zip(converters, befores, strict=True) if isinstance(c, MergeLora))
-        measured = _probed(recipe.probe, merge, checkpoint, everything, context, told)
+        measured = _probed(recipe.probe, merge, checkpoint, everything, context, told, place)
     _expect_links_can_be(recipe)
-    place = _device(device, recipe, checkpoint, context)
     plan = make_plan(
         checkpoint,
         context=context,
@@ -190,13 +189,14 @@ def _probed(
     opened: Mapping[str, Checkpoint],
     context: Context,
     told: Callable[[str], None] | None,
+    device: str | None,
 ) -> dict[str, Any]:
     """What the receipt has of a probe; what the screen has are notes."""
     from converter.examine.verify.merge_probe import MergeProbe, measure
 
     converter, base = merge
     other = None if probe.against_base is None else opened[probe.against_base]
-    asked = MergeProbe(probe.file, probe.pairs, converter, opened[SOURCE], base, result, other, context.allow)
+    asked = MergeProbe(probe.file, probe.pairs, converter, opened[SOURCE], base, result, other, context.allow, device)
     found = measure(asked, told or (lambda text: None))
     for text in found.texts:
         context.note("info", "probe", text)

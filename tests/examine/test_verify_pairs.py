@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForSequenceClassification
 
+from converter.cli import main
 from converter.shipped import shipped
 from verify_folders import WEIGHT, codes, copy, edit, make_rm, rewrite, text_of, verify
 
@@ -130,7 +131,11 @@ def test_what_conversions_get_wrong_is_named(
     assert [part.rpartition(" ")[0] for part in listed.split(", ")] == [cause]
 
 
-def test_scores_of_a_model_that_memory_does_not_hold_are_the_same(scored: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_scores_of_a_model_that_memory_does_not_hold_are_the_same(
+    device: str | None, scored: tuple[Path, Path]
+) -> None:
+    """Where it runs on a device, too; the CPU is one."""
     from converter.converters.heads.detect import detect
     from converter.converters.heads.read import read
     from converter.core.context import Context
@@ -146,7 +151,7 @@ def test_scores_of_a_model_that_memory_does_not_hold_are_the_same(scored: tuple[
     assert detected is not None
     reading = read(checkpoint, detected.dialect, Context(frozenset()))
     held = side(reading, "last-non-pad")
-    streamed = Scored(Reference(reading, held=0), held.tokenizer, held.pooling, held.pad)
+    streamed = Scored(Reference(reading, held=0, device=device), held.tokenizer, held.pooling, held.pad)
     told: list[str] = []
     found = read_pairs(str(pairs), 200)
     checks, table = check_pairs(found, streamed, held, told=told.append)
@@ -154,6 +159,29 @@ def test_scores_of_a_model_that_memory_does_not_hold_are_the_same(scored: tuple[
     assert [r["chosen"] for r in table] == pytest.approx([r["source_chosen"] for r in table], abs=1e-12)
     assert told[0].startswith("scoring 6 sequences of ")
     assert told[-1].startswith("6 of 6 sequences")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+@pytest.mark.parametrize(("device", "said"), [("cuda", True), ("cuda:1", True), ("auto", False)])
+def test_without_a_gpu_pairs_are_scored_on_the_cpu_and_it_is_said_where_one_was_asked_for(
+    device: str, said: bool, scored: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, pairs = scored
+    main(["verify", str(folder), "--probe", str(pairs), "--device", device])
+    out, err = capsys.readouterr()
+    assert ("no CUDA device answers here" in err) is said
+    assert "pairs in the right order" in out
+    assert main(["verify", str(folder), "--device", device]) == 2
+    assert "there is no --probe" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_are_those_of_the_cpu(scored: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, pairs = scored
+    _, here = ask(capsys, folder, pairs)
+    _, there = ask(capsys, folder, pairs, "--device", "cuda")
+    for side in ("chosen", "rejected"):
+        assert [r[side] for r in there["pairs"]] == pytest.approx([r[side] for r in here["pairs"]], abs=1e-9)
 
 
 MESSAGES = [{"role": "user", "content": "Name a colour"}]

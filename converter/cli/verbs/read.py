@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from converter.cli.app import verb
-from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Display, FailOnChoice, Reading, Report
+from converter.cli.options import HUB, INPUT, OUTPUT, Allow, Device, Display, FailOnChoice, Reading, Report
 from converter.cli.speaking import Speaking
 from converter.cli.verbs.examining import Deep, Ignore
 from converter.cli.verbs.heads import RoleChoice
@@ -177,6 +177,7 @@ def verify(
     pairs: Annotated[
         int, typer.Option(metavar="N", min=1, help="How many pairs of --probe are scored, the first ones.")
     ] = 200,
+    device: Device = "cpu",
     allow: Allow = None,
     report: Report = None,
 ) -> int:
@@ -186,7 +187,7 @@ def verify(
     return verify(
         folder, options, report_to=report, for_=trainer, role=None if role is None else role.value, against=against,
         from_=source,
-        base=base, live=live, python=python, probe=probe, pairs=pairs, allow=allow or (),
+        base=base, live=live, python=python, probe=probe, pairs=pairs, device=device, allow=allow or (),
     )  # fmt: skip
 
 

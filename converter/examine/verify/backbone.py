@@ -1,4 +1,4 @@
-"""A backbone of any size, run on the CPU: its parameters are computed from lazy tensors when a module needs them.
+"""A backbone of any size: its parameters are computed from lazy tensors when a module needs them.
 
 transformers builds the module without memory for parameters. Before a module with parameters of its own runs, they are
 read, merged or gathered as their lazy tensors say, and cast; after it they are dropped, unless all of them fit into
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from converter.converters.heads.model import Reading
+from converter.core.compute.device import repeatable
 from converter.core.compute.evaluate import Evaluator
 from converter.core.files.reading import InputFiles
 from converter.core.tensors.nodes import LazyTensor, rows
@@ -39,22 +40,24 @@ class Piece:
 
 
 class Backbone:
-    """`AutoModel` of a reading, in fp32 or fp64, on the CPU.
+    """`AutoModel` of a reading, in fp32 or fp64; it runs on the CPU, or on the device of a name, as `cuda:0`.
 
     Attributes:
         parameters: how many there are.
         is_held: they stay in memory once they were computed.
     """
 
-    def __init__(self, reading: Reading, dtype: torch.dtype, *, held: int) -> None:
+    def __init__(self, reading: Reading, dtype: torch.dtype, *, held: int, device: str | None = None) -> None:
         self._reading = reading
         self._dtype = dtype
+        self._device = None if device is None else torch.device(device)
         self._evaluator: Evaluator | None = None
         self.model = built(reading, dtype)
         self._pieces = _pieces(reading, self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.is_held = self.parameters * dtype.itemsize <= held
         self._is_filled = False
+        self._send_buffers()
         if not self.is_held:
             for prefix, module in self.model.named_modules():
                 own = {k: f"{prefix}.{k}".removeprefix(".") for k, p in module._parameters.items() if p is not None}
@@ -75,14 +78,16 @@ class Backbone:
         leading = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
         turned = (columns + leading) % ids.shape[-1]
         ids, mask, positions = (each.gather(-1, turned) for each in (ids, mask, positions))
+        ids, mask, positions = (each.to(self._device) for each in (ids, mask, positions))
         takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         more = {"position_ids": positions} if takes_positions else {}
-        with InputFiles(self._reading.checkpoint.inputs) as files, torch.no_grad():
+        with InputFiles(self._reading.checkpoint.inputs) as files, torch.no_grad(), self._as_on_every_run():
             self._evaluator = Evaluator(files)
             try:
                 if self.is_held and not self._is_filled:
                     self._fill()
-                found: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, **more).last_hidden_state
+                hidden: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, **more).last_hidden_state
+                found = hidden.to("cpu")
             except (NotImplementedError, RuntimeError) as error:
                 if "meta" not in str(error):
                     raise
@@ -93,6 +98,15 @@ class Backbone:
                 self._evaluator = None
         back = (columns - leading) % columns.shape[-1]
         return found.gather(1, back.unsqueeze(-1).expand_as(found))
+
+    def _as_on_every_run(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._device is None else repeatable()
+
+    def _send_buffers(self) -> None:
+        """Tables that transformers computed; parameters are sent as they are made."""
+        for module in self.model.modules():
+            for key, value in module._buffers.items():
+                module._buffers[key] = None if value is None else value.to(self._device)
 
     def _fill(self) -> None:
         """Every parameter, for good; one that has several names is computed once."""
@@ -114,7 +128,7 @@ class Backbone:
         for piece in self._pieces[name]:
             count = piece.value.info.numel
             flat.narrow(0, piece.start, count).copy_(self._computed(piece.value).reshape(-1))
-        return value
+        return value.to(self._device)
 
     def row(self, name: str, shape: tuple[int, ...], index: int) -> torch.Tensor:
         """`value[index]` of a parameter, without the rest of it."""
@@ -126,7 +140,7 @@ class Backbone:
             if begin < end:
                 part = _elements(piece.value, begin - piece.start, end - piece.start)
                 value.view(-1).narrow(0, begin - first, end - begin).copy_(self._computed(part).reshape(-1))
-        return value
+        return value.to(self._device)
 
     def _computed(self, value: LazyTensor) -> torch.Tensor:
         assert self._evaluator is not None

@@ -51,6 +51,7 @@ class MergeProbe:
         source: the base as it lies; `base`: as the step gets it.
         other: another base that the adapter may have been trained over.
         result: what is written.
+        device: what the models run on, as `cuda:0`; None: the CPU.
     """
 
     file: str
@@ -61,6 +62,7 @@ class MergeProbe:
     result: Checkpoint
     other: Checkpoint | None = None
     allow: frozenset[str] = frozenset()
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def measure(asked: MergeProbe, told: Told) -> Measured:
     with tempfile.TemporaryDirectory(prefix="rlhf-convert-probe-") as scratch:
         tokenizer = _tokenizer(asked, Path(scratch))
         run = _rewards if readings["trained"].head is not None else _logits
-        drifts = run(readings, tokenizer, found, told)
+        drifts = run(readings, tokenizer, found, told, asked.device)
     figures |= {"tokens": drifts.tokens, **drifts.figures}
     names = {"merge": "this merge"}
     if asked.other is not None:
@@ -193,15 +195,14 @@ class Drifts:
         return self.figures[side][self.measure]
 
 
-def _rewards(readings: Mapping[str, Reading], tokenizer: Any, found: Asked, told: Told) -> Drifts:
+def _rewards(readings: Mapping[str, Reading], tokenizer: Any, found: Asked, told: Told, device: str | None) -> Drifts:
     scores: dict[str, list[float]] = {}
     count = 0
     for name, reading in readings.items():
         pooling: Pooling = reading.dialect.pooling
         pad = reading.checkpoint.config.get("pad_token_id")
-        side = Scored(
-            Reference(reading, held=HELD // len(readings)), tokenizer, pooling, pad if isinstance(pad, int) else None
-        )
+        reference = Reference(reading, held=HELD // len(readings), device=device)
+        side = Scored(reference, tokenizer, pooling, pad if isinstance(pad, int) else None)
         ids = [tokens(tokenizer, *text) for text in found.texts]
         count = sum(map(len, ids))
         scores[name] = scores_of(side, ids, told)
@@ -230,14 +231,14 @@ def _margins(scores: Sequence[float]) -> list[float]:
 # Logits
 
 
-def _logits(readings: Mapping[str, Reading], tokenizer: Any, found: Asked, told: Told) -> Drifts:
+def _logits(readings: Mapping[str, Reading], tokenizer: Any, found: Asked, told: Told, device: str | None) -> Drifts:
     import torch
 
     from converter.examine.verify.backbone import Backbone
     from converter.examine.verify.outputs import Outputs
 
     dtype = torch.float64 if is_small(readings["trained"]) else torch.float32
-    bodies = {n: Backbone(r, dtype, held=HELD // len(readings)) for n, r in readings.items()}
+    bodies = {n: Backbone(r, dtype, held=HELD // len(readings), device=device) for n, r in readings.items()}
     outputs = {n: Outputs(r, dtype) for n, r in readings.items()}
     texts = [tokens(tokenizer, *text) for text in found.texts]
     texts = [ids for ids in texts if ids]

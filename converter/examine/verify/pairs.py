@@ -62,8 +62,8 @@ class Scored:
         return scored_column(ids, [1] * len(ids), self.pooling, self.pad)
 
 
-def scored(reading: Reading, pooling: Pooling) -> Scored:
-    """A side, ready to score: the model, and the tokenizer in its folder."""
+def scored(reading: Reading, pooling: Pooling, *, device: str | None = None) -> Scored:
+    """A side, ready to score: the model, which runs on a device or the CPU, and the tokenizer in its folder."""
     from transformers import AutoTokenizer
 
     from converter.sources.hub.mirror import bring_texts
@@ -71,7 +71,7 @@ def scored(reading: Reading, pooling: Pooling) -> Scored:
     bring_texts(Path(reading.checkpoint.origin.path))
     tokenizer = AutoTokenizer.from_pretrained(reading.checkpoint.origin.path, local_files_only=True)
     pad = reading.checkpoint.config.get("pad_token_id")
-    return Scored(Reference(reading), tokenizer, pooling, pad if isinstance(pad, int) else None)
+    return Scored(Reference(reading, device=device), tokenizer, pooling, pad if isinstance(pad, int) else None)
 
 
 def check_pairs(

@@ -97,7 +97,7 @@ def _text(config: Mapping[str, Any], *keys: str) -> int | None:
 class Reference:
     """A model: `values` are per token, `rewards` those at the token that a loader would score."""
 
-    def __init__(self, reading: Reading, *, held: int = HELD) -> None:
+    def __init__(self, reading: Reading, *, held: int = HELD, device: str | None = None) -> None:
         import torch
 
         from converter.examine.verify.backbone import Backbone
@@ -105,7 +105,8 @@ class Reference:
         if reading.head is None:
             raise Refused("head-missing", "a model without a head has no values")
         self.reading = reading
-        self.backbone = Backbone(reading, torch.float64 if is_small(reading) else torch.float32, held=held)
+        dtype = torch.float64 if is_small(reading) else torch.float32
+        self.backbone = Backbone(reading, dtype, held=held, device=device)
         with InputFiles(reading_inputs(reading)) as files:
             self.head = fp64(reading.head, Evaluator(files))
         self.normaliser = reading.normaliser

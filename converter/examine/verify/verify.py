@@ -49,6 +49,7 @@ class VerifyRequest:
     probe: str | None = None
     most_pairs: int = MOST_PAIRS
     allow: tuple[str, ...] = ()
+    device: str = "cpu"
     told: Callable[[str], None] = _untold
     reporter: Reporter = field(default_factory=Silent)
 
@@ -330,6 +331,7 @@ def _shards(src: str) -> str:
 def _pairs(
     asked: VerifyRequest, aim: Target, reading: Reading | None, there: Reading | None, *, is_rounded: bool
 ) -> tuple[list[Check], list[dict[str, Any]]]:
+    from converter.core.compute.device import chosen
     from converter.examine.verify.pairs import check_pairs, scored
     from converter.examine.verify.pairs_file import read_pairs
 
@@ -338,9 +340,14 @@ def _pairs(
     if reading is None or reading.head is None:
         what = "the head can't be read" if aim.role != "actor" else "an actor has no head"
         return [fails("pairs", "not-compared", f"{what}, so no pair was scored", _remedy(asked, aim))], []
+    place = chosen(asked.device)
+    if place is None and asked.device not in ("cpu", "auto"):
+        asked.told(f"--device {asked.device}: no CUDA device answers here, so pairs are scored on the CPU")
     try:
-        here = scored(reading, aim.dialect.pooling)
-        other = None if there is None or there.head is None else scored(there, there.dialect.pooling)
+        here = scored(reading, aim.dialect.pooling, device=place)
+        other = None
+        if there is not None and there.head is not None:
+            other = scored(there, there.dialect.pooling, device=place)
         return check_pairs(pairs, here, other, is_rounded=is_rounded, told=asked.told)
     except Refused as error:
         return [fails("pairs", error.code, f"no pair was scored: {error.what}", error.next)], []

@@ -28,6 +28,7 @@ def verify(
     python: str | Path | None = None,
     probe: str | Path | None = None,
     pairs: int = 200,
+    device: str = "cpu",
     allow: Sequence[str] = (),
     told: Callable[[str], None] | None = None,
     reporter: Reporter | None = None,
@@ -45,6 +46,7 @@ def verify(
         live: load it with the trainer's own code, on the CPU, by `python`, which has the trainer.
         probe: preference pairs to score: JSON lines, a JSON list or Parquet of prompt, chosen, rejected.
         pairs: how many of them, the first ones.
+        device: where `probe` runs the models: `cpu`, `cuda`, `cuda:N`, or `auto` for a CUDA device where one is there.
         allow: codes of refusals to go on past.
         told: hears, a line at a time, how far the scoring of a large model is.
         reporter: hears of each tensor that was compared with `against`.
@@ -58,7 +60,7 @@ def verify(
     codes = (allow,) if isinstance(allow, str) else tuple(allow)
     asked = VerifyRequest(
         str(folder), for_, role, optional(against), from_, optional(base), live, optional(python), optional(probe),
-        pairs, codes,
+        pairs, codes, device,
     )  # fmt: skip
     if told is not None:
         asked = dataclasses.replace(asked, told=told)
@@ -81,5 +83,7 @@ def _expect_sense(asked: VerifyRequest) -> None:
         raise UsageError("usage", what, expected="--live --python ~/envs/ppo/bin/python")
     if asked.python and not asked.live:
         raise UsageError("usage", "--python goes with --live")
+    if asked.device != "cpu" and asked.probe is None:
+        raise UsageError("usage", "--device says where --probe runs the models; there is no --probe")
     if (asked.base or asked.source) and not asked.against:
         raise UsageError("usage", "--base and --from say how --against is read; there is no --against")
