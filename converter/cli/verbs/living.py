@@ -34,7 +34,7 @@ class NotifyChoice(StrEnum):
     examples=(
         "rlhf-convert watch ./run",
         "rlhf-convert watch ./run --for openrlhf --on-error 'notify-send {}'",
-        "rlhf-convert watch ./run --once --json",
+        "rlhf-convert watch ./run --once --keep-sole-copies --json",
     ),
 )
 def watch(
@@ -52,7 +52,7 @@ def watch(
         typer.Option(
             "--on-error",
             metavar="CMD",
-            help="Run this at each error, without a shell; {} is the checkpoint.",
+            help="Run this at each error; {} is the checkpoint. No shell takes part; ask for one with 'sh -c ...'.",
             show_default=False,
         ),
     ] = None,
@@ -65,6 +65,14 @@ def watch(
             show_default=False,
         ),
     ] = None,
+    keep_sole_copies: Annotated[
+        bool,
+        typer.Option(
+            "--keep-sole-copies",
+            help="Name the folders that must not be rotated away: the only copy of weights, and the newest checkpoint "
+            "that can be used where a newer one is lost.",
+        ),
+    ] = False,
     notify: Annotated[
         NotifyChoice,
         typer.Option(
@@ -96,6 +104,7 @@ def watch(
     return watch(
         run, fail_on.value, options, on_error=on_error, fail_fast=fail_fast, once=once, for_=target, deep=deep,
         ignore=ignore or (), interval=interval, settle=settle, state=state, post_to=post, notify=notify.value,
+        keep_sole_copies=keep_sole_copies,
     )  # fmt: skip
 
 

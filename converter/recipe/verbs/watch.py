@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from converter.errors import ConvertError, UsageError
 from converter.recipe.verbs.at_rest import Look, is_unfinished, look, open_for_writing
+from converter.recipe.verbs.keeping import Keep, Remembered, folders_to_keep
 from converter.recipe.verbs.knobs import Where
 from converter.recipe.verbs.waiting import IDLE, Notify, Waiter, waiting
 from converter.text import show
@@ -55,11 +56,12 @@ def watch(
     settle: float = SETTLE,
     state: Where | None = None,
     notify: Notify = "auto",
-) -> Iterator[Examined]:
+) -> Watching:
     """Every checkpoint in a run's folder, examined once when it is complete; goes on until the caller stops.
 
-    A checkpoint is complete when none of its files has changed, been added or been open for writing for `settle`
-    seconds, and no name says that a save is under way. What changes while it is examined is examined again.
+    The oldest come first, since a trainer that keeps a number of them removes those. A checkpoint is complete when none
+    of its files has changed, been added or been open for writing for `settle` seconds, and no name says that a save is
+    under way. What changes while it is examined is examined again.
 
     Args:
         run: the folder in which a trainer saves checkpoints.
@@ -81,7 +83,32 @@ def watch(
         raise UsageError("path-missing", f"there is no folder {show(str(run))}", expected="a run's folder")
     memory = Memory(Path(state).expanduser() if state is not None else _state_file(root), f"{for_} {deep} {[*ignore]}")
     knobs = {"for_": for_, "deep": deep, "ignore": ignore}
-    return _told(str(run), root, memory, knobs, _Timing(once, interval, settle), notify)
+    return Watching(
+        str(run), root, memory, _told(str(run), root, memory, knobs, _Timing(once, interval, settle), notify)
+    )
+
+
+class Watching(Iterator[Examined]):
+    """Checkpoints as they are examined, and what must not be removed meanwhile."""
+
+    def __init__(self, asked: str, root: Path, memory: Memory, told: Generator[Examined]) -> None:
+        self._asked, self._root, self._memory, self._told = asked, root, memory, told
+
+    def __next__(self) -> Examined:
+        """The next one that is complete; waits for it."""
+        return next(self._told)
+
+    def close(self) -> None:
+        """Watch no more."""
+        self._told.close()
+
+    @property
+    def keep(self) -> tuple[Keep, ...]:
+        """Folders that must not be rotated away, by what was examined until now, in earlier runs too: sole copies of
+        what a checkpoint lacks, and the newest checkpoint that can be used where the newest of all can't.
+        """
+        there = [(f, self._memory.of(f.name)) for f in _candidates(self._root)]
+        return folders_to_keep(self._asked, [(f.name, of) for f, of in there if of is not None])
 
 
 @dataclass(frozen=True)
@@ -99,7 +126,7 @@ class _Timing:
 
 def _told(
     asked: str, root: Path, memory: Memory, knobs: Mapping[str, Any], timing: _Timing, notify: Notify
-) -> Iterator[Examined]:
+) -> Generator[Examined]:
     with waiting(root, notify) as waiter:
         yield from _watched(asked, root, memory, knobs, timing, waiter)
 
@@ -127,8 +154,9 @@ def _watched(
             if look(folder) != seen:
                 since.pop(folder.name, None)  # it was written to meanwhile, or rotated away
                 continue
+            memory.learn(folder.name, seen, Remembered.of(found.findings, found.failed, asked))
             yield found
-            memory.add(folder.name, seen)
+            memory.save()
         # At the end of `settle` all that rested since the first look was examined; the rest is being written.
         first_look = time.monotonic() if first_look is None else first_look
         if timing.once and began - first_look >= timing.settle:
@@ -181,22 +209,35 @@ class Memory:
     """What was examined, in a file: a restart repeats nothing. Another question about the run has its own answers."""
 
     def __init__(self, file: Path, question: str) -> None:
-        self._file, self._question = file, question
+        self._file = file
         try:
             told = json.loads(file.read_text("utf-8"))
         except (OSError, ValueError):
             told = {}
-        self._all: dict[str, dict[str, str]] = told if isinstance(told, dict) else {}
+        self._all: dict[str, Any] = told if isinstance(told, dict) else {}
+        answers = self._all.get(question)
+        self._answers: dict[str, Any] = answers if isinstance(answers, dict) else {}
+        self._all[question] = self._answers
 
     def holds(self, name: str, seen: Look) -> bool:
         """True where this state of the folder was examined."""
-        answers = self._all.get(self._question)
-        return isinstance(answers, dict) and answers.get(name) == seen.digest
+        answer = self._answers.get(name)
+        return isinstance(answer, dict) and answer.get("state") == seen.digest
 
-    def add(self, name: str, seen: Look) -> None:
-        """Remember it; the file is replaced whole."""
-        answers = self._all.get(self._question)
-        self._all[self._question] = {**(answers if isinstance(answers, dict) else {}), name: seen.digest}
+    def of(self, name: str) -> Remembered | None:
+        """What was learned of a folder when it was examined last; None where it never was."""
+        answer = self._answers.get(name)
+        if not isinstance(answer, dict):
+            return None
+        sole = answer.get("sole")
+        return Remembered(answer.get("usable") is True, tuple(map(str, sole)) if isinstance(sole, list) else ())
+
+    def learn(self, name: str, seen: Look, told: Remembered) -> None:
+        """Remember it; `save` writes it down, once the caller has said it."""
+        self._answers[name] = {"state": seen.digest, "usable": told.usable, "sole": list(told.sole)}
+
+    def save(self) -> None:
+        """Replace the file, whole."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         new = self._file.with_name(f"{self._file.name}.new")
         new.write_text(json.dumps(self._all), "utf-8")
