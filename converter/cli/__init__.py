@@ -131,6 +131,10 @@ def _run(arguments: list[str], received: list[int]) -> int:
         from converter.cli.sink import Sink
         from converter.cli.tell.inspect import inspect
 
+        if not os.path.lexists(arguments[1]):
+            from converter.sources.hub import patience
+
+            patience.listener = Sink().tell
         return inspect(arguments[1], None, Sink())
     hook = sys.excepthook
     import typer

@@ -25,6 +25,7 @@ from converter.recipe.options import (
     PartChoice,
     WriteOptions,
 )
+from converter.sources.hub import patience
 
 INPUT, OUTPUT, RESOURCES, HUB, CONSENT = _PANELS = ("Input", "Output", "Resources", "Hub", "Consent")
 PANELS = (*_PANELS, MEGATRON)
@@ -90,7 +91,9 @@ class Display:
     @property
     def sink(self) -> Sink:
         """Where the output goes."""
-        return Sink(self.as_json, self.quiet, self.verbose)
+        sink = Sink(self.as_json, self.quiet, self.verbose)
+        patience.listener = sink.tell
+        return sink
 
 
 _OF_EVERY_VERB = frozenset(f.name for f in dataclasses.fields(Display))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from converter.core.files.names import CARD, WEIGHTS_WORD
 from converter.diagnostic import Again, Command, Steps
 from converter.errors import Refused, UsageError
 from converter.publish.manifest import LocalFile, Manifest
-from converter.publish.requests import ATTEMPTS, FIRST_WAIT, Destination, call, is_passing, refuse
+from converter.publish.requests import Destination, call, is_passing, refuse
 from converter.sources.hub.client import expect_safe_endpoint
+from converter.sources.hub.patience import Patience, heard
 from converter.text import fold, show
 
 if TYPE_CHECKING:
@@ -109,8 +109,9 @@ def push(
     api = HfApi(token=where.token)
     make_repository(where)
     started = False
-    for attempt in range(ATTEMPTS):
-        with _not_known(bool(attempt)):
+    patience, asked = Patience(), False
+    while True:
+        with _not_known(asked):
             head = call(lambda: api.repo_info(where.repo_id, revision=where.revision), where).sha
             there = _files_there(api, where, head)
         differing = _differing(wanted, there)
@@ -125,25 +126,25 @@ def push(
             started = True
         operations = _operations(api, differing, where, ready, reporter)
         operations += [_deletes(name) for name in stale]
+        asked = True
         try:
-            made = api.create_commit(
-                where.repo_id,
-                operations=operations,
-                commit_message=where.message,
-                revision=where.revision,
-                parent_commit=head,
-                create_pr=where.create_pr,
-            )
+            with heard():
+                made = api.create_commit(
+                    where.repo_id,
+                    operations=operations,
+                    commit_message=where.message,
+                    revision=where.revision,
+                    parent_commit=head,
+                    create_pr=where.create_pr,
+                )
         except Exception as error:  # the client's own and its transport's
-            if not is_passing(error) or attempt + 1 == ATTEMPTS:
-                refuse(error, where, sent=True)
             # It may have landed, its answer lost: the next round looks before it sends anything.
-            time.sleep(FIRST_WAIT * 2**attempt)
+            if not is_passing(error) or not patience.again(error):
+                refuse(error, where, sent=True)
             continue
         reporter.checking("what the repository holds")
         _expect_there(api, wanted, where, made.oid)
         return Pushed(str(made.pr_url or made.commit_url), made.oid, tuple(f.name for f in differing))
-    raise Refused("hub-unreachable", "the Hub did not take the commit", where=show(where.repo_id), next="try again")
 
 
 @contextmanager

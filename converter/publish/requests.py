@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
@@ -10,24 +9,22 @@ from typing import NoReturn, TypeVar
 from converter.diagnostic import Again
 from converter.errors import Refused
 from converter.sources.hub.client import blotted
+from converter.sources.hub.patience import Patience, heard
 from converter.text import show
-
-ATTEMPTS = 5
-FIRST_WAIT = 1.0
 
 T = TypeVar("T")
 
 
 def call(request: Callable[[], T], where: Destination) -> T:
     """A request that may be repeated, with the client's errors in our words."""
-    for attempt in range(ATTEMPTS):
+    patience = Patience()
+    while True:
         try:
-            return request()
+            with heard():
+                return request()
         except Exception as error:  # the client's own and its transport's
-            if not is_passing(error) or attempt + 1 == ATTEMPTS:
+            if not is_passing(error) or not patience.again(error):
                 refuse(error, where)
-            time.sleep(FIRST_WAIT * 2**attempt)
-    raise AssertionError("unreachable")
 
 
 def _status(error: BaseException) -> int | None:

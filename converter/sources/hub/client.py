@@ -5,7 +5,6 @@ session, token and retries; its errors in our words.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +12,11 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
+from converter.diagnostic import Again
 from converter.errors import Refused
+from converter.sources.hub.patience import Patience, heard, trouble
 from converter.text import show
 
-ATTEMPTS = 4
-FIRST_WAIT = 0.5
 TIMEOUT = 60.0
 MOST_FILES = 20_000
 
@@ -72,7 +71,7 @@ class Repository:
         is_part = (start, stop) != (0, file.size)
         if is_part:
             headers["Range"] = f"bytes={start}-{stop - 1}"
-        answer: Any = client.http_backoff("GET", url, headers=headers, timeout=TIMEOUT, max_retries=2)
+        answer: Any = client.http_backoff("GET", url, headers=headers, timeout=TIMEOUT, max_retries=0)
         client.hf_raise_for_status(answer)
         content: bytes = answer.content
         self._expect_range(answer, file, start, stop, is_part=is_part)
@@ -171,16 +170,16 @@ def ask(request: Callable[[], T], repo_id: str, token: str | None) -> T:
         Refused: it did not succeed (`hub-download`), or HF_ENDPOINT is not to be asked (`hub-endpoint`).
     """
     expect_safe_endpoint()
-    for attempt in range(ATTEMPTS):
+    patience = Patience()
+    while True:
         try:
-            return request()
+            with heard():
+                return request()
         except Refused:
             raise
         except Exception as error:  # the client's own, its transport's and the system's
-            if not _may_pass(error) or attempt + 1 == ATTEMPTS:
+            if not _may_pass(error) or not patience.again(error):
                 refuse(repo_id, token, error)
-            time.sleep(FIRST_WAIT * 2**attempt)
-    raise AssertionError("unreachable")
 
 
 def _may_pass(error: Exception) -> bool:
@@ -225,7 +224,10 @@ def refuse(repo_id: str, token: str | None, error: Exception) -> NoReturn:
     names = [c.__name__ for c in type(error).__mro__]
     # A gated repository's error is a kind of the missing one's.
     reason = next((_REASONS[name] for name in names if name in _REASONS), None)
-    advice = next((_ADVICE[n] for n in names if n in _ADVICE), "check the name and the network; or name a local folder")
+    advice: Any = next((_ADVICE[n] for n in names if n in _ADVICE), None)
+    if reason is None and _may_pass(error):
+        reason, advice = trouble(error), Again()
+    advice = advice or "check the name and the network; or name a local folder"
     raise Refused(
         "hub-download",
         f"{show(repo_id)} is not a folder here, and it can't be had from the Hub: {reason or type(error).__name__}",
