@@ -52,7 +52,7 @@ def watch(
         typer.Option(
             "--on-error",
             metavar="CMD",
-            help="Run this at each error; {} is the checkpoint. No shell takes part; ask for one with 'sh -c ...'.",
+            help="Run this at each error, without a shell; {} is the checkpoint.",
             show_default=False,
         ),
     ] = None,
