@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from converter.converters.adapters.whole import expect_loadable
 from converter.converters.heads.whole import MISSHAPEN, MISSING, Judgement, judge
-from converter.converters.merge.adapter_itself import inconsistency
+from converter.converters.merge.adapter_itself import UNTARGETED, inconsistency, untargeted_text
 from converter.converters.merge.adapter_values import expect_finite
-from converter.converters.merge.asked_modules import modules_missing
+from converter.converters.merge.asked_modules import modules_missing, modules_untargeted
 from converter.converters.merge.merge_lora import MergeLora
 from converter.converters.merge.quantised.dequantise import Dequantise
 from converter.converters.merge.quantised.whole import expect_parts, found_in
@@ -91,12 +91,17 @@ def expect_whole_adapter(adapter: Checkpoint, base: Checkpoint, context: Context
     """Compare an adapter with the modules of its base that its config names.
 
     Raises:
-        Refused: it holds nothing of some of them (`adapter-targets-missing`), without consent.
+        Refused: it holds nothing of some of them (`adapter-targets-missing`), or factors of others
+            (`adapter-untargeted`), without consent.
     """
     if adapter.origin.kind != ADAPTER or base.origin.kind != MODEL:
         return
     held = {without_wrappers(n): t for n, t in adapter.tensors.items()}
     dimensions = {n: len(t.info.shape) for n, t in base.tensors.items()}
+    if lost := modules_untargeted(held, adapter.config, dimensions, base.config):
+        refused = Refused(UNTARGETED, untargeted_text(lost), where=show(adapter.origin.asked))
+        refused.next = Command("doctor", (as_argument(adapter.origin.asked), "--base", as_argument(base.origin.asked)))
+        context.consent(refused)
     if lacks := modules_missing(held, adapter.config, dimensions, base.config):
         text = (
             f"{len(lacks)} modules that adapter_config.json names are not in the adapter: {fold(lacks)}; PEFT would "

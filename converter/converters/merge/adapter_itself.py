@@ -140,8 +140,12 @@ def _untargeted(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterat
     """PEFT puts nothing on a module that the config does not target, and passes over its factors."""
     lost = tuple(m for m in _modules_to_target(factors, config) if not is_target(m, config))
     if lost:
-        text = f"adapter_config.json does not target {fold(lost)}: PEFT would pass over their factors"
-        yield Contradiction(UNTARGETED, text, lost)
+        yield Contradiction(UNTARGETED, untargeted_text(lost), lost)
+
+
+def untargeted_text(modules: Sequence[str]) -> str:
+    """What is said of modules that have factors and are not targeted."""
+    return f"adapter_config.json does not target {fold(modules)}: PEFT would pass over their factors"
 
 
 def _targets_nothing(factors: Iterable[_Factor], config: Mapping[str, Any]) -> Iterator[Contradiction]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from converter.converters.merge.patterns import is_tame_regex
 from converter.families.expected import Unknown, expected
 from converter.families.factors import factor_in_name
 from converter.families.family import family
@@ -54,6 +55,55 @@ def modules_missing(
         if _LAYER.sub("N", n) in kinds or (is_listed and n in linear and not _is_apart(n, adapter, config))
     ]
     return [*found, *_saved_missing(held, adapter, every), *_parameters_missing(adapted, adapter, bare)]
+
+
+def modules_untargeted(
+    keys: Iterable[str], adapter: Mapping[str, Any], base: Mapping[str, int], config: Mapping[str, Any]
+) -> list[str]:
+    """Modules for which the adapter holds factors and that its config does not name: PEFT passes over the factors, or
+    stops where the config names nothing of the base.
+
+    Judged are names that are the base's own, on disk or in memory. A name of another release or trainer may be named
+    by a word of the same.
+
+    Args:
+        keys: the adapter's tensors.
+        adapter: `adapter_config.json`.
+        base: the base's tensors with their numbers of dimensions, as they are on disk.
+        config: the base's `config.json`.
+    """
+    targets, saved = adapter.get("target_modules"), adapter.get("modules_to_save")
+    if targets is None or targets == "all-linear" or adapter.get("target_parameters"):
+        return []
+    if isinstance(targets, str) and not is_tame_regex(targets):
+        return []
+    found = (m["module"] for k in keys if (m := factor_in_name().match(_PEFT.sub("", k))))
+    held = list(dict.fromkeys(_WRAPPER.sub("", name) for name in found))
+    spellings = _spellings(base, adapter, config)
+    if not held or any(name not in spellings for name in held):
+        return []
+    return [
+        name
+        for name in held
+        if not any(is_target(each, adapter) for each in spellings[name])
+        and not _is_apart(name, adapter, config)
+        and not (isinstance(saved, list) and any(f".{s}." in f".{name}." for s in saved))
+    ]
+
+
+def _spellings(
+    base: Mapping[str, int], adapter: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """Each module's names, on disk and in memory, by either."""
+    built = next(iter(architectures(config, adapter)), None)
+    met: set[int] = set()
+    found: dict[str, tuple[str, ...]] = {}
+    for name in base:
+        memory, converter = (name, None) if built is None else built.in_memory(name, met)
+        if converter is None and name.endswith(".weight") and memory.endswith(".weight"):
+            both = (name.removesuffix(".weight"), memory.removesuffix(".weight"))
+            found |= dict.fromkeys(both, both)
+    return found
 
 
 def _modules(

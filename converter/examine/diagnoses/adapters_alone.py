@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from converter.converters.merge.adapter_itself import INCONSISTENT, UNTARGETED, Contradiction, contradictions
+from converter.converters.merge.adapter_itself import (
+    INCONSISTENT,
+    UNTARGETED,
+    Contradiction,
+    contradictions,
+    untargeted_text,
+)
+from converter.converters.merge.asked_modules import modules_untargeted
 from converter.core.context import Context
 from converter.diagnostic import Steps
 from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosis, folded
@@ -49,7 +56,12 @@ def adapter_untargeted(case: Case, context: Context) -> Iterable[Finding]:
     and passes over the factors without a word. Name the modules in target_modules of adapter_config.json, or
     all-linear; factors that are there by mistake come out of the file.
     """
-    for each in _found(case, UNTARGETED):
+    found = _found(case, UNTARGETED)
+    if not found and case.base is not None and not case.survey.error():
+        dimensions = {n: len(i.shape) for n, i in case.base.shapes.items()}
+        lost = tuple(modules_untargeted(case.shapes, case.adapter_config, dimensions, case.base.config))
+        found = [Contradiction(UNTARGETED, untargeted_text(lost), lost)] if lost else []
+    for each in found:
         yield Finding(
             code=UNTARGETED,
             severity="error",
