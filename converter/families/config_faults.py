@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from converter.families import memory_names
+from converter.families import config_types, memory_names
 from converter.text import show
 
 _DTYPE = re.compile(
@@ -49,12 +49,19 @@ def _faults(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"pad_token_id is {pad}, and vocab_size is {rows}: the embedding has no such row, and is not built"
     names, kind = config.get("architectures"), config.get("model_type")
     named = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-    if named is None or not isinstance(kind, str) or config.get("auto_map"):
+    if named is None or config.get("auto_map"):
         return
-    kinds, other = _kinds().get(named, frozenset()), _classes_of(kind)
+    kinds = _kinds().get(named, frozenset())
+    if kinds and (not isinstance(kind, str) or kind not in config_types.kinds()):
+        is_told = "is not there" if kind is None else f"is {show(kind)}, which transformers does not know"
+        yield f"model_type {is_told}, and {named} is of {_of_that_name(kinds, named)}: AutoModel and every trainer stop"
+    if not isinstance(kind, str):
+        return
+    other = _classes_of(kind)
     if kinds and other and kind not in kinds:
+        its = _of_that_name(kinds, named)
         yield (
-            f"architectures names {named}, which is of model_type {min(kinds)}, and model_type is {show(kind)}: "
+            f"architectures names {named}, which is of model_type {its}, and model_type is {show(kind)}: "
             f"AutoModel builds {other[0]}"
         )
 
@@ -68,6 +75,12 @@ def _kinds() -> Mapping[str, frozenset[str]]:
             if isinstance(name, str):
                 found.setdefault(name, set()).add(kind)
     return {name: frozenset(kinds) for name, kinds in found.items()}
+
+
+def _of_that_name(kinds: frozenset[str], named: str) -> str:
+    """The model type that gave a class its name, where others are built of it too."""
+    alike = [k for k in kinds if named.lower().startswith(re.sub(r"[-_]", "", k.lower()))]
+    return max(alike, key=len, default=min(kinds))
 
 
 def _classes_of(kind: str) -> list[str]:

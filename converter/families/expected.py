@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.families import config_faults, implied, memory_names
+from converter.families import config_faults, config_types, implied, memory_names
 from converter.families.implied import Shape
 from converter.text import show
 
@@ -127,22 +127,15 @@ def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
     if not _NAMED.fullmatch(name):
         return Unknown("config.json names a class that is not a word")
     table = implied.implied({**config, "architectures": [name]})
-    if table is not None:
-        built = memory_names.architecture(name, config)
-        return Expected(
-            name,
-            {**table.shapes},
-            {**table.shapes, **table.optional},
-            ties=_table_ties(table),
-            passes_unexpected=(*table.passes, *_after_the_last(table.passes, config)),
-            prefix=built.prefix if built is not None else "",
-            source=f"formulas of transformers {implied.version()}",
-        )
+    if table is not None and config_types.is_plain(config):
+        return _of_table(name, table, config)
     from converter.families import expected_child  # it imports what starts processes, and is rarely needed
 
     found = expected_child.described(name, config)
     if "saved" not in found:
         is_refused = bool(found.get("refused")) and not _is_newer(config, expected_child.version())
+        if table is not None and not is_refused:
+            return _of_table(name, table, config)
         return Unknown(str(found.get("unknown"))[:300], is_refused)
     return Expected(
         name,
@@ -154,6 +147,19 @@ def _of_class(name: str, config: Mapping[str, Any]) -> Expected | Unknown:
         frozenset(found["unsaved"]),
         found["prefix"],
         source=f"transformers {found['transformers']}",
+    )
+
+
+def _of_table(name: str, table: implied.Implied, config: Mapping[str, Any]) -> Expected:
+    built = memory_names.architecture(name, config)
+    return Expected(
+        name,
+        {**table.shapes},
+        {**table.shapes, **table.optional},
+        ties=_table_ties(table),
+        passes_unexpected=(*table.passes, *_after_the_last(table.passes, config)),
+        prefix=built.prefix if built is not None else "",
+        source=f"formulas of transformers {implied.version()}",
     )
 
 

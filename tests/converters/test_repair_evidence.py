@@ -121,7 +121,9 @@ def test_a_state_that_was_saved_with_pefts_names_is_filled_under_these_names(tmp
     lost = [f"{PREFIX}model.layers.0.self_attn.q_proj.base_layer.weight", f"{PREFIX}score.lora_A.default.weight"]
     save_file(held, src / "model.safetensors", metadata={"format": "pt"})
     rewrite(src / "model.safetensors", empty=lost)
-    (src / "config.json").write_text(json.dumps({"architectures": ["LlamaForSequenceClassification"]}))
+    (src / "config.json").write_text(
+        json.dumps({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"})
+    )
     command = ["repair", src, tmp_path / "out", "--weights-from", run_folder / "checkpoint-2"]
     refused = run(*command)
     assert refused.code == 3 and "tensors-missing" in refused.err  # no class has such names

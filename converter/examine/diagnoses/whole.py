@@ -119,9 +119,10 @@ def family_unknown(case: Case, context: Context) -> Iterable[Finding]:
 @diagnosis("config-refused", "model")
 def config_refused(case: Case, context: Context) -> Iterable[Finding]:
     """The installed transformers knows the class in config.json and stops while it builds the model: numbers that do
-    not fit each other (heads that do not divide the hidden size), a value of the wrong type, a dtype that torch lacks.
-    Or model_type is of another class than `architectures` names, and AutoModel goes by it: the weights are loaded into
-    another model, in part at random. Nothing loads such a folder as what it is, and names and shapes can't be checked.
+    not fit each other (heads that do not divide the hidden size), a value of the wrong type, a dtype that torch lacks,
+    an activation or a rotary embedding that is none. Or model_type is not there, is unknown, or is of another class
+    than `architectures` names, and AutoModel goes by it: it stops, or loads the weights into another model, in part at
+    random. Nothing loads such a folder as what it is, and names and shapes can't be checked.
     Take config.json from the base model or another checkpoint.
     """
     found = judgement_of(case)
