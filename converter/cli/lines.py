@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from converter.core.checkpoint import MODEL, STATE
+from converter.core.compute.finite import ZEROS
 from converter.core.compute.measures import energy_kept, has_update, relative_size, surviving_share
 from converter.diagnostic import Again, Command, Next, Steps, is_command, parts
 from converter.errors import ConvertError, Refused
@@ -230,7 +231,7 @@ def checked_line(reread: int, recomputed: int, measures: Mapping[str, Mapping[st
         named = ", ".join(f"{show(n)} ({kept[n]})" for n in worst[:_MOST_NOT_FINITE])
         more = f" and {len(worst) - _MOST_NOT_FINITE} more tensors" if len(worst) > _MOST_NOT_FINITE else ""
         words.append(f"{sum(kept.values())} non-finite values kept from the inputs: {named}{more}")
-    elif measures and reread:
+    elif reread and any(m.keys() - {ZEROS} for m in measures.values()):
         words.append("merged values all finite")
     return line("checked", ", ".join(words))
 

@@ -10,18 +10,20 @@ from typing import Any
 
 from converter.converters.finding import Converter
 from converter.converters.merge.merge_lora import MergeLora
-from converter.core.checkpoint import ADAPTER, TRAINING, Checkpoint
+from converter.core.checkpoint import ADAPTER, MODEL, TRAINING, Checkpoint
+from converter.core.compute.finite import ZEROS
 from converter.core.context import Context
 from converter.core.files import sparse
 from converter.core.formats.pickle_names import CODE as NAMES
 from converter.core.formats.pickle_names import allowed_names
 from converter.core.formats.safetensors_io import Header, read_header
-from converter.core.tensors.nodes import LazyTensor
+from converter.core.tensors.nodes import Filled, LazyTensor
 from converter.core.writer.accounting import unaccounted
 from converter.core.writer.plan import Plan, make_plan
-from converter.diagnostic import Again, Command, Steps
+from converter.diagnostic import Again, Command, Steps, as_argument
 from converter.errors import Refused, UsageError
 from converter.examine.gate import expect_adapter_fits, expect_consistent, expect_whole, expect_whole_adapter
+from converter.families.never_zero import never_zero
 from converter.recipe.fields import check, config_will_do, instantiate
 from converter.recipe.recipe import SOURCE, Probe, Recipe
 from converter.sources.opening import compare_base, open_checkpoint, open_recorded_base
@@ -226,12 +228,32 @@ def _linkable(checkpoint: Checkpoint) -> dict[str, Header]:
     return {path: read_header(Path(path)) for path in files}
 
 
-def refuse_no_op(prepared: Prepared, measures: Mapping[str, Mapping[str, float]]) -> None:
-    """Stop a merge whose result is the base, bit by bit: nobody asks for that.
+def look_at_values(prepared: Prepared, measures: Mapping[str, Mapping[str, float]]) -> None:
+    """The last look at what was written, by what was measured of its values, before it is published.
 
     Raises:
-        Refused: no tensor changed, none came from an adapter, and `--allow no-op` was not given (`no-op`).
+        Refused: a merge's result is its base (`no-op`), or tensors of a model are zero everywhere that no trained model
+            has so (`zero-tensors`), without consent.
     """
+    _refuse_no_op(prepared, measures)
+    _refuse_zeros(prepared, measures)
+
+
+def _refuse_zeros(prepared: Prepared, measures: Mapping[str, Mapping[str, float]]) -> None:
+    if prepared.checkpoint.origin.kind != MODEL:
+        return
+    infos = {e.name: e.tensor.info for e in prepared.plan.entries if not isinstance(e.tensor, Filled)}
+    zero = [n for n, info in infos.items() if info.numel and measures.get(n, {}).get(ZEROS) == info.numel]
+    if found := never_zero(infos, zero):
+        count = "1 tensor is" if len(found) == 1 else f"{len(found)} tensors are"
+        what = f"{count} zero everywhere, which no trained model has: {fold(found)}"
+        source = prepared.opened[SOURCE].origin.asked if SOURCE in prepared.opened else None
+        deep = None if source is None else Command("doctor", (as_argument(source), "--deep"))
+        prepared.context.consent(Refused("zero-tensors", what, next=deep))
+
+
+def _refuse_no_op(prepared: Prepared, measures: Mapping[str, Mapping[str, float]]) -> None:
+    """Stop a merge whose result is the base, bit by bit: nobody asks for that."""
     adapters = {c.origin.path for c in prepared.opened.values() if c.origin.kind == ADAPTER}
     merged = [m for m in measures.values() if "effective" in m]
     is_difference = any(step.name in ("make-delta", "apply-delta") for step in prepared.recipe.steps)

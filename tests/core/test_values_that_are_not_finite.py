@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from converter.core.compute.finite import NonfiniteCount
+from converter.core.compute.finite import ValuesSeen
 from converter.core.tensors.dtypes import DType
 from oracle.command import run
 from small_models import open_model, plan_of, save_model, written
@@ -44,7 +44,7 @@ def test_of_every_pattern_of_bits_those_are_counted_that_torch_calls_not_finite(
         cells[2, :, :-1] = 65535
         values = cells.view(torch.uint8).reshape(-1).view(dtype)
     expected = int((~torch.isfinite(values.to(torch.float64))).sum())
-    found = NonfiniteCount(FLOATS[dtype])
+    found = ValuesSeen(FLOATS[dtype])
     found.add(bits(values))
     assert (found.count, expected > 0) == (expected, True)
 
@@ -53,14 +53,14 @@ def test_of_every_pattern_of_bits_those_are_counted_that_torch_calls_not_finite(
 def test_blocks_may_end_inside_an_element(size: int) -> None:
     values = torch.randn(300)
     values[[0, 7, 150, 299]] = torch.tensor([float("nan"), float("inf"), -float("inf"), -float("nan")])
-    raw, found = bits(values), NonfiniteCount(DType.F32)
+    raw, found = bits(values), ValuesSeen(DType.F32)
     for start in range(0, len(raw), size):
         found.add(raw[start : start + size])
     assert found.count == 4
 
 
 def test_integers_have_none() -> None:
-    found = NonfiniteCount(DType.I32)
+    found = ValuesSeen(DType.I32)
     found.add(memoryview(b"\xff" * 64))
     assert found.count == 0
 

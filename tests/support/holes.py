@@ -159,9 +159,13 @@ def _names(text: str, tensors: tuple[str, ...], harm: Harm) -> bool:
     return any(n in tensors or n in text for n in harm.names)
 
 
-def writers(folder: Path, out: Path, *, base: Path | None = None) -> dict[str, list[str]]:
-    """The verbs that would write something of a folder, by their names."""
-    rest = ["--dry-run", "-q"]
+def writers(folder: Path, out: Path, *, base: Path | None = None, dry: bool = True) -> dict[str, list[str]]:
+    """The verbs that would write something of a folder, by their names.
+
+    Args:
+        dry: only plan it; values are looked at as they are written.
+    """
+    rest = ["--dry-run", "-q"] if dry else ["-q"]
     if base is not None:
         return {"merge-lora": ["merge-lora", str(folder), str(out), "--base", str(base), *rest]}
     found = {"reshard": ["reshard", str(folder), str(out), *rest], "repair": ["repair", str(folder), str(out), *rest]}
@@ -176,10 +180,16 @@ def writers(folder: Path, out: Path, *, base: Path | None = None) -> dict[str, l
     return found
 
 
-def refusals(folder: Path, out: Path, draw: random.Random, *, base: Path | None = None) -> dict[str, int]:
+def refusals(
+    folder: Path, out: Path, draw: random.Random, *, base: Path | None = None, dry: bool = True
+) -> dict[str, int]:
     """Exit codes of verbs that write: of two, drawn, since all pass the same gate and a run has many cases."""
-    every = writers(folder, out, base=base)
-    return {verb: main(every[verb]) for verb in draw.sample(sorted(every), min(2, len(every)))}
+    every = writers(folder, out, base=base, dry=dry)
+    found = {}
+    for verb in draw.sample(sorted(every), min(2, len(every))):
+        found[verb] = main(every[verb])
+        shutil.rmtree(out, ignore_errors=True)
+    return found
 
 
 @dataclass
@@ -249,11 +259,13 @@ def model_case(sound: Sound, saved: Saved, seed: int, *, judge_all: bool = True)
 
 def _wrong(folder: Path, harm: Harm, out: Path, draw: random.Random, base: Path | None = None) -> str:
     wrong = [] if is_named(folder, harm, base=base) else ["not named"]
-    if "zeroed" not in harm.kind:  # values are read by doctor --deep and verify alone
-        codes = refusals(folder, out, draw, base=base)
+    if harm.kind != "rows zeroed":  # a part that is zero is found by doctor --deep and verify alone
+        codes = refusals(folder, out, draw, base=base, dry=harm.kind != "zeroed")
         # A head by another name is read as what it is, and written under its own.
         reads_heads = harm.kind == "renamed" and re.match(r"(?:score|classifier)\.", harm.names[0]) is not None
         fixes = ("convert", "rm-to-critic", "critic-to-rm") if reads_heads else ()
+        # Of a folder that is whole by its headers repair writes nothing.
+        fixes = (*fixes, "repair") if harm.kind == "zeroed" else fixes
         wrong += [f"{verb} exits {code}" for verb, code in codes.items() if code not in (2, 3) and verb not in fixes]
     return ", ".join(wrong)
 

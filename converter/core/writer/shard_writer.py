@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 from converter.core.compute.evaluate import Evaluator, as_bytes, evaluator
-from converter.core.compute.finite import NonfiniteCount, note_kept
+from converter.core.compute.finite import ZEROS, ValuesSeen, note_kept
 from converter.core.compute.measures import Measures
 from converter.core.files.checksums import crc32, joined
 from converter.core.files.reading import InputFiles
@@ -92,7 +92,7 @@ class _Shard:
 
     Attributes:
         sums: CRC-32 of each whole tensor, which the receipt records, and the zip of a torch file.
-        copied: what was seen of copied tensors, of those that hold values that are not finite.
+        copied: what was seen of copied tensors, of those that hold values that are not finite, or nothing but zeros.
     """
 
     plan: ShardPlan
@@ -227,7 +227,7 @@ class ShardWriter:
 
     def _copy(self, piece: _Piece, buffer: memoryview) -> None:
         offset, crc, out = piece.entry.offset, 0, piece.shard.fd
-        seen = NonfiniteCount(piece.entry.tensor.info.dtype)
+        seen = ValuesSeen(piece.entry.tensor.info.dtype)
 
         def advance(count: int) -> None:
             self._advance(piece, count)
@@ -238,6 +238,8 @@ class ShardWriter:
         piece.shard.sums[piece.entry.name] = crc
         if seen.count:
             piece.shard.copied[piece.entry.name] = {"nonfinite_kept": float(seen.count)}
+        elif seen.zeros and seen.zeros == piece.entry.tensor.info.numel:
+            piece.shard.copied[piece.entry.name] = {ZEROS: float(seen.zeros)}
 
     def _expect_no_stop(self) -> None:
         if self._stop.is_set():

@@ -14,8 +14,9 @@ from converter.core.tensors.nodes import LazyTensor, narrow, reshape
 from converter.errors import ConvertError
 from converter.examine.diagnoses.case import LOST, Case, Finding, diagnosis, folded
 from converter.examine.diagnoses.heads import heads_here
-from converter.examine.diagnoses.values import LAYERS, has_zero_part, is_zero, odd_values
+from converter.examine.diagnoses.values import has_zero_part, is_zero, odd_values
 from converter.families.factors import factor_in_name
+from converter.families.never_zero import LAYERS
 from converter.families.words import INPUT, LORA_PAIR, OUTPUT
 from converter.text import fold, show
 

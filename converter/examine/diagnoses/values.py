@@ -16,6 +16,7 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosi
 from converter.examine.diagnoses.heads import heads_here
 from converter.examine.diagnoses.places import heads_in
 from converter.families.family import hidden_size
+from converter.families.never_zero import LAYERS, may_be_norm, norms_that_differ
 from converter.families.quantised.reading import read
 from converter.families.words import OUTPUT_MODULES
 from converter.sources.hf import peft
@@ -26,9 +27,6 @@ from converter.text import fold, show
 
 _CHECKPOINT = re.compile(r"(?:checkpoint|step|epoch|iter)[-_]?\d+", re.ASCII)
 _MASKS = re.compile(r"(?:mask|masked_bias|attn\.bias)$")
-LAYERS = re.compile(r"(?:^|\.)(?:weight|in_proj_weight|\w*_proj|w[123])$", re.ASCII)
-"""Weights of layers by their names, stacked experts among them; other matrices may be zero by design."""
-
 ODD_VALUES = "odd values"
 """Under this name a case keeps what `odd_values` found."""
 
@@ -157,22 +155,9 @@ def _zero_parts(case: Case, context: Context) -> list[str]:
     return [*found, *(silent if len(silent) < len(zeros) else ())]
 
 
-_FINAL_NORM = re.compile(r"(?:^|\.)(?:norm|final_norm|final_layer_?norm|ln_f)\.weight$", re.ASCII)
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
-
-
 def _zero_norms(case: Case, context: Context) -> list[str]:
-    """Weights of norms that are zero where others of the kind are not: norms that begin at zero all do."""
-    places: dict[str, dict[str, bool]] = {}
-    for name, tensor in stored(case):
-        if len(tensor.info.shape) == 1 and name.endswith(".weight") and tensor.info.dtype.is_float:
-            place = "norm" if _FINAL_NORM.search(name) else _NUMBER.sub("N", name)
-            places.setdefault(place, {})[name] = is_zero(tensor, context)
-    found = [n for held in places.values() if not all(held.values()) for n, zero in held.items() if zero]
-    others = [zero for place, held in places.items() if place != "norm" for zero in held.values()]
-    if others and not any(others):
-        found += [n for n, zero in places.get("norm", {}).items() if zero and n not in found]
-    return found
+    """Weights of norms that are zero where others of the kind are not."""
+    return norms_that_differ({n: is_zero(t, context) for n, t in stored(case) if may_be_norm(n, t.info)})
 
 
 def is_zero(tensor: LazyTensor, context: Context) -> bool:

@@ -156,7 +156,7 @@ def convert_recipe(
 def _write_task(planned: Conversion, going: Going, task: Task) -> Receipt | None:
     from converter.core.writer.reporter import Silent
     from converter.core.writer.tasks import write_task
-    from converter.recipe.run import refuse_no_op
+    from converter.recipe.run import look_at_values
 
     assert planned.folder is not None
     _expect_folders(planned.plan, "--task")
@@ -164,7 +164,7 @@ def _write_task(planned: Conversion, going: Going, task: Task) -> Receipt | None
     return write_task(
         planned.plan, planned.folder, task, reporter=going.reporter or Silent(), jobs=planned.jobs,
         memory=planned.memory, overwrite=options.overwrite, resume=options.resume, verify=options.verify,
-        accept=lambda measures: refuse_no_op(planned.prepared, measures),
+        accept=lambda measures: look_at_values(planned.prepared, measures),
     )  # fmt: skip
 
 
@@ -190,12 +190,12 @@ def _expect_room(planned: Conversion) -> None:
 
 def write_folder(planned: Conversion, going: Going) -> Receipt:
     """Write what was planned into its folder."""
-    from converter.recipe.run import refuse_no_op
+    from converter.recipe.run import look_at_values
 
     assert planned.folder is not None
     return write_plan(
         planned.plan, planned.folder, planned.options, going,
-        accept=lambda measures: refuse_no_op(planned.prepared, measures),
+        accept=lambda measures: look_at_values(planned.prepared, measures),
     )  # fmt: skip
 
 
@@ -364,12 +364,12 @@ def _convert_to_store(
 def _sending(planned: Conversion, going: Going) -> dict[str, Any]:
     """How files are written and sent, as was asked."""
     from converter.core.writer.reporter import Silent
-    from converter.recipe.run import refuse_no_op
+    from converter.recipe.run import look_at_values
 
     return {
         "reporter": going.reporter or Silent(), "jobs": planned.jobs, "memory": planned.memory,
         "resume": planned.options.resume, "verify": planned.options.verify,
-        "accept": lambda measures: refuse_no_op(planned.prepared, measures),
+        "accept": lambda measures: look_at_values(planned.prepared, measures),
     }  # fmt: skip
 
 

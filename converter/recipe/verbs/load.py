@@ -207,7 +207,7 @@ def _filled(prepared: Prepared, matched: Matched, jobs: int, reporter: Reporter 
     from converter.core.writer.record_checks import compare_records
     from converter.core.writer.reporter import Silent
     from converter.core.writer.write import reading_through
-    from converter.recipe.run import refuse_no_op
+    from converter.recipe.run import look_at_values
 
     told = reporter or Silent()
     plan = prepared.plan
@@ -215,7 +215,7 @@ def _filled(prepared: Prepared, matched: Matched, jobs: int, reporter: Reporter 
         compare_records(plan.checks, files, jobs)
         told.start(sum(f.value.info.nbytes for f in matched.fillings), 1)
         measures = fill(matched.fillings, files, jobs=jobs, told=told.advance)
-        refuse_no_op(prepared, measures)
+        look_at_values(prepared, measures)
         told.checking("that inputs are unchanged")
         files.check_unchanged()
     return measures
