@@ -21,6 +21,7 @@ from converter.errors import ConvertError
 from converter.examine.doctor import DoctorRequest, examine
 from converter.examine.verify.verify import VerifyRequest
 from converter.examine.verify.verify import examine as verify
+from converter.families.words import HEAD_MODULES
 from healthy.adapters import Adapter
 from healthy.adapters import base as write_base
 from healthy.models import MODELS, Saved
@@ -259,13 +260,14 @@ def model_case(sound: Sound, saved: Saved, seed: int, *, judge_all: bool = True)
 
 def _wrong(folder: Path, harm: Harm, out: Path, draw: random.Random, base: Path | None = None) -> str:
     wrong = [] if is_named(folder, harm, base=base) else ["not named"]
-    if harm.kind != "rows zeroed":  # a part that is zero is found by doctor --deep and verify alone
+    is_head = harm.kind == "zeroed" and bool({*HEAD_MODULES} & {*harm.names[0].split(".")})  # heads may begin so
+    if harm.kind != "rows zeroed" and not is_head:  # a part that is zero is found by doctor --deep and verify alone
         codes = refusals(folder, out, draw, base=base, dry=harm.kind != "zeroed")
         # A head by another name is read as what it is, and written under its own.
         reads_heads = harm.kind == "renamed" and re.match(r"(?:score|classifier)\.", harm.names[0]) is not None
         fixes = ("convert", "rm-to-critic", "critic-to-rm") if reads_heads else ()
-        # Of a folder that is whole by its headers repair writes nothing.
-        fixes = (*fixes, "repair") if harm.kind == "zeroed" else fixes
+        # Of a folder that is whole by its headers repair writes nothing; an index it writes anew, with what it lacked.
+        fixes = (*fixes, "repair") if harm.kind in ("zeroed", "unlisted") else fixes
         wrong += [f"{verb} exits {code}" for verb, code in codes.items() if code not in (2, 3) and verb not in fixes]
     return ", ".join(wrong)
 
