@@ -193,6 +193,7 @@ def test_rope_parameters_alone_change_numbers_for_transformers_4(causal: Path) -
 def test_a_tokenizer_of_transformers_5_is_an_error_for_transformers_4(causal: Path) -> None:
     value = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}
     (causal / "tokenizer_config.json").write_text(json.dumps(value))
+    (causal / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     assert codes(causal) == {}
     assert codes(causal, target="transformers@4") == {"tokenizer-of-transformers-5": "error"}
 

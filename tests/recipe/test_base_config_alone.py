@@ -29,6 +29,7 @@ def bare(tmp_path: Path) -> Path:
     folder.mkdir()
     shutil.copy(LLAMA / "hf" / "config.json", folder)
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 64}')
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     return folder
 
 

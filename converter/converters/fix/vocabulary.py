@@ -7,7 +7,7 @@ added; both are asked for by name, and a row that a token has is never cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -245,9 +245,14 @@ def _special_tokens(config: Mapping[str, Any]) -> Iterable[tuple[str, int]]:
 
 def tokens_of(files: Mapping[str, SideFile]) -> int | None:
     """How many rows a tokenizer needs: one more than its largest number; None where no file says that."""
-    whole = side_json(files, TOKENIZER)
+    return tokens_in(lambda name: side_json(files, name))
+
+
+def tokens_in(read: Callable[[str], Mapping[str, Any]]) -> int | None:
+    """The same, by what reads a JSON file of the folder; of one that is not there it reads nothing."""
+    whole = read(TOKENIZER)
     model = whole.get("model")
-    table = model.get("vocab") if isinstance(model, Mapping) else side_json(files, VOCABULARY)
+    table = model.get("vocab") if isinstance(model, Mapping) else read(VOCABULARY)
     numbers = [len(table) - 1] if isinstance(table, list) and table else []
     if isinstance(table, Mapping):
         numbers += [i for i in table.values() if isinstance(i, int)]
@@ -259,7 +264,7 @@ def tokens_of(files: Mapping[str, SideFile]) -> int | None:
         if isinstance(added, list)
         else []
     )
-    numbers += [i for i in side_json(files, ADDED_TOKENS).values() if isinstance(i, int)]
-    listed = side_json(files, TOKENIZER_CONFIG).get("added_tokens_decoder")
+    numbers += [i for i in read(ADDED_TOKENS).values() if isinstance(i, int)]
+    listed = read(TOKENIZER_CONFIG).get("added_tokens_decoder")
     numbers += [int(i) for i in listed if str(i).isdecimal() and len(i) < 10] if isinstance(listed, dict) else []
     return max(numbers) + 1

@@ -241,6 +241,8 @@ _STEPS: Mapping[str, Next | Callable[[Finding, Case], Next | None]] = {
     "input-not-a-file": "copy the file itself into the folder",
     "remote-code-missing": _of_base("those files, once you have read them,"),
     "quantised-incomplete": "get the file again, from where the quantised model was made",
+    "tokenizer-broken": _of_base("the tokenizer's files"),
+    "tokens-without-rows": "take the tokenizer and the weights of one checkpoint; or resize the embedding and train on",
     "quantisation-left": "take quantization_config out of config.json",
     "rope-lost": _of_base("rope_scaling (rope_parameters in transformers 5) of config.json"),
     "end-tokens-lost": _ends_copied,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from converter.converters.heads.config import class_name
 from converter.converters.heads.model import Reading
-from converter.core.checkpoint import Checkpoint
+from converter.core.checkpoint import MODEL, Checkpoint
 from converter.core.context import MAX_READ
 from converter.core.files.names import TOKENIZER_CONFIG, TOKENIZERS
 from converter.core.files.strict_json import load_json
+from converter.core.side_files import side_json
 from converter.diagnostic import Command
 from converter.dialects.known import Target, numbers
 from converter.errors import ConvertError
+from converter.examine.token_faults import TokenFault, text_rows, token_faults
 from converter.examine.verify.check import Check, fails, holds, note
 from converter.families.family import family
 from converter.text import show
@@ -111,12 +114,21 @@ def check_tokens(checkpoint: Checkpoint, target: Target) -> list[Check]:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         text = "tokenizer_class is TokenizersBackend, by transformers 5: a trainer on transformers 4 can't load it"
         found.append(note("tokens", "tokenizer-5", text))
-    named = _pad_text(settings)
+    faults = list(_token_faults(checkpoint))
+    found += [(fails if each.is_serious else note)("tokens", each.code, each.text) for each in faults]
+    named = None if any(each.code == "tokenizer-broken" for each in faults) else _pad_text(settings)
     if named and not any(c.code == "pad-token-missing" for c in found):
         found.insert(
             0, holds("tokens", f"tokenizer there, pad {show(named)}" + (f" ({pad})" if pad is not None else ""))
         )
     return found
+
+
+def _token_faults(checkpoint: Checkpoint) -> Iterator[TokenFault]:
+    nested = checkpoint.config.get("text_config")
+    config = nested if isinstance(nested, Mapping) else checkpoint.config
+    rows = text_rows({n: t.info for n, t in checkpoint.tensors.items()}) if checkpoint.origin.kind == MODEL else None
+    return token_faults(checkpoint.side_files, partial(side_json, checkpoint.side_files), config, rows)
 
 
 def _tokenizer_config(checkpoint: Checkpoint) -> Mapping[str, Any]:

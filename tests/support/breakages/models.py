@@ -257,6 +257,8 @@ CONFIGS: dict[str, Breakage] = {
         "fixed",
         ("--base", "{here}/base"),
     ),
+    "tokenizer-broken": Breakage("reward", lambda f: (f / "tokenizer.json").unlink(), "advice"),
+    "tokens-without-rows": Breakage("whole", config(eos_token_id=9000), "told"),
     "tokenizer-of-transformers-5": Breakage(
         "reward",
         lambda f: edit(f, "tokenizer_config.json", tokenizer_class="TokenizersBackend"),
