@@ -11,9 +11,11 @@ from converter.converters.heads.fit import BiasWish, Init, NormaliserWish, Wishe
 from converter.converters.heads.model import Reading, main_dtype
 from converter.converters.heads.plain import named_head
 from converter.converters.heads.read import read
+from converter.converters.heads.whole import MISSING, UNEXPECTED, judge
 from converter.converters.heads.write import write
 from converter.core.checkpoint import Checkpoint, Input
 from converter.core.context import Context
+from converter.diagnostic import Command, as_argument
 from converter.dialects.known import Target, dialects, spoken, target
 from converter.dialects.spec import Dialect, HeadSpec, Role
 from converter.errors import Refused, UsageError
@@ -83,6 +85,8 @@ class RemapHead:
         reading = read(checkpoint, found.dialect, context)
         if self.read_as is not None or self.head is not None:
             reading = _without_others(reading, context)
+        else:
+            _expect_whole_head(checkpoint, reading, context)
         _say(found, aim, context)
         if self.role == "actor":
             return write(reading, None, aim, spec, self.base, context)
@@ -148,6 +152,24 @@ class RemapHead:
         context.consents["init-head"] = text
         context.note("changes-numbers", "init-head", text)
         return dataclasses.replace(reading, head=fresh(hidden, dtype, wishes))
+
+
+def _expect_whole_head(checkpoint: Checkpoint, reading: Reading, context: Context) -> None:
+    """Of the source's head all is there that its class asks for: a bias that was lost would be one that never was.
+
+    Raises:
+        Refused: a part is in no file (`tensors-missing`), without consent.
+    """
+    modules = {name.rpartition(".")[0] for name in reading.stored}
+    if not modules:
+        return
+    found = judge(checkpoint)
+    lost, other = ([n for n in found.names(code) if n.rpartition(".")[0] in modules] for code in (MISSING, UNEXPECTED))
+    if lost:
+        source = as_argument(checkpoint.origin.asked)
+        what = f"the head's class asks for {fold(lost)}, which is in no file here"
+        what += f"; {fold(other)} is, for which it has no place" if other else ""
+        context.consent(Refused(MISSING, what, where=show(source), next=Command("doctor", (source,))))
 
 
 def _unwrapped(checkpoint: Checkpoint, context: Context) -> Checkpoint:
