@@ -176,7 +176,15 @@ def _ansi_quoted(character: str) -> str:
         return f"\\{character}"
     if character.isprintable():
         return character
-    return "".join(f"\\{byte:03o}" for byte in os.fsencode(character))
+    # Of a surrogate that no byte of a path became, as a config may spell one: no path has it, so that any bytes do.
+    return "".join(f"\\{byte:03o}" for byte in _bytes_of(character))
+
+
+def _bytes_of(character: str) -> bytes:
+    try:
+        return os.fsencode(character)
+    except UnicodeEncodeError:
+        return character.encode("utf-8", "surrogatepass")
 
 
 def parts(step: Next | None) -> tuple[str | Command | Again, ...]:

@@ -59,7 +59,7 @@ class Examination:
         folder: what is examined.
         seconds: how long the child took.
         findings: as `doctor --json` prints them, the worst first.
-        failed: why it could not be examined; None where it was.
+        failed: why nothing is known of the folder; None where it was examined.
         not_compared: why names and shapes were not compared with what a load asks for; None where they were.
         ended: set when all of this is known.
     """
@@ -68,7 +68,7 @@ class Examination:
     fail_on: str = "error"
     seconds: float = 0.0
     findings: tuple[Mapping[str, Any], ...] = ()
-    failed: str | None = None
+    failed: str | None = "the examination has not ended"
     not_compared: str | None = None
     ended: threading.Event = field(default_factory=threading.Event, repr=False)
 
@@ -161,33 +161,33 @@ def _examine(running: Examination, words: Sequence[str], timeout: float) -> None
     # -P: a folder named `converter` in the training's folder is not this package.
     command = [sys.executable, "-P", "-m", "converter", "doctor", as_argument(running.folder), "--json", *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=_environment())
-        _take(running, done.stdout, done.stderr, done.returncode)
+        done = subprocess.run(command, capture_output=True, timeout=timeout, check=False, env=_environment())
+        _take(running, done.stdout, done.stderr.decode(errors="replace"), done.returncode)
     except subprocess.TimeoutExpired:
         running.failed = f"doctor did not end in {timeout:g} s"
     except OSError as failed:
         running.failed = f"doctor could not be started: {failed.strerror or failed}"
     finally:
-        if not running.ended.is_set():
-            if running.failed is not None and not Path(running.folder).exists():
-                running.failed = "the folder is gone, or never was"
-            running.seconds = time.monotonic() - began
-            _log(running)
-            running.ended.set()
+        if running.failed is not None and not Path(running.folder).exists():
+            running.failed = "the folder is gone, or never was"
+        running.seconds = time.monotonic() - began
+        _log(running)
+        running.ended.set()
 
 
-def _take(running: Examination, out: str, err: str, code: int) -> None:
-    """What the child printed, as what was found."""
+def _take(running: Examination, out: bytes, err: str, code: int) -> None:
+    """What the child printed, as what was found; `failed` stays where it is not doctor's report."""
     try:
         told = json.loads(out)
-    except ValueError:
+        if "error" in told:
+            running.failed = str(told["error"].get("what"))
+            return
+        running.findings, running.not_compared = tuple(told["findings"]), told["not_compared"]
+    except (ValueError, TypeError, KeyError, AttributeError):
         last = err.strip().splitlines()[-1:] or [f"exit code {code}"]
         running.failed = f"doctor said nothing that is understood: {last[0]}"
         return
-    if "error" in told:
-        running.failed = str(told["error"].get("what"))
-        return
-    running.findings, running.not_compared = tuple(told["findings"]), told["not_compared"]
+    running.failed = None
 
 
 def _environment() -> dict[str, str]:

@@ -50,6 +50,10 @@ WORDS = [
 ]  # fmt: skip
 
 
+def test_a_word_that_no_path_can_be_is_quoted_all_the_same() -> None:
+    assert quoted("a\ud800b") == r"$'a\355\240\200b'", "a config may spell half of a pair as an escape"
+
+
 @pytest.mark.parametrize("word", WORDS)
 def test_bash_reads_a_quoted_word_as_it_was(word: str) -> None:
     assert words_in_bash(quoted(word)) == [word.encode("utf-8", "surrogateescape")]

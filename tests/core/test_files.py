@@ -222,7 +222,7 @@ MALFORMED = {
     "empty": (b"", "empty"),
     "zeros": (b"\0" * 64, "zeros"),
     "cut": (b'{"a": 1', "delimiter"),
-    "trailing-comma": (b'{"a": 1,}', "property name"),
+    "trailing-comma": (b'{"a": 1,}', "line 1 column"),
     "single-quotes": (b"{'a': 1}", "property name"),
     "comment": (b'{"a": 1} // note', "Extra data"),
     "two-values": (b"{}{}", "Extra data"),

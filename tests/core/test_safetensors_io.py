@@ -109,6 +109,8 @@ MALFORMED: dict[str, tuple[bytes, str, str]] = {
     "metadata-not-strings": (file_of({"__metadata__": {"epoch": 3}}), "safetensors-header", "object of strings"),
     "metadata-nested": (file_of({"__metadata__": {"a": {"b": "c"}}}), "safetensors-header", "object of strings"),
     "metadata-list": (file_of({"__metadata__": ["pt"]}), "safetensors-header", "object of strings"),
+    "metadata-lone-surrogate": (file_of({"__metadata__": {"a": "\ud800"}}), "safetensors-header", "surrogate"),
+    "metadata-key-lone-surrogate": (file_of({"__metadata__": {"\udfff": "a"}}), "safetensors-header", "surrogate"),
     # Fields
     "entry-is-a-list": (file_of({"w": [1]}), "safetensors-header", "exactly dtype, shape"),
     "entry-is-null": (file_of({"w": None}), "safetensors-header", "exactly dtype, shape"),

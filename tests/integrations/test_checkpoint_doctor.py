@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from converter.examine.doctor import diagnoses
 from converter.integrations import BrokenCheckpoint, examine_after_save
+from converter.integrations.after_save import Examination
 from converter.integrations.settings import SETTINGS
 from converter.integrations.transformers import CheckpointDoctor
 
@@ -95,6 +97,43 @@ def test_a_folder_that_is_not_there_is_never_taken_for_a_sound_one(tmp_path: Pat
 def test_a_doctor_that_does_not_end_is_given_up_and_is_no_all_clear(tmp_path: Path) -> None:
     with pytest.raises(BrokenCheckpoint, match=r"did not end in 0\.01 s"):
         examine_after_save(tmp_path, strict=True, timeout=0.01)
+
+
+def test_an_interrupted_examination_is_not_reported_as_sound(tmp_path: Path, logged: list[logging.LogRecord]) -> None:
+    class Stop(BaseException):
+        """As KeyboardInterrupt, after which `subprocess` leaves the child for Python to collect, with a warning."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(Stop):
+            examine_after_save(tmp_path, strict=True)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    (line,) = [r.getMessage() for r in logged if r.name == "converter.integrations"]
+    assert line == f"{tmp_path}: not examined: the examination has not ended"
+
+
+def test_an_examination_that_still_runs_is_no_all_clear(tmp_path: Path) -> None:
+    running = Examination(str(tmp_path))
+    assert running.glance.word == "not examined"
+    assert running.error() is not None
+
+
+@pytest.mark.parametrize("printed", [b"[]", b"{}", b"3", b'{"findings": []}', b"\xff\xfe{}", b'{"error": "no"}'])
+def test_what_is_not_doctors_report_is_no_all_clear(
+    printed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "elsewhere" / "converter"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("")
+    (other / "__main__.py").write_text(f"import os; os.write(1, {printed!r}); os.write(2, b'odd \\xff')")
+    monkeypatch.setenv("PYTHONPATH", str(other.parent))
+    with pytest.raises(BrokenCheckpoint, match="nothing that is understood: odd"):
+        examine_after_save(tmp_path, strict=True)
 
 
 def test_a_trainers_loader_is_asked_too(tmp_path: Path) -> None:

@@ -169,6 +169,8 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, tuple[TensorInfo, int, in
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _lies(path, "__metadata__ is not an object of strings")
+    if not all(map(_is_text, (*metadata, *metadata.values()))):
+        raise _lies(path, "__metadata__ holds half of a surrogate pair, which is no text")
     found = {name: _entry(path, name, value) for name, value in header.items()}
     return dict(sorted(found.items(), key=lambda item: item[1][1:])), metadata
 
@@ -212,6 +214,11 @@ def _is_safe(name: str) -> bool:
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable() or name[0] == "/":
         return False
     return ".." not in name or ".." not in name.split("/")
+
+
+def _is_text(value: str) -> bool:
+    """False for what UTF-8 can't hold: JSON spells it as an escape, and the library refuses it."""
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _are_counts(value: Any) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -209,15 +211,17 @@ class Memory:
     """What was examined, in a file: a restart repeats nothing. Another question about the run has its own answers."""
 
     def __init__(self, file: Path, question: str) -> None:
-        self._file = file
-        try:
-            told = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError):
-            told = {}
-        self._all: dict[str, Any] = told if isinstance(told, dict) else {}
-        answers = self._all.get(question)
+        self._file, self._question = file, question
+        answers = self._all().get(question)
         self._answers: dict[str, Any] = answers if isinstance(answers, dict) else {}
-        self._all[question] = self._answers
+
+    def _all(self) -> dict[str, Any]:
+        """Answers to every question, as they are in the file now."""
+        try:
+            told = json.loads(self._file.read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return told if isinstance(told, dict) else {}
 
     def holds(self, name: str, seen: Look) -> bool:
         """True where this state of the folder was examined."""
@@ -237,11 +241,17 @@ class Memory:
         self._answers[name] = {"state": seen.digest, "usable": told.usable, "sole": list(told.sole)}
 
     def save(self) -> None:
-        """Replace the file, whole."""
+        """Replace the file, whole; another watch may write its answers to it."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        new = self._file.with_name(f"{self._file.name}.new")
-        new.write_text(json.dumps(self._all), "utf-8")
-        os.replace(new, self._file)
+        fd, new = tempfile.mkstemp(prefix=f"{self._file.name}.", suffix=".new", dir=self._file.parent)
+        try:
+            with open(fd, "w", encoding="utf-8") as file:
+                file.write(json.dumps({**self._all(), self._question: self._answers}))
+            os.replace(new, self._file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(new)
+            raise
 
 
 def _state_file(root: Path) -> Path:
