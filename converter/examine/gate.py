@@ -22,6 +22,7 @@ from converter.core.context import Context
 from converter.core.tensors.nodes import LazyTensor
 from converter.diagnostic import Command, as_argument
 from converter.errors import ConvertError, Refused, UsageError
+from converter.families.quantised.left import LEFT, is_left
 from converter.families.words import without_wrappers
 from converter.sources.opening import open_recorded_base
 from converter.text import fold, show
@@ -35,7 +36,8 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
     Raises:
         Refused: tensors are missing (`tensors-missing`), of other shapes (`tensors-misshapen`) or left over
             (`tensors-unexpected`), without consent; or a quantised weight lacks a part (`quantised-incomplete`), or
-            transformers builds no model of the config (`config-refused`); of an adapter, PEFT would pass over a part
+            none is quantised where config.json says so (`quantisation-left`), or transformers builds no model of the
+            config (`config-refused`); of an adapter, PEFT would pass over a part
             of it (see `expect_loadable`).
     """
     if checkpoint.origin.kind == ADAPTER:
@@ -43,6 +45,10 @@ def expect_whole(checkpoint: Checkpoint, context: Context) -> None:
     if checkpoint.origin.kind != MODEL:
         return
     _expect_parts_agree(checkpoint, context)
+    if is_left(checkpoint.config, {n: t.info for n, t in checkpoint.tensors.items()}):
+        what = "config.json says that the weights are quantised, and every one is whole: loaders look for scales"
+        source = as_argument(checkpoint.origin.asked)
+        context.consent(Refused(LEFT, what, where=show(source), next=Command("doctor", (source,))))
     found = judge(checkpoint)
     if found.refused:
         source = as_argument(checkpoint.origin.asked)

@@ -92,6 +92,28 @@ def test_each_checkpoint_is_posted_as_json_prints_it_and_the_key_reaches_the_rec
     assert SECRET not in out + err
 
 
+def test_a_bug_at_one_checkpoint_does_not_end_the_watch_of_the_others(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from converter.recipe.verbs import doctor as verb
+
+    honest = verb.doctor
+
+    def doctor(folder: str, **knobs: Any) -> Any:
+        if folder.endswith("-4"):
+            raise ZeroDivisionError("of a checkpoint that nobody foresaw")
+        return honest(folder, **knobs)
+
+    monkeypatch.setattr(verb, "doctor", doctor)
+    assert watch(run) == 1
+    told = capfd.readouterr().out.splitlines()
+    assert (
+        told[0]
+        == f"{run}/checkpoint-4: not examined: a bug in doctor: ZeroDivisionError: of a checkpoint that nobody foresaw"
+    )
+    assert told[1] == f"{run}/checkpoint-5: sound"
+
+
 @pytest.mark.parametrize("answer", [500, 404, 302])
 def test_an_answer_that_is_an_error_is_one_line_and_the_watch_goes_on(
     answer: int, run: Path, receiver: Receiver, capfd: pytest.CaptureFixture[str]

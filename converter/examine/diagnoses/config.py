@@ -16,6 +16,7 @@ from converter.examine.diagnoses.case import HERE, LOST, Case, Finding, diagnosi
 from converter.examine.diagnoses.whole import is_vocabulary_alone
 from converter.families.family import family
 from converter.families.old_spellings import missing_spellings
+from converter.families.quantised.left import LEFT, is_left
 from converter.families.words import CLASSIFIER_WEIGHT, INPUT, NOT_TEXT, OUTPUT
 from converter.text import fold, show
 
@@ -324,17 +325,10 @@ def quantisation_left(case: Case, context: Context) -> Iterable[Finding]:
     """config.json says that the weights are quantised, and no tensor is: the loader looks for scales that are not
     there, or quantises what is whole. A merge or a cast wrote full-precision weights and kept the base's config.
     """
-    method = case.config.get("quantization_config")
-    if not isinstance(method, dict) or not case.shapes:
-        return
-    kinds = {i.dtype.value for i in case.shapes.values() if i.numel and len(i.shape) > 1}
-    marks = ("scale", "absmax", "qweight", "SCB", "quant_state", "_blocks", "zero_point", "qzeros", "packed")
-    is_quantised = any(not k.startswith(("F16", "BF16", "F32", "F64")) for k in kinds) or any(
-        m in n for n in case.shapes for m in marks
-    )
-    if not is_quantised and method.get("quant_method") != "bitsandbytes":
-        text = f"quantization_config ({show(method.get('quant_method'))}) is in config.json, and every weight is whole"
-        yield Finding(code="quantisation-left", severity="error", text=text, recoverability=HERE)
+    if is_left(case.config, case.shapes):
+        method = case.config["quantization_config"].get("quant_method")
+        text = f"quantization_config ({show(method)}) is in config.json, and every weight is whole"
+        yield Finding(code=LEFT, severity="error", text=text, recoverability=HERE)
 
 
 @diagnosis("dtype-differs", "model")

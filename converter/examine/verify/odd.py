@@ -11,7 +11,10 @@ from converter.diagnostic import Command, as_argument
 from converter.examine.verify.check import Check, fails, holds, note
 from converter.text import format_size
 
-CODES = ("weights-wrapped", "quantised-incomplete", "nonfinite", "zero-tensors", "suspicious-values", "copied-tensors")
+CODES = (
+    "weights-wrapped", "quantisation-left", "quantised-incomplete", "nonfinite", "zero-tensors", "suspicious-values",
+    "copied-tensors",
+)  # fmt: skip
 """Diagnoses of values, and of what says how quantised ones are read."""
 
 

@@ -205,6 +205,8 @@ def examined(asked: str, knobs: Mapping[str, Any]) -> Examined:
         return Examined(asked, failed=error.what)
     except OSError as error:
         return Examined(asked, failed=error.strerror or str(error))
+    except Exception as bug:  # one checkpoint that nobody foresaw does not end the watch of all others
+        return Examined(asked, failed=f"a bug in doctor: {type(bug).__name__}: {bug}")
 
 
 class Memory:
