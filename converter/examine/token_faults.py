@@ -36,7 +36,7 @@ class TokenFault:
 
     Attributes:
         code: `tokenizer-broken`: it stops, or has no tokens; `tokens-without-rows`: the model stops at some.
-        is_serious: False for tokens that text does not have.
+        is_serious: False for tokens that text does not have, and for a stand-in that says of no tokenizer what it is.
     """
 
     code: Code
@@ -69,11 +69,12 @@ def token_faults(
             return
     settings, numbers = read(TOKENIZER_CONFIG), tokens_in(read)
     if TOKENIZER in names and numbers is None:
-        yield TokenFault("tokenizer-broken", f"{TOKENIZER} has no vocabulary")
+        # What has no model either was put there by hand, as a stand-in.
+        yield TokenFault("tokenizer-broken", f"{TOKENIZER} has no vocabulary", is_serious="model" in read(TOKENIZER))
         return
     if TOKENIZER_CONFIG in names and not _has_vocabulary(names, settings):
         text = f"{TOKENIZER_CONFIG} is there, and no file with a vocabulary: a tokenizer without tokens is loaded"
-        yield TokenFault("tokenizer-broken", text)
+        yield TokenFault("tokenizer-broken", text, is_serious=isinstance(settings.get("tokenizer_class"), str))
         return
     if rows is None:
         return

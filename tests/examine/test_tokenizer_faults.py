@@ -81,7 +81,7 @@ BROKEN, WITHOUT = "tokenizer-broken", "tokens-without-rows"
 HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (cut, BROKEN),
     "no vocabulary": (lambda f: (f / "tokenizer.json").unlink(), BROKEN),
-    "an empty vocabulary": (lambda f: (f / "tokenizer.json").write_text("{}"), BROKEN),
+    "an empty vocabulary": (lambda f: (f / "tokenizer.json").write_text('{"model": {"type": "BPE"}}'), BROKEN),
     "settings cut": (lambda f: (f / "tokenizer_config.json").write_text('{"eos_token": '), BROKEN),
     "many more tokens": (lambda f: grow(f, 50), WITHOUT),
     "a pad token more": (lambda f: grow(f, 11, pad_token="<new10>"), WITHOUT),
@@ -150,6 +150,16 @@ def test_rows_to_spare_are_no_fault(family: str, sound: Path, tmp_path: Path) ->
     grow(folder, ROWS - len(WORDS), pad_token="<new0>")
     assert works(folder)
     assert run("doctor", folder).code == 0
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_stand_in_is_named_and_is_no_error(name: str, sound: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sound / "llama", tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    (folder / name).write_text("{}")
+    said = run("doctor", folder)
+    assert said.code == 0 and "tokenizer-broken" in said.out
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -27,6 +27,14 @@ def loaded(folder: Path) -> tuple[set[str], dict[str, torch.Tensor]]:
     return set(told["missing_keys"]), model.state_dict()
 
 
+def loads(folder: Path) -> bool:
+    """Whether transformers finds every weight: it stops at a dictionary, or passes over it."""
+    try:
+        return not loaded(folder)[0]
+    except AttributeError:
+        return False
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_it_is_named_and_the_printed_command_writes_what_loads(
@@ -37,8 +45,7 @@ def test_it_is_named_and_the_printed_command_writes_what_loads(
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained("m")
     torch.save(WAYS[way](model.state_dict()), "m/pytorch_model.bin")
-    with pytest.raises(AttributeError):
-        loaded(Path("m"))
+    assert not loads(Path("m"))
 
     (found,) = [f for f in converter.doctor("m").findings if f.severity == "error"]
     assert (found.code, str(found.next)) == ("weights-wrapped", "rlhf-convert reshard m m-fixed")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converter.core.context import Context
+from converter.core.files import sparse
 from converter.diagnostic import Severity
 from converter.examine.diagnoses.case import Case, Finding, diagnosis
 from converter.examine.token_faults import TokenFault, text_rows, token_faults
@@ -13,6 +14,8 @@ from converter.examine.token_faults import TokenFault, text_rows, token_faults
 
 def _found(case: Case, code: str) -> list[TokenFault]:
     def find(case: Case) -> list[TokenFault]:
+        if not case.deep and any(case.root.is_relative_to(each) for each in sparse.folders):
+            return []  # of a model on the Hub headers are read, and no file of 17 MB
         rows = text_rows(case.shapes) if case.kind == "model" else None
         return list(token_faults(case.names, lambda name: _read(case, name), case.text_config, rows))
 
@@ -30,10 +33,11 @@ def _read(case: Case, name: str) -> Mapping[str, Any]:
 def tokenizer_broken(case: Case, context: Context) -> Iterable[Finding]:
     """The tokenizer's files are no tokenizer: one is cut or no JSON, or tokenizer_config.json lies alone, without the
     file that has the vocabulary (tokenizer.json, tokenizer.model, vocab.json). transformers 5 makes a tokenizer of two
-    tokens of the latter and says nothing. Copy the files of the base model or of another checkpoint.
+    tokens of the latter and says nothing. Copy the files of the base model or of another checkpoint. Of a model on the
+    Hub the files are read under --deep.
     """
     for each in _found(case, "tokenizer-broken"):
-        yield Finding(code="tokenizer-broken", severity="error", text=each.text)
+        yield Finding(code="tokenizer-broken", severity="error" if each.is_serious else "cosmetic", text=each.text)
 
 
 @diagnosis("tokens-without-rows", "model")
