@@ -83,7 +83,6 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no vocabulary": (lambda f: (f / "tokenizer.json").unlink(), BROKEN),
     "an empty vocabulary": (lambda f: (f / "tokenizer.json").write_text('{"model": {"type": "BPE"}}'), BROKEN),
     "settings cut": (lambda f: (f / "tokenizer_config.json").write_text('{"eos_token": '), BROKEN),
-    "many more tokens": (lambda f: grow(f, 50), WITHOUT),
     "a pad token more": (lambda f: grow(f, 11, pad_token="<new10>"), WITHOUT),
     "an end token of no vocabulary": (other_end, WITHOUT),
 }
@@ -125,9 +124,12 @@ def test_doctor_and_verify_name_it(family: str, harm: str, sound: Path, tmp_path
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", MODELS)
-def test_a_few_tokens_of_images_are_named_and_are_no_fault(family: str, sound: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 50])
+def test_tokens_of_images_and_of_another_size_are_named_and_are_no_fault(
+    family: str, count: int, sound: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(sound / family, tmp_path / "model")
-    grow(folder, ROWS - len(WORDS) + 1)
+    grow(folder, ROWS - len(WORDS) + count)
     said = run("doctor", folder)
     assert said.code == 0 and "tokens-without-rows" in said.out
     assert run("verify", folder, "--for", "trl", "--role", "actor").code == 0
